@@ -1,0 +1,71 @@
+"""The arrays that travel between the parts of kdjax; every shape is documented once, here.
+
+Letters: B batch, H W space, C channels, L levels (fine to coarse), N priors of all levels in level order, row-major
+inside a level, M padded boxes, K classes, R regions of interest. Images and maps are NHWC. Boxes are `x1 y1 x2 y2` in
+pixels of the network input.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+
+Array = jax.Array
+
+
+class Targets(NamedTuple):
+    """Ground truth of a batch, padded to M boxes a picture.
+
+    Rows whose `valid` is False are padding: they hold zeros and change nothing.
+    """
+
+    boxes: Array  # f32[B, M, 4], pixels of the network input
+    labels: Array  # i32[B, M], 0 .. K-1
+    valid: Array  # bool[B, M]
+    image_size: Array  # i32[B, 2], height and width of the picture on the canvas: boxes are clipped to it
+    pad_size: Array  # i32[B, 2], height and width within which priors are valid; kdjax's own batches have (H, W)
+
+
+class Assignment(NamedTuple):
+    """What an assigner decided for every prior; no gradient flows through it."""
+
+    matched: Array  # i32[B, N], index 0 .. M-1 of the matched box, -1 for background
+    positive: Array  # bool[B, N], foreground
+    ignore: Array  # bool[B, N], not scored: outside the padded picture, or left out by the assigner
+    labels: Array  # i32[B, N], class of the matched box, K for background
+    boxes: Array  # f32[B, N, 4], the matched box, zeros for background
+    quality: Array  # f32[B, N], soft label in 0 .. 1: the IoU for RTMDet, 1 for hard labels, 0 for background
+
+
+class Detections(NamedTuple):
+    """A fixed number D of detections a picture, best score first; rows whose `valid` is False hold zeros."""
+
+    boxes: Array  # f32[B, D, 4], pixels of the network input
+    scores: Array  # f32[B, D], 0 .. 1
+    labels: Array  # i32[B, D], 0 .. K-1
+    valid: Array  # bool[B, D]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DetectorOutput:
+    """Everything that a detector computes and others may want, by name; the names are the taps of the methods.
+
+    A tuple over levels runs fine to coarse and pairs with `strides`. What a detector does not have is `()`. What
+    nobody reads is removed by the compiler.
+    """
+
+    # Strides of the levels of neck, towers and predictions; static.
+    strides: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    # Strides of the backbone's levels; static.
+    backbone_strides: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
+    backbone: tuple[Array, ...] = ()  # L of f32[B, H, W, C]: what the backbone gives to the neck
+    neck: tuple[Array, ...] = ()  # L of f32[B, H, W, C]: what the head consumes
+    neck_conv: tuple[Array, ...] = ()  # L of f32[B, H, W, C]: the neck's last convolutions before norm and activation
+    cls_tower: tuple[tuple[Array, ...], ...] = ()  # conv i, then L of f32[B, H, W, C]: output of conv i with its norm,
+    reg_tower: tuple[tuple[Array, ...], ...] = ()  # before the activation (where `Detector.head` can enter again)
+    cls_logits: tuple[Array, ...] = ()  # L of f32[B, H, W, A*K]
+    box_reg: tuple[Array, ...] = ()  # L of f32[B, H, W, A*4] (RTMDet: distances l t r b in pixels, already times stride)
+    quality: tuple[Array, ...] = ()  # L of f32[B, H, W, A]: centreness or objectness logits
+    rois: Array | None = None  # f32[B, R, 4], proposals of a two-stage detector
+    mask: tuple[Array, ...] = ()  # parts of an instance-mask head
