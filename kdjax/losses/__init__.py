@@ -1,0 +1,1 @@
+"""Losses as pure functions: arrays in, unreduced float32 array out."""

@@ -1,0 +1,1 @@
+"""Distillation methods: one published method a file, losses wired to taps."""
