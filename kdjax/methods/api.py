@@ -1,0 +1,234 @@
+"""What a distillation method is, and the few tools that the method files share.
+
+A method is three functions (`Method`). `make(**options)` in `kdjax/methods/<name>.py` builds it; the name in the config
+is the name of the file. Methods see detectors only through `Context`.
+"""
+
+import importlib
+import inspect
+import math
+import pkgutil
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kdjax import nn
+from kdjax.structs import Array, Assignment, DetectorOutput, Targets
+
+
+class Context(NamedTuple):
+    """All that a method may look at in one step."""
+
+    student: DetectorOutput
+    teacher: DetectorOutput  # its gradients are stopped, once, in train/step.py
+    targets: Targets
+    assignment: Assignment  # what the student's own assigner decided
+    step: Array  # i32[], optimiser updates so far
+    key: Array  # PRNG key of this step and method
+    priors: Array  # f32[N, 4], x, y, stride_w, stride_h of the student's priors
+    decode_student: Callable[[DetectorOutput], Array]  # output -> boxes f32[B, N, 4]
+    decode_teacher: Callable[[DetectorOutput], Array]
+    teacher_head: Callable  # (features by level, *, branch, start) -> predictions by level; the teacher's frozen weights
+
+
+class Method(NamedTuple):
+    """A published set of terms; the trainer adds `weights(step)[name] * apply(...)[name]` to the detection loss."""
+
+    init: Callable  # (key, student specs, teacher specs) -> params; specs are DetectorOutputs of ShapeDtypeStructs
+    apply: Callable  # (params, Context) -> {term: f32[], unweighted}
+    weights: Callable  # step i32[] -> {term: f32[]}
+
+
+class Pair(NamedTuple):
+    """One level of a tap on both sides; arrays or shape specs f32[B, H, W, C]."""
+
+    stride: int
+    student: Array
+    teacher: Array
+
+
+def names() -> list[str]:
+    """The methods that exist: the files beside this one."""
+    package = importlib.import_module("kdjax.methods")
+    return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name != "api")
+
+
+def options(name: str) -> dict:
+    """The options of a method with their defaults, read from the signature of its `make`.
+
+    Raises:
+      ValueError: there is no method of that name.
+    """
+    if name not in names():
+        raise ValueError(f"there is no method {name!r} (config.methods); the methods are: {', '.join(names())}")
+    make = importlib.import_module(f"kdjax.methods.{name}").make
+    return {k: p.default for k, p in inspect.signature(make).parameters.items()}
+
+
+def build(name: str, **chosen) -> Method:
+    """Makes the method `name` with the chosen options.
+
+    Raises:
+      ValueError: unknown method or option; the valid ones are listed.
+    """
+    valid = options(name)
+    unknown = sorted(set(chosen) - set(valid))
+    if unknown:
+        raise ValueError(f"config.methods.{name} has no option {unknown[0]!r}; its options are: {', '.join(valid)}")
+    return importlib.import_module(f"kdjax.methods.{name}").make(**chosen)
+
+
+def weight_schedule(
+    weights: Mapping[str, float], *, start: int = 0, stop: int = 0, warmup: int = 0, decay: int = 0
+) -> Callable:
+    """Weights of terms over the steps: off before `start`, linear rise over `warmup`, off from `stop` on.
+
+    Args:
+      weights: full weight of each term; a term of weight 0 is not declared at all.
+      start: first step (optimiser updates) with a weight above zero.
+      stop: first step without the term; 0 means never.
+      warmup: number of steps after `start` in which the weight rises linearly from 1/warmup to 1.
+      decay: number of steps before `stop` in which the weight falls linearly to 0; needs `stop`.
+
+    Returns:
+      A function step i32[] -> {term: f32[]}.
+
+    Raises:
+      ValueError: negative numbers, `stop` not after `start`, or `decay` without `stop`.
+    """
+    if min(start, stop, warmup, decay) < 0 or (stop and stop <= start) or (decay and not stop):
+        raise ValueError(
+            f"the schedule start={start} stop={stop} warmup={warmup} decay={decay} of a method is not possible: "
+            "all must be >= 0, stop (0 is never) after start, and decay needs a stop"
+        )
+    weights = {name: float(weight) for name, weight in weights.items() if weight}
+
+    def at(step):
+        step = jnp.asarray(step, jnp.float32)
+        scale = jnp.where(step >= start, 1.0, 0.0)
+        if warmup:
+            scale *= jnp.clip((step - start + 1) / warmup, 0.0, 1.0)
+        if decay:
+            scale *= jnp.clip((stop - step) / decay, 0.0, 1.0)
+        if stop:
+            scale *= jnp.where(step < stop, 1.0, 0.0)
+        return {name: weight * scale for name, weight in weights.items()}
+
+    return at
+
+
+def tap(output: DetectorOutput, name: str) -> dict[int, Array]:
+    """The maps of a named place, by stride.
+
+    Args:
+      output: arrays or shape specs.
+      name: a field of `DetectorOutput` that runs over levels ("neck", "cls_logits"), a tower with the number of its
+        convolution from 0 ("cls_tower.1"), or one level of a field, counted fine to coarse ("backbone.2").
+
+    Raises:
+      ValueError: no such tap; the valid ones are listed.
+    """
+    field, _, index = name.partition(".")
+    valid = taps(output)
+    if name not in valid:
+        raise ValueError(f"there is no tap {name!r} on this detector; its taps are: {', '.join(valid)}")
+    strides = output.backbone_strides if field == "backbone" else output.strides
+    levels = getattr(output, field)
+    if field in ("cls_tower", "reg_tower"):
+        levels = levels[int(index)]
+    elif index:
+        strides, levels = (strides[int(index)],), (levels[int(index)],)
+    return dict(zip(strides, levels, strict=True))
+
+
+def taps(output: DetectorOutput) -> list[str]:
+    """Every name that `tap` understands for this output."""
+    found = []
+    for field in ("backbone", "neck", "neck_conv", "cls_logits", "box_reg", "quality"):
+        levels = getattr(output, field)
+        if levels:
+            found += [field, *(f"{field}.{i}" for i in range(len(levels)))]
+    for field in ("cls_tower", "reg_tower"):
+        found += [f"{field}.{i}" for i in range(len(getattr(output, field)))]
+    return found
+
+
+def pair(student: DetectorOutput, teacher: DetectorOutput, student_tap: str, teacher_tap: str = "") -> list[Pair]:
+    """Pairs the levels of two taps by stride, fine to coarse; `teacher_tap` is `student_tap` if not given.
+
+    Raises:
+      ValueError: a tap does not exist, or the two have no stride in common.
+    """
+    teacher_tap = teacher_tap or student_tap
+    of_student, of_teacher = tap(student, student_tap), tap(teacher, teacher_tap)
+    common = sorted(set(of_student) & set(of_teacher))
+    if not common:
+        raise ValueError(
+            f"the taps {student_tap!r} (student, strides {sorted(of_student)}) and {teacher_tap!r} (teacher, strides "
+            f"{sorted(of_teacher)}) have no stride in common, so no level can be compared"
+        )
+    return [Pair(stride, of_student[stride], of_teacher[stride]) for stride in common]
+
+
+def init_conv(key, kernel_size: int, inputs: int, outputs: int, *, bias: bool = True) -> dict:
+    """Parameters of a convolution: kernel and bias uniform in +-1/sqrt(fan in), the usual default of such adapters."""
+    limit = 1 / math.sqrt(kernel_size * kernel_size * inputs)
+    key_kernel, key_bias = jax.random.split(key)
+    shape = (kernel_size, kernel_size, inputs, outputs)
+    params = {"kernel": jax.random.uniform(key_kernel, shape, jnp.float32, -limit, limit)}
+    if bias:
+        params["bias"] = jax.random.uniform(key_bias, (outputs,), jnp.float32, -limit, limit)
+    return params
+
+
+def init_adapters(key, pairs: list[Pair], *, kernel_size: int = 1, bias: bool = True, always: bool = False) -> dict:
+    """One convolution a level that takes the student's channels to the teacher's: {stride: params}.
+
+    A level whose channels agree gets none (identity), unless `always`. Adapters are trained with the student and never
+    handed out. Also checks that the maps of a pair can be compared (see `adapt`).
+    """
+    params = {}
+    for stride, student, teacher in pairs:
+        check_sizes(stride, student.shape, teacher.shape)
+        if always or student.shape[-1] != teacher.shape[-1]:
+            params[str(stride)] = init_conv(
+                jax.random.fold_in(key, stride), kernel_size, student.shape[-1], teacher.shape[-1], bias=bias
+            )
+    return params
+
+
+def adapt(params: dict, pairs: list[Pair]) -> list[Pair]:
+    """The pairs with the student's side brought to the teacher's channels and size, in float32.
+
+    Another size is resized bilinearly, student to teacher, before the convolution (methods.md section 1.4).
+    """
+    adapted = []
+    for stride, student, teacher in pairs:
+        student, teacher = student.astype(jnp.float32), teacher.astype(jnp.float32)
+        if student.shape[1:3] != teacher.shape[1:3]:
+            student = nn.resize_bilinear(student, teacher.shape[1:3])
+        if str(stride) in params:
+            student = nn.conv2d(student, params[str(stride)]["kernel"], params[str(stride)].get("bias"))
+        adapted.append(Pair(stride, student, teacher))
+    return adapted
+
+
+def check_sizes(stride: int, student: tuple[int, ...], teacher: tuple[int, ...]) -> None:
+    """Refuses two maps whose sides differ by more than a factor of 2, which no resampling makes comparable.
+
+    Raises:
+      ValueError: with both shapes.
+    """
+    for a, b in zip(student[1:3], teacher[1:3], strict=True):
+        if max(a, b) > 2 * min(a, b):
+            raise ValueError(
+                f"at stride {stride} the student's map {student[1:3]} and the teacher's {teacher[1:3]} differ by more than "
+                "a factor of 2; choose taps of like resolution"
+            )
+
+
+def mean_over_levels(values: list[Array]) -> Array:
+    """The mean of one scalar a level."""
+    return sum(values) / len(values)
