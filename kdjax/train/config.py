@@ -1,0 +1,117 @@
+"""Every setting of a run with its default; a config file in `configs/` starts from `base()` and changes what it means."""
+
+from ml_collections import ConfigDict
+
+from kdjax.methods import api
+
+
+def base() -> ConfigDict:
+    """The defaults. What is not a key here is refused when a run starts."""
+    config = ConfigDict()
+    config.seed = 0
+    config.batch_size = 16  # global: of all devices of all hosts
+    config.steps = 1000  # optimiser updates
+
+    config.student = ConfigDict(
+        dict(
+            detector="rtmdet_tiny",
+            weights="",  # start from a kdjax folder or a converted file; "" starts from random numbers
+        )
+    )
+    config.teacher = ConfigDict(
+        dict(
+            detector="",  # "" trains without a teacher; needed only if `weights` is not a kdjax folder
+            weights="",  # a student/ folder of another run, or .safetensors, .npz or .pth with mmdetection's names
+        )
+    )
+    config.methods = ConfigDict()  # one sub-config a method, by its name; several add up
+    config.twin = False  # also train the same student without the teacher on the same batches
+
+    config.data = ConfigDict(
+        dict(
+            source="scenes",  # scenes (made on the spot), coco_folder, tfds (a prepared directory)
+            root="",
+            train_split="train",
+            val_split="val",
+            # coco_folder: where a split is not laid out as usual; "" finds annotations/instances_SPLIT.json and images
+            train_annotations="",
+            val_annotations="",
+            train_images="",
+            val_images="",
+            cache="",  # where prepared data goes; "" is ~/.cache/kdjax or $KDJAX_CACHE
+            scenes_train=2000,  # pictures of the embedded default
+            scenes_val=400,
+            image_size=(640, 640),  # height, width of the canvas
+            max_boxes=0,  # padded boxes a picture; 0 takes the largest number in the data
+            workers=0,  # processes that decode; 0 decodes in a thread of this process
+            limit=0,  # only the first pictures of each split; 0 takes all
+            check=False,  # print what would be trained and stop
+            augment=dict(
+                flip=0.5,  # probability of a horizontal flip
+                scale=(0.5, 2.0),  # random resize relative to the canvas; (1, 1) is the plain resize
+                crop=True,  # random crop where the resized picture is larger than the canvas
+                hsv=(5.0, 30.0, 30.0),  # largest change of hue, saturation, value (of 255); zeros switch it off
+            ),
+        )
+    )
+    config.optimizer = ConfigDict(
+        dict(
+            name="adamw",  # adamw, or sgd (plain, for tests of exactness)
+            lr=0.0,  # 0 takes 0.004 * batch_size / 256
+            weight_decay=0.05,  # not on norms and biases
+            clip_norm=0.0,  # of the whole gradient; 0 is off
+            warmup=1000,  # steps of linear warm-up from 1e-5 of the rate
+            flat=0.5,  # share of the run at the full rate, before the cosine
+            end=0.05,  # the cosine ends at this share of the rate
+        )
+    )
+    config.ema = ConfigDict(
+        dict(
+            momentum=2e-4,  # of new weights once the ramp is over
+            ramp=2000,  # steps: momentum_t = (1 - momentum) exp(-(1 + t) / ramp) + momentum
+        )
+    )
+    config.eval = ConfigDict(
+        dict(
+            every=0,  # steps between evaluations; 0 evaluates at the end alone
+            batch_size=16,
+            limit=0,  # validation pictures of the evaluations on the way; the last one takes all
+        )
+    )
+    config.log_every = 20  # steps between lines of metrics.jsonl
+    config.checkpoint = ConfigDict(dict(every=500, keep=2))  # steps; a run also saves at its end and on SIGTERM
+    config.compile_cache = ""  # "" is ~/.cache/kdjax/jax or $KDJAX_CACHE/jax; "off" switches it off
+    return config
+
+
+def methods(*names: str, **options) -> ConfigDict:
+    """Sub-configs of the named methods with all their options at the defaults, so that flags can change them.
+
+    Args:
+      names: methods; one string may hold several, joined by "+".
+      options: method=dict(option=value) changes defaults.
+
+    Raises:
+      ValueError: unknown method or option.
+    """
+    chosen = ConfigDict()
+    for name in "+".join(names).split("+"):
+        if name:
+            chosen[name] = ConfigDict(api.options(name) | options.get(name, {}))
+            api.build(name, **chosen[name])
+    return chosen
+
+
+def unknown_keys(config: ConfigDict, reference: ConfigDict | None = None, prefix: str = "config") -> list[str]:
+    """Keys of `config` that are no settings, with their full name; methods check their own options."""
+    reference = base() if reference is None else reference
+    found = []
+    for key, value in config.items():
+        if key not in reference:
+            found.append(f"{prefix}.{key}")
+        elif isinstance(reference[key], ConfigDict) and key != "methods":
+            if isinstance(value, ConfigDict):
+                found += unknown_keys(value, reference[key], f"{prefix}.{key}")
+            else:
+                found.append(f"{prefix}.{key}={value!r}")
+    return found

@@ -1,0 +1,66 @@
+"""The learning rate over the steps, the optimiser, and the rate of the moving average."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+BASE_RATE, BASE_BATCH = 0.004, 256
+
+
+def learning_rate(config: ConfigDict) -> optax.Schedule:
+    """Linear warm-up, flat, then cosine: RTMDet's schedule (Lyu et al. 2022, section 4.1).
+
+    rate = optimizer.lr, or 0.004 * batch_size / 256 where that is 0. It rises from 1e-5 of it over `warmup` steps, stays
+    until `flat` of the run, and falls along a cosine to `end` of it at the last step.
+
+    Returns:
+      step -> rate, f32[].
+
+    Raises:
+      ValueError: the warm-up is longer than the flat part.
+    """
+    settings = config.optimizer
+    rate = settings.lr or BASE_RATE * config.batch_size / BASE_BATCH
+    flat_end = int(settings.flat * config.steps)
+    if settings.warmup > flat_end:
+        raise ValueError(
+            f"config.optimizer.warmup is {settings.warmup} steps, but the flat part of the schedule ends at step "
+            f"{flat_end} (config.optimizer.flat of config.steps): shorten the warm-up or lengthen the run"
+        )
+    parts = [optax.constant_schedule(rate), optax.cosine_decay_schedule(rate, max(config.steps - flat_end, 1), settings.end)]
+    bounds = [flat_end]
+    if settings.warmup:
+        parts.insert(0, optax.linear_schedule(1e-5 * rate, rate, settings.warmup))
+        bounds.insert(0, settings.warmup)
+    return optax.join_schedules(parts, bounds)
+
+
+def optimizer(config: ConfigDict, no_decay) -> optax.GradientTransformation:
+    """AdamW (or plain SGD) under `learning_rate`.
+
+    Args:
+      config: the run's config; `config.optimizer` is read.
+      no_decay: params tree -> tree of bool, True where weight decay is not applied (norms, biases).
+    """
+    settings = config.optimizer
+    rate = learning_rate(config)
+    if settings.name == "sgd":
+        update = optax.sgd(rate)
+    elif settings.name == "adamw":
+
+        def decayed(params):
+            return jax.tree.map(lambda skip: not skip, no_decay(params))
+
+        update = optax.adamw(rate, weight_decay=settings.weight_decay, mask=decayed)
+    else:
+        raise ValueError(f"config.optimizer.name is {settings.name!r}; it must be 'adamw' or 'sgd'")
+    if settings.clip_norm:
+        return optax.chain(optax.clip_by_global_norm(settings.clip_norm), update)
+    return update
+
+
+def ema_rate(config: ConfigDict, step):
+    """Share of the new weights in the moving average after update `step` (from 0): RTMDet's exponential ramp."""
+    momentum, ramp = config.ema.momentum, config.ema.ramp
+    return (1 - momentum) * jnp.exp(-(1.0 + step) / ramp) + momentum

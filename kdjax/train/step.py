@@ -1,0 +1,134 @@
+"""One optimiser update: every gradient, stop-gradient and optimiser call of kdjax is in this file."""
+
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from kdjax.methods.api import Context, Method
+from kdjax.structs import Targets
+
+
+class TrainState(NamedTuple):
+    """Everything that a step changes; a plain tree of arrays."""
+
+    step: jax.Array  # i32[], updates so far
+    params: Any  # {"student": ..., "adapters": {method: ...}}
+    stats: Any  # running statistics of the student's norms
+    opt_state: Any
+    ema: Any  # {"params": ..., "stats": ...} of the student: what is evaluated and handed out
+    key: jax.Array  # never changes; every step folds its number in
+
+
+class Teacher(NamedTuple):
+    """The frozen side: an argument of the step, never closed over, never trained, never saved."""
+
+    params: Any
+    stats: Any
+
+
+def init_state(student, key, variables, adapters: dict, optimizer: optax.GradientTransformation) -> TrainState:
+    """A state at step 0. `variables` is (params, stats) to start from, or None for `student.init(key)`."""
+    params, stats = student.init(key) if variables is None else variables
+    params = {"student": params, "adapters": adapters}
+    # The average starts as a copy of its own: donated buffers must not be shared.
+    ema = jax.tree.map(jnp.array, {"params": params["student"], "stats": stats})
+    return TrainState(jnp.zeros((), jnp.int32), params, stats, optimizer.init(params), ema, key)
+
+
+def init_adapters(methods: Mapping[str, Method], key, student_spec, teacher_spec) -> dict:
+    """What each method trains beside the student, {method: params}; checks taps, channels and sizes on the way."""
+    return {name: m.init(method_key(key, name), student_spec, teacher_spec) for name, m in methods.items()}
+
+
+def method_key(key, name: str):
+    """A key of the method's own, the same whatever other methods run beside it."""
+    return jax.random.fold_in(key, zlib.crc32(name.encode()))
+
+
+def targets_of(batch: dict) -> Targets:
+    """The ground truth of a batch of kdjax's own loader, whose canvas is padded: every prior is valid."""
+    canvas = jnp.broadcast_to(jnp.array(batch["image"].shape[1:3], jnp.int32), batch["image_size"].shape)
+    return Targets(batch["boxes"], batch["labels"], batch["valid"], batch["image_size"], canvas)
+
+
+def compare(student, teacher, methods, params, variables: Teacher, output, assignment, batch, step, key):
+    """All terms of all methods, unweighted: {"method/term": f32[]}. The teacher looks at the same pictures."""
+    seen, _ = teacher.apply(*variables, teacher.preprocess(batch["image"]), train=False)
+    variables, seen = jax.lax.stop_gradient((variables, seen))
+    terms = {}
+    for name, method in methods.items():
+        context = Context(
+            student=output,
+            teacher=seen,
+            targets=targets_of(batch),
+            assignment=assignment,
+            step=step,
+            key=method_key(key, name),
+            priors=student.priors(batch["image"].shape[1:3]),
+            decode_student=student.decode_boxes,
+            decode_teacher=teacher.decode_boxes,
+            teacher_head=lambda features, *, branch, start: teacher.head(*variables, features, branch=branch, start=start),
+        )
+        values = method.apply(params[name], context)
+        terms |= {f"{name}/{term}": value for term, value in values.items()}
+    return terms
+
+
+def weights_of(methods: Mapping[str, Method], step) -> dict:
+    """The weight of every term at a step: {"method/term": f32[]}."""
+    return {f"{name}/{term}": w for name, m in methods.items() for term, w in m.weights(step).items()}
+
+
+def make_step(
+    student, optimizer: optax.GradientTransformation, ema_rate: Callable, *, teacher=None, methods: Mapping[str, Method] = {}
+) -> Callable:
+    """The update of a student, with a teacher and methods, or without (a supervised run, or the twin: the same program).
+
+    Args:
+      student, teacher: Detectors.
+      optimizer: of `state.params`.
+      ema_rate: step -> share of the new weights in the moving average.
+      methods: by name; none without a teacher.
+
+    Returns:
+      (state, teacher variables or None, batch) -> (state, metrics). Metrics are f32[]: the detection losses, the
+      unweighted terms as "method/term", "total", "grad_norm" and "finite" (1 or 0). A step whose total or gradient is
+      not finite changes nothing but the counter.
+    """
+
+    def loss(params, stats, variables, batch, step, key):
+        output, stats = student.apply(params["student"], stats, student.preprocess(batch["image"]), train=True)
+        losses, assignment = student.loss(output, targets_of(batch))
+        total = sum(losses.values())
+        if methods:
+            weights = weights_of(methods, step)
+            terms = compare(
+                student, teacher, methods, params["adapters"], variables, output, assignment, batch, step, key
+            )
+            total += sum(weights[name] * value for name, value in terms.items())
+            losses |= terms
+        return total, (losses, stats)
+
+    def update(state: TrainState, variables, batch):
+        key = jax.random.fold_in(state.key, state.step)
+        (total, (losses, stats)), grads = jax.value_and_grad(loss, has_aux=True)(
+            state.params, state.stats, variables, batch, state.step, key
+        )
+        norm = optax.global_norm(grads)
+        finite = jnp.isfinite(total) & jnp.isfinite(norm)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        rate = ema_rate(state.step)
+        ema = jax.tree.map(
+            lambda old, new: old + rate * (new - old), state.ema, {"params": params["student"], "stats": stats}
+        )
+        new = state._replace(params=params, stats=stats, opt_state=opt_state, ema=ema)
+        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+        metrics = losses | {"total": total, "grad_norm": norm, "finite": finite.astype(jnp.float32)}
+        return new._replace(step=state.step + 1, key=state.key), metrics
+
+    return update
