@@ -1,0 +1,663 @@
+"""The one trainer: a run from its config to its report, top to bottom."""
+
+import collections
+import contextlib
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+import kdjax
+from kdjax import data, detectors
+from kdjax.detectors import weights
+from kdjax.evals import coco, report, size
+from kdjax.methods import api
+from kdjax.train import config as settings
+from kdjax.train import optim
+from kdjax.train.checkpoint import Checkpoints
+from kdjax.train.step import (
+    Teacher,
+    TrainState,
+    compare,
+    init_adapters,
+    init_state,
+    make_step,
+    method_key,
+    targets_of,
+    weights_of,
+)
+
+# What may differ between a run and its resumption: nothing that enters the numbers.
+FREE_KEYS = {"log_every", "checkpoint", "compile_cache", "data.workers", "data.cache", "data.root", "eval"}
+EXAMPLES = 8  # pictures in the report
+
+
+class Setup(NamedTuple):
+    """Everything that is known before the first update; making it finds every mistake of the user's."""
+
+    config: ConfigDict
+    dataset: object
+    student: object  # Detector
+    teacher: object | None
+    methods: dict
+    variables: Teacher | None  # on all devices
+    states: dict[str, TrainState]  # "student", and "twin" if there is one; on all devices
+    steps: dict[str, object]  # jitted updates
+    predict: dict[str, object]  # jitted predictions by model
+    programs: collections.Counter  # how often each program was traced
+    mesh: Mesh
+
+
+class Stopped(Exception):
+    """The run was asked to stop and has saved its state."""
+
+
+def run(config: ConfigDict, workdir: str) -> dict | None:
+    """Trains, evaluates and reports; the same call resumes a run that was interrupted.
+
+    Args:
+      config: see `kdjax.train.config.base`.
+      workdir: gets config.json, metrics.jsonl, tensorboard/, checkpoints/, student/, twin/, detections/,
+        per_class.json, results.json and report.html.
+
+    Returns:
+      The content of results.json; None for a dry run (`config.data.check`).
+
+    Raises:
+      ValueError, FileNotFoundError: the input is bad; raised before any training, in one sentence.
+      FloatingPointError: a loss or gradient is not finite; the message names it.
+      Stopped: SIGTERM or SIGINT arrived; the state is saved.
+    """
+    check_config(config)
+    use_compile_cache(config.compile_cache)
+    dataset = data.open_dataset(config.data)
+    if config.data.check:
+        print(data.summary(dataset, config.data))
+        return None
+    setup = prepare(config, dataset)
+    workdir = Path(workdir)
+    check_workdir(config, workdir)
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
+    try:
+        start, setup = resume(setup, checkpoints)
+        if start == 0:
+            check_terms(setup)
+        write_config(config, workdir)
+        with Log(workdir, start) as log:
+            states = train(setup, start, checkpoints, log)
+            return finish(setup._replace(states=states), workdir, log)
+    finally:
+        checkpoints.close()
+
+
+# ---------------------------------------------------------------------------------------------------- before training
+
+
+def check_config(config: ConfigDict) -> None:
+    """Refuses unknown keys and impossible combinations, naming what would be right."""
+    unknown = settings.unknown_keys(config)
+    if unknown:
+        raise ValueError(f"{unknown[0]} is no setting; the settings are those of kdjax/train/config.py")
+    for name, options in config.methods.items():
+        api.build(name, **options)
+    has_teacher = bool(config.teacher.detector or config.teacher.weights)
+    if config.methods and not has_teacher:
+        raise ValueError(
+            f"config.methods has {', '.join(config.methods)}, but there is no teacher: set config.teacher.weights"
+        )
+    if has_teacher and not config.teacher.weights:
+        raise ValueError(f"the teacher {config.teacher.detector} has no weights: set config.teacher.weights")
+    if has_teacher and not config.methods:
+        raise ValueError(f"there is a teacher but no method: choose among {', '.join(api.names())}")
+    if config.twin and not config.methods:
+        raise ValueError("config.twin compares with distillation, but config.methods is empty")
+    devices = jax.device_count()
+    if config.batch_size % devices:
+        raise ValueError(f"config.batch_size is {config.batch_size}; it must be divisible by the {devices} devices")
+    optim.learning_rate(config)
+
+
+def use_compile_cache(folder: str) -> None:
+    """Compiled programs are kept on disk, so a second run starts in seconds."""
+    if folder == "off":
+        return
+    home = os.environ.get("KDJAX_CACHE") or Path.home() / ".cache" / "kdjax"
+    jax.config.update("jax_compilation_cache_dir", folder or str(Path(home) / "jax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def load_detector(role: str, chosen: ConfigDict, dataset, key):
+    """The detector of a role with its start weights: (Detector, (params, stats) or None)."""
+    detector = detectors.build(chosen.detector, len(dataset.classes)) if chosen.detector else None
+    if not chosen.weights:
+        return detector, None
+    detector, params, stats, classes = weights.load(chosen.weights, detector, key=key)
+    if classes is not None and list(classes) != list(dataset.classes):
+        missing = [name for name in dataset.classes if name not in classes]
+        what = f"{missing[0]!r} is unknown to the {role}" if missing else "the order or number of classes differs"
+        raise ValueError(
+            f"the class map of the {role} in {chosen.weights} does not fit the data: {what}; "
+            f"{role}: {', '.join(classes)}; data: {', '.join(dataset.classes)}"
+        )
+    if detector.num_classes != len(dataset.classes):
+        raise ValueError(
+            f"the {role} in {chosen.weights} has {detector.num_classes} classes, the data has {len(dataset.classes)}"
+        )
+    return detector, (params, stats)
+
+
+def prepare(config: ConfigDict, dataset) -> Setup:
+    """Builds the models, the programs and the states at step 0."""
+    key = jax.random.PRNGKey(config.seed)
+    height, width = config.data.image_size
+    student, start = load_detector("student", config.student, dataset, key)
+    teacher, loaded = None, None
+    if config.teacher.weights:
+        teacher, loaded = load_detector("teacher", config.teacher, dataset, key)
+    for role, detector in (("student", student), ("teacher", teacher)):
+        if detector and (height % detector.size_divisor or width % detector.size_divisor):
+            raise ValueError(
+                f"config.data.image_size is {height}x{width}; the {role} {detector.name} needs multiples of "
+                f"{detector.size_divisor}"
+            )
+    methods = {name: api.build(name, **options) for name, options in config.methods.items()}
+    adapters = {}
+    if methods:
+        specs = [output_spec(detector, (height, width)) for detector in (student, teacher)]
+        adapters = init_adapters(methods, key, *specs)
+
+    def no_decay(params):
+        return {
+            "student": student.no_decay(params["student"]),
+            "adapters": jax.tree.map(lambda leaf: leaf.ndim <= 1, params["adapters"]),
+        }
+
+    optimizer = optim.optimizer(config, no_decay)
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    programs = collections.Counter()
+
+    def program(name, function, **options):
+        def traced(*args):
+            programs[name] += 1
+            return function(*args)
+
+        return jax.jit(traced, **options)
+
+    def update(name, **options):
+        step = make_step(student, optimizer, lambda at: optim.ema_rate(config, at), **options)
+        return program(name, step, donate_argnums=0, out_shardings=everywhere)
+
+    def predictor(name, detector):
+        def predict(variables, images, image_size):
+            output, _ = detector.apply(*variables, detector.preprocess(images), train=False)
+            return detector.decode(output, image_size)
+
+        return program(name, predict)
+
+    roles = ["student", "twin"] if config.twin else ["student"]
+    states = {
+        role: init_state(student, key, start, adapters if role == "student" else {}, optimizer) for role in roles
+    }
+    steps = {role: update(role) for role in roles}
+    predict = dict.fromkeys(roles, predictor("predict_student", student))
+    if teacher:
+        steps["student"] = update("student", teacher=teacher, methods=methods)
+        predict["teacher"] = predictor("predict_teacher", teacher)
+    variables = jax.device_put(Teacher(*loaded), everywhere) if teacher else None
+    return Setup(
+        config, dataset, student, teacher, methods, variables, jax.device_put(states, everywhere), steps, predict, programs, mesh
+    )
+
+
+def output_spec(detector, hw: tuple[int, int]):
+    """Shapes of all that a detector returns for one picture, without computing anything."""
+    variables = jax.eval_shape(detector.init, jax.random.PRNGKey(0)) if False else detector.init(jax.random.PRNGKey(0))
+    image = jax.ShapeDtypeStruct((1, *hw, 3), jnp.float32)
+    return jax.eval_shape(lambda x: detector.apply(*variables, x, train=False)[0], image)
+
+
+def check_workdir(config: ConfigDict, workdir: Path) -> None:
+    """A workdir belongs to one run: another config in it is refused with the settings that differ."""
+    path = workdir / "config.json"
+    if not path.exists():
+        return
+    before, now = flat_config(json.loads(path.read_text())["config"]), flat_config(json.loads(config.to_json()))
+    differ = [
+        f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
+    ]
+    if differ:
+        raise ValueError(f"{workdir} holds a run with other settings ({'; '.join(differ)}): choose another --workdir")
+
+
+def flat_config(tree: dict, prefix: str = "") -> dict:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat = {}
+    for key, value in tree.items():
+        flat |= flat_config(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def identity(setup: Setup) -> dict:
+    """What a checkpoint must agree on with the run that reads it."""
+    return {
+        "student": setup.student.name,
+        "classes": list(setup.dataset.classes),
+        "methods": sorted(setup.methods),
+        "twin": "twin" in setup.states,
+        "seed": setup.config.seed,
+        "batch_size": setup.config.batch_size,
+    }
+
+
+def resume(setup: Setup, checkpoints: Checkpoints) -> tuple[int, Setup]:
+    """The step to go on from and the states at it."""
+    note = checkpoints.note()
+    if note is None:
+        return 0, setup
+    mine = identity(setup)
+    for key, value in mine.items():
+        if note["run"].get(key) != value:
+            raise ValueError(
+                f"the checkpoint in {checkpoints.manager.directory} is of another run: its {key} is "
+                f"{note['run'].get(key)!r}, this run's is {value!r}; choose another --workdir"
+            )
+    states, note = checkpoints.restore(setup.states)
+    states = jax.device_put(states, NamedSharding(setup.mesh, PartitionSpec()))
+    step = int(states["student"].step)
+    if step != note["next_batch"]:
+        raise ValueError(f"the checkpoint's state is at step {step}, but its data position is {note['next_batch']}")
+    return step, setup._replace(states=states)
+
+
+def first_batch_with_objects(setup: Setup) -> dict:
+    """Raises ValueError if 100 batches of the training data hold no object."""
+    config = setup.config
+    batches = data.train_batches(setup.dataset, config.data, batch_size=config.batch_size, seed=config.seed)
+    with contextlib.closing(batches):
+        for _ in range(100):
+            batch = next(batches)
+            if batch["valid"].any():
+                return batch
+    raise ValueError("the first 100 batches of the training data hold no object, so there is nothing to learn from")
+
+
+def check_terms(setup: Setup) -> None:
+    """Every declared term must be finite and pull at the student, on a batch with objects and at full weight.
+
+    The pull is measured at the student's outputs, where the terms read them: behind those lies the detector, whose own
+    losses use the same way back.
+
+    Raises:
+      ValueError: names the term, its value and the size of its gradient.
+    """
+    if not setup.methods:
+        return
+    student, state = setup.student, setup.states["student"]
+
+    def probe(state, variables, batch):
+        params = state.params
+        output, _ = student.apply(params["student"], state.stats, student.preprocess(batch["image"]), train=True)
+        losses, assignment = student.loss(output, targets_of(batch))
+
+        def terms(output):
+            return compare(
+                student, setup.teacher, setup.methods, params["adapters"], variables, output, assignment, batch, 0, state.key
+            )
+
+        values, back = jax.vjp(terms, output)
+        pulls = {}
+        for name in values:
+            (grads,) = back({other: jnp.float32(other == name) for other in values})
+            pulls[name] = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
+        return losses, values, pulls
+
+    batch = place(setup.mesh, first_batch_with_objects(setup))
+    losses, values, pulls = jax.device_get(jax.jit(probe)(state, setup.variables, batch))
+    for name, value in (losses | values).items():
+        if not np.isfinite(value):
+            raise ValueError(f"the term {name} is {value} on the first batch with objects: it cannot be trained")
+    for name, pull in pulls.items():
+        if not (np.isfinite(pull) and pull > 0):
+            raise ValueError(
+                f"the term {name} (value {values[name]:.3g}) gives the student a gradient of size {pull}: it would do "
+                "nothing; check its taps and options"
+            )
+    missing = set(weights_of(setup.methods, 0)) ^ set(values)
+    if missing:
+        raise ValueError(f"the terms {sorted(missing)} have a weight but no value, or a value but no weight")
+
+
+# ----------------------------------------------------------------------------------------------------------- training
+
+
+def place(mesh: Mesh, batch: dict) -> dict:
+    """This host's rows of a batch, spread over all devices of all hosts."""
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
+
+
+def train(setup: Setup, start: int, checkpoints: Checkpoints, log: "Log") -> dict[str, TrainState]:
+    """All updates from `start` to the end; returns the final states."""
+    config, states = setup.config, dict(setup.states)
+    rate = optim.learning_rate(config)
+    batches = data.train_batches(
+        setup.dataset,
+        config.data,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        start_step=start,
+        shard=(jax.process_index(), jax.process_count()),
+    )
+
+    def save(step):
+        checkpoints.save(step, states, {"next_batch": step, "run": identity(setup)})
+
+    pending, window = collections.deque(), []
+    waited, since = 0.0, time.perf_counter()
+    bar = tqdm(total=config.steps, initial=start, desc="train", unit="step", disable=jax.process_index() > 0)
+    with contextlib.closing(batches), contextlib.closing(bar), Signals() as signals:
+        for step in range(start + 1, config.steps + 1):
+            before = time.perf_counter()
+            batch = place(setup.mesh, next(batches))
+            waited += time.perf_counter() - before
+            metrics = {}
+            for role in states:
+                variables = setup.variables if role == "student" else None
+                states[role], of_role = setup.steps[role](states[role], variables, batch)
+                metrics |= {f"{role}/{name}": value for name, value in of_role.items()}
+            pending.append((step, metrics))
+            # One step behind, so that the device always has its next step before the host waits for figures.
+            while len(pending) > (0 if step == config.steps or step % config.log_every == 0 else 1):
+                window.append(check_finite(*pending.popleft()))
+            bar.update()
+            if step % config.log_every == 0 or step == config.steps:
+                seconds = time.perf_counter() - since
+                row = {name: float(np.mean([m[name] for m in window])) for name in window[0]}
+                row = {name: value for name, value in row.items() if not name.endswith("/finite")}
+                row |= {f"weight/{name}": float(w) for name, w in weights_of(setup.methods, step - 1).items()}
+                row |= {
+                    "lr": float(rate(step - 1)),
+                    "images_per_s": len(window) * config.batch_size / seconds,
+                    "wait_share": waited / seconds,
+                }
+                log.write(step, "train", row)
+                bar.set_postfix({role: f"{row[f'{role}/total']:.3g}" for role in states})
+                window, waited, since = [], 0.0, time.perf_counter()
+                check_programs(setup)
+            if config.eval.every and step % config.eval.every == 0 and step < config.steps:
+                for role, state in states.items():
+                    figures = evaluate(setup, role, ema(state), limit=config.eval.limit).figures
+                    log.write(step, "eval", {f"{role}/{name}": value for name, value in figures.items()})
+                since = time.perf_counter()
+            if step % config.checkpoint.every == 0 or step == config.steps or signals.stop:
+                save(step)
+            if signals.stop and step < config.steps:
+                checkpoints.close()
+                raise Stopped(f"stopped at step {step} of {config.steps}, saved; the same command goes on from there")
+    return states
+
+
+def check_finite(step: int, metrics: dict) -> dict:
+    """The figures of a step on the host.
+
+    Raises:
+      FloatingPointError: names the first figure that is not finite.
+    """
+    metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    if any(value == 0 for name, value in metrics.items() if name.endswith("/finite")):
+        bad = [name for name, value in metrics.items() if not np.isfinite(value)]
+        losses = [name for name in bad if not name.endswith(("/total", "/grad_norm"))]
+        raise FloatingPointError(
+            f"{(losses or bad)[0]} is not finite at step {step}: training cannot go on; the last checkpoint is sound. "
+            "A lower learning rate or weight of that term usually helps"
+        )
+    return metrics
+
+
+def check_programs(setup: Setup) -> None:
+    """One program a role: a second trace means that a shape changed and time is lost on every such step."""
+    again = [name for name, times in setup.programs.items() if times > 1]
+    if again:
+        raise RuntimeError(f"the program {again[0]} was traced {setup.programs[again[0]]} times; its shapes must not change")
+
+
+class Signals:
+    """Turns SIGTERM and SIGINT into a flag while training runs, so that the state is saved first."""
+
+    def __enter__(self):
+        self.stop = False
+        self.before = {}
+        with contextlib.suppress(ValueError):  # handlers can be set in the main thread alone
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self.before[number] = signal.signal(number, self.handle)
+        return self
+
+    def handle(self, number, frame):
+        self.stop = True
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+class Log:
+    """metrics.jsonl (appended, one object a line) and TensorBoard; only on the first host."""
+
+    def __init__(self, workdir: Path, step: int):
+        self.first = jax.process_index() == 0
+        self.path = workdir / "metrics.jsonl"
+        if self.first:
+            self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step or None)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.first:
+            self.board.close()
+
+    def write(self, step: int, kind: str, values: dict) -> None:
+        if not self.first:
+            return
+        row = {"step": step, "kind": kind, "time": round(time.time(), 1)} | values
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        for name, value in values.items():
+            self.board.add_scalar(name if kind == "train" else f"eval/{name}", value, step)
+
+    def rows(self) -> list[dict]:
+        """All lines; a line that a killed process left half-written is passed over."""
+        rows = []
+        for line in self.path.read_text().splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                rows.append(json.loads(line))
+        return rows
+
+
+# -------------------------------------------------------------------------------------------------- after training
+
+
+class Evaluation(NamedTuple):
+    figures: dict  # the 12 figures of COCO
+    per_class: dict  # class -> AP
+    detections: list  # COCO results
+    examples: list  # detections of the first pictures with objects, on the canvas
+
+
+def ema(state: TrainState) -> tuple:
+    """(params, stats) that are evaluated and handed out."""
+    return state.ema["params"], state.ema["stats"]
+
+
+def evaluate(setup: Setup, role: str, variables, *, limit: int = 0) -> Evaluation:
+    """COCO's figures on the validation split; the host works on a batch while the device computes the next."""
+    config, dataset = setup.config, setup.dataset
+    here = jax.local_devices()[0]
+    variables = jax.tree.map(lambda leaf: jax.device_put(leaf.addressable_data(0), here), tuple(variables))
+    found, ids, examples, pending = [], [], [], collections.deque()
+
+    def fetch():
+        batch, output = pending.popleft()
+        output = jax.device_get(output)
+        found.extend(coco.to_coco(batch, output, dataset.category_ids))
+        ids.extend(batch["image_id"][batch["real"]].tolist())
+        for row in np.flatnonzero(batch["real"] & batch["valid"].any(axis=1))[: EXAMPLES - len(examples)]:
+            examples.append(example(batch, output, row))
+
+    batches = data.eval_batches(dataset, "val", config.data, batch_size=config.eval.batch_size, limit=limit or None)
+    for batch in tqdm(batches, desc=f"evaluate {role}", unit="batch", leave=False, disable=jax.process_index() > 0):
+        output = setup.predict[role](variables, batch["image"], batch["image_size"])
+        pending.append((batch, output))
+        if len(pending) > 1:
+            fetch()
+    while pending:
+        fetch()
+    truth = data.ground_truth(dataset, "val")
+    seen = set(ids)
+    truth = truth | {
+        "images": [image for image in truth["images"] if image["id"] in seen],
+        "annotations": [a for a in truth["annotations"] if a["image_id"] in seen],
+    }
+    return Evaluation(coco.coco_figures(truth, found), coco.per_class(truth, found), found, examples)
+
+
+def example(batch: dict, output, row: int) -> dict:
+    """One picture with its truth and detections, cut out of the canvas."""
+    height, width = batch["image_size"][row]
+    valid, kept = batch["valid"][row], output.valid[row]
+    return {
+        "image": batch["image"][row, :height, :width],
+        "truth": {"boxes": batch["boxes"][row][valid], "labels": batch["labels"][row][valid]},
+        "found": {
+            "boxes": output.boxes[row][kept],
+            "scores": output.scores[row][kept],
+            "labels": output.labels[row][kept],
+        },
+    }
+
+
+def finish(setup: Setup, workdir: Path, log: Log) -> dict:
+    """Evaluates every model, and writes what the user takes away."""
+    config, dataset = setup.config, setup.dataset
+    hw = tuple(config.data.image_size)
+    variables = {role: ema(state) for role, state in setup.states.items()}
+    if setup.teacher:
+        variables["teacher"] = tuple(setup.variables)
+    results = dict.fromkeys(("teacher", "twin", "student", "gain"))
+    evaluations = {}
+    for role in variables:
+        detector = setup.teacher if role == "teacher" else setup.student
+        evaluations[role] = evaluate(setup, role, variables[role])
+        counts = {"params": size.parameters(variables[role][0]), "flops": size.flops(detector, hw)}
+        results[role] = evaluations[role].figures | counts
+        log.write(config.steps, "eval", {f"{role}/{k}": v for k, v in evaluations[role].figures.items()})
+    check_programs(setup)
+    if results["twin"]:
+        results["gain"] = {
+            name: results["student"][name] - results["twin"][name]
+            if -1 not in (results["student"][name], results["twin"][name])
+            else -1
+            for name in evaluations["student"].figures
+        }
+    if jax.process_index():
+        return results
+    about = {"data": config.data.source, "steps": config.steps, "seed": config.seed, "methods": sorted(setup.methods)}
+    for role in setup.states:
+        params, stats = jax.device_get(variables[role])
+        extra = about | {"figures": evaluations[role].figures} | ({"methods": []} if role == "twin" else {})
+        weights.save(
+            workdir / role, setup.student, params, stats, classes=list(dataset.classes), image_size=hw, extra=extra
+        )
+    (workdir / "detections").mkdir(exist_ok=True)
+    for role, evaluation in evaluations.items():
+        write_json(workdir / "detections" / f"{role}.json", evaluation.detections)
+    per_class = {role: evaluation.per_class for role, evaluation in evaluations.items()}
+    write_json(workdir / "per_class.json", per_class)
+    examples = [
+        {"image": one["image"], "truth": one["truth"]}
+        | {r: evaluations[r].examples[i]["found"] if r in evaluations else None for r in ("teacher", "twin", "student")}
+        for i, one in enumerate(evaluations["student"].examples)
+    ]
+    method = " + ".join(setup.methods) or "no teacher"
+    report.write_report(
+        workdir / "report.html",
+        title=f"{setup.student.name} on {dataset.name}, {method}",
+        results=results,
+        rows=log.rows(),
+        per_class=per_class,
+        examples=examples,
+        classes=list(dataset.classes),
+        config_text=config.to_json(indent=2),
+        notes=notes(setup),
+    )
+    write_json(workdir / "results.json", results)  # last: where it is, everything is
+    return results
+
+
+def notes(setup: Setup) -> list[str]:
+    """Lines for the foot of the report."""
+    lines = [
+        f"Pictures: the first {EXAMPLES} of the validation split that hold objects, not chosen by result.",
+        "Figures: moving-average weights, on the whole validation split, by COCO's rules.",
+    ]
+    if "twin" in setup.states:
+        lines.append("The twin is the same student from the same start on the same batches, without the teacher.")
+    facts = environment()
+    return lines + [f"{name}: {value}" for name, value in facts.items() if value]
+
+
+def environment() -> dict:
+    """Versions, devices and commit of this run."""
+    try:
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=Path(kdjax.__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        ).stdout.strip()
+    except OSError:  # no git on this machine
+        commit = ""
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "faster-coco-eval")
+    return {
+        "kdjax": kdjax.__version__,
+        "commit": commit,
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in packages},
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind} ({jax.process_count()} hosts)",
+    }
+
+
+def write_config(config: ConfigDict, workdir: Path) -> None:
+    """The resolved config and the environment; a resumed run adds its environment to the list."""
+    if jax.process_index():
+        return
+    workdir.mkdir(parents=True, exist_ok=True)
+    path = workdir / "config.json"
+    runs = json.loads(path.read_text())["runs"] if path.exists() else []
+    now = environment() | {"command": sys.argv[1:], "time": time.strftime("%Y-%m-%d %H:%M:%S")}
+    write_json(path, {"config": json.loads(config.to_json()), "runs": [*runs, now]})
+
+
+def write_json(path: Path, value) -> None:
+    """Atomic: a reader sees the old file or the new one."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    temporary.replace(path)

@@ -1,0 +1,47 @@
+"""Trains a student detector, with a teacher or alone: `python train.py --config=configs/NAME.py --workdir=DIR`."""
+
+import os
+import sys
+
+from absl import app, flags
+from ml_collections import config_flags
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/; --config.a.b=value changes a setting.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps all it writes; run again to resume.")
+MULTIHOST = flags.DEFINE_bool("multihost", False, "Several hosts: the same command on each (jax.distributed).")
+
+
+def main(argv):
+    if len(argv) > 1:
+        fail(f"{argv[1]!r} is no flag; settings are changed with --config.a.b=value")
+    if CONFIG.value is None or (WORKDIR.value is None and not CONFIG.value.data.check):
+        fail("--config and --workdir are needed: python train.py --config=configs/quickstart.py --workdir=runs/quickstart")
+    import jax
+
+    if MULTIHOST.value:
+        jax.distributed.initialize()
+    from kdjax.train import loop
+
+    try:
+        loop.run(CONFIG.value, WORKDIR.value)
+    except loop.Stopped as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(143)
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        if os.environ.get("KDJAX_TRACEBACK"):
+            raise
+        fail(error)
+
+
+def fail(error):
+    print(f"train.py: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    try:
+        app.run(main)
+    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:  # absl reads the flags before main
+        if os.environ.get("KDJAX_TRACEBACK"):
+            raise
+        fail(error)
