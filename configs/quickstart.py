@@ -1,0 +1,28 @@
+"""The embedded default: MKD distils rtmdet_nano into rtmdet_pico on scenes made on the spot, minutes on two CPU cores.
+
+    make quickstart
+    python train.py --config=configs/quickstart.py --workdir=runs/quickstart
+    python train.py --config=configs/quickstart.py:rtmdet_cwd --workdir=runs/cwd   # another method, or several: a+b
+"""
+
+from kdjax.train.config import base, methods
+
+
+def get_config(chosen: str = "mkd"):
+    config = base()
+    config.batch_size = 16
+    config.steps = 1200
+    config.student.detector = "rtmdet_pico"
+    config.teacher.detector = "rtmdet_nano"
+    config.teacher.weights = "assets/quickstart_teacher"
+    config.methods = methods(chosen)
+    config.twin = True
+    config.data.image_size = (160, 160)
+    config.data.augment.scale = (0.8, 1.25)
+    config.optimizer.lr = 0.002
+    config.optimizer.warmup = 100
+    config.ema.ramp = 200
+    config.eval.every = 400
+    config.eval.limit = 200
+    config.checkpoint.every = 400
+    return config

@@ -1,0 +1,20 @@
+"""A detector trained alone on the embedded scenes: how the teacher of the quickstart was made.
+
+    python train.py --config=configs/supervised/scenes.py:rtmdet_nano --workdir=runs/scenes_teacher
+"""
+
+from kdjax.train.config import base
+
+
+def get_config(detector: str = "rtmdet_nano"):
+    config = base()
+    config.batch_size = 16
+    config.steps = 4000
+    config.student.detector = detector
+    config.data.image_size = (160, 160)
+    config.data.augment.scale = (0.8, 1.25)
+    config.optimizer.lr = 0.002
+    config.optimizer.warmup = 200
+    config.eval.every = 1000
+    config.eval.limit = 200
+    return config
