@@ -27,7 +27,17 @@ def main(argv):
     except loop.Stopped as stop:
         print(stop, file=sys.stderr)
         sys.exit(143)
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+    except (loop.BadInput, FloatingPointError) as error:
+        if os.environ.get("KDJAX_TRACEBACK"):
+            raise
+        fail(error)
+
+
+def parse(argv):
+    """Reads the flags, and with them the config file: what is wrong there gets one sentence."""
+    try:
+        return flags.FLAGS(argv)
+    except Exception as error:  # config files are the user's code: they can raise anything
         if os.environ.get("KDJAX_TRACEBACK"):
             raise
         fail(error)
@@ -39,9 +49,4 @@ def fail(error):
 
 
 if __name__ == "__main__":
-    try:
-        app.run(main)
-    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:  # absl reads the flags before main
-        if os.environ.get("KDJAX_TRACEBACK"):
-            raise
-        fail(error)
+    app.run(main, flags_parser=parse)

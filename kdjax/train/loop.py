@@ -62,6 +62,10 @@ class Setup(NamedTuple):
     mesh: Mesh
 
 
+class BadInput(Exception):
+    """The user's input cannot be used; the message is one sentence: what, where, what would be right."""
+
+
 class Stopped(Exception):
     """The run was asked to stop and has saved its state."""
 
@@ -78,30 +82,29 @@ def run(config: ConfigDict, workdir: str) -> dict | None:
       The content of results.json; None for a dry run (`config.data.check`).
 
     Raises:
-      ValueError, FileNotFoundError: the input is bad; raised before any training, in one sentence.
+      BadInput: before any training.
       FloatingPointError: a loss or gradient is not finite; the message names it.
       Stopped: SIGTERM or SIGINT arrived; the state is saved.
     """
-    check_config(config)
-    use_compile_cache(config.compile_cache)
-    dataset = data.open_dataset(config.data)
-    if config.data.check:
-        print(data.summary(dataset, config.data))
-        return None
-    setup = prepare(config, dataset)
-    workdir = Path(workdir)
-    check_workdir(config, workdir)
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
     try:
-        start, setup = resume(setup, checkpoints)
+        check_config(config)
+        dataset = data.open_dataset(config.data)
+        if config.data.check:
+            print(data.summary(dataset, config.data))
+            return None
+        workdir = Path(workdir)
+        check_workdir(config, workdir)
+        use_compile_cache(config.compile_cache)
+        checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
+        start, setup = resume(prepare(config, dataset), checkpoints)
         if start == 0:
             check_terms(setup)
-        write_config(config, workdir)
-        with Log(workdir, start) as log:
-            states = train(setup, start, checkpoints, log)
-            return finish(setup._replace(states=states), workdir, log)
-    finally:
-        checkpoints.close()
+    except (ValueError, FileNotFoundError) as error:
+        raise BadInput(str(error)) from error
+    write_config(config, workdir)
+    with contextlib.closing(checkpoints), Log(workdir, start) as log:
+        states = train(setup, start, checkpoints, log)
+        return finish(setup._replace(states=states), workdir, log)
 
 
 # ---------------------------------------------------------------------------------------------------- before training
@@ -226,7 +229,7 @@ def prepare(config: ConfigDict, dataset) -> Setup:
 
 def output_spec(detector, hw: tuple[int, int]):
     """Shapes of all that a detector returns for one picture, without computing anything."""
-    variables = jax.eval_shape(detector.init, jax.random.PRNGKey(0)) if False else detector.init(jax.random.PRNGKey(0))
+    variables = detector.init(jax.random.PRNGKey(0))
     image = jax.ShapeDtypeStruct((1, *hw, 3), jnp.float32)
     return jax.eval_shape(lambda x: detector.apply(*variables, x, train=False)[0], image)
 

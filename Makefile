@@ -1,0 +1,33 @@
+# The README's commands. They need git, make and a Python from 3.11 on; PYTHON=... chooses one.
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV ?= .venv
+PY := $(VENV)/bin/python
+
+.PHONY: quickstart test test-all setup lint
+
+# Trains the student with and without its teacher on the embedded default and writes runs/quickstart/report.html.
+quickstart: setup
+	$(PY) train.py --config=configs/quickstart.py --workdir=runs/quickstart
+	@echo "The report: runs/quickstart/report.html"
+
+# The suite, on CPU; test-all adds what takes minutes.
+test: setup
+	$(PY) -m pytest
+
+test-all: setup
+	$(PY) -m pytest -m ""
+
+lint: setup
+	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+
+setup: $(VENV)/.ready
+
+# The tested versions of this Python's line, where there is such a file; otherwise the newest that fit pyproject.toml.
+$(VENV)/.ready: pyproject.toml $(wildcard constraints/*.txt)
+	@test -n "$(PYTHON)" || { echo "kdjax needs Python 3.11 or newer; none was found. PYTHON=/path/to/python chooses one."; exit 1; }
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check --upgrade pip
+	pinned=constraints/py$$($(PY) -c 'import sys; print("%d%d" % sys.version_info[:2])').txt; \
+	$(PY) -m pip install --quiet --disable-pip-version-check $$(test -f $$pinned && echo "--constraint $$pinned") --editable '.[dev]'
+	touch $@
