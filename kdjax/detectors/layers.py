@@ -1,0 +1,92 @@
+"""The layers that detectors are made of, as NNX modules over `kdjax.nn`.
+
+A variable declares how it is drawn (`draw`, read by `kdjax.detectors.api.pure`); constructors only run abstractly.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from kdjax import nn
+
+Array = jax.Array
+
+
+def uniform_fan_in(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Uniform within 1 / sqrt(fan in): PyTorch's default for a convolution (Kaiming with a = sqrt 5)."""
+    bound = 1.0 / np.sqrt(np.prod(shape[:-1]))
+    return rng.uniform(-bound, bound, shape)
+
+
+def normal(std: float) -> Callable:
+    """Normal with mean 0 and the given standard deviation."""
+    return lambda rng, shape: rng.normal(0.0, std, shape)
+
+
+def constant(value: float) -> Callable:
+    """The same value everywhere."""
+    return lambda rng, shape: np.full(shape, value)
+
+
+class Conv(nnx.Module):
+    """Convolution with "same" padding; groups = channels if `depthwise`. A bias exists where its `draw` is given."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        size: int,
+        *,
+        stride: int = 1,
+        depthwise: bool = False,
+        draw: Callable = uniform_fan_in,
+        bias: Callable | None = None,
+    ):
+        self.stride, self.groups = stride, inputs if depthwise else 1
+        self.kernel = nnx.Param(jnp.zeros((size, size, inputs // self.groups, outputs)), draw=draw)
+        self.bias = None if bias is None else nnx.Param(jnp.zeros(outputs), draw=bias)
+
+    def __call__(self, x: Array) -> Array:
+        bias = None if self.bias is None else self.bias[...]
+        return nn.conv2d(x, self.kernel[...], bias, stride=self.stride, groups=self.groups)
+
+
+class BatchNorm(nnx.Module):
+    """Batch norm with PyTorch's running statistics: new = 0.9 old + 0.1 batch, the variance unbiased, eps 1e-5."""
+
+    def __init__(self, channels: int):
+        self.scale = nnx.Param(jnp.zeros(channels), draw=constant(1.0))
+        self.bias = nnx.Param(jnp.zeros(channels), draw=constant(0.0))
+        self.mean = nnx.BatchStat(jnp.zeros(channels), draw=constant(0.0))
+        self.var = nnx.BatchStat(jnp.zeros(channels), draw=constant(1.0))
+
+    def __call__(self, x: Array, train: bool) -> Array:
+        mean, var = self.mean[...], self.var[...]
+        if train:
+            moments = nn.batch_moments(x)
+            n = x.size // x.shape[-1]
+            seen = (moments[0], moments[1] * (n / max(n - 1, 1)))
+            # The running estimates are no path for gradients.
+            self.mean[...] = 0.9 * mean + 0.1 * jax.lax.stop_gradient(seen[0])
+            self.var[...] = 0.9 * var + 0.1 * jax.lax.stop_gradient(seen[1])
+            mean, var = moments
+        return nn.batch_norm(x, self.scale[...], self.bias[...], mean, var)
+
+
+class ConvNorm(nnx.Module):
+    """Convolution without bias, batch norm, SiLU."""
+
+    def __init__(self, inputs: int, outputs: int, size: int, *, stride: int = 1, depthwise: bool = False):
+        self.conv = Conv(inputs, outputs, size, stride=stride, depthwise=depthwise)
+        self.bn = BatchNorm(outputs)
+
+    def __call__(self, x: Array, train: bool) -> Array:
+        return self.taps(x, train)[0]
+
+    def taps(self, x: Array, train: bool) -> tuple[Array, Array]:
+        """Returns the output, and the convolution's own output before norm and activation."""
+        y = self.conv(x)
+        return jax.nn.silu(self.bn(y, train)), y

@@ -1,0 +1,348 @@
+"""RTMDet: CSPNeXt, CSPNeXt-PAFPN and a head with shared convolutions and a batch norm of its own on every level.
+
+Reference: Lyu et al., RTMDet: An Empirical Study of Designing Real-Time Object Detectors, arXiv 2212.07784. Peers:
+mmdetection 3.3.0, whose names and numbers this file keeps. It departs from them in one place: without the exponential,
+the distances' bias starts at 1 (as in mmdetection's RTMDet-Ins) instead of 0, so that first boxes are two cells wide
+instead of empty; with the exponential both are the same.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from kdjax.boxes import assign, coding, nms, priors
+from kdjax.detectors.api import Detector, Tree, flatten, pure, unflatten
+from kdjax.detectors.cspnext import CSPNeXt
+from kdjax.detectors.layers import BatchNorm, Conv, constant, normal
+from kdjax.detectors.pafpn import CSPNeXtPAFPN
+from kdjax.losses import box, classification
+from kdjax.structs import Assignment, Detections, DetectorOutput, Targets
+
+Array = jax.Array
+
+STRIDES = (8, 16, 32)
+FOCAL_BIAS = -math.log((1 - 0.01) / 0.01)  # every class starts at a probability of 0.01
+_BGR_MEAN = np.array([103.53, 116.28, 123.675], np.float32)
+_BGR_STD = np.array([57.375, 57.12, 58.395], np.float32)
+
+# The published sizes, and two small ones for CPUs (pico, nano). Head and neck are as wide as the finest map.
+_VARIANTS = {
+    "pico": {"widen": 0.125, "deepen": 0.167, "exp_on_reg": False},
+    "nano": {"widen": 0.25, "deepen": 0.167, "exp_on_reg": False},
+    "tiny": {"widen": 0.375, "deepen": 0.167, "exp_on_reg": False},
+    "s": {"widen": 0.5, "deepen": 0.33, "exp_on_reg": False},
+    "m": {"widen": 0.75, "deepen": 0.67, "exp_on_reg": True},
+    "l": {"widen": 1.0, "deepen": 1.0, "exp_on_reg": True},
+    "x": {"widen": 1.25, "deepen": 1.33, "exp_on_reg": True},
+}
+
+
+class _TowerConv(nnx.Module):
+    """A 3x3 convolution, unless it is another level's, and this level's batch norm."""
+
+    def __init__(self, inputs: int, outputs: int, *, own_conv: bool):
+        self.conv = Conv(inputs, outputs, 3, draw=normal(0.01)) if own_conv else None
+        self.bn = BatchNorm(outputs)
+
+
+class _Head(nnx.Module):
+    """Two towers over the levels: the convolutions are shared if `share_conv`, norms and predictors never."""
+
+    def __init__(
+        self, inputs: int, channels: int, num_classes: int, *, stacked_convs: int, share_conv: bool, exp_on_reg: bool
+    ):
+        def tower() -> nnx.List:
+            return nnx.List(
+                [
+                    nnx.List(
+                        [
+                            _TowerConv(channels if i else inputs, channels, own_conv=level == 0 or not share_conv)
+                            for i in range(stacked_convs)
+                        ]
+                    )
+                    for level in range(len(STRIDES))
+                ]
+            )
+
+        def predictors(outputs: int, bias: float) -> nnx.List:
+            return nnx.List(
+                [Conv(channels, outputs, 1, draw=normal(0.01), bias=constant(bias)) for _ in STRIDES]
+            )
+
+        self.exp_on_reg = exp_on_reg
+        self.cls_convs, self.reg_convs = tower(), tower()
+        self.rtm_cls = predictors(num_classes, FOCAL_BIAS)
+        self.rtm_reg = predictors(4, 0.0 if exp_on_reg else 1.0)
+
+    def branch(
+        self, maps: tuple[Array, ...], name: str, start: int, train: bool
+    ) -> tuple[tuple[tuple[Array, ...], ...], tuple[Array, ...]]:
+        """Runs one branch on all levels from conv `start` on (0-based; the maps are activated first if start > 0).
+
+        Returns the pre-activation outputs of its convs (conv, then level), and the predictions.
+        """
+        convs, predictors = (self.cls_convs, self.rtm_cls) if name == "cls" else (self.reg_convs, self.rtm_reg)
+        taps, predictions = [], []
+        for level, x in enumerate(maps):
+            x = jax.nn.silu(x) if start else x
+            taps.append([])
+            for i in range(start, len(convs[level])):
+                layer = convs[level][i]
+                conv = layer.conv if layer.conv is not None else convs[0][i].conv
+                taps[level].append(layer.bn(conv(x), train))
+                x = jax.nn.silu(taps[level][-1])
+            y = predictors[level](x)
+            if name == "reg":
+                y = (jnp.exp(y) if self.exp_on_reg else y) * STRIDES[level]
+            predictions.append(y)
+        return tuple(zip(*taps, strict=True)), tuple(predictions)
+
+
+class RTMDet(nnx.Module):
+    """The whole network; its parts carry mmdetection's names."""
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        widen: float,
+        deepen: float,
+        expand_ratio: float,
+        attention: bool,
+        neck_channels: int,
+        neck_blocks: int,
+        head_channels: int,
+        stacked_convs: int,
+        share_conv: bool,
+        exp_on_reg: bool,
+    ):
+        self.backbone = CSPNeXt(widen=widen, deepen=deepen, expand_ratio=expand_ratio, attention=attention)
+        self.neck = CSPNeXtPAFPN(self.backbone.channels, neck_channels, blocks=neck_blocks, expand_ratio=expand_ratio)
+        self.bbox_head = _Head(
+            neck_channels,
+            head_channels,
+            num_classes,
+            stacked_convs=stacked_convs,
+            share_conv=share_conv,
+            exp_on_reg=exp_on_reg,
+        )
+
+    def __call__(self, x: Array, train: bool) -> DetectorOutput:
+        backbone = self.backbone(x, train)
+        neck, neck_conv = self.neck(backbone, train)
+        cls_tower, cls_logits = self.bbox_head.branch(neck, "cls", 0, train)
+        reg_tower, box_reg = self.bbox_head.branch(neck, "reg", 0, train)
+        return DetectorOutput(
+            strides=STRIDES,
+            backbone_strides=STRIDES,
+            backbone=backbone,
+            neck=neck,
+            neck_conv=neck_conv,
+            cls_tower=cls_tower,
+            reg_tower=reg_tower,
+            cls_logits=cls_logits,
+            box_reg=box_reg,
+        )
+
+
+def make(variant: str, num_classes: int, **overrides) -> Detector:
+    """Builds RTMDet in one of its sizes.
+
+    Args:
+      variant: pico, nano, tiny, s, m, l or x.
+      num_classes: K >= 1.
+      **overrides: any of
+        widen, deepen: factors of channels and of blocks, > 0;
+        expand_ratio: share of a CSP layer's channels that each of its halves has (0.5);
+        attention: channel attention in the backbone (True);
+        neck_channels, head_channels: channels of the neck's maps and of the towers (256 widen);
+        neck_blocks: blocks of each CSP layer of the neck (max(round(3 deepen), 1));
+        stacked_convs: convolutions of each tower (2);
+        share_conv: whether the levels share the towers' convolutions (True);
+        exp_on_reg: whether distances are exponentials (m, l and x) or linear.
+
+    Returns:
+      The detector. Its boxes are decoded from `box_reg`: distances left, top, right, bottom in pixels.
+
+    Raises:
+      ValueError: for an unknown variant or option, or a value out of range.
+
+    Peers: mmdetection 3.3.0, configs/rtmdet/rtmdet_*_8xb32-300e_coco.py.
+
+    Reference: arXiv 2212.07784, table 2.
+
+    Example:
+      >>> make("pico", 5, stacked_convs=1).options
+      {'stacked_convs': 1}
+    """
+    if variant not in _VARIANTS:
+        raise ValueError(f"There is no RTMDet {variant!r}; its sizes are {', '.join(_VARIANTS)}.")
+    options = dict(_VARIANTS[variant], expand_ratio=0.5, attention=True, stacked_convs=2, share_conv=True) | overrides
+    options.setdefault("neck_channels", int(256 * options["widen"]))
+    options.setdefault("head_channels", int(256 * options["widen"]))
+    options.setdefault("neck_blocks", max(round(3 * options["deepen"]), 1))
+    _check(num_classes, options, overrides)
+    module = pure(lambda: RTMDet(num_classes, **options))
+
+    def apply(params: Tree, stats: Tree, x: Array, *, train: bool) -> tuple[DetectorOutput, Tree]:
+        if x.ndim != 4 or x.shape[1] % 32 or x.shape[2] % 32 or x.shape[3] != 3:
+            raise ValueError(f"RTMDet takes images f32[B, H, W, 3] whose sides divide by 32, not {x.shape}.")
+        return module.call(params, stats, RTMDet.__call__, x, train)
+
+    def head(params: Tree, stats: Tree, features: tuple[Array, ...], *, branch: str, start: int) -> tuple[Array, ...]:
+        if branch not in ("cls", "reg") or not 0 <= start <= options["stacked_convs"]:
+            raise ValueError(
+                f"RTMDet's head has the branches cls and reg and can be entered at 0 to {options['stacked_convs']}, "
+                f"not at {branch!r}, {start}."
+            )
+        return module.call(params, stats, lambda m: m.bbox_head.branch(features, branch, start, False)[1])[0]
+
+    return Detector(
+        name=f"rtmdet_{variant}",
+        num_classes=num_classes,
+        options=overrides,
+        strides=STRIDES,
+        size_divisor=32,
+        pad_value=114,
+        shapes=module.shapes,
+        init=module.init,
+        preprocess=preprocess,
+        apply=apply,
+        head=head,
+        loss=loss,
+        decode=decode,
+        decode_boxes=decode_boxes,
+        class_logits=class_logits,
+        priors=lambda hw: priors.grid_priors(hw, STRIDES),
+        no_decay=no_decay,
+    )
+
+
+def _check(num_classes: int, options: dict, overrides: dict) -> None:
+    known = [
+        "widen", "deepen", "expand_ratio", "attention", "neck_channels", "neck_blocks", "head_channels",
+        "stacked_convs", "share_conv", "exp_on_reg",
+    ]  # fmt: skip
+    unknown = sorted(set(overrides) - set(known))
+    if unknown:
+        raise ValueError(f"RTMDet has no option {', '.join(unknown)}; its options are {', '.join(known)}.")
+    if num_classes < 1:
+        raise ValueError(f"RTMDet needs at least one class, not {num_classes}.")
+    if int(64 * options["widen"] // 2) < 1 or options["deepen"] <= 0 or options["stacked_convs"] < 1:
+        raise ValueError(
+            f"RTMDet needs widen >= 1/32, deepen > 0 and stacked_convs >= 1, not widen={options['widen']}, "
+            f"deepen={options['deepen']}, stacked_convs={options['stacked_convs']}."
+        )
+
+
+def preprocess(images: Array) -> Array:
+    """u8[B, H, W, 3] RGB -> f32[B, H, W, 3] BGR, mean and deviation of ImageNet taken out."""
+    return (images[..., ::-1].astype(jnp.float32) - _BGR_MEAN) / _BGR_STD
+
+
+def no_decay(params: Tree) -> Tree:
+    """True on norm scales and offsets and on biases, which weight decay leaves alone."""
+    return unflatten({path: not path.endswith("/kernel") for path in flatten(params)})
+
+
+def _join(maps: tuple[Array, ...]) -> Array:
+    """L of f32[B, H, W, C] -> f32[B, N, C]."""
+    return jnp.concatenate([m.reshape(m.shape[0], -1, m.shape[-1]) for m in maps], 1)
+
+
+def class_logits(output: DetectorOutput) -> Array:
+    """Classification logits of all levels, f32[B, N, K]."""
+    return _join(output.cls_logits)
+
+
+def _priors(output: DetectorOutput) -> np.ndarray:
+    height, width = output.box_reg[0].shape[1:3]
+    return priors.grid_priors((height * output.strides[0], width * output.strides[0]), output.strides)
+
+
+def decode_boxes(output: DetectorOutput) -> Array:
+    """Boxes of all priors, f32[B, N, 4] in pixels; not clipped, and inverted where a linear distance is negative."""
+    return coding.distance_to_boxes(_priors(output)[:, :2], _join(output.box_reg))
+
+
+def loss(
+    output: DetectorOutput, targets: Targets, *, assignment: Assignment | None = None
+) -> tuple[dict[str, Array], Assignment]:
+    """RTMDet's two losses over the global batch.
+
+    With the quality q of each prior (IoU of a positive prior and its box, else 0) and n = max(sum q, 1):
+    loss_cls = sum quality_focal(logits, label, q) / n, loss_box = 2 sum q (1 - GIoU) / n.
+
+    Args:
+      output: of `apply`.
+      targets: ground truth.
+      assignment: what to learn; by default the dynamic soft-label assigner decides, without gradient.
+
+    Returns:
+      {"loss_cls": f32[], "loss_box": f32[]}, both >= 0, and the assignment. Without any box, loss_box is 0.
+
+    Scope: the global batch, all levels.
+
+    Peers: mmdetection 3.3.0 RTMDetHead.loss_by_feat on one device, its levels added up.
+
+    Reference: arXiv 2212.07784, section 3.3.
+    """
+    logits, boxes = class_logits(output), decode_boxes(output)
+    if assignment is None:
+        assignment = assign.dynamic_soft_label(
+            jax.lax.stop_gradient(logits), jax.lax.stop_gradient(boxes), _priors(output), targets
+        )
+    focal, giou = prior_losses(logits, boxes, assignment)
+    return {"loss_cls": jnp.sum(focal), "loss_box": jnp.sum(giou)}, assignment
+
+
+def prior_losses(logits: Array, boxes: Array, assignment: Assignment) -> tuple[Array, Array]:
+    """The two losses of `loss` before the sum: f32[B, N] each, weighted and divided by the global normalizer."""
+    quality = jnp.where(assignment.positive, assignment.quality, 0.0)
+    normalizer = jnp.maximum(jnp.sum(quality), 1.0)
+    focal = classification.quality_focal(logits, assignment.labels, quality)
+    giou = box.giou(boxes, assignment.boxes)
+    return jnp.where(assignment.ignore, 0.0, focal) / normalizer, 2.0 * quality * giou / normalizer
+
+
+def decode(
+    output: DetectorOutput,
+    image_size: Array,
+    *,
+    score_threshold: float = 0.001,
+    iou_threshold: float = 0.65,
+    pre_nms: int = 30000,
+    max_detections: int = 300,
+) -> Detections:
+    """Turns predictions into detections by class-wise non-maximum suppression.
+
+    Args:
+      output: of `apply`.
+      image_size: i32[B, 2], height and width that boxes are clipped to.
+      score_threshold: detections score above it, 0 .. 1.
+      iou_threshold: a box goes if a better one of its class overlaps it by more.
+      pre_nms: (prior, class) pairs of each level that enter the suppression at most.
+      max_detections: D, rows of the result.
+
+    Returns:
+      D detections a picture, padded.
+
+    Scope: one picture.
+
+    Peers: mmdetection 3.3.0 RTMDetHead.predict_by_feat without rescaling.
+    """
+    sizes = tuple(m.shape[1] * m.shape[2] for m in output.cls_logits)
+    return nms.select(
+        decode_boxes(output),
+        jax.nn.sigmoid(class_logits(output)),
+        image_size=image_size,
+        score_threshold=score_threshold,
+        iou_threshold=iou_threshold,
+        pre_nms=pre_nms,
+        level_sizes=sizes,
+        max_detections=max_detections,
+    )
