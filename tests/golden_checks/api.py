@@ -1,0 +1,116 @@
+"""What the modules of this folder share: the type of a check, and how reference files are read and compared.
+
+Every other module here has a list `CHECKS` of pairs (pattern of a file's path relative to the replayed folder, function
+of the file's path that yields checks). `tests.golden_replay` finds the modules by itself.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Check(NamedTuple):
+    """One line of the table: passed if `error <= tolerance`, skipped if `skip` gives a reason, failed otherwise."""
+
+    name: str
+    error: float | None = None
+    tolerance: float | None = None
+    skip: str | None = None
+    message: str | None = None  # why there is no error to compare: the check failed
+
+    @property
+    def verdict(self) -> str:
+        if self.skip is not None:
+            return "skipped"
+        # NaN compares false and fails.
+        done = self.error is not None and self.tolerance is not None and self.message is None
+        return "passed" if done and self.error <= self.tolerance else "failed"
+
+
+Checks = Iterator[Check]
+
+LATER_DENSE = "a later issue (dense detectors) brings it"
+LATER_MASKS = "a later issue (instance masks) brings it"
+LATER_TWO_STAGE = "a later issue (two-stage detectors) brings it"
+LATER_METHODS = "a later issue (more methods) brings it"
+NOT_PART = "not part of kdjax (conventions.md)"
+
+
+class UnknownCase(ValueError):
+    """A case or a parameter for which nobody has written a check."""
+
+
+def load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The arrays of a reference file, and its `meta`."""
+    with np.load(path, allow_pickle=False) as file:
+        arrays = {key: file[key] for key in file.files if key != "meta"}
+        return arrays, json.loads(str(file["meta"]))
+
+
+def below(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    """The arrays whose key begins with `prefix/`, under the rest of their keys."""
+    return {key[len(prefix) + 1 :]: value for key, value in arrays.items() if key.startswith(prefix + "/")}
+
+
+def relative_error(got: Any, want: Any) -> float:
+    """`max |got - want| / max |want|`, the measure of the reference's README; absolute where `want` is all zero.
+
+    Infinite if the shapes differ or if only one of the two is finite somewhere.
+    """
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    if got.shape != want.shape:
+        raise ValueError(f"shape {got.shape} instead of {want.shape}")
+    if want.size == 0:
+        return 0.0
+    if not (np.isfinite(got).all() and np.isfinite(want).all()):
+        return float("inf")
+    return float(np.abs(got - want).max() / (np.abs(want).max() or 1.0))
+
+
+def mismatches(got: Any, want: Any) -> float:
+    """How many entries differ; to be compared with the tolerance 0 (or the number that is allowed)."""
+    got, want = np.asarray(got), np.asarray(want)
+    if got.shape != want.shape:
+        raise ValueError(f"shape {got.shape} instead of {want.shape}")
+    return float(np.sum(got != want))
+
+
+def failure(name: str, error: Exception) -> Check:
+    """The line of a check that raised."""
+    return Check(name, message=f"{type(error).__name__}: {error}".splitlines()[0])
+
+
+def each_case(path: Path, replay: Callable[[str, dict[str, Any], dict[str, np.ndarray]], Checks]) -> Checks:
+    """Replay the cases of a loss or op file; a case that raises is one failed check, and the others go on.
+
+    Args:
+      path: the `.npz` file.
+      replay: function of (what the case is, its parameters, its arrays) that yields checks; their names are put behind
+        the name of the case. It raises `UnknownCase` for what it does not know.
+    """
+    arrays, meta = load(path)
+    cases = meta["cases"]
+    unlisted = sorted({key.split("/")[0] for key in arrays} - set(cases))
+    if unlisted:
+        yield Check("cases", message=f"arrays of {', '.join(unlisted)}, which meta does not list")
+    for case, entry in cases.items():
+        try:
+            checks = list(replay(entry["what"], entry["params"], below(arrays, case)))
+            if not checks:
+                raise UnknownCase(f"no check for {entry['what']!r}")
+        except Exception as error:  # whatever it is, it belongs into the table
+            checks = [failure(entry["what"].split(";")[0], error)]
+        yield from (check._replace(name=f"{case} {check.name}") for check in checks)
+
+
+def skip_file(reason: str) -> Callable[[Path], Checks]:
+    """A check that skips a whole file."""
+
+    def skip(path: Path) -> Checks:
+        del path
+        yield Check("whole file", skip=reason)
+
+    return skip

@@ -1,0 +1,22 @@
+"""Reference files that wait for a later issue, and the reason. Who brings the code takes the line out."""
+
+from tests.golden_checks.api import LATER_DENSE, LATER_MASKS, LATER_METHODS, LATER_TWO_STAGE, skip_file
+
+CHECKS = [
+    ("loss/det_mask_*.npz", skip_file(LATER_MASKS)),
+    ("model/atss_*.npz", skip_file(LATER_DENSE)),
+    ("model/fcos_*.npz", skip_file(LATER_DENSE)),
+    ("model/gfl_*.npz", skip_file(LATER_DENSE)),
+    ("model/retinanet_*.npz", skip_file(LATER_DENSE)),
+    ("model/faster_*.npz", skip_file(LATER_TWO_STAGE)),
+    ("model/mask_*.npz", skip_file(LATER_TWO_STAGE)),
+    ("model/rtmdetins_*.npz", skip_file(LATER_MASKS)),
+    ("tables/rtmdet-ins_*_state.json", skip_file(LATER_MASKS)),
+    ("kd/crosskd_*.npz", skip_file(LATER_METHODS)),
+    ("kd/fgd_*.npz", skip_file(LATER_METHODS)),
+    ("kd/ld_*.npz", skip_file(LATER_METHODS)),
+    ("kd/logit_*.npz", skip_file(LATER_METHODS)),
+    ("kd/mgd_*.npz", skip_file(LATER_METHODS)),
+    ("kd/pkd_*.npz", skip_file(LATER_METHODS)),
+    ("kd/ssim_*.npz", skip_file(LATER_METHODS)),
+]
