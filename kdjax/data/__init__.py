@@ -1,0 +1,7 @@
+"""Pictures and boxes for the trainer: NumPy arrays only, never jax (see `docs/architecture.md`)."""
+
+from kdjax.data.dataset import Dataset, Split, ground_truth, open_dataset
+from kdjax.data.loader import eval_batches, train_batches
+from kdjax.data.summary import summary
+
+__all__ = ["Dataset", "Split", "eval_batches", "ground_truth", "open_dataset", "summary", "train_batches"]

@@ -1,0 +1,231 @@
+"""Folders in COCO layout: finding their files, checking and repairing their json, streaming their pictures."""
+
+import concurrent.futures
+import hashlib
+import itertools
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from kdjax.data import records
+from kdjax.data.records import Picture
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+_CLIP = 0.01  # px: a box that sticks out by less is clipped without a word (rounding in the json)
+
+
+def find(root: str, split: str, *, annotations: str = "", images: str = "") -> tuple[Path, Path]:
+    """The json and the folder of pictures of a split.
+
+    Tried under `root`: annotations/instances_{split}.json, annotations/{split}.json, {split}/_annotations.coco.json;
+    images/{split}/, {split}/, images/. Explicit paths count from `root`, or are absolute.
+    """
+    if not root and not (annotations and images):
+        raise ValueError("config.data.root is empty: it must name a folder with annotations/ and images/.")
+    base = Path(root).expanduser()
+    if root and not base.is_dir():
+        raise FileNotFoundError(f"config.data.root: there is no folder {base}.")
+    if annotations:
+        jsons = [base / annotations]
+    else:
+        jsons = [
+            base / "annotations" / f"instances_{split}.json",
+            base / "annotations" / f"{split}.json",
+            base / split / "_annotations.coco.json",
+        ]
+    folders = [base / images] if images else [base / "images" / split, base / split, base / "images"]
+    json_path = next((p for p in jsons if p.is_file()), None)
+    if json_path is None:
+        raise FileNotFoundError(f"split '{split}' has no instances json: looked for {_listed(jsons)}.")
+    folder = next((p for p in folders if p.is_dir()), None)
+    if folder is None:
+        raise FileNotFoundError(f"split '{split}' has no folder of pictures: looked for {_listed(folders)}.")
+    return json_path, folder
+
+
+def _listed(paths) -> str:
+    return ", ".join(str(p) for p in paths)
+
+
+def fingerprint(json_path: Path, folder: Path) -> dict:
+    """What the preparation depends on: the json's content; name, size and time of every picture."""
+    digest = hashlib.sha256()
+    for where, subfolders, names in os.walk(folder):
+        subfolders.sort()
+        for name in sorted(names):
+            if name.lower().endswith(SUFFIXES):
+                stat = os.stat(os.path.join(where, name))
+                digest.update(f"{os.path.relpath(where, folder)}/{name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    with open(json_path, "rb") as file:
+        return {"json": hashlib.file_digest(file, "sha256").hexdigest(), "pictures": digest.hexdigest()}
+
+
+def read(json_path: Path) -> dict:
+    """The parsed json, with the three lists that COCO's layout requires."""
+    try:
+        with open(json_path, encoding="utf-8") as file:
+            data = json.load(file)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{json_path} does not parse as json: {error}.") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{json_path} must hold a json object in COCO's layout, not a {type(data).__name__}.")
+    for key in ("images", "annotations", "categories"):
+        value = data.get(key)
+        if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
+            raise ValueError(f"{json_path} must have a list of objects under '{key}', as in COCO's layout.")
+    return data
+
+
+def check(data: dict, name: str) -> tuple[list[Picture], dict[int, str], list[dict]]:
+    """Pictures with their annotations in json order, the categories by id, and the list of everything dropped or repaired.
+
+    What cannot be meant is refused (`ValueError`): an annotation of an unknown image or category, ids twice or not
+    integer. What merely cannot be used is dropped or repaired and listed: boxes that are not four finite numbers, have
+    no extent or lie outside the picture are dropped, boxes that stick out are clipped (for training; the ground truth
+    keeps them as they are), missing or double annotation ids are replaced.
+
+    Args:
+      data: from `read`.
+      name: the file's name, for messages.
+    """
+    categories = {}
+    for entry in data["categories"]:
+        key = _identity(entry, name, "category")
+        if key in categories:
+            raise ValueError(f"{name}: category id {key} appears twice.")
+        if not isinstance(entry.get("name"), str) or not entry["name"]:
+            raise ValueError(f"{name}: category {key} has no name.")
+        if entry["name"] in categories.values():
+            raise ValueError(f"{name}: two categories are called '{entry['name']}'.")
+        categories[key] = entry["name"]
+    if not categories:
+        raise ValueError(f"{name} has no categories.")
+
+    pictures, files = {}, set()
+    for entry in data["images"]:
+        key = _identity(entry, name, "image")
+        if key in pictures:
+            raise ValueError(f"{name}: image id {key} appears twice.")
+        if not isinstance(entry.get("file_name"), str) or not entry["file_name"]:
+            raise ValueError(f"{name}: image {key} has no file_name.")
+        if entry["file_name"] in files:
+            raise ValueError(f"{name}: {entry['file_name']} is listed as two images.")
+        files.add(entry["file_name"])
+        sides = [entry.get(side) for side in ("width", "height")]
+        # 0 stands for unknown: the size is then taken from the picture itself.
+        width, height = (int(s) if _finite(s) and s > 0 else 0 for s in sides)
+        pictures[key] = Picture(id=key, file_name=entry["file_name"], width=width, height=height)
+    if not pictures:
+        raise ValueError(f"{name} lists no images.")
+
+    log = []
+    used = set()
+    spare = itertools.count(1 + max((a["id"] for a in data["annotations"] if _whole(a.get("id"))), default=0))
+    for entry in data["annotations"]:
+        what = f"annotation {entry.get('id')}"
+        picture = pictures.get(_hashable(entry.get("image_id")))
+        if picture is None:
+            raise ValueError(f"{name}: {what} is of image {entry.get('image_id')!r}, which is not among the images.")
+        if _hashable(entry.get("category_id")) not in categories:
+            raise ValueError(
+                f"{name}: {what} has the category {entry.get('category_id')!r}, which is not among the categories."
+            )
+        entry = dict(entry, iscrowd=int(bool(entry.get("iscrowd", 0))))
+
+        def note(action, reason, picture=picture, entry=entry):
+            log.append({"file": picture.file_name, "annotation": entry.get("id"), "action": action, "reason": reason})
+
+        bbox = entry.get("bbox")
+        if not isinstance(bbox, list) or len(bbox) != 4 or not all(_finite(v) for v in bbox):
+            note("dropped", "bbox is not four finite numbers")
+            continue
+        if bbox[2] <= 0 or bbox[3] <= 0:
+            note("dropped", "box without extent")
+            continue
+        if not _whole(entry.get("id")) or entry["id"] in used or entry["id"] < 1:
+            # COCO's evaluation takes a match with annotation 0 for no match.
+            note("repaired", "annotation id missing, double or below 1: given a new one")
+            entry["id"] = next(spare)
+        used.add(entry["id"])
+        if not _finite(entry.get("area")):
+            entry["area"] = bbox[2] * bbox[3]
+        picture.annotations.append(entry)
+    return list(pictures.values()), categories, log
+
+
+def _identity(entry: dict, name: str, kind: str) -> int:
+    if not _whole(entry.get("id")):
+        raise ValueError(f"{name}: the {kind} id {entry.get('id')!r} is not an integer.")
+    return entry["id"]
+
+
+def _whole(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _finite(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _hashable(value):
+    return value if _whole(value) else None
+
+
+def stream(pictures: list[Picture], folder: Path, name: str, log: list[dict]) -> Iterator[tuple[Picture, bytes]]:
+    """Every picture with its encoded bytes, really decoded once; boxes are held against the picture's true size.
+
+    Adds to `log` what that drops or repairs.
+    """
+    paths = [_located(picture.file_name, folder) for picture in pictures]
+    missing = [p.file_name for p, path in zip(pictures, paths, strict=True) if path is None]
+    if missing:
+        rest = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise FileNotFoundError(f"{name} lists {missing[0]}{rest}, which is not in {folder}.")
+
+    def load(path):
+        encoded = path.read_bytes()
+        image = records.decode(encoded)
+        return encoded, None if image is None else image.shape
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        # In portions, so that a large data set is never in memory as a whole.
+        for start in range(0, len(pictures), 64):
+            loaded = pool.map(load, paths[start : start + 64])
+            for picture, path, (encoded, shape) in zip(pictures[start:], paths[start:], loaded, strict=False):
+                if shape is None:
+                    raise ValueError(f"{path} cannot be read as a picture.")
+                _fit(picture, shape, name, log)
+                yield picture, encoded
+
+
+def _located(file_name: str, folder: Path) -> Path | None:
+    # Some tools write names that begin with the folder of the split.
+    return next((p for p in (folder / file_name, folder.parent / file_name) if p.is_file()), None)
+
+
+def _fit(picture: Picture, shape: tuple[int, ...], name: str, log: list[dict]) -> None:
+    """Hold the picture's entry against its true size; drop and note what cannot be seen."""
+    height, width = shape[:2]
+    if not (picture.width and picture.height):
+        reason = "width and height taken from the picture"
+        log.append({"file": picture.file_name, "annotation": None, "action": "repaired", "reason": reason})
+    elif (picture.width, picture.height) != (width, height):
+        turned = " (EXIF orientation is not applied)" if (picture.height, picture.width) == (width, height) else ""
+        raise ValueError(
+            f"{picture.file_name} is {width}x{height}, but {name} says {picture.width}x{picture.height}{turned}."
+        )
+    picture.width, picture.height = width, height
+    kept = []
+    for annotation in picture.annotations:
+        x, y, w, h = annotation["bbox"]
+        x0, y0, x1, y1 = records.clipped(annotation["bbox"], width, height)
+        note = {"file": picture.file_name, "annotation": annotation["id"]}
+        if x1 <= x0 or y1 <= y0:
+            log.append({**note, "action": "dropped", "reason": "box outside the picture"})
+            continue
+        if max(x0 - x, y0 - y, x + w - x1, y + h - y1) > _CLIP:
+            log.append({**note, "action": "repaired", "reason": "box clipped to the picture"})
+        kept.append(annotation)
+    picture.annotations = kept

@@ -1,0 +1,225 @@
+"""Opening a data set: whatever the source, prepared records, a ground truth in COCO's layout, and the class list."""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from absl import logging
+from tqdm import tqdm
+
+from kdjax.data import cache, coco, records, scenes, stock
+from kdjax.data.records import Picture, Reader
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """One split of a data set."""
+
+    name: str  # as in the source: 'train', 'val', 'train2017', …
+    size: int  # pictures
+    records: Reader  # random access by position
+    folder: Path  # holds {role}.json, the ground truth, and log.json
+    role: str  # 'train' or 'val'
+
+    @functools.cached_property
+    def truth(self) -> dict:
+        """COCO instances dict of the first `size` pictures."""
+        truth = json.loads((self.folder / f"{self.role}.json").read_text())
+        if len(truth["images"]) > self.size:
+            truth["images"] = truth["images"][: self.size]
+            ids = {image["id"] for image in truth["images"]}
+            truth["annotations"] = [a for a in truth["annotations"] if a["image_id"] in ids]
+        return truth
+
+    @functools.cached_property
+    def log(self) -> list[dict]:
+        """Everything dropped or repaired: file, annotation, action, reason."""
+        return json.loads((self.folder / "log.json").read_text())[self.role]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """What the trainer knows of its data; pictures come from `train_batches` and `eval_batches`."""
+
+    name: str
+    classes: tuple[str, ...]
+    category_ids: tuple[int, ...]  # label i stands for category_ids[i]; ascending
+    max_boxes: int  # M of every batch
+    splits: dict[str, Split]  # 'train' and 'val'
+
+
+def open_dataset(cfg: Mapping) -> Dataset:
+    """Open the data of a config, preparing it first if this content has not been prepared yet.
+
+    Args:
+      cfg: `config.data`. Read here: source ('scenes', 'coco_folder' or 'tfds'), root, train_split, val_split, cache,
+        limit (first pictures of each split, 0 for all), max_boxes (0: from the data); for folders train_annotations,
+        val_annotations, train_images, val_images (explicit paths); for scenes scenes_train, scenes_val.
+
+    Returns:
+      The data set. Labels follow ascending category ids.
+
+    Raises:
+      ValueError, FileNotFoundError: one sentence on what is wrong with the config or the data.
+    """
+    source = cfg.get("source", "scenes")
+    if source not in _SOURCES:
+        raise ValueError(f"config.data.source is '{source}', but must be one of {', '.join(sorted(_SOURCES))}.")
+    folder = _SOURCES[source](cfg)
+    meta = json.loads((folder / "meta.json").read_text())
+    splits = {}
+    limit = int(cfg.get("limit", 0))
+    for role, split in meta["splits"].items():
+        directory = folder / meta["records"]  # an absolute path stays itself
+        size = min(split["size"], limit) if limit > 0 else split["size"]
+        splits[role] = Split(split["name"], size, Reader(str(directory), split["record_split"]), folder, role)
+    most = max(split["most_boxes"] for split in meta["splits"].values())
+    return Dataset(
+        name=meta["name"],
+        classes=tuple(meta["classes"]),
+        category_ids=tuple(meta["category_ids"]),
+        max_boxes=int(cfg.get("max_boxes", 0)) or max(8, -(-most // 8) * 8),
+        splits=splits,
+    )
+
+
+def ground_truth(dataset: Dataset, split: str, *, limit: int | None = None) -> dict:
+    """COCO instances dict of a split ('train' or 'val') for evaluation: original pixels, original category ids.
+
+    It holds the boxes that are trained on and the crowd regions; a box that sticks out of its picture is as in the
+    json. With `limit`, only the first pictures, as `eval_batches(limit=…)` gives them.
+    """
+    chosen = dataset.splits[split]
+    if limit is not None:
+        chosen = dataclasses.replace(chosen, size=min(chosen.size, limit))
+    return chosen.truth
+
+
+def _name_and_splits(cfg: Mapping) -> dict[str, str]:
+    return {role: cfg.get(f"{role}_split", role) for role in ("train", "val")}
+
+
+def _open_folder(cfg: Mapping) -> Path:
+    """Prepare a folder in COCO layout."""
+    names = _name_and_splits(cfg)
+    files = {
+        role: coco.find(
+            cfg.get("root", ""),
+            name,
+            annotations=cfg.get(f"{role}_annotations", ""),
+            images=cfg.get(f"{role}_images", ""),
+        )
+        for role, name in names.items()
+    }
+    name = Path(cfg.get("root", "")).expanduser().resolve().name or "folder"
+    print_of = {
+        "builder": records.VERSION,
+        "splits": names,
+        **{role: coco.fingerprint(*paths) for role, paths in files.items()},
+    }
+
+    def write(folder: Path) -> None:
+        streams, logs, categories = {}, {}, {}
+        for role, (json_path, images) in files.items():
+            pictures, categories[role], logs[role] = coco.check(coco.read(json_path), json_path.name)
+            streams[role] = (len(pictures), coco.stream(pictures, images, json_path.name, logs[role]))
+        for key, label in categories["val"].items():
+            if categories["train"].get(key) != label:
+                raise ValueError(
+                    f"{files['val'][0].name} has the category {key} '{label}', which {files['train'][0].name} "
+                    f"{'calls ' + repr(categories['train'][key]) if key in categories['train'] else 'does not have'}."
+                )
+        _write(folder, name=name, names=names, categories=categories["train"], streams=streams, logs=logs)
+
+    return cache.prepared(cache.root(cfg.get("cache", "")), f"folder-{name}", print_of, write)
+
+
+def _open_scenes(cfg: Mapping) -> Path:
+    """Prepare the generated pictures."""
+    counts = {role: int(cfg.get(f"scenes_{role}", default)) for role, default in (("train", 2000), ("val", 400))}
+    print_of = {"builder": records.VERSION, "scenes": scenes.fingerprint(), "counts": counts}
+    names = {"train": "train", "val": "val"}
+
+    def write(folder: Path) -> None:
+        streams = {role: (count, scenes.stream(role, count)) for role, count in counts.items()}
+        categories = dict(enumerate(scenes.CLASSES, start=1))
+        logs = {"train": [], "val": []}
+        _write(folder, name="scenes", names=names, categories=categories, streams=streams, logs=logs)
+
+    return cache.prepared(cache.root(cfg.get("cache", "")), "scenes", print_of, write)
+
+
+def _open_stock(cfg: Mapping) -> Path:
+    raise ValueError("config.data.source 'tfds' is not there yet.")
+
+
+_SOURCES = {"coco_folder": _open_folder, "scenes": _open_scenes, "tfds": _open_stock}
+
+
+def _write(folder: Path, *, name: str, names: dict, categories: dict, streams: dict, logs: dict) -> None:
+    """Write records, ground truths, log and meta of both splits into `folder`."""
+    seen = {role: [] for role in streams}
+
+    def tee(role: str, count: int, stream: Iterable[tuple[Picture, bytes]]):
+        # Without a terminal no bar is drawn.
+        for picture, encoded in tqdm(stream, total=count, desc=f"preparing {name} {role}", unit="img", disable=None):
+            seen[role].append(picture)
+            yield picture, encoded
+
+    logging.info("Preparing %s: %s pictures.", name, {role: count for role, (count, _) in streams.items()})
+    category_ids = sorted(categories)
+    directory = records.write(
+        folder,
+        classes=[categories[key] for key in category_ids],
+        category_ids=category_ids,
+        streams={role: tee(role, count, stream) for role, (count, stream) in streams.items()},
+    )
+    save_index(
+        folder,
+        name=name,
+        records_path=str(directory.relative_to(folder)),
+        names=names,
+        record_splits={role: role for role in streams},
+        categories=categories,
+        pictures=seen,
+        logs=logs,
+    )
+
+
+def save_index(
+    folder: Path,
+    *,
+    name: str,
+    records_path: str,
+    names: dict[str, str],
+    record_splits: dict[str, str],
+    categories: dict[int, str],
+    pictures: dict[str, list[Picture]],
+    logs: dict[str, list[dict]],
+) -> None:
+    """Write what `open_dataset` and `ground_truth` read beside the records."""
+    category_ids = sorted(categories)
+    meta = {
+        "name": name,
+        "classes": [categories[key] for key in category_ids],
+        "category_ids": category_ids,
+        "records": records_path,
+        "splits": {},
+    }
+    for role, entries in pictures.items():
+        truth = {
+            "images": [dict(id=p.id, file_name=p.file_name, width=p.width, height=p.height) for p in entries],
+            "annotations": [annotation for p in entries for annotation in p.annotations],
+            "categories": [dict(id=key, name=categories[key]) for key in category_ids],
+        }
+        (folder / f"{role}.json").write_text(json.dumps(truth))
+        meta["splits"][role] = {
+            "name": names[role],
+            "record_split": record_splits[role],
+            "size": len(entries),
+            "most_boxes": max((sum(not a["iscrowd"] for a in p.annotations) for p in entries), default=0),
+        }
+    (folder / "log.json").write_text(json.dumps(logs))
+    (folder / "meta.json").write_text(json.dumps(meta))

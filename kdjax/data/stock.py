@@ -1,0 +1,1 @@
+"""Prepared stock TFDS directories with the feature spec of `coco/2017`."""
