@@ -1,0 +1,82 @@
+"""Where and in which channels a feature map is strong: the attention maps of FGD and FKD."""
+
+import jax
+import jax.numpy as jnp
+
+from kdjax.structs import Array
+
+
+def spatial_attention(x: Array, *, temperature: float = 0.5) -> Array:
+    """Softmax over space of the mean magnitude, times the number of cells: H W softmax_hw(mean_c |x| / temperature).
+
+    Args:
+      x: f32[B, H, W, C], any range.
+      temperature: > 0; small values sharpen.
+
+    Returns:
+      f32[B, H, W, 1], >= 0, mean over space exactly 1.
+
+    Scope: image.
+    Peers: FGD's `get_attention`.
+    Reference: Yang et al., "Focal and Global Knowledge Distillation for Detectors", 2022, Eqs. 4 and 6.
+
+    Example:
+      >>> spatial_attention(jnp.ones((1, 1, 2, 3))).ravel().tolist()
+      [1.0, 1.0]
+    """
+    x = jnp.asarray(x, jnp.float32)
+    strength = jnp.mean(jnp.abs(x), 3, keepdims=True)
+    return x.shape[1] * x.shape[2] * jax.nn.softmax(strength / temperature, (1, 2))
+
+
+def channel_attention(x: Array, *, temperature: float = 0.5) -> Array:
+    """Softmax over channels of the mean magnitude, times their number: C softmax_c(mean_hw |x| / temperature).
+
+    Args:
+      x: f32[B, H, W, C], any range.
+      temperature: > 0; small values sharpen.
+
+    Returns:
+      f32[B, 1, 1, C], >= 0, mean over channels exactly 1.
+
+    Scope: image.
+    Peers: FGD's `get_attention`.
+    Reference: Yang et al., "Focal and Global Knowledge Distillation for Detectors", 2022, Eqs. 5 and 7.
+
+    Example:
+      >>> channel_attention(jnp.ones((1, 2, 2, 3))).ravel().tolist()
+      [1.0, 1.0, 1.0]
+    """
+    x = jnp.asarray(x, jnp.float32)
+    strength = jnp.mean(jnp.abs(x), (1, 2), keepdims=True)
+    return x.shape[3] * jax.nn.softmax(strength / temperature, 3)
+
+
+def joint_spatial_attention(student: Array, teacher: Array, *, temperature: float = 0.5, paper: bool = False) -> Array:
+    """FKD's spatial mask: the mean of both nets' spatial attention; no gradient flows through it.
+
+    Args:
+      student: f32[B, H, W, C], any range; the channels may differ from the teacher's.
+      teacher: f32[B, H, W, C'].
+      temperature: of both softmaxes, > 0.
+      paper: softmax of the summed strengths, as printed, instead of the mean of two softmaxes.
+
+    Returns:
+      f32[B, H, W, 1], >= 0, mean over space exactly 1.
+
+    Scope: image.
+    Peers: mmrazor's FKD port (`paper=False`).
+    Reference: Zhang and Ma, "Improve Object Detection with Feature-based Knowledge Distillation", 2021, Eq. 3.
+
+    Example:
+      >>> joint_spatial_attention(jnp.ones((1, 1, 2, 3)), jnp.ones((1, 1, 2, 5))).ravel().tolist()
+      [1.0, 1.0]
+    """
+    if paper:
+        student, teacher = jnp.asarray(student, jnp.float32), jnp.asarray(teacher, jnp.float32)
+        strength = jnp.mean(jnp.abs(student), 3, keepdims=True) + jnp.mean(jnp.abs(teacher), 3, keepdims=True)
+        mask = strength.shape[1] * strength.shape[2] * jax.nn.softmax(strength / temperature, (1, 2))
+    else:
+        of_student = spatial_attention(student, temperature=temperature)
+        mask = 0.5 * (of_student + spatial_attention(teacher, temperature=temperature))
+    return jax.lax.stop_gradient(mask)
