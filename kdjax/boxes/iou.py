@@ -13,8 +13,8 @@ MODES = ("iou", "iof", "giou", "diou", "ciou")
 
 
 def _positive_part(x: Array) -> Array:
-    # Not `maximum`: where boxes just touch its gradient would be one half, and the peers' clamp has one.
-    return jnp.where(x >= 0, x, 0)
+    # Not `maximum`: where boxes just touch its gradient would be one half, and the peers have none.
+    return jnp.where(x > 0, x, 0)
 
 
 def box_iou(a: Array, b: Array, *, mode: Mode = "iou", eps: float = 1e-6) -> Array:
