@@ -175,7 +175,7 @@ def draw(
     shown = [i for i in range(len(boxes)) if np.isfinite(boxes[i]).all() and values[i] >= threshold]
     shown.sort(key=lambda i: (values[i], -i))  # the best last, on top
     pen = ImageDraw.Draw(picture, "RGBA")
-    line = max(2, round(min(size) / 200))
+    line = max(2, round(min(size[0], 2 * size[1]) / 160))
     edges = np.array([0, 0, size[0] - 1, size[1] - 1])
     placed: list[tuple[float, ...]] = []
     frames = {}
