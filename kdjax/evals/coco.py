@@ -1,0 +1,241 @@
+"""Detections to COCO's figures."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from faster_coco_eval import COCO, COCOeval_faster
+
+from kdjax.structs import Detections
+
+IouType = Literal["bbox", "segm"]
+FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+THRESHOLDS = np.linspace(0.5, 0.95, 10)  # T, of the IoU
+AREAS = ("all", "small", "medium", "large")  # A, limits at 32^2 and 96^2 px^2
+MAX_DETECTIONS = (1, 10, 100)  # D, a picture and a class
+
+
+class Curves(NamedTuple):
+    """What COCO's figures are means of; -1 where a class has no object (of that size)."""
+
+    precision: np.ndarray  # f64[T, 101, K, A, D] at the recalls 0, 0.01 .. 1
+    recall: np.ndarray  # f64[T, K, A, D]
+    classes: tuple[str, ...]  # names of the K classes, by category id; one "all" if they are not told apart
+    category_ids: tuple[int, ...]  # their ids; (-1,) if they are not told apart
+
+
+def _check(ground_truth: Mapping[str, Any], detections: Sequence[Mapping[str, Any]]) -> None:
+    categories = {category["id"] for category in ground_truth["categories"]}
+    images = {image["id"] for image in ground_truth["images"]}
+    for what, rows in (("annotation", ground_truth["annotations"]), ("detection", detections)):
+        for row in rows:
+            if row["image_id"] not in images:
+                raise ValueError(f"{what} of image {row['image_id']}, which the ground truth does not list")
+            if row["category_id"] not in categories:
+                raise ValueError(f"{what} of category {row['category_id']}, which the ground truth does not list")
+
+
+def curves(
+    ground_truth: Mapping[str, Any],
+    detections: Sequence[Mapping[str, Any]],
+    *,
+    iou_type: IouType = "bbox",
+    use_categories: bool = True,
+) -> Curves:
+    """Match detections with the ground truth as COCO does; the figures are means of what this returns.
+
+    Args:
+      ground_truth: COCO instances: `images`, `annotations`, `categories`. A missing `iscrowd` is 0, a missing `area`
+        that of the box; ids of annotations are not read.
+      detections: COCO results: `image_id`, `category_id`, `score`, and `bbox` (x y w h in pixels of the picture) or
+        `segmentation`. May be empty.
+      iou_type: `bbox` or `segm`.
+      use_categories: False: every detection may match every object.
+
+    Returns:
+      Curves.
+
+    Scope: the whole data set.
+
+    Peers: pycocotools' `COCOeval.eval`; also that masks with a `bbox` beside them count with the area of the box.
+
+    Raises:
+      ValueError: if an image or a category is not listed in the ground truth.
+    """
+    _check(ground_truth, detections)
+    images = [dict(image) for image in ground_truth["images"]]
+    categories = sorted((dict(category) for category in ground_truth["categories"]), key=lambda c: c["id"])
+    # New ids from 1: the matching uses 0 for "unmatched".
+    annotations = [
+        {"iscrowd": 0, "area": row["bbox"][2] * row["bbox"][3], **row, "id": i}
+        for i, row in enumerate(ground_truth["annotations"], start=1)
+    ]
+    truth = COCO({"images": images, "annotations": annotations, "categories": categories})
+    found = truth.loadRes([dict(row) for row in detections])
+    evaluation = COCOeval_faster(truth, found, iouType=iou_type)
+    evaluation.params.useCats = int(use_categories)
+    evaluation.evaluate()
+    evaluation.accumulate()
+    names = [str(category.get("name", category["id"])) for category in categories] if use_categories else ["all"]
+    ids = [category["id"] for category in categories] if use_categories else [-1]
+    areas, limits = len(AREAS), len(MAX_DETECTIONS)
+    shape = (len(THRESHOLDS), 101, len(ids), areas, limits)
+    return Curves(
+        precision=np.asarray(evaluation.eval["precision"], np.float64).reshape(shape),
+        recall=np.asarray(evaluation.eval["recall"], np.float64).reshape(shape[:1] + shape[2:]),
+        classes=tuple(names),
+        category_ids=tuple(ids),
+    )
+
+
+def _mean(values: np.ndarray) -> float:
+    defined = values[values > -1]
+    return float(np.mean(defined)) if defined.size else -1.0
+
+
+def figures(curves: Curves) -> dict[str, float]:
+    """COCO's twelve figures: means of precision or recall over IoU thresholds 0.50 .. 0.95, recalls and classes.
+
+    Args:
+      curves: from `curves`.
+
+    Returns:
+      {name: fraction}, in the order AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl; -1 where there is
+      no object (of that size).
+
+    Scope: the whole data set; classes without objects are left out.
+
+    Peers: pycocotools' `COCOeval.stats`.
+    """
+    precision, recall = curves.precision[..., -1], curves.recall
+    half, three_quarters = (int(np.argmin(np.abs(THRESHOLDS - t))) for t in (0.5, 0.75))
+    values = [_mean(precision[..., 0]), _mean(precision[half, ..., 0]), _mean(precision[three_quarters, ..., 0])]
+    values += [_mean(precision[..., area]) for area in range(1, len(AREAS))]
+    values += [_mean(recall[:, :, 0, limit]) for limit in range(len(MAX_DETECTIONS))]
+    values += [_mean(recall[:, :, area, -1]) for area in range(1, len(AREAS))]
+    return dict(zip(FIGURES, values, strict=True))
+
+
+def class_figures(curves: Curves, *, threshold: float | None = None) -> dict[str, float]:
+    """Average precision of each class.
+
+    Args:
+      curves: from `curves`.
+      threshold: one of the IoU thresholds 0.50, 0.55 .. 0.95; None: the mean over them.
+
+    Returns:
+      {class: fraction}, -1 for a class without objects. Of classes with one name each but the first has its id
+      behind the name.
+
+    Scope: the whole data set.
+    """
+    rows = slice(None) if threshold is None else int(np.argmin(np.abs(THRESHOLDS - threshold)))
+    seen, result = Counter(), {}
+    for k, (name, identity) in enumerate(zip(curves.classes, curves.category_ids, strict=True)):
+        seen[name] += 1
+        result[name if seen[name] == 1 else f"{name} ({identity})"] = _mean(curves.precision[rows, :, k, 0, -1])
+    return result
+
+
+def coco_figures(
+    ground_truth: Mapping[str, Any],
+    detections: Sequence[Mapping[str, Any]],
+    *,
+    iou_type: IouType = "bbox",
+    use_categories: bool = True,
+) -> dict[str, float]:
+    """COCO's twelve figures of detections: `figures(curves(...))`.
+
+    Args:
+      ground_truth: COCO instances, see `curves`.
+      detections: COCO results, see `curves`.
+      iou_type: `bbox` or `segm`.
+      use_categories: False: every detection may match every object.
+
+    Returns:
+      {AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl: fraction}, -1 where undefined.
+
+    Scope: the whole data set.
+
+    Peers: pycocotools' `COCOeval.stats`.
+
+    Raises:
+      ValueError: if an image or a category is not listed in the ground truth.
+
+    Example:
+      >>> box = {"image_id": 1, "category_id": 3, "bbox": [0, 0, 40, 40]}
+      >>> truth = {"images": [{"id": 1}], "categories": [{"id": 3, "name": "cat"}], "annotations": [box]}
+      >>> result = coco_figures(truth, [{**box, "score": 0.9}])
+      >>> round(result["AP"], 3), result["APs"]
+      (1.0, -1.0)
+    """
+    return figures(curves(ground_truth, detections, iou_type=iou_type, use_categories=use_categories))
+
+
+def per_class(
+    ground_truth: Mapping[str, Any], detections: Sequence[Mapping[str, Any]], *, iou_type: IouType = "bbox"
+) -> dict[str, float]:
+    """Average precision of each class: `class_figures(curves(...))`.
+
+    Args:
+      ground_truth: COCO instances, see `curves`.
+      detections: COCO results, see `curves`.
+      iou_type: `bbox` or `segm`.
+
+    Returns:
+      {class: AP}, by category id; -1 for a class without objects.
+
+    Scope: the whole data set.
+
+    Raises:
+      ValueError: if an image or a category is not listed in the ground truth.
+
+    Example:
+      >>> box = {"image_id": 1, "category_id": 3, "bbox": [0, 0, 40, 40]}
+      >>> truth = {"images": [{"id": 1}], "categories": [{"id": 3, "name": "cat"}], "annotations": [box]}
+      >>> per_class(truth, [])
+      {'cat': 0.0}
+    """
+    return class_figures(curves(ground_truth, detections, iou_type=iou_type))
+
+
+def to_coco(
+    batch: Mapping[str, np.ndarray], detections: Detections, category_ids: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Detections of a batch as COCO results, in pixels of the original pictures.
+
+    Args:
+      batch: an evaluation batch; read are `image_id` i64[B], `scale` f32[B] (canvas pixels = scale * original pixels),
+        `original_size` i32[B, 2] (height, width) and `real` bool[B].
+      detections: NumPy arrays, in pixels of the canvas.
+      category_ids: id of each label's category.
+
+    Returns:
+      One entry a valid detection of a real row: `image_id`, `category_id`, `bbox` (x y w h, cut to the picture) and
+      `score`.
+
+    Scope: each picture on its own.
+
+    Example:
+      >>> batch = {"image_id": np.array([7]), "scale": np.array([0.5]), "original_size": np.array([[20, 30]]),
+      ...          "real": np.array([True])}
+      >>> found = Detections(boxes=np.array([[[1.0, 2, 5, 6]]]), scores=np.array([[0.5]]), labels=np.array([[1]]),
+      ...                    valid=np.array([[True]]))
+      >>> to_coco(batch, found, [3, 9])
+      [{'image_id': 7, 'category_id': 9, 'bbox': [2.0, 4.0, 8.0, 8.0], 'score': 0.5}]
+    """
+    results = []
+    for row in np.flatnonzero(batch["real"]):
+        valid = np.asarray(detections.valid[row])
+        height, width = batch["original_size"][row]
+        boxes = np.asarray(detections.boxes[row], np.float64)[valid] / float(batch["scale"][row])
+        boxes = np.clip(boxes, 0, [width, height, width, height])
+        boxes[:, 2:] -= boxes[:, :2]
+        scores, labels = np.asarray(detections.scores[row])[valid], np.asarray(detections.labels[row])[valid]
+        image = int(batch["image_id"][row])
+        results += [
+            {"image_id": image, "category_id": int(category_ids[label]), "bbox": box, "score": score}
+            for box, score, label in zip(boxes.tolist(), scores.tolist(), labels.tolist(), strict=True)
+        ]
+    return results
