@@ -8,7 +8,7 @@ they can be differentiated in reverse mode any number of times, but not in forwa
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -155,6 +155,10 @@ def _depthwise_shifted(x: Array, kernel: Array, *, stride: int, pads: tuple[int,
     return functools.reduce(jnp.add, terms)
 
 
+def _add_all(left: Sequence[Array], right: Sequence[Array]) -> list[Array]:
+    return [a + b for a, b in zip(left, right, strict=True)]
+
+
 def _depthwise_forward(
     x: Array, kernel: Array, stride: int, pads: tuple[int, int]
 ) -> tuple[Array, tuple[Array, Array]]:
@@ -173,16 +177,11 @@ def _depthwise_backward(
             config.append((low, length + size - 1 - low - (out - 1) * stride - 1, stride - 1))
         spread = lax.pad(gradient, zero, [*config, (0, 0, 0)])
         dx = _depthwise_shifted(spread, kernel[::-1, ::-1], stride=1, pads=(0, 0))
-        # With respect to the kernel: one pass that keeps one accumulator per cell of the kernel.
+        # With respect to the kernel: one pass that keeps one row of accumulators per cell of the kernel.
         views = _shifts(_pad(x, pads), kernel.shape[:2], gradient.shape[1:3], stride)
         products = [view * gradient for _, _, view in views]
-        sums = lax.reduce(
-            products,
-            [zero] * len(products),
-            lambda left, right: [a + b for a, b in zip(left, right, strict=True)],
-            (0, 1, 2),
-        )
-        return dx, jnp.stack(sums).reshape(kernel.shape)
+        rows = lax.reduce(products, [zero] * len(products), _add_all, (0, 1))
+        return dx, jnp.stack(rows).sum(1).reshape(kernel.shape)
 
     def builtin(x: Array, kernel: Array, gradient: Array) -> tuple[Array, Array]:
         def form(x: Array, kernel: Array) -> Array:
