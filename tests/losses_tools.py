@@ -35,7 +35,7 @@ def on_pmap(function, *arrays):
 
 def assert_finite(function, student, *rest):
     """Value and gradient with respect to the student are finite; the value is float32."""
-    value, gradient = jax.value_and_grad(lambda s: jnp.sum(function(s, *rest)))(student)
+    value, gradient = jax.jit(jax.value_and_grad(lambda s, *rest: jnp.sum(function(s, *rest))))(student, *rest)
     assert value.dtype == jnp.float32 and np.isfinite(value)
     assert np.all(np.isfinite(np.asarray(gradient, np.float32)))
     return float(value), gradient

@@ -103,7 +103,7 @@ def test_gradients_by_finite_differences():
         + jnp.square(attention.channel_attention(s)).mean()
     )
     check_grads(total, (student,), order=1, modes=["rev"], atol=1e-2, rtol=1e-2, eps=1e-3)
-    gradient = jax.grad(lambda s: distribution.channel_kl(s, teacher).sum())(student)
+    gradient = jax.jit(jax.grad(lambda s: distribution.channel_kl(s, teacher).sum()))(student)
     expected = jax.nn.softmax(student, (1, 2)) - jax.nn.softmax(teacher, (1, 2))  # q - p
     np.testing.assert_allclose(gradient, expected, atol=1e-6)
 
@@ -119,7 +119,8 @@ def test_attention_maps():
     for paper in (True, False):
         joint = attention.joint_spatial_attention(student, teacher, paper=paper)
         np.testing.assert_allclose(joint.sum((1, 2, 3)), 20, rtol=1e-5)
-        gradient = jax.grad(lambda s, p=paper: jnp.square(attention.joint_spatial_attention(s, teacher, paper=p)).sum())(student)
+        square = lambda s, p=paper: jnp.square(attention.joint_spatial_attention(s, teacher, paper=p)).sum()  # noqa: E731
+        gradient = jax.jit(jax.grad(square))(student)
         np.testing.assert_array_equal(gradient, 0)
 
 

@@ -10,7 +10,7 @@ from jax.test_util import check_grads
 from kdjax.losses import feature, frequency
 from tests.losses_tools import assert_finite, maps, on_shards, run_doctests
 
-SIZES = [(4, 4), (5, 4), (4, 5), (5, 3), (1, 6), (3, 1), (1, 1)]
+SIZES = [(4, 6), (5, 4), (5, 3), (1, 6), (1, 1)]
 
 
 def losses(student, teacher):
@@ -24,6 +24,7 @@ def losses(student, teacher):
 
 
 jitted = jax.jit(losses)
+masked = jax.jit(frequency.frequency_masked)
 draw = jax.jit(frequency.frequency_mask, static_argnums=(1, 2), static_argnames=("hermitian", "keep_dc"))
 
 
@@ -50,7 +51,7 @@ def test_apply_mask_is_the_complex_transform(size, hermitian):
     x, _ = maps(1, (2, *size, 3))
     mask = draw(jax.random.key(2), (2, *size), 0.5, hermitian=hermitian)
     expected = full_transform(x, mask)
-    value = frequency.apply_mask(x, mask)
+    value = jax.jit(frequency.apply_mask)(x, mask)
     assert value.dtype == jnp.float32
     np.testing.assert_allclose(value, expected.real, atol=2e-6)
     if hermitian:  # the inverse is exactly real: the imaginary part is rounding of the double precision transform
@@ -88,14 +89,14 @@ def test_keep_dc_keeps_the_channel_mean():
 def test_zeta_zero_is_the_squared_difference(size):
     student, teacher = maps(5, (2, *size, 3))
     mask = draw(jax.random.key(5), student.shape[:3], 0.0)
-    value = frequency.frequency_masked(student, teacher, mask)
+    value = masked(student, teacher, mask)
     np.testing.assert_allclose(value, feature.squared(student, teacher), rtol=1e-4, atol=1e-5)
 
 
 def test_zeta_one_is_the_teacher_with_no_gradient():
     student, teacher = maps(6)
     mask = draw(jax.random.key(6), student.shape[:3], 1.0)
-    loss, gradient = jax.value_and_grad(lambda s: frequency.frequency_masked(s, teacher, mask).mean())(student)
+    loss, gradient = jax.jit(jax.value_and_grad(lambda s: masked(s, teacher, mask).mean()))(student)
     np.testing.assert_allclose(loss, jnp.square(teacher).mean(), rtol=1e-6)
     np.testing.assert_array_equal(gradient, 0)
 
@@ -105,7 +106,7 @@ def test_zeta_one_is_the_teacher_with_no_gradient():
 def test_gradient_is_as_derived(size, hermitian):
     student, teacher = maps(7, (2, *size, 3))
     mask = draw(jax.random.key(7), student.shape[:3], 0.5, hermitian=hermitian)
-    gradient = jax.grad(lambda s: frequency.frequency_masked(s, teacher, mask).mean())(student)
+    gradient = jax.jit(jax.grad(lambda s: masked(s, teacher, mask).mean()))(student)
     filtered = full_transform(student, mask).real
     expected = 2 / student.size * full_transform(filtered - np.float64(teacher), mask).real  # A is symmetric
     np.testing.assert_allclose(gradient, expected, atol=1e-6)
@@ -148,13 +149,13 @@ def test_floor_at_equality(zeta):
 def test_amplitude_of_the_optimum():
     """The scale of the student that minimises the expected loss: 1 (Hermitian), 2 / (2 - zeta) at most (literal)."""
     zeta = 0.4
-    wave = jnp.asarray(np.cos(2 * np.pi * np.add.outer(np.arange(6) / 6, 2 * np.arange(5) / 5)), jnp.float32)
-    wave = jnp.broadcast_to(wave[None, :, :, None], (20000, 6, 5, 1))
+    wave = np.cos(2 * np.pi * np.add.outer(np.arange(6) / 6, 2 * np.arange(5) / 5))
+    wave = np.broadcast_to(wave[None, :, :, None], (20000, 6, 5, 1)).astype(np.float32)
     best = {}
     for hermitian in (True, False):
         mask = draw(jax.random.key(10), wave.shape[:3], zeta, hermitian=hermitian)
-        filtered = frequency.apply_mask(wave, mask)
-        best[hermitian] = float(jnp.sum(filtered * wave) / jnp.sum(jnp.square(filtered)))
+        filtered = np.asarray(jax.jit(frequency.apply_mask)(wave, mask))
+        best[hermitian] = np.sum(filtered * np.asarray(wave)) / np.sum(np.square(filtered))
     np.testing.assert_allclose([best[True], best[False]], [1, 2 / (2 - zeta)], rtol=0.02)
 
 
@@ -180,8 +181,8 @@ def test_finite_in_bfloat16(size):
 def test_vmap_and_sharded_batch_are_the_batch():
     student, teacher = maps(14, (8, 3, 4, 2))
     mask = draw(jax.random.key(14), (8, 3, 4), 0.5)
-    whole = frequency.frequency_masked(student, teacher, mask)
-    alone = jax.vmap(lambda s, t, m: frequency.frequency_masked(s[None], t[None], m[None])[0])(student, teacher, mask)
+    whole = masked(student, teacher, mask)
+    alone = jax.jit(jax.vmap(lambda s, t, m: masked(s[None], t[None], m[None])[0]))(student, teacher, mask)
     np.testing.assert_allclose(alone, whole, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(on_shards(frequency.frequency_masked, student, teacher, mask), whole, rtol=1e-5, atol=1e-6)
 
