@@ -366,6 +366,7 @@ def _outline(pen: ImageDraw.ImageDraw, frame: tuple[float, ...], color: tuple, l
     if not dashed:
         pen.rectangle(frame, outline=color, width=line)
         return
+    pen.rectangle(frame, outline=(0, 0, 0, 130), width=line)  # between the dashes, for light grounds
     dash = 4 * line
     for start in np.arange(x1, x2, 2 * dash):
         end = min(start + dash, x2)

@@ -745,7 +745,7 @@ table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 th,td{padding:.32rem .8rem;border-bottom:1px solid var(--grid);text-align:right;vertical-align:middle}
 th:first-child{padding-left:.2rem;text-align:left}
 thead th{white-space:nowrap;font-size:.9rem}
-tbody th{font-weight:600;overflow-wrap:anywhere}
+tbody th{min-width:5.5rem;font-weight:600;overflow-wrap:anywhere}
 .figures tbody tr:first-child td{font-weight:600}
 .beside{display:flex;flex-wrap:wrap;align-items:flex-start;gap:0 2.5rem}
 .beside>p{flex:1 1 20rem;margin:.8rem 0 .4rem}
@@ -754,7 +754,7 @@ table.wide th:first-child{width:28%}
 table.wide th:nth-child(2){text-align:left}
 .bars{width:60%}
 .bar{display:flex;align-items:center;height:.95rem}
-.bar>i{height:.62rem;min-width:1px;border-radius:0 2px 2px 0}
+.bar>i{flex:none;height:.62rem;min-width:1px;border-radius:0 2px 2px 0}
 .bar>b{margin-left:.4rem;font-size:.75rem;font-weight:normal;color:var(--muted)}
 .bars{padding-right:3rem}
 i.teacher{background:var(--teacher)}i.twin{background:var(--twin)}i.student{background:var(--student)}
@@ -785,6 +785,8 @@ img{display:block;width:100%;height:auto;border-radius:2px}
 pre{padding:.8rem;overflow-x:auto;border-radius:.4rem;background:var(--card);font-size:.8rem}
 summary{margin:1rem 0 .4rem;cursor:pointer}
 .hidden{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%);white-space:nowrap}
+.row>div{display:flex;flex-direction:column;justify-content:flex-end}
 @media (max-width:640px){.row,.row.n2,.row.n3{grid-template-columns:repeat(2,minmax(0,1fr))}
-th,td{padding:.32rem .45rem}tbody th small{display:block}.bars{padding-right:2.4rem;width:52%}}
+th,td{padding:.32rem .35rem;font-size:.85rem}thead th{font-size:.8rem}tbody th small{display:block;font-size:.75rem}
+.figures .dot{display:none}table.wide thead th{white-space:normal}.bars{padding-right:2.2rem;width:60%}}
 """
