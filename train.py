@@ -3,7 +3,7 @@
 import os
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/; --config.a.b=value changes a setting.")
@@ -12,6 +12,7 @@ MULTIHOST = flags.DEFINE_bool("multihost", False, "Several hosts: the same comma
 
 
 def main(argv):
+    logging.set_verbosity(logging.WARNING)  # the libraries' own progress; ours is a bar
     if len(argv) > 1:
         fail(f"{argv[1]!r} is no flag; settings are changed with --config.a.b=value")
     if CONFIG.value is None or (WORKDIR.value is None and not CONFIG.value.data.check):

@@ -397,6 +397,7 @@ def train(setup: Setup, start: int, checkpoints: Checkpoints, log: "Log") -> dic
                 row |= {f"weight/{name}": float(w) for name, w in weights_of(setup.methods, step - 1).items()}
                 row |= {
                     "lr": float(rate(step - 1)),
+                    "seconds": seconds,
                     "images_per_s": len(window) * config.batch_size / seconds,
                     "wait_share": waited / seconds,
                 }
@@ -608,21 +609,25 @@ def finish(setup: Setup, workdir: Path, log: Log) -> dict:
         examples=examples,
         classes=list(dataset.classes),
         config_text=config.to_json(indent=2),
-        notes=notes(setup),
+        notes=notes(setup, log.rows()),
     )
     write_json(workdir / "results.json", results)  # last: where it is, everything is
     return results
 
 
-def notes(setup: Setup) -> list[str]:
+def notes(setup: Setup, rows: list[dict]) -> list[str]:
     """Lines for the foot of the report."""
+    config = setup.config
+    seconds = sum({row["step"]: row["seconds"] for row in rows if row["kind"] == "train"}.values())
     lines = [
         f"Pictures: the first {EXAMPLES} of the validation split that hold objects, not chosen by result.",
         "Figures: moving-average weights, on the whole validation split, by COCO's rules.",
     ]
     if "twin" in setup.states:
         lines.append("The twin is the same student from the same start on the same batches, without the teacher.")
-    facts = environment()
+    if config.eval.every and config.eval.limit:
+        lines.append(f"AP on the way is of the first {config.eval.limit} validation pictures, the last of all of them.")
+    facts = {"seed": str(config.seed), "training": f"{seconds / 60:.1f} min"} | environment()
     return lines + [f"{name}: {value}" for name, value in facts.items() if value]
 
 

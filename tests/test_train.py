@@ -1,0 +1,318 @@
+"""The trainer: exact resumption, the twin, devices, checkpoints, refusals. One tiny run serves most of it."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from kdjax import data, detectors
+from kdjax.detectors import weights
+from kdjax.methods import api
+from kdjax.train import checkpoint, loop, optim
+from kdjax.train import config as settings
+from kdjax.train import step as steps
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS = 20
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("train")
+
+
+@pytest.fixture(scope="session")
+def teacher_folder(folder):
+    """A teacher with random weights and the class map of the scenes."""
+    config = tiny_config(folder, teacher=None)
+    classes = data.open_dataset(config.data).classes
+    detector = detectors.build("rtmdet_pico", len(classes))
+    params, stats = detector.init(jax.random.PRNGKey(99))
+    weights.save(folder / "teacher", detector, params, stats, classes=list(classes), image_size=(64, 64))
+    return folder / "teacher"
+
+
+def tiny_config(folder, *, teacher, method: str = "mkd") -> ConfigDict:
+    config = settings.base()
+    config.update(dict(batch_size=8, steps=STEPS, log_every=5, compile_cache=str(ROOT / ".cache" / "jax")))
+    config.student.detector = "rtmdet_pico"
+    config.data.update(dict(cache=str(folder / "cache"), scenes_train=24, scenes_val=10, image_size=(64, 64)))
+    config.optimizer.update(dict(warmup=4, lr=0.002))
+    config.eval.batch_size = 8
+    config.checkpoint.every = 5
+    if teacher is not None:
+        config.teacher.weights = str(teacher)
+        config.methods = settings.methods(method)
+        config.twin = True
+    return config
+
+
+@pytest.fixture(scope="session")
+def finished(folder, teacher_folder):
+    """(workdir, results) of an uninterrupted run with teacher and twin on all fake devices."""
+    workdir = folder / "whole"
+    return workdir, loop.run(tiny_config(folder, teacher=teacher_folder), workdir)
+
+
+def arrays(workdir: Path, role: str) -> dict:
+    _, params, stats, _ = weights.load(workdir / role)
+    return checkpoint.flat({"params": params, "stats": stats})
+
+
+def assert_equal_bits(a: dict, b: dict) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+def test_workdir_holds_what_a_user_takes_away(finished):
+    workdir, results = finished
+    assert set(results) == {"teacher", "twin", "student", "gain"} == set(json.loads((workdir / "results.json").read_text()))
+    figures = {"AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"}
+    for role in ("teacher", "twin", "student"):
+        assert set(results[role]) == figures | {"params", "flops"}
+        assert all(-1 <= results[role][name] <= 1 for name in figures)
+    assert set(results["gain"]) == figures
+    assert results["student"]["params"] == results["twin"]["params"] > 100_000
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    trained = [row for row in rows if row["kind"] == "train"]
+    assert [row["step"] for row in trained] == [5, 10, 15, 20]
+    assert {f"student/mkd/{t}" for t in ("feature", "multiscale", "frequency", "alignment")} <= trained[0].keys()
+    assert {"twin/loss_cls", "twin/loss_box", "student/loss_cls", "lr", "images_per_s", "wait_share"} <= trained[0].keys()
+    assert not any(name.startswith("twin/mkd") for name in trained[0])
+    config = json.loads((workdir / "config.json").read_text())
+    assert config["config"]["methods"]["mkd"]["zeta"] == 0.5 and config["runs"][0]["jax"] == jax.__version__
+    assert "<html" in (workdir / "report.html").read_text()[:200].lower()
+    detector, *_, classes = weights.load(workdir / "student")
+    assert detector.name == "rtmdet_pico" and len(classes) == detector.num_classes
+    assert list((workdir / "tensorboard").iterdir())
+
+
+def test_five_steps_and_the_rest_equal_all_at_once_to_the_bit(finished, folder, teacher_folder, monkeypatch):
+    """The run is stopped by a signal at an odd step, and resumed by the same call."""
+    workdir = folder / "resumed"
+    config = tiny_config(folder, teacher=teacher_folder)
+    enter = loop.Signals.__enter__
+
+    def stop_after_seven(self):
+        enter(self)
+        updates = iter(range(10**6))
+        monkeypatch.setattr(loop.tqdm, "update", lambda *_: next(updates) == 6 and signal.raise_signal(signal.SIGTERM))
+        return self
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop.Signals, "__enter__", stop_after_seven)
+        with pytest.raises(loop.Stopped, match="step 7 of 20"):
+            loop.run(config, workdir)
+    monkeypatch.undo()
+    assert not (workdir / "results.json").exists()
+    results = loop.run(config, workdir)
+    assert results == finished[1]
+    for role in ("student", "twin"):
+        assert_equal_bits(arrays(workdir, role), arrays(finished[0], role))
+
+
+def test_twin_is_a_supervised_run_to_the_bit(finished, folder):
+    results = loop.run(tiny_config(folder, teacher=None), folder / "alone")
+    assert results["teacher"] is results["twin"] is results["gain"] is None
+    assert results["student"] == finished[1]["twin"]
+    assert_equal_bits(arrays(folder / "alone", "student"), arrays(finished[0], "twin"))
+
+
+def test_one_program_a_role(folder, teacher_folder, monkeypatch):
+    counted = {}
+    finish = loop.finish
+
+    def keep(setup, *rest):
+        result = finish(setup, *rest)
+        counted.update(setup.programs)
+        return result
+
+    monkeypatch.setattr(loop, "finish", keep)
+    loop.run(tiny_config(folder, teacher=teacher_folder), folder / "counted")
+    assert counted == {"student": 1, "twin": 1, "predict_student": 1, "predict_teacher": 1}
+
+
+def test_eight_devices_equal_one(folder, teacher_folder):
+    """SGD, 4 steps, relative 1e-5: batch statistics, counts and gradients are those of the global batch."""
+    config = tiny_config(folder, teacher=teacher_folder)
+    dataset = data.open_dataset(config.data)
+    detector, *variables, _ = weights.load(teacher_folder)
+    student = detectors.build("rtmdet_pico", len(dataset.classes))
+    method = {"mkd": api.build("mkd", normalize="pkd")}
+    key = jax.random.PRNGKey(0)
+    spec = loop.output_spec(student, (64, 64))
+    optimizer = optax.sgd(1e-3)
+    update = steps.make_step(student, optimizer, lambda at: 0.1, teacher=detector, methods=method)
+    batches = data.train_batches(dataset, config.data, batch_size=8, seed=0)
+    batches = [next(batches) for _ in range(4)]
+
+    def outcome(devices):
+        mesh = Mesh(np.array(devices), ("data",))
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        state = steps.init_state(student, key, None, steps.init_adapters(method, key, spec, spec), optimizer)
+        state, frozen = jax.device_put((state, steps.Teacher(*variables)), everywhere)
+        program = jax.jit(update, donate_argnums=0, out_shardings=everywhere)
+        totals = []
+        for batch in batches:
+            state, metrics = program(state, frozen, loop.place(mesh, batch))
+            totals.append(float(metrics["total"]))
+        return totals, checkpoint.flat(state)
+
+    (totals, one), (others, eight) = outcome(jax.devices()[:1]), outcome(jax.devices())
+    np.testing.assert_allclose(others, totals, rtol=1e-5)
+    for name in one:
+        scale = max(np.max(np.abs(one[name])), 1e-6)
+        np.testing.assert_allclose(eight[name] / scale, one[name] / scale, atol=1e-5, err_msg=name)
+
+
+def test_a_step_that_is_not_finite_changes_nothing(finished, folder, teacher_folder):
+    config = tiny_config(folder, teacher=teacher_folder)
+    dataset = data.open_dataset(config.data)
+    setup = loop.prepare(config, dataset)
+    state = setup.states["twin"]
+    poisoned = jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(jnp.nan) if x.ndim == 4 else x, state.params)
+    before = checkpoint.flat(state._replace(params=poisoned))
+    batch = loop.place(setup.mesh, loop.first_batch_with_objects(setup))
+    after, metrics = setup.steps["twin"](state._replace(params=poisoned), None, batch)
+    after = checkpoint.flat(after)
+    assert after.pop("step") == 1 and before.pop("step") == 0
+    assert_equal_bits(after, before)
+    with pytest.raises(FloatingPointError, match="twin/loss_.*step 3"):
+        loop.check_finite(3, {f"twin/{name}": value for name, value in metrics.items()})
+
+
+def test_damaged_checkpoint_falls_back_to_the_one_before(finished, folder, tmp_path):
+    tree = {"a": np.arange(1000.0), "b": {"c": np.ones(3, np.int32)}}
+    store = checkpoint.Checkpoints(tmp_path, keep=3)
+    for at in (1, 2):
+        store.save(at, jax.tree.map(lambda x: x * at, tree), {"next_batch": at})
+    store.close()
+    largest = max((tmp_path / "2").rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else -1)
+    damaged = bytearray(largest.read_bytes())
+    damaged[len(damaged) // 2] ^= 4
+    largest.write_bytes(damaged)
+    store = checkpoint.Checkpoints(tmp_path, keep=3)
+    restored, note = store.restore(tree)
+    assert note["next_batch"] == 1 and store.latest() == 1
+    np.testing.assert_array_equal(restored["a"], tree["a"])
+    store.close()
+
+
+def wrong(folder, teacher_folder, **changes):
+    config = tiny_config(folder, teacher=teacher_folder)
+    with config.unlocked():
+        for name, value in changes.items():
+            *parents, leaf = name.split("__")
+            node = config
+            for parent in parents:
+                node = node[parent]
+            node[leaf] = value
+    return config
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(optimzer=1), "config.optimzer is no setting"),
+        (dict(data__augment__flipp=1.0), "config.data.augment.flipp is no setting"),
+        (dict(methods__mkdd=ConfigDict()), "no method 'mkdd'.*mkd.*rtmdet_cwd"),
+        (dict(methods__mkd__wieght=1.0), "no option 'wieght'.*weight"),
+        (dict(methods__mkd__student="neckk"), "no tap 'neckk'.*neck.*cls_tower"),
+        (dict(methods__mkd__zeta=2.0), "zeta.*0 .. 1"),
+        (dict(student__detector="rtmdet_huge"), "rtmdet_huge.*rtmdet_tiny"),
+        (dict(teacher__weights="/nowhere"), "/nowhere"),
+        (dict(teacher__detector="rtmdet_s"), "rtmdet_pico"),
+        (dict(teacher__weights=""), "no teacher"),
+        (dict(data__image_size=(60, 64)), "60x64.*multiples of 32"),
+        (dict(data__source="coco"), "coco"),
+        (dict(batch_size=9), "divisible by the 8 devices"),
+        (dict(optimizer__warmup=11), "warm-up"),
+        (dict(optimizer__name="adam"), "adamw"),
+        (dict(methods=ConfigDict()), "no method"),
+    ],
+    ids=str,
+)
+def test_bad_input_gets_one_sentence_before_training(folder, teacher_folder, tmp_path, changes, words):
+    with pytest.raises(loop.BadInput, match=words) as caught:
+        loop.run(wrong(folder, teacher_folder, **changes), tmp_path)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_class_map_of_the_teacher_must_fit(folder, teacher_folder, tmp_path):
+    detector, params, stats, classes = weights.load(teacher_folder)
+    classes = ["zebra", *classes[1:]]
+    weights.save(tmp_path / "other", detector, params, stats, classes=classes, image_size=(64, 64))
+    with pytest.raises(loop.BadInput, match="class map of the teacher.*unknown to the teacher"):
+        loop.run(wrong(folder, teacher_folder, teacher__weights=str(tmp_path / "other")), tmp_path / "run")
+
+
+def test_a_term_without_effect_is_named(folder, teacher_folder, tmp_path):
+    """A mask that drops every frequency leaves the student no gradient: the run must not start."""
+    with pytest.raises(loop.BadInput, match="mkd/frequency.*gradient of size 0"):
+        loop.run(wrong(folder, teacher_folder, methods__mkd__zeta=1.0), tmp_path)
+
+
+def test_workdir_of_another_run_is_refused(finished, folder, teacher_folder):
+    with pytest.raises(loop.BadInput, match="other settings.*seed was 0, is 1"):
+        loop.run(wrong(folder, teacher_folder, seed=1), finished[0])
+
+
+def test_checkpoint_of_another_detector_is_refused(finished, folder, teacher_folder, tmp_path):
+    shutil.copytree(finished[0] / "checkpoints", tmp_path / "checkpoints")
+    config = wrong(folder, teacher_folder, student__detector="rtmdet_nano")
+    with pytest.raises(loop.BadInput, match="another run: its student is 'rtmdet_pico', this run's is 'rtmdet_nano'"):
+        loop.run(config, tmp_path)
+
+
+def test_the_command_line_answers_with_a_sentence_and_an_exit_code(folder):
+    def call(*flags):
+        return subprocess.run(
+            [sys.executable, "train.py", *flags], cwd=ROOT, capture_output=True, text=True, timeout=120
+        )
+
+    for flags, words in (
+        (["--config=configs/quickstart.py", "--workdir=/nowhere/x", "--config.stepz=3"], "stepz"),
+        (["--config=configs/quickstart.py:mkdd", "--workdir=/nowhere/x"], "no method 'mkdd'"),
+        (["--config=configs/missing.py", "--workdir=/nowhere/x"], "missing.py"),
+        (["--config=configs/quickstart.py", "--workdir=/nowhere/x", "--config.data.source=coco_folder"], "root"),
+    ):
+        done = call(*flags)
+        assert done.returncode != 0 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
+        assert len([line for line in done.stderr.splitlines() if line.startswith("train.py: ")]) == 1, done.stderr
+
+
+def test_learning_rate_and_moving_average():
+    config = settings.base()
+    config.update(dict(batch_size=64, steps=1000))
+    config.optimizer.warmup = 100
+    rate = optim.learning_rate(config)
+    full = 0.004 * 64 / 256
+    for at, share in ((0, 1e-5), (50, 0.500005), (100, 1), (500, 1), (750, 0.525), (1000, 0.05)):
+        assert float(rate(at)) == pytest.approx(share * full, rel=1e-3), at
+    for at in (0, 100, 5000, 10**6):
+        assert float(optim.ema_rate(config, at)) == pytest.approx((1 - 2e-4) * np.exp(-(1 + at) / 2000) + 2e-4, rel=1e-4)
+
+
+def test_weight_decay_leaves_norms_and_biases_alone():
+    config = settings.base()
+    config.optimizer.update(dict(lr=0.1, warmup=0))
+    detector = detectors.build("rtmdet_pico", 2)
+    params, _ = detector.init(jax.random.PRNGKey(0))
+    optimizer = optim.optimizer(config, detector.no_decay)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+    for name, update in checkpoint.flat(updates).items():
+        leaf = checkpoint.flat(params)[name]
+        np.testing.assert_allclose(update, -0.1 * 0.05 * leaf if leaf.ndim > 1 else 0 * leaf, atol=1e-9, err_msg=name)
