@@ -91,4 +91,5 @@ def flat(tree, *, copy: bool = True) -> dict:
 
 
 def digest(value) -> str:
+    """The hash of an array's bytes."""
     return hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()
