@@ -1,0 +1,230 @@
+"""Fills a detector from a PyTorch state dict with mmdetection's names, and writes one."""
+
+import re
+import warnings
+from pathlib import Path
+
+import jax
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file as load_safetensors
+
+from kdjax.detectors.api import Detector, Tree, flatten, unflatten
+
+# Our paths follow mmdetection's module names (kdjax.detectors.cspnext, pafpn and rtmdet); only the leaves are renamed.
+_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+# RTMDet's towers: PyTorch stores a convolution that the levels share once for each level.
+_TOWER = re.compile(r"(bbox_head/(?:cls|reg)_convs)/0/(\d+/conv/kernel)")
+_CLASSIFIER = re.compile(r"bbox_head\.rtm_cls\.\d+\.(weight|bias)")
+# What a state dict holds beside weights.
+_COUNTERS = "num_batches_tracked"
+
+_FORMATS = (".npz", ".safetensors", ".pth")
+
+
+def torch_names(detector: Detector) -> dict[str, list[str]]:
+    """The table of names: "params/path" or "stats/path" of ours -> the names in a PyTorch state dict.
+
+    There are several where PyTorch stores a shared convolution several times.
+
+    Example:
+      >>> from kdjax.detectors import build
+      >>> torch_names(build("rtmdet_pico", 5))["stats/backbone/stem/0/bn/mean"]
+      ['backbone.stem.0.bn.running_mean']
+    """
+    params, stats = (flatten(tree) for tree in detector.shapes)
+    table = {}
+    for prefix, paths in (("params", params), ("stats", stats)):
+        for path in paths:
+            copies = [path]
+            if shared := _TOWER.fullmatch(path):
+                levels = range(1, len(detector.strides))
+                others = [f"{shared[1]}/{level}/{shared[2]}" for level in levels]
+                copies += [other for other in others if other not in params]
+            table[f"{prefix}/{path}"] = [_torch_name(copy) for copy in copies]
+    return table
+
+
+def _torch_name(path: str) -> str:
+    *modules, leaf = path.split("/")
+    return ".".join([*modules, _LEAVES[leaf]])
+
+
+def from_torch(
+    detector: Detector, state: dict[str, np.ndarray], *, network: str = "student", key: jax.Array | None = None
+) -> tuple[Tree, Tree]:
+    """Fills a detector from a PyTorch state dict.
+
+    Understood are mmdetection's names, behind `module.` (parallel wrappers and averaged models) and mmrazor's
+    `architecture.`, `student.` and `teacher.`. Every key must be used and every array filled. If only the number of
+    classes differs, the classifiers start anew with the focal prior, and a warning says so.
+
+    Args:
+      detector: what to fill.
+      state: name -> array, layout of PyTorch (OIHW).
+      network: which one to take, "student" or "teacher", of a distiller's state that holds both.
+      key: of the draws for new classifiers; by default the key of seed 0.
+
+    Returns:
+      (params, stats) of float32 arrays.
+
+    Raises:
+      ValueError: one that lists every key without use, every array without source and every shape that differs.
+
+    Warns:
+      UserWarning: if the classifiers are not those of the state.
+
+    Peers: mmdetection 3.3.0, mmengine 0.10, mmrazor 1.0.
+    """
+    state = {name: value for name, value in _plain(state, network).items() if not name.endswith(_COUNTERS)}
+    wanted = {f"{side}/{path}": leaf for side, tree in zip(("params", "stats"), detector.shapes, strict=True)
+              for path, leaf in flatten(tree).items()}  # fmt: skip
+    filled, problems, new_classes = {}, [], set()
+    unused = set(state)
+    for path, names in torch_names(detector).items():
+        unused -= set(names)
+        absent = [name for name in names if name not in state]
+        if absent:
+            problems += [f"{name} is missing" for name in absent]
+            continue
+        values = [_from_torch_layout(state[name], path) for name in names]
+        if any(value.shape != values[0].shape or not np.array_equal(value, values[0]) for value in values):
+            problems.append(f"{', '.join(names)} should be one shared array but differ")
+        elif values[0].shape == wanted[path].shape:
+            filled[path] = values[0]
+        elif _CLASSIFIER.fullmatch(names[0]) and values[0].shape[:-1] == wanted[path].shape[:-1]:
+            new_classes.add(values[0].shape[-1])
+        else:
+            expected = _to_torch_layout(np.empty(wanted[path].shape, bool), path).shape
+            problems.append(f"{names[0]} has shape {np.shape(state[names[0]])} instead of {expected}")
+    problems += [f"{name} has no place in the detector" for name in sorted(unused)]
+    if len(new_classes) > 1:
+        problems.append(f"the classifiers have different numbers of classes: {sorted(new_classes)}")
+    if problems:
+        raise ValueError(
+            f"The weights do not fit {detector.name} with {detector.num_classes} classes and options "
+            f"{detector.options}: {'; '.join(problems)}."
+        )
+    if new_classes:
+        initial = flatten(detector.init(jax.random.key(0) if key is None else key)[0])
+        fresh = [path for path in wanted if path not in filled]
+        filled |= {path: np.asarray(initial[path.removeprefix("params/")]) for path in fresh}
+        warnings.warn(
+            f"The weights are for {new_classes.pop()} classes and {detector.name} has {detector.num_classes}: its "
+            "classifiers start anew, every class at the focal prior's probability of 0.01.",
+            stacklevel=2,
+        )
+    tree = unflatten({path: jax.numpy.asarray(value) for path, value in filled.items()})
+    return tree["params"], tree["stats"]
+
+
+def to_torch(detector: Detector, params: Tree, stats: Tree) -> dict[str, np.ndarray]:
+    """The inverse of `from_torch`: name -> float32 array in PyTorch's layout, with the counters of the batch norms at 0.
+
+    Peers: `torch.load`ed by mmdetection 3.3.0 as a state dict (not tried here; names and shapes are tested).
+    """
+    values = flatten({"params": params, "stats": stats})
+    state = {}
+    for path, names in torch_names(detector).items():
+        value = _to_torch_layout(np.asarray(values[path], np.float32), path)
+        state |= dict.fromkeys(names, value)
+        if path.endswith("/var"):
+            state |= {name.replace("running_var", _COUNTERS): np.zeros((), np.int64) for name in names}
+    return state
+
+
+def _from_torch_layout(value: np.ndarray, path: str) -> np.ndarray:
+    value = np.asarray(value, np.float32)
+    return value.transpose(2, 3, 1, 0) if path.endswith("/kernel") and value.ndim == 4 else value
+
+
+def _to_torch_layout(value: np.ndarray, path: str) -> np.ndarray:
+    return value.transpose(3, 2, 0, 1) if path.endswith("/kernel") else value
+
+
+def _plain(state: dict[str, np.ndarray], network: str) -> dict[str, np.ndarray]:
+    """The state dict of one network, without the prefixes of what it was wrapped in."""
+    if network not in ("student", "teacher"):
+        raise ValueError(f"A distiller's state holds the networks student and teacher, not {network!r}.")
+    # An averaged model counts its updates.
+    state = {name: value for name, value in state.items() if name != "steps"}
+    state = {name.removeprefix("module."): value for name, value in state.items()}
+    prefixes = {"student": ("architecture.", "student."), "teacher": ("teacher.",)}
+    groups = {
+        who: {name.removeprefix(p).removeprefix("module."): v for p in ps for name, v in state.items() if name.startswith(p)}
+        for who, ps in prefixes.items()
+    }
+    held = [who for who, group in groups.items() if group]
+    if not held:
+        return state
+    chosen = network if network in held else held[0]
+    # The rest of a distiller (the other network, connectors) is not the detector's.
+    strays = [n for n in state if not n.startswith(("architecture.", "student.", "teacher.", "distiller."))]
+    return groups[chosen] | {name: state[name] for name in strays}
+
+
+def load_file(path: str | Path) -> dict[str, np.ndarray]:
+    """Reads a state dict from a file of arrays; code inside the file is never run.
+
+    Where a checkpoint of mmengine holds `state_dict` and `ema_state_dict`, the first is taken: mmengine swaps them when it
+    saves, so that it holds the averaged weights.
+
+    Args:
+      path: `.npz`, `.safetensors`, or `.pth` (needs the extra `kdjax[torch]`).
+
+    Returns:
+      name -> array.
+
+    Raises:
+      ValueError: if the file is missing, of another kind, or broken, or PyTorch is needed and missing.
+    """
+    path = Path(path)
+    if path.suffix not in _FORMATS:
+        raise ValueError(f"Weights are read from files {', '.join(_FORMATS)}, not from {path}.")
+    if not path.is_file():
+        raise ValueError(f"There is no file {path}.")
+    try:
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as file:
+                return _unwrap({name: file[name] for name in file.files})
+        if path.suffix == ".safetensors":
+            return _unwrap(load_safetensors(path))
+    except (OSError, ValueError, KeyError, EOFError, SafetensorError) as error:
+        raise ValueError(f"The weights in {path} cannot be read: {error}.") from error
+    return _unwrap(_load_pth(path))
+
+
+def _load_pth(path: Path) -> dict:
+    try:
+        import torch
+    except ImportError as error:
+        raise ValueError(
+            f"Reading {path} needs PyTorch: install the extra kdjax[torch], or convert it to .safetensors or .npz."
+        ) from error
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # what torch raises differs from version to version
+        raise ValueError(
+            f"{path} cannot be read as weights alone (kdjax never runs code from a file): {error}. Save its state_dict "
+            "by itself where it came from."
+        ) from error
+
+    def arrays(tree):
+        if isinstance(tree, dict):
+            return {name: arrays(value) for name, value in tree.items() if isinstance(value, dict | torch.Tensor)}
+        return tree.float().numpy() if tree.is_floating_point() else tree.numpy()
+
+    return arrays(checkpoint)
+
+
+def _unwrap(checkpoint: dict) -> dict[str, np.ndarray]:
+    """The state dict inside a checkpoint, nested or with its name as a prefix."""
+    for wrapper in ("state_dict", "ema_state_dict"):
+        if isinstance(checkpoint.get(wrapper), dict):
+            return checkpoint[wrapper]
+        inner = {
+            name[len(wrapper) + 1 :]: value for name, value in checkpoint.items() if name.startswith((f"{wrapper}.", f"{wrapper}/"))
+        }
+        if inner:
+            return inner
+    return checkpoint

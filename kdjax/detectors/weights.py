@@ -1,0 +1,148 @@
+"""What a user takes away: a folder with the weights (safetensors) and the config to load them."""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load as deserialize
+from safetensors.numpy import save as serialize
+
+import kdjax
+from kdjax.detectors import build, convert
+from kdjax.detectors.api import Detector, Tree, flatten, unflatten
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+_DTYPES = ("float32", "float16")
+
+
+def save(
+    folder: str | Path,
+    detector: Detector,
+    params: Tree,
+    stats: Tree,
+    *,
+    classes: list[str],
+    image_size: tuple[int, int],
+    dtype: str = "float32",
+    extra: dict[str, Any] | None = None,
+) -> None:
+    """Writes `model.safetensors` (flat names "params/a/b", "stats/a/b") and `config.json` into a folder.
+
+    Each file is replaced in one go, and the config holds the weights' hash: an interrupted save is noticed by `load`.
+
+    Args:
+      folder: made if missing.
+      detector, params, stats: what to save.
+      classes: names of the K classes, in the order of the labels.
+      image_size: height and width of the canvas that the detector was trained on, in pixels.
+      dtype: of the stored arrays, "float32" or "float16" (half the size; loaded back as float32).
+      extra: JSON-able facts to keep in the config.
+
+    Raises:
+      ValueError: for another dtype, a wrong number of classes, or values beyond float16.
+    """
+    if dtype not in _DTYPES:
+        raise ValueError(f"Weights are stored as {' or '.join(_DTYPES)}, not as {dtype!r}.")
+    if len(classes) != detector.num_classes:
+        raise ValueError(f"{detector.name} has {detector.num_classes} classes, but {len(classes)} names were given.")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays = {}
+    for path, value in flatten({"params": params, "stats": stats}).items():
+        value = np.asarray(value)
+        if dtype == "float16" and np.abs(value).max(initial=0) > np.finfo(np.float16).max:
+            raise ValueError(f"{path} holds values beyond float16; store the weights as float32.")
+        arrays[path] = np.ascontiguousarray(value, dtype)
+    blob = serialize(arrays)
+    config = {
+        "detector": detector.name,
+        "num_classes": detector.num_classes,
+        "options": detector.options,
+        "classes": list(classes),
+        "image_size": list(image_size),
+        "dtype": dtype,
+        "sha256": hashlib.sha256(blob).hexdigest(),
+        "versions": {"kdjax": kdjax.__version__}
+        | {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy")},
+        "extra": extra or {},
+    }
+    _replace(folder / WEIGHTS, blob)
+    _replace(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+
+
+def _replace(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(content)
+    temporary.replace(path)
+
+
+def load(
+    path: str | Path, detector: Detector | None = None, *, key: jax.Array | None = None
+) -> tuple[Detector, Tree, Tree, list[str] | None]:
+    """Loads weights: a folder that `save` wrote, or a PyTorch state dict.
+
+    Args:
+      path: the folder (or the `model.safetensors` in it), or a `.npz`, `.safetensors` or `.pth` of PyTorch weights
+        (`kdjax.detectors.convert`).
+      detector: needed for PyTorch weights, which do not say what they are of. For a folder: if given, name and options
+        must be the folder's; the number of classes is the folder's.
+      key: for classifiers that start anew because the number of classes differs (PyTorch weights only).
+
+    Returns:
+      (detector, params, stats, names of the classes or None if the file does not tell); arrays are float32.
+
+    Raises:
+      ValueError: if anything is missing, broken, or of another detector.
+    """
+    path = Path(path)
+    if path.is_file() and path.name == WEIGHTS and (path.parent / CONFIG).is_file():
+        path = path.parent
+    if path.is_dir():
+        return _load_folder(path, detector)
+    if not path.exists():
+        raise ValueError(f"There are no weights at {path}.")
+    if detector is None:
+        raise ValueError(f"{path} does not say which detector it is of; name it beside the weights.")
+    params, stats = convert.from_torch(detector, convert.load_file(path), key=key)
+    return detector, params, stats, None
+
+
+def _load_folder(folder: Path, detector: Detector | None) -> tuple[Detector, Tree, Tree, list[str]]:
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} holds no {name}: it is no folder of weights.")
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+        name, num_classes, options, classes, digest = (
+            config[field] for field in ("detector", "num_classes", "options", "classes", "sha256")
+        )
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{folder / CONFIG} cannot be read as the config of weights: {error!r}.") from error
+    if detector is not None and (detector.name, detector.options) != (name, options):
+        raise ValueError(
+            f"{folder} holds {name} with options {options}, not {detector.name} with options {detector.options}."
+        )
+    blob = (folder / WEIGHTS).read_bytes()
+    if hashlib.sha256(blob).hexdigest() != digest:
+        raise ValueError(f"{folder / WEIGHTS} is not the file that {CONFIG} describes: its SHA-256 differs.")
+    try:
+        arrays = deserialize(blob)
+    except SafetensorError as error:
+        raise ValueError(f"{folder / WEIGHTS} cannot be read: {error}.") from error
+    detector = build(name, num_classes, **options)
+    wanted = flatten(dict(zip(("params", "stats"), detector.shapes, strict=True)))
+    wrong = sorted(
+        path
+        for path in set(wanted) | set(arrays)
+        if path not in wanted or path not in arrays or wanted[path].shape != arrays[path].shape
+    )
+    if wrong:
+        raise ValueError(f"{folder / WEIGHTS} does not fit {name}: missing, unknown or of another shape: {wrong}.")
+    tree = unflatten({path: jax.numpy.asarray(value, jax.numpy.float32) for path, value in arrays.items()})
+    return detector, tree["params"], tree["stats"], list(classes)
