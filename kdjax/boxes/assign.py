@@ -31,6 +31,51 @@ def inside_padding(priors: Array, pad_size: Array) -> Array:
     return jnp.all(cell < size_xy, axis=-1)
 
 
+def k_smallest(values: Array, k: int) -> tuple[Array, Array]:
+    """The k smallest entries of each row in ascending order, equal ones by index: `lax.top_k` for a sharded batch.
+
+    `lax.top_k` itself would collect the rows of all devices on every device. Reductions do not.
+
+    Args:
+      values: f32[..., N]; inf where there is nothing to take.
+      k: how many, small, at most N.
+
+    Returns:
+      (f32[..., k] the entries, i32[..., k] their indices).
+
+    Scope: each row on its own.
+
+    Example:
+      >>> import numpy as np
+      >>> smallest, index = k_smallest(np.array([[5.0, 1.0, 3.0, 1.0]]), 3)
+      >>> smallest.tolist(), index.tolist()
+      ([[1.0, 1.0, 3.0]], [[1, 3, 2]])
+    """
+    block, size = 16, values.shape[-1]
+    if size <= block * k:
+        # What has been taken becomes inf, so what was inf must be less.
+        largest = jnp.finfo(jnp.float32).max
+
+        def take_one(left, _):
+            lowest = jnp.min(left, axis=-1, keepdims=True)
+            index = jnp.min(jnp.where(left == lowest, jnp.arange(size), size), axis=-1, keepdims=True)
+            return jnp.where(jnp.arange(size) == index, jnp.inf, left), (lowest[..., 0], index[..., 0])
+
+        _, (lowest, index) = jax.lax.scan(take_one, jnp.minimum(values, largest), length=k)
+        lowest, index = jnp.moveaxis(lowest, 0, -1), jnp.moveaxis(index, 0, -1)
+        return jnp.where(lowest == largest, jnp.inf, lowest), index
+
+    # The k smallest entries are in the k blocks with the smallest minima.
+    rows = values.shape[:-1]
+    padded = jnp.pad(values, [(0, 0)] * len(rows) + [(0, -size % block)], constant_values=jnp.inf)
+    blocks = padded.reshape(*rows, -1, block)
+    _, best = k_smallest(jnp.min(blocks, axis=-1), k)
+    best = jnp.sort(best, axis=-1)
+    candidates = jnp.take_along_axis(blocks, best[..., None], axis=-2).reshape(*rows, -1)
+    lowest, index = k_smallest(candidates, k)
+    return lowest, jnp.take_along_axis(best, index // block, axis=-1) * block + index % block
+
+
 def _assignment(matched: Array, ignore: Array, quality: Array, num_classes: int, targets: Targets) -> Assignment:
     """Fill in the struct from what an assigner decided; `matched` is -1 for background."""
     positive = matched >= 0
@@ -124,12 +169,10 @@ def dynamic_soft_label(
     cost = jnp.where(usable, class_cost + iou_cost + centre_cost, jnp.inf)
 
     topk = min(topk, priors.shape[0])
-    # Two axes only: XLA's fast top-k for CPUs knows no more.
-    rows = (-1, priors.shape[0])
-    best_iou, _ = jax.lax.top_k(iou.reshape(rows), topk)
-    k = jnp.maximum(jnp.sum(best_iou, axis=-1).astype(jnp.int32), 1)
-    lowest, taken = jax.lax.top_k(-cost.reshape(rows), topk)
-    takes = (jnp.arange(topk) < k[:, None]) & jnp.isfinite(lowest)
+    best_iou, _ = k_smallest(-iou, topk)
+    k = jnp.maximum(jnp.sum(-best_iou, axis=-1).astype(jnp.int32), 1)
+    lowest, taken = k_smallest(cost, topk)
+    takes = (jnp.arange(topk) < k[..., None]) & jnp.isfinite(lowest)
 
     def claims(taken, takes):
         """For every prior how many boxes take it, and the last of them."""
@@ -139,8 +182,7 @@ def dynamic_soft_label(
         last = jnp.full(priors.shape[0], -1, jnp.int32).at[place].max(owner, mode="drop")
         return count, last
 
-    per_picture = (-1, num_boxes, topk)
-    count, last = jax.vmap(claims)(taken.reshape(per_picture), takes.reshape(per_picture))
+    count, last = jax.vmap(claims)(taken, takes)
     matched = jnp.where(count > 1, jnp.argmin(cost, axis=1).astype(jnp.int32), last)
     quality = jnp.take_along_axis(iou, jnp.maximum(matched, 0)[:, None, :], axis=1)[:, 0]
     return _assignment(matched, ~padded, quality, num_classes, targets)
