@@ -1,0 +1,187 @@
+"""COCO's figures: equal to pycocotools on random data sets, and from a batch to results."""
+
+import contextlib
+import copy
+import doctest
+import io
+
+import numpy as np
+import pytest
+from pycocotools import mask as masks
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from kdjax.evals import coco
+from kdjax.structs import Detections
+
+SIDE = 200
+
+
+def mask_of(box) -> dict:
+    """An ellipse in a box, as COCO writes compressed masks."""
+    x, y, w, h = box
+    lines, columns = np.mgrid[:SIDE, :SIDE] + 0.5
+    inside = ((columns - x - w / 2) / (w / 2)) ** 2 + ((lines - y - h / 2) / (h / 2)) ** 2 <= 1
+    rle = masks.encode(np.asfortranarray(inside.astype(np.uint8)))
+    return {"size": rle["size"], "counts": rle["counts"].decode()}
+
+
+def some_data(seed: int, *, images: int = 8, classes: int = 3, crowded: bool = False):
+    """Objects of all sizes and detections near them: ties, crowds, empty pictures, (crowded) over 100 in a picture."""
+    rng = np.random.default_rng(seed)
+    category_ids = sorted(rng.choice(np.arange(1, 20), classes, replace=False).tolist())
+    truth = {
+        "images": [{"id": 7 + 3 * i, "height": SIDE, "width": SIDE, "file_name": f"{i}.png"} for i in range(images)],
+        "categories": [{"id": c, "name": f"class {c}"} for c in category_ids],
+        "annotations": [],
+    }
+    detections = []
+    for i, image in enumerate(truth["images"]):
+        boxes = []
+        for _ in range(rng.integers(1, 9) if i % 3 else 0):  # every third picture is empty
+            size = np.exp(rng.uniform(np.log(6), np.log(150), 2))
+            start = rng.uniform(0, SIDE - size)
+            boxes.append([*start.round(2).tolist(), *size.round(2).tolist()])
+            segmentation = mask_of(boxes[-1])
+            truth["annotations"].append(
+                {
+                    "id": len(truth["annotations"]) + 1,
+                    "image_id": image["id"],
+                    "category_id": int(rng.choice(category_ids[:-1] or category_ids)),  # the last has no object
+                    "bbox": boxes[-1],
+                    "area": float(masks.area(segmentation)),
+                    "iscrowd": int(rng.random() < 0.15),
+                    "segmentation": segmentation,
+                }
+            )
+        for _ in range(150 if crowded and i == 1 else rng.integers(0, 20)):
+            if boxes and rng.random() < 0.8:
+                x, y, w, h = boxes[rng.integers(len(boxes))] + rng.normal(0, 4, 4)
+            else:
+                x, y, w, h = rng.uniform(0, SIDE / 2, 4)
+            box = [float(x), float(y), max(float(w), 1.0), max(float(h), 1.0)]
+            detections.append(
+                {
+                    "image_id": image["id"],
+                    "category_id": int(rng.choice(category_ids)),
+                    "bbox": box,
+                    "score": float(np.round(rng.random(), 1)),
+                    "segmentation": mask_of(box),
+                }
+            )
+    return truth, detections
+
+
+def by_pycocotools(truth, detections, iou_type: str, use_categories: bool = True):
+    with contextlib.redirect_stdout(io.StringIO()):
+        gt = COCO()
+        gt.dataset = copy.deepcopy(truth)
+        gt.createIndex()
+        evaluation = COCOeval(gt, gt.loadRes(copy.deepcopy(detections)), iou_type)
+        evaluation.params.useCats = int(use_categories)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return evaluation
+
+
+def without(rows, key: str) -> list[dict]:
+    return [{name: value for name, value in row.items() if name != key} for row in rows]
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("iou_type", ["bbox", "segm"])
+def test_equals_pycocotools(seed, iou_type):
+    truth, detections = some_data(seed, crowded=seed % 2 == 1, classes=1 + seed % 4)
+    detections = without(detections, "segmentation" if iou_type == "bbox" else "bbox")
+    before = copy.deepcopy((truth, detections))
+    for use_categories in (True, False):
+        want = by_pycocotools(truth, detections, iou_type, use_categories)
+        got = coco.curves(truth, detections, iou_type=iou_type, use_categories=use_categories)
+        np.testing.assert_allclose(list(coco.figures(got).values()), want.stats, rtol=0, atol=1e-12)
+        np.testing.assert_allclose(got.precision, want.eval["precision"], rtol=0, atol=1e-12)
+        np.testing.assert_allclose(got.recall, want.eval["recall"], rtol=0, atol=1e-12)
+    assert (truth, detections) == before
+
+
+def test_masks_with_boxes_count_the_area_of_the_box():
+    truth, detections = some_data(11)
+    want = by_pycocotools(truth, detections, "segm").stats
+    got = coco.coco_figures(truth, detections, iou_type="segm")
+    np.testing.assert_allclose(list(got.values()), want, rtol=0, atol=1e-12)
+    assert list(got) == ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
+
+
+def test_perfect_detections():
+    truth, _ = some_data(12)
+    solid = [{**row, "iscrowd": 0} for row in truth["annotations"]]
+    found = [{key: row[key] for key in ("image_id", "category_id", "bbox")} | {"score": 0.5} for row in solid]
+    figures = coco.coco_figures({**truth, "annotations": solid}, found)
+    assert figures["AP"] == pytest.approx(1) and figures["AR100"] == pytest.approx(1)
+    classes = coco.per_class({**truth, "annotations": solid}, found)
+    assert list(classes) == [category["name"] for category in truth["categories"]]
+    assert list(classes.values())[-1] == -1 and list(classes.values())[0] == pytest.approx(1)
+
+
+def test_no_detections_no_objects_and_missing_fields():
+    truth, detections = some_data(13)
+    none = coco.coco_figures(truth, [])
+    assert none["AP"] == none["AR100"] == 0
+    nothing = coco.coco_figures({**truth, "annotations": []}, without(detections, "segmentation"))
+    assert set(nothing.values()) == {-1.0}
+    bare = [{key: row[key] for key in ("image_id", "category_id", "bbox")} for row in truth["annotations"]]
+    full = [{**row, "id": i + 1, "iscrowd": 0, "area": row["bbox"][2] * row["bbox"][3]} for i, row in enumerate(bare)]
+    boxes = without(detections, "segmentation")
+    want = by_pycocotools({**truth, "annotations": full}, boxes, "bbox").stats
+    # Annotation ids that begin at 0 confuse pycocotools; here they are not read.
+    for rows in (bare, [{**row, "id": i} for i, row in enumerate(full)]):
+        got = coco.coco_figures({**truth, "annotations": rows}, boxes)
+        np.testing.assert_allclose(list(got.values()), want, rtol=0, atol=1e-12)
+
+
+def test_unknown_image_or_category_is_named():
+    truth, detections = some_data(14)
+    with pytest.raises(ValueError, match="detection of image 5000"):
+        coco.coco_figures(truth, [{**detections[0], "image_id": 5000}])
+    with pytest.raises(ValueError, match="detection of category 99"):
+        coco.coco_figures(truth, [{**detections[0], "category_id": 99}])
+    with pytest.raises(ValueError, match="annotation of category 99"):
+        coco.coco_figures({**truth, "annotations": [{**truth["annotations"][0], "category_id": 99}]}, [])
+
+
+def test_classes_of_one_name_stay_apart():
+    box = {"image_id": 1, "bbox": [0, 0, 40, 40]}
+    truth = {
+        "images": [{"id": 1}],
+        "categories": [{"id": 1, "name": "cat"}, {"id": 4, "name": "cat"}],
+        "annotations": [{**box, "category_id": 1}, {**box, "category_id": 4}],
+    }
+    got = coco.per_class(truth, [{**box, "category_id": 4, "score": 0.9}])
+    assert got == {"cat": 0.0, "cat (4)": pytest.approx(1)}
+
+
+def test_to_coco_undoes_the_resize():
+    rng = np.random.default_rng(0)
+    batch = {
+        "image_id": np.array([5, 6, 7]),
+        "scale": np.array([0.5, 2.0, 1.0], np.float32),
+        "original_size": np.array([[40, 60], [30, 20], [10, 10]]),
+        "real": np.array([True, True, False]),
+    }
+    boxes = np.tile(np.array([2.0, 4, 12, 16], np.float32), (3, 2, 1))
+    boxes[1, 1] = [-4, 0, 100, 62]
+    found = Detections(
+        boxes=boxes,
+        scores=rng.random((3, 2)).astype(np.float32),
+        labels=np.array([[0, 1], [1, 0], [0, 0]]),
+        valid=np.array([[True, False], [True, True], [True, True]]),
+    )
+    got = coco.to_coco(batch, found, [10, 20])
+    assert [(row["image_id"], row["category_id"]) for row in got] == [(5, 10), (6, 20), (6, 10)]
+    assert [row["bbox"] for row in got] == [[4, 8, 20, 24], [1, 2, 5, 6], [0, 0, 20, 30]]
+    assert [row["score"] for row in got] == [float(found.scores[0, 0]), *found.scores[1].tolist()]
+
+
+def test_examples():
+    result = doctest.testmod(coco)
+    assert result.attempted and not result.failed
