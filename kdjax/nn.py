@@ -26,7 +26,7 @@ def conv2d(
 ) -> Array:
     """Convolves (cross-correlates, as every deep learning library) a batch of maps with a kernel.
 
-    y[b, h, w, o] = bias[o] + sum_{i, j, c} x[b, h * stride + i - padding, w * stride + j - padding, c] kernel[i, j, c, o]
+    y[b, h, w, o] = bias[o] + sum_{i, j, c} x[b, h stride + i - padding, w stride + j - padding, c] kernel[i, j, c, o]
 
     Args:
       x: f32[B, H, W, C], the maps.

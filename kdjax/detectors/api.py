@@ -19,19 +19,19 @@ class Detector:
 
     Functions (shapes: B batch, H W input size, L levels, N priors, K classes):
 
-    - `init(key) -> (params, stats)`: nested dicts of float32 arrays. Drawn by NumPy, nothing is compiled; the values depend
-      on the key alone.
+    - `init(key) -> (params, stats)`: nested dicts of float32 arrays. Drawn by NumPy, nothing is compiled; the values
+      depend on the key alone.
     - `preprocess(images u8[B, H, W, 3] RGB) -> f32[B, H, W, 3]`: colour order and normalisation of this detector.
     - `apply(params, stats, x f32[B, H, W, 3], *, train) -> (DetectorOutput, new_stats)`: with `train`, norms use the
-      statistics of the global batch and `new_stats` has moved towards them; else `new_stats` is `stats`.
-    - `head(params, stats, features, *, branch, start) -> L predictions`: the branch "cls" or "reg" of the head in evaluation
-      mode. `start=0`: on neck features; `start=i`: on the pre-activation output of the tower's conv i (1-based), which
-      is activated first. The prediction has the form of `DetectorOutput.cls_logits` or `box_reg`.
-    - `loss(output, targets, *, assignment=None) -> ({name: f32[]}, Assignment)`: normalised over the global batch; assigns
-      itself unless an assignment is given.
+      statistics of the global batch and `new_stats` has moved towards them; else `new_stats` equals `stats`.
+    - `head(params, stats, features, *, branch, start) -> L predictions`: the branch "cls" or "reg" of the head in
+      evaluation mode. `start=0`: on neck features; `start=i`: on the pre-activation output of the tower's conv i
+      (1-based), which is activated first. Predictions have the form of `DetectorOutput.cls_logits` or `box_reg`.
+    - `loss(output, targets, *, assignment=None) -> ({name: f32[]}, Assignment)`: normalised over the global batch;
+      assigns itself unless an assignment is given.
     - `decode(output, image_size i32[B, 2], *, score_threshold, iou_threshold, pre_nms, max_detections) -> Detections`.
     - `decode_boxes(output) -> f32[B, N, 4]`, `class_logits(output) -> f32[B, N, K]`: all levels in one array.
-    - `priors((H, W)) -> f32[N, 4]`: NumPy, x, y, stride in x, stride in y, in pixels.
+    - `priors((H, W)) -> f32[N, 4]`: NumPy; x, y, stride in x, stride in y, in pixels.
     - `no_decay(params) -> tree of bool`: True on what weight decay leaves alone: norms and biases.
     """
 
@@ -127,7 +127,9 @@ def pure(construct: Callable[[], nnx.Module]) -> PureModule:
             seed = [*words.ravel().tolist(), zlib.crc32(path.encode())]
             return jax.numpy.asarray(draws[path](np.random.default_rng(seed), shape), jax.numpy.float32)
 
-        return tuple(unflatten({path: draw(path, leaf.shape) for path, leaf in flatten(tree).items()}) for tree in shapes)
+        return tuple(
+            unflatten({path: draw(path, leaf.shape) for path, leaf in flatten(tree).items()}) for tree in shapes
+        )
 
     def call(params: Tree, stats: Tree, method: Callable, *args, **kwargs):
         # The copy lets the statistics be written inside a transformed function.

@@ -119,7 +119,7 @@ def from_torch(
 
 
 def to_torch(detector: Detector, params: Tree, stats: Tree) -> dict[str, np.ndarray]:
-    """The inverse of `from_torch`: name -> float32 array in PyTorch's layout, with the counters of the batch norms at 0.
+    """The inverse of `from_torch`: name -> float32 array in PyTorch's layout, batch norms' counters at 0.
 
     Peers: `torch.load`ed by mmdetection 3.3.0 as a state dict (not tried here; names and shapes are tested).
     """
@@ -151,7 +151,12 @@ def _plain(state: dict[str, np.ndarray], network: str) -> dict[str, np.ndarray]:
     state = {name.removeprefix("module."): value for name, value in state.items()}
     prefixes = {"student": ("architecture.", "student."), "teacher": ("teacher.",)}
     groups = {
-        who: {name.removeprefix(p).removeprefix("module."): v for p in ps for name, v in state.items() if name.startswith(p)}
+        who: {
+            name.removeprefix(p).removeprefix("module."): v
+            for p in ps
+            for name, v in state.items()
+            if name.startswith(p)
+        }
         for who, ps in prefixes.items()
     }
     held = [who for who, group in groups.items() if group]
@@ -166,8 +171,8 @@ def _plain(state: dict[str, np.ndarray], network: str) -> dict[str, np.ndarray]:
 def load_file(path: str | Path) -> dict[str, np.ndarray]:
     """Reads a state dict from a file of arrays; code inside the file is never run.
 
-    Where a checkpoint of mmengine holds `state_dict` and `ema_state_dict`, the first is taken: mmengine swaps them when it
-    saves, so that it holds the averaged weights.
+    Where a checkpoint of mmengine holds `state_dict` and `ema_state_dict`, the first is taken: mmengine swaps them when
+    it saves, so that it is the first that holds the averaged weights.
 
     Args:
       path: `.npz`, `.safetensors`, or `.pth` (needs the extra `kdjax[torch]`).
@@ -223,7 +228,9 @@ def _unwrap(checkpoint: dict) -> dict[str, np.ndarray]:
         if isinstance(checkpoint.get(wrapper), dict):
             return checkpoint[wrapper]
         inner = {
-            name[len(wrapper) + 1 :]: value for name, value in checkpoint.items() if name.startswith((f"{wrapper}.", f"{wrapper}/"))
+            name[len(wrapper) + 1 :]: value
+            for name, value in checkpoint.items()
+            if name.startswith((f"{wrapper}.", f"{wrapper}/"))
         }
         if inner:
             return inner

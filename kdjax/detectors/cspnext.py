@@ -95,9 +95,7 @@ class CSPNeXt(nnx.Module):
     def __init__(self, *, widen: float, deepen: float, expand_ratio: float = 0.5, attention: bool = True):
         first = int(64 * widen)
         half = int(64 * widen // 2)
-        self.stem = nnx.List(
-            [ConvNorm(3, half, 3, stride=2), ConvNorm(half, half, 3), ConvNorm(half, first, 3)]
-        )
+        self.stem = nnx.List([ConvNorm(3, half, 3, stride=2), ConvNorm(half, half, 3), ConvNorm(half, first, 3)])
         self.channels = tuple(int(stage[1] * widen) for stage in _STAGES[1:])
         for index, (inputs, outputs, blocks, identity) in enumerate(_STAGES, 1):
             inputs, outputs = int(inputs * widen), int(outputs * widen)

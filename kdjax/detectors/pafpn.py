@@ -15,13 +15,11 @@ Array = jax.Array
 
 
 class CSPNeXtPAFPN(nnx.Module):
-    """Maps of `inputs` channels, fine to coarse, each half as large as the one before -> as many of `outputs` channels."""
+    """Maps of `inputs` channels, fine to coarse, each half as large as the last -> as many of `outputs` channels."""
 
     def __init__(self, inputs: tuple[int, ...], outputs: int, *, blocks: int, expand_ratio: float = 0.5):
         def layer(channels: int, out: int) -> CSPLayer:
-            return CSPLayer(
-                channels, out, blocks=blocks, identity=False, attention=False, expand_ratio=expand_ratio
-            )
+            return CSPLayer(channels, out, blocks=blocks, identity=False, attention=False, expand_ratio=expand_ratio)
 
         pairs = list(zip(inputs[:-1], inputs[1:], strict=True))  # finer, coarser
         self.reduce_layers = nnx.List([ConvNorm(coarse, fine, 1) for fine, coarse in reversed(pairs)])

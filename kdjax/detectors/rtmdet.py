@@ -7,7 +7,6 @@ instead of empty; with the exponential both are the same.
 """
 
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from kdjax.boxes import assign, coding, nms, priors
-from kdjax.detectors.api import Detector, Tree, flatten, pure, unflatten
+from kdjax.detectors.api import Detector, PureModule, Tree, flatten, pure, unflatten
 from kdjax.detectors.cspnext import CSPNeXt
 from kdjax.detectors.layers import BatchNorm, Conv, constant, normal
 from kdjax.detectors.pafpn import CSPNeXtPAFPN
@@ -69,9 +68,7 @@ class _Head(nnx.Module):
             )
 
         def predictors(outputs: int, bias: float) -> nnx.List:
-            return nnx.List(
-                [Conv(channels, outputs, 1, draw=normal(0.01), bias=constant(bias)) for _ in STRIDES]
-            )
+            return nnx.List([Conv(channels, outputs, 1, draw=normal(0.01), bias=constant(bias)) for _ in STRIDES])
 
         self.exp_on_reg = exp_on_reg
         self.cls_convs, self.reg_convs = tower(), tower()
@@ -132,8 +129,17 @@ class RTMDet(nnx.Module):
         )
 
     def __call__(self, x: Array, train: bool) -> DetectorOutput:
+        return self.outputs(*self.features(x, train), train)
+
+    def features(self, x: Array, train: bool) -> tuple[tuple[Array, ...], tuple[Array, ...], tuple[Array, ...]]:
+        """Returns the maps of the backbone, of the neck, and of the neck's last convolutions."""
         backbone = self.backbone(x, train)
-        neck, neck_conv = self.neck(backbone, train)
+        return backbone, *self.neck(backbone, train)
+
+    def outputs(
+        self, backbone: tuple[Array, ...], neck: tuple[Array, ...], neck_conv: tuple[Array, ...], train: bool
+    ) -> DetectorOutput:
+        """Runs the head and names everything."""
         cls_tower, cls_logits = self.bbox_head.branch(neck, "cls", 0, train)
         reg_tower, box_reg = self.bbox_head.branch(neck, "reg", 0, train)
         return DetectorOutput(
@@ -147,6 +153,11 @@ class RTMDet(nnx.Module):
             cls_logits=cls_logits,
             box_reg=box_reg,
         )
+
+
+def network(num_classes: int, **options) -> PureModule:
+    """The network itself as pure functions, every option of `make` given; for those who look inside."""
+    return pure(lambda: RTMDet(num_classes, **options))
 
 
 def make(variant: str, num_classes: int, **overrides) -> Detector:
@@ -186,7 +197,7 @@ def make(variant: str, num_classes: int, **overrides) -> Detector:
     options.setdefault("head_channels", int(256 * options["widen"]))
     options.setdefault("neck_blocks", max(round(3 * options["deepen"]), 1))
     _check(num_classes, options, overrides)
-    module = pure(lambda: RTMDet(num_classes, **options))
+    module = network(num_classes, **options)
 
     def apply(params: Tree, stats: Tree, x: Array, *, train: bool) -> tuple[DetectorOutput, Tree]:
         if x.ndim != 4 or x.shape[1] % 32 or x.shape[2] % 32 or x.shape[3] != 3:

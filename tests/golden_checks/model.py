@@ -1,0 +1,348 @@
+"""Whole models: features, outputs, running statistics, assignment, losses, gradients and detections of RTMDet."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kdjax.boxes import assign, coding
+from kdjax.detectors import api, convert, rtmdet
+from kdjax.structs import Assignment, DetectorOutput, Targets
+from tests.golden_checks.api import Check, Checks, UnknownCase, below, load, mismatches, relative_error
+
+# Fields of a model's configuration that mean something here, and the option of `rtmdet.make` that they set.
+_OPTIONS = {
+    "backbone.widen_factor": "widen",
+    "backbone.deepen_factor": "deepen",
+    "backbone.expand_ratio": "expand_ratio",
+    "backbone.channel_attention": "attention",
+    "neck.out_channels": "neck_channels",
+    "neck.num_csp_blocks": "neck_blocks",
+    "bbox_head.feat_channels": "head_channels",
+    "bbox_head.stacked_convs": "stacked_convs",
+    "bbox_head.share_conv": "share_conv",
+    "bbox_head.exp_on_reg": "exp_on_reg",
+}
+# Fields that have one value in every RTMDet.
+_FIXED = {
+    "type": "RTMDet",
+    "data_preprocessor.type": "DetDataPreprocessor",
+    "data_preprocessor.mean": [103.53, 116.28, 123.675],
+    "data_preprocessor.std": [57.375, 57.12, 58.395],
+    "data_preprocessor.bgr_to_rgb": False,
+    "data_preprocessor.batch_augments": None,
+    "backbone.type": "CSPNeXt",
+    "backbone.arch": "P5",
+    "neck.type": "CSPNeXtPAFPN",
+    "bbox_head.type": "RTMDetSepBNHead",
+    "bbox_head.anchor_generator.type": "MlvlPointGenerator",
+    "bbox_head.anchor_generator.offset": 0,
+    "bbox_head.anchor_generator.strides": [8, 16, 32],
+    "bbox_head.bbox_coder.type": "DistancePointBBoxCoder",
+    "bbox_head.loss_cls.type": "QualityFocalLoss",
+    "bbox_head.loss_cls.use_sigmoid": True,
+    "bbox_head.loss_cls.beta": 2.0,
+    "bbox_head.loss_cls.loss_weight": 1.0,
+    "bbox_head.loss_bbox.type": "GIoULoss",
+    "bbox_head.loss_bbox.loss_weight": 2.0,
+    "bbox_head.with_objectness": False,
+    "bbox_head.pred_kernel_size": 1,
+    "train_cfg.assigner.type": "DynamicSoftLabelAssigner",
+    "train_cfg.assigner.topk": 13,
+    "train_cfg.allowed_border": -1,
+    "train_cfg.pos_weight": -1,
+    "train_cfg.debug": False,
+}
+_LAYERS = {"norm_cfg.type": "BN", "act_cfg.type": "SiLU", "act_cfg.inplace": True}
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        flat |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def options_of(config: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    """(number of classes, options of `rtmdet.make`) of a configuration of mmdetection; every field must be known."""
+    fixed = _FIXED | {f"{part}.{k}": v for part in ("backbone", "neck", "bbox_head") for k, v in _LAYERS.items()}
+    options, classes = {}, 0
+    for field, value in _leaves(config).items():
+        field = field.removeprefix("bbox_head.") if field.startswith("bbox_head.train_cfg") else field
+        if field.startswith(("test_cfg.", "bbox_head.test_cfg.")):
+            continue  # the settings of each set of detections stand in the file
+        if field in _OPTIONS:
+            options[_OPTIONS[field]] = value
+        elif field == "bbox_head.num_classes":
+            classes = value
+        elif field == "bbox_head.in_channels":
+            _expect(field, value, config["neck"]["out_channels"])
+        elif field == "neck.expand_ratio":
+            _expect(field, value, config["backbone"]["expand_ratio"])
+        elif field == "neck.in_channels":
+            _expect(field, value, [int(c * config["backbone"]["widen_factor"]) for c in (256, 512, 1024)])
+        elif field in fixed:
+            _expect(field, value, fixed[field])
+        else:
+            raise UnknownCase(f"the model's {field} = {value!r}")
+    return classes, options
+
+
+def _expect(field: str, value: Any, known: Any) -> None:
+    if value != known:
+        raise UnknownCase(f"the model's {field} = {value!r}; only {known!r} is known")
+
+
+def _nhwc(x: np.ndarray) -> np.ndarray:
+    return x.transpose(0, 2, 3, 1)
+
+
+def _maps(arrays: dict[str, np.ndarray], prefix: str) -> tuple[np.ndarray, ...]:
+    found = below(arrays, prefix)
+    return tuple(_nhwc(found[str(level)]) for level in range(len(found)))
+
+
+def _targets(arrays: dict[str, np.ndarray]) -> Targets:
+    batch, _, height, width = arrays["input"].shape
+    boxes = [arrays[f"gt/{i}/bboxes"] for i in range(batch)]
+    rows = max(1, *(len(b) for b in boxes))
+    whole = np.tile(np.array([[height, width]], np.int32), (batch, 1))
+    padded, labels = np.zeros((batch, rows, 4), np.float32), np.zeros((batch, rows), np.int32)
+    valid = np.zeros((batch, rows), bool)
+    for i, b in enumerate(boxes):
+        padded[i, : len(b)], labels[i, : len(b)], valid[i, : len(b)] = b, arrays[f"gt/{i}/labels"], True
+    sizes = (arrays.get(name, whole).astype(np.int32) for name in ("img_shape", "pad_shape"))
+    return Targets(padded, labels, valid, *sizes)
+
+
+def _stored_assignment(arrays: dict[str, np.ndarray], classes: int) -> Assignment:
+    labels = arrays["assign/labels"].astype(np.int32)
+    ignore = arrays["assign/label_weights"] == 0
+    matched = np.full(labels.shape, -1, np.int32)
+    for i in range(len(labels)):
+        # mmdetection numbers the positive priors among those inside the padding.
+        matched[i, np.flatnonzero(~ignore[i])[arrays[f"assign/{i}/pos_inds"]]] = arrays[f"assign/{i}/pos_gt"]
+    return Assignment(
+        matched=matched,
+        positive=labels < classes,
+        ignore=ignore,
+        labels=labels,
+        boxes=arrays["assign/bbox_targets"],
+        quality=arrays["assign/metrics"],
+    )
+
+
+def _program(detector: api.Detector, net: api.PureModule) -> Callable:
+    """One program for all that is compiled per file: evaluation, training forward and backward."""
+
+    def run(params, stats, x, targets: Targets, stored: Assignment):
+        evaluated, _ = detector.apply(params, stats, x, train=False)
+        reentered = {
+            branch: detector.head(params, stats, tower[0], branch=branch, start=1)
+            for branch, tower in (("cls", evaluated.cls_tower), ("reg", evaluated.reg_tower))
+        }
+
+        def total(params, offsets):
+            def forward(module):
+                backbone, neck, neck_conv = module.features(x, True)
+                neck = tuple(a + b for a, b in zip(neck, offsets, strict=True))
+                return module.outputs(backbone, neck, neck_conv, True)
+
+            output, new_stats = net.call(params, stats, forward)
+            losses = rtmdet.prior_losses(rtmdet.class_logits(output), rtmdet.decode_boxes(output), stored)
+            return sum(jnp.sum(one) for one in losses), (output, new_stats, losses)
+
+        offsets = tuple(jnp.zeros_like(one) for one in evaluated.neck)
+        gradient = jax.grad(total, (0, 1), has_aux=True)
+        gradients, (trained, new_stats, losses) = gradient(params, offsets)
+        end_to_end, assignment = rtmdet.loss(trained, targets)
+        return evaluated, reentered, trained, new_stats, losses, gradients, end_to_end, assignment
+
+    return jax.jit(run)
+
+
+def replay_rtmdet(path: Path) -> Checks:
+    """All checks of one file of RTMDet."""
+    arrays, meta = load(path)
+    classes, options = options_of(meta["model_cfg"])
+    detector = rtmdet.make("pico", classes, **options)
+    params, stats = convert.from_torch(detector, below(arrays, "param"))
+    targets, stored = _targets(arrays), _stored_assignment(arrays, classes)
+    priors = detector.priors(arrays["input"].shape[2:])
+    x = _nhwc(arrays["input"])
+    outcome = _program(detector, rtmdet.network(classes, **options))(params, stats, x, targets, stored)
+    evaluated, reentered, trained, new_stats, losses, gradients, end_to_end, assignment = jax.device_get(outcome)
+
+    names = {"backbone": "backbone", "neck": "neck", "cls": "cls_logits", "reg": "box_reg"}
+    for mode, output, tolerance in (("eval", evaluated, 1e-4), ("train", trained, 2e-3)):
+        for name, field in names.items():
+            yield _levels(f"{mode}/{name}", getattr(output, field), _maps(arrays, f"{mode}/{name}"), tolerance)
+    for name, field in (("cls", "cls_logits"), ("reg", "box_reg")):
+        yield _levels(f"head entered behind {name} conv 1", reentered[name], getattr(evaluated, field), 1e-5)
+    # The file has the first picture's priors, with zeros outside its padding.
+    inside = np.asarray(assign.inside_padding(priors, targets.pad_size[:1]))[0, :, None]
+    yield Check("priors", relative_error(priors * inside, arrays["priors"]), 1e-5)
+    decoded = coding.distance_to_boxes(priors[:, :2], _join(_maps(arrays, "train/reg")))
+    yield Check("decoded boxes, stored outputs", relative_error(decoded, arrays["train/decoded_bboxes"]), 1e-5)
+    decoded = detector.decode_boxes(trained)
+    yield Check("decoded boxes, end to end", relative_error(decoded, arrays["train/decoded_bboxes"]), 2e-3)
+    yield from _running_stats(detector, new_stats, below(arrays, "after_train_forward"))
+    yield from _assignments(arrays, targets, stored, priors, assignment)
+    yield from _losses(arrays, trained, losses, end_to_end)
+    yield from _gradients(detector, arrays, *gradients)
+    yield from _detections(detector, arrays, meta, targets, evaluated)
+
+
+def _levels(name: str, got, want, tolerance: float) -> Check:
+    if len(got) != len(want):
+        raise ValueError(f"{len(got)} levels of {name} instead of {len(want)}")
+    return Check(name, max(relative_error(a, b) for a, b in zip(got, want, strict=True)), tolerance)
+
+
+def _join(maps: tuple[np.ndarray, ...]) -> np.ndarray:
+    return np.concatenate([m.reshape(m.shape[0], -1, m.shape[-1]) for m in maps], 1)
+
+
+def _running_stats(detector, new_stats, want: dict[str, np.ndarray]) -> Checks:
+    got = convert.to_torch(detector, jax.tree.map(lambda leaf: np.zeros(leaf.shape), detector.shapes[0]), new_stats)
+    for name, value in want.items():
+        yield Check(f"after_train_forward/{name}", relative_error(got[name], value), 2e-3)
+
+
+def _assignments(arrays, targets: Targets, stored: Assignment, priors, end_to_end: Assignment) -> Checks:
+    logits = _join(_maps(arrays, "train/cls"))
+    got = jax.jit(assign.dynamic_soft_label)(logits, arrays["train/decoded_bboxes"], priors, targets)
+    for field in ("labels", "positive", "matched", "ignore"):
+        yield Check(f"assign {field}, stored inputs", mismatches(getattr(got, field), getattr(stored, field)), 0)
+    for field in ("boxes", "quality"):
+        yield Check(f"assign {field}, stored inputs", relative_error(getattr(got, field), getattr(stored, field)), 1e-5)
+    differ = np.asarray((end_to_end.labels != stored.labels) | (end_to_end.matched != stored.matched)).sum(1)
+    yield Check("assign, end to end: priors a picture", float(differ.max()), 1)
+
+
+def _losses(arrays, trained: DetectorOutput, losses, end_to_end) -> Checks:
+    want = below(arrays, "train/loss")
+    sizes = np.cumsum([m.shape[1] * m.shape[2] for m in trained.cls_logits])[:-1]
+    for name, ours, one in zip(("loss_cls", "loss_bbox"), ("loss_cls", "loss_box"), losses, strict=True):
+        got = np.array([part.sum() for part in np.split(one, sizes, axis=1)])
+        yield Check(f"{name} by level, stored targets", relative_error(got, want[name]), 1e-4)
+        yield Check(f"{name}, end to end", relative_error(end_to_end[ours], want[name].sum()), 1e-3)
+    yield Check("loss total, stored targets", relative_error(sum(one.sum() for one in losses), want["total"]), 1e-4)
+    yield Check("loss total, end to end", relative_error(sum(end_to_end.values()), want["total"]), 1e-3)
+
+
+def _gradients(detector, arrays, params_gradient, neck_gradient) -> Checks:
+    got = convert.to_torch(
+        detector, params_gradient, jax.tree.map(lambda leaf: np.zeros(leaf.shape), detector.shapes[1])
+    )
+    for name, value in below(arrays, "grad").items():
+        yield Check(f"grad/{name}", relative_error(got[name], value), 2e-2)
+    norms = dict(zip(map(str, arrays["grad_norm/names"]), arrays["grad_norm/values"], strict=True))
+    ours = [names[0] for path, names in convert.torch_names(detector).items() if path.startswith("params/")]
+    yield Check("grad_norm: names", float(len(set(ours) ^ set(norms))), 0)
+    values = np.array([np.linalg.norm(np.asarray(got[name], np.float64)) for name in norms])
+    yield Check("grad_norm", relative_error(values, np.array(list(norms.values()))), 2e-2)
+    yield _levels("grad_neck", neck_gradient, _maps(arrays, "grad_neck"), 2e-2)
+
+
+def _detections(detector, arrays, meta, targets: Targets, evaluated: DetectorOutput) -> Checks:
+    stored = DetectorOutput(
+        strides=evaluated.strides, cls_logits=_maps(arrays, "eval/cls"), box_reg=_maps(arrays, "eval/reg")
+    )
+    sets = sorted({key.split("/")[1] for key in arrays if key.startswith(("pred/", "pred_rescaled/"))})
+    for name in sets:
+        config = dict(meta["test_cfgs"][name])
+        if config.pop("min_bbox_size") != 0 or config["nms"].get("type") != "nms":
+            raise UnknownCase(f"test settings {meta['test_cfgs'][name]}")
+        settings = {
+            "pre_nms": config.pop("nms_pre"),
+            "score_threshold": config.pop("score_thr"),
+            "iou_threshold": config.pop("nms")["iou_threshold"],
+            "max_detections": config.pop("max_per_img"),
+        }
+        if config:
+            raise UnknownCase(f"test settings {config}")
+        decode = jax.jit(lambda output, size, settings=settings: detector.decode(output, size, **settings))
+        slim = DetectorOutput(strides=evaluated.strides, cls_logits=evaluated.cls_logits, box_reg=evaluated.box_reg)
+        for source, output in (("stored outputs", stored), ("end to end", slim)):
+            found = jax.device_get(decode(output, targets.image_size))
+            for prefix, scale in (("pred", (1.0, 1.0)), ("pred_rescaled", meta["rescale_factor"])):
+                want = below(arrays, f"{prefix}/{name}")
+                if want:
+                    factor = np.array([*scale, *scale], np.float32)
+                    error = sum(
+                        unexplained(
+                            [a[found.valid[i]] for a in (found.boxes[i] / factor, found.scores[i], found.labels[i])],
+                            [want[f"{i}/{key}"] for key in ("bboxes", "scores", "labels")],
+                            edges=score_edges(stored, i, settings),
+                            settings=settings,
+                        )
+                        for i in range(len(found.valid))
+                    )
+                    yield Check(f"{prefix}/{name}, {source}: boxes without a match", float(error), 0)
+
+
+def score_edges(output: DetectorOutput, image: int, settings: dict) -> list[float]:
+    """Scores at which a rounding error lets a candidate in or out: the threshold and the last pair of each level."""
+    edges = [settings["score_threshold"]]
+    for logits in output.cls_logits:
+        scores = np.sort(1 / (1 + np.exp(-logits[image].ravel().astype(np.float64))))[::-1]
+        if len(scores) > settings["pre_nms"]:
+            edges.append(scores[settings["pre_nms"] - 1])
+    return edges
+
+
+def unexplained(got: list[np.ndarray], want: list[np.ndarray], *, edges: list[float], settings: dict) -> int:
+    """How many detections of either side have no partner, and no reason in rounding for it.
+
+    Partners share the label, lie within 1e-2 px and 1e-4 of score. Reasons are: a score within 1e-4 of an edge, or of
+    the last kept one where all places are full; an IoU within 1e-4 of the suppression threshold; or suppression by, or
+    by the lack of, a box that itself has a reason.
+    """
+    free = list(range(len(want[0])))
+    alone = []  # (box, score, label, whose)
+    for box, score, label in zip(*got, strict=True):
+        fits = [
+            j for j in free
+            if want[2][j] == label and abs(want[1][j] - score) <= 1e-4 and np.abs(want[0][j] - box).max() <= 1e-2
+        ]  # fmt: skip
+        if fits:
+            free.remove(min(fits, key=lambda j: np.abs(want[0][j] - box).max()))
+        else:
+            alone.append((box, score, label))
+    alone += [(want[0][j], want[1][j], want[2][j]) for j in free]
+    full = max(len(got[0]), len(want[0])) == settings["max_detections"]
+    if full:
+        edges = [*edges, min(got[1].min(), want[1].min()), max(got[1].min(), want[1].min())]
+    everyone = [np.concatenate(pair) for pair in zip(got, want, strict=True)]
+    excused: list[tuple] = []
+
+    def reason(box, score, label) -> bool:
+        if min(abs(score - edge) for edge in edges) <= 1e-4:
+            return True
+        same = everyone[2] == label
+        if (np.abs(_iou(box, everyone[0][same]) - settings["iou_threshold"]) <= 1e-4).any():
+            return True
+        return any(lab == label and _iou(box, b[None])[0] > settings["iou_threshold"] for b, _, lab in excused)
+
+    left = alone
+    while left:
+        now = [one for one in left if reason(*one)]
+        if not now:
+            break
+        excused += now
+        left = [one for one in left if not any(one is other for other in now)]
+    return len(left)
+
+
+def _iou(box: np.ndarray, others: np.ndarray) -> np.ndarray:
+    low, high = np.maximum(box[:2], others[:, :2]), np.minimum(box[2:], others[:, 2:])
+    overlap = np.clip(high - low, 0, None).prod(1)
+    area = (others[:, 2:] - others[:, :2]).prod(1)
+    return overlap / np.maximum((box[2:] - box[:2]).prod() + area - overlap, 1e-12)
+
+
+CHECKS = [("model/rtmdet_*.npz", replay_rtmdet)]
