@@ -98,9 +98,11 @@ def test_finite_in_bfloat16_and_on_constant_maps(shape):
 def test_gradients_by_finite_differences():
     student, teacher = maps(8, (1, 3, 4, 2))
     total = jax.jit(
-        lambda s: distribution.channel_kl(s, teacher, temperature=2.0).mean()
-        + jnp.square(attention.spatial_attention(s)).mean()
-        + jnp.square(attention.channel_attention(s)).mean()
+        lambda s: (
+            distribution.channel_kl(s, teacher, temperature=2.0).mean()
+            + jnp.square(attention.spatial_attention(s)).mean()
+            + jnp.square(attention.channel_attention(s)).mean()
+        )
     )
     check_grads(total, (student,), order=1, modes=["rev"], atol=1e-2, rtol=1e-2, eps=1e-3)
     gradient = jax.jit(jax.grad(lambda s: distribution.channel_kl(s, teacher).sum()))(student)

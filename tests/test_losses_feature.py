@@ -49,7 +49,9 @@ def test_doctests():
 
 def test_vmap_over_images_is_the_batch():
     student, teacher = maps(1)
-    one_by_one = jax.jit(jax.vmap(lambda s, t: {n: LOSSES[n](s[None], t[None])[0] for n in PER_IMAGE}))(student, teacher)
+    one_by_one = jax.jit(jax.vmap(lambda s, t: {n: LOSSES[n](s[None], t[None])[0] for n in PER_IMAGE}))(
+        student, teacher
+    )
     whole = {n: v for n, v in jitted(student, teacher).items() if n in PER_IMAGE}
     chex.assert_trees_all_close(one_by_one, whole, rtol=1e-5, atol=1e-6)
 
@@ -115,7 +117,9 @@ def test_multiscale_equals_a_slow_loop(shape, scales, per_scale_mean):
     expected = 0
     for k in scales:
         squares = (slow_pool(s, k) - slow_pool(t, k)) ** 2
-        expected = expected + (squares.mean((1, 2)) if per_scale_mean else squares.sum((1, 2)) / (s.shape[1] * s.shape[2]))
+        expected = expected + (
+            squares.mean((1, 2)) if per_scale_mean else squares.sum((1, 2)) / (s.shape[1] * s.shape[2])
+        )
     loss = jax.jit(lambda s, t: feature.multiscale(s, t, scales=scales, per_scale_mean=per_scale_mean))
     value = loss(student, teacher)
     np.testing.assert_allclose(value, expected, rtol=1e-5)

@@ -82,7 +82,9 @@ def test_mask_rate(hermitian, zeta):
 def test_keep_dc_keeps_the_channel_mean():
     x, _ = maps(4)
     mask = draw(jax.random.key(4), x.shape[:3], 1.0, keep_dc=True)
-    np.testing.assert_allclose(frequency.apply_mask(x, mask), jnp.broadcast_to(x.mean((1, 2), keepdims=True), x.shape), atol=1e-6)
+    np.testing.assert_allclose(
+        frequency.apply_mask(x, mask), jnp.broadcast_to(x.mean((1, 2), keepdims=True), x.shape), atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -184,7 +186,9 @@ def test_vmap_and_sharded_batch_are_the_batch():
     whole = masked(student, teacher, mask)
     alone = jax.jit(jax.vmap(lambda s, t, m: masked(s[None], t[None], m[None])[0]))(student, teacher, mask)
     np.testing.assert_allclose(alone, whole, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(on_shards(frequency.frequency_masked, student, teacher, mask), whole, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        on_shards(frequency.frequency_masked, student, teacher, mask), whole, rtol=1e-5, atol=1e-6
+    )
 
 
 def test_refused():

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from kdjax.losses import common
 from kdjax.structs import Array
 
 
@@ -80,3 +81,56 @@ def joint_spatial_attention(student: Array, teacher: Array, *, temperature: floa
         of_student = spatial_attention(student, temperature=temperature)
         mask = 0.5 * (of_student + spatial_attention(teacher, temperature=temperature))
     return jax.lax.stop_gradient(mask)
+
+
+def attended(student: Array, teacher: Array, *, temperature: float = 0.5) -> Array:
+    """Squared difference weighted by where the teacher is strong: As(teacher) Ac(teacher) (student - teacher)^2.
+
+    Times the masks of `regions.focal_masks`, summed and divided by B it is FGD's focal term.
+
+    Args:
+      student: f32[B, H, W, C], any range.
+      teacher: f32[B, H, W, C].
+      temperature: of both attentions, > 0.
+
+    Returns:
+      f32[B, H, W, C], >= 0, zero at equality. No gradient flows into the attention maps.
+
+    Scope: image.
+    Peers: FGD's `get_fea_loss`.
+    Reference: Yang et al., "Focal and Global Knowledge Distillation for Detectors", 2022, Eq. 8.
+
+    Example:
+      >>> attended(jnp.full((1, 1, 2, 1), 3.0), jnp.ones((1, 1, 2, 1))).ravel().tolist()
+      [4.0, 4.0]
+    """
+    student, teacher = common.float32_pair(student, teacher, "attended")
+    weight = spatial_attention(teacher, temperature=temperature) * channel_attention(teacher, temperature=temperature)
+    return jax.lax.stop_gradient(weight) * jnp.square(student - teacher)
+
+
+def attention_difference(student: Array, teacher: Array, *, temperature: float = 0.5) -> Array:
+    """L1 distance of the attention maps: sum_hw |As(student) - As(teacher)| + sum_c |Ac(student) - Ac(teacher)|.
+
+    Args:
+      student: f32[B, H, W, C], any range.
+      teacher: f32[B, H, W, C].
+      temperature: of the attentions, > 0.
+
+    Returns:
+      f32[B], 0 .. 2 (H W + C), zero if the attentions agree.
+
+    Scope: image.
+    Peers: FGD's `get_mask_loss`.
+    Reference: Yang et al., "Focal and Global Knowledge Distillation for Detectors", 2022, Eq. 9.
+
+    Example:
+      >>> attention_difference(jnp.zeros((1, 1, 2, 1)), jnp.ones((1, 1, 2, 1))).tolist()
+      [0.0]
+    """
+    student, teacher = common.float32_pair(student, teacher, "attention_difference")
+    distance = jnp.zeros(student.shape[0], jnp.float32)
+    for of in (spatial_attention, channel_attention):
+        difference = of(student, temperature=temperature) - of(teacher, temperature=temperature)
+        distance = distance + jnp.sum(jnp.abs(difference), (1, 2, 3))
+    return distance

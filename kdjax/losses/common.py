@@ -16,8 +16,8 @@ def float32_pair(student: Array, teacher: Array, loss: str) -> tuple[Array, Arra
     student, teacher = jnp.asarray(student, jnp.float32), jnp.asarray(teacher, jnp.float32)
     if student.shape != teacher.shape:
         raise ValueError(
-            f"{loss} compares arrays of one shape, but the student has {student.shape} and the teacher {teacher.shape}; "
-            "an adapter must bring the student to the teacher's shape first"
+            f"{loss} compares arrays of one shape; the student has {student.shape}, the teacher {teacher.shape}: "
+            "an adapter must bring the student to the shape of the teacher first"
         )
     return student, teacher
 

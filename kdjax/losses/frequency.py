@@ -82,7 +82,7 @@ def apply_mask(x: Array, mask: Array) -> Array:
 
 
 def frequency_masked(student: Array, teacher: Array, mask: Array) -> Array:
-    """Squared difference of the frequency-masked student and the whole teacher: (Re IDFT(M . DFT(student)) - teacher)^2.
+    """Squared difference of masked student and whole teacher: (Re IDFT(M . DFT(student)) - teacher)^2.
 
     Args:
       student: f32[B, H, W, C], any range.
