@@ -1,7 +1,5 @@
 """Conversions, coders, priors and overlaps of boxes: slow NumPy and the properties of the formulas."""
 
-import doctest
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -10,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdjax.boxes import assign, coding, convert, iou, nms, priors
+from kdjax.boxes import assign, coding, convert, iou, priors
 
 FAST = settings(deadline=None, max_examples=30, derandomize=True, database=None)
 SEEDS = st.integers(0, 2**32 - 1)
@@ -53,12 +51,6 @@ def slow_iou(a, b, mode: str) -> float:
 
 
 all_modes = jax.jit(lambda a, b: {mode: iou.pairwise(a, b, mode=mode) for mode in iou.MODES})
-
-
-def test_examples():
-    for module in (assign, coding, convert, iou, nms, priors):
-        result = doctest.testmod(module)
-        assert result.attempted and not result.failed, module.__name__
 
 
 @FAST

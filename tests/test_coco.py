@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import doctest
 import io
 
 import numpy as np
@@ -180,8 +179,3 @@ def test_to_coco_undoes_the_resize():
     assert [(row["image_id"], row["category_id"]) for row in got] == [(5, 10), (6, 20), (6, 10)]
     assert [row["bbox"] for row in got] == [[4, 8, 20, 24], [1, 2, 5, 6], [0, 0, 20, 30]]
     assert [row["score"] for row in got] == [float(found.scores[0, 0]), *found.scores[1].tolist()]
-
-
-def test_examples():
-    result = doctest.testmod(coco)
-    assert result.attempted and not result.failed

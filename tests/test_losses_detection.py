@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from jax.test_util import check_grads
 
 from kdjax.losses import box, classification
-from tests.losses_tools import run_doctests
 
 FAST = settings(deadline=None, max_examples=30, derandomize=True, database=None)
 SEEDS = st.integers(0, 2**32 - 1)
@@ -67,10 +66,6 @@ class Variants(chex.TestCase):
     def test_value(self):
         arrays = some_pairs(0)
         chex.assert_trees_all_close(self.variant(every)(*arrays), jitted(*arrays), rtol=1e-5, atol=1e-6)
-
-
-def test_examples():
-    run_doctests("box", "classification")
 
 
 def test_vmap_over_rows_is_the_batch():
