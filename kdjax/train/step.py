@@ -34,9 +34,9 @@ def init_state(student, key, variables, adapters: dict, optimizer: optax.Gradien
     """A state at step 0. `variables` is (params, stats) to start from, or None for `student.init(key)`."""
     params, stats = student.init(key) if variables is None else variables
     params = {"student": params, "adapters": adapters}
-    # The average starts as a copy of its own: donated buffers must not be shared.
-    ema = jax.tree.map(jnp.array, {"params": params["student"], "stats": stats})
-    return TrainState(jnp.zeros((), jnp.int32), params, stats, optimizer.init(params), ema, key)
+    ema = {"params": params["student"], "stats": stats}
+    state = TrainState(jnp.zeros((), jnp.int32), params, stats, optimizer.init(params), ema, key)
+    return jax.tree.map(jnp.array, state)  # copies: a step donates its state, so no two leaves may share a buffer
 
 
 def init_adapters(methods: Mapping[str, Method], key, student_spec, teacher_spec) -> dict:
@@ -118,7 +118,7 @@ def make_step(
         (total, (losses, stats)), grads = jax.value_and_grad(loss, has_aux=True)(
             state.params, state.stats, variables, batch, state.step, key
         )
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         finite = jnp.isfinite(total) & jnp.isfinite(norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
