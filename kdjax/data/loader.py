@@ -128,7 +128,7 @@ def _stack(rows: list[dict]) -> dict[str, np.ndarray]:
 
 
 def _canvas(cfg: Mapping) -> tuple[int, int]:
-    size = tuple(int(side) for side in cfg.get("image_size", (160, 160)))
+    size = tuple(int(side) for side in cfg.get("image_size", (128, 128)))
     if len(size) != 2 or min(size) < 1:
         raise ValueError(f"config.data.image_size is {size}, but must be (height, width) of the canvas in pixels.")
     return size

@@ -19,18 +19,18 @@ CLASSES = ("disc", "wedge", "star", "hexagram", "striped", "checked", "triangle"
 
 # Everything that sets how hard the pictures are.
 SEED = 20240607
-SIDE = 160  # px, height and width
+SIDE = 128  # px, height and width
 EMPTY = 0.04  # share of pictures without objects
-OBJECTS = (1, 8)  # objects in the others
-SIZES = (10.0, 118.0)  # px, across; the logarithm is uniform
-OVERLAP = 0.45  # largest share of an object that others may hide
-CONTRAST = (0.10, 0.45)  # distance of an object's colour from what is behind it, of 1
-TEXTURE = (0.08, 0.35)  # distance between the two colours of a texture
-CLUTTER = (4, 14)  # fragments behind the objects
-BARS = 0.35  # share of pictures with thin bars in front of the objects
+OBJECTS = (1, 6)  # objects in the others
+SIZES = (12.0, 104.0)  # px, across; the logarithm is uniform
+OVERLAP = 0.35  # largest share of an object that others may hide
+CONTRAST = (0.18, 0.55)  # distance of an object's colour from what is behind it, of 1
+TEXTURE = (0.14, 0.45)  # distance between the two colours of a texture
+CLUTTER = (2, 8)  # fragments behind the objects
+BARS = 0.25  # share of pictures with thin bars in front of the objects
 SQUEEZE = (0.65, 1.0)  # smaller over larger axis of an object
 NOISE = (0.0, 0.035)  # standard deviation of the sensor noise, of 1
-BLUR = (0.0, 0.9)  # px, standard deviation
+BLUR = (0.0, 0.6)  # px, standard deviation
 LIGHT = (0.55, 1.0)  # darkest over brightest corner
 WEDGE = (0.55, 1.1)  # rad, opening of the wedge
 
