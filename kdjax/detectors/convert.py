@@ -95,15 +95,15 @@ def from_torch(
         elif _CLASSIFIER.fullmatch(names[0]) and values[0].shape[:-1] == wanted[path].shape[:-1]:
             new_classes.add(values[0].shape[-1])
         else:
-            expected = _to_torch_layout(np.empty(wanted[path].shape, bool), path).shape
+            expected = torch_shape(wanted[path].shape, path)
             problems.append(f"{names[0]} has shape {np.shape(state[names[0]])} instead of {expected}")
     problems += [f"{name} has no place in the detector" for name in sorted(unused)]
     if len(new_classes) > 1:
         problems.append(f"the classifiers have different numbers of classes: {sorted(new_classes)}")
     if problems:
         raise ValueError(
-            f"The weights do not fit {detector.name} with {detector.num_classes} classes and options "
-            f"{detector.options}: {'; '.join(problems)}."
+            f"The weights do not fit {detector.name} with {detector.num_classes} classes and options {detector.options}; "
+            f"{len(problems)} differences:\n  " + "\n  ".join(problems)
         )
     if new_classes:
         initial = flatten(detector.init(jax.random.key(0) if key is None else key)[0])
@@ -131,6 +131,11 @@ def to_torch(detector: Detector, params: Tree, stats: Tree) -> dict[str, np.ndar
         if path.endswith("/var"):
             state |= {name.replace("running_var", _COUNTERS): np.zeros((), np.int64) for name in names}
     return state
+
+
+def torch_shape(shape: tuple[int, ...], path: str) -> tuple[int, ...]:
+    """The shape that PyTorch gives to the array at one of our paths: OIHW for HWIO kernels."""
+    return tuple(shape[axis] for axis in (3, 2, 0, 1)) if path.endswith("/kernel") else tuple(shape)
 
 
 def _from_torch_layout(value: np.ndarray, path: str) -> np.ndarray:

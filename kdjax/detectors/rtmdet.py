@@ -29,7 +29,7 @@ _BGR_MEAN = np.array([103.53, 116.28, 123.675], np.float32)
 _BGR_STD = np.array([57.375, 57.12, 58.395], np.float32)
 
 # The published sizes, and two small ones for CPUs (pico, nano). Head and neck are as wide as the finest map.
-_VARIANTS = {
+VARIANTS = {
     "pico": {"widen": 0.125, "deepen": 0.167, "exp_on_reg": False},
     "nano": {"widen": 0.25, "deepen": 0.167, "exp_on_reg": False},
     "tiny": {"widen": 0.375, "deepen": 0.167, "exp_on_reg": False},
@@ -190,9 +190,9 @@ def make(variant: str, num_classes: int, **overrides) -> Detector:
       >>> make("pico", 5, stacked_convs=1).options
       {'stacked_convs': 1}
     """
-    if variant not in _VARIANTS:
-        raise ValueError(f"There is no RTMDet {variant!r}; its sizes are {', '.join(_VARIANTS)}.")
-    options = dict(_VARIANTS[variant], expand_ratio=0.5, attention=True, stacked_convs=2, share_conv=True) | overrides
+    if variant not in VARIANTS:
+        raise ValueError(f"There is no RTMDet {variant!r}; its sizes are {', '.join(VARIANTS)}.")
+    options = dict(VARIANTS[variant], expand_ratio=0.5, attention=True, stacked_convs=2, share_conv=True) | overrides
     options.setdefault("neck_channels", int(256 * options["widen"]))
     options.setdefault("head_channels", int(256 * options["widen"]))
     options.setdefault("neck_blocks", max(round(3 * options["deepen"]), 1))

@@ -1,5 +1,6 @@
 """Whole models: features, outputs, running statistics, assignment, losses, gradients and detections of RTMDet."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,8 @@ _FIXED = {
     "train_cfg.pos_weight": -1,
     "train_cfg.debug": False,
 }
+# Programs that run once: most of their time is the compiler's.
+_QUICK = {"xla_backend_optimization_level": 0}
 _LAYERS = {"norm_cfg.type": "BN", "act_cfg.type": "SiLU", "act_cfg.inplace": True}
 
 
@@ -161,7 +164,7 @@ def _program(detector: api.Detector, net: api.PureModule) -> Callable:
         end_to_end, assignment = rtmdet.loss(trained, targets)
         return evaluated, reentered, trained, new_stats, losses, gradients, end_to_end, assignment
 
-    return jax.jit(run)
+    return jax.jit(run, compiler_options=_QUICK)
 
 
 def replay_rtmdet(path: Path) -> Checks:
@@ -196,6 +199,44 @@ def replay_rtmdet(path: Path) -> Checks:
     yield from _detections(detector, arrays, meta, targets, evaluated)
 
 
+def replay_head(path: Path) -> Checks:
+    """The head alone on stored features of the neck: for a file without the image and the other parameters."""
+    arrays, meta = load(path)
+    classes, options = options_of(meta["model_cfg"])
+    detector, net = rtmdet.make("pico", classes, **options), rtmdet.network(classes, **options)
+    state = convert.to_torch(detector, *jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), detector.shapes))
+    stored_state = below(arrays, "param")
+    if set(stored_state) != {name for name in state if name.startswith("bbox_head.")}:
+        raise ValueError("the parameters are not those of a head")
+    params, stats = convert.from_torch(detector, state | stored_state)
+    arrays["input"] = np.broadcast_to(np.float32(0), meta["input_shape"])  # its shape alone is read
+    targets, stored = _targets(arrays), _stored_assignment(arrays, classes)
+    priors = detector.priors(arrays["input"].shape[2:])
+
+    def run(params, stats, eval_neck, train_neck, targets: Targets, stored: Assignment):
+        evaluated, _ = net.call(params, stats, lambda module: module.outputs((), eval_neck, (), False))
+
+        def total(neck):
+            trained, _ = net.call(params, stats, lambda module: module.outputs((), neck, (), True))
+            losses = rtmdet.prior_losses(rtmdet.class_logits(trained), rtmdet.decode_boxes(trained), stored)
+            return sum(jnp.sum(one) for one in losses), (trained, losses)
+
+        gradient, (trained, losses) = jax.grad(total, has_aux=True)(train_neck)
+        return evaluated, trained, losses, gradient, *rtmdet.loss(trained, targets)
+
+    necks = (_maps(arrays, "eval/neck"), _maps(arrays, "train/neck"))
+    outcome = jax.device_get(jax.jit(run)(params, stats, *necks, targets, stored))
+    evaluated, trained, losses, gradient, end_to_end, assignment = outcome
+    for mode, output, tolerance in (("eval", evaluated, 1e-4), ("train", trained, 2e-3)):
+        for name, field in (("cls", "cls_logits"), ("reg", "box_reg")):
+            yield _levels(f"{mode}/{name}", getattr(output, field), _maps(arrays, f"{mode}/{name}"), tolerance)
+    yield Check("priors", relative_error(priors, arrays["priors"]), 1e-5)
+    yield from _assignments(arrays, targets, stored, priors, assignment)
+    yield from _losses(arrays, trained, losses, end_to_end)
+    yield _levels("grad_neck", gradient, _maps(arrays, "grad_neck"), 2e-2)
+    yield from _detections(detector, arrays, meta, targets, evaluated)
+
+
 def _levels(name: str, got, want, tolerance: float) -> Check:
     if len(got) != len(want):
         raise ValueError(f"{len(got)} levels of {name} instead of {len(want)}")
@@ -214,7 +255,8 @@ def _running_stats(detector, new_stats, want: dict[str, np.ndarray]) -> Checks:
 
 def _assignments(arrays, targets: Targets, stored: Assignment, priors, end_to_end: Assignment) -> Checks:
     logits = _join(_maps(arrays, "train/cls"))
-    got = jax.jit(assign.dynamic_soft_label)(logits, arrays["train/decoded_bboxes"], priors, targets)
+    assigner = jax.jit(assign.dynamic_soft_label, compiler_options=_QUICK)
+    got = assigner(logits, arrays["train/decoded_bboxes"], priors, targets)
     for field in ("labels", "positive", "matched", "ignore"):
         yield Check(f"assign {field}, stored inputs", mismatches(getattr(got, field), getattr(stored, field)), 0)
     for field in ("boxes", "quality"):
@@ -265,7 +307,7 @@ def _detections(detector, arrays, meta, targets: Targets, evaluated: DetectorOut
         }
         if config:
             raise UnknownCase(f"test settings {config}")
-        decode = jax.jit(lambda output, size, settings=settings: detector.decode(output, size, **settings))
+        decode = jax.jit(functools.partial(detector.decode, **settings), compiler_options=_QUICK)
         slim = DetectorOutput(strides=evaluated.strides, cls_logits=evaluated.cls_logits, box_reg=evaluated.box_reg)
         for source, output in (("stored outputs", stored), ("end to end", slim)):
             found = jax.device_get(decode(output, targets.image_size))
@@ -345,4 +387,4 @@ def _iou(box: np.ndarray, others: np.ndarray) -> np.ndarray:
     return overlap / np.maximum((box[2:] - box[:2]).prod() + area - overlap, 1e-12)
 
 
-CHECKS = [("model/rtmdet_*.npz", replay_rtmdet)]
+CHECKS = [("model/rtmdet_*.npz", replay_rtmdet), ("model/head_rtmdet_*.npz", replay_head)]

@@ -1,0 +1,126 @@
+"""Tables of the RTMDet family: parameters, operations, settings, and every name and shape of the weights.
+
+Nothing is computed here: detectors are built by shapes alone.
+"""
+
+import inspect
+import json
+from pathlib import Path
+
+import numpy as np
+
+from kdjax.detectors import convert, layers, rtmdet
+from kdjax.detectors.api import Detector, flatten
+from kdjax.evals import size
+from tests.golden_checks.api import LATER_MASKS, Check, Checks, UnknownCase, failure, relative_error
+from tests.golden_checks.model import options_of
+
+_CONFIGS = "a setting of a run, not of the detector: configs/ and tests/test_train.py"
+_TEXT = "the number before, as text"
+
+
+def _differs(got, want) -> float:
+    return float(got != want)
+
+
+def _variant(name: str) -> str:
+    family, _, variant = name.partition("_")
+    if family != "rtmdet":
+        raise UnknownCase(f"the model {name!r}")
+    return variant
+
+
+def replay_family(path: Path) -> Checks:
+    """Every model of `rtmdet_family.json`."""
+    table = json.loads(path.read_text())
+    for name, row in table["models"].items():
+        if name.startswith("rtmdet-ins_"):
+            yield Check(name, skip=LATER_MASKS)
+            continue
+        try:
+            checks = list(_model(name, row))
+        except Exception as error:  # the other models go on
+            checks = [failure("whole model", error)]
+        yield from (check._replace(name=f"{name} {check.name}") for check in checks)
+
+
+def _model(name: str, row: dict) -> Checks:
+    classes, options = options_of(row["model_cfg"])
+    detector = rtmdet.make(_variant(name), classes)
+    params = detector.shapes[0]
+    # The variant by its name is what its configuration says, and nothing else.
+    yield Check("model_cfg", _differs(rtmdet.make(_variant(name), classes, **options).shapes, detector.shapes), 0)
+    yield from _settings(detector, row)
+    parts = {"params": params, **{f"params_{part}": params[part] for part in ("backbone", "neck")}}
+    parts |= {"params_by_mmengine": params, "params_head": params["bbox_head"]}
+    names = [n for path, n in convert.torch_names(detector).items() if path.startswith("params/")]
+    again = sum(
+        int(np.prod(leaf.shape)) * len(copies) for leaf, copies in zip(flatten(params).values(), names, strict=True)
+    )
+    known = {
+        **{part: size.parameters(tree) for part, tree in parts.items()},
+        "params_with_shared_counted_again": again,
+        "flops_640_mmengine": size.flops(detector, (640, 640)),
+        "bn_eps": layers.EPS,
+        "bn_momentum": layers.MOMENTUM,
+        "bn_eps_momentum_seen": [[layers.EPS, layers.MOMENTUM]],
+        "exp_on_reg": rtmdet.VARIANTS[_variant(name)]["exp_on_reg"],
+        "share_conv": len(names) < len([n for copies in names for n in copies]),
+    }
+    for field, value in row.items():
+        if field in known:
+            error = abs(known[field] - value) if isinstance(value, int | float) else _differs(known[field], value)
+            yield Check(field, float(error), 0)
+        elif field in ("optim_wrapper", "param_scheduler"):
+            yield Check(field, skip=_CONFIGS)
+        elif field in ("flops_640_str", "params_str"):
+            yield Check(field, skip=_TEXT)
+        elif field not in ("config", "model_cfg"):
+            raise UnknownCase(f"the field {field!r}")
+
+
+def _settings(detector: Detector, row: dict) -> Checks:
+    """The settings that are code here: normalisation, strides, test settings."""
+    prior, cleaner = row["model_cfg"]["bbox_head"]["anchor_generator"], row["model_cfg"]["data_preprocessor"]
+    yield Check("strides", _differs(list(detector.strides), prior["strides"]), 0)
+    colours = np.arange(24, dtype=np.uint8).reshape(1, 2, 4, 3) * 10
+    want = (colours[..., ::-1].astype(np.float64) - cleaner["mean"]) / cleaner["std"]
+    yield Check("data_preprocessor", relative_error(detector.preprocess(colours), want), 1e-6)
+    defaults = {name: p.default for name, p in inspect.signature(detector.decode).parameters.items()}
+    ours = {
+        "nms_pre": defaults["pre_nms"],
+        "min_bbox_size": 0,
+        "score_thr": defaults["score_threshold"],
+        "nms": {"type": "nms", "iou_threshold": defaults["iou_threshold"]},
+        "max_per_img": defaults["max_detections"],
+    }
+    yield Check("test_cfg", _differs(ours, row["model_cfg"]["test_cfg"]), 0)
+
+
+def replay_state(path: Path) -> Checks:
+    """Names, shapes and sharing of one model's state dict: what a conversion uses and fills."""
+    table = json.loads(path.read_text())
+    state = table["state_dict"]
+    classes = state["bbox_head.rtm_cls.0.bias"][0][0]
+    detector = rtmdet.make(_variant(table["name"]), classes)
+    names = convert.torch_names(detector)
+    # Counters are what a conversion leaves out.
+    kinds = {"param": set(), "buffer": {name for name in state if name.endswith("num_batches_tracked")}}
+    for path_, copies in names.items():
+        kinds["param" if path_.startswith("params/") else "buffer"].update(copies)
+    for kind, ours in kinds.items():
+        theirs = {name for name, (_, _, what) in state.items() if what == kind}
+        yield Check(f"names of {kind}s", float(len(ours ^ theirs)), 0)
+    leaves = flatten(dict(zip(("params", "stats"), detector.shapes, strict=True)))
+    wrong = [
+        name
+        for path_, copies in names.items()
+        for name in copies
+        if list(convert.torch_shape(leaves[path_].shape, path_)) != state[name][0]
+    ]
+    yield Check("shapes", float(len(wrong)), 0)
+    shared = sorted(sorted(copies) for copies in names.values() if len(copies) > 1)
+    yield Check("shared_groups", _differs(shared, sorted(sorted(group) for group in table["shared_groups"])), 0)
+
+
+CHECKS = [("tables/rtmdet_family.json", replay_family), ("tables/rtmdet_*_state.json", replay_state)]
