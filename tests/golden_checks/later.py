@@ -1,6 +1,6 @@
 """Reference files that wait for a later issue, and the reason. Who brings the code takes the line out."""
 
-from tests.golden_checks.api import LATER_DENSE, LATER_MASKS, LATER_METHODS, LATER_TWO_STAGE, skip_file
+from tests.golden_checks.api import LATER_DENSE, LATER_MASKS, LATER_TWO_STAGE, skip_file
 
 CHECKS = [
     ("loss/det_mask_*.npz", skip_file(LATER_MASKS)),
@@ -12,11 +12,4 @@ CHECKS = [
     ("model/mask_*.npz", skip_file(LATER_TWO_STAGE)),
     ("model/rtmdetins_*.npz", skip_file(LATER_MASKS)),
     ("tables/rtmdet-ins_*_state.json", skip_file(LATER_MASKS)),
-    ("kd/crosskd_*.npz", skip_file(LATER_METHODS)),
-    ("kd/fgd_*.npz", skip_file(LATER_METHODS)),
-    ("kd/ld_*.npz", skip_file(LATER_METHODS)),
-    ("kd/logit_*.npz", skip_file(LATER_METHODS)),
-    ("kd/mgd_*.npz", skip_file(LATER_METHODS)),
-    ("kd/pkd_*.npz", skip_file(LATER_METHODS)),
-    ("kd/ssim_*.npz", skip_file(LATER_METHODS)),
 ]
