@@ -102,8 +102,8 @@ def from_torch(
         problems.append(f"the classifiers have different numbers of classes: {sorted(new_classes)}")
     if problems:
         raise ValueError(
-            f"The weights do not fit {detector.name} with {detector.num_classes} classes and options {detector.options}; "
-            f"{len(problems)} differences:\n  " + "\n  ".join(problems)
+            f"The weights do not fit {detector.name} with {detector.num_classes} classes and options "
+            f"{detector.options}; {len(problems)} differences:\n  " + "\n  ".join(problems)
         )
     if new_classes:
         initial = flatten(detector.init(jax.random.key(0) if key is None else key)[0])

@@ -5,6 +5,7 @@ Nothing is computed here: detectors are built by shapes alone.
 
 import inspect
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,10 @@ import numpy as np
 from kdjax.detectors import convert, layers, rtmdet
 from kdjax.detectors.api import Detector, flatten
 from kdjax.evals import size
+from kdjax.train import config, optim
 from tests.golden_checks.api import LATER_MASKS, Check, Checks, UnknownCase, failure, relative_error
 from tests.golden_checks.model import options_of
 
-_CONFIGS = "a setting of a run, not of the detector: configs/ and tests/test_train.py"
 _TEXT = "the number before, as text"
 
 
@@ -71,8 +72,10 @@ def _model(name: str, row: dict) -> Checks:
         if field in known:
             error = abs(known[field] - value) if isinstance(value, int | float) else _differs(known[field], value)
             yield Check(field, float(error), 0)
-        elif field in ("optim_wrapper", "param_scheduler"):
-            yield Check(field, skip=_CONFIGS)
+        elif field == "optim_wrapper":
+            yield from _optimizer(detector, value)
+        elif field == "param_scheduler":
+            yield _schedule(row["optim_wrapper"]["optimizer"]["lr"], *value)
         elif field in ("flops_640_str", "params_str"):
             yield Check(field, skip=_TEXT)
         elif field not in ("config", "model_cfg"):
@@ -95,6 +98,49 @@ def _settings(detector: Detector, row: dict) -> Checks:
         "max_per_img": defaults["max_detections"],
     }
     yield Check("test_cfg", _differs(ours, row["model_cfg"]["test_cfg"]), 0)
+
+
+def _optimizer(detector: Detector, row: dict) -> Checks:
+    """The defaults of a run at the peers' batch of 256."""
+    settings = config.base().optimizer
+    # Shared arrays are one array here: there is nothing to bypass.
+    decay = {"norm_decay_mult": 0, "bias_decay_mult": 0, "bypass_duplicate": True}
+    ours = {
+        "type": "OptimWrapper",
+        "optimizer": {
+            "type": {"adamw": "AdamW"}[settings.name],
+            "lr": settings.lr or optim.BASE_RATE,
+            "weight_decay": settings.weight_decay,
+        },
+        "paramwise_cfg": decay,
+    }
+    yield Check("optim_wrapper", _differs(ours, row), 0)
+    left_alone = flatten(detector.no_decay(detector.shapes[0]))
+    wrong = [path for path, skip in left_alone.items() if skip != path.endswith(("/scale", "/bias"))]
+    yield Check("no decay on norms and biases", float(len(wrong)), 0)
+
+
+def _schedule(rate: float, warmup: dict, cosine: dict) -> Check:
+    """The learning rate of the defaults at a few steps; an epoch of 100 steps stands for the peers'."""
+    epoch = 100
+    run = config.base()
+    run.batch_size, run.steps = optim.BASE_BATCH, cosine["end"] * epoch
+    known = {"type": "CosineAnnealingLR", "by_epoch": True, "convert_to_iter_based": True}
+    known |= {"T_max": cosine["end"] - cosine["begin"]}
+    if not known.items() <= cosine.items() or (warmup["type"], warmup["begin"]) != ("LinearLR", 0):
+        raise UnknownCase(f"the schedule {warmup}, {cosine}")
+    begin, end, low = cosine["begin"] * epoch, cosine["end"] * epoch, cosine["eta_min"]
+    want = {
+        0: rate * warmup["start_factor"],
+        warmup["end"]: rate,
+        begin: rate,
+        (3 * begin + end) // 4: low + (rate - low) * (1 + math.cos(math.pi / 4)) / 2,
+        (begin + end) // 2: (rate + low) / 2,
+        end: low,
+    }
+    schedule = optim.learning_rate(run)
+    got = np.array([float(schedule(step)) for step in want])
+    return Check("param_scheduler", float(np.max(np.abs(got / np.array(list(want.values())) - 1))), 1e-5)
 
 
 def replay_state(path: Path) -> Checks:
