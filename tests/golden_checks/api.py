@@ -45,7 +45,8 @@ class UnknownCase(ValueError):
 
 def load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The arrays of a reference file, and its `meta`."""
-    with np.load(path, allow_pickle=False) as file:
+    # Opened here, because `np.load` leaves the file open if it is broken.
+    with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
         arrays = {key: file[key] for key in file.files if key != "meta"}
         return arrays, json.loads(str(file["meta"]))
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from kdjax.boxes import assign, coding, convert, iou, nms, priors
@@ -24,6 +24,10 @@ Arrays = Mapping[str, np.ndarray]
 VALUE = 1e-5
 NEAR_THRESHOLD = 1e-4
 FAR = 10**6  # a picture so large that it cuts nothing
+
+dynamic_soft_label = jax.jit(assign.dynamic_soft_label, static_argnames="topk")
+suppress = jax.jit(nms.suppress, static_argnames="max_detections")
+select = jax.jit(nms.select, static_argnames=("level_sizes", "pre_nms", "max_detections"))
 
 
 def only_known(params: Mapping[str, Any], *known: str) -> None:
@@ -92,7 +96,7 @@ def assigners(what: str, params: Mapping[str, Any], arrays: Arrays) -> Checks:
         yield Check(name, skip=LATER_DENSE)
     elif name.startswith("DynamicSoftLabel"):
         only_known(params, "topk", "iou_weight", "soft_center_radius")
-        got = assign.dynamic_soft_label(
+        got = dynamic_soft_label(
             arrays["scores"][None],
             arrays["bboxes"][None],
             arrays["priors"],
@@ -112,10 +116,10 @@ def assigners(what: str, params: Mapping[str, Any], arrays: Arrays) -> Checks:
 
 
 def suppression(what: str, params: Mapping[str, Any], arrays: Arrays) -> Checks:
-    boxes, scores = jnp.asarray(arrays["boxes"]), jnp.asarray(arrays["scores"])
+    boxes, scores = arrays["boxes"], arrays["scores"]
     if what.startswith("multiclass_nms"):
         only_known(params, "score_thr", "iou_threshold", "max_per_img")
-        got = nms.select(
+        got = select(
             boxes[None],
             scores[None, :, :-1],
             level_sizes=(len(boxes),),
@@ -131,8 +135,8 @@ def suppression(what: str, params: Mapping[str, Any], arrays: Arrays) -> Checks:
         yield Check("multiclass nms labels", mismatches(got.labels[0][valid], arrays["labels"]), 0)
     elif what in ("batched (class-wise) nms", "class-agnostic nms"):
         only_known(params, "iou_threshold")
-        labels = None if what.startswith("class-agnostic") else jnp.asarray(arrays["labels"])[None]
-        index, valid = nms.suppress(
+        labels = None if what.startswith("class-agnostic") else arrays["labels"][None]
+        index, valid = suppress(
             boxes[None],
             scores[None],
             labels,
