@@ -128,9 +128,11 @@ def check_config(config: ConfigDict) -> None:
         raise ValueError(f"there is a teacher but no method: choose among {', '.join(api.names())}")
     if config.twin and not config.methods:
         raise ValueError("config.twin compares with distillation, but config.methods is empty")
-    devices = jax.device_count()
-    if config.batch_size % devices:
-        raise ValueError(f"config.batch_size is {config.batch_size}; it must be divisible by the {devices} devices")
+    devices = make_mesh().size
+    if config.batch_size < 1 or config.batch_size % devices:
+        raise ValueError(
+            f"config.batch_size is {config.batch_size}; it must be at least 1 and divisible by the {devices} devices"
+        )
     optim.learning_rate(config)
 
 
@@ -190,7 +192,7 @@ def prepare(config: ConfigDict, dataset) -> Setup:
         }
 
     optimizer = optim.optimizer(config, no_decay)
-    mesh = Mesh(np.array(jax.devices()), ("data",))
+    mesh = make_mesh()
     everywhere = NamedSharding(mesh, PartitionSpec())
     programs = collections.Counter()
 
@@ -225,6 +227,11 @@ def prepare(config: ConfigDict, dataset) -> Setup:
     return Setup(
         config, dataset, student, teacher, methods, variables, jax.device_put(states, everywhere), steps, predict, programs, mesh
     )
+
+
+def make_mesh() -> Mesh:
+    """All devices of all hosts along the one axis `data`, over which batches are spread."""
+    return Mesh(np.array(jax.devices()), ("data",))
 
 
 def output_spec(detector, hw: tuple[int, int]):
