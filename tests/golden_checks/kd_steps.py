@@ -4,6 +4,7 @@ The detectors of these files come with a later issue. Until then their heads' co
 written out here, next to the losses that are under test.
 """
 
+import functools
 from pathlib import Path
 
 import jax
@@ -26,9 +27,15 @@ def levels(arrays, prefix: str) -> list[np.ndarray]:
     return [nhwc(arrays[f"{prefix}/{i}"]) for i in range(sum(k.startswith(prefix + "/") for k in arrays))]
 
 
-def rows(x, width: int) -> jnp.ndarray:
-    """f32[B, H W A, width] from f32[B, H, W, A * width]."""
-    return jnp.asarray(x).reshape(len(x), -1, width)
+def rows(maps: list[np.ndarray], width: int) -> np.ndarray:
+    """f32[B, N, width]: the predictions [B, H, W, A * width] of all levels."""
+    return np.concatenate([x.reshape(len(x), -1, width) for x in maps], 1)
+
+
+def by_level(x, counts: list[int]) -> np.ndarray:
+    """Sums over pictures and priors of [B, N, ...], one a level."""
+    parts = np.split(np.asarray(x, np.float64), np.cumsum(counts)[:-1], axis=1)
+    return np.array([part.sum() for part in parts])
 
 
 def padded_ground_truth(arrays, pictures: int) -> tuple[np.ndarray, np.ndarray]:
@@ -116,8 +123,9 @@ def reused(kind: str, head: dict, start: int, student, teacher, student_map, tea
     found = {b: nn.conv2d(towers[b], **convolution(teacher, f"bbox_head.{names[b]}")) for b in names}
     found["reg"] = found["reg"] * teacher.get(f"bbox_head.scales.{level}.scale", 1.0)
     if kind == "FCOS":
-        found["reg"] = jnp.exp(found["reg"])
-    centreness = {"FCOS": ("conv_centerness", "cls"), "ATSS": ("atss_centerness", "reg")}
+        found["reg"] = jax.nn.relu(found["reg"]) if head.get("norm_on_bbox") else jnp.exp(found["reg"])
+    on_reg = "reg" if head.get("centerness_on_reg") else "cls"
+    centreness = {"FCOS": ("conv_centerness", on_reg), "ATSS": ("atss_centerness", "reg")}
     if kind in centreness:
         name, branch = centreness[kind]
         found["centreness"] = nn.conv2d(towers[branch], **convolution(teacher, f"bbox_head.{name}"))
@@ -137,17 +145,21 @@ def crosskd(path: Path) -> Checks:
     stored = {k[11:]: v for k, v in arrays.items() if k.startswith("train/loss/")}
 
     weights = [{k[8:]: v for k, v in arrays.items() if k.startswith(f"{who}/")} for who in ("student", "teacher")]
-    for level, maps in enumerate(zip(args["student neck"], args["teacher neck"], strict=True)):
-        found = reused(kind, head, kd["reused_teacher_head_idx"], *weights, *maps, level)
+
+    @jax.jit
+    def of_necks(student, teacher):
+        """The reused predictions and PKD, by level."""
+        necks = list(zip(student, teacher, strict=True))
+        start = kd["reused_teacher_head_idx"]
+        predictions = [reused(kind, head, start, *weights, *maps, level) for level, maps in enumerate(necks)]
+        return predictions, [jnp.mean(feature.pearson(*maps, ddof=1)) for maps in necks]
+
+    predictions, pkd = of_necks(args["student neck"], args["teacher neck"])
+    for level, found in enumerate(predictions):
         for name, value in found.items():
             error = relative_error(value, args[f"reused {name}"][level])
             yield Check(f"reused {name} {level}", error, OUTPUT)
-
-    weight = kd["loss_feat_kd"]["loss_weight"]
-    pkd = [
-        weight * float(jnp.mean(feature.pearson(s, t, ddof=1)))
-        for s, t in zip(args["student neck"], args["teacher neck"], strict=True)
-    ]
+    pkd = kd["loss_feat_kd"]["loss_weight"] * np.array(pkd)
     if "loss_feat_kd" not in stored:
         stored["loss_feat_kd"] = np.array([stored[f"loss_feat_kd_{i}"] for i in range(len(pkd))])
     for level, (got, want) in enumerate(zip(pkd, stored["loss_feat_kd"], strict=True)):
@@ -157,73 +169,65 @@ def crosskd(path: Path) -> Checks:
 
 def crosskd_heads(kind: str, head: dict, kd: dict, meta: dict, arrays, args, stored) -> Checks:
     pictures, classes = len(arrays["input"]), head["num_classes"]
-    boxes, valid = padded_ground_truth(arrays, pictures)
     sizes = [x.shape[1:3] for x in args["teacher cls"]]
-    student, teacher = args["reused cls"], args["teacher cls"]
-    pairs = [(rows(s, classes), rows(t, classes)) for s, t in zip(student, teacher, strict=True)]
-    scored = [np.ones(s.shape[:2], np.float32) for s, _ in pairs]
-    if kind == "FCOS":
-        yield from fcos_heads(head, kd, args, stored, pairs, sizes)
-        return
-    anchors = anchors_of(head["anchor_generator"], sizes)
-    assigner = meta["student_cfg"]["train_cfg"]["assigner"]
-    cut = np.cumsum([len(a) for a in anchors])[:-1]
-    if kind == "RetinaNet":
-        ignored = ignored_by_overlap(anchors, boxes, valid, assigner)
-        scored = np.split(1 - ignored.astype(np.float32), cut, axis=1)
-    else:
-        positive = atss_positives(anchors, boxes, valid, assigner["topk"])
+    cls = rows(args["reused cls"], classes), rows(args["teacher cls"], classes)
     beta = kd["loss_cls_kd"]["beta"]
-    classification = [
-        kd["loss_cls_kd"]["loss_weight"] * float(jnp.sum(w[..., None] * logits.modulated_bce(s, t, beta=beta)))
-        for (s, t), w in zip(pairs, scored, strict=True)
-    ]
+    classification = kd["loss_cls_kd"]["loss_weight"] * jax.jit(lambda s, t: logits.modulated_bce(s, t, beta=beta))(
+        *cls
+    )
+    confidence = np.asarray(jax.nn.sigmoid(cls[1]).max(-1))
+    weight = kd["loss_reg_kd"]["loss_weight"]
+    box_losses = {"GIoULoss": box.giou, "IoULoss": functools.partial(box.iou, form="log")}
+    if kind == "FCOS":
+        # Both terms are sums over one normaliser that only FCOS's targets tell: it must be the same in both.
+        points = fcos_points(head["strides"], sizes)
+        reg = [coding.distance_to_boxes(points, rows(args[f"{who} reg"], 4)) for who in ("reused", "teacher")]
+        of_class = np.sum(classification) / stored["loss_cls_kd"]
+        of_boxes = weight * np.sum(confidence * box_losses[kd["loss_reg_kd"]["type"]](*reg)) / stored["loss_reg_kd"]
+        yield Check("class and box terms share their normaliser", relative_error(of_class, of_boxes), LOSS)
+        return
+    boxes, valid = padded_ground_truth(arrays, pictures)
+    anchors = anchors_of(head["anchor_generator"], sizes)
+    counts = [len(a) for a in anchors]
+    assigner = meta["student_cfg"]["train_cfg"]["assigner"]
+    if kind == "RetinaNet":
+        scored = ~ignored_by_overlap(anchors, boxes, valid, assigner)
+        classification, confidence = classification * scored[..., None], confidence * scored
+    class_term = by_level(classification, counts)
     if kind == "RetinaNet":  # exact ties of overlaps make the number of positives hang on rounding: it must be whole
-        count = sum(classification) / stored["loss_cls_kd"].sum()
+        count = class_term.sum() / stored["loss_cls_kd"].sum()
         yield Check("number of positives is whole", abs(count - round(count)) / count, LOSS)
     else:
+        positive = atss_positives(anchors, boxes, valid, assigner["topk"])
         count = np.maximum(positive.sum(1), 1).sum()
-    yield Check("class term", relative_error(np.array(classification) / count, stored["loss_cls_kd"]), LOSS)
+    yield Check("class term", relative_error(class_term / count, stored["loss_cls_kd"]), LOSS)
 
-    confidence = [w * np.asarray(jax.nn.sigmoid(t).max(-1)) for (_, t), w in zip(pairs, scored, strict=True)]
-    weight = kd["loss_reg_kd"]["loss_weight"]
-    boxwise = []
-    for level, (s, t) in enumerate(zip(args["reused reg"], args["teacher reg"], strict=True)):
-        if kind == "GFL":
-            bins = head["reg_max"] + 1
-            s, t = (jnp.asarray(x).reshape(pictures, -1, 4, bins) for x in (s, t))
-            options = {"temperature": kd["loss_reg_kd"]["T"], "class_reduction": kd["loss_reg_kd"]["class_reduction"]}
-            distance = jnp.mean(logits.softmax_kl(s, t, **options), -1)
-        else:
-            distance = box.giou(*(decode_deltas(anchors[level], rows(x, 4), head["bbox_coder"]) for x in (s, t)))
-        boxwise.append(weight * float(jnp.sum(confidence[level] * distance)))
-    count_boxes = sum(c.sum() for c in confidence) if kind == "GFL" else count
-    yield Check("box term", relative_error(np.array(boxwise) / count_boxes, stored["loss_reg_kd"]), LOSS)
+    if kind == "GFL":
+        bins = head["reg_max"] + 1
+        reg = [rows(args[f"{who} reg"], 4 * bins).reshape(pictures, -1, 4, bins) for who in ("reused", "teacher")]
+        options = {"temperature": kd["loss_reg_kd"]["T"], "class_reduction": kd["loss_reg_kd"]["class_reduction"]}
+        distance = jax.jit(lambda s, t: jnp.mean(logits.softmax_kl(s, t, **options), -1))(*reg)
+        count_boxes = confidence.sum()
+    else:
+        decode = jax.jit(lambda deltas: decode_deltas(np.concatenate(anchors), deltas, head["bbox_coder"]))
+        distance = box_losses[kd["loss_reg_kd"]["type"]](
+            *(decode(rows(args[f"{who} reg"], 4)) for who in ("reused", "teacher"))
+        )
+        count_boxes = count
+    box_term = weight * by_level(confidence * distance, counts) / count_boxes
+    yield Check("box term", relative_error(box_term, stored["loss_reg_kd"]), LOSS)
 
     if kind == "ATSS":
-        centreness = []
-        parts = zip(args["reused centreness"], args["teacher centreness"], np.split(positive, cut, axis=1), strict=True)
-        for s, t, p in parts:
-            s, t = rows(s, 1)[..., 0], rows(t, 1)[..., 0]
-            cross_entropy = jax.nn.softplus(s) - jax.nn.sigmoid(t) * s
-            centreness.append(kd["loss_center_kd"]["loss_weight"] * float(jnp.sum(p * cross_entropy)) / count)
-        yield Check("centreness term", relative_error(np.array(centreness), stored["losses_center_kd"]), LOSS)
+        s, t = (rows(args[f"{who} centreness"], 1)[..., 0] for who in ("reused", "teacher"))
+        cross_entropy = kd["loss_center_kd"]["loss_weight"] * (jax.nn.softplus(s) - jax.nn.sigmoid(t) * s)
+        centreness = by_level(positive * cross_entropy, counts) / count
+        yield Check("centreness term", relative_error(centreness, stored["losses_center_kd"]), LOSS)
 
 
-def fcos_heads(head: dict, kd: dict, args, stored, pairs, sizes) -> Checks:
-    """Both terms are sums over one normaliser that only FCOS's targets tell: it must be the same in both."""
-    classification = boxwise = 0.0
-    for level, (s, t) in enumerate(pairs):
-        height, width = sizes[level]
-        stride = head["strides"][level]
-        points = np.stack(np.meshgrid(np.arange(width), np.arange(height)), -1).reshape(-1, 2) * stride + stride / 2
-        reg = [coding.distance_to_boxes(points, rows(args[f"{who} reg"][level], 4)) for who in ("reused", "teacher")]
-        confidence = jax.nn.sigmoid(t).max(-1)
-        classification += float(jnp.sum(logits.modulated_bce(s, t, beta=kd["loss_cls_kd"]["beta"])))
-        boxwise += float(jnp.sum(confidence * box.iou(*reg, form="log")))
-    of_class = kd["loss_cls_kd"]["loss_weight"] * classification / stored["loss_cls_kd"]
-    of_boxes = kd["loss_reg_kd"]["loss_weight"] * boxwise / stored["loss_reg_kd"]
-    yield Check("class and box terms share their normaliser", relative_error(of_class, of_boxes), LOSS)
+def fcos_points(strides: list[int], sizes: list[tuple[int, int]]) -> np.ndarray:
+    """The middles of the cells of all levels, in pixels."""
+    grids = [np.stack(np.meshgrid(np.arange(w), np.arange(h)), -1).reshape(-1, 2) for h, w in sizes]
+    return np.concatenate([(grid + 0.5) * stride for grid, stride in zip(grids, strides, strict=True)])
 
 
 def ld(path: Path) -> Checks:
@@ -232,21 +236,18 @@ def ld(path: Path) -> Checks:
     if meta["student_cfg"]["type"] != "GFL":
         raise UnknownCase(f"no check for a step of {meta['student_cfg']['type']!r}")
     yield Check("whole step", skip=LATER_DENSE)
-    classes, bins, pictures = head["num_classes"], head["reg_max"] + 1, len(arrays["input"])
-    out = {(who, of): levels(arrays, f"{who}_out/{of}") for who in ("student", "teacher") for of in ("cls", "reg")}
+    bins, pictures = head["reg_max"] + 1, len(arrays["input"])
+    cls = levels(arrays, "student_out/cls")
+    reg = [rows(levels(arrays, f"{who}_out/reg"), 4 * bins) for who in ("student", "teacher")]
+    edges = [x.reshape(pictures, -1, 4, bins) for x in reg]
     boxes, valid = padded_ground_truth(arrays, pictures)
-    anchors = anchors_of(head["anchor_generator"], [x.shape[1:3] for x in out["student", "cls"]])
-    topk = meta["student_cfg"]["train_cfg"]["assigner"]["topk"]
-    positive = atss_positives(anchors, boxes, valid, topk)
-    found = []
-    parts = zip(*out.values(), np.split(positive, np.cumsum([len(a) for a in anchors])[:-1], axis=1), strict=True)
-    for student_cls, student_reg, _, teacher_reg, mask in parts:
-        edges = [jnp.asarray(x).reshape(pictures, -1, 4, bins) for x in (student_reg, teacher_reg)]
-        kl = logits.softmax_kl(*edges, temperature=config["T"], class_reduction="mean")
-        confidence = jax.nn.sigmoid(rows(student_cls, classes)).max(-1)
-        # The original sums over the batch instead of dividing by the weights: normalizer="sum".
-        found.append(config["loss_weight"] * float(jnp.sum(mask * confidence * jnp.mean(kl, -1))))
-    yield Check("localisation term", relative_error(np.array(found), arrays["train/loss/loss_ld"]), LOSS)
+    anchors = anchors_of(head["anchor_generator"], [x.shape[1:3] for x in cls])
+    positive = atss_positives(anchors, boxes, valid, meta["student_cfg"]["train_cfg"]["assigner"]["topk"])
+    confidence = jax.nn.sigmoid(rows(cls, head["num_classes"])).max(-1)
+    kl = jnp.mean(logits.softmax_kl(*edges, temperature=config["T"], class_reduction="mean"), -1)
+    # The original sums over the batch instead of dividing by the weights: normalizer="sum".
+    found = config["loss_weight"] * by_level(positive * confidence * kl, [len(a) for a in anchors])
+    yield Check("localisation term", relative_error(found, arrays["train/loss/loss_ld"]), LOSS)
 
 
 CHECKS = [("kd/crosskd_*.npz", crosskd), ("kd/ld_*.npz", ld)]
