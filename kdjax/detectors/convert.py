@@ -79,7 +79,7 @@ def from_torch(
     state = {name: value for name, value in _plain(state, network).items() if not name.endswith(_COUNTERS)}
     wanted = {f"{side}/{path}": leaf for side, tree in zip(("params", "stats"), detector.shapes, strict=True)
               for path, leaf in flatten(tree).items()}  # fmt: skip
-    filled, problems, new_classes = {}, [], set()
+    filled, problems, found_classes = {}, [], set()
     unused = set(state)
     for path, names in torch_names(detector).items():
         unused -= set(names)
@@ -90,27 +90,27 @@ def from_torch(
         values = [_from_torch_layout(state[name], path) for name in names]
         if any(value.shape != values[0].shape or not np.array_equal(value, values[0]) for value in values):
             problems.append(f"{', '.join(names)} should be one shared array but differ")
+        elif _CLASSIFIER.fullmatch(names[0]) and values[0].shape[:-1] == wanted[path].shape[:-1]:
+            found_classes.add(values[0].shape[-1])
+            filled[path] = values[0]
         elif values[0].shape == wanted[path].shape:
             filled[path] = values[0]
-        elif _CLASSIFIER.fullmatch(names[0]) and values[0].shape[:-1] == wanted[path].shape[:-1]:
-            new_classes.add(values[0].shape[-1])
         else:
             expected = torch_shape(wanted[path].shape, path)
             problems.append(f"{names[0]} has shape {np.shape(state[names[0]])} instead of {expected}")
     problems += [f"{name} has no place in the detector" for name in sorted(unused)]
-    if len(new_classes) > 1:
-        problems.append(f"the classifiers have different numbers of classes: {sorted(new_classes)}")
+    if len(found_classes) > 1:
+        problems.append(f"the classifiers have different numbers of classes: {sorted(found_classes)}")
     if problems:
         raise ValueError(
             f"The weights do not fit {detector.name} with {detector.num_classes} classes and options "
             f"{detector.options}; {len(problems)} differences:\n  " + "\n  ".join(problems)
         )
-    if new_classes:
-        initial = flatten(detector.init(jax.random.key(0) if key is None else key)[0])
-        fresh = [path for path in wanted if path not in filled]
-        filled |= {path: np.asarray(initial[path.removeprefix("params/")]) for path in fresh}
+    if found_classes != {detector.num_classes}:
+        initial = flatten({"params": detector.init(jax.random.key(0) if key is None else key)[0]})
+        filled |= {path: initial[path] for path in filled if filled[path].shape != wanted[path].shape}
         warnings.warn(
-            f"The weights are for {new_classes.pop()} classes and {detector.name} has {detector.num_classes}: its "
+            f"The weights are for {found_classes.pop()} classes and {detector.name} has {detector.num_classes}: its "
             "classifiers start anew, every class at the focal prior's probability of 0.01.",
             stacklevel=2,
         )
@@ -126,7 +126,7 @@ def to_torch(detector: Detector, params: Tree, stats: Tree) -> dict[str, np.ndar
     values = flatten({"params": params, "stats": stats})
     state = {}
     for path, names in torch_names(detector).items():
-        value = _to_torch_layout(np.asarray(values[path], np.float32), path)
+        value = np.ascontiguousarray(_to_torch_layout(np.asarray(values[path], np.float32), path))
         state |= dict.fromkeys(names, value)
         if path.endswith("/var"):
             state |= {name.replace("running_var", _COUNTERS): np.zeros((), np.int64) for name in names}
