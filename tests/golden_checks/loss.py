@@ -1,10 +1,11 @@
 """`loss/det_cls*` and `loss/det_box*`: detection losses with their reductions, value and gradient."""
 
+import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from kdjax.losses import box, classification
@@ -22,53 +23,54 @@ def options(init: Mapping[str, Any], **names: str) -> dict[str, Any]:
     return {ours: init[theirs] for theirs, ours in names.items() if theirs in init}
 
 
-def unreduced(cls: str, init: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Callable:
-    """The loss as a function of the prediction alone."""
+def loss_of(cls: str, init: Mapping[str, Any]) -> tuple[Callable, dict[str, Any]]:
+    """kdjax's loss for a class of mmdetection, and its options."""
     if cls == "QualityFocalLoss":
-        kwargs = options(init, beta="beta")
-        return lambda pred: classification.quality_focal(pred, arrays["target0"], arrays["target1"], **kwargs)
-    target = arrays["target"]
+        return classification.quality_focal, options(init, beta="beta")
     if cls == "FocalLoss":
-        kwargs = options(init, alpha="alpha", gamma="gamma")
-        return lambda pred: classification.sigmoid_focal(pred, target, **kwargs)
+        return classification.sigmoid_focal, options(init, alpha="alpha", gamma="gamma")
     if cls == "CrossEntropyLoss":
-        use_sigmoid = options(init, use_sigmoid="use_sigmoid").get("use_sigmoid", False)
-        loss = classification.binary_cross_entropy if use_sigmoid else classification.cross_entropy
-        return lambda pred: loss(pred, target)
+        binary = options(init, use_sigmoid="use_sigmoid").get("use_sigmoid", False)
+        return (classification.binary_cross_entropy if binary else classification.cross_entropy), {}
     if cls == "DistributionFocalLoss":
-        options(init)
-        return lambda pred: box.distribution_focal(pred, target)
-    names = {"GIoULoss": box.giou, "DIoULoss": box.diou, "CIoULoss": box.ciou}
-    if cls in names:
-        kwargs = options(init, eps="eps")
-        return lambda pred: names[cls](pred, target, **kwargs)
+        return box.distribution_focal, options(init)
+    if cls in ("GIoULoss", "DIoULoss", "CIoULoss"):
+        return {"G": box.giou, "D": box.diou, "C": box.ciou}[cls[0]], options(init, eps="eps")
     if cls == "IoULoss":
-        kwargs = options(init, mode="form", eps="eps")
-        return lambda pred: box.iou(pred, target, **kwargs)
+        return box.iou, options(init, mode="form", eps="eps")
     if cls == "SmoothL1Loss":
-        kwargs = options(init, beta="beta")
-        return lambda pred: box.smooth_l1(pred, target, **kwargs)
+        return box.smooth_l1, options(init, beta="beta")
     if cls == "L1Loss":
-        options(init)
-        return lambda pred: box.l1(pred, target)
+        return box.l1, options(init)
     raise UnknownCase(f"no check for {cls}")
 
 
-def reduced(loss: jax.Array, init: Mapping[str, Any], call: Mapping[str, Any], weight: np.ndarray | None) -> jax.Array:
-    """mmdetection's weighting and reduction."""
+@functools.lru_cache
+def program(loss: Callable, settings: tuple) -> Callable:
+    """The loss and its gradient in one program for all cases that differ in the reduction alone."""
+
+    def run(pred, targets, factor):
+        value, pull_back = jax.vjp(lambda pred: loss(pred, *targets, **dict(settings)), pred)
+        return value, pull_back(factor)[0]
+
+    return jax.jit(run)
+
+
+def factors(init: Mapping[str, Any], call: Mapping[str, Any], arrays: Mapping[str, np.ndarray], shape: tuple) -> Any:
+    """What mmdetection's weighting and reduction multiply each loss by before they add them up (if they do)."""
     unknown = sorted(set(call) - {"avg_factor"})
     if unknown:
         raise UnknownCase(f"unknown parameters {', '.join(unknown)}")
-    reduction, factor = init.get("reduction", "mean"), call.get("avg_factor")
-    if weight is not None:
-        loss = loss * weight.reshape(weight.shape + (1,) * (loss.ndim - weight.ndim))
+    reduction, normalizer = init.get("reduction", "mean"), call.get("avg_factor")
+    factor = np.float32(init.get("loss_weight", 1.0))
+    if "weight" in arrays:
+        weight = arrays["weight"]
+        factor = factor * weight.reshape(weight.shape + (1,) * (len(shape) - weight.ndim))
     if reduction == "mean":
-        loss = jnp.mean(loss) if factor is None else jnp.sum(loss) / (factor + np.finfo(np.float32).eps)
-    elif reduction == "sum" and factor is None:
-        loss = jnp.sum(loss)
-    elif reduction != "none":
-        raise UnknownCase(f"unknown reduction {reduction!r} with the factor {factor}")
-    return init.get("loss_weight", 1.0) * loss
+        return factor / (math.prod(shape) if normalizer is None else normalizer + np.finfo(np.float32).eps)
+    if reduction == "none" or (reduction == "sum" and normalizer is None):
+        return factor
+    raise UnknownCase(f"unknown reduction {reduction!r} with the factor {normalizer}")
 
 
 def losses(what: str, params: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Checks:
@@ -77,9 +79,16 @@ def losses(what: str, params: Mapping[str, Any], arrays: Mapping[str, np.ndarray
     if cls in ("EIoULoss", "SIoULoss", "VarifocalLoss"):
         yield Check(name, skip=NOT_PART)
         return
-    loss = unreduced(cls, init, arrays)
-    value, pull_back = jax.vjp(lambda pred: reduced(loss(pred), init, call, arrays.get("weight")), arrays["pred"])
-    (gradient,) = pull_back(jnp.asarray(arrays.get("upstream", np.float32(1))))
+    loss, settings = loss_of(cls, init)
+    targets = [arrays[key] for key in sorted(arrays) if key.startswith("target")]
+    shape = jax.eval_shape(lambda pred: loss(pred, *targets, **settings), arrays["pred"]).shape
+    factor = factors(init, call, arrays, shape)
+    run = program(loss, tuple(settings.items()))
+    upstream = np.broadcast_to(factor * arrays.get("upstream", 1), shape).astype(np.float32)
+    value, gradient = run(arrays["pred"], targets, upstream)
+    value = value * factor
+    if init.get("reduction", "mean") != "none":
+        value = np.sum(value, dtype=np.float64)
     yield Check(f"{name} value", relative_error(value, arrays["value"]), VALUE)
     yield Check(f"{name} gradient", relative_error(gradient, arrays["grad_pred"]), GRADIENT)
 
