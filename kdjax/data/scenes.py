@@ -62,7 +62,7 @@ def stream(split: str, count: int) -> Iterator[tuple[Picture, bytes]]:
             annotation_id += 1
             entry = dict(id=annotation_id, image_id=picture.id, category_id=label + 1, bbox=bbox, area=area, iscrowd=0)
             picture.annotations.append(entry)
-        encoded = cv2.imencode(".png", image[:, :, ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 2])[1]
+        encoded = cv2.imencode(".png", image[:, :, ::-1])[1]
         yield picture, encoded.tobytes()
 
 
@@ -80,7 +80,7 @@ def render(split: str, index: int) -> tuple[np.ndarray, list[tuple[int, list[flo
         _paint(image, mask, corner, rng, _any_texture(rng), size)
 
     owner = np.full((SIDE, SIDE), -1, np.int16)  # which object is in front
-    labels, totals = [], []
+    labels, totals, visible = [], [], []  # of every object: label, pixels, pixels that nothing hides
     wanted = 0 if rng.random() < EMPTY else int(rng.integers(*OBJECTS, endpoint=True))
     for _ in range(wanted):
         label, size = int(rng.integers(len(CLASSES))), _log_uniform(rng, *SIZES)
@@ -89,37 +89,33 @@ def render(split: str, index: int) -> tuple[np.ndarray, list[tuple[int, list[flo
         mask, corner = _mask(_outline(CLASSES[label], rng), rng, size, centre)
         window = owner[corner[0] : corner[0] + mask.shape[0], corner[1] : corner[1] + mask.shape[1]]
         solid = mask > 0.5
-        if not solid.any() or not _may_hide(owner, window, solid, totals):
+        if not solid.any():
             continue
+        hidden = np.bincount(window[solid] + 1, minlength=len(labels) + 1)[1:]
+        left = [seen - int(lost) for seen, lost in zip(visible, hidden, strict=True)]
+        if any(s < (1 - OVERLAP) * t for s, t, lost in zip(left, totals, hidden, strict=True) if lost):
+            continue  # something would vanish behind it
         window[solid] = len(labels)
         labels.append(label)
         totals.append(int(solid.sum()))
+        visible = [*left, totals[-1]]
         _paint(image, mask, corner, rng, _texture_of(CLASSES[label], rng), size, COLOURS[CLASSES[label]])
     if rng.random() < BARS:
         _bars(image, owner, rng)
 
     objects = []
     for number, label in enumerate(labels):
-        ys, xs = np.nonzero(owner == number)
-        if len(xs) < max((1 - OVERLAP) * totals[number] * 0.6, 12):
-            # Bars have taken too much: paint nothing anew, the object is too small to be asked for.
-            continue
-        x0, y0, x1, y1 = int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1
-        objects.append((label, [float(x0), float(y0), float(x1 - x0), float(y1 - y0)], float(len(xs))))
+        mine = owner == number
+        area = int(mine.sum())
+        if area < max((1 - OVERLAP) * totals[number] * 0.6, 12):
+            continue  # bars have taken so much that it would not be fair to ask for it
+        (top, bottom), (left, right) = (np.flatnonzero(mine.any(axis))[[0, -1]].tolist() for axis in (1, 0))
+        objects.append((label, [float(left), float(top), right - left + 1.0, bottom - top + 1.0], float(area)))
     return _camera(image, rng), objects
 
 
 def _log_uniform(rng, low, high):
     return math.exp(rng.uniform(math.log(low), math.log(high)))
-
-
-def _may_hide(owner, window, solid, totals) -> bool:
-    """Whether every object stays visible enough if the new one is put in front."""
-    hit, counts = np.unique(window[solid], return_counts=True)
-    for number, count in zip(hit, counts, strict=True):
-        if number >= 0 and (owner == number).sum() - count < (1 - OVERLAP) * totals[number]:
-            return False
-    return True
 
 
 # Shapes: lists of closed outlines in the unit disc; what lies inside an odd number of them is filled.
@@ -210,12 +206,14 @@ def _texture(kind: str, shape, rng, size) -> np.ndarray:
     if kind == "noise":
         grid = rng.random((max(int(height / period * 2), 2), max(int(width / period * 2), 2)), np.float32)
         return cv2.resize(grid, (width, height), interpolation=cv2.INTER_LINEAR)
-    y, x = np.mgrid[:height, :width].astype(np.float32)
+    y, x = np.arange(height, dtype=np.float32)[:, None], np.arange(width, dtype=np.float32)
     u = (x * math.cos(angle) + y * math.sin(angle)) * (2 * math.pi / period) + phase[0]
-    v = (y * math.cos(angle) - x * math.sin(angle)) * (2 * math.pi / period) + phase[1]
     if kind == "gradient":
         return np.clip(0.5 + (u - u.mean()) * (period / size / 4), 0, 1)
-    wave = {"stripes": np.sin(u), "checks": np.sin(u) * np.sin(v) * 1.6, "dots": np.sin(u) + np.sin(v) - 0.9}[kind]
+    wave = np.sin(u)
+    if kind != "stripes":
+        across = np.sin((y * math.cos(angle) - x * math.sin(angle)) * (2 * math.pi / period) + phase[1])
+        wave = wave * across * 1.6 if kind == "checks" else wave + across - 0.9
     return np.clip(0.5 + 2.5 * wave, 0, 1)
 
 
