@@ -1,8 +1,6 @@
 """What the tests of the losses share: seeded maps, the four ways to call a function, splitting a batch over devices."""
 
-import doctest
 import functools
-import importlib
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +8,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 DEVICES = 8
+
+# `jax.jit` that compiles in half of the time: for programs that run once.
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def maps(seed: int, shape=(2, 4, 5, 3), dtype=jnp.float32, scale: float = 1.0):
@@ -39,11 +40,3 @@ def assert_finite(function, student, *rest):
     assert value.dtype == jnp.float32 and np.isfinite(value)
     assert np.all(np.isfinite(np.asarray(gradient, np.float32)))
     return float(value), gradient
-
-
-def run_doctests(*modules: str):
-    """The examples of the docstrings of `kdjax.losses.<module>`."""
-    for name in modules:
-        module = importlib.import_module(f"kdjax.losses.{name}")
-        result = doctest.testmod(module)
-        assert result.attempted and not result.failed, name

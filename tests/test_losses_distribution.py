@@ -8,7 +8,7 @@ import pytest
 from jax.test_util import check_grads
 
 from kdjax.losses import attention, distribution
-from tests.losses_tools import assert_finite, maps, on_shards, run_doctests
+from tests.losses_tools import assert_finite, maps, on_shards
 
 
 def losses(student, teacher):
@@ -32,10 +32,6 @@ class Variants(chex.TestCase):
         student, teacher = maps(0)
         value, expected = self.variant(losses)(student, teacher), jitted(student, teacher)
         chex.assert_trees_all_close(value, expected, rtol=1e-4, atol=1e-6)
-
-
-def test_doctests():
-    run_doctests("distribution", "attention")
 
 
 def test_vmap_and_sharded_batch_are_the_batch():

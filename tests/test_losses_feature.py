@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from jax.test_util import check_grads
 
 from kdjax.losses import feature
-from tests.losses_tools import assert_finite, maps, on_pmap, on_shards, run_doctests
+from tests.losses_tools import assert_finite, maps, on_pmap, on_shards
 
 LOSSES = {
     "squared": feature.squared,
@@ -41,10 +41,6 @@ class Variants(chex.TestCase):
         student, teacher = maps(0)
         value = self.variant(every)(student, teacher)
         chex.assert_trees_all_close(value, jitted(student, teacher), rtol=1e-5, atol=1e-6)
-
-
-def test_doctests():
-    run_doctests("feature")
 
 
 def test_vmap_over_images_is_the_batch():

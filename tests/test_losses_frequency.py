@@ -8,7 +8,7 @@ import pytest
 from jax.test_util import check_grads
 
 from kdjax.losses import feature, frequency
-from tests.losses_tools import assert_finite, maps, on_shards, run_doctests
+from tests.losses_tools import assert_finite, maps, on_shards
 
 SIZES = [(4, 6), (5, 4), (5, 3), (1, 6), (1, 1)]
 
@@ -34,10 +34,6 @@ class Variants(chex.TestCase):
         student, teacher = maps(0)
         value, expected = self.variant(losses)(student, teacher), jitted(student, teacher)
         chex.assert_trees_all_close(value, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_doctests():
-    run_doctests("frequency")
 
 
 def full_transform(x, mask):
