@@ -79,7 +79,8 @@ def test_empty_places_hold_zeros():
     assert 0 < got.valid.sum() < got.valid.size
     for values in (got.boxes, got.scores, got.labels):
         assert not values[~got.valid].any()
-    none = selects[False](boxes, np.zeros_like(scores), image_size=IMAGE_SIZE)
+    at_threshold = np.full_like(scores, OPTIONS["score_threshold"])
+    none = selects[False](boxes, at_threshold, image_size=IMAGE_SIZE)
     assert not np.any(none.valid) and not np.any(none.boxes) and not np.any(none.scores)
 
 
