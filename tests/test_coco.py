@@ -163,7 +163,7 @@ def test_to_coco_undoes_the_resize():
     rng = np.random.default_rng(0)
     batch = {
         "image_id": np.array([5, 6, 7]),
-        "scale": np.array([0.5, 2.0, 1.0], np.float32),
+        "image_size": np.array([[20, 30], [60, 40], [10, 10]]),
         "original_size": np.array([[40, 60], [30, 20], [10, 10]]),
         "real": np.array([True, True, False]),
     }

@@ -206,8 +206,8 @@ def to_coco(
     """Detections of a batch as COCO results, in pixels of the original pictures.
 
     Args:
-      batch: an evaluation batch; read are `image_id` i64[B], `scale` f32[B] (canvas pixels = scale * original pixels),
-        `original_size` i32[B, 2] (height, width) and `real` bool[B].
+      batch: an evaluation batch; read are `image_id` i64[B], `image_size` and `original_size` i32[B, 2] (height, width
+        on the canvas and of the original: each axis has its own ratio, because sizes are whole) and `real` bool[B].
       detections: NumPy arrays, in pixels of the canvas.
       category_ids: id of each label's category.
 
@@ -218,8 +218,8 @@ def to_coco(
     Scope: each picture on its own.
 
     Example:
-      >>> batch = {"image_id": np.array([7]), "scale": np.array([0.5]), "original_size": np.array([[20, 30]]),
-      ...          "real": np.array([True])}
+      >>> batch = {"image_id": np.array([7]), "image_size": np.array([[10, 15]]),
+      ...          "original_size": np.array([[20, 30]]), "real": np.array([True])}
       >>> found = Detections(boxes=np.array([[[1.0, 2, 5, 6]]]), scores=np.array([[0.5]]), labels=np.array([[1]]),
       ...                    valid=np.array([[True]]))
       >>> to_coco(batch, found, [3, 9])
@@ -229,7 +229,8 @@ def to_coco(
     for row in np.flatnonzero(batch["real"]):
         valid = np.asarray(detections.valid[row])
         height, width = batch["original_size"][row]
-        boxes = np.asarray(detections.boxes[row], np.float64)[valid] / float(batch["scale"][row])
+        ratio = (batch["image_size"][row] / batch["original_size"][row])[[1, 0, 1, 0]]
+        boxes = np.asarray(detections.boxes[row], np.float64)[valid] / ratio
         boxes = np.clip(boxes, 0, [width, height, width, height])
         boxes[:, 2:] -= boxes[:, :2]
         scores, labels = np.asarray(detections.scores[row])[valid], np.asarray(detections.labels[row])[valid]
