@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import PurePath
 
 import chex
 import jax
@@ -151,7 +152,7 @@ def test_pth_is_read_as_weights_alone(tmp_path, detector, variables, state):
     checkpoint = {"meta": {"epoch": 1}, "state_dict": {k: torch.tensor(v) for k, v in state.items()}}
     torch.save(checkpoint, tmp_path / "weights.pth")
     chex.assert_trees_all_equal(convert.from_torch(detector, convert.load_file(tmp_path / "weights.pth")), variables)
-    torch.save({"state_dict": {}, "code": detector}, tmp_path / "code.pth")
+    torch.save({"state_dict": {}, "code": PurePath("x")}, tmp_path / "code.pth")
     with pytest.raises(ValueError, match="cannot be read as weights alone"):
         convert.load_file(tmp_path / "code.pth")
 
