@@ -22,27 +22,33 @@ def find(root: str, split: str, *, annotations: str = "", images: str = "") -> t
     Tried under `root`: annotations/instances_{split}.json, annotations/{split}.json, {split}/_annotations.coco.json;
     images/{split}/, {split}/, images/. Explicit paths count from `root`, or are absolute.
     """
-    if not root and not (annotations and images):
-        raise ValueError("config.data.root is empty: it must name a folder with annotations/ and images/.")
+    json_path = find_json(root, split, annotations)
     base = Path(root).expanduser()
-    if root and not base.is_dir():
-        raise FileNotFoundError(f"config.data.root: there is no folder {base}.")
-    if annotations:
-        jsons = [base / annotations]
-    else:
-        jsons = [
-            base / "annotations" / f"instances_{split}.json",
-            base / "annotations" / f"{split}.json",
-            base / split / "_annotations.coco.json",
-        ]
     folders = [base / images] if images else [base / "images" / split, base / split, base / "images"]
-    json_path = next((p for p in jsons if p.is_file()), None)
-    if json_path is None:
-        raise FileNotFoundError(f"split '{split}' has no instances json: looked for {_listed(jsons)}.")
     folder = next((p for p in folders if p.is_dir()), None)
     if folder is None:
         raise FileNotFoundError(f"split '{split}' has no folder of pictures: looked for {_listed(folders)}.")
     return json_path, folder
+
+
+def find_json(root: str, split: str, annotations: str = "") -> Path:
+    """The instances json of a split, as `find` looks for it."""
+    base = Path(root).expanduser()
+    if not root and not annotations:
+        raise ValueError("config.data.root is empty: it must name a folder with annotations/ and images/.")
+    if root and not base.is_dir():
+        raise FileNotFoundError(f"config.data.root: there is no folder {base}.")
+    paths = [
+        base / "annotations" / f"instances_{split}.json",
+        base / "annotations" / f"{split}.json",
+        base / split / "_annotations.coco.json",
+    ]
+    if annotations:
+        paths = [base / Path(annotations).expanduser()]
+    found = next((p for p in paths if p.is_file()), None)
+    if found is None:
+        raise FileNotFoundError(f"split '{split}' has no instances json: looked for {_listed(paths)}.")
+    return found
 
 
 def _listed(paths) -> str:
@@ -51,15 +57,20 @@ def _listed(paths) -> str:
 
 def fingerprint(json_path: Path, folder: Path) -> dict:
     """What the preparation depends on: the json's content; name, size and time of every picture."""
-    digest = hashlib.sha256()
+    seen = hashlib.sha256()
     for where, subfolders, names in os.walk(folder):
         subfolders.sort()
         for name in sorted(names):
             if name.lower().endswith(SUFFIXES):
                 stat = os.stat(os.path.join(where, name))
-                digest.update(f"{os.path.relpath(where, folder)}/{name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    with open(json_path, "rb") as file:
-        return {"json": hashlib.file_digest(file, "sha256").hexdigest(), "pictures": digest.hexdigest()}
+                seen.update(f"{os.path.relpath(where, folder)}/{name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    return {"json": digest(json_path), "pictures": seen.hexdigest()}
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read(json_path: Path) -> dict:
@@ -79,7 +90,7 @@ def read(json_path: Path) -> dict:
 
 
 def check(data: dict, name: str) -> tuple[list[Picture], dict[int, str], list[dict]]:
-    """Pictures with their annotations in json order, the categories by id, and the list of everything dropped or repaired.
+    """Pictures with their annotations in json order, categories by id, and the list of what was dropped or repaired.
 
     What cannot be meant is refused (`ValueError`): an annotation of an unknown image or category, ids twice or not
     integer. What merely cannot be used is dropped or repaired and listed: boxes that are not four finite numbers, have

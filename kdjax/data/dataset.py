@@ -97,13 +97,13 @@ def ground_truth(dataset: Dataset, split: str, *, limit: int | None = None) -> d
     return chosen.truth
 
 
-def _name_and_splits(cfg: Mapping) -> dict[str, str]:
+def _names(cfg: Mapping) -> dict[str, str]:
     return {role: cfg.get(f"{role}_split", role) for role in ("train", "val")}
 
 
 def _open_folder(cfg: Mapping) -> Path:
     """Prepare a folder in COCO layout."""
-    names = _name_and_splits(cfg)
+    names = _names(cfg)
     files = {
         role: coco.find(
             cfg.get("root", ""),
@@ -152,7 +152,47 @@ def _open_scenes(cfg: Mapping) -> Path:
 
 
 def _open_stock(cfg: Mapping) -> Path:
-    raise ValueError("config.data.source 'tfds' is not there yet.")
+    """Index a prepared TFDS directory; the records stay where they are."""
+    directory = stock.find(cfg.get("root", ""))
+    names = _names(cfg)
+    # The json's split is only needed where a path is given.
+    jsons = {role: cfg.get(f"{role}_annotations", "") for role in names}
+    jsons = {role: coco.find_json(str(directory), names[role], path) for role, path in jsons.items() if path}
+    name, classes, readers = stock.describe(directory, names)
+    print_of = {
+        "builder": records.VERSION,
+        "splits": names,
+        "files": stock.fingerprint(directory),
+        "directory": str(directory),
+        "json": {role: coco.digest(path) for role, path in jsons.items()},
+    }
+
+    def write(folder: Path) -> None:
+        logs, pictures, given = {role: [] for role in names}, {}, {}
+        # The records only know labels 0 .. K-1; without a json their ids are taken to be 1 .. K.
+        categories = dict(enumerate(classes, start=1))
+        for role, path in jsons.items():
+            given[role], categories, _ = coco.check(coco.read(path), path.name)
+            if [categories[key] for key in sorted(categories)] != classes:
+                raise ValueError(f"the categories of {path.name}, by ascending id, are not the classes of {directory}.")
+        for role, reader in readers.items():
+            scanned = stock.scan(reader, sorted(categories), logs[role])
+            scanned = tqdm(scanned, total=len(reader), desc=f"checking {name} {role}", unit="img", disable=None)
+            pictures[role] = list(scanned)
+            if role in given:
+                pictures[role] = stock.match(pictures[role], given[role], jsons[role].name)
+        _save_index(
+            folder,
+            name=name,
+            records_path=str(directory),
+            names=names,
+            record_splits={role: reader.split for role, reader in readers.items()},
+            categories=categories,
+            pictures=pictures,
+            logs=logs,
+        )
+
+    return cache.prepared(cache.root(cfg.get("cache", "")), f"tfds-{name}", print_of, write)
 
 
 _SOURCES = {"coco_folder": _open_folder, "scenes": _open_scenes, "tfds": _open_stock}
@@ -176,7 +216,7 @@ def _write(folder: Path, *, name: str, names: dict, categories: dict, streams: d
         category_ids=category_ids,
         streams={role: tee(role, count, stream) for role, (count, stream) in streams.items()},
     )
-    save_index(
+    _save_index(
         folder,
         name=name,
         records_path=str(directory.relative_to(folder)),
@@ -188,7 +228,7 @@ def _write(folder: Path, *, name: str, names: dict, categories: dict, streams: d
     )
 
 
-def save_index(
+def _save_index(
     folder: Path,
     *,
     name: str,

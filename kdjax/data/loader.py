@@ -7,7 +7,6 @@ by itself; nothing here touches an accelerator.
 import dataclasses
 import os
 import sys
-import threading
 from collections.abc import Mapping
 
 import cv2
@@ -25,7 +24,6 @@ class Pictures:
     def __init__(self, split: Split):
         self._split = split
         self._kept = {}
-        self._budget = _KEEP
 
     def __reduce__(self):
         return Pictures, (self._split,)  # a worker process decodes for itself
@@ -35,7 +33,7 @@ class Pictures:
         if example is None:
             example = self._split.records[index]
             # Decided by the first picture: all or nothing keeps memory bounded without any bookkeeping.
-            if self._split.size * example["image"].nbytes <= self._budget:
+            if self._split.size * example["image"].nbytes <= _KEEP:
                 example["image"].flags.writeable = False
                 self._kept[index] = example
         return example

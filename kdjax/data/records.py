@@ -88,12 +88,15 @@ class Kdjax(tfds.core.GeneratorBasedBuilder):
                         "label": self._label[annotation["category_id"]],
                     }
                 )
-            yield index, {
-                "image": io.BytesIO(encoded),
-                "image/filename": picture.file_name,
-                "image/id": picture.id,
-                "objects": objects,
-            }
+            yield (
+                index,
+                {
+                    "image": io.BytesIO(encoded),
+                    "image/filename": picture.file_name,
+                    "image/id": picture.id,
+                    "objects": objects,
+                },
+            )
 
 
 def clipped(bbox: list[float], width: int, height: int) -> tuple[float, float, float, float]:
@@ -162,7 +165,8 @@ class Reader:
         height, width = image.shape[:2]
         objects = record["objects"]
         boxes = np.asarray(objects["bbox"], np.float32).reshape(-1, 4)[:, [1, 0, 3, 2]]
-        keep = ~np.asarray(objects["is_crowd"], bool).reshape(-1)
+        # Our own records have no box without extent, a stock directory may.
+        keep = ~np.asarray(objects["is_crowd"], bool).reshape(-1) & (boxes[:, 2:] > boxes[:, :2]).all(-1)
         return {
             "image": image,
             "image_id": int(record["image/id"]),

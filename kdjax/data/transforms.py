@@ -69,7 +69,7 @@ def flip(image: np.ndarray, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mirror left and right."""
     width = image.shape[1]
     boxes = np.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], axis=-1)
-    return image[:, ::-1], boxes.astype(np.float32)
+    return cv2.flip(image, 1), boxes.astype(np.float32)
 
 
 def hsv_jitter(image: np.ndarray, shifts: tuple[int, int, int]) -> np.ndarray:
@@ -97,7 +97,7 @@ def pad(image: np.ndarray, canvas: tuple[int, int]) -> np.ndarray:
     """u8[*canvas, 3] with the picture at the top left and grey elsewhere."""
     height, width = image.shape[:2]
     if (height, width) == tuple(canvas):
-        return np.ascontiguousarray(image)
+        return image
     padded = np.full((*canvas, 3), PAD, np.uint8)
     padded[:height, :width] = image
     return padded
@@ -128,7 +128,7 @@ def augment(
     if not random_crop:
         factor = min(factor, 1.0)
     fit, _ = fitted(image.shape[:2], canvas)
-    size = fitted(image.shape[:2], canvas)[1] if factor == 1.0 else scaled(image.shape[:2], fit * factor)
+    size = scaled(image.shape[:2], fit * factor)
     # Enlarging only what is kept would be cheaper, but would not give the same pixels at the window's border.
     image, boxes = resize(image, boxes, size)
     spare = max(size[0] - canvas[0], 0), max(size[1] - canvas[1], 0)
@@ -136,4 +136,4 @@ def augment(
     boxes, labels = boxes[keep], labels[keep]
     if mirrored:
         image, boxes = flip(image, boxes)
-    return hsv_jitter(np.ascontiguousarray(image), shifts), boxes, labels
+    return hsv_jitter(image, shifts), boxes, labels
