@@ -132,5 +132,5 @@ def attention_difference(student: Array, teacher: Array, *, temperature: float =
     distance = jnp.zeros(student.shape[0], jnp.float32)
     for of in (spatial_attention, channel_attention):
         difference = of(student, temperature=temperature) - of(teacher, temperature=temperature)
-        distance = distance + jnp.sum(jnp.abs(difference), (1, 2, 3))
+        distance = distance + jnp.sum(common.absolute(difference), (1, 2, 3))
     return distance

@@ -27,6 +27,11 @@ def safe_sqrt(x: Array) -> Array:
     return jnp.sqrt(jnp.maximum(x, 1e-12))
 
 
+def absolute(x: Array) -> Array:
+    """|x| with slope 0 at 0, as PyTorch has it (`jnp.abs` has slope 1 there)."""
+    return jnp.sign(x) * x
+
+
 def sum_over(x: Array, axes: tuple[int, ...], axis_name: str | None = None) -> Array:
     """Sum over array axes (kept with size 1), and over the devices of the mapped axis `axis_name` if given."""
     total = jnp.sum(x, axes, keepdims=True)

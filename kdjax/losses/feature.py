@@ -53,7 +53,7 @@ def absolute(student: Array, teacher: Array) -> Array:
       [0.0, 2.0]
     """
     student, teacher = common.float32_pair(student, teacher, "absolute")
-    return jnp.abs(student - teacher)
+    return common.absolute(student - teacher)
 
 
 def unit_norm(x: Array, *, eps: float = 1e-12) -> Array:

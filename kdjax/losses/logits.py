@@ -110,7 +110,7 @@ def modulated_bce(student: Array, teacher: Array, *, beta: float = 1.0) -> Array
 
 def _power(difference: Array, beta: float) -> Array:
     if beta == 1:
-        return jnp.abs(difference)
+        return common.absolute(difference)
     apart = difference != 0  # the slope of |x|^beta at 0 is computed as 0 * inf otherwise
     return jnp.where(apart, jnp.abs(jnp.where(apart, difference, 1.0)) ** beta, 0.0)
 
