@@ -29,7 +29,7 @@ def test_attention_difference_bound():
     student, teacher = maps(1, SHAPE, scale=20.0)
     difference = jax.jit(lambda s, t: attention.attention_difference(s, t, temperature=0.1))
     value = difference(student, teacher)
-    assert np.all((np.asarray(value) > 1) & (np.asarray(value) <= 2 * (4 * 5 + 4)))
+    assert np.all((np.asarray(value) > 1) & (np.asarray(value) <= 2 * (4 * 5 + 4) + 1e-3))
     np.testing.assert_array_equal(difference(teacher, teacher), 0)
     np.testing.assert_array_equal(quick_jit(jax.grad(lambda s: difference(s, teacher).sum()))(teacher), 0)
 
