@@ -108,6 +108,11 @@ def test_decoding_undoes_encoding(seed):
     other = rng.normal(0, 30, (12, 4)).astype(np.float32)
     back = coding.boxes_to_distance(points, coding.distance_to_boxes(points, other))
     np.testing.assert_allclose(back, other, atol=1e-4)
+    solid = boxes + np.float32([0, 0, 4, 4])
+    for options in ({}, {"means": (0.1, 0, 0, 0.2), "stds": (0.1, 0.1, 0.2, 0.2)}):
+        deltas = coding.boxes_to_deltas(solid[::-1], solid, **options)
+        back = coding.deltas_to_boxes(solid[::-1], deltas, **options)
+        np.testing.assert_allclose(back, solid, atol=1e-3)
     np.testing.assert_allclose(convert.from_xywh(convert.to_xywh(boxes)), boxes, atol=1e-4)
 
 
@@ -129,6 +134,26 @@ def test_grid_priors_covers_maps_that_do_not_divide():
         [(x + 0.5) * s, (y + 0.5) * s, s, s] for s, h, w in ((8, 3, 5), (16, 2, 3)) for y in range(h) for x in range(w)
     ]
     np.testing.assert_array_equal(got, want)
+
+
+def test_decoded_boxes_stay_finite():
+    anchors, deltas = np.array([[0.0, 0, 8, 8]], np.float32), np.array([[0.0, 9, 200, -200]], np.float32)
+    got = coding.deltas_to_boxes(anchors, deltas)
+    np.testing.assert_allclose(got, [[-246, 75.936, 254, 76.064]], rtol=1e-5)
+    got = coding.deltas_to_boxes(anchors, deltas, max_shift=16.0)
+    np.testing.assert_allclose(got, [[-246, 20, 254, 20]], rtol=1e-5)
+
+
+def test_grid_anchors_have_their_area_and_shape():
+    scales = priors.octave_scales(4, 3)
+    got = priors.grid_anchors((16, 24), [8, 16], ratios=[0.5, 2.0], scales=scales)
+    points = priors.grid_priors((16, 24), [8, 16]).repeat(6, axis=0)
+    sizes = got[:, 2:] - got[:, :2]
+    np.testing.assert_allclose((got[:, :2] + got[:, 2:]) / 2, points[:, :2], atol=1e-5)
+    np.testing.assert_allclose(
+        sizes[:, 1] / sizes[:, 0], np.tile(np.repeat([0.5, 2.0], 3), len(points) // 6), rtol=1e-5
+    )
+    np.testing.assert_allclose(np.sqrt(sizes.prod(1)) / points[:, 2], np.tile(scales, len(points) // 3), rtol=1e-5)
 
 
 def test_priors_inside_the_padding():

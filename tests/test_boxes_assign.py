@@ -160,6 +160,69 @@ def test_pictures_without_boxes_are_background():
     assert np.all(got.matched == -1) and np.all(got.labels == CLASSES)
 
 
+ANCHORS = np.concatenate([GRID[:, :2] - 2 * GRID[:, 2:], GRID[:, :2] + 2 * GRID[:, 2:]], axis=1)
+SIZES = (96, 24, 6)
+
+
+def others(logits, boxes, targets: Targets) -> dict:
+    """The assigners of other detectors on the same batch."""
+    inside = assign.inside_padding(GRID, targets.pad_size)
+    crowds = jnp.zeros((len(logits), 2, 4)).at[:, 0].set(jnp.array([0.0, 0, 20, 20]))
+    retina = {"positive_iou": 0.5, "negative_iou": 0.4, "num_classes": CLASSES, "inside": inside}
+    crowd = {"ignored_boxes": crowds, "ignore_iof": 0.5, "min_positive_iou": 0.3}
+    return {
+        "sim_ota": assign.sim_ota(jax.nn.sigmoid(logits), boxes, GRID, targets),
+        "max_iou": assign.max_iou(ANCHORS, targets, **retina),
+        "max_iou_crowd": assign.max_iou(ANCHORS, targets, **retina | crowd),
+        "atss": assign.atss(ANCHORS, targets, num_classes=CLASSES, level_sizes=SIZES, inside=inside),
+    }
+
+
+def slow_max_iou(targets: Targets, row: int) -> list[int]:
+    """For each anchor the matched box, -1 for background, -2 for ignored."""
+    truth = np.float64(targets.boxes[row][targets.valid[row]])
+    padded_height, padded_width = targets.pad_size[row]
+    found = np.zeros((len(truth), len(ANCHORS)))
+    takes_part = [y < padded_height and x < padded_width for x, y in GRID[:, :2]]
+    for m, box in enumerate(truth):
+        for n, a in enumerate(np.float64(ANCHORS)):
+            both = max(min(a[2], box[2]) - max(a[0], box[0]), 0) * max(min(a[3], box[3]) - max(a[1], box[1]), 0)
+            areas = [(b[2] - b[0]) * (b[3] - b[1]) for b in (a, box)]
+            found[m, n] = both / max(sum(areas) - both, 1e-6) if takes_part[n] else -1
+    matched = []
+    for n in range(len(ANCHORS)):
+        best = found[:, n].max() if len(truth) else 0
+        index = int(found[:, n].argmax()) if best >= 0.5 else -1 if best < 0.4 else -2
+        for m in range(len(truth)):
+            if abs(found[m, n] - found[m].max()) < 1e-6:
+                index = m
+        matched.append(index if takes_part[n] else -2)
+    return matched
+
+
+def test_other_assigners():
+    run = jax.jit(others)
+    logits, boxes, targets = some_batch(9, batch=6)
+    want = run(logits, boxes, targets)
+    garbage = targets._replace(
+        boxes=np.where(targets.valid[..., None], targets.boxes, [1, 2, 70, 60]).astype(np.float32)
+    )
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.all(a == b)), want, run(logits, boxes, garbage)))
+    outside = ~np.asarray(assign.inside_padding(GRID, targets.pad_size))
+    for name, got in want.items():
+        assert np.any(got.positive) and np.all(np.isfinite(got.quality)), name
+        assert np.all(np.asarray(got.ignore)[outside]) and not np.any(got.positive & got.ignore), name
+        assert np.all(np.asarray(got.labels)[~np.asarray(got.positive)] == CLASSES), name
+        assert not np.any(np.asarray(got.positive) & ~targets.valid.any(1)[:, None]), name
+    for name, got in run(logits, boxes, targets._replace(valid=np.zeros_like(targets.valid))).items():
+        assert not np.any(got.positive), name
+        np.testing.assert_array_equal(got.ignore, outside, err_msg=name)
+    retina = want["max_iou"]
+    for row in range(len(logits)):
+        got = np.where(retina.ignore[row], -2, retina.matched[row])
+        np.testing.assert_array_equal(got, slow_max_iou(targets, row))
+
+
 def test_no_gradient_and_bfloat16():
     logits, boxes, targets = some_batch(7)
 

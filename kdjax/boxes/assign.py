@@ -1,5 +1,7 @@
 """Assigners: which prior answers for which box of the ground truth. No gradient flows through them."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -93,6 +95,40 @@ def _assignment(matched: Array, ignore: Array, quality: Array, num_classes: int,
     return jax.lax.stop_gradient(result)
 
 
+def _cheapest(cost: Array, iou: Array, topk: int) -> Array:
+    """The box that each prior goes to, i32[B, N] or -1: every box takes its k cheapest priors, k = sum of best IoUs.
+
+    `cost` f32[B, M, N] is inf where a prior is not to be taken, and there `iou` f32[B, M, N] is 0.
+    """
+    num_boxes, num_priors = cost.shape[1:]
+    topk = min(topk, num_priors)
+    best_iou, _ = k_smallest(-iou, topk)
+    k = jnp.maximum(jnp.sum(-best_iou, axis=-1).astype(jnp.int32), 1)
+    lowest, taken = k_smallest(cost, topk)
+    takes = (jnp.arange(topk) < k[..., None]) & jnp.isfinite(lowest)
+
+    def claims(taken, takes):
+        """For every prior how many boxes take it, and the last of them."""
+        owner = jnp.broadcast_to(jnp.arange(num_boxes)[:, None], taken.shape)
+        place = jnp.where(takes, taken, num_priors)  # out of range: dropped
+        count = jnp.zeros(num_priors, jnp.int32).at[place].add(1, mode="drop")
+        last = jnp.full(num_priors, -1, jnp.int32).at[place].max(owner, mode="drop")
+        return count, last
+
+    count, last = jax.vmap(claims)(taken, takes)
+    return jnp.where(count > 1, jnp.argmin(cost, axis=1).astype(jnp.int32), last)
+
+
+def _of_matched(values: Array, matched: Array) -> Array:
+    """f32[B, M, N] -> f32[B, N]: the value of the matched box; anything for background."""
+    return jnp.take_along_axis(values, jnp.maximum(matched, 0)[:, None, :], axis=1)[:, 0]
+
+
+def _of_class(values: Array, labels: Array) -> Array:
+    """f32[B, N, K], i32[B, M] -> f32[B, M, N]: the columns of the boxes' classes."""
+    return jax.vmap(lambda rows, index: rows.T[index])(values, labels)
+
+
 def dynamic_soft_label(
     logits: Array,
     boxes: Array,
@@ -145,7 +181,7 @@ def dynamic_soft_label(
     # All [.., M, N] arrays have the priors last, along which the rows are searched; nothing has a class axis beside.
     logits, boxes, priors, targets = jax.lax.stop_gradient((logits, boxes, jnp.asarray(priors), targets))
     logits, boxes = logits.astype(jnp.float32), boxes.astype(jnp.float32)
-    num_boxes, num_classes = targets.boxes.shape[1], logits.shape[-1]
+    num_classes = logits.shape[-1]
     x, y, stride = priors[:, 0], priors[:, 1], priors[:, 2]
     x1, y1, x2, y2 = (targets.boxes[:, :, i, None] for i in range(4))
 
@@ -159,8 +195,7 @@ def dynamic_soft_label(
     # that class's summand exchanged.
     probs, softplus = jax.nn.sigmoid(logits), jax.nn.softplus(logits)
     negative = softplus * probs**2
-    of_class = jax.vmap(lambda values, index: values.T[index])  # f32[B, N, K], i32[B, M] -> f32[B, M, N]
-    true_logit, true_negative = of_class(logits, targets.labels), of_class(negative, targets.labels)
+    true_logit, true_negative = _of_class(logits, targets.labels), _of_class(negative, targets.labels)
     positive = (jax.nn.softplus(true_logit) - true_logit * iou) * (iou - jax.nn.sigmoid(true_logit)) ** 2
     class_cost = jnp.sum(negative, axis=-1)[:, None, :] - true_negative + positive
     iou_cost = -jnp.log(iou + 1e-7) * iou_weight
@@ -168,21 +203,217 @@ def dynamic_soft_label(
     centre_cost = 10.0 ** (distance - radius)
     cost = jnp.where(usable, class_cost + iou_cost + centre_cost, jnp.inf)
 
-    topk = min(topk, priors.shape[0])
-    best_iou, _ = k_smallest(-iou, topk)
-    k = jnp.maximum(jnp.sum(-best_iou, axis=-1).astype(jnp.int32), 1)
-    lowest, taken = k_smallest(cost, topk)
-    takes = (jnp.arange(topk) < k[..., None]) & jnp.isfinite(lowest)
+    matched = _cheapest(cost, iou, topk)
+    return _assignment(matched, ~padded, _of_matched(iou, matched), num_classes, targets)
 
-    def claims(taken, takes):
-        """For every prior how many boxes take it, and the last of them."""
-        owner = jnp.broadcast_to(jnp.arange(num_boxes)[:, None], taken.shape)
-        place = jnp.where(takes, taken, priors.shape[0])  # out of range: dropped
-        count = jnp.zeros(priors.shape[0], jnp.int32).at[place].add(1, mode="drop")
-        last = jnp.full(priors.shape[0], -1, jnp.int32).at[place].max(owner, mode="drop")
-        return count, last
 
-    count, last = jax.vmap(claims)(taken, takes)
-    matched = jnp.where(count > 1, jnp.argmin(cost, axis=1).astype(jnp.int32), last)
-    quality = jnp.take_along_axis(iou, jnp.maximum(matched, 0)[:, None, :], axis=1)[:, 0]
-    return _assignment(matched, ~padded, quality, num_classes, targets)
+def sim_ota(
+    probs: Array,
+    boxes: Array,
+    priors: Array,
+    targets: Targets,
+    *,
+    topk: int = 10,
+    radius: float = 2.5,
+    iou_weight: float = 3.0,
+    class_weight: float = 1.0,
+) -> Assignment:
+    """YOLOX's assigner: every box takes the k priors that would cost it least, near its centre if there are such.
+
+    Candidates are the priors inside the padded picture that are strictly inside any box or any box's centre region (the
+    square of `radius` strides around its centre). The cost of prior n for box m of class c, with v their IoU, is
+
+      class_weight sum_j BCE(p_j, [j = c])  -  iou_weight log(v + 1e-7)  +  1e5 unless n is in box m and its region
+
+    k, and what happens to priors that several boxes take, are those of `dynamic_soft_label`.
+
+    Args:
+      probs: f32[B, N, K], class probabilities (YOLOX: times the objectness) in 0 .. 1.
+      boxes: f32[B, N, 4], predicted boxes in pixels.
+      priors: f32[N, 4], `x y stride_w stride_h` in pixels: the centres of the cells.
+      targets: the ground truth, M >= 1; rows that are not valid change nothing.
+      topk: number of IoUs that are summed.
+      radius: half the side of the centre region, in strides.
+      iou_weight: weight of the IoU's cost.
+      class_weight: weight of the classes' cost.
+
+    Returns:
+      Assignment. `quality` is the IoU of the predicted box with the matched one; `ignore` marks priors outside the
+      padded picture. A picture without boxes is all background.
+
+    Scope: each picture on its own.
+
+    Peers: mmdetection's `SimOTAAssigner`.
+
+    Reference: Ge et al., YOLOX, arXiv:2107.08430, section 2.1.
+
+    Example:
+      >>> import numpy as np
+      >>> priors = np.array([[4.0, 4, 8, 8], [12, 4, 8, 8]], np.float32)
+      >>> truth = Targets(boxes=np.array([[[1.0, 1, 7, 7]]], np.float32), labels=np.array([[0]]),
+      ...                 valid=np.array([[True]]), image_size=np.array([[8, 16]]), pad_size=np.array([[8, 16]]))
+      >>> predicted = np.array([[[1.0, 1, 7, 7], [9, 1, 15, 7]]], np.float32)
+      >>> sim_ota(np.full((1, 2, 1), 0.5, np.float32), predicted, priors, truth).matched.tolist()
+      [[0, -1]]
+    """
+    probs, boxes, priors, targets = jax.lax.stop_gradient((probs, boxes, jnp.asarray(priors), targets))
+    probs, boxes = probs.astype(jnp.float32), boxes.astype(jnp.float32)
+    x, y, stride = priors[:, 0], priors[:, 1], priors[:, 2]
+    x1, y1, x2, y2 = (targets.boxes[:, :, i, None] for i in range(4))
+
+    valid = targets.valid[..., None]
+    inside = (x > x1) & (y > y1) & (x < x2) & (y < y2) & valid
+    away = jnp.maximum(jnp.abs(x - (x1 + x2) / 2), jnp.abs(y - (y1 + y2) / 2))
+    central = (away < radius * stride) & valid
+    padded = inside_padding(priors, targets.pad_size)
+    candidate = jnp.any(inside | central, axis=1) & padded
+    usable = candidate[:, None, :] & valid
+
+    iou = jnp.where(usable, pairwise(targets.boxes, boxes), 0)
+    # Logarithms are cut where float32 ends for the peers.
+    positive, negative = -jnp.maximum(jnp.log(probs), -100), -jnp.maximum(jnp.log1p(-probs), -100)
+    of_class = (_of_class(values, targets.labels) for values in (positive, negative))
+    class_cost = jnp.sum(negative, axis=-1)[:, None, :] + next(of_class) - next(of_class)
+    cost = class_cost * class_weight - jnp.log(iou + 1e-7) * iou_weight + jnp.where(inside & central, 0, 1e5)
+    matched = _cheapest(jnp.where(usable, cost, jnp.inf), iou, topk)
+    return _assignment(matched, ~padded, _of_matched(iou, matched), probs.shape[-1], targets)
+
+
+def max_iou(
+    anchors: Array,
+    targets: Targets,
+    *,
+    num_classes: int,
+    positive_iou: float,
+    negative_iou: float,
+    min_positive_iou: float = 0.0,
+    match_low_quality: bool = True,
+    inside: Array | None = None,
+    ignored_boxes: Array | None = None,
+    ignore_iof: float | None = None,
+) -> Assignment:
+    """Assigns every anchor to the box that it overlaps most, if by enough, and to every box its best anchors.
+
+    Background is an anchor whose largest IoU is below `negative_iou`, a match is one with at least `positive_iou`, and
+    what lies between is ignored. With `match_low_quality` every box also gets all anchors that share its largest IoU,
+    if that is at least `min_positive_iou` (0: even anchors that do not touch it); the last such box wins.
+
+    Args:
+      anchors: f32[N, 4], `x1 y1 x2 y2` in pixels.
+      targets: the ground truth, M >= 1; rows that are not valid change nothing.
+      num_classes: K, the label of background.
+      positive_iou: 0 .. 1.
+      negative_iou: 0 .. 1, at most `positive_iou`.
+      min_positive_iou: 0 .. 1.
+      match_low_quality: see above.
+      inside: bool[B, N], which anchors take part (`inside_padding`); None: all.
+      ignored_boxes: f32[B, C, 4], regions such as crowds, in pixels; zeros are padding.
+      ignore_iof: anchors that lie in an ignored box by more than this share of their area are ignored; None: none are.
+
+    Returns:
+      Assignment with `quality` 1 at matches. A picture without boxes is all background.
+
+    Scope: each picture on its own.
+
+    Peers: mmdetection's `MaxIoUAssigner`. Exactly equal IoUs may fall out otherwise there, by rounding.
+
+    Reference: Ren et al., Faster R-CNN, NeurIPS 2015, section 3.1.2.
+
+    Example:
+      >>> import numpy as np
+      >>> truth = Targets(boxes=np.array([[[0.0, 0, 4, 4]]], np.float32), labels=np.array([[2]]),
+      ...                 valid=np.array([[True]]), image_size=np.array([[8, 8]]), pad_size=np.array([[8, 8]]))
+      >>> anchors = np.array([[0.0, 0, 4, 3], [0, 0, 4, 1], [4, 4, 8, 8]], np.float32)
+      >>> max_iou(anchors, truth, num_classes=3, positive_iou=0.5, negative_iou=0.2).labels.tolist()
+      [[2, 3, 3]]
+    """
+    batch, num_anchors = targets.boxes.shape[0], anchors.shape[0]
+    takes_part = jnp.ones((batch, num_anchors), bool) if inside is None else inside
+    usable = takes_part
+    if ignored_boxes is not None and ignore_iof is not None:
+        usable &= jnp.max(pairwise(jnp.asarray(anchors), ignored_boxes, mode="iof"), axis=-1) <= ignore_iof
+    iou = jnp.where(targets.valid[..., None] & usable[:, None, :], pairwise(targets.boxes, anchors), -1)
+
+    best = jnp.max(iou, axis=1)
+    matched = jnp.where(best >= positive_iou, jnp.argmax(iou, axis=1).astype(jnp.int32), -1)
+    background = (best >= 0) & (best < negative_iou)
+    if match_low_quality:
+        best_of_box = jnp.max(iou, axis=2, keepdims=True)
+        low = (iou == best_of_box) & (best_of_box >= min_positive_iou) & targets.valid[..., None] & takes_part[:, None]
+        last = jnp.max(jnp.where(low, jnp.arange(iou.shape[1])[:, None], -1), axis=1).astype(jnp.int32)
+        matched = jnp.where(last >= 0, last, matched)
+    nothing = ~jnp.any(targets.valid, axis=1, keepdims=True)
+    ignore = ~takes_part | ((matched < 0) & ~background & ~nothing)
+    return _assignment(matched, ignore, jnp.ones_like(best), num_classes, targets)
+
+
+def atss(
+    anchors: Array,
+    targets: Targets,
+    *,
+    num_classes: int,
+    level_sizes: Sequence[int],
+    topk: int = 9,
+    inside: Array | None = None,
+) -> Assignment:
+    """Adaptive training sample selection: a box sets its own IoU threshold from the anchors near its centre.
+
+    Candidates of a box are, on every level, the `topk` anchors whose centres are closest to its own. Those match whose
+    IoU reaches the mean plus the standard deviation (n - 1) of the candidates' IoUs and whose centre lies inside the
+    box by more than 0.01 px. An anchor that several boxes match goes to the one with the largest IoU.
+
+    Args:
+      anchors: f32[N, 4], `x1 y1 x2 y2` in pixels.
+      targets: the ground truth, M >= 1; rows that are not valid change nothing.
+      num_classes: K, the label of background.
+      level_sizes: number of anchors of each level; their sum is N.
+      topk: candidates a level.
+      inside: bool[B, N], which anchors take part (`inside_padding`); None: all.
+
+    Returns:
+      Assignment with `quality` 1 at matches; `ignore` marks anchors that do not take part. A picture without boxes is
+      all background.
+
+    Scope: each picture on its own.
+
+    Peers: mmdetection's `ATSSAssigner`.
+
+    Reference: Zhang et al., ATSS, CVPR 2020, algorithm 1.
+
+    Example:
+      >>> import numpy as np
+      >>> truth = Targets(boxes=np.array([[[0.0, 0, 4, 4]]], np.float32), labels=np.array([[2]]),
+      ...                 valid=np.array([[True]]), image_size=np.array([[8, 8]]), pad_size=np.array([[8, 8]]))
+      >>> anchors = np.array([[0.0, 0, 4, 3], [0, 0, 4, 1], [4, 4, 8, 8]], np.float32)
+      >>> atss(anchors, truth, num_classes=3, level_sizes=(3,)).labels.tolist()
+      [[2, 3, 3]]
+    """
+    anchors = jnp.asarray(anchors)
+    takes_part = jnp.ones((targets.boxes.shape[0], anchors.shape[0]), bool) if inside is None else inside
+    iou = pairwise(targets.boxes, anchors)
+    centre = (anchors[:, :2] + anchors[:, 2:]) / 2
+    centre_of_box = (targets.boxes[..., :2] + targets.boxes[..., 2:]) / 2
+    distance = jnp.sqrt(jnp.sum((centre_of_box[:, :, None] - centre) ** 2, axis=-1))
+    distance = jnp.where(takes_part[:, None, :], distance, jnp.inf)
+
+    near, candidates, start = [], [], 0
+    for size in level_sizes:
+        lowest, index = k_smallest(distance[..., start : start + size], min(topk, size))
+        near.append(jnp.isfinite(lowest))
+        candidates.append(index + start)
+        start += size
+    near, candidates = jnp.concatenate(near, axis=-1), jnp.concatenate(candidates, axis=-1)
+    overlap = jnp.take_along_axis(iou, candidates, axis=-1)
+    count = jnp.sum(near, axis=-1, keepdims=True)
+    mean = jnp.sum(overlap, axis=-1, where=near, keepdims=True) / jnp.maximum(count, 1)
+    variance = jnp.sum((overlap - mean) ** 2, axis=-1, where=near, keepdims=True) / jnp.maximum(count - 1, 1)
+    x, y = (centre[:, i][candidates] for i in (0, 1))
+    x1, y1, x2, y2 = (targets.boxes[:, :, i, None] for i in range(4))
+    border = jnp.minimum(jnp.minimum(x - x1, x2 - x), jnp.minimum(y - y1, y2 - y))
+    matches = near & (overlap >= mean + jnp.sqrt(variance)) & (border > 0.01) & targets.valid[..., None]
+
+    mark = jax.vmap(jax.vmap(lambda index, matches: jnp.zeros(anchors.shape[0], bool).at[index].max(matches)))
+    iou_of_match = jnp.where(mark(candidates, matches), iou, -1)
+    best = jnp.max(iou_of_match, axis=1)
+    matched = jnp.where(best >= 0, jnp.argmax(iou_of_match, axis=1).astype(jnp.int32), -1)
+    return _assignment(matched, ~takes_part, jnp.ones_like(best), num_classes, targets)

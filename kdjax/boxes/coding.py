@@ -1,8 +1,13 @@
 """Box coders: between what a network regresses and boxes in pixels."""
 
+import math
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 
 from kdjax.structs import Array
+
+LARGEST_GROWTH = math.log(1000 / 16)  # of a side, as a logarithm: keeps the exponential finite
 
 
 def distance_to_boxes(points: Array, distances: Array) -> Array:
@@ -56,3 +61,85 @@ def boxes_to_distance(points: Array, boxes: Array, *, max_distance: float | None
     """
     distances = jnp.concatenate([points - boxes[..., :2], boxes[..., 2:] - points], axis=-1)
     return distances if max_distance is None else jnp.clip(distances, 0, max_distance - eps)
+
+
+def _centre_and_size(boxes: Array) -> tuple[Array, Array]:
+    return (boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2]
+
+
+def _float32(values: Sequence[float]) -> Array:
+    return jnp.asarray(values, jnp.float32)
+
+
+def boxes_to_deltas(
+    anchors: Array, boxes: Array, *, means: Sequence[float] = (0, 0, 0, 0), stds: Sequence[float] = (1, 1, 1, 1)
+) -> Array:
+    """Boxes relative to their anchors: shift of the centre in sides of the anchor, and logarithm of the growth.
+
+    `((x - x_a) / w_a, (y - y_a) / h_a, log(w / w_a), log(h / h_a))`, less `means`, divided by `stds`.
+
+    Args:
+      anchors: f32[..., 4], `x1 y1 x2 y2` in pixels, with area; leading axes broadcast against those of `boxes`.
+      boxes: f32[..., 4], the same.
+      means: of the four numbers.
+      stds: of the four numbers.
+
+    Returns:
+      f32[..., 4].
+
+    Scope: each box on its own.
+
+    Peers: mmdetection's `DeltaXYWHBBoxCoder.encode`.
+
+    Reference: Girshick et al., Rich feature hierarchies, CVPR 2014, appendix C.
+
+    Example:
+      >>> import numpy as np
+      >>> boxes_to_deltas(np.array([0.0, 0, 2, 2]), np.array([1.0, 0, 3, 2])).tolist()
+      [0.5, 0.0, 0.0, 0.0]
+    """
+    (centre_a, size_a), (centre, size) = _centre_and_size(anchors), _centre_and_size(boxes)
+    deltas = jnp.concatenate([(centre - centre_a) / size_a, jnp.log(size / size_a)], axis=-1)
+    return (deltas - _float32(means)) / _float32(stds)
+
+
+def deltas_to_boxes(
+    anchors: Array,
+    deltas: Array,
+    *,
+    means: Sequence[float] = (0, 0, 0, 0),
+    stds: Sequence[float] = (1, 1, 1, 1),
+    max_shift: float | None = None,
+) -> Array:
+    """Boxes from what `boxes_to_deltas` gives, the logarithms of the growth cut to -log(1000 / 16) .. log(1000 / 16).
+
+    Args:
+      anchors: f32[..., 4], `x1 y1 x2 y2` in pixels; leading axes broadcast against those of `deltas`.
+      deltas: f32[..., 4].
+      means: of the four numbers.
+      stds: of the four numbers.
+      max_shift: if given, centres move at most so many pixels along each axis, and shrinking is not cut (YOLOF).
+
+    Returns:
+      f32[..., 4], `x1 y1 x2 y2` in pixels, not clipped (`convert.clip`).
+
+    Scope: each box on its own.
+
+    Peers: mmdetection's `DeltaXYWHBBoxCoder.decode`.
+
+    Reference: Girshick et al., Rich feature hierarchies, CVPR 2014, appendix C.
+
+    Example:
+      >>> import numpy as np
+      >>> deltas_to_boxes(np.array([0.0, 0, 2, 2]), np.array([0.5, 0, 0, 0])).tolist()
+      [1.0, 0.0, 3.0, 2.0]
+    """
+    centre_a, size_a = _centre_and_size(anchors)
+    deltas = deltas * _float32(stds) + _float32(means)
+    shift, growth = deltas[..., :2] * size_a, deltas[..., 2:]
+    if max_shift is None:
+        growth = jnp.clip(growth, -LARGEST_GROWTH, LARGEST_GROWTH)
+    else:
+        shift, growth = jnp.clip(shift, -max_shift, max_shift), jnp.minimum(growth, LARGEST_GROWTH)
+    centre, half = centre_a + shift, size_a * jnp.exp(growth) / 2
+    return jnp.concatenate([centre - half, centre + half], axis=-1)
