@@ -125,7 +125,8 @@ def _stack(rows: list[dict]) -> dict[str, np.ndarray]:
     return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 
 
-def _canvas(cfg: Mapping) -> tuple[int, int]:
+def canvas_of(cfg: Mapping) -> tuple[int, int]:
+    """Height and width of the canvas, checked."""
     size = tuple(int(side) for side in cfg.get("image_size", (128, 128)))
     if len(size) != 2 or min(size) < 1:
         raise ValueError(f"config.data.image_size is {size}, but must be (height, width) of the canvas in pixels.")
@@ -187,7 +188,7 @@ def train_batches(
         seed=seed,
         global_batch=batch_size,
         rows=(index * rows, (index + 1) * rows),
-        canvas=_canvas(cfg),
+        canvas=canvas_of(cfg),
         max_boxes=dataset.max_boxes,
         augment=_augment(cfg),
     )
@@ -207,7 +208,7 @@ def eval_batches(dataset: Dataset, split: str, cfg: Mapping, *, batch_size: int,
         pictures=Pictures(chosen),
         size=chosen.size if limit is None else min(limit, chosen.size),
         batch=batch_size,
-        canvas=_canvas(cfg),
+        canvas=canvas_of(cfg),
         max_boxes=dataset.max_boxes,
     )
     return _iterator(source, 0, int(cfg.get("workers", 0)))

@@ -1,10 +1,85 @@
-"""The dry run: what would be trained, in words."""
+"""The dry run: what would be trained, in words and numbers."""
 
+import collections
 from collections.abc import Mapping
 
-from kdjax.data.dataset import Dataset
+import numpy as np
+
+from kdjax.data.dataset import Dataset, ground_truth
+from kdjax.data.loader import canvas_of
+
+SHOWN = 20  # entries of the list of dropped and repaired things
+_SMALL, _LARGE = 32**2, 96**2  # px², COCO's bounds of small and large
 
 
 def summary(dataset: Dataset, cfg: Mapping) -> str:
-    """To come."""
-    return dataset.name
+    """What `--config.data.check=True` prints: pictures, boxes by class and size, what was dropped or repaired and why.
+
+    Args:
+      dataset: from `open_dataset`.
+      cfg: `config.data`; read here: image_size.
+
+    Returns:
+      Several lines of text. Sizes are COCO's, by the area in original pixels: small under 32², large from 96².
+    """
+    height, width = canvas_of(cfg)
+    lines = [
+        f"{dataset.name}: {len(dataset.classes)} classes, canvas {height}x{width} px (height x width), "
+        f"{dataset.max_boxes} box rows a picture",
+    ]
+    truths = {role: ground_truth(dataset, role) for role in dataset.splits}
+    for role, split in dataset.splits.items():
+        lines += _split(role, split.name, truths[role], dataset.max_boxes)
+    lines.append(f"an epoch is {dataset.splits['train'].size} pictures, each once, in a new order every epoch")
+    lines += ["", *_table(dataset, truths), ""]
+    for role, split in dataset.splits.items():
+        lines += _log(role, split.log)
+    return "\n".join(lines)
+
+
+def _split(role: str, name: str, truth: dict, max_boxes: int) -> list[str]:
+    boxes = collections.Counter(a["image_id"] for a in truth["annotations"] if not a["iscrowd"])
+    crowd = sum(a["iscrowd"] for a in truth["annotations"])
+    line = f"{role} ('{name}'): {len(truth['images'])} pictures, {len(truth['images']) - len(boxes)} without objects, "
+    line += f"{sum(boxes.values())} boxes, at most {max(boxes.values(), default=0)} a picture"
+    if crowd:
+        line += f", {crowd} crowd regions (kept for evaluation, not trained on)"
+    lines = [line]
+    over = sum(count > max_boxes for count in boxes.values())
+    if over:
+        lines.append(f"  {over} pictures have more than max_boxes={max_boxes} boxes: their smallest are left out")
+    return lines
+
+
+def _table(dataset: Dataset, truths: dict[str, dict]) -> list[str]:
+    """Boxes by class and size, one line a class."""
+    label = {category: index for index, category in enumerate(dataset.category_ids)}
+    counts = np.zeros((len(dataset.classes), len(truths), 3), int)
+    for column, truth in enumerate(truths.values()):
+        for entry in truth["annotations"]:
+            if not entry["iscrowd"]:
+                size = int(entry["area"] >= _SMALL) + int(entry["area"] >= _LARGE)
+                counts[label[entry["category_id"]], column, size] += 1
+    names = [*dataset.classes, "all"]
+    counts = np.concatenate([counts, counts.sum(0, keepdims=True)])
+    wide = max(len(name) for name in names)
+    heads = [f"{role:>8}{'small':>8}{'medium':>8}{'large':>8}" for role in truths]
+    lines = [f"{'boxes':<{wide}}" + "".join(heads)]
+    for name, row in zip(names, counts, strict=True):
+        cells = "".join(f"{split.sum():>8}" + "".join(f"{n:>8}" for n in split) for split in row)
+        lines.append(f"{name:<{wide}}" + cells)
+    return lines
+
+
+def _log(role: str, log: list[dict]) -> list[str]:
+    """Counts of everything dropped or repaired, then the first of them by name."""
+    if not log:
+        return [f"{role}: nothing dropped, nothing repaired"]
+    reasons = collections.Counter((entry["action"], entry["reason"]) for entry in log)
+    lines = [f"{role}: {count} {action}: {reason}" for (action, reason), count in sorted(reasons.items())]
+    for entry in log[:SHOWN]:
+        which = "" if entry["annotation"] is None else f" annotation {entry['annotation']}"
+        lines.append(f"  {entry['file']}{which}: {entry['action']}, {entry['reason']}")
+    if len(log) > SHOWN:
+        lines.append(f"  … and {len(log) - SHOWN} more")
+    return lines
