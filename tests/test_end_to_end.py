@@ -1,0 +1,60 @@
+"""The documented command in a process of its own: the quickstart's config with everything made small."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def train(*flags: str) -> subprocess.CompletedProcess:
+    flags = (*flags, f"--config.compile_cache={ROOT / '.cache' / 'jax'}")
+    return subprocess.run([sys.executable, "train.py", *flags], cwd=ROOT, capture_output=True, text=True, timeout=900)
+
+
+def test_a_shortened_quickstart(tmp_path):
+    flags = (
+        "--config=configs/quickstart.py",
+        f"--workdir={tmp_path / 'run'}",
+        "--config.steps=4",
+        "--config.batch_size=8",
+        "--config.data.image_size=(64, 64)",
+        f"--config.data.cache={tmp_path / 'cache'}",
+        "--config.data.scenes_train=16",
+        "--config.data.scenes_val=8",
+        "--config.optimizer.warmup=1",
+        "--config.eval.every=2",
+        "--config.eval.batch_size=8",
+        "--config.log_every=2",
+        "--config.checkpoint.every=2",
+    )
+    done = train(*flags)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "step" in done.stderr and "it/s" not in done.stderr.splitlines()[-1], "a progress bar"
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["teacher"]["params"] > 2 * results["student"]["params"] == 2 * results["twin"]["params"]
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert page.count("<img") >= 4 and "http" not in page.replace("http://www.w3.org", "")
+    again = train(*flags)
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert json.loads((tmp_path / "run" / "results.json").read_text()) == results
+
+
+def test_the_dry_run_prints_and_trains_nothing(tmp_path):
+    done = train("--config=configs/quickstart.py", "--config.data.check=True", f"--config.data.cache={tmp_path}",
+                 "--config.data.scenes_train=16", "--config.data.scenes_val=8")  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "disc" in done.stdout and "16" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_quickstart_as_it_stands(tmp_path):
+    done = train("--config=configs/quickstart.py", f"--workdir={tmp_path / 'run'}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["teacher"]["AP"] > results["student"]["AP"] > results["twin"]["AP"] > 0.05
+    assert results["teacher"]["AP"] - results["twin"]["AP"] > 0.05
+    assert max(results[role]["AP"] for role in ("teacher", "twin", "student")) < 0.95
