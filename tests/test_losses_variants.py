@@ -138,9 +138,8 @@ def test_vmap_over_images_is_the_batch():
 def test_splitting_the_batch_over_devices_changes_nothing():
     student, teacher = maps(0, SHAPE)
     whole = jitted(student, teacher)
-    chex.assert_trees_all_close(on_shards(every, student, teacher), whole, rtol=1e-4, atol=1e-5)
-    mapped = on_pmap(over_batch, student, teacher)
-    chex.assert_trees_all_close(mapped, {name: whole[name] for name in mapped}, rtol=1e-4, atol=1e-5)
+    for split in (on_shards(over_batch, student, teacher), on_pmap(over_batch, student, teacher)):
+        chex.assert_trees_all_close(split, {name: whole[name] for name in split}, rtol=1e-4, atol=1e-5)
 
 
 def test_gradients_over_devices_add_up():

@@ -24,8 +24,8 @@ def align(student: Array, teacher: Array, *, eps: float = 1e-6, ddof: int = 1, a
       f32[B, H, W, C]; the teacher's map itself (up to eps) if the student's is a positive affine map of it.
 
     Scope: global batch.
-    Peers: CrossKD's `align_scale`. Its code takes the maps before the activation, but the ReLU behind works in place and
-      changes them too: what it really aligns is relu(student) with relu(teacher).
+    Peers: CrossKD's `align_scale`. Its code takes the maps before the activation, but the ReLU behind works in place
+      and changes them too: what it really aligns is relu(student) with relu(teacher).
     Reference: Wang et al., "CrossKD: Cross-Head Knowledge Distillation for Object Detection", 2024, section 3.2.
 
     Example:
