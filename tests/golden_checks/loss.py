@@ -86,7 +86,7 @@ def losses(what: str, params: Mapping[str, Any], arrays: Mapping[str, np.ndarray
     run = program(loss, tuple(settings.items()))
     upstream = np.broadcast_to(factor * arrays.get("upstream", 1), shape).astype(np.float32)
     value, gradient = run(arrays["pred"], targets, upstream)
-    value = value * factor
+    value = np.asarray(value) * factor
     if init.get("reduction", "mean") != "none":
         value = np.sum(value, dtype=np.float64)
     yield Check(f"{name} value", relative_error(value, arrays["value"]), VALUE)
