@@ -70,7 +70,7 @@ class _TrainSource:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _EvalSource:
-    """Batch k as element k; the last one is filled with empty rows."""
+    """Batch k as element k; the last one is filled with empty rows, and only empty rows come after it."""
 
     pictures: Pictures
     size: int
@@ -79,7 +79,7 @@ class _EvalSource:
     max_boxes: int
 
     def __len__(self) -> int:
-        return -(-self.size // self.batch)
+        return sys.maxsize // self.batch
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
         first = step * self.batch
@@ -155,7 +155,7 @@ def train_batches(
     seed: int,
     start_step: int = 0,
     shard: tuple[int, int] = (0, 1),
-):
+) -> "Batches":
     """Endless training batches from `start_step` on; every epoch is shuffled anew.
 
     Args:
@@ -192,10 +192,10 @@ def train_batches(
         max_boxes=dataset.max_boxes,
         augment=_augment(cfg),
     )
-    return _iterator(source, start_step, int(cfg.get("workers", 0)))
+    return Batches(source, start_step, None, int(cfg.get("workers", 0)))
 
 
-def eval_batches(dataset: Dataset, split: str, cfg: Mapping, *, batch_size: int, limit: int | None = None):
+def eval_batches(dataset: Dataset, split: str, cfg: Mapping, *, batch_size: int, limit: int | None = None) -> "Batches":
     """The pictures of a split once, in order, resized to fit the canvas.
 
     Returns:
@@ -211,22 +211,45 @@ def eval_batches(dataset: Dataset, split: str, cfg: Mapping, *, batch_size: int,
         canvas=canvas_of(cfg),
         max_boxes=dataset.max_boxes,
     )
-    return _iterator(source, 0, int(cfg.get("workers", 0)))
+    return Batches(source, 0, -(-source.size // batch_size), int(cfg.get("workers", 0)))
 
 
-def _iterator(source, start: int, workers: int):
-    """Grain's iterator over source[start:], decoding ahead in threads, or in worker processes if there are any."""
-    import grain
-    from absl import flags
+class Batches:
+    """Iterates over source[start:], decoding ahead in threads, or in worker processes if there are any.
 
-    batches = grain.MapDataset.source(source)[start:]
-    ahead = batches.to_iter_dataset(grain.ReadOptions(num_threads=1 if workers else 2, prefetch_buffer_size=3))
-    if workers:
-        if not flags.FLAGS.is_parsed():  # Grain passes absl's flags on to its workers
-            flags.FLAGS.mark_as_parsed()
-        options = grain.multiprocessing.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-        ahead = ahead.mp_prefetch(options, worker_init_fn=_in_worker)
-    return iter(ahead)
+    It counts for itself (None: endless), because Grain's workers leave shared memory behind when a source runs dry.
+    """
+
+    def __init__(self, source, start: int, count: int | None, workers: int):
+        import grain
+        from absl import flags
+
+        self._left = count
+        ahead = grain.MapDataset.source(source)[start:].to_iter_dataset(
+            grain.ReadOptions(num_threads=1 if workers else 2, prefetch_buffer_size=3)
+        )
+        if workers:
+            if not flags.FLAGS.is_parsed():  # Grain passes absl's flags on to its workers
+                flags.FLAGS.mark_as_parsed()
+            options = grain.multiprocessing.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+            ahead = ahead.mp_prefetch(options, worker_init_fn=_in_worker)
+        self._batches = iter(ahead)
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        if self._left == 0:
+            self.close()
+            raise StopIteration
+        if self._left is not None:
+            self._left -= 1
+        return next(self._batches)
+
+    def close(self) -> None:
+        """Ends the threads or worker processes; may be called more than once."""
+        self._left = 0
+        self._batches.close()
 
 
 def _in_worker(index: int, count: int) -> None:

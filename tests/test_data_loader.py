@@ -1,0 +1,254 @@
+"""Batches: a function of (seed, step) alone, whatever the workers, shards and interruptions."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kdjax import data
+from kdjax.data import loader, transforms
+from tests.data_tools import coco_json, paint, settings, small_folder, write_folder
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def cfg(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("loader")
+    return settings(folder / "cache", root=small_folder(folder / "set", count=11), image_size=(48, 64))
+
+
+@pytest.fixture(scope="module")
+def dataset(cfg):
+    return data.open_dataset(cfg)
+
+
+def train(dataset, cfg, count, **options):
+    """The first `count` batches."""
+    batches = data.train_batches(dataset, cfg, **{"batch_size": 4, "seed": 7} | options)
+    taken = [next(batches) for _ in range(count)]
+    batches.close()
+    return taken
+
+
+def same(first, second):
+    assert len(first) == len(second)
+    for a, b in zip(first, second, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            np.testing.assert_array_equal(a[key], b[key], err_msg=key)
+
+
+def plain(cfg):
+    """The config without chance: the plain resize."""
+    copy = cfg.copy_and_resolve_references()
+    copy.augment.update(flip=0.0, scale=(1.0, 1.0), hsv=(0.0, 0.0, 0.0))
+    return copy
+
+
+def test_shapes_and_types(dataset, cfg):
+    [batch] = train(dataset, cfg, 1)
+    kinds = {name: (array.shape, array.dtype.name) for name, array in batch.items()}
+    assert kinds == {
+        "image": ((4, 48, 64, 3), "uint8"),
+        "boxes": ((4, 8, 4), "float32"),
+        "labels": ((4, 8), "int32"),
+        "valid": ((4, 8), "bool"),
+        "image_size": ((4, 2), "int32"),
+    }
+    [*_, last] = data.eval_batches(dataset, "val", cfg, batch_size=2)
+    extra = {name: (array.shape, array.dtype.name) for name, array in last.items() if name not in batch}
+    assert extra == {
+        "image_id": ((2,), "int64"),
+        "scale": ((2,), "float32"),
+        "original_size": ((2, 2), "int32"),
+        "real": ((2,), "bool"),
+    }
+
+
+def test_what_is_not_valid_is_zero_and_off_the_picture_is_grey(dataset, cfg):
+    for batch in train(dataset, cfg, 6):
+        assert not batch["boxes"][~batch["valid"]].any() and not batch["labels"][~batch["valid"]].any()
+        for row, (height, width) in enumerate(batch["image_size"]):
+            boxes = batch["boxes"][row][batch["valid"][row]]
+            assert (boxes >= 0).all() and (boxes <= [width, height, width, height]).all()
+            assert (boxes[:, 2:] - boxes[:, :2] >= transforms.MIN_SIZE).all()
+            assert (batch["image"][row, height:] == 114).all() and (batch["image"][row, :, width:] == 114).all()
+
+
+def test_an_epoch_is_every_picture_once_in_a_new_order(dataset, cfg):
+    # 11 pictures in batches of 4: epochs end inside batches.
+    order = [tuple(size) for batch in train(dataset, plain(cfg), 11) for size in batch["image_size"]]
+    sizes = {transforms.fitted((40 + i, 60 - i), (48, 64))[1] for i in range(11)}
+    assert len(sizes) == 11, "the size tells the pictures apart"
+    epochs = [order[start : start + 11] for start in range(0, 44, 11)]
+    assert all(set(epoch) == sizes for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+
+
+def test_batches_depend_on_the_seed_and_the_step_alone(dataset, cfg):
+    whole = train(dataset, cfg, 9)
+    same(whole, train(dataset, cfg, 9))
+    for start in (1, 5):
+        same(whole[start:], train(dataset, cfg, 9 - start, start_step=start))
+    others = train(dataset, cfg, 9, seed=8)
+    assert not any(np.array_equal(a["image"], b["image"]) for a in whole for b in others)
+    # A picture is augmented differently whenever it comes.
+    assert len({row.tobytes() for batch in whole for row in batch["image"]}) > 30
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_shards_put_together_are_the_whole_batch(dataset, cfg, count):
+    whole = train(dataset, cfg, 4)
+    parts = [train(dataset, cfg, 4, shard=(index, count)) for index in range(count)]
+    joined = [{key: np.concatenate([p[key] for p in step]) for key in step[0]} for step in zip(*parts, strict=True)]
+    same(whole, joined)
+
+
+def test_keeping_pictures_in_memory_changes_nothing(dataset, cfg, monkeypatch):
+    kept = train(dataset, cfg, 8)
+    monkeypatch.setattr(loader, "_KEEP", 0)
+    same(kept, train(dataset, cfg, 8))
+    pictures = loader.Pictures(dataset.splits["train"])
+    assert pictures[3] is not pictures[3]
+
+
+def test_workers_and_a_clean_end(cfg):
+    # In a process of its own: it shows the exit, and that nothing but Grain asks for jax.
+    code = """
+import hashlib, sys, warnings
+warnings.simplefilter("error")
+from ml_collections import ConfigDict
+from kdjax import data
+
+def main():
+    cfg = ConfigDict(eval(sys.argv[1]))
+    dataset = data.open_dataset(cfg)
+    for workers in (0, 1, 2):
+        cfg.workers = workers
+        batches = data.train_batches(dataset, cfg, batch_size=4, seed=7, start_step=2)
+        seen = hashlib.sha256()
+        for _ in range(5):
+            for name, array in sorted(next(batches).items()):
+                seen.update(name.encode() + array.tobytes())
+        batches.close()
+        print(seen.hexdigest(), flush=True)
+    for workers in (0, 1):
+        cfg.workers = workers
+        seen = hashlib.sha256()
+        for batch in data.eval_batches(dataset, "val", cfg, batch_size=2):
+            seen.update(batch["image"].tobytes() + batch["image_id"].tobytes())
+        print(seen.hexdigest(), flush=True)
+    print("tensorflow" in sys.modules)
+
+if __name__ == "__main__":
+    main()
+"""
+    script = Path(cfg.cache) / "run.py"
+    script.write_text(code)
+    done = subprocess.run(
+        [sys.executable, str(script), repr(cfg.to_dict())],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=ROOT,
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    *hashes, tensorflow = done.stdout.split()
+    assert len(hashes) == 5 and len(set(hashes[:3])) == len(set(hashes[3:])) == 1 and tensorflow == "False"
+    assert done.stderr == ""
+
+
+def test_an_iterator_left_open_does_not_hold_up_the_end(cfg):
+    code = """
+import sys
+from kdjax import data
+cfg = eval(sys.argv[1])
+next(data.train_batches(data.open_dataset(cfg), cfg, batch_size=4, seed=7))
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code, repr(cfg.to_dict())],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=ROOT,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_evaluation_shows_every_picture_once_in_order(dataset, cfg):
+    truth = data.ground_truth(dataset, "train")
+    batches = list(data.eval_batches(dataset, "train", cfg, batch_size=4))
+    assert len(batches) == 3
+    joined = {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
+    real = joined["real"]
+    assert real.tolist() == [True] * 11 + [False]
+    assert joined["image_id"][real].tolist() == [image["id"] for image in truth["images"]]
+    assert joined["original_size"][real].tolist() == [[i["height"], i["width"]] for i in truth["images"]]
+    for row in range(11):
+        factor, size = transforms.fitted(tuple(joined["original_size"][row]), (48, 64))
+        assert joined["scale"][row] == np.float32(factor) and tuple(joined["image_size"][row]) == size
+        mine = [a for a in truth["annotations"] if a["image_id"] == joined["image_id"][row]]
+        ratio = (joined["image_size"][row] / joined["original_size"][row])[[1, 0, 1, 0]]
+        boxes = np.reshape([[x, y, x + w, y + h] for x, y, w, h in (a["bbox"] for a in mine)], (-1, 4)) * ratio
+        valid = joined["valid"][row]
+        np.testing.assert_allclose(joined["boxes"][row][valid], boxes, rtol=1e-5)
+        ids = [dataset.category_ids[label] for label in joined["labels"][row][valid]]
+        assert ids == [a["category_id"] for a in mine]
+    assert not joined["valid"][11].any() and (joined["image"][11] == 114).all() and joined["image_id"][11] == -1
+    assert np.isfinite(joined["scale"]).all() and (joined["scale"] > 0).all()
+
+
+def test_evaluation_of_the_first_pictures(dataset, cfg):
+    batches = list(data.eval_batches(dataset, "train", cfg, batch_size=4, limit=5))
+    ids = np.concatenate([batch["image_id"][batch["real"]] for batch in batches])
+    assert ids.tolist() == [image["id"] for image in data.ground_truth(dataset, "train", limit=5)["images"]]
+
+
+def test_of_too_many_boxes_the_largest_are_kept(tmp_path):
+    boxes = [(2, 2, 5, 5), (10, 2, 40, 30), (2, 10, 8, 30), (2, 35, 40, 47)]
+    truth = coco_json({"a.png": (48, 64)}, [(0, 3, [x, y, p - x, q - y], {}) for x, y, p, q in boxes])
+    root = write_folder(tmp_path / "set", {"train": truth, "val": truth}, {"a.png": paint(48, 64, boxes)})
+    cfg = plain(settings(tmp_path / "cache", root=root, max_boxes=2, image_size=(48, 64)))
+    dataset = data.open_dataset(cfg)
+    assert dataset.max_boxes == 2
+    [batch] = train(dataset, cfg, 1, batch_size=1)
+    np.testing.assert_array_equal(batch["boxes"][0], [boxes[1], boxes[3]])
+    assert "1 pictures have more than max_boxes=2 boxes" in data.summary(dataset, cfg)
+
+
+def test_settings_that_cannot_be_are_refused(dataset, cfg):
+    def start(**changes):
+        other = cfg.copy_and_resolve_references()
+        options = dict(batch_size=4, seed=0) | {
+            k: changes.pop(k) for k in ("batch_size", "seed", "shard") if k in changes
+        }
+        other.augment.update({k: changes.pop(k) for k in ("flip", "scale", "hsv") if k in changes})
+        other.update(changes)
+        data.train_batches(dataset, other, **options)
+
+    for changes, words in [
+        (dict(batch_size=3, shard=(0, 2)), "batch_size 3 does not divide into 2 equal shards"),
+        (dict(seed=-1), "seed"),
+        (dict(image_size=(0, 64)), "image_size"),
+        (dict(flip=1.5), "augment.flip is 1.5"),
+        (dict(scale=(2.0, 0.5)), "augment.scale"),
+        (dict(hsv=(-1.0, 0.0, 0.0)), "augment.hsv"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            start(**changes)
+
+
+def test_a_broken_record_is_named(dataset, cfg, tmp_path):
+    [name] = [p for p in Path(dataset.splits["train"].records.directory).glob("*train*")]
+    other = settings(tmp_path / "cache", root=cfg.root, image_size=(48, 64))
+    fresh = data.open_dataset(other)
+    reader = fresh.splits["train"].records
+    raw = reader.raw(0)
+    object.__setattr__(reader, "raw", lambda index: raw | {"image": b"spoilt"})
+    with pytest.raises(ValueError, match="p0.png of .* cannot be decoded"):
+        reader[0]
+    assert name.exists()
