@@ -236,9 +236,8 @@ def make_mesh() -> Mesh:
 
 def output_spec(detector, hw: tuple[int, int]):
     """Shapes of all that a detector returns for one picture, without computing anything."""
-    variables = detector.init(jax.random.PRNGKey(0))
     image = jax.ShapeDtypeStruct((1, *hw, 3), jnp.float32)
-    return jax.eval_shape(lambda x: detector.apply(*variables, x, train=False)[0], image)
+    return jax.eval_shape(lambda variables, x: detector.apply(*variables, x, train=False)[0], detector.shapes, image)
 
 
 def check_workdir(config: ConfigDict, workdir: Path) -> None:
