@@ -94,7 +94,9 @@ def non_local_block(x: Array, params: dict, *, pool: int = 1, axis_name: str | N
 
     def cells(name, pooled):
         y = nn.conv2d(x, **params[name])
-        y = nn.max_pool(y, pool, stride=pool) if pooled and pool > 1 else y
+        if pooled and pool > 1:  # windows side by side, what they leave at the border is dropped
+            y = y[:, : height // pool * pool, : width // pool * pool]
+            y = y.reshape(batch, height // pool, pool, width // pool, pool, -1).max((2, 4))
         return y.reshape(batch, -1, y.shape[-1])
 
     theta, phi, g = cells("theta", False), cells("phi", True), cells("g", True)

@@ -113,8 +113,7 @@ def ssim(
     rows, columns = (_gaussian_matrix(size, window, sigma, padding) for size in (height, width))
 
     def local_mean(x):
-        x = jnp.einsum("ih,bhwc->biwc", rows, x, precision=jax.lax.Precision.HIGHEST)
-        return jnp.einsum("jw,biwc->bijc", columns, x, precision=jax.lax.Precision.HIGHEST)
+        return common.along_sides(x, rows, columns)
 
     c1, c2 = (k1 * data_range) ** 2, (k2 * data_range) ** 2
     mean_s, mean_t = local_mean(student), local_mean(teacher)
