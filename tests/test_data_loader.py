@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -160,6 +161,37 @@ if __name__ == "__main__":
     *hashes, tensorflow = done.stdout.split()
     assert len(hashes) == 5 and len(set(hashes[:3])) == len(set(hashes[3:])) == 1 and tensorflow == "False"
     assert done.stderr == ""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_workers_do_not_outlive_a_killed_trainer(cfg):
+    code = """
+import multiprocessing, sys
+from kdjax import data
+
+def main():
+    cfg = eval(sys.argv[1]) | {"workers": 1}
+    batches = data.train_batches(data.open_dataset(cfg), cfg, batch_size=4, seed=7)
+    next(batches)
+    [worker] = multiprocessing.active_children()
+    print(worker.pid, flush=True)
+    sys.stdin.read()
+
+if __name__ == "__main__":
+    main()
+"""
+    script = Path(cfg.cache) / "killed.py"
+    script.write_text(code)
+    command = [sys.executable, str(script), repr(cfg.to_dict())]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}) as trainer:
+        worker = Path("/proc") / trainer.stdout.readline().decode().strip()
+        assert worker.is_dir()
+        trainer.kill()
+    deadline = time.monotonic() + 20
+    while worker.is_dir() and "(zombie)" not in (worker / "status").read_text() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert time.monotonic() < deadline
 
 
 def test_an_iterator_left_open_does_not_hold_up_the_end(cfg):

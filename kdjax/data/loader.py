@@ -1,13 +1,17 @@
 """Batches for the trainer: batch k is a pure function of (seed, k), whatever the workers, shards or interruptions.
 
-Grain shuffles, prefetches and runs the worker processes. It is imported where it is used, because Grain imports jax
-by itself; nothing here touches an accelerator.
+Grain shuffles and works ahead. It is imported where it is used, because Grain imports jax by itself; worker processes
+only decode and augment, and import neither.
 """
 
+import concurrent.futures
 import dataclasses
+import functools
+import multiprocessing
 import os
-import sys
-from collections.abc import Mapping
+import signal
+import threading
+from collections.abc import Callable, Mapping, Sequence
 
 import cv2
 import numpy as np
@@ -40,27 +44,20 @@ class Pictures:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _TrainSource:
-    """Batch k as element k: this host's rows of the global batch."""
+class _TrainBuilder:
+    """Makes a batch of its plan: (position in the endless stream, picture) of every row."""
 
     pictures: Pictures
-    size: int
-    order: object  # order[position] is the picture at that position of the endless shuffled stream
     seed: int
-    global_batch: int
-    rows: tuple[int, int]  # of the global batch, first and one past last
     canvas: tuple[int, int]
     max_boxes: int
     augment: dict
 
-    def __len__(self) -> int:
-        return sys.maxsize // self.global_batch
+    def __call__(self, plan: list[tuple[int, int]]) -> dict[str, np.ndarray]:
+        return _stack([self._row(*entry) for entry in plan])
 
-    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
-        return _stack([self._example(step * self.global_batch + row) for row in range(*self.rows)])
-
-    def _example(self, position: int) -> dict[str, np.ndarray]:
-        example = self.pictures[int(self.order[position])]
+    def _row(self, position: int, picture: int) -> dict[str, np.ndarray]:
+        example = self.pictures[picture]
         rng = np.random.default_rng((self.seed, position))
         image, boxes, labels = transforms.augment(
             example["image"], example["boxes"], example["labels"], rng, canvas=self.canvas, **self.augment
@@ -69,29 +66,22 @@ class _TrainSource:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _EvalSource:
-    """Batch k as element k; the last one is filled with empty rows, and only empty rows come after it."""
+class _EvalBuilder:
+    """Makes a batch of its plan: (position, picture) of every row, no picture for a row that only fills."""
 
     pictures: Pictures
-    size: int
-    batch: int
     canvas: tuple[int, int]
     max_boxes: int
 
-    def __len__(self) -> int:
-        return sys.maxsize // self.batch
+    def __call__(self, plan: list[tuple[int, int | None]]) -> dict[str, np.ndarray]:
+        return _stack([self._row(picture) for _, picture in plan])
 
-    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
-        first = step * self.batch
-        return _stack([self._example(position) for position in range(first, first + self.batch)])
-
-    def _example(self, position: int) -> dict[str, np.ndarray]:
-        real = position < self.size
-        if real:
-            example = self.pictures[position]
-        else:
+    def _row(self, picture: int | None) -> dict[str, np.ndarray]:
+        if picture is None:
             example = dict(image=np.full((*self.canvas, 3), transforms.PAD, np.uint8), image_id=-1)
             example |= dict(boxes=np.zeros((0, 4), np.float32), labels=np.zeros(0, np.int32))
+        else:
+            example = self.pictures[picture]
         original = example["image"].shape[:2]
         factor, size = transforms.fitted(original, self.canvas)
         image, boxes = transforms.resize(example["image"], example["boxes"], size)
@@ -99,8 +89,24 @@ class _EvalSource:
             "image_id": np.int64(example["image_id"]),
             "scale": np.float32(factor),
             "original_size": np.array(original, np.int32),
-            "real": np.bool_(real),
+            "real": np.bool_(picture is not None),
         }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Plans:
+    """Which picture goes where: element k lists (position, picture) of this host's rows of batch k."""
+
+    order: Sequence[int]  # picture at every position
+    batch: int  # rows of the global batch
+    rows: range  # those of this host
+
+    def __len__(self) -> int:
+        return -(-len(self.order) // self.batch)
+
+    def __getitem__(self, step: int) -> list[tuple[int, int | None]]:
+        positions = [step * self.batch + row for row in self.rows]
+        return [(p, int(self.order[p]) if p < len(self.order) else None) for p in positions]
 
 
 def _padded(image, boxes, labels, canvas, max_boxes) -> dict[str, np.ndarray]:
@@ -180,19 +186,17 @@ def train_batches(
     split = dataset.splits["train"]
     # Grain's epoch e shuffles with seed + e: neighbouring seeds would repeat each other's epochs one later.
     order_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    order = grain.MapDataset.range(split.size).seed(order_seed).shuffle().repeat(None)
     rows = batch_size // count
-    source = _TrainSource(
+    plans = _Plans(order=order, batch=batch_size, rows=range(index * rows, (index + 1) * rows))
+    builder = _TrainBuilder(
         pictures=Pictures(split),
-        size=split.size,
-        order=grain.MapDataset.range(split.size).seed(order_seed).shuffle().repeat(None),
         seed=seed,
-        global_batch=batch_size,
-        rows=(index * rows, (index + 1) * rows),
         canvas=canvas_of(cfg),
         max_boxes=dataset.max_boxes,
         augment=_augment(cfg),
     )
-    return Batches(source, start_step, None, int(cfg.get("workers", 0)))
+    return Batches(grain.MapDataset.source(plans)[start_step:], builder, workers=int(cfg.get("workers", 0)))
 
 
 def eval_batches(dataset: Dataset, split: str, cfg: Mapping, *, batch_size: int, limit: int | None = None) -> "Batches":
@@ -203,55 +207,80 @@ def eval_batches(dataset: Dataset, split: str, cfg: Mapping, *, batch_size: int,
       original px, up to the rounding of image_size), original_size i32[B, 2], real bool[B]: False on the rows that only
       fill the last batch.
     """
+    import grain
+
     chosen = dataset.splits[split]
-    source = _EvalSource(
-        pictures=Pictures(chosen),
-        size=chosen.size if limit is None else min(limit, chosen.size),
-        batch=batch_size,
-        canvas=canvas_of(cfg),
-        max_boxes=dataset.max_boxes,
-    )
-    return Batches(source, 0, -(-source.size // batch_size), int(cfg.get("workers", 0)))
+    size = chosen.size if limit is None else min(limit, chosen.size)
+    plans = _Plans(order=range(size), batch=batch_size, rows=range(batch_size))
+    builder = _EvalBuilder(pictures=Pictures(chosen), canvas=canvas_of(cfg), max_boxes=dataset.max_boxes)
+    return Batches(grain.MapDataset.source(plans), builder, workers=int(cfg.get("workers", 0)))
 
 
 class Batches:
-    """Iterates over source[start:], decoding ahead in threads, or in worker processes if there are any.
+    """Iterator over the batches that `builder` makes of Grain's `plans`, ahead of time in threads or worker processes.
 
-    It counts for itself (None: endless), because Grain's workers leave shared memory behind when a source runs dry.
+    The workers are a pool of our own: a plan goes out, its batch comes back, any worker will do. Grain's own workers
+    leave shared memory behind or take long to end when an iterator is closed early.
     """
 
-    def __init__(self, source, start: int, count: int | None, workers: int):
+    def __init__(self, plans, builder: Callable, *, workers: int):
         import grain
-        from absl import flags
 
-        self._left = count
-        ahead = grain.MapDataset.source(source)[start:].to_iter_dataset(
-            grain.ReadOptions(num_threads=1 if workers else 2, prefetch_buffer_size=3)
-        )
+        self._pool = None
+        threads = 2
         if workers:
-            if not flags.FLAGS.is_parsed():  # Grain passes absl's flags on to its workers
-                flags.FLAGS.mark_as_parsed()
-            options = grain.multiprocessing.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-            ahead = ahead.mp_prefetch(options, worker_init_fn=_in_worker)
-        self._batches = iter(ahead)
+            threads = workers + 1  # they only wait; one more batch than workers keeps all of them busy
+            self._pool = concurrent.futures.ProcessPoolExecutor(
+                workers,
+                mp_context=multiprocessing.get_context("spawn"),  # a fork would copy the trainer's threads and devices
+                initializer=_start_worker,
+                initargs=(builder,),
+            )
+            builder = functools.partial(_remotely, self._pool)
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1)
+        self._batches = iter(plans.map(builder).to_iter_dataset(options))
 
     def __iter__(self) -> "Batches":
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
-        if self._left == 0:
-            self.close()
-            raise StopIteration
-        if self._left is not None:
-            self._left -= 1
-        return next(self._batches)
+        try:
+            return next(self._batches)
+        except StopIteration:
+            self._end_workers()
+            raise
 
     def close(self) -> None:
-        """Ends the threads or worker processes; may be called more than once."""
-        self._left = 0
+        """End the threads and worker processes; may be called more than once."""
         self._batches.close()
+        self._end_workers()
+
+    def _end_workers(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _in_worker(index: int, count: int) -> None:
-    os.environ["JAX_PLATFORMS"] = "cpu"  # should anything in a worker initialise jax, then not on the accelerator
+def _remotely(pool: concurrent.futures.Executor, plan: list) -> dict[str, np.ndarray]:
+    return pool.submit(_build, plan).result()
+
+
+_builder = None  # of this worker process
+
+
+def _start_worker(builder: Callable) -> None:
+    global _builder
+    _builder = builder
+    os.environ["JAX_PLATFORMS"] = "cpu"  # should anything here ever initialise jax, then not on the accelerator
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer
     cv2.setNumThreads(1)
+    # A trainer that is killed cannot end its workers.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _build(plan: list) -> dict[str, np.ndarray]:
+    return _builder(plan)
