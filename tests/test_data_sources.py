@@ -119,6 +119,14 @@ def test_explicit_annotations_and_other_split_names(tmp_path):
     assert dataset.splits["train"].name == "fit" and dataset.splits["val"].size == 1
 
 
+def test_roboflow_layout(tmp_path):
+    truth = coco_json({"a.png": (20, 30)}, [(0, 3, [2, 3, 10, 12], {})])
+    root = write_folder(tmp_path / "set", {"train": truth, "valid": truth}, {"a.png": paint(20, 30, [])}, images="{}")
+    for split in ("train", "valid"):
+        shutil.move(root / "annotations" / f"instances_{split}.json", root / split / "_annotations.coco.json")
+    assert opened(root, tmp_path, val_split="valid").splits["val"].size == 1
+
+
 def test_file_names_that_begin_with_the_split(tmp_path):
     truth = coco_json({"train/a.png": (20, 30)}, [])
     root = write_folder(tmp_path / "set", {"train": truth}, {"train/a.png": paint(20, 30, [])}, images="images")

@@ -31,7 +31,12 @@ def resize(image: np.ndarray, boxes: np.ndarray, size: tuple[int, int]) -> tuple
 
 
 def fitted(image_size: tuple[int, int], canvas: tuple[int, int]) -> tuple[float, tuple[int, int]]:
-    """The factor that fits a picture (h, w) into the canvas (h, w) keeping its aspect ratio, and the size it gets."""
+    """The factor that fits a picture (h, w) into the canvas (h, w) keeping its aspect ratio, and the size it gets.
+
+    Example:
+      >>> fitted((480, 640), (320, 320))
+      (0.5, (240, 320))
+    """
     factor = min(canvas[0] / image_size[0], canvas[1] / image_size[1])
     return factor, scaled(image_size, factor)
 
@@ -55,6 +60,11 @@ def crop(
     Returns:
       The window, boxes clipped to it f32[n, 4], and bool[n]: which boxes remain (sides of at least `MIN_SIZE` px and at
       least `MIN_VISIBLE` of the area).
+
+    Example:
+      >>> window, boxes, keep = crop(np.zeros((8, 8, 3), np.uint8), np.array([[2, 2, 6, 6.0]], np.float32), 0, 4, (8, 8))
+      >>> window.shape, boxes.tolist(), keep.tolist()
+      ((8, 4, 3), [[0.0, 2.0, 2.0, 6.0]], [True])
     """
     window = image[top : top + size[0], left : left + size[1]]
     height, width = window.shape[:2]
@@ -66,7 +76,12 @@ def crop(
 
 
 def flip(image: np.ndarray, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mirror left and right."""
+    """Mirror left and right.
+
+    Example:
+      >>> flip(np.zeros((4, 10, 3), np.uint8), np.array([[1, 0, 3, 4]], np.float32))[1]
+      array([[7., 0., 9., 4.]], dtype=float32)
+    """
     width = image.shape[1]
     boxes = np.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], axis=-1)
     return cv2.flip(image, 1), boxes.astype(np.float32)
