@@ -62,7 +62,8 @@ def crop(
       least `MIN_VISIBLE` of the area).
 
     Example:
-      >>> window, boxes, keep = crop(np.zeros((8, 8, 3), np.uint8), np.array([[2, 2, 6, 6.0]], np.float32), 0, 4, (8, 8))
+      >>> image, box = np.zeros((8, 8, 3), np.uint8), np.array([[2, 2, 6, 6]], np.float32)
+      >>> window, boxes, keep = crop(image, box, 0, 4, (8, 8))
       >>> window.shape, boxes.tolist(), keep.tolist()
       ((8, 4, 3), [[0.0, 2.0, 2.0, 6.0]], [True])
     """
