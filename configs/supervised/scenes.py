@@ -1,6 +1,8 @@
 """A detector trained alone on the embedded scenes: how the teacher of the quickstart was made.
 
     python train.py --config=configs/supervised/scenes.py:rtmdet_nano --workdir=runs/scenes_teacher
+
+assets/README.md has the figures and the command that stores its weights as float16.
 """
 
 from kdjax.train.config import base
@@ -9,12 +11,12 @@ from kdjax.train.config import base
 def get_config(detector: str = "rtmdet_nano"):
     config = base()
     config.batch_size = 16
-    config.steps = 4000
+    config.steps = 3000
     config.student.detector = detector
     config.data.image_size = (128, 128)
     config.data.augment.scale = (0.8, 1.25)
-    config.optimizer.lr = 0.002
+    config.optimizer.lr = 0.003
     config.optimizer.warmup = 200
-    config.eval.every = 1000
+    config.eval.every = 500
     config.eval.limit = 200
     return config

@@ -1,5 +1,6 @@
 """What a user takes away: a folder with the weights (safetensors) and the config to load them."""
 
+import argparse
 import hashlib
 import importlib.metadata
 import json
@@ -146,3 +147,20 @@ def _load_folder(folder: Path, detector: Detector | None) -> tuple[Detector, Tre
         raise ValueError(f"{folder / WEIGHTS} does not fit {name}: missing, unknown or of another shape: {wrong}.")
     tree = unflatten({path: jax.numpy.asarray(value, jax.numpy.float32) for path, value in arrays.items()})
     return detector, tree["params"], tree["stats"], list(classes)
+
+
+def main() -> None:
+    """`python -m kdjax.detectors.weights IN OUT --dtype=float16`: stores a folder of weights anew."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("source", help="a kdjax folder")
+    parser.add_argument("target")
+    parser.add_argument("--dtype", choices=("float32", "float16"), default="float32")
+    args = parser.parse_args()
+    config = json.loads((Path(args.source) / CONFIG).read_text())
+    detector, params, stats, classes = load(args.source)
+    extra = config["extra"]
+    save(args.target, detector, params, stats, classes=classes, image_size=config["image_size"], dtype=args.dtype, extra=extra)
+
+
+if __name__ == "__main__":
+    main()
