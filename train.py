@@ -15,7 +15,11 @@ def main(argv):
     logging.set_verbosity(logging.WARNING)  # the libraries' own progress; ours is a bar
     if len(argv) > 1:
         fail(f"{argv[1]!r} is no flag; settings are changed with --config.a.b=value")
-    if CONFIG.value is None or (WORKDIR.value is None and not CONFIG.value.data.check):
+    try:
+        config = CONFIG.value and CONFIG.value.to_dict()  # a file that could not be read shows itself at the first access
+    except OSError as error:
+        fail(f"--config: {str(error).strip().splitlines()[-1].strip()}")
+    if config is None or (WORKDIR.value is None and not CONFIG.value.data.check):
         fail("--config and --workdir are needed: python train.py --config=configs/quickstart.py --workdir=runs/quickstart")
     import jax
 
@@ -41,7 +45,10 @@ def parse(argv):
     except Exception as error:  # config files are the user's code: they can raise anything
         if os.environ.get("KDJAX_TRACEBACK"):
             raise
-        fail(error)
+        text = str(error).strip().replace("\\n", " ").replace("\\'", "'").strip("'")
+        if "Traceback" in text:  # the flags wrap what a config file raises; its last line is the sentence
+            text = text.splitlines()[-1].removeprefix("ValueError: ")
+        fail(("no such setting: " if isinstance(error, (AttributeError, KeyError)) else "") + " ".join(text.split()))
 
 
 def fail(error):

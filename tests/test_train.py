@@ -151,7 +151,7 @@ def test_eight_devices_equal_one(folder, teacher_folder):
     method = {"mkd": api.build("mkd", normalize="pkd")}
     key = jax.random.PRNGKey(0)
     spec = loop.output_spec(student, (64, 64))
-    optimizer = optax.sgd(1e-3)
+    optimizer = optax.sgd(1e-4)  # small: an assigner that tips over is no matter of devices
     update = steps.make_step(student, optimizer, lambda at: 0.1, teacher=detector, methods=method)
     batches = data.train_batches(dataset, config.data, batch_size=8, seed=0)
     batches = [next(batches) for _ in range(4)]
@@ -170,9 +170,14 @@ def test_eight_devices_equal_one(folder, teacher_folder):
 
     (totals, one), (others, eight) = outcome(jax.devices()[:1]), outcome(jax.devices())
     np.testing.assert_allclose(others, totals, rtol=1e-5)
+    start = checkpoint.flat(steps.init_state(student, key, None, steps.init_adapters(method, key, spec, spec), optimizer))
     for name in one:
-        scale = max(np.max(np.abs(one[name])), 1e-6)
+        # Norm biases start at 0 and are still tiny: their own size is no measure. What they have learnt is compared below.
+        scale = max(np.max(np.abs(one[name])), 0.01)
         np.testing.assert_allclose(eight[name] / scale, one[name] / scale, atol=1e-5, err_msg=name)
+        if name.startswith("params") and np.linalg.norm(one[name] - start[name]) > 1e-5:
+            learnt = one[name] - start[name]
+            assert np.linalg.norm(eight[name] - one[name]) < 0.02 * np.linalg.norm(learnt), name
 
 
 def test_a_step_that_is_not_finite_changes_nothing(finished, folder, teacher_folder):
@@ -192,7 +197,7 @@ def test_a_step_that_is_not_finite_changes_nothing(finished, folder, teacher_fol
 
 
 def test_damaged_checkpoint_falls_back_to_the_one_before(finished, folder, tmp_path):
-    tree = {"a": np.arange(1000.0), "b": {"c": np.ones(3, np.int32)}}
+    tree = {"a": np.random.default_rng(0).normal(size=100_000), "b": {"c": np.ones(3, np.int32)}}
     store = checkpoint.Checkpoints(tmp_path, keep=3)
     for at in (1, 2):
         store.save(at, jax.tree.map(lambda x: x * at, tree), {"next_batch": at})
@@ -277,9 +282,8 @@ def test_checkpoint_of_another_detector_is_refused(finished, folder, teacher_fol
 
 def test_the_command_line_answers_with_a_sentence_and_an_exit_code(folder):
     def call(*flags):
-        return subprocess.run(
-            [sys.executable, "train.py", *flags], cwd=ROOT, capture_output=True, text=True, timeout=120
-        )
+        command = [sys.executable, "train.py", *flags]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
     for flags, words in (
         (["--config=configs/quickstart.py", "--workdir=/nowhere/x", "--config.stepz=3"], "stepz"),
@@ -299,7 +303,7 @@ def test_learning_rate_and_moving_average():
     rate = optim.learning_rate(config)
     full = 0.004 * 64 / 256
     for at, share in ((0, 1e-5), (50, 0.500005), (100, 1), (500, 1), (750, 0.525), (1000, 0.05)):
-        assert float(rate(at)) == pytest.approx(share * full, rel=1e-3), at
+        assert float(rate(at)) == pytest.approx(share * full, rel=2e-3), at
     for at in (0, 100, 5000, 10**6):
         assert float(optim.ema_rate(config, at)) == pytest.approx((1 - 2e-4) * np.exp(-(1 + at) / 2000) + 2e-4, rel=1e-4)
 
@@ -311,7 +315,7 @@ def test_weight_decay_leaves_norms_and_biases_alone():
     params, _ = detector.init(jax.random.PRNGKey(0))
     optimizer = optim.optimizer(config, detector.no_decay)
     zeros = jax.tree.map(jnp.zeros_like, params)
-    updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+    updates, _ = jax.jit(lambda zeros, params: optimizer.update(zeros, optimizer.init(params), params))(zeros, params)
     for name, update in checkpoint.flat(updates).items():
         leaf = checkpoint.flat(params)[name]
         np.testing.assert_allclose(update, -0.1 * 0.05 * leaf if leaf.ndim > 1 else 0 * leaf, atol=1e-9, err_msg=name)
