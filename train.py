@@ -45,7 +45,7 @@ def parse(argv):
     except Exception as error:  # config files are the user's code: they can raise anything
         if os.environ.get("KDJAX_TRACEBACK"):
             raise
-        text = str(error).strip().replace("\\n", " ").replace("\\'", "'").strip("'")
+        text = str(error).strip().replace("\\n", " ").replace("\\'", "'").replace("'", "")
         if "Traceback" in text:  # the flags wrap what a config file raises; its last line is the sentence
             text = text.splitlines()[-1].removeprefix("ValueError: ")
         fail(("no such setting: " if isinstance(error, (AttributeError, KeyError)) else "") + " ".join(text.split()))

@@ -172,7 +172,7 @@ def test_eight_devices_equal_one(folder, teacher_folder):
     np.testing.assert_allclose(others, totals, rtol=1e-5)
     start = checkpoint.flat(steps.init_state(student, key, None, steps.init_adapters(method, key, spec, spec), optimizer))
     for name in one:
-        # Norm biases start at 0 and are still tiny: their own size is no measure. What they have learnt is compared below.
+        # Norm biases and means start at 0 and are still tiny: their size is no measure; what was learnt is compared below.
         scale = max(np.max(np.abs(one[name])), 0.01)
         np.testing.assert_allclose(eight[name] / scale, one[name] / scale, atol=1e-5, err_msg=name)
         if name.startswith("params") and np.linalg.norm(one[name] - start[name]) > 1e-5:
