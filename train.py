@@ -16,11 +16,12 @@ def main(argv):
     if len(argv) > 1:
         fail(f"{argv[1]!r} is no flag; settings are changed with --config.a.b=value")
     try:
-        config = CONFIG.value and CONFIG.value.to_dict()  # a file that could not be read shows itself at the first access
+        # A file that could not be read shows itself at the first access.
+        config = CONFIG.value and CONFIG.value.to_dict()
     except OSError as error:
         fail(f"--config: {str(error).strip().splitlines()[-1].strip()}")
     if config is None or (WORKDIR.value is None and not CONFIG.value.data.check):
-        fail("--config and --workdir are needed: python train.py --config=configs/quickstart.py --workdir=runs/quickstart")
+        fail("--config and --workdir are needed, as in --config=configs/quickstart.py --workdir=runs/quickstart")
     import jax
 
     if MULTIHOST.value:
@@ -45,10 +46,12 @@ def parse(argv):
     except Exception as error:  # config files are the user's code: they can raise anything
         if os.environ.get("KDJAX_TRACEBACK"):
             raise
-        text = str(error).strip().replace("\\n", " ").replace("\\'", "'").replace("'", "")
+        text = str(error).strip()
         if "Traceback" in text:  # the flags wrap what a config file raises; its last line is the sentence
             text = text.splitlines()[-1].removeprefix("ValueError: ")
-        fail(("no such setting: " if isinstance(error, (AttributeError, KeyError)) else "") + " ".join(text.split()))
+        elif isinstance(error, (AttributeError, KeyError)):
+            text = f"no such setting: {text}".replace("\\n", " ").replace("\\", "").replace("'", "")
+        fail(" ".join(text.split()))
 
 
 def fail(error):

@@ -1,8 +1,8 @@
 """The embedded default: MKD distils rtmdet_nano into rtmdet_pico on scenes made on the spot, minutes on two CPU cores.
 
-    make quickstart
-    python train.py --config=configs/quickstart.py --workdir=runs/quickstart
-    python train.py --config=configs/quickstart.py:rtmdet_cwd --workdir=runs/cwd   # another method, or several: a+b
+make quickstart
+python train.py --config=configs/quickstart.py --workdir=runs/quickstart
+python train.py --config=configs/quickstart.py:rtmdet_cwd --workdir=runs/cwd   # another method, or several: a+b
 """
 
 from kdjax.train.config import base, methods

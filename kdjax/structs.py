@@ -65,7 +65,9 @@ class DetectorOutput:
     cls_tower: tuple[tuple[Array, ...], ...] = ()  # conv i, then L of f32[B, H, W, C]: output of conv i with its norm,
     reg_tower: tuple[tuple[Array, ...], ...] = ()  # before the activation (where `Detector.head` can enter again)
     cls_logits: tuple[Array, ...] = ()  # L of f32[B, H, W, A*K]
-    box_reg: tuple[Array, ...] = ()  # L of f32[B, H, W, A*4] (RTMDet: distances l t r b in pixels, already times stride)
+    box_reg: tuple[
+        Array, ...
+    ] = ()  # L of f32[B, H, W, A*4] (RTMDet: distances l t r b in pixels, already times stride)
     quality: tuple[Array, ...] = ()  # L of f32[B, H, W, A]: centreness or objectness logits
     rois: Array | None = None  # f32[B, R, 4], proposals of a two-stage detector
     mask: tuple[Array, ...] = ()  # parts of an instance-mask head

@@ -13,7 +13,12 @@ from kdjax.train import optim
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.py"))
-TEXTS = [*CONFIGS, *sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "benchmarks").glob("*"))]
+TEXTS = [
+    *CONFIGS,
+    *sorted(ROOT.glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "benchmarks").glob("*")),
+]
 
 
 def load(path: Path, *args: str):

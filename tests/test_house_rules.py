@@ -53,7 +53,16 @@ def test_imports_point_one_way(path):
     outside = {name.split(".")[0] for name in imported(path)}
     assert part != "data" or not outside & {"jax", "flax", "tensorflow"}
     assert part == "detectors" or "flax" not in outside, "NNX stays inside kdjax/detectors"
-    assert part != "losses" or outside <= {"jax", "optax", "numpy", "kdjax", "math", "collections", "typing", "functools"}
+    assert part != "losses" or outside <= {
+        "jax",
+        "optax",
+        "numpy",
+        "kdjax",
+        "math",
+        "collections",
+        "typing",
+        "functools",
+    }
 
 
 def test_data_needs_neither_jax_nor_tensorflow():

@@ -12,7 +12,9 @@ from kdjax.structs import Assignment, DetectorOutput, Targets
 STRIDES, CLASSES, BOXES = (8, 16, 32), 3, 4
 
 
-def output(key, channels: int, size: int, *, batch: int = 2, dtype=jnp.float32, constant: bool = False) -> DetectorOutput:
+def output(
+    key, channels: int, size: int, *, batch: int = 2, dtype=jnp.float32, constant: bool = False
+) -> DetectorOutput:
     """Every tap of an RTMDet-like detector, random or constant."""
     count = iter(range(1000))
 

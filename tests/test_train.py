@@ -88,7 +88,11 @@ def assert_equal_bits(a: dict, b: dict) -> None:
 
 def test_workdir_holds_what_a_user_takes_away(finished):
     workdir, results, _ = finished
-    assert set(results) == {"teacher", "twin", "student", "gain"} == set(json.loads((workdir / "results.json").read_text()))
+    assert (
+        set(results)
+        == {"teacher", "twin", "student", "gain"}
+        == set(json.loads((workdir / "results.json").read_text()))
+    )
     figures = {"AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"}
     for role in ("teacher", "twin", "student"):
         assert set(results[role]) == figures | {"params", "flops"}
@@ -99,7 +103,9 @@ def test_workdir_holds_what_a_user_takes_away(finished):
     trained = [row for row in rows if row["kind"] == "train"]
     assert [row["step"] for row in trained] == [5, 10, 15, 20]
     assert {f"student/mkd/{t}" for t in ("feature", "multiscale", "frequency", "alignment")} <= trained[0].keys()
-    assert {"twin/loss_cls", "twin/loss_box", "student/loss_cls", "lr", "images_per_s", "wait_share"} <= trained[0].keys()
+    assert {"twin/loss_cls", "twin/loss_box", "student/loss_cls", "lr", "images_per_s", "wait_share"} <= trained[
+        0
+    ].keys()
     assert not any(name.startswith("twin/mkd") for name in trained[0])
     config = json.loads((workdir / "config.json").read_text())
     assert config["config"]["methods"]["mkd"]["zeta"] == 0.5 and config["runs"][0]["jax"] == jax.__version__
@@ -170,14 +176,16 @@ def test_eight_devices_equal_one(folder, teacher_folder):
 
     (totals, one), (others, eight) = outcome(jax.devices()[:1]), outcome(jax.devices())
     np.testing.assert_allclose(others, totals, rtol=1e-5)
-    start = checkpoint.flat(steps.init_state(student, key, None, steps.init_adapters(method, key, spec, spec), optimizer))
+    start = checkpoint.flat(
+        steps.init_state(student, key, None, steps.init_adapters(method, key, spec, spec), optimizer)
+    )
     for name in one:
-        # Norm biases and means start at 0 and are still tiny: their size is no measure; what was learnt is compared below.
-        scale = max(np.max(np.abs(one[name])), 0.01)
-        np.testing.assert_allclose(eight[name] / scale, one[name] / scale, atol=1e-5, err_msg=name)
-        if name.startswith("params") and np.linalg.norm(one[name] - start[name]) > 1e-5:
-            learnt = one[name] - start[name]
-            assert np.linalg.norm(eight[name] - one[name]) < 0.02 * np.linalg.norm(learnt), name
+        # Norm biases and means start at 0 and are still tiny: 0.1, the usual size, is their measure.
+        size = max(np.linalg.norm(one[name]), 0.1 * np.sqrt(one[name].size))
+        assert np.linalg.norm(eight[name] - one[name]) < 1e-5 * size, name
+        learnt = np.linalg.norm(one[name] - start[name])
+        if name.startswith("params") and learnt > 1e-5:
+            assert np.linalg.norm(eight[name] - one[name]) < 0.02 * learnt, name
 
 
 def test_a_step_that_is_not_finite_changes_nothing(finished, folder, teacher_folder):
@@ -200,7 +208,7 @@ def test_damaged_checkpoint_falls_back_to_the_one_before(finished, folder, tmp_p
     tree = {"a": np.random.default_rng(0).normal(size=100_000), "b": {"c": np.ones(3, np.int32)}}
     store = checkpoint.Checkpoints(tmp_path, keep=3)
     for at in (1, 2):
-        store.save(at, jax.tree.map(lambda x: x * at, tree), {"next_batch": at})
+        store.save(at, {"a": tree["a"] * at, "b": tree["b"]}, {"next_batch": at})
     store.close()
     largest = max((tmp_path / "2").rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else -1)
     damaged = bytearray(largest.read_bytes())
@@ -305,7 +313,9 @@ def test_learning_rate_and_moving_average():
     for at, share in ((0, 1e-5), (50, 0.500005), (100, 1), (500, 1), (750, 0.525), (1000, 0.05)):
         assert float(rate(at)) == pytest.approx(share * full, rel=2e-3), at
     for at in (0, 100, 5000, 10**6):
-        assert float(optim.ema_rate(config, at)) == pytest.approx((1 - 2e-4) * np.exp(-(1 + at) / 2000) + 2e-4, rel=1e-4)
+        assert float(optim.ema_rate(config, at)) == pytest.approx(
+            (1 - 2e-4) * np.exp(-(1 + at) / 2000) + 2e-4, rel=1e-4
+        )
 
 
 def test_weight_decay_leaves_norms_and_biases_alone():

@@ -159,7 +159,16 @@ def main() -> None:
     config = json.loads((Path(args.source) / CONFIG).read_text())
     detector, params, stats, classes = load(args.source)
     extra = config["extra"]
-    save(args.target, detector, params, stats, classes=classes, image_size=config["image_size"], dtype=args.dtype, extra=extra)
+    save(
+        args.target,
+        detector,
+        params,
+        stats,
+        classes=classes,
+        image_size=config["image_size"],
+        dtype=args.dtype,
+        extra=extra,
+    )
 
 
 if __name__ == "__main__":

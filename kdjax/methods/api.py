@@ -30,7 +30,9 @@ class Context(NamedTuple):
     priors: Array  # f32[N, 4], x, y, stride_w, stride_h of the student's priors
     decode_student: Callable[[DetectorOutput], Array]  # output -> boxes f32[B, N, 4]
     decode_teacher: Callable[[DetectorOutput], Array]
-    teacher_head: Callable  # (features by level, *, branch, start) -> predictions by level; the teacher's frozen weights
+    teacher_head: (
+        Callable  # (features by level, *, branch, start) -> predictions by level; the teacher's frozen weights
+    )
 
 
 class Method(NamedTuple):
@@ -224,8 +226,8 @@ def check_sizes(stride: int, student: tuple[int, ...], teacher: tuple[int, ...])
     for a, b in zip(student[1:3], teacher[1:3], strict=True):
         if max(a, b) > 2 * min(a, b):
             raise ValueError(
-                f"at stride {stride} the student's map {student[1:3]} and the teacher's {teacher[1:3]} differ by more than "
-                "a factor of 2; choose taps of like resolution"
+                f"at stride {stride} the student's map {student[1:3]} and the teacher's {teacher[1:3]} differ by more "
+                "than a factor of 2; choose taps of like resolution"
             )
 
 

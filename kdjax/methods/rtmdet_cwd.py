@@ -40,7 +40,8 @@ def make(
     def apply(params, context):
         pairs = api.adapt(params, api.pair(context.student, context.teacher, student, teacher))
         levels = [
-            jnp.mean(distribution.channel_kl(normalized(s), normalized(t), temperature=temperature)) for _, s, t in pairs
+            jnp.mean(distribution.channel_kl(normalized(s), normalized(t), temperature=temperature))
+            for _, s, t in pairs
         ]
         return {"cwd": sum(levels)}
 

@@ -36,12 +36,18 @@ class Checkpoints:
             return
         arrays = flat(tree)
         note = note | {"sha256": {name: digest(value) for name, value in arrays.items()}}
-        self.manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(arrays), note=ocp.args.JsonSave(note)))
+        self.manager.save(
+            step, args=ocp.args.Composite(state=ocp.args.StandardSave(arrays), note=ocp.args.JsonSave(note))
+        )
 
     def note(self) -> dict | None:
         """The note of the newest step, read without its arrays."""
         step = self.latest()
-        return None if step is None else self.manager.restore(step, args=ocp.args.Composite(note=ocp.args.JsonRestore())).note
+        return (
+            None
+            if step is None
+            else self.manager.restore(step, args=ocp.args.Composite(note=ocp.args.JsonRestore())).note
+        )
 
     def restore(self, like) -> tuple[object, dict] | None:
         """The newest trustworthy step as a tree like `like`, with its note; None if the directory holds no step.
@@ -86,7 +92,8 @@ def flat(tree, *, copy: bool = True) -> dict:
     """The leaves by their path, "student/params/..."; on the host unless `copy` is False."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): np.array(leaf) if copy else leaf for path, leaf in leaves
+        jax.tree_util.keystr(path, simple=True, separator="/"): np.array(leaf) if copy else leaf
+        for path, leaf in leaves
     }
 
 

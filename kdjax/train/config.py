@@ -1,4 +1,4 @@
-"""Every setting of a run with its default; a config file in `configs/` starts from `base()` and changes what it means."""
+"""Every setting of a run with its default; a config file in `configs/` starts from `base()` and changes some."""
 
 from ml_collections import ConfigDict
 

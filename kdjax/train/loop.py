@@ -36,7 +36,6 @@ from kdjax.train.step import (
     init_adapters,
     init_state,
     make_step,
-    method_key,
     targets_of,
     weights_of,
 )
@@ -215,9 +214,7 @@ def prepare(config: ConfigDict, dataset) -> Setup:
         return program(name, predict)
 
     roles = ["student", "twin"] if config.twin else ["student"]
-    states = {
-        role: init_state(student, key, start, adapters if role == "student" else {}, optimizer) for role in roles
-    }
+    states = {role: init_state(student, key, start, adapters if role == "student" else {}, optimizer) for role in roles}
     steps = {role: update(role) for role in roles}
     predict = dict.fromkeys(roles, predictor("predict_student", student))
     if teacher:
@@ -225,7 +222,17 @@ def prepare(config: ConfigDict, dataset) -> Setup:
         predict["teacher"] = predictor("predict_teacher", teacher)
     variables = jax.device_put(Teacher(*loaded), everywhere) if teacher else None
     return Setup(
-        config, dataset, student, teacher, methods, variables, jax.device_put(states, everywhere), steps, predict, programs, mesh
+        config,
+        dataset,
+        student,
+        teacher,
+        methods,
+        variables,
+        jax.device_put(states, everywhere),
+        steps,
+        predict,
+        programs,
+        mesh,
     )
 
 
@@ -327,7 +334,16 @@ def check_terms(setup: Setup) -> None:
 
         def terms(output):
             return compare(
-                student, setup.teacher, setup.methods, params["adapters"], variables, output, assignment, batch, 0, state.key
+                student,
+                setup.teacher,
+                setup.methods,
+                params["adapters"],
+                variables,
+                output,
+                assignment,
+                batch,
+                0,
+                state.key,
             )
 
         values, back = jax.vjp(terms, output)
@@ -445,7 +461,9 @@ def check_programs(setup: Setup) -> None:
     """One program a role: a second trace means that a shape changed and time is lost on every such step."""
     again = [name for name, times in setup.programs.items() if times > 1]
     if again:
-        raise RuntimeError(f"the program {again[0]} was traced {setup.programs[again[0]]} times; its shapes must not change")
+        raise RuntimeError(
+            f"the program {again[0]} was traced {setup.programs[again[0]]} times; its shapes must not change"
+        )
 
 
 class Signals:

@@ -11,8 +11,8 @@ BASE_RATE, BASE_BATCH = 0.004, 256
 def learning_rate(config: ConfigDict) -> optax.Schedule:
     """Linear warm-up, flat, then cosine: RTMDet's schedule (Lyu et al. 2022, section 4.1).
 
-    rate = optimizer.lr, or 0.004 * batch_size / 256 where that is 0. It rises from 1e-5 of it over `warmup` steps, stays
-    until `flat` of the run, and falls along a cosine to `end` of it at the last step.
+    rate = optimizer.lr, or 0.004 * batch_size / 256 where that is 0. It rises from 1e-5 of it over `warmup` steps,
+    stays until `flat` of the run, and falls along a cosine to `end` of it at the last step.
 
     Returns:
       step -> rate, f32[].
@@ -28,7 +28,10 @@ def learning_rate(config: ConfigDict) -> optax.Schedule:
             f"config.optimizer.warmup is {settings.warmup} steps, but the flat part of the schedule ends at step "
             f"{flat_end} (config.optimizer.flat of config.steps): shorten the warm-up or lengthen the run"
         )
-    parts = [optax.constant_schedule(rate), optax.cosine_decay_schedule(rate, max(config.steps - flat_end, 1), settings.end)]
+    parts = [
+        optax.constant_schedule(rate),
+        optax.cosine_decay_schedule(rate, max(config.steps - flat_end, 1), settings.end),
+    ]
     bounds = [flat_end]
     if settings.warmup:
         parts.insert(0, optax.linear_schedule(1e-5 * rate, rate, settings.warmup))

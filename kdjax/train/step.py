@@ -71,7 +71,9 @@ def compare(student, teacher, methods, params, variables: Teacher, output, assig
             priors=student.priors(batch["image"].shape[1:3]),
             decode_student=student.decode_boxes,
             decode_teacher=teacher.decode_boxes,
-            teacher_head=lambda features, *, branch, start: teacher.head(*variables, features, branch=branch, start=start),
+            teacher_head=lambda features, *, branch, start: teacher.head(
+                *variables, features, branch=branch, start=start
+            ),
         )
         values = method.apply(params[name], context)
         terms |= {f"{name}/{term}": value for term, value in values.items()}
@@ -84,9 +86,14 @@ def weights_of(methods: Mapping[str, Method], step) -> dict:
 
 
 def make_step(
-    student, optimizer: optax.GradientTransformation, ema_rate: Callable, *, teacher=None, methods: Mapping[str, Method] = {}
+    student,
+    optimizer: optax.GradientTransformation,
+    ema_rate: Callable,
+    *,
+    teacher=None,
+    methods: Mapping[str, Method] = {},
 ) -> Callable:
-    """The update of a student, with a teacher and methods, or without (a supervised run, or the twin: the same program).
+    """The update of a student, with a teacher and methods or without: a supervised run and the twin, one program.
 
     Args:
       student, teacher: Detectors.
