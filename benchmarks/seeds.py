@@ -60,7 +60,9 @@ def table(rows: list[dict]) -> str:
     for row in rows:
         lines.append(f"| {row['seed']} | " + " | ".join(f"{100 * row[name]:.2f}" for name in columns) + " |")
     means = summary(rows)
-    lines.append("| mean ± standard error | " + " | ".join("%.2f ± %.2f" % means[name] for name in columns) + " |")
+    lines.append(
+        "| mean ± standard error | " + " | ".join("{:.2f} ± {:.2f}".format(*means[name]) for name in columns) + " |"
+    )
     return "\n".join(lines)
 
 
