@@ -35,7 +35,6 @@ Checks = Iterator[Check]
 LATER_DENSE = "a later issue (dense detectors) brings it"
 LATER_MASKS = "a later issue (instance masks) brings it"
 LATER_TWO_STAGE = "a later issue (two-stage detectors) brings it"
-LATER_METHODS = "a later issue (more methods) brings it"
 NOT_PART = "not part of kdjax (conventions.md)"
 
 
