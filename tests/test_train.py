@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from kdjax import data, detectors
 from kdjax.detectors import weights
+from kdjax.detectors.api import flatten
 from kdjax.methods import api
 from kdjax.train import checkpoint, loop, optim
 from kdjax.train import config as settings
@@ -268,6 +269,23 @@ def test_class_map_of_the_teacher_must_fit(folder, teacher_folder, tmp_path):
     weights.save(tmp_path / "other", detector, params, stats, classes=classes, image_size=(64, 64))
     with pytest.raises(loop.BadInput, match="class map of the teacher.*unknown to the teacher"):
         loop.run(wrong(folder, teacher_folder, teacher__weights=str(tmp_path / "other")), tmp_path / "run")
+
+
+def test_a_student_may_start_from_weights_of_other_classes(folder, teacher_folder, tmp_path):
+    """Fine-tuning: everything is taken over but the classifiers, and a warning says so."""
+    dataset, key = data.open_dataset(tiny_config(folder, teacher=None).data), jax.random.PRNGKey(0)
+    fresh = flatten(detectors.build("rtmdet_pico", len(dataset.classes)).init(key)[0])
+    for classes in (["zebra", *dataset.classes[1:]], ["zebra"]):
+        detector = detectors.build("rtmdet_pico", len(classes))
+        params, stats = detector.init(jax.random.PRNGKey(99))
+        weights.save(tmp_path, detector, params, stats, classes=classes, image_size=(64, 64))
+        chosen = ConfigDict(dict(detector="rtmdet_pico", weights=str(tmp_path)))
+        with pytest.warns(UserWarning, match="classifiers start anew"):
+            started, (found, _) = loop.load_detector("student", chosen, dataset, key)
+        assert started.num_classes == len(dataset.classes)
+        old = flatten(params)
+        for path, value in flatten(found).items():
+            np.testing.assert_array_equal(value, (fresh if "rtm_cls" in path else old)[path], err_msg=path)
 
 
 def test_a_term_without_effect_is_named(folder, teacher_folder, tmp_path):

@@ -51,19 +51,25 @@ def _torch_name(path: str) -> str:
 
 
 def from_torch(
-    detector: Detector, state: dict[str, np.ndarray], *, network: str = "student", key: jax.Array | None = None
+    detector: Detector,
+    state: dict[str, np.ndarray],
+    *,
+    network: str = "student",
+    key: jax.Array | None = None,
+    other_classes: bool = False,
 ) -> tuple[Tree, Tree]:
     """Fills a detector from a PyTorch state dict.
 
     Understood are mmdetection's names, behind `module.` (parallel wrappers and averaged models) and mmrazor's
-    `architecture.`, `student.` and `teacher.`. Every key must be used and every array filled. If only the number of
-    classes differs, the classifiers start anew with the focal prior, and a warning says so.
+    `architecture.`, `student.` and `teacher.`. Every key must be used and every array filled. If only the classes differ,
+    the classifiers start anew with the focal prior, and a warning says so.
 
     Args:
       detector: what to fill.
       state: name -> array, layout of PyTorch (OIHW).
       network: which one to take, "student" or "teacher", of a distiller's state that holds both.
       key: of the draws for new classifiers; by default the key of seed 0.
+      other_classes: the state's classes are not the detector's, even if there are as many.
 
     Returns:
       (params, stats) of float32 arrays.
@@ -79,7 +85,7 @@ def from_torch(
     state = {name: value for name, value in _plain(state, network).items() if not name.endswith(_COUNTERS)}
     wanted = {f"{side}/{path}": leaf for side, tree in zip(("params", "stats"), detector.shapes, strict=True)
               for path, leaf in flatten(tree).items()}  # fmt: skip
-    filled, problems, found_classes = {}, [], set()
+    filled, problems, classifiers = {}, [], {}
     unused = set(state)
     for path, names in torch_names(detector).items():
         unused -= set(names)
@@ -91,14 +97,14 @@ def from_torch(
         if any(value.shape != values[0].shape or not np.array_equal(value, values[0]) for value in values):
             problems.append(f"{', '.join(names)} should be one shared array but differ")
         elif _CLASSIFIER.fullmatch(names[0]) and values[0].shape[:-1] == wanted[path].shape[:-1]:
-            found_classes.add(values[0].shape[-1])
-            filled[path] = values[0]
+            filled[path] = classifiers[path] = values[0]
         elif values[0].shape == wanted[path].shape:
             filled[path] = values[0]
         else:
             expected = torch_shape(wanted[path].shape, path)
             problems.append(f"{names[0]} has shape {np.shape(state[names[0]])} instead of {expected}")
     problems += [f"{name} has no place in the detector" for name in sorted(unused)]
+    found_classes = {value.shape[-1] for value in classifiers.values()}
     if len(found_classes) > 1:
         problems.append(f"the classifiers have different numbers of classes: {sorted(found_classes)}")
     if problems:
@@ -106,12 +112,13 @@ def from_torch(
             f"The weights do not fit {detector.name} with {detector.num_classes} classes and options "
             f"{detector.options}; {len(problems)} differences:\n  " + "\n  ".join(problems)
         )
-    if found_classes != {detector.num_classes}:
+    if other_classes or found_classes != {detector.num_classes}:
         initial = flatten({"params": detector.init(jax.random.key(0) if key is None else key)[0]})
-        filled |= {path: initial[path] for path in filled if filled[path].shape != wanted[path].shape}
+        filled |= {path: initial[path] for path in classifiers}
         warnings.warn(
-            f"The weights are for {found_classes.pop()} classes and {detector.name} has {detector.num_classes}: its "
-            "classifiers start anew, every class at the focal prior's probability of 0.01.",
+            f"The weights are for {found_classes.pop()} {'other ' if other_classes else ''}classes and {detector.name} "
+            f"has {detector.num_classes}: its classifiers start anew, every class at the focal prior's probability of "
+            "0.01.",
             stacklevel=2,
         )
     tree = unflatten({path: jax.numpy.asarray(value) for path, value in filled.items()})

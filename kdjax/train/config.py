@@ -15,7 +15,7 @@ def base() -> ConfigDict:
     config.student = ConfigDict(
         dict(
             detector="rtmdet_tiny",
-            weights="",  # start from a kdjax folder or a converted file; "" starts from random numbers
+            weights="",  # start from a kdjax folder or a PyTorch file, of other classes too; "" starts from random numbers
         )
     )
     config.teacher = ConfigDict(

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import kdjax
 from kdjax import data, detectors
-from kdjax.detectors import weights
+from kdjax.detectors import convert, weights
 from kdjax.evals import coco, report, size
 from kdjax.methods import api
 from kdjax.train import config as settings
@@ -151,6 +151,10 @@ def load_detector(role: str, chosen: ConfigDict, dataset, key):
         return detector, None
     detector, params, stats, classes = weights.load(chosen.weights, detector, key=key)
     if classes is not None and list(classes) != list(dataset.classes):
+        if role == "student":  # fine-tuning: weights of other data are a start
+            state = convert.to_torch(detector, params, stats)
+            detector = detectors.build(detector.name, len(dataset.classes), **detector.options)
+            return detector, convert.from_torch(detector, state, key=key, other_classes=True)
         missing = [name for name in dataset.classes if name not in classes]
         what = f"{missing[0]!r} is unknown to the {role}" if missing else "the order or number of classes differs"
         raise ValueError(
