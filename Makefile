@@ -11,12 +11,12 @@ quickstart: setup
 	$(PY) train.py --config=configs/quickstart.py --workdir=runs/quickstart
 	@echo "The report: runs/quickstart/report.html"
 
-# The suite, on CPU; test-all adds what takes minutes.
+# The suite, on CPU, in two processes: most of its time is compilation, which runs on one core; test-all adds what takes minutes.
 test: setup
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist loadfile
 
 test-all: setup
-	$(PY) -m pytest -m ""
+	$(PY) -m pytest -n 2 --dist loadfile -m ""
 
 lint: setup
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
