@@ -8,7 +8,7 @@ import importlib
 import inspect
 import math
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -229,6 +229,52 @@ def check_sizes(stride: int, student: tuple[int, ...], teacher: tuple[int, ...])
                 f"at stride {stride} the student's map {student[1:3]} and the teacher's {teacher[1:3]} differ by more "
                 "than a factor of 2; choose taps of like resolution"
             )
+
+
+def check_choice(option: str, value, choices: tuple) -> None:
+    """Refuses a value that an option ("method.option") does not have.
+
+    Raises:
+      ValueError: naming the values that it has.
+    """
+    if value not in choices:
+        raise ValueError(f"config.methods.{option} is {value!r}; it must be one of {', '.join(map(repr, choices))}")
+
+
+def pair_priors(student: DetectorOutput, teacher: DetectorOutput, student_tap: str, teacher_tap: str) -> list[Pair]:
+    """The pairs of two predictions that are compared prior by prior: levels, grids and channels must be the same.
+
+    Raises:
+      ValueError: a tap does not exist, or the predictions do not belong to the same priors and classes.
+    """
+    pairs = pair(student, teacher, student_tap, teacher_tap)
+    sides = [
+        {stride: tuple(m.shape[1:]) for stride, m in tap(output, name).items()}
+        for output, name in ((student, student_tap), (teacher, teacher_tap))
+    ]
+    if sides[0] != sides[1] or set(sides[0]) != set(student.strides):
+        raise ValueError(
+            f"predictions are compared prior by prior, which needs the same levels, grids, anchors and classes on both "
+            f"sides; by stride, {student_tap!r} of the student is {sides[0]}, {teacher_tap!r} of the teacher {sides[1]}"
+        )
+    return pairs
+
+
+def level_sizes(maps: Sequence[Array], count: int) -> list[int]:
+    """How many of the `count` priors belong to each level, the same number to every cell."""
+    cells = [m.shape[1] * m.shape[2] for m in maps]
+    return [count // sum(cells) * n for n in cells]
+
+
+def rows(maps: Sequence[Array], count: int) -> Array:
+    """A prediction of all levels with one row a prior: L of f32[B, H, W, A*C] -> f32[B, count, C], in float32."""
+    width = maps[0].shape[-1] * sum(m.shape[1] * m.shape[2] for m in maps) // count
+    return jnp.concatenate([m.reshape(m.shape[0], -1, width) for m in maps], 1).astype(jnp.float32)
+
+
+def mean_over_positives(values: Array, positive: Array) -> Array:
+    """The sum of f32[B, N] over the positive priors of the batch, divided by their number (at least 1)."""
+    return jnp.sum(jnp.where(positive, values, 0.0)) / jnp.maximum(jnp.sum(positive), 1)
 
 
 def mean_over_levels(values: list[Array]) -> Array:
