@@ -8,7 +8,7 @@ import importlib
 import inspect
 import math
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -201,6 +201,22 @@ def init_adapters(key, pairs: list[Pair], *, kernel_size: int = 1, bias: bool = 
     return params
 
 
+def init_generators(key, pairs: list[Pair]) -> dict:
+    """Parameters of MGD's generator for each level, on the teacher's channels: {stride: for `generation.generate`}.
+
+    The key may be the one that `init_adapters` gets.
+    """
+    key = jax.random.fold_in(key, 0)  # no stride is 0: another branch than the adapters'
+    params = {}
+    for stride, _, teacher in pairs:
+        channels = teacher.shape[-1]
+        keys = jax.random.split(jax.random.fold_in(key, stride))
+        params[str(stride)] = {
+            name: init_conv(k, 3, channels, channels) for name, k in zip(("first", "second"), keys, strict=True)
+        }
+    return params
+
+
 def adapt(params: dict, pairs: list[Pair]) -> list[Pair]:
     """The pairs with the student's side brought to the teacher's channels and size, in float32.
 
@@ -215,6 +231,17 @@ def adapt(params: dict, pairs: list[Pair]) -> list[Pair]:
             student = nn.conv2d(student, params[str(stride)]["kernel"], params[str(stride)].get("bias"))
         adapted.append(Pair(stride, student, teacher))
     return adapted
+
+
+def check_choice(option: str, value, choices: tuple) -> None:
+    """Refuses what is none of the choices of an option, named like "mkd.normalize".
+
+    Raises:
+      ValueError: with the choices.
+    """
+    if value not in choices:
+        valid = " or ".join(map(repr, choices))
+        raise ValueError(f"config.methods.{option} is {value!r}; it must be {valid}")
 
 
 def check_sizes(stride: int, student: tuple[int, ...], teacher: tuple[int, ...]) -> None:
@@ -260,16 +287,24 @@ def pair_priors(student: DetectorOutput, teacher: DetectorOutput, student_tap: s
     return pairs
 
 
-def level_sizes(maps: Sequence[Array], count: int) -> list[int]:
+def level_sizes(pairs: list[Pair], count: int) -> list[int]:
     """How many of the `count` priors belong to each level, the same number to every cell."""
-    cells = [m.shape[1] * m.shape[2] for m in maps]
+    cells = [p.teacher.shape[1] * p.teacher.shape[2] for p in pairs]
     return [count // sum(cells) * n for n in cells]
 
 
-def rows(maps: Sequence[Array], count: int) -> Array:
-    """A prediction of all levels with one row a prior: L of f32[B, H, W, A*C] -> f32[B, count, C], in float32."""
-    width = maps[0].shape[-1] * sum(m.shape[1] * m.shape[2] for m in maps) // count
-    return jnp.concatenate([m.reshape(m.shape[0], -1, width) for m in maps], 1).astype(jnp.float32)
+def rows(pairs: list[Pair], count: int) -> tuple[Array, Array]:
+    """Predictions of all levels with one row a prior: L of f32[B, H, W, A*C] -> f32[B, count, C], in float32.
+
+    Returns:
+      That of the student and that of the teacher.
+    """
+
+    def join(maps):
+        width = maps[0].shape[-1] * sum(m.shape[1] * m.shape[2] for m in maps) // count
+        return jnp.concatenate([m.reshape(m.shape[0], -1, width) for m in maps], 1).astype(jnp.float32)
+
+    return join([p.student for p in pairs]), join([p.teacher for p in pairs])
 
 
 def mean_over_positives(values: Array, positive: Array) -> Array:
