@@ -233,17 +233,6 @@ def adapt(params: dict, pairs: list[Pair]) -> list[Pair]:
     return adapted
 
 
-def check_choice(option: str, value, choices: tuple) -> None:
-    """Refuses what is none of the choices of an option, named like "mkd.normalize".
-
-    Raises:
-      ValueError: with the choices.
-    """
-    if value not in choices:
-        valid = " or ".join(map(repr, choices))
-        raise ValueError(f"config.methods.{option} is {value!r}; it must be {valid}")
-
-
 def check_sizes(stride: int, student: tuple[int, ...], teacher: tuple[int, ...]) -> None:
     """Refuses two maps whose sides differ by more than a factor of 2, which no resampling makes comparable.
 
