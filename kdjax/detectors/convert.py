@@ -61,8 +61,8 @@ def from_torch(
     """Fills a detector from a PyTorch state dict.
 
     Understood are mmdetection's names, behind `module.` (parallel wrappers and averaged models) and mmrazor's
-    `architecture.`, `student.` and `teacher.`. Every key must be used and every array filled. If only the classes differ,
-    the classifiers start anew with the focal prior, and a warning says so.
+    `architecture.`, `student.` and `teacher.`. Every key must be used and every array filled. If only the classes
+    differ, the classifiers start anew with the focal prior, and a warning says so.
 
     Args:
       detector: what to fill.
