@@ -8,7 +8,7 @@ import importlib
 import inspect
 import math
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -282,18 +282,15 @@ def level_sizes(pairs: list[Pair], count: int) -> list[int]:
     return [count // sum(cells) * n for n in cells]
 
 
-def rows(pairs: list[Pair], count: int) -> tuple[Array, Array]:
-    """Predictions of all levels with one row a prior: L of f32[B, H, W, A*C] -> f32[B, count, C], in float32.
+def rows(maps: Sequence[Array], count: int) -> Array:
+    """A prediction of all levels with one row a prior: L of f32[B, H, W, A*C] -> f32[B, count, C], in float32."""
+    width = maps[0].shape[-1] * sum(m.shape[1] * m.shape[2] for m in maps) // count
+    return jnp.concatenate([m.reshape(m.shape[0], -1, width) for m in maps], 1).astype(jnp.float32)
 
-    Returns:
-      That of the student and that of the teacher.
-    """
 
-    def join(maps):
-        width = maps[0].shape[-1] * sum(m.shape[1] * m.shape[2] for m in maps) // count
-        return jnp.concatenate([m.reshape(m.shape[0], -1, width) for m in maps], 1).astype(jnp.float32)
-
-    return join([p.student for p in pairs]), join([p.teacher for p in pairs])
+def row_pair(pairs: list[Pair], count: int) -> tuple[Array, Array]:
+    """The student's and the teacher's `rows`."""
+    return rows([p.student for p in pairs], count), rows([p.teacher for p in pairs], count)
 
 
 def mean_over_positives(values: Array, positive: Array) -> Array:
