@@ -106,11 +106,11 @@ def each_case(path: Path, replay: Callable[[str, dict[str, Any], dict[str, np.nd
         yield from (check._replace(name=f"{case} {check.name}") for check in checks)
 
 
-def skip_file(reason: str) -> Callable[[Path], Checks]:
-    """A check that skips a whole file."""
+def skip_file(reason: str, what: str = "whole file") -> Callable[[Path], Checks]:
+    """A check that skips a whole file, or the part of it that `what` names."""
 
     def skip(path: Path) -> Checks:
         del path
-        yield Check("whole file", skip=reason)
+        yield Check(what, skip=reason)
 
     return skip

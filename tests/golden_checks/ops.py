@@ -1,13 +1,14 @@
-"""`ops/*`: priors, assigners, coders, overlaps, suppression."""
+"""`ops/*`: priors, assigners, coders, overlaps, suppression; and the features of regions in the two-stage models."""
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from kdjax.boxes import assign, coding, convert, iou, nms, priors
+from kdjax.boxes import assign, coding, convert, iou, nms, priors, roi_align
 from kdjax.structs import Assignment, Targets
 from tests.golden_checks.api import (
     NOT_PART,
@@ -15,6 +16,7 @@ from tests.golden_checks.api import (
     Checks,
     UnknownCase,
     each_case,
+    load,
     mismatches,
     relative_error,
 )
@@ -28,6 +30,7 @@ dynamic_soft_label = jax.jit(assign.dynamic_soft_label, static_argnames="topk")
 sim_ota = jax.jit(assign.sim_ota, static_argnames="topk")
 max_iou = jax.jit(assign.max_iou, static_argnames=("num_classes", "match_low_quality", "ignore_iof"))
 atss = jax.jit(assign.atss, static_argnames=("num_classes", "level_sizes", "topk"))
+align = jax.jit(roi_align.roi_align, static_argnames=("strides", "size", "sampling_ratio"))
 suppress = jax.jit(nms.suppress, static_argnames="max_detections")
 select = jax.jit(nms.select, static_argnames=("level_sizes", "pre_nms", "max_detections"))
 
@@ -211,9 +214,26 @@ def suppression(what: str, params: Mapping[str, Any], arrays: Arrays) -> Checks:
         raise UnknownCase(f"no check for {what!r}")
 
 
+def region_features(path: Path) -> Checks:
+    """What the RoI extractor of a two-stage model took out of its neck, and from where: a sample a map cell."""
+    arrays, _ = load(path)
+    image, boxes = arrays["eval/rois"][:, 0].astype(int), arrays["eval/rois"][:, 1:]
+    level = roi_align.levels_by_size(boxes, 4)
+    yield Check("levels of regions", mismatches(level, arrays["eval/roi_levels"]), 0)
+    want = np.moveaxis(arrays["eval/roi_feats_first8"], 1, -1)
+    first = slice(len(want))
+    maps = [np.moveaxis(arrays[f"eval/neck/{i}"], 1, -1)[image[first]] for i in range(4)]
+    got = align(
+        maps, boxes[first, None], level[first, None], strides=(4, 8, 16, 32), size=want.shape[1], sampling_ratio=0
+    )
+    yield Check("features of regions", relative_error(got[:, 0], want), VALUE)
+
+
 CHECKS = [
     ("ops/anchors_*.npz", lambda path: each_case(path, anchors)),
     ("ops/coders_*.npz", lambda path: each_case(path, coders)),
     ("ops/assigners_*.npz", lambda path: each_case(path, assigners)),
     ("ops/nms_*.npz", lambda path: each_case(path, suppression)),
+    ("model/faster_*.npz", region_features),
+    ("model/mask_*.npz", region_features),
 ]
