@@ -210,10 +210,11 @@ def test_general_instances():
     gap = np.asarray(jax.nn.sigmoid(teacher) - jax.nn.sigmoid(student))
     score = np.abs(gap).max(-1)[0]
     order = [i for i in np.argsort(-score) if i not in ({0, 1} - {np.argmax(score[:2])})]  # 0 and 1 overlap
-    found, valid = instances.general_instances(student, teacher, student_boxes, boxes, count=4)
+    found, labels, valid = instances.general_instances(student, teacher, student_boxes, boxes, count=4)
     for place, prior in enumerate(order[:4]):
         surer = gap[0, prior, np.abs(gap[0, prior]).argmax()] > 0
         np.testing.assert_allclose(found[0, place], (boxes if surer else student_boxes)[0, prior], rtol=1e-6)
+        assert labels[0, place] == np.abs(gap[0, prior]).argmax()
     assert np.all(valid)
     assert np.all((score >= 0) & (score <= 1))
 

@@ -66,7 +66,7 @@ def per_image(student, teacher):
     scaled = [structural.min_max(x) for x in (student, teacher)]
     target, others = decoupled.decoupled(s, t, labels, temperature=2.0)
     sigmoid_target, sigmoid_others = decoupled.decoupled_sigmoid(s, t, labels)
-    found, found_valid = instances.general_instances(s, t, boxes_of(s), boxes_of(t), count=4)
+    found, _, found_valid = instances.general_instances(s, t, boxes_of(s), boxes_of(t), count=4)
     drop = generation.keep_mask(jnp.linspace(0, 0.99, priors).reshape(1, *student.shape[1:3], 1), 0.4)
     return {
         "ssim": structural.structural(*scaled, window=3),

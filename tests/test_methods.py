@@ -85,6 +85,26 @@ def decode(priors):
     return boxes
 
 
+def assign(priors):
+    """An assigner that gives a prior to the first box around it."""
+
+    def assignment(out: DetectorOutput, targets: Targets) -> Assignment:
+        del out
+        low, high = targets.boxes[:, :, None, :2], targets.boxes[:, :, None, 2:]
+        inside = jnp.all((priors[:, :2] > low) & (priors[:, :2] < high), -1) & targets.valid[..., None]
+        positive, owner = jnp.any(inside, 1), jnp.argmax(inside, 1)
+        return Assignment(
+            matched=jnp.where(positive, owner, -1),
+            positive=positive,
+            ignore=jnp.zeros_like(positive),
+            labels=jnp.where(positive, jnp.take_along_axis(targets.labels, owner, 1), CLASSES),
+            boxes=jnp.take_along_axis(targets.boxes, owner[..., None], 1) * positive[..., None],
+            quality=positive.astype(jnp.float32),
+        )
+
+    return assignment
+
+
 def head(features, *, branch: str, start: int):
     """A stand-in for the teacher's head: activation, then a fixed linear predictor."""
     width = CLASSES if branch == "cls" else 4
@@ -106,6 +126,7 @@ def context(student, teacher, *, size: int, objects: bool = True, step: int = 0,
         decode_student=decode(priors),
         decode_teacher=decode(priors),
         teacher_head=head,
+        assign=assign(jnp.array(priors)),
     )
 
 
@@ -113,11 +134,16 @@ def total(method, params, ctx):
     return sum(method.apply(params, ctx).values())
 
 
+def prepared(name: str):
+    """What the contract's tests take: the method with its default options, two detectors' outputs, its parameters."""
+    method, special = api.build(name), SPECIAL.get(name, {})
+    student, teacher = (output(jax.random.PRNGKey(i), c, 64, **special) for i, c in ((0, 4), (1, 6)))
+    return name, method, student, teacher, method.init(jax.random.PRNGKey(2), student, teacher)
+
+
 @pytest.fixture(scope="module", params=api.names())
 def made(request):
-    method, special = api.build(request.param), SPECIAL.get(request.param, {})
-    student, teacher = (output(jax.random.PRNGKey(i), c, 64, **special) for i, c in ((0, 4), (1, 6)))
-    return request.param, method, student, teacher, method.init(jax.random.PRNGKey(2), student, teacher)
+    return prepared(request.param)
 
 
 def test_teacher_gets_no_gradient_and_student_gets_one(made):

@@ -16,8 +16,8 @@ def general_instances(
     *,
     count: int = 10,
     iou_threshold: float = 0.3,
-) -> tuple[Array, Array]:
-    """The boxes of the priors on which the two nets differ most, after suppression.
+) -> tuple[Array, Array, Array]:
+    """The boxes and classes of the priors on which the two nets differ most, after suppression.
 
     The score of a prior is max_k |sigmoid(teacher) - sigmoid(student)|; its box is the one of the net that is surer of
     that class. The selection has no gradient.
@@ -31,7 +31,7 @@ def general_instances(
       iou_threshold: of the suppression.
 
     Returns:
-      (boxes f32[B, count, 4], valid bool[B, count]).
+      (boxes f32[B, count, 4], labels i32[B, count]: the class that differs most, valid bool[B, count]).
 
     Scope: image.
     Peers: a third-party Detectron2 port; no official code.
@@ -52,7 +52,8 @@ def general_instances(
     boxes = jnp.where(jnp.take_along_axis(gap, best, -1) > 0, teacher_boxes, student_boxes)
     score = logits.score_gap(student_logits, teacher_logits)
     index, valid = nms.suppress(boxes, score, iou_threshold=iou_threshold, max_detections=count)
-    return jnp.take_along_axis(boxes, index[..., None], 1), valid
+    labels = jnp.take_along_axis(best[..., 0], index, 1)
+    return jnp.take_along_axis(boxes, index[..., None], 1), labels, valid
 
 
 def relation(student: Array, teacher: Array, valid: Array, *, eps: float = 1e-6) -> Array:

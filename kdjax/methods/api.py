@@ -33,6 +33,8 @@ class Context(NamedTuple):
     teacher_head: (
         Callable  # (features by level, *, branch, start) -> predictions by level; the teacher's frozen weights
     )
+    # The student's own assigner, without gradient; methods that choose boxes of their own give them as targets.
+    assign: Callable[[DetectorOutput, Targets], Assignment]
 
 
 class Method(NamedTuple):
@@ -174,29 +176,50 @@ def pair(student: DetectorOutput, teacher: DetectorOutput, student_tap: str, tea
     return [Pair(stride, of_student[stride], of_teacher[stride]) for stride in common]
 
 
-def init_conv(key, kernel_size: int, inputs: int, outputs: int, *, bias: bool = True) -> dict:
-    """Parameters of a convolution: kernel and bias uniform in +-1/sqrt(fan in), the usual default of such adapters."""
+def init_conv(
+    key, kernel_size: int, inputs: int, outputs: int, *, bias: bool = True, deviation: float | None = None
+) -> dict:
+    """Parameters of a convolution: kernel and bias uniform in +-1/sqrt(fan in), the usual default of such adapters.
+
+    With a `deviation`, the kernel is normal with it and the bias 0.
+    """
     limit = 1 / math.sqrt(kernel_size * kernel_size * inputs)
     key_kernel, key_bias = jax.random.split(key)
     shape = (kernel_size, kernel_size, inputs, outputs)
+    if deviation is not None:
+        kernel = deviation * jax.random.normal(key_kernel, shape, jnp.float32)
+        return {"kernel": kernel} | ({"bias": jnp.zeros(outputs)} if bias else {})
     params = {"kernel": jax.random.uniform(key_kernel, shape, jnp.float32, -limit, limit)}
     if bias:
         params["bias"] = jax.random.uniform(key_bias, (outputs,), jnp.float32, -limit, limit)
     return params
 
 
-def init_adapters(key, pairs: list[Pair], *, kernel_size: int = 1, bias: bool = True, always: bool = False) -> dict:
+def init_adapters(
+    key,
+    pairs: list[Pair],
+    *,
+    kernel_size: int = 1,
+    bias: bool = True,
+    always: bool = False,
+    deviation: float | None = None,
+) -> dict:
     """One convolution a level that takes the student's channels to the teacher's: {stride: params}.
 
     A level whose channels agree gets none (identity), unless `always`. Adapters are trained with the student and never
-    handed out. Also checks that the maps of a pair can be compared (see `adapt`).
+    handed out. Also checks that the maps of a pair can be compared (see `adapt`). `deviation`: see `init_conv`.
     """
     params = {}
     for stride, student, teacher in pairs:
         check_sizes(stride, student.shape, teacher.shape)
         if always or student.shape[-1] != teacher.shape[-1]:
             params[str(stride)] = init_conv(
-                jax.random.fold_in(key, stride), kernel_size, student.shape[-1], teacher.shape[-1], bias=bias
+                jax.random.fold_in(key, stride),
+                kernel_size,
+                student.shape[-1],
+                teacher.shape[-1],
+                bias=bias,
+                deviation=deviation,
             )
     return params
 

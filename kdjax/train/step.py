@@ -74,6 +74,7 @@ def compare(student, teacher, methods, params, variables: Teacher, output, assig
             teacher_head=lambda features, *, branch, start: teacher.head(
                 *variables, features, branch=branch, start=start
             ),
+            assign=lambda output, targets: jax.lax.stop_gradient(student.loss(output, targets)[1]),
         )
         values = method.apply(params[name], context)
         terms |= {f"{name}/{term}": value for term, value in values.items()}
