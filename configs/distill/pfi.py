@@ -1,0 +1,15 @@
+"""PFI on RTMDet: weight 1.5, with the guide at mean 1, as its scale is that of RetinaNet's logits otherwise. Published:
+RetinaNet R50 gains 2.3 AP from PFI, 2.9 (a run of the paper's: 36.9 -> 40.4) from RM and PFI; the recipe rm.py shows
+both together.
+
+    python train.py --config=configs/distill/pfi.py --config.data.root=DIR \\
+        --config.teacher.weights=WEIGHTS --workdir=runs/pfi
+"""
+
+from configs.distill.coco_folder import get_config as on_folder
+
+
+def get_config():
+    config = on_folder("pfi")
+    config.methods.pfi.normalize_guide = True
+    return config

@@ -1,0 +1,89 @@
+"""PFI: prediction-guided feature imitation, features count where both nets predict differently.
+
+    P[b, h, w] = mean_{a,k} (z^S - z^T)^2,   F[b, h, w] = mean_c (S' - T)^2
+    L = weight * mean over levels of mean_{b,h,w} P F
+
+Paper: Li et al., "Knowledge Distillation for Object Detection via Rank Mimicking and Prediction-guided Feature
+    Imitation", AAAI 2022.
+Taps: neck, any maps of the grid of the class predictions, and cls_logits (dense heads, the same priors and classes on
+    both sides). S' is the student's map behind a 1x1 convolution where the channels differ.
+Open: space of the predictions: logits (the only one that the published weight fits) or space="probs". Scale of P: as it
+    is; normalize_guide=True divides it by its mean over the level, which is advised for heads other than RetinaNet's.
+    Reduction: the mean of P F, or form="norm", the Euclidean norm of P F over the cells of a picture divided by their
+    number, mean over pictures; a square of the product, which notes on the paper mention, is in no code and not here.
+    All codes let the gradient through P, so PFI also pulls at the predictions; detach_guide=True stops it.
+Proof: none: no public original (unofficial ports).
+Status: formula
+"""
+
+import jax
+import jax.numpy as jnp
+
+from kdjax.losses import feature, prediction
+from kdjax.methods import api
+
+
+def make(
+    *,
+    weight: float = 1.5,
+    student: str = "neck",
+    teacher: str = "neck",
+    space: str = "logits",
+    form: str = "mean",
+    normalize_guide: bool = False,
+    detach_guide: bool = False,
+    start: int = 0,
+    stop: int = 0,
+    warmup: int = 0,
+    decay: int = 0,
+) -> api.Method:
+    """Squared feature difference, weighted in every cell by the squared difference of the class predictions.
+
+    Args:
+      weight: of the term; 1.5 for RetinaNet.
+      student, teacher: taps of the features.
+      space: of the predictions, "logits" or "probs" (their sigmoids).
+      form: "mean" or "norm", how the cells are reduced.
+      normalize_guide: scales P to mean 1 over the cells of the level in the batch.
+      detach_guide: no gradient through P.
+      start, stop, warmup, decay: schedule in steps, see `api.weight_schedule`.
+
+    Raises:
+      ValueError: unknown `space` or `form`, or an impossible schedule.
+    """
+    api.check_choice("pfi.space", space, ("logits", "probs"))
+    api.check_choice("pfi.form", form, ("mean", "norm"))
+
+    def init(key, student_spec, teacher_spec):
+        pairs = api.pair(student_spec, teacher_spec, student, teacher)
+        predictions = api.pair_priors(student_spec, teacher_spec, "cls_logits", "cls_logits")
+        grids = {p.stride: p.teacher.shape[1:3] for p in predictions}
+        for stride, _, of_teacher in pairs:
+            if grids.get(stride) != of_teacher.shape[1:3]:
+                raise ValueError(
+                    f"pfi weights features by predictions cell by cell, but at stride {stride} the tap {teacher!r} of "
+                    f"the teacher has {of_teacher.shape[1:3]} cells and its class logits {grids.get(stride)}"
+                )
+        return api.init_adapters(key, pairs)
+
+    def compare(s, t, logits):
+        guide = prediction.disagreement(logits.student, logits.teacher, space=space)
+        if normalize_guide:
+            guide = prediction.unit_mean(guide)
+        if detach_guide:
+            guide = jax.lax.stop_gradient(guide)
+        cells = prediction.prediction_guided(s, t, guide)
+        if form == "norm":
+            norms = jax.vmap(lambda x: feature.frobenius(x, jnp.zeros_like(x)))(cells)
+            return jnp.mean(norms) / (s.shape[1] * s.shape[2])
+        return jnp.mean(cells)
+
+    def apply(params, context):
+        pairs = api.adapt(params, api.pair(context.student, context.teacher, student, teacher))
+        predictions = {p.stride: p for p in api.pair(context.student, context.teacher, "cls_logits")}
+        levels = [compare(s, t, predictions[stride]) for stride, s, t in pairs]
+        return {"feature": api.mean_over_levels(levels)}
+
+    return api.Method(
+        init, apply, api.weight_schedule({"feature": weight}, start=start, stop=stop, warmup=warmup, decay=decay)
+    )

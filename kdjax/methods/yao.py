@@ -1,0 +1,161 @@
+"""Yao 2025: resampled features with spatial attention, decoupled logits, one-to-many alignment; from the abstract.
+
+    X = resample(S'),  Y = Gen(sigmoid(Conv7x7([mean_c X ; max_c X])) X),  Gen = Conv3x3, ReLU, Conv3x3
+    features:       L = feature_weight * mean over levels of mean (Y - T)^2
+    target, others: L = logit_weight * mean over positives of (target_weight TCKD + other_weight NCKD), as in dkd
+    many:           L = many_weight * mean over levels i of sum_{|i-j| <= reach} o_ij mean (FAM_ij(S_i) - T_j)^2,
+                    FAM_ij = Conv3x3(ReLU(Conv1x1(S_i resized to level j))),  o_ij ~ 2^-|i-j|, summing to 1 over j
+
+Paper: Yao et al., "An Improved Knowledge Distillation Algorithm and Its Application to Object Detection", 2025. Only
+    its abstract is public: it names the parts, no formula and no number. All formulas are readings, not the authors'.
+Taps: neck (any detector), and for the logits cls_logits (dense heads, the same priors and classes on both sides) with
+    the student's assignment. S' is the student's map behind a 1x1 convolution where the channels differ.
+Open: everything. Resampling: cells masked at random as in MGD (resample="mask"), average pooling and interpolation back
+    ("interp"), or "none". The attention sits on the student's side before the generator, where it cannot shrink both
+    sides of the loss: attention=False leaves it out. foreground=True weights cells by the teacher's spatial attention.
+    Target and non-target classes are read as DKD, one-to-many as a level against its neighbours. A weight of 0
+    switches a part off.
+Proof: none: no public original.
+Status: experimental
+"""
+
+import jax
+import jax.numpy as jnp
+
+from kdjax import nn
+from kdjax.losses import attention, decoupled, feature, generation
+from kdjax.methods import api
+
+
+def make(
+    *,
+    weight: float = 1.0,
+    student: str = "neck",
+    teacher: str = "neck",
+    feature_weight: float = 1.0,
+    logit_weight: float = 1.0,
+    many_weight: float = 1.0,
+    resample: str = "mask",
+    drop: float = 0.65,
+    factor: int = 2,
+    spatial_attention: bool = True,
+    foreground: bool = False,
+    head: str = "sigmoid",
+    target_weight: float = 1.0,
+    other_weight: float = 0.25,
+    temperature: float = 1.0,
+    reach: int = 1,
+    start: int = 0,
+    stop: int = 0,
+    warmup: int = 0,
+    decay: int = 0,
+) -> api.Method:
+    """Rebuilt features, decoupled class scores, and every level against its neighbours.
+
+    Args:
+      weight: of all terms.
+      student, teacher: taps of the features.
+      feature_weight, logit_weight, many_weight: of the three parts; 0 switches a part off.
+      resample: "mask", "interp" or "none", what is done to the student's features first.
+      drop: share of the cells that "mask" zeroes, 0 .. 1; 0.65, or 0.45 for two-stage detectors, in MGD.
+      factor: window >= 1 of the pooling of "interp", in cells; 1 changes nothing.
+      spatial_attention: whether the resampled features are weighted by a learnt map.
+      foreground: weights the cells of the feature part by FGD's spatial attention of the teacher (mean 1).
+      head: "sigmoid" or "softmax", what turns the class logits into scores.
+      target_weight, other_weight: of the two terms of the logits, as in dkd.
+      temperature: tau > 0 of the logits.
+      reach: how many levels away a teacher's level may be, >= 0.
+      start, stop, warmup, decay: schedule in steps, see `api.weight_schedule`.
+
+    Raises:
+      ValueError: unknown `resample` or `head`, a number out of its range, or an impossible schedule.
+    """
+    api.check_choice("yao.resample", resample, ("mask", "interp", "none"))
+    api.check_choice("yao.head", head, ("sigmoid", "softmax"))
+    for option, value, possible, range_ in (
+        ("drop", drop, 0 <= drop <= 1, "within 0 .. 1"),
+        ("factor", factor, factor >= 1, "at least 1"),
+        ("temperature", temperature, temperature > 0, "above 0"),
+        ("reach", reach, reach >= 0, "at least 0"),
+    ):
+        if not possible:
+            raise ValueError(f"config.methods.yao.{option} is {value}; it must be {range_}")
+    weights = {
+        "features": weight * feature_weight,
+        "target": weight * logit_weight * target_weight,
+        "others": weight * logit_weight * other_weight,
+        "many": weight * many_weight,
+    }
+    divergences = decoupled.decoupled_sigmoid if head == "sigmoid" else decoupled.decoupled
+
+    def neighbours(pairs):
+        """Every pair of levels (student i, teacher j) that is compared, with its weight o_ij."""
+        for i, pair in enumerate(pairs):
+            near = {j: 2.0 ** -abs(i - j) for j in range(len(pairs)) if abs(i - j) <= reach}
+            for j, share in near.items():
+                yield pair.stride, pair.student, pairs[j].stride, pairs[j].teacher, share / sum(near.values())
+
+    def init(key, student_spec, teacher_spec):
+        pairs = api.pair(student_spec, teacher_spec, student, teacher)
+        params = {}
+        if weights["features"]:
+            params = {"adapters": api.init_adapters(key, pairs), "generators": api.init_generators(key, pairs)}
+            if spatial_attention:
+                params["attention"] = {
+                    str(pair.stride): api.init_conv(
+                        jax.random.fold_in(jax.random.fold_in(key, 1), pair.stride), 7, 2, 1
+                    )
+                    for pair in pairs
+                }
+        if weights["target"] or weights["others"]:
+            api.pair_priors(student_spec, teacher_spec, "cls_logits", "cls_logits")
+        if weights["many"]:
+            params["many"] = {}
+            for i, s, j, t, _ in neighbours(pairs):
+                first, second = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, 2), 1000 * i + j))
+                params["many"][f"{i}-{j}"] = {
+                    "first": api.init_conv(first, 1, s.shape[-1], t.shape[-1]),
+                    "second": api.init_conv(second, 3, t.shape[-1], t.shape[-1]),
+                }
+        return params
+
+    def resampled(x, key):
+        if resample == "mask":
+            return x * generation.keep_mask(jax.random.uniform(key, (*x.shape[:3], 1)), drop)
+        if resample == "interp":
+            return nn.resize_bilinear(nn.avg_pool(x, int(factor)), x.shape[1:3])
+        return x
+
+    def rebuilt(params, pair, key):
+        """The feature part of one level."""
+        stride, s, t = pair
+        x = resampled(s, jax.random.fold_in(key, stride))
+        if spatial_attention:
+            summary = jnp.concatenate([jnp.mean(x, -1, keepdims=True), jnp.max(x, -1, keepdims=True)], -1)
+            x = x * jax.nn.sigmoid(nn.conv2d(summary, **params["attention"][str(stride)]))
+        error = feature.squared(generation.generate(x, params["generators"][str(stride)]), t)
+        return jnp.mean(error * attention.spatial_attention(t) if foreground else error)
+
+    def aligned(params, s, t):
+        """One FAM, in form a generator whose first convolution is 1x1, and its distance."""
+        s = nn.resize_bilinear(s.astype(jnp.float32), t.shape[1:3]) if s.shape[1:3] != t.shape[1:3] else s
+        return jnp.mean(feature.squared(generation.generate(s, params), t))
+
+    def apply(params, context):
+        pairs = api.pair(context.student, context.teacher, student, teacher)
+        terms = {}
+        if weights["features"]:
+            adapted = api.adapt(params["adapters"], pairs)
+            terms["features"] = api.mean_over_levels([rebuilt(params, pair, context.key) for pair in adapted])
+        if weights["target"] or weights["others"]:
+            predictions = api.pair_priors(context.student, context.teacher, "cls_logits", "cls_logits")
+            logits, assignment = api.row_pair(predictions, len(context.priors)), context.assignment
+            target, others = divergences(*logits, assignment.labels, temperature=temperature)
+            terms["target"] = api.mean_over_positives(target, assignment.positive)
+            terms["others"] = api.mean_over_positives(others, assignment.positive)
+        if weights["many"]:
+            total = sum(share * aligned(params["many"][f"{i}-{j}"], s, t) for i, s, j, t, share in neighbours(pairs))
+            terms["many"] = total / len(pairs)
+        return {name: value for name, value in terms.items() if weights[name]}
+
+    return api.Method(init, apply, api.weight_schedule(weights, start=start, stop=stop, warmup=warmup, decay=decay))
