@@ -1,4 +1,5 @@
-"""RM on RTMDet: weight 4, theta 1. Published: RetinaNet R50 gains 1.4 AP from RM, 2.9 from RM and PFI.
+"""RM on RTMDet: weight 4, theta 1. Published: RetinaNet R50 36.9 -> 40.4 AP with RM and PFI; one table of the paper has
+gains of 1.4 from RM, 2.3 from PFI and 2.9 from both.
 
     python train.py --config=configs/distill/rm.py --config.data.root=DIR \\
         --config.teacher.weights=WEIGHTS --workdir=runs/rm
