@@ -1,0 +1,285 @@
+"""Writes docs/methods.md from the methods themselves: their docstrings, their signatures, and what they refuse.
+
+    python docs/generate.py            # writes the file and prints what it wrote
+    python docs/generate.py --check    # exits with 1 if the file is out of date
+
+The layout of a method's docstring is shown in docs/add_a_method.md. Nothing is compiled: detectors and methods are
+looked at through shapes alone.
+"""
+
+import argparse
+import functools
+import importlib
+import inspect
+import re
+import sys
+import textwrap
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
+
+import jax
+import jax.numpy as jnp
+
+from kdjax import detectors
+from kdjax.methods import api
+
+PAGE = Path(__file__).with_name("methods.md")
+SECTIONS = ("Paper", "Taps", "Open", "Proof", "Status")
+STATUSES = {
+    "proven": "its numbers equal those of the authors' code, or of a port in wide use, within the error stated",
+    "formula": "there is no public original to compare with; each formula has a test of its own",
+    "experimental": "the paper leaves so much open that this is a reading of it",
+}
+# How a proof names reference files (tests/golden/README.md).
+GOLDEN = re.compile(r"\b(?:coco|kd|loss|model|ops|tables)/[\w*]+(?:\.\w+)?")
+SIZE, CLASSES = 320, 20  # of the pictures and detectors on which methods are tried
+SCHEDULE = ("start", "stop", "warmup", "decay")
+INTRO = """\
+# Methods
+
+<!-- Written by `python docs/generate.py` from the files in kdjax/methods; change those, not this page. -->
+
+A method is chosen by its name, `config.methods.<name>`, in a config file or as its argument
+(`--config=configs/quickstart.py:mkd`); several add up (`:mkd+rtmdet_cwd`). Its options are flags
+(`--config.methods.mkd.zeta=0.3`); an option that does not exist is refused with the list of those that do.
+
+Every method has a `weight`, its taps, and a schedule in steps (optimiser updates) for all its terms: `start` (0) is
+the first step with a weight above zero, over `warmup` (0) steps it rises linearly to the full weight, and over the
+last `decay` (0) steps before `stop` (0: never) it falls linearly to zero. These four are not repeated below.
+
+A tap names a place of the detector: `neck`, one level of it (`backbone.2`), or a convolution of a head's tower
+(`cls_tower.1`). Levels of student and teacher pair by stride. Where channels differ, most methods bring the student's
+to the teacher's by a convolution that is trained beside the student and not handed out.
+
+Status:
+
+{statuses}
+
+"Runs on" was found by trying: the method with its default options, student and teacher of that family. How to add
+your own: [add_a_method.md](add_a_method.md).
+"""
+
+
+class Method(NamedTuple):
+    """What the page says about one method."""
+
+    name: str
+    title: str  # "MKD"
+    what: str
+    formula: str
+    sections: dict[str, str]
+    options: list[tuple[str, str, str]]  # names, defaults, meaning
+    refusals: dict[str, str]  # detector family -> why not, "" where it runs
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if the file is out of date")
+    options = parser.parse_args(arguments)
+    try:
+        methods = [describe(name) for name in api.names()]
+    except ValueError as error:
+        print(f"docs/generate.py: {error}", file=sys.stderr)
+        return 2
+    text = page(methods)
+    if options.check:
+        if not PAGE.is_file() or PAGE.read_text() != text:
+            print("docs/methods.md is out of date: run python docs/generate.py", file=sys.stderr)
+            return 1
+        print(f"docs/methods.md is up to date ({len(methods)} methods)")
+        return 0
+    PAGE.write_text(text)
+    print(f"wrote docs/methods.md: {', '.join(method.name for method in methods)}")
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------------------ reading
+
+
+def describe(name: str) -> Method:
+    """Reads one method.
+
+    Raises:
+      ValueError: its docstrings do not have the layout, or disagree with its options.
+    """
+    module = importlib.import_module(f"kdjax.methods.{name}")
+    where = f"kdjax/methods/{name}.py"
+    title, what, formula, sections = read_module(where, module.__doc__ or "")
+    return Method(name, title, what, formula, sections, read_options(where, module.make), refusals(name))
+
+
+def read_module(where: str, doc: str) -> tuple[str, str, str, dict[str, str]]:
+    """Title, what it is, formula and sections of a method's module docstring."""
+    first, _, rest = inspect.cleandoc(doc).partition("\n")
+    title, colon, what = first.partition(": ")
+    if not colon or not what.endswith("."):
+        raise ValueError(f"{where}: the docstring begins with 'NAME: what it is.' in one line, not with {first!r}")
+    formula, *found = re.split(rf"^({'|'.join(SECTIONS)}):", rest, flags=re.MULTILINE)
+    names, texts = found[::2], found[1::2]
+    for section in SECTIONS:
+        if section not in names:
+            raise ValueError(f"{where}: the docstring has no section '{section}:' at the start of a line")
+    if tuple(names) != SECTIONS:
+        raise ValueError(
+            f"{where}: the docstring's sections are {', '.join(names)}; each comes once, in the order "
+            f"{', '.join(SECTIONS)}"
+        )
+    lines = formula.strip("\n").splitlines()
+    if not lines or any(line and not line.startswith("    ") for line in lines):
+        raise ValueError(f"{where}: after its first line the docstring has the formula, every line indented by 4")
+    sections = dict(zip(names, map(flow, texts), strict=True))
+    for section, text in sections.items():
+        if not text:
+            raise ValueError(f"{where}: the docstring's section '{section}:' is empty")
+    if sections["Status"] not in STATUSES:
+        raise ValueError(f"{where}: the status is {sections['Status']!r}; it must be one of {', '.join(STATUSES)}")
+    return title, what.removesuffix("."), "\n".join(lines), sections
+
+
+def flow(text: str) -> str:
+    """One line a paragraph or list item."""
+    paragraphs = re.split(r"\n\s*\n|\n(?=\s*- )", text)
+    return "\n".join(" ".join(paragraph.split()) for paragraph in paragraphs).strip()
+
+
+def read_options(where: str, make) -> list[tuple[str, str, str]]:
+    """The rows of the table of options: the Args of `make` with the defaults of its signature."""
+    defaults = {name: parameter.default for name, parameter in inspect.signature(make).parameters.items()}
+    entries = read_args(inspect.getdoc(make) or "")
+    told = [name for names, _ in entries for name in names]
+    for name in defaults:
+        if name not in told and name not in SCHEDULE:
+            raise ValueError(f"{where}: the docstring of make does not tell what the option {name!r} means")
+    for name in told:
+        if name not in defaults or told.count(name) > 1:
+            raise ValueError(f"{where}: the docstring of make tells of {name!r}, which is no option or is there twice")
+    rows = []
+    for names, meaning in entries:
+        if set(names) <= set(SCHEDULE):  # the page tells of these once; here only what is particular to this method
+            meaning = meaning.partition("api.weight_schedule`")[2].strip(" ;:,")
+        if meaning.strip("."):
+            values = dict.fromkeys(shown(defaults[name]) for name in names)
+            rows.append((", ".join(f"`{name}`" for name in names), ", ".join(values), meaning))
+    return rows
+
+
+def read_args(doc: str) -> list[tuple[list[str], str]]:
+    """The entries of the section "Args:": names and meaning."""
+    section = re.search(r"^Args:\n((?: .*\n|\n)*)", doc + "\n", re.MULTILINE)
+    entries = []
+    for line in textwrap.dedent(section[1] if section else "").splitlines():
+        entry = re.match(r"(\w+(?:, \w+)*):(.*)", line)
+        if entry:
+            entries.append((entry[1].split(", "), entry[2].strip()))
+        elif line and entries:
+            entries[-1] = (entries[-1][0], f"{entries[-1][1]} {line.strip()}")
+    return entries
+
+
+def shown(default) -> str:
+    return f'`"{default}"`' if isinstance(default, str) else f"`{default!r}`"
+
+
+def families() -> dict[str, list[str]]:
+    """Detector family -> its variants by name, small to large."""
+    found = {}
+    for name in detectors.names():
+        found.setdefault(name.rsplit("_", 1)[0], []).append(name)
+    return found
+
+
+def pair_of(family: str) -> tuple[str, str]:
+    """The smallest student of a family, and the next larger teacher."""
+    variants = families()[family]
+    return variants[0], variants[min(1, len(variants) - 1)]
+
+
+@functools.cache
+def specs(name: str):
+    """Shapes of everything that a detector returns for a picture."""
+    detector = detectors.build(name, CLASSES)
+    image = jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), jnp.float32)
+    return jax.eval_shape(lambda variables, x: detector.apply(*variables, x, train=False)[0], detector.shapes, image)
+
+
+def initial(method: api.Method, student, teacher, key):
+    """What the method trains; the shapes come first, because only the key is traced."""
+    return method.init(key, student, teacher)
+
+
+def refusals(name: str) -> dict[str, str]:
+    """For each detector family the sentence with which the method refuses it, "" where it does not."""
+    found = {}
+    for family in families():
+        init = functools.partial(initial, api.build(name), *map(specs, pair_of(family)))
+        try:
+            jax.eval_shape(init, jax.ShapeDtypeStruct((2,), jnp.uint32))
+            found[family] = ""
+        except ValueError as error:
+            found[family] = str(error)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------ writing
+
+
+def page(methods: list[Method]) -> str:
+    statuses = "\n".join(f"- `{status}`: {meaning}." for status, meaning in STATUSES.items())
+    return "\n".join([INTRO.format(statuses=statuses), summary(methods), *map(section, methods)])
+
+
+def summary(methods: list[Method]) -> str:
+    rows = [
+        (
+            f"[{method.name}](#{method.name})",
+            prose(method.what),
+            prose(short(method.sections["Paper"])),
+            method.sections["Status"],
+            prose(method.sections["Taps"].split("\n")[0].split(". ")[0].rstrip(".")),
+            ", ".join(family for family, why in method.refusals.items() if not why) or "none yet",
+        )
+        for method in methods
+    ]
+    return table(("method", "what", "paper", "status", "taps", "runs on"), rows)
+
+
+def section(method: Method) -> str:
+    told = method.sections
+    quoted = GOLDEN.sub(r"`\g<0>`", told["Proof"])
+    runs = [family for family, why in method.refusals.items() if not why]
+    where = [f"{', '.join(runs)}." if runs else "No detector of kdjax yet."]
+    where += [f"Not on {family}: {why.rstrip('.')}." for family, why in method.refusals.items() if why]
+    parts = [
+        f"## {method.name}",
+        f"{method.title}: {prose(method.what)}. Status: `{told['Status']}`.",
+        method.formula,
+        f"**Paper.** {prose(told['Paper'])}",
+        f"**Needs.** {prose(told['Taps'])}",
+        table(("option", "default", "meaning"), [(n, d, prose(m)) for n, d, m in method.options]),
+        f"**Open.** {prose(told['Open'])}",
+        f"**Proof.** {prose(quoted)}",
+        f"**Runs on.** {prose(' '.join(where))}",
+    ]
+    return "\n\n".join(part.strip("\n") for part in parts) + "\n"
+
+
+def short(paper: str) -> str:
+    """Authors and venue: the citation without the title in quotation marks."""
+    return re.sub(r'"[^"]*",? *', "", paper).rstrip(". ")
+
+
+def prose(text: str) -> str:
+    """Plain text as Markdown: list items apart, and outside of `code` nothing that Markdown would take for its own."""
+    pieces = re.split(r"(`[^`]*`)", text.replace("\n", "\n\n"))
+    return "".join(piece if piece.startswith("`") else re.sub(r"([*<\[\]\\])", r"\\\1", piece) for piece in pieces)
+
+
+def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [header, ("---",) * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,205 @@
+"""docs/methods.md says what the code does, and the guide to a method of one's own works as it is printed."""
+
+import fnmatch
+import inspect
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import kdjax.methods
+from kdjax import detectors
+from kdjax.methods import api
+from kdjax.structs import Assignment, Targets
+from tests import golden_replay, test_methods
+from tests.shared import ROOT, SHARED, script
+from tests.test_configs import load
+
+generate = script(ROOT / "docs" / "generate.py")
+GUIDE = (ROOT / "docs" / "add_a_method.md").read_text()
+BLOCKS = dict(re.findall(r"^```python\n# (\S+)\n(.*?)^```$", GUIDE, re.MULTILINE | re.DOTALL))
+
+
+def test_the_page_is_up_to_date(capsys):
+    assert generate.main(["--check"]) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", api.names())
+def test_a_proof_names_reference_files_that_are_replayed(name):
+    told = generate.describe(name).sections
+    named = generate.GOLDEN.findall(told["Proof"])
+    assert named or (told["Proof"].startswith("none") and told["Status"] != "proven"), told["Proof"]
+    patterns = [pattern for pattern, _ in golden_replay.known_checks()]
+    roots = [root for root in (SHARED and SHARED / "golden", ROOT / "tests" / "golden") if root]
+    files = [file for root in roots for file in golden_replay.files_of(root)]
+    for one in named:
+        whole = one if "." in one else f"{one}.npz"
+        assert any(fnmatch.fnmatchcase(whole, p) or fnmatch.fnmatchcase(p, whole) for p in patterns), one
+        # Some files are in the shared folder alone.
+        assert fnmatch.filter(files, whole) or not SHARED, f"{name}: there is no file {one}"
+
+
+@pytest.mark.parametrize("name", api.names())
+def test_a_method_computes_on_the_detectors_that_the_page_names(name):
+    for family, refusal in generate.refusals(name).items():
+        if not refusal:
+            terms = shapes_of_terms(name, *generate.pair_of(family))
+            assert terms and all(term.shape == () and term.dtype == jnp.float32 for term in terms.values()), family
+
+
+def shapes_of_terms(name: str, student: str, teacher: str) -> dict:
+    """The terms of a method on two detectors, as shapes: nothing is computed."""
+    method, key = api.build(name), jax.ShapeDtypeStruct((2,), jnp.uint32)
+    student, teacher = (detectors.build(detector, generate.CLASSES) for detector in (student, teacher))
+    outputs = [generate.specs(detector.name) for detector in (student, teacher)]
+    priors = student.priors((generate.SIZE, generate.SIZE))
+
+    def arrays(*shape, of):
+        return [jax.ShapeDtypeStruct((*shape, *rest), dtype) for dtype, *rest in of]
+
+    boxes = [(jnp.float32, 4), (jnp.int32,), (jnp.bool_,)]
+    targets = Targets(*arrays(1, 5, of=boxes), *arrays(1, of=[(jnp.int32, 2)] * 2))
+    rows = [(jnp.int32,), (jnp.bool_,), (jnp.bool_,), (jnp.int32,), (jnp.float32, 4), (jnp.float32,)]
+    assignment = Assignment(*arrays(1, len(priors), of=rows))
+
+    def terms(key, outputs, variables, targets, assignment):
+        context = api.Context(
+            student=outputs[0],
+            teacher=outputs[1],
+            targets=targets,
+            assignment=assignment,
+            step=jnp.int32(0),
+            key=key,
+            priors=jnp.asarray(priors),
+            decode_student=student.decode_boxes,
+            decode_teacher=teacher.decode_boxes,
+            teacher_head=lambda features, **where: teacher.head(*variables, features, **where),
+            assign=lambda output, targets: student.loss(output, targets)[1],
+        )
+        return method.apply(method.init(key, *outputs), context)
+
+    return jax.eval_shape(terms, key, outputs, teacher.shapes, targets, assignment)
+
+
+SOUND = """Name: what it is.
+
+    L = 1
+
+Paper: someone, "A title", 2020.
+Taps: neck.
+  And more.
+Open: none.
+Proof: kd/some_* (their code): largest relative error 1e-6.
+Status: proven
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("Name: what", "what", "begins with 'NAME: what it is.'"),
+        ("    L = 1", "L = 1", "formula, every line indented by 4"),
+        ("    L = 1\n", "", "formula, every line indented by 4"),
+        ("Open: none.\n", "", "no section 'Open:'"),
+        ("Open: none.", "Open:", "section 'Open:' is empty"),
+        ("Open: none.\n", "Open: none.\nOpen: none.\n", "Paper, Taps, Open, Open, Proof, Status"),
+        ("Status: proven", "Status: good", "'good'; it must be one of proven, formula, experimental"),
+    ],
+)
+def test_a_docstring_without_the_layout_is_named_in_one_sentence(old, new, words):
+    title, what, formula, sections = generate.read_module("x.py", SOUND)
+    assert (title, what, formula) == ("Name", "what it is", "    L = 1")
+    assert sections["Taps"] == "neck. And more." and generate.short(sections["Paper"]) == "someone, 2020"
+    with pytest.raises(ValueError, match="^x.py: ") as caught:
+        generate.read_module("x.py", SOUND.replace(old, new))
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_table_of_options_comes_from_make():
+    def make(*, weight=2.0, student="neck", teacher="neck", mode="a|b", start=0, stop=0, warmup=0, decay=0):
+        """One line.
+
+        Args:
+          weight: of all,
+            in two lines.
+          student, teacher: taps.
+          mode: "a|b", or *c*.
+          start, stop, warmup, decay: schedule in steps, see `api.weight_schedule`.
+
+        Raises:
+          ValueError: never.
+        """
+
+    rows = generate.read_options("x.py", make)
+    assert rows == [
+        ("`weight`", "`2.0`", "of all, in two lines."),
+        ("`student`, `teacher`", '`"neck"`', "taps."),
+        ("`mode`", '`"a|b"`', '"a|b", or *c*.'),
+    ]
+    assert generate.prose("*c* `*d*` kd/x_*") == r"\*c\* `*d*` kd/x_\*"
+    assert generate.table(("a",), [("a|b",)]) == "| a |\n| --- |\n| a\\|b |\n"
+    for old, new in (("mode:", "node:"), ("weight:", "start:"), ("  mode", "    mode")):
+        make.__doc__, before = make.__doc__.replace(old, new), make.__doc__
+        with pytest.raises(ValueError, match="^x.py: .* make( does not)? tell"):
+            generate.read_options("x.py", make)
+        make.__doc__ = before
+
+
+@pytest.fixture
+def guide(tmp_path, monkeypatch):
+    """The files of the guide in a folder of their own, and its method where kdjax looks for methods."""
+    for name, text in BLOCKS.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    monkeypatch.setattr(kdjax.methods, "__path__", [*kdjax.methods.__path__, str(tmp_path / "kdjax" / "methods")])
+    yield tmp_path
+    sys.modules.pop("kdjax.methods.cosine", None)
+    vars(kdjax.methods).pop("cosine", None)
+
+
+def test_the_guide_works(guide):
+    """Its method keeps the contract, its recipe, test and check of reference numbers run, and the page describes it."""
+    assert set(BLOCKS) == {
+        "kdjax/methods/cosine.py",
+        "configs/distill/cosine.py",
+        "tests/test_methods_cosine.py",
+        "tests/golden_checks/cosine.py",
+    }
+    assert "cosine" in api.names()
+    made = test_methods.prepared("cosine")
+    run = 0
+    for name, check in vars(test_methods).items():
+        if name.startswith("test_") and "made" in inspect.signature(check).parameters:
+            cases = check.pytestmark[0].args[1] if hasattr(check, "pytestmark") else [None]
+            for case in cases:
+                check(made, case) if case else check(made)
+                run += 1
+    assert run > 8
+
+    assert load(guide / "configs" / "distill" / "cosine.py").methods.cosine.warmup == 500
+    own = script(guide / "tests" / "test_methods_cosine.py")
+    own.test_cosine_is_one_minus_the_cosine()
+    own.test_a_negative_weight_is_refused()
+    written = generate.section(generate.describe("cosine"))
+    assert "**Runs on.** rtmdet" in written and "| `weight` | `1.0` | of the term, >= 0. |" in written
+
+
+def test_the_guides_reference_numbers_are_replayed(guide):
+    rng = np.random.default_rng(0)
+    arrays = {side: rng.normal(size=(2, 3, 4, 5)).astype(np.float32) for side in ("student", "teacher")}
+    s, t = (arrays[side].reshape(2, -1).astype(np.float64) for side in ("student", "teacher"))
+    sizes = [np.linalg.norm(x, axis=1, keepdims=True) for x in (s, t)]
+    cosine = np.sum(s * t, 1, keepdims=True) / (sizes[0] * sizes[1])
+    arrays["value"] = 1 - cosine.mean()
+    arrays["grad_student"] = (-(t / (sizes[0] * sizes[1]) - cosine * s / sizes[0] ** 2) / 2).reshape(2, 3, 4, 5)
+    meta = '{"cases": {"case00": {"what": "cosine", "params": {"loss_weight": 1.0}}}}'
+    path = guide / "golden" / "kd" / "cosine_1.npz"
+    path.parent.mkdir(parents=True)
+    np.savez(path, meta=meta, **{f"case00/{name}": value for name, value in arrays.items()})
+    checks = script(guide / "tests" / "golden_checks" / "cosine.py").CHECKS
+    found = list(golden_replay.replay_file(guide / "golden", "kd/cosine_1.npz", checks))
+    assert [check.verdict for check in found] == ["passed", "passed"], found
