@@ -1,0 +1,105 @@
+"""FGFI: fine-grained feature imitation around the objects.
+
+    L = weight / (2 Np) * sum over levels of sum_{kept cells} sum_c (A(S) - T)^2,  Np the kept cells of all levels
+    kept: some anchor of the cell overlaps some box by more than psi times the best overlap of that box, over all levels
+
+Paper: Wang et al., "Distilling Object Detectors with Fine-grained Feature Imitation", CVPR 2019, section 3.2.
+Taps: neck, or one map such as backbone.2 (any detector). Needs the boxes of the ground truth and the place of the
+  priors. Trains a 3x3 convolution A a level, tiny at first.
+Open: the original has one map and nine anchors a cell. Here it is one square anchor a cell, 8 strides wide like those
+  of ATSS and GFL, around the place of the prior (`anchor_scale`), which detectors without anchors have too. Several
+  levels share the best overlap of a box; the port of the DeFeat authors (`port=True`) gives every box to the one level
+  of its size, as DeFeat does, divides each level by 2 Np C (C channels, Np its own) and averages levels. The original
+  ends A with a ReLU, which the port leaves out because necks are signed: `relu=True` is for maps that are not.
+  Without any object the original divides by zero; here the loss is 0. It starts after 400 steps (`start`).
+Proof: none: no reference numbers; the masks equal loops over the formula.
+Status: formula
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kdjax.boxes import priors, roi_align
+from kdjax.losses import feature, regions
+from kdjax.methods import api
+
+
+def make(
+    *,
+    weight: float = 0.01,
+    student: str = "neck",
+    teacher: str = "neck",
+    psi: float = 0.5,
+    anchor_scale: float = 8.0,
+    relu: bool = False,
+    port: bool = False,
+    start: int = 0,
+    stop: int = 0,
+    warmup: int = 0,
+    decay: int = 0,
+) -> api.Method:
+    """Squared distance of two maps on the cells whose anchors lie best around an object.
+
+    Args:
+      weight: mu; 0.01.
+      student, teacher: taps.
+      psi: 0 .. 1, the share of the best overlap above which an anchor counts; 0.5.
+      anchor_scale: side of a cell's square anchor, in strides.
+      relu: ends the adapter with a ReLU, for a teacher's map that is one's output.
+      port: levels and divisors of the port to feature pyramids.
+      start, stop, warmup, decay: schedule in steps, see `api.weight_schedule`; the original starts at 400.
+
+    Raises:
+      ValueError: `psi` outside 0 .. 1, `anchor_scale` not above 0, or an impossible schedule.
+    """
+    if not 0 <= psi <= 1:
+        raise ValueError(f"config.methods.fgfi.psi is {psi}; it must lie within 0 .. 1")
+    if anchor_scale <= 0:
+        raise ValueError(f"config.methods.fgfi.anchor_scale is {anchor_scale}; it must be above 0")
+
+    def init(key, student_spec, teacher_spec):
+        pairs = api.pair(student_spec, teacher_spec, student, teacher)
+        return api.init_adapters(key, pairs, kernel_size=3, always=True, deviation=1e-4)
+
+    def anchors(stride, shape, offset):
+        """f32[H, W, 1, 4]; `offset` is the place of a prior in its cell, 0 .. 1."""
+        height, width = shape[1:3]
+        boxes = priors.grid_anchors((height * stride, width * stride), [stride], ratios=[1.0], scales=[anchor_scale])
+        return boxes.reshape(height, width, 1, 4) + jnp.tile(offset, 2) * stride
+
+    def masks(pairs, context):
+        """The kept cells of each level, bool[B, H, W, 1]."""
+        boxes, valid = context.targets.boxes, context.targets.valid
+        offset = context.priors[0, :2] / context.priors[0, 2:]
+        grids = [anchors(stride, t.shape, offset) for stride, _, t in pairs]
+        if port:
+            level = roi_align.levels_by_size(boxes + jnp.array([0.0, 0.0, 1.0, 1.0]), len(pairs))
+            return [
+                regions.fine_grained_mask(boxes, valid & (level == i), grid, psi=psi) for i, grid in enumerate(grids)
+            ]
+        column = jnp.concatenate([grid.reshape(-1, 1, 1, 4) for grid in grids])  # all levels as one map
+        kept = regions.fine_grained_mask(boxes, valid, column, psi=psi)
+        ends = np.cumsum([grid.shape[0] * grid.shape[1] for grid in grids])
+        parts = jnp.split(kept, ends[:-1], 1)
+        return [part.reshape(-1, *grid.shape[:2], 1) for part, grid in zip(parts, grids, strict=True)]
+
+    def apply(params, context):
+        pairs = api.adapt(params, api.pair(context.student, context.teacher, student, teacher))
+        kept = masks(pairs, context)
+        cells = [jnp.sum(mask) for mask in kept]
+        errors = [
+            jnp.sum(mask * feature.squared(jax.nn.relu(s) if relu else s, t))
+            for mask, (_, s, t) in zip(kept, pairs, strict=True)
+        ]
+        if port:
+            levels = zip(errors, cells, pairs, strict=True)
+            return {
+                "feature": api.mean_over_levels(
+                    [error / (2 * jnp.maximum(n, 1) * p.teacher.shape[-1]) for error, n, p in levels]
+                )
+            }
+        return {"feature": sum(errors) / (2 * jnp.maximum(sum(cells), 1))}
+
+    schedule = api.weight_schedule({"feature": weight}, start=start, stop=stop, warmup=warmup, decay=decay)
+    return api.Method(init, apply, schedule)
