@@ -1,7 +1,7 @@
-"""Replays `kd/crosskd_*.npz` and `kd/ld_*.npz`: what stored tensors show of the losses of whole steps.
+"""Replays `kd/crosskd_*.npz` and `kd/ld_*.npz`: what stored tensors show of the losses and methods of whole steps.
 
 The detectors of these files come with a later issue. Until then their heads' convolutions, anchors and box codes are
-written out here, next to the losses that are under test.
+written out here, next to the losses and methods that are under test.
 """
 
 import functools
@@ -14,6 +14,8 @@ import numpy as np
 from kdjax import nn
 from kdjax.boxes import coding, iou
 from kdjax.losses import box, cross, feature, localization, logits
+from kdjax.methods import api as methods
+from kdjax.structs import Assignment, DetectorOutput, Targets
 from tests.golden_checks.api import LATER_DENSE, Check, Checks, UnknownCase, load, relative_error
 from tests.golden_checks.kd import convolution, nhwc
 
@@ -104,31 +106,48 @@ def tower_conv(weights, branch: str, index: int, x, groups: int | None):
     return group_norm(x, weights[f"{name}.gn.weight"], weights[f"{name}.gn.bias"], groups) if groups else x
 
 
-def reused(kind: str, head: dict, start: int, student, teacher, student_map, teacher_map, level: int) -> dict:
-    """CrossKD's predictions: the student's tower up to conv `start`, aligned, then the rest of the teacher's head."""
-    groups = head["norm_cfg"]["num_groups"] if "norm_cfg" in head else None
-    towers = {}
-    for branch in ("cls", "reg"):
-        maps = []
-        for weights, x in ((student, student_map), (teacher, teacher_map)):
-            for i in range(start):
-                # The code takes the map before the activation, but its ReLU works in place and changes that map too.
-                x = jax.nn.relu(tower_conv(weights, branch, i, x, groups))
-            maps.append(jnp.asarray(x))
-        x = jax.nn.relu(cross.align(*maps)) if start else cross.align(*maps)
-        for i in range(start, head["stacked_convs"]):
-            x = jax.nn.relu(tower_conv(teacher, branch, i, x, groups))
-        towers[branch] = x
-    names = dict(zip(("cls", "reg"), PREDICTORS[kind], strict=True))
-    found = {b: nn.conv2d(towers[b], **convolution(teacher, f"bbox_head.{names[b]}")) for b in names}
-    found["reg"] = found["reg"] * teacher.get(f"bbox_head.scales.{level}.scale", 1.0)
-    if kind == "FCOS":
-        found["reg"] = jax.nn.relu(found["reg"]) if head.get("norm_on_bbox") else jnp.exp(found["reg"])
+def groups_of(head: dict) -> int | None:
+    return head["norm_cfg"]["num_groups"] if "norm_cfg" in head else None
+
+
+def tower(weights, head: dict, branch: str, x) -> list[jnp.ndarray]:
+    """The maps of one level behind each convolution of a branch, before the activation."""
+    found = []
+    for i in range(head["stacked_convs"]):
+        found.append(tower_conv(weights, branch, i, jax.nn.relu(found[-1]) if found else x, groups_of(head)))
+    return found
+
+
+def rest_of_head(kind: str, head: dict, weights, branch: str, start: int, x, level: int) -> dict:
+    """The predictions of a branch from the map behind its convolution `start` (or the neck's, 0) on, by name."""
+    x = jax.nn.relu(x) if start else x
+    for i in range(start, head["stacked_convs"]):
+        x = jax.nn.relu(tower_conv(weights, branch, i, x, groups_of(head)))
+    name = dict(zip(("cls", "reg"), PREDICTORS[kind], strict=True))[branch]
+    found = {branch: nn.conv2d(x, **convolution(weights, f"bbox_head.{name}"))}
+    if branch == "reg":
+        found["reg"] = found["reg"] * weights.get(f"bbox_head.scales.{level}.scale", 1.0)
+        if kind == "FCOS":
+            found["reg"] = jax.nn.relu(found["reg"]) if head.get("norm_on_bbox") else jnp.exp(found["reg"])
     on_reg = "reg" if head.get("centerness_on_reg") else "cls"
     centreness = {"FCOS": ("conv_centerness", on_reg), "ATSS": ("atss_centerness", "reg")}
-    if kind in centreness:
-        name, branch = centreness[kind]
-        found["centreness"] = nn.conv2d(towers[branch], **convolution(teacher, f"bbox_head.{name}"))
+    if kind in centreness and centreness[kind][1] == branch:
+        found["centreness"] = nn.conv2d(x, **convolution(weights, f"bbox_head.{centreness[kind][0]}"))
+    return found
+
+
+def reused(kind: str, head: dict, start: int, student, teacher, student_map, teacher_map, level: int) -> dict:
+    """CrossKD's predictions: the student's tower up to conv `start`, aligned, then the rest of the teacher's head."""
+    found = {}
+    for branch in ("cls", "reg"):
+        maps = [jnp.asarray(student_map), jnp.asarray(teacher_map)]
+        if start:
+            # The code takes the map before the activation, but its ReLU works in place and changes that map too.
+            maps = [
+                jax.nn.relu(tower(weights, head, branch, x)[start - 1])
+                for weights, x in zip((student, teacher), maps, strict=True)
+            ]
+        found |= rest_of_head(kind, head, teacher, branch, start, cross.align(*maps), level)
     return found
 
 
@@ -165,6 +184,96 @@ def crosskd(path: Path) -> Checks:
     for level, (got, want) in enumerate(zip(pkd, stored["loss_feat_kd"], strict=True)):
         yield Check(f"feature term {level}", relative_error(got, want), LOSS)
     yield from crosskd_heads(kind, head, kd, meta, arrays, args, stored)
+    yield from crosskd_method(kind, head, kd, meta, arrays, args, stored, *weights)
+
+
+def crosskd_method(kind: str, head: dict, kd: dict, meta: dict, arrays, args, stored, *weights) -> Checks:
+    """The method `crosskd` itself, from the necks on, with the heads above as those of detectors."""
+    if head["stacked_convs"] - 1 != kd["reused_teacher_head_idx"]:
+        raise UnknownCase("no check for a cut elsewhere than behind the last but one convolution")
+    sizes = [x.shape[1:3] for x in args["teacher cls"]]
+    strides, decode = box_decoder(kind, head, sizes)
+    boxes, valid = padded_ground_truth(arrays, len(arrays["input"]))
+    assigner = (meta["student_cfg"].get("train_cfg") or {}).get("assigner")
+    anchors = [np.repeat(p, 9, 0) if kind == "RetinaNet" else p for p in priors_of(strides, sizes)]
+    shape = len(arrays["input"]), sum(map(len, anchors))
+    positive, ignore = np.zeros(shape, bool), np.zeros(shape, bool)
+    if kind == "RetinaNet":
+        ignore = ignored_by_overlap(anchors_of(head["anchor_generator"], sizes), boxes, valid, assigner)
+    elif kind != "FCOS":
+        positive = atss_positives(anchors_of(head["anchor_generator"], sizes), boxes, valid, assigner["topk"])
+
+    def detector(who: str, variables) -> DetectorOutput:
+        necks = args[f"{who} neck"]
+        towers = {
+            f"{branch}_tower": tuple(zip(*(tower(variables, head, branch, jnp.asarray(x)) for x in necks), strict=True))
+            for branch in ("cls", "reg")
+        }
+        cls, reg = (tuple(jnp.asarray(x) for x in args[f"{who} {part}"]) for part in ("cls", "reg"))
+        return DetectorOutput(strides=strides, neck=tuple(necks), cls_logits=cls, box_reg=reg, **towers)
+
+    def teacher_head(features, *, branch: str, start: int):
+        levels_ = enumerate(features)
+        return tuple(rest_of_head(kind, head, weights[1], branch, start, x, i)[branch] for i, x in levels_)
+
+    def apply():
+        context = context_of(
+            *(detector(who, v) for who, v in zip(("student", "teacher"), weights, strict=True)),
+            *(boxes, valid, positive, ignore, np.concatenate(anchors)),
+        )._replace(decode_teacher=decode, teacher_head=teacher_head)
+        return method.apply({"cls": {}, "reg": {}}, context)
+
+    loss = kd["loss_reg_kd"]["type"]
+    method = methods.build("crosskd", rectify=True, box_loss="log_iou" if loss == "IoULoss" else "giou")
+    found = jax.jit(apply)()
+    ours = np.array([found["classes"], found["boxes"]], np.float64)
+    ours *= [kd["loss_cls_kd"]["loss_weight"], kd["loss_reg_kd"]["loss_weight"]]
+    theirs = np.array([np.sum(stored["loss_cls_kd"]), np.sum(stored["loss_reg_kd"])])
+    if kind in ("FCOS", "RetinaNet"):  # another normaliser, or one that hangs on rounding: the same in both terms
+        error = relative_error(ours[0] / ours[1], theirs[0] / theirs[1])
+        yield Check("method: class term over box term", error, LOSS)
+    else:
+        yield Check("method: class term", relative_error(ours[0], theirs[0]), LOSS)
+        yield Check("method: box term", relative_error(ours[1], theirs[1]), LOSS)
+
+
+def priors_of(strides: tuple[int, ...], sizes: list[tuple[int, int]]) -> list[np.ndarray]:
+    """f32[H W, 4] by level: x, y and the stride twice, of priors on the cells' corners."""
+    grids = [np.stack(np.meshgrid(np.arange(w), np.arange(h)), -1).reshape(-1, 2) for h, w in sizes]
+    return [
+        np.concatenate([grid * stride, np.full_like(grid, stride)], -1).astype(np.float32)
+        for grid, stride in zip(grids, strides, strict=True)
+    ]
+
+
+def box_decoder(kind: str, head: dict, sizes: list[tuple[int, int]]):
+    """The strides of a detector, and the function of its output that gives boxes f32[B, N, 4]."""
+    if kind == "FCOS":
+        points = fcos_points(head["strides"], sizes)
+        return tuple(head["strides"]), lambda out: coding.distance_to_boxes(points, joined(out.box_reg, 4))
+    generator = head["anchor_generator"]
+    flat = np.concatenate(anchors_of(generator, sizes))
+    return tuple(generator["strides"]), lambda out: decode_deltas(flat, joined(out.box_reg, 4), head["bbox_coder"])
+
+
+def joined(maps, width: int):
+    return jnp.concatenate([x.reshape(len(x), -1, width) for x in maps], 1)
+
+
+def context_of(student, teacher, boxes, valid, positive, ignore, priors) -> methods.Context:
+    """What a method sees of such a step; only the assignment's masks are told."""
+    none, no_boxes = jnp.zeros(positive.shape, jnp.int32), jnp.zeros((*positive.shape, 4))
+    size = jnp.zeros((len(boxes), 2), jnp.int32)
+    return methods.Context(
+        student=student,
+        teacher=teacher,
+        targets=Targets(jnp.asarray(boxes), jnp.zeros(valid.shape, jnp.int32), jnp.asarray(valid), size, size),
+        assignment=Assignment(none, jnp.asarray(positive), jnp.asarray(ignore), none, no_boxes, none),
+        step=jnp.int32(0),
+        key=jax.random.PRNGKey(0),
+        priors=jnp.asarray(priors),
+        **dict.fromkeys(("decode_student", "decode_teacher", "assign", "teacher_head")),
+    )
 
 
 def crosskd_heads(kind: str, head: dict, kd: dict, meta: dict, arrays, args, stored) -> Checks:
@@ -179,12 +288,12 @@ def crosskd_heads(kind: str, head: dict, kd: dict, meta: dict, arrays, args, sto
     weight = kd["loss_reg_kd"]["loss_weight"]
     box_losses = {"GIoULoss": box.giou, "IoULoss": functools.partial(box.iou, form="log")}
     if kind == "FCOS":
-        # Both terms are sums over one normaliser that only FCOS's targets tell: it must be the same in both.
         points = fcos_points(head["strides"], sizes)
         reg = [coding.distance_to_boxes(points, rows(args[f"{who} reg"], 4)) for who in ("reused", "teacher")]
-        of_class = np.sum(classification) / stored["loss_cls_kd"]
-        of_boxes = weight * np.sum(confidence * box_losses[kd["loss_reg_kd"]["type"]](*reg)) / stored["loss_reg_kd"]
-        yield Check("class and box terms share their normaliser", relative_error(of_class, of_boxes), LOSS)
+        count = fcos_centreness(points, [h * w for h, w in sizes], *padded_ground_truth(arrays, pictures)).sum()
+        box_term = weight * np.sum(confidence * box_losses[kd["loss_reg_kd"]["type"]](*reg))
+        yield Check("class term", relative_error(np.sum(classification) / count, stored["loss_cls_kd"]), LOSS)
+        yield Check("box term", relative_error(box_term / count, stored["loss_reg_kd"]), LOSS)
         return
     boxes, valid = padded_ground_truth(arrays, pictures)
     anchors = anchors_of(head["anchor_generator"], sizes)
@@ -230,6 +339,21 @@ def fcos_points(strides: list[int], sizes: list[tuple[int, int]]) -> np.ndarray:
     return np.concatenate([(grid + 0.5) * stride for grid, stride in zip(grids, strides, strict=True)])
 
 
+def fcos_centreness(points, counts: list[int], boxes, valid) -> np.ndarray:
+    """f64[B, N]: the centreness of each positive point in its box (the smallest that holds it and fits the level)."""
+    lower, upper = (np.repeat(limits, counts) for limits in ([-1, 64, 128, 256, 512], [64, 128, 256, 512, np.inf]))
+    x, y = (points[:, None, i].astype(np.float64) for i in range(2))
+    x1, y1, x2, y2 = (boxes[:, None, :, i] for i in range(4))
+    sides = np.stack([x - x1, y - y1, x2 - x, y2 - y], -1)
+    longest = sides.max(-1)
+    fits = (sides.min(-1) > 0) & (longest >= lower[:, None]) & (longest <= upper[:, None]) & valid[:, None]
+    area = np.where(fits, (x2 - x1) * (y2 - y1), np.inf)
+    chosen = np.take_along_axis(sides, area.argmin(-1)[..., None, None], 2)[:, :, 0]
+    low, high = (reduce(chosen.reshape(*chosen.shape[:2], 2, 2), 2) for reduce in (np.min, np.max))
+    ratio = np.where(np.isfinite(area.min(-1)), np.prod(low / high, -1), 0.0)
+    return np.sqrt(np.maximum(ratio, 0.0))
+
+
 def ld(path: Path) -> Checks:
     arrays, meta = load(path)
     head, config = meta["student_cfg"]["bbox_head"], meta["loss_ld"]
@@ -248,6 +372,23 @@ def ld(path: Path) -> Checks:
     # The original sums over the batch instead of dividing by the weights: normalizer="sum".
     found = config["loss_weight"] * by_level(positive * confidence * kl, [len(a) for a in anchors])
     yield Check("localisation term", relative_error(found, arrays["train/loss/loss_ld"]), LOSS)
+
+    strides = tuple(head["anchor_generator"]["strides"])
+    student, teacher = (
+        DetectorOutput(
+            strides=strides,
+            cls_logits=tuple(jnp.asarray(x) for x in levels(arrays, f"{who}_out/cls")),
+            box_reg=tuple(jnp.asarray(x) for x in levels(arrays, f"{who}_out/reg")),
+        )
+        for who in ("student", "teacher")
+    )
+    priors = np.concatenate(priors_of(strides, [x.shape[1:3] for x in cls]))
+    options = {"main_weight": config["loss_weight"], "temperature": config["T"], "normalizer": "sum"}
+    method = methods.build("ld", region_weight=0.0, class_weight=0.0, **options)
+    context = context_of(student, teacher, boxes, valid, positive, np.zeros_like(positive), priors)
+    (term,) = method.apply(method.init(None, student, teacher), context).values()
+    weighted = float(term) * float(method.weights(0)["main"])
+    yield Check("method: main term", relative_error(weighted, arrays["train/loss/loss_ld"].sum()), LOSS)
 
 
 CHECKS = [("kd/crosskd_*.npz", crosskd), ("kd/ld_*.npz", ld)]
