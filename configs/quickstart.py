@@ -16,11 +16,14 @@ def get_config(chosen: str = "mkd"):
     config.teacher.detector = "rtmdet_nano"
     config.teacher.weights = "assets/quickstart_teacher"
     config.methods = methods(chosen)
+    for options in config.methods.values():  # the teacher leads at first, then the task alone
+        options.stop, options.decay = config.steps, 500
     config.twin = True
     config.data.image_size = (128, 128)
     config.data.augment.scale = (0.8, 1.25)
-    config.optimizer.lr = 0.01  # the best of 0.002, 0.005 and 0.01 for the twin
+    config.optimizer.lr = 0.01  # the best of 0.002, 0.005, 0.01 and 0.02 for the twin
     config.optimizer.warmup = 80
+    config.ema.ramp = 150
     config.eval.every = 400
     config.eval.limit = 100
     config.checkpoint.every = 400
