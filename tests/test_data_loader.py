@@ -63,7 +63,6 @@ def test_shapes_and_types(dataset, cfg):
     extra = {name: (array.shape, array.dtype.name) for name, array in last.items() if name not in batch}
     assert extra == {
         "image_id": ((2,), "int64"),
-        "scale": ((2,), "float32"),
         "original_size": ((2, 2), "int32"),
         "real": ((2,), "bool"),
     }
@@ -221,8 +220,8 @@ def test_evaluation_shows_every_picture_once_in_order(dataset, cfg):
     assert joined["image_id"][real].tolist() == [image["id"] for image in truth["images"]]
     assert joined["original_size"][real].tolist() == [[i["height"], i["width"]] for i in truth["images"]]
     for row in range(11):
-        factor, size = transforms.fitted(tuple(joined["original_size"][row]), (48, 64))
-        assert joined["scale"][row] == np.float32(factor) and tuple(joined["image_size"][row]) == size
+        _, size = transforms.fitted(tuple(joined["original_size"][row]), (48, 64))
+        assert tuple(joined["image_size"][row]) == size
         mine = [a for a in truth["annotations"] if a["image_id"] == joined["image_id"][row]]
         ratio = (joined["image_size"][row] / joined["original_size"][row])[[1, 0, 1, 0]]
         boxes = np.reshape([[x, y, x + w, y + h] for x, y, w, h in (a["bbox"] for a in mine)], (-1, 4)) * ratio
@@ -231,7 +230,6 @@ def test_evaluation_shows_every_picture_once_in_order(dataset, cfg):
         ids = [dataset.category_ids[label] for label in joined["labels"][row][valid]]
         assert ids == [a["category_id"] for a in mine]
     assert not joined["valid"][11].any() and (joined["image"][11] == 114).all() and joined["image_id"][11] == -1
-    assert np.isfinite(joined["scale"]).all() and (joined["scale"] > 0).all()
 
 
 def test_evaluation_of_the_first_pictures(dataset, cfg):

@@ -83,11 +83,10 @@ class _EvalBuilder:
         else:
             example = self.pictures[picture]
         original = example["image"].shape[:2]
-        factor, size = transforms.fitted(original, self.canvas)
+        _, size = transforms.fitted(original, self.canvas)
         image, boxes = transforms.resize(example["image"], example["boxes"], size)
         return _padded(image, boxes, example["labels"], self.canvas, self.max_boxes) | {
             "image_id": np.int64(example["image_id"]),
-            "scale": np.float32(factor),
             "original_size": np.array(original, np.int32),
             "real": np.bool_(picture is not None),
         }
@@ -203,9 +202,8 @@ def eval_batches(dataset: Dataset, split: str, cfg: Mapping, *, batch_size: int,
     """The pictures of a split once, in order, resized to fit the canvas.
 
     Returns:
-      An iterator with `close()` of the dicts of `train_batches` and image_id i64[B], scale f32[B] (canvas px = scale *
-      original px, up to the rounding of image_size), original_size i32[B, 2], real bool[B]: False on the rows that only
-      fill the last batch.
+      An iterator with `close()` of the dicts of `train_batches` and image_id i64[B], original_size i32[B, 2] (height,
+      width), real bool[B]: False on the rows that only fill the last batch.
     """
     import grain
 
