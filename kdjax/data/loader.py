@@ -19,11 +19,11 @@ import numpy as np
 from kdjax.data import transforms
 from kdjax.data.dataset import Dataset, Split
 
-_KEEP = 400 * 2**20  # bytes: a split that is smaller than this when decoded is decoded once and kept in memory
+_KEEP = 400 * 2**20  # bytes of decoded pictures that are kept in memory, so that a small split is decoded once
 
 
 class Pictures:
-    """Decoded examples of a split by position; keeps them in memory if the whole split is small."""
+    """Decoded examples of a split by position; keeps those of small splits in memory."""
 
     def __init__(self, split: Split):
         self._split = split
@@ -36,7 +36,7 @@ class Pictures:
         example = self._kept.get(index)
         if example is None:
             example = self._split.records[index]
-            # Decided by the first picture: all or nothing keeps memory bounded without any bookkeeping.
+            # No more than its share of the bytes: that bounds the memory without any bookkeeping between threads.
             if self._split.size * example["image"].nbytes <= _KEEP:
                 example["image"].flags.writeable = False
                 self._kept[index] = example
