@@ -193,6 +193,36 @@ if __name__ == "__main__":
     assert time.monotonic() < deadline
 
 
+def test_workers_live_on_when_the_group_is_asked_to_stop(cfg):
+    """So that a trainer that saves its state on SIGTERM or Ctrl-C still gets the batch that it waits for."""
+    code = """
+import os, signal, sys
+from kdjax import data
+
+def main():
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    cfg = eval(sys.argv[1]) | {"workers": 1}
+    batches = data.train_batches(data.open_dataset(cfg), cfg, batch_size=4, seed=7)
+    next(batches)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        os.killpg(0, number)
+    for _ in range(10):  # more than are made ahead
+        next(batches)
+    batches.close()
+
+if __name__ == "__main__":
+    main()
+"""
+    script = Path(cfg.cache) / "stopped.py"
+    script.write_text(code)
+    command = [sys.executable, str(script), repr(cfg.to_dict())]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=60, env={"PYTHONPATH": str(ROOT)}, start_new_session=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_an_iterator_left_open_does_not_hold_up_the_end(cfg):
     code = """
 import sys

@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import multiprocessing
 import os
-import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
 
@@ -269,7 +268,7 @@ def _start_worker(builder: Callable) -> None:
     global _builder
     _builder = builder
     os.environ["JAX_PLATFORMS"] = "cpu"  # should anything here ever initialise jax, then not on the accelerator
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer
+    os.setpgrp()  # Ctrl-C, or a signal to the whole group, is for the trainer
     cv2.setNumThreads(1)
     # A trainer that is killed cannot end its workers.
     threading.Thread(target=_end_with_parent, daemon=True).start()
