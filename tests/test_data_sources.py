@@ -230,9 +230,13 @@ def test_messages_for_a_wrong_root_json_or_picture(tmp_path):
         shutil.move(root / "images", root / "pictures")
         opened(root, tmp_path, val_split="test", train_images="pictures/train")
     shutil.move(root / "pictures", root / "images")
-    (root / "annotations" / "instances_test.json").write_text('{"images": [')
-    with pytest.raises(ValueError, match="instances_test.json does not parse as json"):
-        opened(root, tmp_path, val_split="test", val_images="images/val")
+    for spoilt in ("", '{"images": [', "[" * 100_000):
+        (root / "annotations" / "instances_test.json").write_text(spoilt)
+        with pytest.raises(ValueError, match="instances_test.json does not parse as json"):
+            opened(root, tmp_path, val_split="test", val_images="images/val")
+    whole = (root / "annotations" / "instances_val.json").read_text()
+    (root / "annotations" / "instances_test.json").write_text(whole, encoding="utf-8-sig")
+    assert opened(root, tmp_path, val_split="test", val_images="images/val").splits["val"].size == 3
     whole = (root / "images" / "train" / "p1.png").read_bytes()
     for spoilt in (b"", b"no picture", whole[: len(whole) // 2]):
         (root / "images" / "train" / "p1.png").write_bytes(spoilt)

@@ -76,9 +76,9 @@ def digest(path: Path) -> str:
 def read(json_path: Path) -> dict:
     """The parsed json, with the three lists that COCO's layout requires."""
     try:
-        with open(json_path, encoding="utf-8") as file:
+        with open(json_path, encoding="utf-8-sig") as file:  # some tools put a byte order mark in front
             data = json.load(file)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{json_path} does not parse as json: {error}.") from None
     if not isinstance(data, dict):
         raise ValueError(f"{json_path} must hold a json object in COCO's layout, not a {type(data).__name__}.")
