@@ -144,8 +144,10 @@ def test_what_cannot_be_used_is_dropped_or_repaired_and_told(tmp_path):
         (0, 11, [-4, -2, 10, 10], {}),  # sticks out
         (0, 11, [1, 2, 3], {}),  # not a box
         (0, 11, [float("nan"), 2, 3, 4], {}),
+        (0, 11, [1, 2, 10**400, 4], {}),
         (0, 3, good, {"id": 1}),  # id twice
         (0, 3, good, {"id": 0}),
+        (0, 3, good, {"id": 2**70}),
         (1, 3, [0, 0, 30, 30], {"iscrowd": 1, "area": 55.5, "segmentation": {"size": [40, 50], "counts": "x"}}),
     ]
     truth = coco_json({"a.png": (40, 50), "b.png": (40, 50), "c.png": (40, 50)}, annotations)
@@ -158,25 +160,28 @@ def test_what_cannot_be_used_is_dropped_or_repaired_and_told(tmp_path):
         ("a.png", 3, "dropped", "box without extent"),
         ("a.png", 6, "dropped", "bbox is not four finite numbers"),
         ("a.png", 7, "dropped", "bbox is not four finite numbers"),
+        ("a.png", 8, "dropped", "bbox is not four finite numbers"),
         ("a.png", 1, "repaired", "annotation id missing, double or below 1"),
         ("a.png", 0, "repaired", "annotation id missing, double or below 1"),
+        ("a.png", 2**70, "repaired", "annotation id missing, double or below 1"),
         ("a.png", 4, "dropped", "box outside the picture"),
         ("a.png", 5, "repaired", "box clipped to the picture"),
         ("c.png", None, "repaired", "width and height taken from the picture"),
     ]
     ours = data.ground_truth(dataset, "train")
     ids = [a["id"] for a in ours["annotations"]]
-    assert len(set(ids)) == len(ids) == 5 and min(ids) > 0
+    assert len(set(ids)) == len(ids) == 6 and min(ids) > 0
     assert ours["images"][2]["width"] == 50
     # Evaluation sees the json's box and the crowd region, training the visible part and no crowd.
     assert [-4, -2, 10, 10] in [a["bbox"] for a in ours["annotations"]]
     crowd = [a for a in ours["annotations"] if a["iscrowd"]]
     assert len(crowd) == 1 and crowd[0]["area"] == 55.5 and crowd[0]["segmentation"]["counts"] == "x"
     first, second = (dataset.splits["train"].records[i] for i in (0, 1))
-    np.testing.assert_allclose(first["boxes"], [[5, 5, 15, 15], [0, 0, 6, 8], [5, 5, 15, 15], [5, 5, 15, 15]])
+    square = [5, 5, 15, 15]
+    np.testing.assert_allclose(first["boxes"], [square, [0, 0, 6, 8], square, square, square])
     assert second["boxes"].shape == (0, 4)
     text = data.summary(dataset, settings(tmp_path, image_size=(48, 64)))
-    for part in ("3 pictures, 2 without objects, 4 boxes", "1 crowd region", "canvas 48x64", "2 dropped: box without"):
+    for part in ("3 pictures, 2 without objects, 5 boxes", "1 crowd region", "canvas 48x64", "2 dropped: box without"):
         assert part in text, text
     assert "a.png annotation 5: repaired, box clipped to the picture" in text
 
@@ -197,6 +202,7 @@ def broken(changes):
         (lambda t: t["images"][1].update(id=10), "image id 10 appears twice"),
         (lambda t: t["images"][1].update(file_name="a.png"), "a.png is listed as two images"),
         (lambda t: t["images"][1].update(id="x"), "image id 'x' is not an integer"),
+        (lambda t: t["images"][1].update(id=2**63), "image id 9223372036854775808 is not an integer .of 64"),
         (lambda t: t["images"][1].pop("file_name"), "image 11 has no file_name"),
         (lambda t: t["images"][1].update(file_name="gone.png"), "lists gone.png, which is not in"),
         (lambda t: t["images"][0].update(width=40, height=50), "a.png is 50x40.*says 40x50 .EXIF"),

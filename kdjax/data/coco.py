@@ -4,7 +4,6 @@ import concurrent.futures
 import hashlib
 import itertools
 import json
-import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -168,16 +167,18 @@ def check(data: dict, name: str) -> tuple[list[Picture], dict[int, str], list[di
 
 def _identity(entry: dict, name: str, kind: str) -> int:
     if not _whole(entry.get("id")):
-        raise ValueError(f"{name}: the {kind} id {entry.get('id')!r} is not an integer.")
+        raise ValueError(f"{name}: the {kind} id {entry.get('id')!r} is not an integer (of 64 bits).")
     return entry["id"]
 
 
 def _whole(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    """Whether it is an integer that a record can hold."""
+    return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
 
 
 def _finite(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether it is a number that float32 can hold."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e38
 
 
 def _hashable(value):
