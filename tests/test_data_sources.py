@@ -148,6 +148,7 @@ def test_what_cannot_be_used_is_dropped_or_repaired_and_told(tmp_path):
         (0, 3, good, {"id": 1}),  # id twice
         (0, 3, good, {"id": 0}),
         (0, 3, good, {"id": 2**70}),
+        (0, 3, good, {"iscrowd": "0", "area": -1.0}),
         (1, 3, [0, 0, 30, 30], {"iscrowd": 1, "area": 55.5, "segmentation": {"size": [40, 50], "counts": "x"}}),
     ]
     truth = coco_json({"a.png": (40, 50), "b.png": (40, 50), "c.png": (40, 50)}, annotations)
@@ -164,13 +165,15 @@ def test_what_cannot_be_used_is_dropped_or_repaired_and_told(tmp_path):
         ("a.png", 1, "repaired", "annotation id missing, double or below 1"),
         ("a.png", 0, "repaired", "annotation id missing, double or below 1"),
         ("a.png", 2**70, "repaired", "annotation id missing, double or below 1"),
+        ("a.png", 12, "repaired", "iscrowd is neither 0 nor 1"),
+        ("a.png", 12, "repaired", "area is no number of at least 0"),
         ("a.png", 4, "dropped", "box outside the picture"),
         ("a.png", 5, "repaired", "box clipped to the picture"),
         ("c.png", None, "repaired", "width and height taken from the picture"),
     ]
     ours = data.ground_truth(dataset, "train")
     ids = [a["id"] for a in ours["annotations"]]
-    assert len(set(ids)) == len(ids) == 6 and min(ids) > 0
+    assert len(set(ids)) == len(ids) == 7 and min(ids) > 0
     assert ours["images"][2]["width"] == 50
     # Evaluation sees the json's box and the crowd region, training the visible part and no crowd.
     assert [-4, -2, 10, 10] in [a["bbox"] for a in ours["annotations"]]
@@ -178,10 +181,10 @@ def test_what_cannot_be_used_is_dropped_or_repaired_and_told(tmp_path):
     assert len(crowd) == 1 and crowd[0]["area"] == 55.5 and crowd[0]["segmentation"]["counts"] == "x"
     first, second = (dataset.splits["train"].records[i] for i in (0, 1))
     square = [5, 5, 15, 15]
-    np.testing.assert_allclose(first["boxes"], [square, [0, 0, 6, 8], square, square, square])
+    np.testing.assert_allclose(first["boxes"], [square, [0, 0, 6, 8], *[square] * 4])
     assert second["boxes"].shape == (0, 4)
     text = data.summary(dataset, settings(tmp_path, image_size=(48, 64)))
-    for part in ("3 pictures, 2 without objects, 5 boxes", "1 crowd region", "canvas 48x64", "2 dropped: box without"):
+    for part in ("3 pictures, 2 without objects, 6 boxes", "1 crowd region", "canvas 48x64", "2 dropped: box without"):
         assert part in text, text
     assert "a.png annotation 5: repaired, box clipped to the picture" in text
 

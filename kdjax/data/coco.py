@@ -94,7 +94,8 @@ def check(data: dict, name: str) -> tuple[list[Picture], dict[int, str], list[di
     What cannot be meant is refused (`ValueError`): an annotation of an unknown image or category, ids twice or not
     integer. What merely cannot be used is dropped or repaired and listed: boxes that are not four finite numbers, have
     no extent or lie outside the picture are dropped, boxes that stick out are clipped (for training; the ground truth
-    keeps them as they are), missing or double annotation ids are replaced.
+    keeps them as they are), missing or double annotation ids are replaced. Nothing is said where `iscrowd` (then 0) or
+    `area` (then that of the box) is missing.
 
     Args:
       data: from `read`.
@@ -142,7 +143,7 @@ def check(data: dict, name: str) -> tuple[list[Picture], dict[int, str], list[di
             raise ValueError(
                 f"{name}: {what} has the category {entry.get('category_id')!r}, which is not among the categories."
             )
-        entry = dict(entry, iscrowd=int(bool(entry.get("iscrowd", 0))))
+        entry = dict(entry)
 
         def note(action, reason, picture=picture, entry=entry):
             log.append({"file": picture.file_name, "annotation": entry.get("id"), "action": action, "reason": reason})
@@ -159,7 +160,13 @@ def check(data: dict, name: str) -> tuple[list[Picture], dict[int, str], list[di
             note("repaired", "annotation id missing, double or below 1: given a new one")
             entry["id"] = next(spare)
         used.add(entry["id"])
-        if not _finite(entry.get("area")):
+        if entry.get("iscrowd") not in (None, 0, 1):
+            note("repaired", "iscrowd is neither 0 nor 1: taken for 0")
+        entry["iscrowd"] = int(entry.get("iscrowd") == 1)
+        area = entry.get("area")
+        if not _finite(area) or area < 0:
+            if area is not None:
+                note("repaired", "area is no number of at least 0: that of the box taken")
             entry["area"] = bbox[2] * bbox[3]
         picture.annotations.append(entry)
     return list(pictures.values()), categories, log
