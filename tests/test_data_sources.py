@@ -6,8 +6,10 @@ import json
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import cv2
@@ -247,7 +249,10 @@ def test_messages_for_a_wrong_root_json_or_picture(tmp_path):
     (root / "annotations" / "instances_test.json").write_text(whole, encoding="utf-8-sig")
     assert opened(root, tmp_path, val_split="test", val_images="images/val").splits["val"].size == 3
     whole = (root / "images" / "train" / "p1.png").read_bytes()
-    for spoilt in (b"", b"no picture", whole[: len(whole) // 2]):
+    huge = bytearray(whole)
+    huge[16:24] = struct.pack(">II", 60_000, 60_000)
+    huge[29:33] = struct.pack(">I", zlib.crc32(huge[12:29]))
+    for spoilt in (b"", b"no picture", whole[: len(whole) // 2], bytes(huge)):
         (root / "images" / "train" / "p1.png").write_bytes(spoilt)
         with pytest.raises(ValueError, match="p1.png cannot be read as a picture"):
             opened(root, tmp_path)

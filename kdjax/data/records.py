@@ -124,9 +124,10 @@ def write(directory: Path, *, classes: list[str], category_ids: list[int], strea
 
 def decode(encoded: bytes) -> np.ndarray | None:
     """u8[h, w, 3] RGB of an encoded picture (grey, CMYK and 16-bit ones too); None if it cannot be read."""
-    if not encoded:
+    try:
+        return cv2.imdecode(np.frombuffer(encoded, np.uint8), _DECODE)
+    except cv2.error:  # no bytes, or a header with an impossible size
         return None
-    return cv2.imdecode(np.frombuffer(encoded, np.uint8), _DECODE)
 
 
 @dataclasses.dataclass(frozen=True)
