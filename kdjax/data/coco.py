@@ -23,7 +23,7 @@ def find(root: str, split: str, *, annotations: str = "", images: str = "") -> t
     """
     json_path = find_json(root, split, annotations)
     base = Path(root).expanduser()
-    folders = [base / images] if images else [base / "images" / split, base / split, base / "images"]
+    folders = [base / Path(images).expanduser()] if images else [base / "images" / split, base / split, base / "images"]
     folder = next((p for p in folders if p.is_dir()), None)
     if folder is None:
         raise FileNotFoundError(f"split '{split}' has no folder of pictures: looked for {_listed(folders)}.")
