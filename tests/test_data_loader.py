@@ -296,7 +296,9 @@ def test_settings_that_cannot_be_are_refused(dataset, cfg):
         (dict(image_size=(0, 64)), "image_size"),
         (dict(flip=1.5), "augment.flip is 1.5"),
         (dict(scale=(2.0, 0.5)), "augment.scale"),
+        (dict(scale=(1.0, np.inf)), "augment.scale"),
         (dict(hsv=(-1.0, 0.0, 0.0)), "augment.hsv"),
+        (dict(hsv=(0.0, np.nan, 0.0)), "augment.hsv"),
     ]:
         with pytest.raises(ValueError, match=words):
             start(**changes)

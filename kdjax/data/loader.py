@@ -142,10 +142,10 @@ def _augment(cfg: Mapping) -> dict:
     scale = tuple(float(s) for s in options.get("scale", (1.0, 1.0)))
     hsv = tuple(float(g) for g in options.get("hsv", (0, 0, 0)))
     share = float(options.get("flip", 0.5))
-    if len(scale) != 2 or not 0 < scale[0] <= scale[1]:
+    if len(scale) != 2 or not 0 < scale[0] <= scale[1] < np.inf:
         raise ValueError(f"config.data.augment.scale is {scale}, but must be (low, high) with 0 < low <= high.")
-    if len(hsv) != 3 or min(hsv) < 0:
-        raise ValueError(f"config.data.augment.hsv is {hsv}, but must be three gains of at least 0.")
+    if len(hsv) != 3 or not all(0 <= gain <= 255 for gain in hsv):
+        raise ValueError(f"config.data.augment.hsv is {hsv}, but must be three gains in 0 .. 255.")
     if not 0 <= share <= 1:
         raise ValueError(f"config.data.augment.flip is {share}, but must be a probability in 0 .. 1.")
     return dict(flip_share=share, scale=scale, random_crop=bool(options.get("crop", True)), hsv=hsv)
