@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import struct
@@ -189,6 +190,14 @@ def test_what_cannot_be_used_is_dropped_or_repaired_and_told(tmp_path):
     for part in ("3 pictures, 2 without objects, 6 boxes", "1 crowd region", "canvas 48x64", "2 dropped: box without"):
         assert part in text, text
     assert "a.png annotation 5: repaired, box clipped to the picture" in text
+
+
+def test_the_dry_run_says_where_the_whole_list_is(tmp_path):
+    truth = coco_json({"a.png": (40, 50)}, [(0, 3, [60, 5, 10, 10], {})] * 25)
+    dataset = opened(one_split(tmp_path / "set", truth, {"a.png": paint(40, 50, [])}), tmp_path)
+    text = data.summary(dataset, settings(tmp_path, image_size=(48, 64)))
+    path = re.search(r"and 5 more, all of them in (\S+)", text)[1]
+    assert len(json.loads(Path(path).read_text())["train"]) == 25
 
 
 def broken(changes):

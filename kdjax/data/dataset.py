@@ -12,6 +12,8 @@ from tqdm import tqdm
 from kdjax.data import cache, coco, records, scenes, stock
 from kdjax.data.records import Picture, Reader
 
+LOG = "log.json"  # {role: everything that was dropped or repaired}
+
 
 @dataclasses.dataclass(frozen=True)
 class Split:
@@ -20,7 +22,7 @@ class Split:
     name: str  # as in the source: 'train', 'val', 'train2017', …
     size: int  # pictures
     records: Reader  # random access by position
-    folder: Path  # holds {role}.json, the ground truth, and log.json
+    folder: Path  # holds {role}.json, the ground truth, and LOG
     role: str  # 'train' or 'val'
 
     @functools.cached_property
@@ -36,7 +38,7 @@ class Split:
     @functools.cached_property
     def log(self) -> list[dict]:
         """Everything dropped or repaired: file, annotation, action, reason."""
-        return json.loads((self.folder / "log.json").read_text())[self.role]
+        return json.loads((self.folder / LOG).read_text())[self.role]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -261,5 +263,5 @@ def _save_index(
             "size": len(entries),
             "most_boxes": max((sum(not a["iscrowd"] for a in p.annotations) for p in entries), default=0),
         }
-    (folder / "log.json").write_text(json.dumps(logs))
+    (folder / LOG).write_text(json.dumps(logs))
     (folder / "meta.json").write_text(json.dumps(meta))

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from kdjax.data.dataset import Dataset, ground_truth
+from kdjax.data.dataset import LOG, Dataset, Split, ground_truth
 from kdjax.data.loader import canvas_of
 
 SHOWN = 20  # entries of the list of dropped and repaired things
@@ -33,7 +33,7 @@ def summary(dataset: Dataset, cfg: Mapping) -> str:
     lines.append(f"an epoch is {dataset.splits['train'].size} pictures, each once, in a new order every epoch")
     lines += ["", *_table(dataset, truths), ""]
     for role, split in dataset.splits.items():
-        lines += _log(role, split.log)
+        lines += _log(role, split)
     return "\n".join(lines)
 
 
@@ -71,8 +71,9 @@ def _table(dataset: Dataset, truths: dict[str, dict]) -> list[str]:
     return lines
 
 
-def _log(role: str, log: list[dict]) -> list[str]:
-    """Counts of everything dropped or repaired, then the first of them by name."""
+def _log(role: str, split: Split) -> list[str]:
+    """Counts of everything dropped or repaired, then the first of them by name, and where to read the rest."""
+    log = split.log
     if not log:
         return [f"{role}: nothing dropped, nothing repaired"]
     reasons = collections.Counter((entry["action"], entry["reason"]) for entry in log)
@@ -81,5 +82,5 @@ def _log(role: str, log: list[dict]) -> list[str]:
         which = "" if entry["annotation"] is None else f" annotation {entry['annotation']}"
         lines.append(f"  {entry['file']}{which}: {entry['action']}, {entry['reason']}")
     if len(log) > SHOWN:
-        lines.append(f"  … and {len(log) - SHOWN} more")
+        lines.append(f"  … and {len(log) - SHOWN} more, all of them in {split.folder / LOG}")
     return lines
