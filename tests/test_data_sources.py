@@ -354,6 +354,12 @@ def test_the_cache_goes_where_it_is_told(monkeypatch, tmp_path):
     assert cache.root() == Path.home() / ".cache" / "kdjax" / "data"
 
 
+def test_a_cache_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot be kept in .*file/data .Not a directory.*config.data.cache"):
+        data.open_dataset(settings(tmp_path / "file", source="scenes"))
+
+
 # Prepared TFDS directories
 
 

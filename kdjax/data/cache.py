@@ -8,6 +8,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from absl import logging
+
 
 def root(cache: str = "") -> Path:
     """Where prepared data is kept: the config's folder, else KDJAX_CACHE, else ~/.cache/kdjax."""
@@ -19,15 +21,28 @@ def prepared(directory: Path, name: str, fingerprint: object, write: Callable[[P
 
     A folder appears under its name only when it is complete: it is written beside and renamed. Processes that want the
     same folder wait for the first; what a killed one left behind is removed by the next that writes.
+
+    Raises:
+      ValueError: `directory` cannot be written; and what `write` raises.
     """
     digest = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:16]
     target = directory / f"{name}-{digest}"
     if target.is_dir():
         return target
-    directory.mkdir(parents=True, exist_ok=True)
     partial = directory / f".{target.name}.partial"
-    with open(directory / f".{target.name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = open(directory / f".{target.name}.lock", "w")
+    except OSError as error:
+        raise ValueError(
+            f"prepared data cannot be kept in {directory} ({error.strerror}); config.data.cache names another folder."
+        ) from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logging.warning("Waiting for another process that prepares %s.", target)
+            fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.is_dir():
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
