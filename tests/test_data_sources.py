@@ -346,6 +346,23 @@ cache.prepared(Path(sys.argv[1]), "set", {"a": 1}, write)
     assert cache.prepared(tmp_path, "set", {"a": 1}, lambda folder: pytest.fail("prepared twice")) == done
 
 
+def test_damaged_prepared_data_is_named(tmp_path):
+    root = small_folder(tmp_path / "set", count=3)
+    opened(root, tmp_path)
+    [folder] = [p for p in (tmp_path / "cache" / "data").iterdir() if p.is_dir()]
+    [records] = folder.rglob("*val.array_record*")
+    for path in (folder / "meta.json", folder / "val.json", folder / "log.json", records):
+        whole = path.read_bytes()
+        for spoil in (lambda path, whole: path.write_bytes(whole[: len(whole) // 2]), lambda path, _: path.unlink()):
+            spoil(path, whole)
+            with pytest.raises(ValueError, match=f"is damaged or gone; delete {folder}"):
+                dataset = opened(root, tmp_path)
+                data.ground_truth(dataset, "val")
+                assert dataset.splits["val"].log == []
+        path.write_bytes(whole)
+    assert opened(root, tmp_path).splits["val"].size == 3
+
+
 def test_the_cache_goes_where_it_is_told(monkeypatch, tmp_path):
     assert cache.root("x") == Path("x/data")
     monkeypatch.setenv("KDJAX_CACHE", str(tmp_path))

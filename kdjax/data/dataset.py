@@ -28,7 +28,7 @@ class Split:
     @functools.cached_property
     def truth(self) -> dict:
         """COCO instances dict of the first `size` pictures."""
-        truth = json.loads((self.folder / f"{self.role}.json").read_text())
+        truth = _stored(self.folder / f"{self.role}.json")
         if len(truth["images"]) > self.size:
             truth["images"] = truth["images"][: self.size]
             ids = {image["id"] for image in truth["images"]}
@@ -38,7 +38,7 @@ class Split:
     @functools.cached_property
     def log(self) -> list[dict]:
         """Everything dropped or repaired: file, annotation, action, reason."""
-        return json.loads((self.folder / LOG).read_text())[self.role]
+        return _stored(self.folder / LOG)[self.role]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,13 +70,18 @@ def open_dataset(cfg: Mapping) -> Dataset:
     if source not in _SOURCES:
         raise ValueError(f"config.data.source is '{source}', but must be one of {', '.join(sorted(_SOURCES))}.")
     folder = _SOURCES[source](cfg)
-    meta = json.loads((folder / "meta.json").read_text())
+    meta = _stored(folder / "meta.json")
     splits = {}
     limit = int(cfg.get("limit", 0))
     for role, split in meta["splits"].items():
         directory = folder / meta["records"]  # an absolute path stays itself
         size = min(split["size"], limit) if limit > 0 else split["size"]
-        splits[role] = Split(split["name"], size, Reader(str(directory), split["record_split"]), folder, role)
+        reader = Reader(str(directory), split["record_split"])
+        splits[role] = Split(split["name"], size, reader, folder, role)
+        try:
+            reader.raw(split["size"] - 1)
+        except Exception:  # TFDS and array_record raise this and that
+            raise _damaged(directory, folder) from None
     most = max(split["most_boxes"] for split in meta["splits"].values())
     return Dataset(
         name=meta["name"],
@@ -85,6 +90,18 @@ def open_dataset(cfg: Mapping) -> Dataset:
         max_boxes=int(cfg.get("max_boxes", 0)) or max(8, -(-most // 8) * 8),
         splits=splits,
     )
+
+
+def _stored(path: Path):
+    """A json of the prepared data."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        raise _damaged(path, path.parent) from None
+
+
+def _damaged(path: Path, folder: Path) -> ValueError:
+    return ValueError(f"{path} is damaged or gone; delete {folder}, and it is prepared anew.")
 
 
 def ground_truth(dataset: Dataset, split: str, *, limit: int | None = None) -> dict:
