@@ -129,6 +129,16 @@ def _stack(rows: list[dict]) -> dict[str, np.ndarray]:
     return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 
 
+def check_settings(cfg: Mapping) -> None:
+    """What batches are made by, before there is any data.
+
+    Raises:
+      ValueError: names the setting, its value and what would be right.
+    """
+    canvas_of(cfg)
+    _augment(cfg)
+
+
 def canvas_of(cfg: Mapping) -> tuple[int, int]:
     """Height and width of the canvas, checked."""
     size = tuple(int(side) for side in cfg.get("image_size", (128, 128)))

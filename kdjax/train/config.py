@@ -1,5 +1,7 @@
 """Every setting of a run with its default; a config file in `configs/` starts from `base()` and changes some."""
 
+import math
+
 from ml_collections import ConfigDict
 
 from kdjax.methods import api
@@ -82,6 +84,34 @@ def base() -> ConfigDict:
     config.checkpoint = ConfigDict(dict(every=500, keep=2))  # steps; a run also saves at its end and on SIGTERM
     config.compile_cache = ""  # "" is ~/.cache/kdjax/jax or $KDJAX_CACHE/jax; "off" switches it off
     return config
+
+
+# Least and largest value of every setting that is a number.
+_AT_LEAST_1 = ("batch_size", "steps", "data.scenes_train", "data.scenes_val", "eval.batch_size", "log_every",
+               "checkpoint.every", "checkpoint.keep")  # fmt: skip
+_AT_LEAST_0 = ("seed", "data.max_boxes", "data.workers", "data.limit", "optimizer.lr", "optimizer.weight_decay",
+               "optimizer.clip_norm", "optimizer.warmup", "ema.ramp", "eval.every", "eval.limit")  # fmt: skip
+_SHARES = ("optimizer.flat", "optimizer.end", "ema.momentum")
+_RANGES = (
+    dict.fromkeys(_AT_LEAST_1, (1, math.inf)) | dict.fromkeys(_AT_LEAST_0, (0, math.inf)) | dict.fromkeys(_SHARES, (0, 1))
+)
+
+
+def check_numbers(config: ConfigDict) -> None:
+    """Holds every number against its range.
+
+    Raises:
+      ValueError: names the setting, its value and the range.
+    """
+    for name, (low, high) in _RANGES.items():
+        value = config
+        for key in name.split("."):
+            value = value[key]
+        if not (isinstance(value, int | float) and math.isfinite(value) and low <= value <= high):
+            raise ValueError(
+                f"config.{name} is {value!r}; it must be "
+                + (f"at least {low}" if high == math.inf else f"in {low} .. {high}")
+            )
 
 
 def methods(*names: str, **options) -> ConfigDict:

@@ -114,6 +114,8 @@ def check_config(config: ConfigDict) -> None:
     unknown = settings.unknown_keys(config)
     if unknown:
         raise ValueError(f"{unknown[0]} is no setting; the settings are those of kdjax/train/config.py")
+    settings.check_numbers(config)
+    data.check_settings(config.data)
     for name, options in config.methods.items():
         api.build(name, **options)
     has_teacher = bool(config.teacher.detector or config.teacher.weights)
@@ -128,10 +130,8 @@ def check_config(config: ConfigDict) -> None:
     if config.twin and not config.methods:
         raise ValueError("config.twin compares with distillation, but config.methods is empty")
     devices = make_mesh().size
-    if config.batch_size < 1 or config.batch_size % devices:
-        raise ValueError(
-            f"config.batch_size is {config.batch_size}; it must be at least 1 and divisible by the {devices} devices"
-        )
+    if config.batch_size % devices:
+        raise ValueError(f"config.batch_size is {config.batch_size}; it must be divisible by the {devices} devices")
     optim.learning_rate(config)
 
 
