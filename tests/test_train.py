@@ -243,6 +243,7 @@ def wrong(folder, teacher_folder, **changes):
         (dict(methods__mkd__wieght=1.0), "no option 'wieght'.*weight"),
         (dict(methods__mkd__student="neckk"), "no tap 'neckk'.*neck.*cls_tower"),
         (dict(methods__mkd__zeta=2.0), "zeta.*0 .. 1"),
+        (dict(student__detector=""), "no student.*rtmdet_tiny"),
         (dict(student__detector="rtmdet_huge"), "rtmdet_huge.*rtmdet_tiny"),
         (dict(teacher__weights="/nowhere"), "/nowhere"),
         (dict(teacher__detector="rtmdet_s"), "rtmdet_pico"),

@@ -118,6 +118,8 @@ def check_config(config: ConfigDict) -> None:
     data.check_settings(config.data)
     for name, options in config.methods.items():
         api.build(name, **options)
+    if not (config.student.detector or config.student.weights):
+        raise ValueError(f"there is no student: set config.student.detector, one of {', '.join(detectors.names())}")
     has_teacher = bool(config.teacher.detector or config.teacher.weights)
     if config.methods and not has_teacher:
         raise ValueError(
