@@ -252,7 +252,7 @@ def wrong(folder, teacher_folder, **changes):
         (dict(data__source="coco"), "coco"),
         (dict(batch_size=0), "batch_size is 0; it must be at least 1"),
         (dict(steps=0), "steps is 0; it must be at least 1"),
-        (dict(seed=-1), "seed is -1; it must be at least 0"),
+        (dict(seed=-1), "seed is -1; it must be in 0 .. 4294967295"),
         (dict(log_every=0), "log_every"),
         (dict(checkpoint__every=0), "checkpoint.every"),
         (dict(eval__batch_size=0), "eval.batch_size"),
@@ -273,6 +273,13 @@ def test_bad_input_gets_one_sentence_before_training(folder, teacher_folder, tmp
         loop.run(wrong(folder, teacher_folder, **changes), tmp_path)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_config_that_lacks_a_setting_is_refused(folder, tmp_path):
+    config = tiny_config(folder, teacher=None)
+    del config.optimizer.clip_norm
+    with pytest.raises(loop.BadInput, match="config.optimizer.clip_norm is missing"):
+        loop.run(config, tmp_path)
 
 
 def test_class_map_of_the_teacher_must_fit(folder, teacher_folder, tmp_path):

@@ -89,11 +89,14 @@ def base() -> ConfigDict:
 # Least and largest value of every setting that is a number.
 _AT_LEAST_1 = ("batch_size", "steps", "data.scenes_train", "data.scenes_val", "eval.batch_size", "log_every",
                "checkpoint.every", "checkpoint.keep")  # fmt: skip
-_AT_LEAST_0 = ("seed", "data.max_boxes", "data.workers", "data.limit", "optimizer.lr", "optimizer.weight_decay",
+_AT_LEAST_0 = ("data.max_boxes", "data.workers", "data.limit", "optimizer.lr", "optimizer.weight_decay",
                "optimizer.clip_norm", "optimizer.warmup", "ema.ramp", "eval.every", "eval.limit")  # fmt: skip
 _SHARES = ("optimizer.flat", "optimizer.end", "ema.momentum")
 _RANGES = (
-    dict.fromkeys(_AT_LEAST_1, (1, math.inf)) | dict.fromkeys(_AT_LEAST_0, (0, math.inf)) | dict.fromkeys(_SHARES, (0, 1))
+    dict.fromkeys(_AT_LEAST_1, (1, math.inf))
+    | dict.fromkeys(_AT_LEAST_0, (0, math.inf))
+    | dict.fromkeys(_SHARES, (0, 1))
+    | {"seed": (0, 2**32 - 1)}
 )
 
 

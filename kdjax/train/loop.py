@@ -114,6 +114,9 @@ def check_config(config: ConfigDict) -> None:
     unknown = settings.unknown_keys(config)
     if unknown:
         raise ValueError(f"{unknown[0]} is no setting; the settings are those of kdjax/train/config.py")
+    missing = settings.unknown_keys(settings.base(), config)
+    if missing:
+        raise ValueError(f"{missing[0]} is missing; a config starts from kdjax.train.config.base()")
     settings.check_numbers(config)
     data.check_settings(config.data)
     for name, options in config.methods.items():
