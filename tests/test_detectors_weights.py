@@ -141,6 +141,10 @@ def test_file_errors(tmp_path, monkeypatch):
         (tmp_path / name).write_bytes(b"not arrays at all")
         with pytest.raises(ValueError, match=f"{name} cannot be read"):
             convert.load_file(tmp_path / name)
+    np.savez(tmp_path / "whole.npz", a=np.arange(1000))
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "whole.npz").read_bytes()[:2000])
+    with pytest.raises(ValueError, match="cut.npz cannot be read"):
+        convert.load_file(tmp_path / "cut.npz")
     monkeypatch.setitem(sys.modules, "torch", None)
     (tmp_path / "weights.pth").write_bytes(b"")
     with pytest.raises(ValueError, match=r"needs PyTorch: install the extra kdjax\[torch\]"):

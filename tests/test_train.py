@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from kdjax import data, detectors
-from kdjax.detectors import weights
+from kdjax.detectors import convert, weights
 from kdjax.detectors.api import flatten
 from kdjax.methods import api
 from kdjax.train import checkpoint, loop, optim
@@ -288,6 +288,15 @@ def test_class_map_of_the_teacher_must_fit(folder, teacher_folder, tmp_path):
     weights.save(tmp_path / "other", detector, params, stats, classes=classes, image_size=(64, 64))
     with pytest.raises(loop.BadInput, match="class map of the teacher.*unknown to the teacher"):
         loop.run(wrong(folder, teacher_folder, teacher__weights=str(tmp_path / "other")), tmp_path / "run")
+
+
+def test_a_teacher_of_another_number_of_classes_is_refused(folder, teacher_folder, tmp_path):
+    """A PyTorch file does not name its classes; classifiers that start anew would teach noise."""
+    detector = detectors.build("rtmdet_pico", 80)
+    np.savez(tmp_path / "coco.npz", **convert.to_torch(detector, *detector.init(jax.random.PRNGKey(0))))
+    changes = dict(teacher__weights=str(tmp_path / "coco.npz"), teacher__detector="rtmdet_pico")
+    with pytest.raises(loop.BadInput, match="coco.npz: The weights are for 80 classes, but 6 are needed"):
+        loop.run(wrong(folder, teacher_folder, **changes), tmp_path / "run")
 
 
 def test_a_student_may_start_from_weights_of_other_classes(folder, teacher_folder, tmp_path):

@@ -2,6 +2,8 @@
 
 import re
 import warnings
+import zipfile
+import zlib
 from pathlib import Path
 
 import jax
@@ -57,6 +59,7 @@ def from_torch(
     network: str = "student",
     key: jax.Array | None = None,
     other_classes: bool = False,
+    keep_classifiers: bool = False,
 ) -> tuple[Tree, Tree]:
     """Fills a detector from a PyTorch state dict.
 
@@ -70,6 +73,7 @@ def from_torch(
       network: which one to take, "student" or "teacher", of a distiller's state that holds both.
       key: of the draws for new classifiers; by default the key of seed 0.
       other_classes: the state's classes are not the detector's, even if there are as many.
+      keep_classifiers: refuse a state of another number of classes.
 
     Returns:
       (params, stats) of float32 arrays.
@@ -112,6 +116,8 @@ def from_torch(
             f"The weights do not fit {detector.name} with {detector.num_classes} classes and options "
             f"{detector.options}; {len(problems)} differences:\n  " + "\n  ".join(problems)
         )
+    if keep_classifiers and found_classes != {detector.num_classes}:
+        raise ValueError(f"The weights are for {found_classes.pop()} classes, but {detector.num_classes} are needed.")
     if other_classes or found_classes != {detector.num_classes}:
         initial = flatten({"params": detector.init(jax.random.key(0) if key is None else key)[0]})
         filled |= {path: initial[path] for path in classifiers}
@@ -206,7 +212,7 @@ def load_file(path: str | Path) -> dict[str, np.ndarray]:
                 return _unwrap({name: file[name] for name in file.files})
         if path.suffix == ".safetensors":
             return _unwrap(load_safetensors(path))
-    except (OSError, ValueError, KeyError, EOFError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, EOFError, SafetensorError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"The weights in {path} cannot be read: {error}.") from error
     return _unwrap(_load_pth(path))
 

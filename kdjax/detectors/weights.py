@@ -84,7 +84,11 @@ def _replace(path: Path, content: bytes) -> None:
 
 
 def load(
-    path: str | Path, detector: Detector | None = None, *, key: jax.Array | None = None
+    path: str | Path,
+    detector: Detector | None = None,
+    *,
+    key: jax.Array | None = None,
+    keep_classifiers: bool = False,
 ) -> tuple[Detector, Tree, Tree, list[str] | None]:
     """Loads weights: a folder that `save` wrote, or a PyTorch state dict.
 
@@ -94,6 +98,7 @@ def load(
       detector: needed for PyTorch weights, which do not say what they are of. For a folder: if given, name and options
         must be the folder's; the number of classes is the folder's.
       key: for classifiers that start anew because the number of classes differs (PyTorch weights only).
+      keep_classifiers: refuse PyTorch weights of another number of classes.
 
     Returns:
       (detector, params, stats, names of the classes or None if the file does not tell); arrays are float32.
@@ -110,7 +115,11 @@ def load(
         raise ValueError(f"There are no weights at {path}.")
     if detector is None:
         raise ValueError(f"{path} does not say which detector it is of; name it beside the weights.")
-    params, stats = convert.from_torch(detector, convert.load_file(path), key=key)
+    state = convert.load_file(path)
+    try:
+        params, stats = convert.from_torch(detector, state, key=key, keep_classifiers=keep_classifiers)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     return detector, params, stats, None
 
 

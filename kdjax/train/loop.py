@@ -154,7 +154,9 @@ def load_detector(role: str, chosen: ConfigDict, dataset, key):
     detector = detectors.build(chosen.detector, len(dataset.classes)) if chosen.detector else None
     if not chosen.weights:
         return detector, None
-    detector, params, stats, classes = weights.load(chosen.weights, detector, key=key)
+    detector, params, stats, classes = weights.load(
+        chosen.weights, detector, key=key, keep_classifiers=role == "teacher"
+    )
     if classes is not None and list(classes) != list(dataset.classes):
         if role == "student":  # fine-tuning: weights of other data are a start
             state = convert.to_torch(detector, params, stats)
