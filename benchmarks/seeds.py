@@ -7,15 +7,10 @@ last lines are a table and one JSON object; `--log FILE` appends both, with the 
 """
 
 import argparse
-import json
-import math
-import statistics
-import subprocess
 import sys
-import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+import common
 
 
 def main():
@@ -26,55 +21,35 @@ def main():
     parser.add_argument("--log", type=Path)
     parser.add_argument("flags", nargs="+", help="flags of train.py")
     args = parser.parse_args()
+    seeds = range(args.first, args.first + args.seeds)
+    folders = {seed: args.workdir.absolute() / f"seed{seed}" for seed in seeds}
     rows = []
-    for seed in range(args.first, args.first + args.seeds):
-        workdir = args.workdir.absolute() / f"seed{seed}"
-        if not (workdir / "results.json").exists():
-            command = [sys.executable, "train.py", *args.flags, f"--workdir={workdir}", f"--config.seed={seed}"]
-            subprocess.run(command, cwd=ROOT, check=True)
-        results = json.loads((workdir / "results.json").read_text())
+    for seed, folder in folders.items():
+        try:
+            results = common.train([*args.flags, f"--config.seed={seed}"], folder)
+        except common.Failed as error:
+            sys.exit(f"seed {seed}: {error}")
         rows.append({"seed": seed} | {f"{r} {k}": results[r][k] for r in results if results[r] for k in ("AP", "AP50")})
-    text = table(rows)
-    config = json.loads((args.workdir / f"seed{args.first}" / "config.json").read_text())
-    facts = {k: config["runs"][0][k] for k in ("commit", "python", "jax", "flax", "devices")}
-    minutes = [minutes_of(args.workdir / f"seed{row['seed']}") for row in rows]
-    heading = f"`python benchmarks/seeds.py --seeds={args.seeds} -- {' '.join(args.flags)}`"
-    closing = f"{time.strftime('%Y-%m-%d')}; {facts}; training minutes {', '.join(f'{m:.1f}' for m in minutes)}"
-    print(f"\n{text}\n{closing}")
-    print(json.dumps(summary(rows)))
-    if args.log:
-        with args.log.open("a") as file:
-            file.write(f"\n{heading}\n\n{text}\n\n{closing}\n\n    {json.dumps(summary(rows))}\n")
-
-
-def minutes_of(workdir: Path) -> float:
-    """Time spent in training steps, of all sittings."""
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return sum({row["step"]: row["seconds"] for row in rows if row["kind"] == "train"}.values()) / 60
+    minutes = ", ".join(f"{common.minutes_of(folder):.1f}" for folder in folders.values())
+    common.publish(
+        f"python benchmarks/seeds.py --seeds={args.seeds} -- {' '.join(args.flags)}",
+        [table(rows), f"{common.facts_of(folders[args.first])}; training minutes {minutes}"],
+        summary(rows),
+        args.log,
+    )
 
 
 def table(rows: list[dict]) -> str:
     """AP and AP50 in points, a line a seed, then mean and standard error."""
     columns = [name for name in rows[0] if name != "seed"]
-    lines = ["| seed | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for row in rows:
-        lines.append(f"| {row['seed']} | " + " | ".join(f"{100 * row[name]:.2f}" for name in columns) + " |")
-    means = summary(rows)
-    lines.append(
-        "| mean ± standard error | " + " | ".join("{:.2f} ± {:.2f}".format(*means[name]) for name in columns) + " |"
-    )
-    return "\n".join(lines)
+    lines = [[str(row["seed"]), *(f"{100 * row[name]:.2f}" for name in columns)] for row in rows]
+    means = [common.with_error([100 * row[name] for row in rows]) for name in columns]
+    return common.table(["seed", *columns], [*lines, ["mean ± standard error", *means]])
 
 
 def summary(rows: list[dict]) -> dict:
     """{column: (mean, standard error)} in points."""
-    found = {}
-    for name in rows[0]:
-        if name != "seed":
-            values = [100 * row[name] for row in rows]
-            error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-            found[name] = (round(statistics.mean(values), 3), round(error, 3))
-    return found
+    return {name: common.mean_and_error([100 * row[name] for row in rows]) for name in rows[0] if name != "seed"}
 
 
 if __name__ == "__main__":
