@@ -237,7 +237,7 @@ def summary(methods: list[Method]) -> str:
             prose(method.what),
             prose(short(method.sections["Paper"])),
             method.sections["Status"],
-            prose(method.sections["Taps"].split("\n")[0].split(". ")[0].rstrip(".")),
+            prose(bare(method.sections["Taps"])),
             ", ".join(family for family, why in method.refusals.items() if not why) or "none yet",
         )
         for method in methods
@@ -266,8 +266,15 @@ def section(method: Method) -> str:
 
 
 def short(paper: str) -> str:
-    """Authors and venue: the citation without the title in quotation marks."""
-    return re.sub(r'"[^"]*",? *', "", paper).rstrip(". ")
+    """Authors, venue and year: the citation without the title in quotation marks and what follows the year."""
+    return re.split(r"(?<=\d{4})\W|(?<! al)\. ", re.sub(r'"[^"]*",? *', "", paper))[0].rstrip(".")
+
+
+def bare(taps: str) -> str:
+    """The taps alone: the first clause without what it says in parentheses."""
+    while taps != (without := re.sub(r" ?\([^()]*\)", "", taps)):
+        taps = without
+    return re.split(r";|\.(?=\s|$)", taps)[0]
 
 
 def prose(text: str) -> str:

@@ -1,18 +1,33 @@
 """The reference numbers hold, and the replay notices when they do not."""
 
+import fnmatch
+import functools
 import json
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from kdjax.methods import api
 from tests import golden_replay
-from tests.golden_checks.api import Check, relative_error
-from tests.shared import SHARED
+from tests.golden_checks.api import Check, load, relative_error
+from tests.shared import ROOT, SHARED, script
 
 OWN = Path(__file__).parent / "golden"
 CHECKS = golden_replay.known_checks()
+# Files that hold cases of several methods: how those of each method begin. Otherwise a file is its method's as a whole.
+CASES = {
+    "kd/logit_*": {
+        "bckd": ("BCKD",),
+        "crosskd": ("CrossKD KL", "CrossKD KD-QFL"),
+        "dkd": ("DKD",),
+        "hinton": ("KL", "KD (mdistiller)"),
+        "ld": ("LD", "KL"),
+    },
+    "kd/feature_misc_*": {"fitnet": ("mmrazor L2Loss",), "mkd": ("multi-scale average", "FFT mask")},
+}
 
 
 def files() -> list:
@@ -26,14 +41,58 @@ def files() -> list:
     return [pytest.param(root, name, id=f"{label}:{name}") for label, root, name in found]
 
 
+@functools.cache
+def replayed(root: Path, name: str) -> list[Check]:
+    """Every file is replayed once, for all tests."""
+    return list(golden_replay.replay_file(root, name, CHECKS))
+
+
 @pytest.mark.parametrize(("root", "name"), files())
 def test_reference_numbers_hold(root, name):
-    checks = list(golden_replay.replay_file(root, name, CHECKS))
+    checks = replayed(root, name)
     failed = [golden_replay.line(name, check) for check in checks if check.verdict == "failed"]
     assert not failed, "\n".join(failed)
     reasons = {check.skip for check in checks}
     if None not in reasons:
         pytest.skip("; ".join(sorted(reasons)))
+
+
+@pytest.mark.parametrize("method", api.names())
+def test_the_errors_that_a_method_states_are_not_exceeded(method):
+    """Twice the stated error is allowed: rounding differs between processors and versions of the compiler."""
+    generate = script(ROOT / "docs" / "generate.py")
+    bounds = stated_errors(generate.describe(method).sections["Proof"], generate.GOLDEN)
+    for root, name in [parameters.values for parameters in files()]:
+        for pattern, bound in bounds.items():
+            if fnmatch.fnmatchcase(name, f"{pattern}.npz"):
+                mine = own_cases(method, root, name)
+                found = [c for c in replayed(root, name) if c.tolerance and (not mine or c.name.split()[0] in mine)]
+                assert found, f"{name} has no check for {method}"
+                worst = max(found, key=lambda check: check.error)
+                assert worst.error <= 2 * bound, f"{method} states {bound} for {pattern}; {name}, {worst}"
+
+
+def stated_errors(proof: str, golden: re.Pattern) -> dict[str, float]:
+    """Pattern of files -> the largest error that a clause which names it states."""
+    bounds = {}
+    for clause in re.split(r"; |\. ", proof):
+        numbers, patterns = [float(x) for x in re.findall(r"\d(?:\.\d+)?e-\d+", clause)], golden.findall(clause)
+        assert patterns or not numbers, f"of which files is the error in {clause!r}?"
+        for pattern in patterns if numbers else ():
+            bounds[pattern] = max(bounds.get(pattern, 0.0), *numbers)
+    return bounds
+
+
+def own_cases(method: str, root: Path, name: str) -> list[str]:
+    """The cases of a file that are the method's, by their key; none if the file is its own as a whole."""
+    for pattern, owners in CASES.items():
+        if fnmatch.fnmatchcase(name, pattern) and method in owners:
+            return [
+                case
+                for case, entry in load(root / name)[1]["cases"].items()
+                if entry["what"].startswith(owners[method])
+            ]
+    return []
 
 
 def test_subset_is_small_and_of_every_kind():
