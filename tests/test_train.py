@@ -243,6 +243,7 @@ def wrong(folder, teacher_folder, **changes):
         (dict(methods__mkd__wieght=1.0), "no option 'wieght'.*weight"),
         (dict(methods__mkd__student="neckk"), "no tap 'neckk'.*neck.*cls_tower"),
         (dict(methods__mkd__zeta=2.0), "zeta.*0 .. 1"),
+        (dict(methods__mkd__weight=0.0), "config.methods.mkd would do nothing"),
         (dict(student__detector=""), "no student.*rtmdet_tiny"),
         (dict(student__detector="rtmdet_huge"), "rtmdet_huge.*rtmdet_tiny"),
         (dict(teacher__weights="/nowhere"), "/nowhere"),

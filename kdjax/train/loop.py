@@ -336,6 +336,9 @@ def check_terms(setup: Setup) -> None:
     """
     if not setup.methods:
         return
+    for name, method in setup.methods.items():
+        if not method.weights(0):
+            raise ValueError(f"config.methods.{name} would do nothing: the weights of all its terms are 0")
     student, state = setup.student, setup.states["student"]
 
     def probe(state, variables, batch):
@@ -375,7 +378,11 @@ def check_terms(setup: Setup) -> None:
                 f"the term {name} (value {values[name]:.3g}) gives the student a gradient of size {pull}: it would do "
                 "nothing; check its taps and options"
             )
-    missing = set(weights_of(setup.methods, 0)) ^ set(values)
+    given = weights_of(setup.methods, 0)
+    for name, weight in given.items():
+        if not np.isfinite(weight):
+            raise ValueError(f"the weight of the term {name} is {weight}")
+    missing = set(given) ^ set(values)
     if missing:
         raise ValueError(f"the terms {sorted(missing)} have a weight but no value, or a value but no weight")
 
