@@ -22,6 +22,7 @@ from kdjax.methods import api
 from kdjax.train import checkpoint, loop, optim
 from kdjax.train import config as settings
 from kdjax.train import step as steps
+from tests.data_tools import small_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 20
@@ -274,6 +275,20 @@ def test_bad_input_gets_one_sentence_before_training(folder, teacher_folder, tmp
         loop.run(wrong(folder, teacher_folder, **changes), tmp_path)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("empty", ["train", "val"])
+def test_a_split_without_objects_is_refused(folder, tmp_path, empty):
+    """Also where nothing is distilled: a detector would learn that there is nothing to see."""
+    root = small_folder(tmp_path / "set")
+    path = root / "annotations" / f"instances_{empty}.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"annotations": []}))
+    config = tiny_config(folder, teacher=None)
+    config.data.update(dict(source="coco_folder", root=str(root)))
+    words = {"train": "the first 100 batches of the training data hold no object", "val": "validation split 'val' of set"}
+    with pytest.raises(loop.BadInput, match=words[empty]):
+        loop.run(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_a_config_that_lacks_a_setting_is_refused(folder, tmp_path):

@@ -91,13 +91,14 @@ def run(config: ConfigDict, workdir: str) -> dict | None:
         if config.data.check:
             print(data.summary(dataset, config.data))
             return None
+        check_truth(dataset)
         workdir = Path(workdir)
         check_workdir(config, workdir)
         use_compile_cache(config.compile_cache)
         checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
         start, setup = resume(prepare(config, dataset), checkpoints)
         if start == 0:
-            check_terms(setup)
+            check_terms(setup, first_batch_with_objects(setup))
     except (ValueError, FileNotFoundError) as error:
         raise BadInput(str(error)) from error
     write_config(config, workdir)
@@ -138,6 +139,16 @@ def check_config(config: ConfigDict) -> None:
     if config.batch_size % devices:
         raise ValueError(f"config.batch_size is {config.batch_size}; it must be divisible by the {devices} devices")
     optim.learning_rate(config)
+
+
+def check_truth(dataset) -> None:
+    """Refuses a validation split on which nothing could be measured."""
+    if all(entry["iscrowd"] for entry in data.ground_truth(dataset, "val")["annotations"]):
+        split = dataset.splits["val"]
+        raise ValueError(
+            f"the validation split '{split.name}' of {dataset.name} holds no object in its {split.size} pictures, so "
+            "nothing could be measured"
+        )
 
 
 def use_compile_cache(folder: str) -> None:
@@ -325,7 +336,7 @@ def first_batch_with_objects(setup: Setup) -> dict:
     raise ValueError("the first 100 batches of the training data hold no object, so there is nothing to learn from")
 
 
-def check_terms(setup: Setup) -> None:
+def check_terms(setup: Setup, batch: dict) -> None:
     """Every declared term must be finite and pull at the student, on a batch with objects and at full weight.
 
     The pull is measured at the student's outputs, where the terms read them: behind those lies the detector, whose own
@@ -367,7 +378,7 @@ def check_terms(setup: Setup) -> None:
             pulls[name] = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
         return losses, values, pulls
 
-    batch = place(setup.mesh, first_batch_with_objects(setup))
+    batch = place(setup.mesh, batch)
     losses, values, pulls = jax.device_get(jax.jit(probe)(state, setup.variables, batch))
     for name, value in (losses | values).items():
         if not np.isfinite(value):
