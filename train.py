@@ -20,7 +20,7 @@ def main(argv):
         config = CONFIG.value and CONFIG.value.to_dict()
     except OSError as error:
         fail(f"--config: {str(error).strip().splitlines()[-1].strip()}")
-    if config is None or (WORKDIR.value is None and not CONFIG.value.data.check):
+    if config is None or not (WORKDIR.value or CONFIG.value.data.check):
         fail("--config and --workdir are needed, as in --config=configs/quickstart.py --workdir=runs/quickstart")
     import jax
 

@@ -343,6 +343,15 @@ def test_workdir_of_another_run_is_refused(finished, folder, teacher_folder):
         loop.run(wrong(folder, teacher_folder, seed=1), finished[0])
 
 
+def test_workdir_that_cannot_be_used_is_refused(folder, teacher_folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(loop.BadInput, match="--workdir=.*file/run cannot be made .Not a directory"):
+        loop.run(wrong(folder, teacher_folder), tmp_path / "file" / "run")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(loop.BadInput, match="config.json is not the config of a run"):
+        loop.run(wrong(folder, teacher_folder), tmp_path)
+
+
 def test_checkpoint_of_another_detector_is_refused(finished, folder, teacher_folder, tmp_path):
     shutil.copytree(finished[0] / "checkpoints", tmp_path / "checkpoints")
     config = wrong(folder, teacher_folder, student__detector="rtmdet_nano")

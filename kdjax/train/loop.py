@@ -95,11 +95,12 @@ def run(config: ConfigDict, workdir: str) -> dict | None:
         workdir = Path(workdir)
         check_workdir(config, workdir)
         use_compile_cache(config.compile_cache)
+        setup = prepare(config, dataset)
         checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
-        start, setup = resume(prepare(config, dataset), checkpoints)
+        start, setup = resume(setup, checkpoints)
         if start == 0:
             check_terms(setup, first_batch_with_objects(setup))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         raise BadInput(str(error)) from error
     write_config(config, workdir)
     with contextlib.closing(checkpoints), Log(workdir, start) as log:
@@ -270,11 +271,21 @@ def output_spec(detector, hw: tuple[int, int]):
 
 
 def check_workdir(config: ConfigDict, workdir: Path) -> None:
-    """A workdir belongs to one run: another config in it is refused with the settings that differ."""
+    """A workdir can be written and belongs to one run: another config in it is refused, naming what differs."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--workdir={workdir} cannot be made ({error.strerror}): choose another") from None
+    if not os.access(workdir, os.W_OK):
+        raise ValueError(f"--workdir={workdir} cannot be written: choose another")
     path = workdir / "config.json"
     if not path.exists():
         return
-    before, now = flat_config(json.loads(path.read_text())["config"]), flat_config(json.loads(config.to_json()))
+    try:
+        before = flat_config(json.loads(path.read_text())["config"])
+    except (ValueError, TypeError, KeyError):
+        raise ValueError(f"{path} is not the config of a run: choose another --workdir") from None
+    now = flat_config(json.loads(config.to_json()))
     differ = [
         f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
@@ -694,7 +705,7 @@ def environment() -> dict:
             text=True,
             timeout=10,
         ).stdout.strip()
-    except OSError:  # no git on this machine
+    except (OSError, subprocess.SubprocessError):  # no git on this machine, or one that hangs
         commit = ""
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "faster-coco-eval")
     return {
@@ -710,7 +721,6 @@ def write_config(config: ConfigDict, workdir: Path) -> None:
     """The resolved config and the environment; a resumed run adds its environment to the list."""
     if jax.process_index():
         return
-    workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / "config.json"
     runs = json.loads(path.read_text())["runs"] if path.exists() else []
     now = environment() | {"command": sys.argv[1:], "time": time.strftime("%Y-%m-%d %H:%M:%S")}
