@@ -223,6 +223,27 @@ def test_damaged_checkpoint_falls_back_to_the_one_before(finished, folder, tmp_p
     store.close()
 
 
+@pytest.mark.parametrize("part", ["note", "state"])
+def test_a_checkpoint_of_which_a_part_is_cut_off_is_passed_over(tmp_path, part):
+    tree = {"a": np.arange(10_000.0)}
+    store = checkpoint.Checkpoints(tmp_path, keep=3)
+    for at in (1, 2):
+        store.save(at, {"a": tree["a"] * at}, {"next_batch": at})
+    store.close()
+    for at, left in ((2, 1), (1, None)):
+        for path in (tmp_path / str(at) / part).rglob("*"):
+            if path.is_file():
+                path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        store = checkpoint.Checkpoints(tmp_path, keep=3)
+        if left:
+            assert store.note()["next_batch"] in (1, 2) and store.restore(tree)[1]["next_batch"] == left
+        else:
+            with pytest.raises(ValueError, match="no checkpoint in .* can be used"):
+                store.note()
+                store.restore(tree)
+        store.close()
+
+
 def wrong(folder, teacher_folder, **changes):
     config = tiny_config(folder, teacher=teacher_folder)
     with config.unlocked():

@@ -1,5 +1,6 @@
 """Checkpoints through Orbax: atomic, verified by a hash of every leaf, with a fall-back to the step before."""
 
+import contextlib
 import hashlib
 import logging
 from pathlib import Path
@@ -41,13 +42,18 @@ class Checkpoints:
         )
 
     def note(self) -> dict | None:
-        """The note of the newest step, read without its arrays."""
-        step = self.latest()
-        return (
-            None
-            if step is None
-            else self.manager.restore(step, args=ocp.args.Composite(note=ocp.args.JsonRestore())).note
-        )
+        """The note of the newest step whose note can be read, without its arrays; None if there is no step.
+
+        Raises:
+          ValueError: there are steps, but no note can be read.
+        """
+        steps = sorted(self.manager.all_steps(), reverse=True)
+        for step in steps:
+            with contextlib.suppress(Exception):  # damaged; `restore` passes it over and says so
+                return self.manager.restore(step, args=ocp.args.Composite(note=ocp.args.JsonRestore())).note
+        if steps:
+            raise ValueError(f"no checkpoint in {self.manager.directory} can be used: none has a note that can be read")
+        return None
 
     def restore(self, like) -> tuple[object, dict] | None:
         """The newest trustworthy step as a tree like `like`, with its note; None if the directory holds no step.
