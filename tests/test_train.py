@@ -139,8 +139,17 @@ def test_five_steps_and_the_rest_equal_all_at_once_to_the_bit(finished, folder, 
         assert_equal_bits(arrays(workdir, role), arrays(finished[0], role))
 
 
-def test_twin_is_a_supervised_run_to_the_bit(finished, folder):
-    results = loop.run(tiny_config(folder, teacher=None), folder / "alone")
+def test_twin_is_a_supervised_run_to_the_bit(finished, folder, monkeypatch):
+    """On the way it shows that no state is saved before the figures of its steps have been looked at."""
+    check_finite, save, seen, saved = loop.check_finite, checkpoint.Checkpoints.save, [], {}
+    monkeypatch.setattr(loop, "check_finite", lambda step, metrics: (seen.append(step), check_finite(step, metrics))[1])
+    monkeypatch.setattr(
+        checkpoint.Checkpoints, "save", lambda self, step, *rest: (saved.update({step: seen[-1]}), save(self, step, *rest))
+    )
+    config = tiny_config(folder, teacher=None)
+    config.checkpoint.every = 7
+    results = loop.run(config, folder / "alone")
+    assert saved == {7: 7, 14: 14, 20: 20}
     assert results["teacher"] is results["twin"] is results["gain"] is None
     assert results["student"] == finished[1]["twin"]
     assert_equal_bits(arrays(folder / "alone", "student"), arrays(finished[0], "twin"))

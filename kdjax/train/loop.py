@@ -448,11 +448,14 @@ def train(setup: Setup, start: int, checkpoints: Checkpoints, log: "Log") -> dic
                 states[role], of_role = setup.steps[role](states[role], variables, batch)
                 metrics |= {f"{role}/{name}": value for name, value in of_role.items()}
             pending.append((step, metrics))
-            # One step behind, so that the device always has its next step before the host waits for figures.
-            while len(pending) > (0 if step == config.steps or step % config.log_every == 0 else 1):
+            last = step == config.steps or signals.stop
+            logs, saves = last or step % config.log_every == 0, last or step % config.checkpoint.every == 0
+            # One step behind, so that the device always has its next step before the host waits for figures; but what
+            # is written has been looked at.
+            while len(pending) > (0 if logs or saves else 1):
                 window.append(check_finite(*pending.popleft()))
             bar.update()
-            if step % config.log_every == 0 or step == config.steps:
+            if logs:
                 seconds = time.perf_counter() - since
                 row = {name: float(np.mean([m[name] for m in window])) for name in window[0]}
                 row = {name: value for name, value in row.items() if not name.endswith("/finite")}
@@ -467,14 +470,15 @@ def train(setup: Setup, start: int, checkpoints: Checkpoints, log: "Log") -> dic
                 bar.set_postfix({role: f"{row[f'{role}/total']:.3g}" for role in states})
                 window, waited, since = [], 0.0, time.perf_counter()
                 check_programs(setup)
+            if saves:
+                save(step)
             if config.eval.every and step % config.eval.every == 0 and step < config.steps:
+                begun = time.perf_counter()
                 for role, state in states.items():
                     figures = evaluate(setup, role, ema(state), limit=config.eval.limit).figures
                     log.write(step, "eval", {f"{role}/{name}": value for name, value in figures.items()})
-                since = time.perf_counter()
-            if step % config.checkpoint.every == 0 or step == config.steps or signals.stop:
-                save(step)
-            if signals.stop and step < config.steps:
+                since += time.perf_counter() - begun
+            if last and step < config.steps:
                 checkpoints.close()
                 raise Stopped(f"stopped at step {step} of {config.steps}, saved; the same command goes on from there")
     return states
