@@ -373,6 +373,22 @@ def test_workdir_of_another_run_is_refused(finished, folder, teacher_folder):
         loop.run(wrong(folder, teacher_folder, seed=1), finished[0])
 
 
+@pytest.mark.parametrize("changed", ["data", "teacher"])
+def test_a_run_is_not_resumed_with_other_data_or_another_teacher(finished, folder, teacher_folder, tmp_path, changed):
+    """Under the same settings: a folder whose content has been replaced."""
+    config = wrong(folder, teacher_folder)
+    if changed == "data":
+        config.data.scenes_train += 1  # the workdir's config.json is not copied, so only the checkpoint knows
+    else:
+        detector, params, stats, classes = weights.load(teacher_folder)
+        params = jax.tree.map(lambda leaf: leaf + 1e-3, params)
+        weights.save(tmp_path / "teacher", detector, params, stats, classes=classes, image_size=(64, 64))
+        config.teacher.weights = str(tmp_path / "teacher")
+    shutil.copytree(finished[0] / "checkpoints", tmp_path / "run" / "checkpoints")
+    with pytest.raises(loop.BadInput, match=f"of another run: its {changed} is"):
+        loop.run(config, tmp_path / "run")
+
+
 def test_workdir_that_cannot_be_used_is_refused(folder, teacher_folder, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(loop.BadInput, match="--workdir=.*file/run cannot be made .Not a directory"):

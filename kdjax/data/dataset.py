@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -50,6 +51,12 @@ class Dataset:
     category_ids: tuple[int, ...]  # label i stands for category_ids[i]; ascending
     max_boxes: int  # M of every batch
     splits: dict[str, Split]  # 'train' and 'val'
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Changes with the pictures, boxes and classes that the ground truths list; not with where they lie."""
+        parts = {role: (coco.digest(split.folder / f"{role}.json"), split.size) for role, split in self.splits.items()}
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def open_dataset(cfg: Mapping) -> Dataset:

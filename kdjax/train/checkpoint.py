@@ -103,6 +103,11 @@ def flat(tree, *, copy: bool = True) -> dict:
     }
 
 
+def fingerprint(tree) -> str:
+    """The hash of all leaves of a tree and of their paths."""
+    return hashlib.sha256(str({name: digest(value) for name, value in flat(tree).items()}).encode()).hexdigest()
+
+
 def digest(value) -> str:
     """The hash of an array's bytes."""
     return hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()

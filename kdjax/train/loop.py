@@ -28,7 +28,7 @@ from kdjax.evals import coco, report, size
 from kdjax.methods import api
 from kdjax.train import config as settings
 from kdjax.train import optim
-from kdjax.train.checkpoint import Checkpoints
+from kdjax.train.checkpoint import Checkpoints, fingerprint
 from kdjax.train.step import (
     Teacher,
     TrainState,
@@ -304,7 +304,7 @@ def flat_config(tree: dict, prefix: str = "") -> dict:
 
 
 def identity(setup: Setup) -> dict:
-    """What a checkpoint must agree on with the run that reads it."""
+    """What a checkpoint must agree on with the run that reads it: also data and teacher themselves, not their paths."""
     return {
         "student": setup.student.name,
         "classes": list(setup.dataset.classes),
@@ -312,6 +312,8 @@ def identity(setup: Setup) -> dict:
         "twin": "twin" in setup.states,
         "seed": setup.config.seed,
         "batch_size": setup.config.batch_size,
+        "data": setup.dataset.fingerprint,
+        "teacher": fingerprint(setup.variables) if setup.teacher else None,
     }
 
 
@@ -320,12 +322,12 @@ def resume(setup: Setup, checkpoints: Checkpoints) -> tuple[int, Setup]:
     note = checkpoints.note()
     if note is None:
         return 0, setup
-    mine = identity(setup)
-    for key, value in mine.items():
-        if note["run"].get(key) != value:
+    for key, value in identity(setup).items():
+        theirs = note["run"].get(key, value)
+        if theirs != value:
             raise ValueError(
-                f"the checkpoint in {checkpoints.manager.directory} is of another run: its {key} is "
-                f"{note['run'].get(key)!r}, this run's is {value!r}; choose another --workdir"
+                f"the checkpoint in {checkpoints.manager.directory} is of another run: its {key} is {theirs!r}, this "
+                f"run's is {value!r}; choose another --workdir"
             )
     states, note = checkpoints.restore(setup.states)
     states = jax.device_put(states, NamedSharding(setup.mesh, PartitionSpec()))
@@ -432,8 +434,9 @@ def train(setup: Setup, start: int, checkpoints: Checkpoints, log: "Log") -> dic
     )
 
     def save(step):
-        checkpoints.save(step, states, {"next_batch": step, "run": identity(setup)})
+        checkpoints.save(step, states, {"next_batch": step, "run": mine})
 
+    mine = identity(setup)
     pending, window = collections.deque(), []
     waited, since = 0.0, time.perf_counter()
     bar = tqdm(total=config.steps, initial=start, desc="train", unit="step", disable=jax.process_index() > 0)
