@@ -586,13 +586,12 @@ def evaluate(setup: Setup, role: str, variables, *, limit: int = 0) -> Evaluatio
     config, dataset = setup.config, setup.dataset
     here = jax.local_devices()[0]
     variables = jax.tree.map(lambda leaf: jax.device_put(leaf.addressable_data(0), here), tuple(variables))
-    found, ids, examples, pending = [], [], [], collections.deque()
+    found, examples, pending = [], [], collections.deque()
 
     def fetch():
         batch, output = pending.popleft()
         output = jax.device_get(output)
         found.extend(coco.to_coco(batch, output, dataset.category_ids))
-        ids.extend(batch["image_id"][batch["real"]].tolist())
         for row in np.flatnonzero(batch["real"] & batch["valid"].any(axis=1))[: EXAMPLES - len(examples)]:
             examples.append(example(batch, output, row))
 
@@ -604,13 +603,8 @@ def evaluate(setup: Setup, role: str, variables, *, limit: int = 0) -> Evaluatio
             fetch()
     while pending:
         fetch()
-    truth = data.ground_truth(dataset, "val")
-    seen = set(ids)
-    truth = truth | {
-        "images": [image for image in truth["images"] if image["id"] in seen],
-        "annotations": [a for a in truth["annotations"] if a["image_id"] in seen],
-    }
-    return Evaluation(coco.coco_figures(truth, found), coco.per_class(truth, found), found, examples)
+    curves = coco.curves(data.ground_truth(dataset, "val", limit=limit or None), found)
+    return Evaluation(coco.figures(curves), coco.class_figures(curves), found, examples)
 
 
 def example(batch: dict, output, row: int) -> dict:
