@@ -421,6 +421,17 @@ def test_the_command_line_answers_with_a_sentence_and_an_exit_code(folder):
         assert len([line for line in done.stderr.splitlines() if line.startswith("train.py: ")]) == 1, done.stderr
 
 
+def test_a_half_written_line_is_cut_off(tmp_path):
+    with loop.Log(tmp_path, 0) as log:
+        assert log.rows() == []
+        log.write(1, "train", {"lr": 0.5})
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": 2, "ki')
+    with loop.Log(tmp_path, 1) as log:
+        log.write(2, "train", {"lr": 0.25})
+        assert [(row["step"], row["lr"]) for row in log.rows()] == [(1, 0.5), (2, 0.25)]
+
+
 def test_learning_rate_and_moving_average():
     config = settings.base()
     config.update(dict(batch_size=64, steps=1000))

@@ -539,6 +539,10 @@ class Log:
         self.first = jax.process_index() == 0
         self.path = workdir / "metrics.jsonl"
         if self.first:
+            # What a killed process left half-written would spoil the line that is appended to it.
+            lines = self.path.read_bytes() if self.path.exists() else b""
+            if not lines.endswith(b"\n"):
+                self.path.write_bytes(lines[: lines.rfind(b"\n") + 1])
             self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step or None)
 
     def __enter__(self):
@@ -558,12 +562,8 @@ class Log:
             self.board.add_scalar(name if kind == "train" else f"eval/{name}", value, step)
 
     def rows(self) -> list[dict]:
-        """All lines; a line that a killed process left half-written is passed over."""
-        rows = []
-        for line in self.path.read_text().splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                rows.append(json.loads(line))
-        return rows
+        """All lines; steps that a killed process had gone beyond its last checkpoint are there twice."""
+        return [json.loads(line) for line in self.path.read_text().splitlines()]
 
 
 # -------------------------------------------------------------------------------------------------- after training
