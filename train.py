@@ -33,6 +33,9 @@ def main(argv):
     except loop.Stopped as stop:
         print(stop, file=sys.stderr)
         sys.exit(143)
+    except KeyboardInterrupt:
+        print("train.py: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
     except (loop.BadInput, FloatingPointError) as error:
         if os.environ.get("KDJAX_TRACEBACK"):
             raise

@@ -514,7 +514,7 @@ def check_programs(setup: Setup) -> None:
 
 
 class Signals:
-    """Turns SIGTERM and SIGINT into a flag while training runs, so that the state is saved first."""
+    """Turns SIGTERM and SIGINT into a flag while training runs, so that the state is saved; a second Ctrl-C ends it."""
 
     def __enter__(self):
         self.stop = False
@@ -525,6 +525,8 @@ class Signals:
         return self
 
     def handle(self, number, frame):
+        if self.stop and number == signal.SIGINT:  # asked twice: not even the state is wanted
+            raise KeyboardInterrupt
         self.stop = True
 
     def __exit__(self, *_):
