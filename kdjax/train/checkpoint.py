@@ -67,8 +67,8 @@ class Checkpoints:
             try:
                 tree, note = self._read(step, like)
             except Exception as error:  # whatever Orbax raises for a damaged file means the same to us
-                problems.append(f"step {step}: {str(error).splitlines()[0]}")
-                log.warning("checkpoint of step %d cannot be used (%s)", step, problems[-1])
+                problems.append(f"step {step}: {type(error).__name__}: {error}".splitlines()[0][:200])
+                log.warning("checkpoint passed over: %s", problems[-1])
                 continue
             for later in steps[: steps.index(step)]:
                 self.manager.delete(later)
