@@ -141,15 +141,22 @@ def test_five_steps_and_the_rest_equal_all_at_once_to_the_bit(finished, folder, 
 
 def test_twin_is_a_supervised_run_to_the_bit(finished, folder, monkeypatch):
     """On the way it shows that no state is saved before the figures of its steps have been looked at."""
-    check_finite, save, seen, saved = loop.check_finite, checkpoint.Checkpoints.save, [], {}
-    monkeypatch.setattr(loop, "check_finite", lambda step, metrics: (seen.append(step), check_finite(step, metrics))[1])
-    monkeypatch.setattr(
-        checkpoint.Checkpoints, "save", lambda self, step, *rest: (saved.update({step: seen[-1]}), save(self, step, *rest))
-    )
+    check_finite, save, seen, saved = loop.check_finite, checkpoint.Checkpoints.save, [], []
+
+    def check(step, metrics):
+        seen.append(step)
+        return check_finite(step, metrics)
+
+    def save_seen(self, step, *rest):
+        saved.append((step, seen[-1]))
+        return save(self, step, *rest)
+
+    monkeypatch.setattr(loop, "check_finite", check)
+    monkeypatch.setattr(checkpoint.Checkpoints, "save", save_seen)
     config = tiny_config(folder, teacher=None)
     config.checkpoint.every = 7
     results = loop.run(config, folder / "alone")
-    assert saved == {7: 7, 14: 14, 20: 20}
+    assert saved == [(7, 7), (14, 14), (20, 20)]
     assert results["teacher"] is results["twin"] is results["gain"] is None
     assert results["student"] == finished[1]["twin"]
     assert_equal_bits(arrays(folder / "alone", "student"), arrays(finished[0], "twin"))
@@ -315,7 +322,10 @@ def test_a_split_without_objects_is_refused(folder, tmp_path, empty):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"annotations": []}))
     config = tiny_config(folder, teacher=None)
     config.data.update(dict(source="coco_folder", root=str(root)))
-    words = {"train": "the first 100 batches of the training data hold no object", "val": "validation split 'val' of set"}
+    words = {
+        "train": "the first 100 batches of the training data hold no",
+        "val": "validation split 'val' of set holds no",
+    }
     with pytest.raises(loop.BadInput, match=words[empty]):
         loop.run(config, tmp_path / "run")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()

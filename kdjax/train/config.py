@@ -17,7 +17,7 @@ def base() -> ConfigDict:
     config.student = ConfigDict(
         dict(
             detector="rtmdet_tiny",
-            weights="",  # start from a kdjax folder or a PyTorch file, of other classes too; "" starts from random numbers
+            weights="",  # a kdjax folder or a PyTorch file to start from, of other classes too; "": random numbers
         )
     )
     config.teacher = ConfigDict(
