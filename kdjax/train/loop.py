@@ -498,8 +498,8 @@ def check_finite(step: int, metrics: dict) -> dict:
         bad = [name for name, value in metrics.items() if not np.isfinite(value)]
         losses = [name for name in bad if not name.endswith(("/total", "/grad_norm"))]
         raise FloatingPointError(
-            f"{(losses or bad)[0]} is not finite at step {step}: training cannot go on; the last checkpoint is sound. "
-            "A lower learning rate or weight of that term usually helps"
+            f"{(losses or bad)[0]} is not finite at step {step}: training cannot go on; checkpoints of earlier steps "
+            "are sound. A lower learning rate or weight of that term usually helps"
         )
     return metrics
 
