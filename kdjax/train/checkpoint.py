@@ -20,8 +20,8 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path, *, keep: int):
-        # Orbax logs a warning for every option left at its default on a CPU; errors still arrive as exceptions.
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        # Orbax logs a warning for every option left at its default on a CPU; its errors arrive as exceptions anyway.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         self.manager = ocp.CheckpointManager(
             Path(directory).absolute(),
             options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
