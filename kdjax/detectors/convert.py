@@ -208,8 +208,8 @@ def load_file(path: str | Path) -> dict[str, np.ndarray]:
         raise ValueError(f"There is no file {path}.")
     try:
         if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as file:
-                return _unwrap({name: file[name] for name in file.files})
+            with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+                return _unwrap({name: arrays[name] for name in arrays.files})
         if path.suffix == ".safetensors":
             return _unwrap(load_safetensors(path))
     except (OSError, ValueError, KeyError, EOFError, SafetensorError, zipfile.BadZipFile, zlib.error) as error:
