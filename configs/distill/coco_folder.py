@@ -4,19 +4,12 @@
         --config.teacher.weights=runs/teacher/student --workdir=runs/mkd
 """
 
-from kdjax.train.config import base, methods
+from configs.supervised.coco_folder import get_config as alone
+from kdjax.train.config import methods
 
 
 def get_config(chosen: str = "mkd"):
-    config = base()
-    config.student.detector = "rtmdet_nano"
+    config = alone("rtmdet_nano")
     config.methods = methods(chosen)
     config.twin = True
-    config.data.source = "coco_folder"
-    config.data.image_size = (320, 320)
-    config.steps = 3000
-    config.optimizer.lr = 0.001
-    config.optimizer.warmup = 200
-    config.ema.ramp = 500
-    config.eval.every = 1000
     return config
