@@ -10,8 +10,8 @@ Taps: cls_logits and the decoded boxes (dense heads with sigmoid scores, the sam
 Open: the paper prints the IoU, its code has GIoU: overlap="iou" is the print. The code leaves out levels without any
     positive, which looks like an accident: per_level_gate=True does so too. The weight of the class term is not
     detached, as in the code.
-Proof: the class term: kd/logit_github_* (the authors' code): largest relative error 5.5e-7; GIoU: loss/det_box_*
-    (mmdetection).
+Proof: the class term: kd/logit_github_* (the authors' code): largest relative error 2.1e-7; the box term: its GIoU
+    alone, loss/det_box_* (mmdetection).
 Status: proven
 """
 
