@@ -38,25 +38,25 @@ def train(flags: list[str], workdir: Path) -> dict:
 def run(command: list[str]) -> None:
     """Runs train.py, shows what it writes to stderr, and hands on a stop in both directions."""
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
     written = b""
-    try:
-        while chunk := process.stderr.read1(65536):
-            sys.stderr.buffer.write(chunk)
-            sys.stderr.flush()
-            written = (written + chunk)[-65536:]
-        code = process.wait()
-    except BaseException:
-        process.terminate()  # it saves its state
-        process.communicate()
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    if code == 143 or code < 0:
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE) as process:
+        try:
+            while chunk := process.stderr.read1(65536):
+                sys.stderr.buffer.write(chunk)
+                sys.stderr.flush()
+                written = (written + chunk)[-65536:]
+            code = process.wait()
+        except BaseException:
+            process.terminate()  # it saves its state
+            process.communicate()
+            raise
+        finally:
+            signal.signal(signal.SIGTERM, before)
+    if code in (143, -signal.SIGTERM, -signal.SIGINT):
         print("stopped; the same command goes on from there", file=sys.stderr)
         sys.exit(143)
     if code:
-        raise Failed(last_sentence(written.decode(errors="replace")))
+        raise Failed(f"killed by signal {-code}" if code < 0 else last_sentence(written.decode(errors="replace")))
 
 
 def last_sentence(text: str) -> str:

@@ -114,7 +114,7 @@ def table(found: dict, students: dict, failures: dict[str, dict[int, str]]) -> s
     for method, sentences in failures.items():
         if method not in found:
             rows.append([method, "–", "–", "–", "–", "0", "; ".join(dict.fromkeys(sentences.values()))])
-    header = ["method", "gain in AP ± standard error", "lowest … highest", "gain in AP50", "AP", "seeds", ""]
+    header = ["method", "gain in AP ± standard error", "lowest … highest", "gain in AP50", "AP", "seeds", "note"]
     return common.table(header, rows)
 
 

@@ -128,7 +128,7 @@ def test_compare_methods_trains_the_twin_alone(of):
 def test_method_cost_summary_and_table(of):
     cost = of("method_cost")
     rows = [
-        cost.summarize("mkd", [(0.33, 0.2, 0.1), (0.3, 0.2, 0.1), (0.36, 0.2, 0.1)], 123.456),
+        cost.summarize("mkd", [(0.33, 0.2, 0.1), (0.3, 0.2, 0.1), (0.36, 0.2, 0.1)], 123.4),
         cost.summarize("ssim", [(0.6, 0.2, 0.1)], 1.0),
     ]
     assert rows[0]["relative"] == 1.1 and (rows[0]["step_ms"], rows[0]["twin_ms"], rows[0]["teacher_ms"]) == (
