@@ -365,7 +365,7 @@ def test_ld_refuses_heads_without_distributions():
 # ---------------------------------------------------------------------------------------------------------- CrossKD
 
 
-def expected_crosskd(context, *, conv=0, rectify=False, box_loss="giou"):
+def expected_crosskd(context, *, conv=0, rectify=False, box_loss="giou", confidence=True):
     positive, scored = masks(context)
     found = {}
     for branch in ("cls", "reg"):
@@ -379,18 +379,18 @@ def expected_crosskd(context, *, conv=0, rectify=False, box_loss="giou"):
         found[branch] = context.teacher_head(features, branch=branch, start=conv + 1)
     teacher = rows(context.teacher.cls_logits)
     count = np.maximum(positive.sum(1), 1).sum()
-    confidence = sigmoid(teacher).max(-1) * scored
+    trust = sigmoid(teacher).max(-1) * scored if confidence else scored
     classes = (gap_bce(rows(found["cls"]), teacher) * scored[..., None]).sum() / count
     if found["reg"][0].shape[-1] > 4:
         edges = [rows(m, 4 * BINS).reshape(2, -1, 4, BINS) for m in (found["reg"], context.teacher.box_reg)]
-        return {"classes": classes, "boxes": (confidence * kl(*edges).sum(-1).mean(-1)).sum() / confidence.sum()}
+        return {"classes": classes, "boxes": (trust * kl(*edges).sum(-1).mean(-1)).sum() / trust.sum()}
     boxes = [
         context.decode_teacher(dataclasses.replace(context.teacher, box_reg=m))
         for m in (tuple(found["reg"]), context.teacher.box_reg)
     ]
     iou, giou = overlap(*boxes)
     apart = 1 - giou if box_loss == "giou" else -np.log(np.maximum(iou, 1e-6))
-    return {"classes": classes, "boxes": (confidence * apart).sum() / count}
+    return {"classes": classes, "boxes": (trust * apart).sum() / count}
 
 
 @pytest.mark.parametrize(
@@ -400,6 +400,7 @@ def expected_crosskd(context, *, conv=0, rectify=False, box_loss="giou"):
         (dict(student="tower.1", teacher="tower.-1"), dict(conv=1)),
         (dict(rectify=True), dict(rectify=True)),
         (dict(box_loss="log_iou"), dict(box_loss="log_iou")),
+        (dict(confidence=False), dict(confidence=False)),
     ],
     ids=str,
 )

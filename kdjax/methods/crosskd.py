@@ -15,8 +15,9 @@ Open: where to cut: the published conv 3 of 4 is "tower.-2", the last but one (w
     means to align maps before the activation, but its ReLU works in place, so it aligns relu(f^S) with relu(f^T). With
     a head that activates otherwise (SiLU) those are no statistics of what it consumes; here the maps are aligned as
     they are, which is sound before any activation, and the teacher's head activates them. rectify=True is the code, for
-    heads with ReLU. The paper has all priors with weight 1 in the box term, the code has c_i, followed here. The
-    papers' feature term is the method pkd beside this one. The centreness terms of ATSS and FCOS come with them.
+    heads with ReLU. The box term weights priors by the teacher's scores as the code does; in the paper all weigh 1:
+    confidence=False. The paper's feature term is the method pkd beside this one. The centreness terms of ATSS and FCOS
+    come with those detectors.
 Proof: kd/crosskd_* (the authors' code on four detectors, through this method): largest relative error 1.0e-6;
     kd/logit_github_*: 3.8e-7.
 Status: proven
@@ -41,6 +42,7 @@ def make(
     class_weight: float = 1.0,
     box_weight: float = 1.0,
     box_loss: str = "giou",
+    confidence: bool = True,
     rectify: bool = False,
     start: int = 0,
     stop: int = 0,
@@ -56,6 +58,7 @@ def make(
       class_weight: of the classes; 1, with FCOS 0.4 in the paper's code.
       box_weight: of the boxes; 1 for boxes (FCOS 0.75), 4 for distributions (GFL) in the paper's code.
       box_loss: of heads without distributions, "giou" or "log_iou" (-log IoU, FCOS in the paper's code).
+      confidence: whether the boxes are weighted by the teacher's score (c_i) or by l_i alone.
       rectify: ReLU on both maps before they are aligned, as the paper's code has it.
       start, stop, warmup, decay: schedule in steps, see `api.weight_schedule`.
 
@@ -104,15 +107,15 @@ def make(
             features.append(cross.align(s, t))
         return tuple(context.teacher_head(tuple(features), branch=branch, start=go_on))
 
-    def box_term(params, context, confidence, positives):
+    def box_term(params, context, trust, positives):
         found, own = reused(params, context, "reg"), context.teacher.box_reg
         edges = [api.rows(maps, len(context.priors)) for maps in (found, own)]
         if edges[0].shape[-1] > 4:
             kl = logits.softmax_kl(*(x.reshape(*x.shape[:2], 4, -1) for x in edges))
-            return jnp.sum(confidence * jnp.mean(kl, -1)) / jnp.maximum(jnp.sum(confidence), 1e-6)
+            return jnp.sum(trust * jnp.mean(kl, -1)) / jnp.maximum(jnp.sum(trust), 1e-6)
         boxes = [context.decode_teacher(dataclasses.replace(context.teacher, box_reg=maps)) for maps in (found, own)]
         apart = box.giou(*boxes) if box_loss == "giou" else box.iou(*boxes, form="log")
-        return jnp.sum(confidence * apart) / positives
+        return jnp.sum(trust * apart) / positives
 
     def apply(params, context):
         own = api.rows(context.teacher.cls_logits, len(context.priors))
@@ -124,8 +127,8 @@ def make(
             by_prior = jnp.sum(logits.modulated_bce(found, own), -1)
             terms["classes"] = jnp.sum(jnp.where(scored, by_prior, 0.0)) / positives
         if weights["boxes"]:
-            confidence = jnp.where(scored, jnp.max(jax.nn.sigmoid(own), -1), 0.0)
-            terms["boxes"] = box_term(params, context, confidence, positives)
+            trust = jnp.max(jax.nn.sigmoid(own), -1) if confidence else 1.0
+            terms["boxes"] = box_term(params, context, jnp.where(scored, trust, 0.0), positives)
         return terms
 
     return api.Method(init, apply, api.weight_schedule(weights, start=start, stop=stop, warmup=warmup, decay=decay))

@@ -9,9 +9,9 @@ Taps: cls_logits (dense heads with sigmoid scores, the same priors and classes o
     assignment; with an IoU in the score also the decoded boxes.
 Open: the public codes disagree. One sorts the scores of both sides first, which loses the pairing and charges nothing
     for a reversed ranking: not followed. One averages over the objects of each picture before the pictures:
-    per_image=True; the default pools the objects of the batch. What is ranked is the class score; the paper's notes
-    report that score times localisation quality is best: quality="cls*iou". Assigners that look at predictions: the
-    student's assignment serves both sides.
+    per_image=True; the default pools the objects of the batch. Some put a softmax over classes first or add a term on
+    negatives: not here. What is ranked is the class score; notes on the paper report that score times localisation
+    quality is best: quality="cls*iou". Assigners that look at predictions: the student's assignment serves both sides.
 Proof: none: no public original (unofficial ports that contradict each other).
 Status: formula
 """
