@@ -16,8 +16,6 @@ def get_config(chosen: str = "mkd"):
     config.teacher.detector = "rtmdet_nano"
     config.teacher.weights = "assets/quickstart_teacher"
     config.methods = methods(chosen)
-    for options in config.methods.values():  # the teacher leads at first, then the task alone
-        options.stop, options.decay = config.steps, 500
     config.twin = True
     config.data.image_size = (128, 128)
     config.data.augment.scale = (0.8, 1.25)
