@@ -355,6 +355,13 @@ def test_a_teacher_of_another_number_of_classes_is_refused(folder, teacher_folde
         loop.run(wrong(folder, teacher_folder, **changes), tmp_path / "run")
 
 
+def test_a_dry_run_needs_no_teacher_and_no_workdir(folder, capsys):
+    config = tiny_config(folder, teacher="")
+    config.data.check = True
+    assert loop.run(config, "/nowhere/x") is None
+    assert "disc" in capsys.readouterr().out
+
+
 def test_a_student_may_start_from_weights_of_other_classes(folder, teacher_folder, tmp_path):
     """Fine-tuning: everything is taken over but the classifiers, and a warning says so."""
     dataset, key = data.open_dataset(tiny_config(folder, teacher=None).data), jax.random.PRNGKey(0)

@@ -86,14 +86,15 @@ def run(config: ConfigDict, workdir: str) -> dict | None:
       Stopped: SIGTERM or SIGINT arrived; the state is saved.
     """
     try:
-        check_config(config)
-        dataset = data.open_dataset(config.data)
+        check_settings(config)
         if config.data.check:
-            print(data.summary(dataset, config.data))
+            print(data.summary(data.open_dataset(config.data), config.data))
             return None
-        check_truth(dataset)
+        check_models(config)
         workdir = Path(workdir)
         check_workdir(config, workdir)
+        dataset = data.open_dataset(config.data)
+        check_truth(dataset)
         use_compile_cache(config.compile_cache)
         setup = prepare(config, dataset)
         checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
@@ -111,8 +112,8 @@ def run(config: ConfigDict, workdir: str) -> dict | None:
 # ---------------------------------------------------------------------------------------------------- before training
 
 
-def check_config(config: ConfigDict) -> None:
-    """Refuses unknown keys and impossible combinations, naming what would be right."""
+def check_settings(config: ConfigDict) -> None:
+    """Refuses unknown keys and impossible values, naming what would be right."""
     unknown = settings.unknown_keys(config)
     if unknown:
         raise ValueError(f"{unknown[0]} is no setting; the settings are those of kdjax/train/config.py")
@@ -123,6 +124,14 @@ def check_config(config: ConfigDict) -> None:
     data.check_settings(config.data)
     for name, options in config.methods.items():
         api.build(name, **options)
+    devices = make_mesh().size
+    if config.batch_size % devices:
+        raise ValueError(f"config.batch_size is {config.batch_size}; it must be divisible by the {devices} devices")
+    optim.learning_rate(config)
+
+
+def check_models(config: ConfigDict) -> None:
+    """Refuses what cannot be a run: impossible combinations of models and methods, missing names and files."""
     if not (config.student.detector or config.student.weights):
         raise ValueError(f"there is no student: set config.student.detector, one of {', '.join(detectors.names())}")
     has_teacher = bool(config.teacher.detector or config.teacher.weights)
@@ -136,10 +145,11 @@ def check_config(config: ConfigDict) -> None:
         raise ValueError(f"there is a teacher but no method: choose among {', '.join(api.names())}")
     if config.twin and not config.methods:
         raise ValueError("config.twin compares with distillation, but config.methods is empty")
-    devices = make_mesh().size
-    if config.batch_size % devices:
-        raise ValueError(f"config.batch_size is {config.batch_size}; it must be divisible by the {devices} devices")
-    optim.learning_rate(config)
+    for role in ("student", "teacher"):
+        if config[role].detector:
+            detectors.build(config[role].detector, 1)
+        if config[role].weights and not Path(config[role].weights).exists():
+            raise ValueError(f"there are no weights at {config[role].weights} (config.{role}.weights)")
 
 
 def check_truth(dataset) -> None:
