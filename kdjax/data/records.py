@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 import tensorflow_datasets as tfds
 
-VERSION = "1.0.0"  # of what the builder writes; part of every cache key
+VERSION = "1.0.1"  # of what the builder writes; part of every cache key
 
 _DECODE = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION  # boxes refer to the stored pixels, not to EXIF's view
 
@@ -37,7 +37,7 @@ class Picture:
 class Kdjax(tfds.core.GeneratorBasedBuilder):
     """Writes (picture, encoded bytes) streams as array_record files."""
 
-    RELEASE_NOTES = {VERSION: "First version."}
+    RELEASE_NOTES = {VERSION: "Odd values of iscrowd and area are repaired."}
     VERSION = tfds.core.Version(VERSION)
 
     def __init__(self, *, classes: list[str], category_ids: list[int], streams: dict, **kwargs):
