@@ -117,22 +117,16 @@ def check_numbers(config: ConfigDict) -> None:
             )
 
 
-def methods(*names: str, **options) -> ConfigDict:
-    """Sub-configs of the named methods with all their options at the defaults, so that flags can change them.
+def methods(names: str) -> ConfigDict:
+    """Sub-configs of methods with all their options at the defaults, so that configs and flags can change them.
 
     Args:
-      names: methods; one string may hold several, joined by "+".
-      options: method=dict(option=value) changes defaults.
+      names: joined by "+"; "" is none.
 
     Raises:
-      ValueError: unknown method or option.
+      ValueError: unknown method.
     """
-    chosen = ConfigDict()
-    for name in "+".join(names).split("+"):
-        if name:
-            chosen[name] = ConfigDict(api.options(name) | options.get(name, {}))
-            api.build(name, **chosen[name])
-    return chosen
+    return ConfigDict({name: api.options(name) for name in names.split("+") if name})
 
 
 def unknown_keys(config: ConfigDict, reference: ConfigDict | None = None, prefix: str = "config") -> list[str]:

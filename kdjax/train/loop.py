@@ -710,16 +710,11 @@ def notes(setup: Setup, rows: list[dict]) -> list[str]:
 
 def environment() -> dict:
     """Versions, devices and commit of this run."""
-    try:
-        commit = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=Path(kdjax.__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=10,
-        ).stdout.strip()
-    except (OSError, subprocess.SubprocessError):  # no git on this machine, or one that hangs
-        commit = ""
+    commit, root = "", Path(kdjax.__file__).parents[1]
+    if (root / ".git").exists():  # otherwise kdjax is installed, perhaps inside another project's checkout
+        with contextlib.suppress(OSError, subprocess.SubprocessError):  # no git on this machine, or one that hangs
+            describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+            commit = subprocess.run(describe, cwd=root, capture_output=True, text=True, timeout=10).stdout.strip()
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "faster-coco-eval")
     return {
         "kdjax": kdjax.__version__,
