@@ -11,6 +11,7 @@ import pytest
 
 from kdjax.methods import api
 from kdjax.structs import Assignment, DetectorOutput, Targets
+from tests.losses_tools import quick_jit
 
 STRIDES, CLASSES, BOXES = (8, 16, 32), 3, 4
 # What a method asks of the detectors besides the usual: ld needs box edges as distributions.
@@ -160,7 +161,7 @@ def prepared(name: str) -> Made:
         terms = method.apply(params, context(student, jax.lax.stop_gradient(teacher), size=64, seed=seed))
         return sum(terms.values()), terms
 
-    evaluate = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))
+    evaluate = quick_jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))
     return Made(name, method, student, teacher, method.init(jax.random.PRNGKey(2), student, teacher), evaluate)
 
 
@@ -194,7 +195,6 @@ def test_thirty_steps_reduce_every_term(made):
         terms = method.apply(variables["params"], context(variables["student"], teacher, size=64))
         return sum(terms.values()), terms
 
-    @jax.jit
     def step(carry, _):
         variables, state = carry
         (_, terms), grads = jax.value_and_grad(loss, has_aux=True)(variables)
@@ -202,7 +202,7 @@ def test_thirty_steps_reduce_every_term(made):
         return (optax.apply_updates(variables, updates), state), terms
 
     variables = {"params": params, "student": student}
-    _, terms = jax.lax.scan(step, (variables, optimizer.init(variables)), None, length=31)
+    _, terms = quick_jit(lambda carry: jax.lax.scan(step, carry, length=31))((variables, optimizer.init(variables)))
     for term, values in terms.items():
         assert float(values[-1]) < float(values[0]), f"{name}/{term}: {values[0]} -> {values[-1]}"
 
@@ -220,7 +220,7 @@ def test_value_and_gradient_stay_finite(made, case):
     def loss(params, student):
         return total(method, params, context(student, teacher, size=size, objects=objects))
 
-    value, grads = jax.jit(jax.value_and_grad(loss, (0, 1)))(params, student)
+    value, grads = quick_jit(jax.value_and_grad(loss, (0, 1)))(params, student)
     assert value.dtype == jnp.float32 and np.isfinite(value), name
     assert all(np.all(np.isfinite(np.asarray(leaf, np.float32))) for leaf in jax.tree.leaves(grads)), name
 
@@ -228,7 +228,7 @@ def test_value_and_gradient_stay_finite(made, case):
 def test_equal_channels_need_no_adapter_to_work(made):
     teacher = output(jax.random.PRNGKey(5), 4, 64, **SPECIAL.get(made.name, {}))
     params = made.method.init(jax.random.PRNGKey(2), made.student, teacher)
-    value = jax.jit(lambda p, s, t: total(made.method, p, context(s, t, size=64)))(params, made.student, teacher)
+    value = quick_jit(lambda p, s, t: total(made.method, p, context(s, t, size=64)))(params, made.student, teacher)
     assert np.isfinite(value)
 
 
