@@ -148,21 +148,31 @@ class Made(NamedTuple):
     student: DetectorOutput
     teacher: DetectorOutput
     params: dict
-    # (params, student, teacher, seed) -> ((total, terms), gradients of the first three); compiled once for all tests
+    # (params, student, teacher, seed, truth) -> ((total, terms), gradients of the first three); compiled once for all
+    # tests; truth is (targets, assignment) of `ground`.
     evaluate: Callable
+
+
+TRUTH = ground(64)[:2]
 
 
 def prepared(name: str) -> Made:
     method, special = api.build(name), SPECIAL.get(name, {})
     student, teacher = (output(jax.random.PRNGKey(i), c, 64, **special) for i, c in ((0, 4), (1, 6)))
+    params = method.init(jax.random.PRNGKey(2), student, teacher)
+    return Made(name, method, student, teacher, params, evaluation(method, 64))
 
-    def loss(params, student, teacher, seed):
+
+def evaluation(method: api.Method, size: int) -> Callable:
+    """The `evaluate` of `Made` for pictures of this size."""
+
+    def loss(params, student, teacher, seed, truth):
         # The trainer stops the teacher's gradient in one place; here the same is done, and the rest must not undo it.
-        terms = method.apply(params, context(student, jax.lax.stop_gradient(teacher), size=64, seed=seed))
+        seen = context(student, jax.lax.stop_gradient(teacher), size=size, seed=seed)
+        terms = method.apply(params, seen._replace(targets=truth[0], assignment=truth[1]))
         return sum(terms.values()), terms
 
-    evaluate = quick_jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))
-    return Made(name, method, student, teacher, method.init(jax.random.PRNGKey(2), student, teacher), evaluate)
+    return quick_jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))
 
 
 @pytest.fixture(scope="module", params=api.names())
@@ -171,58 +181,52 @@ def made(request):
 
 
 def test_teacher_gets_no_gradient_and_student_gets_one(made):
-    _, (_, of_student, of_teacher) = made.evaluate(made.params, made.student, made.teacher, 7)
+    _, (_, of_student, of_teacher) = made.evaluate(made.params, made.student, made.teacher, 7, TRUTH)
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(of_teacher))
     size = sum(float(np.sum(np.square(leaf))) for leaf in jax.tree.leaves(of_student))
     assert np.isfinite(size) and size > 0
 
 
 def test_weights_and_terms_have_the_same_names(made):
-    (_, terms), _ = made.evaluate(made.params, made.student, made.teacher, 7)
+    (_, terms), _ = made.evaluate(made.params, made.student, made.teacher, 7, TRUTH)
     assert set(made.method.weights(0)) == set(terms)
 
 
 def test_key_decides(made):
-    values = [float(made.evaluate(made.params, made.student, made.teacher, seed)[0][0]) for seed in (1, 2, 1)]
+    values = [float(made.evaluate(made.params, made.student, made.teacher, seed, TRUTH)[0][0]) for seed in (1, 2, 1)]
     assert values[0] == values[2]
 
 
 def test_thirty_steps_reduce_every_term(made):
-    name, method, student, teacher, params, _ = made
-    optimizer = optax.adam(RATES.get(name, 0.03))
+    optimizer = optax.adam(RATES.get(made.name, 0.03))
+    variables = (made.params, made.student)
+    state, history = optimizer.init(variables), []
 
-    def loss(variables):
-        terms = method.apply(variables["params"], context(variables["student"], teacher, size=64))
-        return sum(terms.values()), terms
+    @quick_jit
+    def update(gradients, state, variables):
+        updates, state = optimizer.update(gradients, state)
+        return optax.apply_updates(variables, updates), state
 
-    def step(carry, _):
-        variables, state = carry
-        (_, terms), grads = jax.value_and_grad(loss, has_aux=True)(variables)
-        updates, state = optimizer.update(grads, state)
-        return (optax.apply_updates(variables, updates), state), terms
-
-    variables = {"params": params, "student": student}
-    _, terms = quick_jit(lambda carry: jax.lax.scan(step, carry, length=31))((variables, optimizer.init(variables)))
-    for term, values in terms.items():
-        assert float(values[-1]) < float(values[0]), f"{name}/{term}: {values[0]} -> {values[-1]}"
+    for _ in range(31):
+        (_, terms), (*gradients, _) = made.evaluate(*variables, made.teacher, 7, TRUTH)
+        history.append(terms)
+        variables, state = update(tuple(gradients), state, variables)
+    for term, first in history[0].items():
+        assert float(history[-1][term]) < float(first), f"{term}: {first} -> {history[-1][term]}"
 
 
 @pytest.mark.parametrize(
     "case", [dict(dtype=jnp.bfloat16), dict(objects=False), dict(size=8), dict(constant=True)], ids=str
 )
 def test_value_and_gradient_stay_finite(made, case):
-    name, method, *_ = made
-    case = SPECIAL.get(name, {}) | case
-    size, objects = case.pop("size", 64), case.pop("objects", True)
+    case = SPECIAL.get(made.name, {}) | case
+    size = case.pop("size", 64)
+    truth = ground(size, objects=case.pop("objects", True))[:2]
     student, teacher = (output(jax.random.PRNGKey(i), c, size, **case) for i, c in ((0, 4), (1, 6)))
-    params = method.init(jax.random.PRNGKey(2), student, teacher)
-
-    def loss(params, student):
-        return total(method, params, context(student, teacher, size=size, objects=objects))
-
-    value, grads = quick_jit(jax.value_and_grad(loss, (0, 1)))(params, student)
-    assert value.dtype == jnp.float32 and np.isfinite(value), name
-    assert all(np.all(np.isfinite(np.asarray(leaf, np.float32))) for leaf in jax.tree.leaves(grads)), name
+    evaluate = made.evaluate if size == 64 else evaluation(made.method, size)
+    (value, _), (of_params, of_student, _) = evaluate(made.params, student, teacher, 7, truth)
+    assert value.dtype == jnp.float32 and np.isfinite(value)
+    assert all(np.all(np.isfinite(np.asarray(leaf, np.float32))) for leaf in jax.tree.leaves((of_params, of_student)))
 
 
 def test_equal_channels_need_no_adapter_to_work(made):
