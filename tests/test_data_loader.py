@@ -305,7 +305,8 @@ def test_settings_that_cannot_be_are_refused(dataset, cfg):
 
 
 def test_a_broken_record_is_named(dataset, cfg, tmp_path):
-    [name] = [p for p in Path(dataset.splits["train"].records.directory).glob("*train*")]
+    [(directory, _)] = dataset.splits["train"].records.parts
+    [name] = [p for p in Path(directory).glob("*train*")]
     other = settings(tmp_path / "cache", root=cfg.root, image_size=(48, 64))
     fresh = data.open_dataset(other)
     reader = fresh.splits["train"].records

@@ -4,9 +4,11 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import numpy as np
 from absl import logging
 from tqdm import tqdm
 
@@ -64,8 +66,9 @@ def open_dataset(cfg: Mapping) -> Dataset:
 
     Args:
       cfg: `config.data`. Read here: source ('scenes', 'coco_folder' or 'tfds'), root, train_split, val_split, cache,
-        limit (first pictures of each split, 0 for all), max_boxes (0: from the data); for folders train_annotations,
-        val_annotations, train_images, val_images (explicit paths); for scenes scenes_train, scenes_val.
+        limit (first pictures of each split, 0 for all), max_boxes (0: from the data), augment and stage2 (whether a
+        training picture is made of several); for folders train_annotations, val_annotations, train_images, val_images
+        (explicit paths); for scenes scenes_train, scenes_val.
 
     Returns:
       The data set. Labels follow ascending category ids.
@@ -81,20 +84,19 @@ def open_dataset(cfg: Mapping) -> Dataset:
     splits = {}
     limit = int(cfg.get("limit", 0))
     for role, split in meta["splits"].items():
-        directory = folder / meta["records"]  # an absolute path stays itself
         size = min(split["size"], limit) if limit > 0 else split["size"]
-        reader = Reader(str(directory), split["record_split"])
+        parts = tuple((str(folder / path), part) for path, part in split["records"])  # an absolute path stays itself
+        reader = Reader(parts)
         splits[role] = Split(split["name"], size, reader, folder, role)
         try:
             reader.raw(split["size"] - 1)
         except Exception:  # TFDS and array_record raise this and that
-            raise _damaged(directory, folder) from None
-    most = max(split["most_boxes"] for split in meta["splits"].values())
+            raise _damaged(" or ".join(dict.fromkeys(directory for directory, _ in parts)), folder) from None
     return Dataset(
         name=meta["name"],
         classes=tuple(meta["classes"]),
         category_ids=tuple(meta["category_ids"]),
-        max_boxes=int(cfg.get("max_boxes", 0)) or max(8, -(-most // 8) * 8),
+        max_boxes=int(cfg.get("max_boxes", 0)) or _box_rows(meta["splits"], cfg),
         splits=splits,
     )
 
@@ -107,8 +109,26 @@ def _stored(path: Path):
         raise _damaged(path, path.parent) from None
 
 
-def _damaged(path: Path, folder: Path) -> ValueError:
+def _damaged(path: Path | str, folder: Path) -> ValueError:
     return ValueError(f"{path} is damaged or gone; delete {folder}, and it is prepared anew.")
+
+
+def _box_rows(splits: Mapping, cfg: Mapping) -> int:
+    """Rows that hold the boxes of every picture, and of pictures made of several those of nearly all.
+
+    The latter is mean + 3 standard deviations of the sum over as many training pictures as Mosaic and MixUp combine.
+    """
+    most = max(len(split["pictures_by_boxes"]) - 1 for split in splits.values())
+    stages = [cfg.get("augment", {})]
+    if cfg.get("stage2", {}).get("start", 0):
+        stages.append(cfg["stage2"].get("augment", {}))
+    together = max((4 if stage.get("mosaic") else 1) * (2 if stage.get("mixup") else 1) for stage in stages)
+    pictures = np.array(splits["train"]["pictures_by_boxes"], float)
+    share, boxes = pictures / max(pictures.sum(), 1), np.arange(len(pictures))
+    mean = share @ boxes
+    usual = together * mean + 3 * (together * (share @ (boxes - mean) ** 2)) ** 0.5
+    rows = math.ceil(max(most, min(usual, together * most)))
+    return max(8, -(-rows // 8) * 8)
 
 
 def ground_truth(dataset: Dataset, split: str, *, limit: int | None = None) -> dict:
@@ -178,18 +198,17 @@ def _open_scenes(cfg: Mapping) -> Path:
 
 
 def _open_stock(cfg: Mapping) -> Path:
-    """Index a prepared TFDS directory; the records stay where they are."""
-    directory = stock.find(cfg.get("root", ""))
+    """Index prepared TFDS directories; the records stay where they are."""
     names = _names(cfg)
-    # The json's split is only needed where a path is given.
+    name, classes, readers = stock.describe(cfg.get("root", ""), names)
+    directories = sorted({directory for reader in readers.values() for directory, _ in reader.parts})
     jsons = {role: cfg.get(f"{role}_annotations", "") for role in names}
-    jsons = {role: coco.find_json(str(directory), names[role], path) for role, path in jsons.items() if path}
-    name, classes, readers = stock.describe(directory, names)
+    jsons = {role: coco.find_json(cfg["root"], names[role], path) for role, path in jsons.items() if path}
     print_of = {
         "builder": records.VERSION,
         "splits": names,
-        "files": stock.fingerprint(directory),
-        "directory": str(directory),
+        "records": {role: reader.parts for role, reader in readers.items()},
+        "files": [stock.fingerprint(directory) for directory in directories],
         "json": {role: coco.digest(path) for role, path in jsons.items()},
     }
 
@@ -200,7 +219,9 @@ def _open_stock(cfg: Mapping) -> Path:
         for role, path in jsons.items():
             given[role], categories, _ = coco.check(coco.read(path), path.name)
             if [categories[key] for key in sorted(categories)] != classes:
-                raise ValueError(f"the categories of {path.name}, by ascending id, are not the classes of {directory}.")
+                raise ValueError(
+                    f"the categories of {path.name}, by ascending id, are not the classes of {', '.join(directories)}."
+                )
         for role, reader in readers.items():
             scanned = stock.scan(reader, sorted(categories), logs[role])
             scanned = tqdm(scanned, total=len(reader), desc=f"checking {name} {role}", unit="img", disable=None)
@@ -210,9 +231,8 @@ def _open_stock(cfg: Mapping) -> Path:
         _save_index(
             folder,
             name=name,
-            records_path=str(directory),
             names=names,
-            record_splits={role: reader.split for role, reader in readers.items()},
+            parts={role: reader.parts for role, reader in readers.items()},
             categories=categories,
             pictures=pictures,
             logs=logs,
@@ -245,9 +265,8 @@ def _write(folder: Path, *, name: str, names: dict, categories: dict, streams: d
     _save_index(
         folder,
         name=name,
-        records_path=str(directory.relative_to(folder)),
         names=names,
-        record_splits={role: role for role in streams},
+        parts={role: [(str(directory.relative_to(folder)), role)] for role in streams},
         categories=categories,
         pictures=seen,
         logs=logs,
@@ -258,9 +277,8 @@ def _save_index(
     folder: Path,
     *,
     name: str,
-    records_path: str,
     names: dict[str, str],
-    record_splits: dict[str, str],
+    parts: dict[str, Iterable[tuple[str, str]]],
     categories: dict[int, str],
     pictures: dict[str, list[Picture]],
     logs: dict[str, list[dict]],
@@ -271,7 +289,6 @@ def _save_index(
         "name": name,
         "classes": [categories[key] for key in category_ids],
         "category_ids": category_ids,
-        "records": records_path,
         "splits": {},
     }
     for role, entries in pictures.items():
@@ -281,11 +298,12 @@ def _save_index(
             "categories": [dict(id=key, name=categories[key]) for key in category_ids],
         }
         (folder / f"{role}.json").write_text(json.dumps(truth))
+        boxes = [sum(not a["iscrowd"] for a in p.annotations) for p in entries]
         meta["splits"][role] = {
             "name": names[role],
-            "record_split": record_splits[role],
+            "records": list(parts[role]),  # TFDS directory and split, several one after the other
             "size": len(entries),
-            "most_boxes": max((sum(not a["iscrowd"] for a in p.annotations) for p in entries), default=0),
+            "pictures_by_boxes": np.bincount(boxes, minlength=1).tolist(),
         }
     (folder / LOG).write_text(json.dumps(logs))
     (folder / "meta.json").write_text(json.dumps(meta))

@@ -4,10 +4,12 @@ Our own builder writes the feature spec of TFDS's `coco/2017`, so that one reade
 stock directory alike.
 """
 
+import bisect
 import contextlib
 import dataclasses
 import functools
 import io
+import itertools
 import os
 import threading
 from collections.abc import Iterable
@@ -17,7 +19,7 @@ import cv2
 import numpy as np
 import tensorflow_datasets as tfds
 
-VERSION = "1.0.1"  # of what the builder writes; part of every cache key
+VERSION = "1.1.0"  # of what the builder writes; part of every cache key
 
 _DECODE = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION  # boxes refer to the stored pixels, not to EXIF's view
 
@@ -37,7 +39,7 @@ class Picture:
 class Kdjax(tfds.core.GeneratorBasedBuilder):
     """Writes (picture, encoded bytes) streams as array_record files."""
 
-    RELEASE_NOTES = {VERSION: "Odd values of iscrowd and area are repaired."}
+    RELEASE_NOTES = {VERSION: "Numbers of boxes are counted; a split may have several parts."}
     VERSION = tfds.core.Version(VERSION)
 
     def __init__(self, *, classes: list[str], category_ids: list[int], streams: dict, **kwargs):
@@ -132,48 +134,76 @@ def decode(encoded: bytes) -> np.ndarray | None:
 
 @dataclasses.dataclass(frozen=True)
 class Reader:
-    """Random access to the records of one split; picklable, opens its files where it is used."""
+    """Random access to the records of a split; picklable, opens its files where it is used."""
 
-    directory: str  # TFDS directory
-    split: str
+    parts: tuple[tuple[str, str], ...]  # TFDS directory and split; several come one after the other
 
     @functools.cached_property
-    def _source(self):
+    def _sources(self) -> list:
         with _OPENING:
-            builder = tfds.builder_from_directory(self.directory)
-            return builder.as_data_source(split=self.split, decoders={"image": tfds.decode.SkipDecoding()})
+            return [
+                tfds.builder_from_directory(directory).as_data_source(
+                    split=split, decoders={"image": tfds.decode.SkipDecoding()}
+                )
+                for directory, split in self.parts
+            ]
+
+    @functools.cached_property
+    def _ends(self) -> list[int]:
+        return list(itertools.accumulate(len(source) for source in self._sources))
 
     def __reduce__(self):
-        return Reader, (self.directory, self.split)
+        return Reader, (self.parts,)
 
     def __len__(self) -> int:
-        return len(self._source)
+        return self._ends[-1]
 
     def raw(self, index: int) -> dict:
-        """The record as TFDS gives it, the picture still encoded."""
-        return self._source[index]
+        """The record as TFDS gives it, the picture still encoded; VOC's, which have no id, are numbered from 1."""
+        part = bisect.bisect(self._ends, index)
+        record = self._sources[part][index - (self._ends[part - 1] if part else 0)]
+        return {"image/id": index + 1} | record
 
     def __getitem__(self, index: int) -> dict:
         """Decoded example: image u8[h, w, 3] RGB, image_id, boxes f32[n, 4] x1 y1 x2 y2 px, labels i32[n].
 
-        Crowd regions are left out: they are ground truth for evaluation, not something to train on.
+        Crowd regions and VOC's difficult objects are left out: they are ground truth for evaluation, not something to
+        train on. So is what cannot be used, which our own records do not have, but a stock directory may.
         """
         record = self.raw(index)
         image = decode(record["image"])
         if image is None:
-            name = record["image/filename"].decode()
-            raise ValueError(f"picture {name} of {self.directory} cannot be decoded any more; delete that folder.")
+            name, directory = record["image/filename"].decode(), self.parts[bisect.bisect(self._ends, index)][0]
+            raise ValueError(f"picture {name} of {directory} cannot be decoded any more; delete that folder.")
         height, width = image.shape[:2]
-        objects = record["objects"]
-        boxes = np.asarray(objects["bbox"], np.float32).reshape(-1, 4)[:, [1, 0, 3, 2]]
-        # Our own records have no box without extent, a stock directory may.
-        keep = ~np.asarray(objects["is_crowd"], bool).reshape(-1) & (boxes[:, 2:] > boxes[:, :2]).all(-1)
+        boxes, labels, crowd = objects_of(record, height, width)
+        keep = ~crowd & (labels >= 0) & np.isfinite(boxes).all(-1)
+        boxes = np.clip(boxes, 0, np.array([width, height, width, height], np.float32))
+        keep &= (boxes[:, 2:] > boxes[:, :2]).all(-1)
         return {
             "image": image,
             "image_id": int(record["image/id"]),
-            "boxes": (boxes * np.array([width, height, width, height], np.float32))[keep],
-            "labels": np.asarray(objects["label"], np.int32).reshape(-1)[keep],
+            "boxes": boxes[keep],
+            "labels": labels[keep],
         }
+
+
+def objects_of(record: dict, height: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """All objects of a record of a picture of that size, with whatever is wrong about them.
+
+    VOC counts pixels from 1 and its boxes hold their last pixel: x1 and y1 are one less here.
+
+    Returns:
+      Boxes f32[n, 4] x1 y1 x2 y2 px, labels i32[n], and bool[n]: crowd regions of COCO, difficult objects of VOC.
+    """
+    objects = record["objects"]
+    boxes = np.asarray(objects["bbox"], np.float32).reshape(-1, 4)[:, [1, 0, 3, 2]]
+    boxes = boxes * np.array([width, height, width, height], np.float32)
+    crowd = objects.get("is_crowd")
+    if crowd is None:
+        crowd = objects["is_difficult"]
+        boxes = boxes - np.array([1, 1, 0, 0], np.float32)
+    return boxes, np.asarray(objects["label"], np.int32).reshape(-1), np.asarray(crowd, bool).reshape(-1)
 
 
 _OPENING = threading.Lock()

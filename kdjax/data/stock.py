@@ -1,62 +1,101 @@
-"""Prepared TFDS directories with the feature spec of `coco/2017`, read without TensorFlow."""
+"""Prepared TFDS directories with the feature spec of `coco/2017` or of `voc`, read without TensorFlow."""
 
 import concurrent.futures
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import tensorflow_datasets as tfds
 
 from kdjax.data import records
 from kdjax.data.records import Picture, Reader
 
+CLIP = 0.01  # px: a box that sticks out by less is clipped without a word (rounding)
 _ALIASES = {"val": ("val", "validation"), "train": ("train",)}  # TFDS calls COCO's val2017 'validation'
 
 
-def find(root: str) -> Path:
-    """The TFDS directory (it holds dataset_info.json and features.json) at `root` or the only one under it."""
+def find(root: str) -> list[Path]:
+    """The TFDS directories (they hold a features.json) at `root` or under it, up to DATA_DIR/name/config/version."""
     base = Path(root).expanduser()
     if not root or not base.is_dir():
         raise FileNotFoundError(f"config.data.root: there is no folder '{root}'.")
-    # Up to DATA_DIR/name/config/version.
-    found = [p.parent for depth in range(4) for p in base.glob("*/" * depth + "features.json")]
+    found = sorted(p.parent.resolve() for depth in range(4) for p in base.glob("*/" * depth + "features.json"))
     if not found:
         raise FileNotFoundError(f"{base} holds no prepared TFDS directory (none with a features.json).")
-    if len(found) > 1:
-        raise ValueError(f"{base} holds several prepared TFDS directories: {', '.join(map(str, found))}; name one.")
-    return found[0].resolve()
+    return found
 
 
-def describe(directory: Path, splits: dict[str, str]) -> tuple[str, list[str], dict[str, Reader]]:
-    """Name, class names and a reader for every split, after a check of the feature spec."""
+def describe(root: str, splits: dict[str, str]) -> tuple[str, list[str], dict[str, Reader]]:
+    """Name, class names and a reader for every split, after a check of the feature specs.
+
+    Args:
+      root: see `find`.
+      splits: by role: a split of the only directory ('train'), of the one with a part of its path ('2007/test'), or
+        several of these one after the other ('2007/train+2012/train').
+
+    Raises:
+      ValueError, FileNotFoundError: one sentence on what does not fit.
+    """
+    found, opened, readers = find(root), {}, {}
+    for role, expression in splits.items():
+        parts = []
+        for part in expression.split("+"):
+            place, _, name = part.rpartition("/")
+            fitting = [p for p in found if not place or f"/{place}/" in f"{p}/"]
+            if not fitting:
+                raise ValueError(f"split '{part}': no prepared TFDS directory under {root} has '{place}' in its path.")
+            if len(fitting) > 1:
+                raise ValueError(
+                    f"split '{part}' could be of any of {', '.join(map(str, fitting))}: "
+                    f"put a part of the path before it, as in '{fitting[0].parent.name}/{name}'."
+                )
+            if fitting[0] not in opened:
+                opened[fitting[0]] = _open(fitting[0])
+            available = opened[fitting[0]].info.splits
+            real = next((n for n in _ALIASES.get(name, (name,)) if n in available), None)
+            if real is None:
+                raise ValueError(f"{fitting[0]} has no split '{name}', only {', '.join(available)}.")
+            parts.append((str(fitting[0]), real))
+        readers[role] = Reader(tuple(parts))
+    classes = {directory: list(b.info.features["objects"]["label"].names) for directory, b in opened.items()}
+    (first, names), *others = classes.items()
+    for directory, other in others:
+        if other != names:
+            raise ValueError(f"{first} and {directory} do not have the same classes in the same order.")
+    return opened[first].info.name, names, readers
+
+
+def _open(directory: Path):
+    """The directory's builder, if its records can be understood."""
     try:
         builder = tfds.builder_from_directory(str(directory))
     except Exception as error:
         raise ValueError(f"{directory} is not a readable TFDS directory: {error}.") from None
     features = builder.info.features
     objects = features["objects"] if "objects" in features else {}
-    missing = [key for key in ("image", "image/filename", "image/id", "objects") if key not in features]
-    missing += [f"objects/{key}" for key in ("area", "bbox", "id", "is_crowd", "label") if key not in objects]
+    if "is_difficult" in objects:  # voc
+        top, inner = ("image", "image/filename", "objects"), ("bbox", "label")
+    else:
+        top, inner = ("image", "image/filename", "image/id", "objects"), ("area", "bbox", "id", "is_crowd", "label")
+    missing = [key for key in top if key not in features] + [f"objects/{key}" for key in inner if key not in objects]
     if missing:
-        raise ValueError(f"{directory} lacks the features {', '.join(missing)}; understood is the spec of coco/2017.")
-    readers = {}
-    for role, name in splits.items():
-        real = next((n for n in _ALIASES.get(name, (name,)) if n in builder.info.splits), None)
-        if real is None:
-            raise ValueError(f"{directory} has no split '{name}', only {', '.join(builder.info.splits)}.")
-        readers[role] = Reader(str(directory), real)
-    return builder.info.name, list(objects["label"].names), readers
+        raise ValueError(
+            f"{directory} lacks the features {', '.join(missing)}; understood are the specs of coco/2017 and voc."
+        )
+    return builder
 
 
-def fingerprint(directory: Path) -> list:
+def fingerprint(directory: str) -> list:
     """Name, size and time of every file of the directory."""
     return sorted([e.name, e.stat().st_size, e.stat().st_mtime_ns] for e in os.scandir(directory) if e.is_file())
 
 
 def scan(reader: Reader, category_ids: list[int], log: list[dict]) -> Iterator[Picture]:
-    """What every record holds, its picture really decoded once; adds to `log` what cannot be used.
+    """What every record holds, its picture really decoded once; adds to `log` what is dropped or repaired.
 
     Boxes are back in pixels, as TFDS keeps them: float32 shares of the sides; areas are whole numbers in stock `coco`.
+    VOC's objects are numbered from 1, the difficult ones are crowd regions.
     """
 
     def load(index):
@@ -64,33 +103,48 @@ def scan(reader: Reader, category_ids: list[int], log: list[dict]) -> Iterator[P
         image = records.decode(record["image"])
         return record, None if image is None else image.shape[:2]
 
+    number = 0
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(reader), 64):
             for record, shape in pool.map(load, range(start, min(start + 64, len(reader)))):
                 name = record["image/filename"].decode()
                 if shape is None:
-                    raise ValueError(f"{name} in {reader.directory} cannot be read as a picture.")
-                yield _picture(record, name, shape, category_ids, log)
+                    raise ValueError(f"{name} cannot be read as a picture ({', '.join(d for d, _ in reader.parts)}).")
+                yield _picture(record, name, shape, category_ids, number, log)
+                number += len(record["objects"]["label"])
 
 
-def _picture(record: dict, name: str, shape: tuple[int, int], category_ids: list[int], log: list[dict]) -> Picture:
+def _picture(
+    record: dict, name: str, shape: tuple[int, int], category_ids: list[int], number: int, log: list[dict]
+) -> Picture:
+    """The entry of a record; its objects are numbered from `number` + 1 if they have no ids."""
     height, width = shape
     picture = Picture(id=int(record["image/id"]), file_name=name, width=width, height=height)
+    boxes, labels, crowds = records.objects_of(record, height, width)
     objects = record["objects"]
-    for index, label in enumerate(objects["label"]):
-        y0, x0, y1, x1 = (float(v) for v in objects["bbox"][index])
-        entry = {
-            "id": int(objects["id"][index]),
-            "image_id": picture.id,
-            "category_id": category_ids[int(label)],
-            "bbox": [x0 * width, y0 * height, (x1 - x0) * width, (y1 - y0) * height],
-            "area": float(objects["area"][index]),
-            "iscrowd": int(objects["is_crowd"][index]),
-        }
-        if x1 <= x0 or y1 <= y0:
-            log.append({"file": name, "annotation": entry["id"], "action": "dropped", "reason": "box without extent"})
+    for index, (box, label, crowd) in enumerate(zip(boxes.astype(float), labels, crowds, strict=True)):
+        identity = int(objects["id"][index]) if "id" in objects else number + index + 1
+        x0, y0, x1, y1 = box.tolist()
+        size = x1 - x0, y1 - y0
+        inside = np.clip(box, 0, [width, height, width, height])
+
+        def note(action, reason, identity=identity):
+            log.append({"file": name, "annotation": identity, "action": action, "reason": reason})
+
+        if not np.isfinite(box).all():
+            note("dropped", "bbox is not four finite numbers")
+        elif min(size) <= 0:
+            note("dropped", "box without extent")
+        elif (inside[2:] <= inside[:2]).any():
+            note("dropped", "box outside the picture")
+        elif not 0 <= label < len(category_ids):
+            note("dropped", "the label is none of the classes")
         else:
-            picture.annotations.append(entry)
+            if np.abs(inside - box).max() > CLIP:
+                note("repaired", "box clipped to the picture")
+            area = float(objects["area"][index]) if "area" in objects else size[0] * size[1]
+            entry = dict(id=identity, image_id=picture.id, category_id=category_ids[label], bbox=[x0, y0, *size])
+            picture.annotations.append(entry | dict(area=area, iscrowd=int(crowd)))
     return picture
 
 

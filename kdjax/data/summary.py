@@ -43,7 +43,7 @@ def _split(role: str, name: str, truth: dict, max_boxes: int) -> list[str]:
     line = f"{role} ('{name}'): {len(truth['images'])} pictures, {len(truth['images']) - len(boxes)} without objects, "
     line += f"{sum(boxes.values())} boxes, at most {max(boxes.values(), default=0)} a picture"
     if crowd:
-        line += f", {crowd} crowd regions (kept for evaluation, not trained on)"
+        line += f", {crowd} crowd regions or difficult objects (kept for evaluation, not trained on)"
     lines = [line]
     over = sum(count > max_boxes for count in boxes.values())
     if over:
