@@ -10,7 +10,7 @@ import pytest
 
 from kdjax import data
 from kdjax.data import loader, transforms
-from tests.data_tools import coco_json, paint, settings, small_folder, write_folder
+from tests.data_tools import COLOURS, coco_json, paint, settings, small_folder, write_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -42,11 +42,19 @@ def same(first, second):
             np.testing.assert_array_equal(a[key], b[key], err_msg=key)
 
 
+def varied(cfg, **augment):
+    """The config with other settings of `augment`."""
+    copy = cfg.copy_and_resolve_references()
+    copy.augment.update(augment)
+    return copy
+
+
 def plain(cfg):
     """The config without chance: the plain resize."""
-    copy = cfg.copy_and_resolve_references()
-    copy.augment.update(flip=0.0, scale=(1.0, 1.0), hsv=(0.0, 0.0, 0.0))
-    return copy
+    return varied(cfg, flip=0.0, scale=(1.0, 1.0), hsv=(0.0, 0.0, 0.0))
+
+
+MIXED = dict(mosaic=True, mixup=0.7, cache=5)
 
 
 def test_shapes_and_types(dataset, cfg):
@@ -88,7 +96,9 @@ def test_an_epoch_is_every_picture_once_in_a_new_order(dataset, cfg):
     assert len({tuple(epoch) for epoch in epochs}) == 4
 
 
-def test_batches_depend_on_the_seed_and_the_step_alone(dataset, cfg):
+@pytest.mark.parametrize("augment", [{}, MIXED], ids=["single", "mixed"])
+def test_batches_depend_on_the_seed_and_the_step_alone(dataset, cfg, augment):
+    cfg = varied(cfg, **augment)
     whole = train(dataset, cfg, 9)
     same(whole, train(dataset, cfg, 9))
     for start in (1, 5):
@@ -99,10 +109,11 @@ def test_batches_depend_on_the_seed_and_the_step_alone(dataset, cfg):
     assert len({row.tobytes() for batch in whole for row in batch["image"]}) > 30
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_shards_put_together_are_the_whole_batch(dataset, cfg, count):
-    whole = train(dataset, cfg, 4)
-    parts = [train(dataset, cfg, 4, shard=(index, count)) for index in range(count)]
+@pytest.mark.parametrize("count, augment", [(2, {}), (4, {}), (2, MIXED), (4, MIXED)])
+def test_shards_put_together_are_the_whole_batch(dataset, cfg, count, augment):
+    cfg = varied(cfg, **augment)
+    whole = train(dataset, cfg, 4, batch_size=8)
+    parts = [train(dataset, cfg, 4, batch_size=8, shard=(index, count)) for index in range(count)]
     joined = [{key: np.concatenate([p[key] for p in step]) for key in step[0]} for step in zip(*parts, strict=True)]
     same(whole, joined)
 
@@ -113,6 +124,126 @@ def test_keeping_pictures_in_memory_changes_nothing(dataset, cfg, monkeypatch):
     same(kept, train(dataset, cfg, 8))
     pictures = loader.Pictures(dataset.splits["train"])
     assert pictures[3] is not pictures[3]
+
+
+# Mosaic, MixUp and the second stage
+
+
+def test_mixup_shows_the_mean_with_a_late_picture_of_its_stream(cfg):
+    rows, cache = (0, 4, 8, 10), 6  # streams of batches of 10: rows 0-3, 4-7, 8-9
+    cfg = varied(cfg, mosaic=True, mixup=0.7, cache=cache)
+    cfg.max_boxes = 64
+    dataset = data.open_dataset(cfg)
+    alone = train(dataset, varied(cfg, mixup=0.0), 8, batch_size=10)
+    mixed = train(dataset, cfg, 8, batch_size=10)
+    share, turned, back = [], [], []
+    for step in range(1, 8):
+        for row in range(10):
+            at = {key: mixed[step][key][row] for key in mixed[step]}
+            own = {key: alone[step][key][row] for key in alone[step]}
+            if np.array_equal(at["image"], own["image"]):
+                np.testing.assert_array_equal(at["boxes"], own["boxes"])
+                share.append(0)
+                continue
+            # Whose picture is in it? All that may be are tried; a dark one can look like another.
+            first, end = next((a, b) for a, b in zip(rows, rows[1:], strict=False) if a <= row < b)
+            stream = [(s, r) for s in range(8) for r in range(first, end)]
+            place = stream.index((step, row))
+            found = []
+            for age, (s, r) in enumerate(stream[max(0, place - cache // 2) : place][::-1], start=1):
+                for mirrored in (False, True):
+                    other, valid = {key: alone[s][key][r] for key in alone[s]}, alone[s]["valid"][r]
+                    image = other["image"][:, ::-1] if mirrored else other["image"]
+                    boxes = other["boxes"][valid]
+                    boxes = (boxes * [-1, 1, -1, 1] + [64, 0, 64, 0])[:, [2, 1, 0, 3]] if mirrored else boxes
+                    boxes = np.concatenate([own["boxes"][own["valid"]], boxes])
+                    labels = np.concatenate([own["labels"][own["valid"]], other["labels"][valid]])
+                    if (
+                        np.abs((own["image"].astype(float) + image) / 2 - at["image"]).max() <= 0.5
+                        and np.array_equal(at["labels"][at["valid"]], labels)
+                        and np.allclose(at["boxes"][at["valid"]], boxes, atol=1e-4)
+                    ):
+                        found.append((age, mirrored))
+            assert found
+            if len(found) == 1:
+                back.append(found[0][0])
+                turned.append(found[0][1])
+            share.append(1)
+            assert at["image_size"].tolist() == [48, 64]
+    assert 0.5 < np.mean(share) < 0.9 and 0.2 < np.mean(turned) < 0.8 and set(back) == {1, 2, 3}
+
+
+def test_partners_are_the_last_of_the_same_stream():
+    [stage] = loader._stages(dict(augment=dict(mosaic=True, mixup=1.0, cache=7)))[0]
+    plans = loader._TrainPlans(
+        order=range(10**6), seed=3, batch=10, rows=range(10), stages=(stage,), starts=(0,)
+    )  # the picture is the position
+    streams = [[10 * step + row for step in range(40) for row in rows] for rows in ([0, 1, 2, 3], [8, 9])]
+    for stream in streams:
+        ages = set()
+        for row in (row for step in range(40) for row in plans[step]):
+            if row.position not in stream:
+                continue
+            place = stream.index(row.position)
+            assert row.pictures[0] == row.position and len(row.pictures) == 4
+            allowed = stream[max(0, place - 7) : place] or [row.position]
+            assert set(row.pictures[1:]) <= set(allowed)
+            ages |= {place - stream.index(p) for p in row.pictures[1:]}
+            partner = row.partner
+            assert partner.position in (stream[max(0, place - 3) : place] or [row.position])
+            before = plans[partner.position // 10][partner.position % 10]
+            assert partner == before._replace(partner=None, mirrored=False)
+            assert all(0.5 <= share <= 1.5 for share in row.centre)
+        assert ages == {0, 1, 2, 3, 4, 5, 6, 7}  # 0 at the very beginning alone
+
+
+def test_boxes_of_a_mosaic_lie_on_what_is_painted(dataset, cfg):
+    colours = {0: (COLOURS[0], COLOURS[2]), 1: (COLOURS[1],)}  # of the labels
+    mosaic = varied(cfg, mosaic=True, mixup=0.0, cache=8, hsv=(0.0, 0.0, 0.0), scale=(0.3, 2.0))
+    seen = 0
+    for batch in train(dataset, mosaic, 10):
+        for row in range(4):
+            for box, label in zip(batch["boxes"][row], batch["labels"][row], strict=True):
+                if box[2] - box[0] >= 3 and box[3] - box[1] >= 3:
+                    x0, y0, x1, y1 = np.rint(box).astype(int)
+                    inside = batch["image"][row, y0 + 1 : y1 - 1, x0 + 1 : x1 - 1].astype(int)
+                    assert any(np.abs(inside - c).max() < 130 for c in colours[int(label)]), (box, label)
+                    seen += 1
+    assert seen > 60
+
+
+def test_a_mosaic_needs_one_decoded_picture_a_sample(tmp_path, monkeypatch):
+    monkeypatch.setattr(loader, "_KEEP", 0)
+    cfg = settings(tmp_path, source="scenes", scenes_train=150, image_size=(64, 64))
+    cfg.augment.update(mosaic=True, mixup=1.0, cache=8)
+    dataset = data.open_dataset(cfg)
+    assert dataset.max_boxes > 20  # more than any picture has
+    for start, most in ((0, 1.0), (40, 1.2)):
+        batches = data.train_batches(dataset, cfg, batch_size=8, seed=0, start_step=start)
+        valid = [next(batches)["valid"].sum(-1) for _ in range(36)]
+        assert 0.6 * 8 * 36 < batches.decoded <= most * 8 * 36
+        batches.close()
+        assert (np.concatenate(valid) == dataset.max_boxes).mean() < 0.02
+    cfg.augment.update(mosaic=False, mixup=0.0)
+    batches = data.train_batches(data.open_dataset(cfg), cfg, batch_size=8, seed=0)
+    shapes = {next(batches)["boxes"].shape for _ in range(5)}
+    assert batches.decoded >= 40 and shapes == {(8, 8, 4)}
+    batches.close()
+
+
+def test_the_stage_is_decided_by_the_step(dataset, cfg):
+    first, second = varied(cfg, **MIXED), varied(cfg, scale=(0.1, 2.0))
+    both = varied(cfg, **MIXED)
+    both.stage2 = dict(start=4, augment=second.augment)
+    expected = [*train(dataset, first, 4), *train(dataset, second, 3, start_step=4)]
+    same(expected, train(dataset, both, 7))
+    for start in (3, 4, 5):
+        same(expected[start:], train(dataset, both, 7 - start, start_step=start))
+    whole = settings(Path(cfg.cache), root=cfg.root, stage2=both.stage2, augment=MIXED)
+    opened, later = data.open_dataset(whole), data.open_dataset(varied(whole, mosaic=False, mixup=0.0))
+    assert opened.max_boxes > later.max_boxes == 8
+    shapes = [{name: (a.shape, a.dtype) for name, a in batch.items()} for batch in train(opened, whole, 6)]
+    assert all(one == shapes[0] for one in shapes)
 
 
 def test_workers_and_a_clean_end(cfg):
@@ -126,13 +257,15 @@ from kdjax import data
 def main():
     cfg = ConfigDict(eval(sys.argv[1]))
     dataset = data.open_dataset(cfg)
-    for workers in (0, 1, 2):
+    for mixed, workers in ((False, 0), (False, 1), (False, 2), (True, 0), (True, 2)):
         cfg.workers = workers
-        batches = data.train_batches(dataset, cfg, batch_size=4, seed=7, start_step=2)
+        cfg.augment.update(mosaic=mixed, mixup=0.7 * mixed, cache=5)
+        batches = data.train_batches(dataset, cfg, batch_size=10, seed=7, start_step=2)
         seen = hashlib.sha256()
         for _ in range(5):
             for name, array in sorted(next(batches).items()):
                 seen.update(name.encode() + array.tobytes())
+        assert batches.decoded >= 11, batches.decoded
         batches.close()
         print(seen.hexdigest(), flush=True)
     for workers in (0, 1):
@@ -158,7 +291,8 @@ if __name__ == "__main__":
     )
     assert done.returncode == 0, done.stderr
     *hashes, tensorflow = done.stdout.split()
-    assert len(hashes) == 5 and len(set(hashes[:3])) == len(set(hashes[3:])) == 1 and tensorflow == "False"
+    assert len(hashes) == 7 and tensorflow == "False"
+    assert len(set(hashes[:3])) == len(set(hashes[3:5])) == len(set(hashes[5:])) == 1 and len(set(hashes)) == 3
     assert done.stderr == ""
 
 
@@ -286,7 +420,8 @@ def test_settings_that_cannot_be_are_refused(dataset, cfg):
         options = dict(batch_size=4, seed=0) | {
             k: changes.pop(k) for k in ("batch_size", "seed", "shard") if k in changes
         }
-        other.augment.update({k: changes.pop(k) for k in ("flip", "scale", "hsv") if k in changes})
+        keys = ("flip", "scale", "hsv", "mixup", "cache")
+        other.augment.update({k: changes.pop(k) for k in keys if k in changes})
         other.update(changes)
         data.train_batches(dataset, other, **options)
 
@@ -299,6 +434,10 @@ def test_settings_that_cannot_be_are_refused(dataset, cfg):
         (dict(scale=(1.0, np.inf)), "augment.scale"),
         (dict(hsv=(-1.0, 0.0, 0.0)), "augment.hsv"),
         (dict(hsv=(0.0, np.nan, 0.0)), "augment.hsv"),
+        (dict(mixup=-0.5), "config.data.augment.mixup is -0.5, but must be a probability"),
+        (dict(cache=0), "augment.cache is 0"),
+        (dict(stage2=dict(start=-3)), "stage2.start is -3"),
+        (dict(stage2=dict(start=3, augment=dict(flip=2.0))), "config.data.stage2.augment.flip is 2.0"),
     ]:
         with pytest.raises(ValueError, match=words):
             start(**changes)

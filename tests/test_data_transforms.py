@@ -10,6 +10,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from kdjax.data import transforms
+from kdjax.data.transforms import Sample
 from tests.data_tools import COLOURS, paint, read_off
 
 BOXES = np.array([[4, 6, 20, 30], [30, 10, 55, 22], [10, 40, 50, 58]], np.float32)
@@ -18,6 +19,10 @@ LABELS = np.array([2, 0, 1], np.int32)
 
 def painted():
     return paint(64, 80, BOXES.astype(int))
+
+
+def sample(image=None, boxes=BOXES, labels=LABELS, **extra):
+    return Sample(painted() if image is None else image, boxes, labels, **extra)
 
 
 def slow_resize(image, size):
@@ -40,47 +45,47 @@ def slow_resize(image, size):
 def test_resize_equals_a_slow_loop(size):
     image = np.random.default_rng(0).integers(0, 256, (10, 12, 3)).astype(np.uint8)
     box = np.array([[3.0, 2.0, 12.0, 10.0]], np.float32)
-    out, boxes = transforms.resize(image, box, size)
-    assert out.dtype == np.uint8 and boxes.dtype == np.float32
-    np.testing.assert_allclose(out, slow_resize(image, size), atol=1)
-    np.testing.assert_allclose(boxes[0], [3 * size[1] / 12, 2 * size[0] / 10, size[1], size[0]], rtol=1e-6)
+    out = transforms.resize(sample(image, box, LABELS[:1]), size)
+    assert out.image.dtype == np.uint8 and out.boxes.dtype == np.float32
+    np.testing.assert_allclose(out.image, slow_resize(image, size), atol=1)
+    np.testing.assert_allclose(out.boxes[0], [3 * size[1] / 12, 2 * size[0] / 10, size[1], size[0]], rtol=1e-6)
 
 
 @given(st.integers(0, 63), st.integers(0, 79), st.integers(1, 80), st.integers(1, 90))
 @hypothesis_settings(deadline=None, max_examples=60)
 def test_crop_equals_a_loop_over_boxes(top, left, height, width):
-    image = painted()
-    window, boxes, keep = transforms.crop(image, BOXES, top, left, (height, width))
+    window = transforms.crop(sample(), top, left, (height, width))
     bottom, right = min(top + height, 64), min(left + width, 80)
-    np.testing.assert_array_equal(window, image[top:bottom, left:right])
-    for old, new, kept in zip(BOXES, boxes, keep, strict=True):
+    np.testing.assert_array_equal(window.image, painted()[top:bottom, left:right])
+    expected = {}
+    for old, label in zip(BOXES, LABELS.tolist(), strict=True):
         x0, y0 = max(old[0], left), max(old[1], top)
         x1, y1 = min(old[2], right), min(old[3], bottom)
         w, h = max(x1 - x0, 0), max(y1 - y0, 0)
         share = w * h / ((old[2] - old[0]) * (old[3] - old[1]))
-        assert kept == (w >= 1 and h >= 1 and share >= transforms.MIN_VISIBLE)
-        if kept:
-            np.testing.assert_array_equal(new, [x0 - left, y0 - top, x1 - left, y1 - top])
+        if w >= 1 and h >= 1 and share >= transforms.MIN_VISIBLE:
+            expected[label] = [x0 - left, y0 - top, x1 - left, y1 - top]
+    assert dict(zip(window.labels.tolist(), window.boxes.tolist(), strict=True)) == expected
 
 
 def test_a_box_that_is_hardly_seen_is_dropped():
-    box = np.array([[0, 0, 20, 20]], np.float32)
+    box, label = np.array([[0, 0, 20, 20]], np.float32), LABELS[:1]
     image = np.zeros((20, 40, 3), np.uint8)
-    assert not transforms.crop(image, box, 0, 19, (20, 20))[2][0]  # one column of twenty
-    assert transforms.crop(image, box, 0, 18, (20, 20))[2][0]  # a tenth
-    assert not transforms.crop(image, box, 0, 20, (20, 20))[2][0]
+    assert not len(transforms.crop(sample(image, box, label), 0, 19, (20, 20)).boxes)  # one column of twenty
+    assert len(transforms.crop(sample(image, box, label), 0, 18, (20, 20)).boxes)  # a tenth
+    assert not len(transforms.crop(sample(image, box, label), 0, 20, (20, 20)).boxes)
     thin = np.array([[0.0, 0.0, 0.9, 20.0]], np.float32)
-    assert not transforms.crop(image, thin, 0, 0, (20, 20))[2][0]
+    assert not len(transforms.crop(sample(image, thin, label), 0, 0, (20, 20)).boxes)
 
 
 def test_flip_mirrors_pixels_and_boxes():
-    image, boxes = transforms.flip(painted(), BOXES)
-    for box, colour in zip(boxes, COLOURS, strict=False):
-        np.testing.assert_array_equal(box, read_off(image, colour))
-    back, again = transforms.flip(image, boxes)
-    np.testing.assert_array_equal(back, painted())
-    np.testing.assert_array_equal(again, BOXES)
-    assert transforms.flip(painted(), BOXES[:0])[1].shape == (0, 4)
+    mirrored = transforms.flip(sample())
+    for box, colour in zip(mirrored.boxes, COLOURS, strict=False):
+        np.testing.assert_array_equal(box, read_off(mirrored.image, colour))
+    back = transforms.flip(mirrored)
+    np.testing.assert_array_equal(back.image, painted())
+    np.testing.assert_array_equal(back.boxes, BOXES)
+    assert transforms.flip(sample(boxes=BOXES[:0], labels=LABELS[:0])).boxes.shape == (0, 4)
 
 
 @pytest.mark.parametrize("shifts", [(4, 0, 0), (-5, 0, 0), (0, 25, 0), (0, 0, -30), (3, -20, 30)])
@@ -107,10 +112,11 @@ def test_colour_jitter_can_be_off():
 
 
 def test_pad_puts_the_picture_at_the_top_left():
-    padded = transforms.pad(painted(), (70, 96))
-    assert padded.shape == (70, 96, 3) and padded.dtype == np.uint8
-    np.testing.assert_array_equal(padded[:64, :80], painted())
-    assert (padded[64:] == 114).all() and (padded[:, 80:] == 114).all()
+    padded = transforms.pad(sample(), (70, 96))
+    assert padded.image.shape == (70, 96, 3) and padded.image.dtype == np.uint8
+    np.testing.assert_array_equal(padded.image[:64, :80], painted())
+    assert (padded.image[64:] == 114).all() and (padded.image[:, 80:] == 114).all()
+    np.testing.assert_array_equal(padded.boxes, BOXES)
 
 
 def test_fitted_keeps_the_aspect_ratio():
@@ -124,7 +130,7 @@ def test_fitted_keeps_the_aspect_ratio():
 @pytest.mark.parametrize("seed", range(12))
 def test_boxes_stay_on_what_is_painted(seed):
     options = dict(canvas=(96, 120), flip_share=0.5, scale=(0.5, 2.5), random_crop=True, hsv=(0, 0, 0))
-    image, boxes, labels = transforms.augment(painted(), BOXES, LABELS, np.random.default_rng(seed), **options)
+    image, boxes, labels, _, _ = transforms.augment(sample(), np.random.default_rng(seed), **options)
     assert image.dtype == np.uint8 and boxes.dtype == np.float32 and labels.dtype == np.int32
     height, width = image.shape[:2]
     assert height <= 96 and width <= 120 and len(boxes) == len(labels)
@@ -139,19 +145,18 @@ def test_boxes_stay_on_what_is_painted(seed):
 
 def test_augment_without_chance_is_the_evaluation_resize():
     options = dict(canvas=(96, 96), flip_share=0.0, scale=(1.0, 1.0), random_crop=True, hsv=(0, 0, 0))
-    image, boxes, labels = transforms.augment(painted(), BOXES, LABELS, np.random.default_rng(0), **options)
-    size = transforms.fitted((64, 80), (96, 96))[1]
-    expected, expected_boxes = transforms.resize(painted(), BOXES, size)
-    np.testing.assert_array_equal(image, expected)
-    np.testing.assert_array_equal(boxes, expected_boxes)
-    np.testing.assert_array_equal(labels, LABELS)
+    out = transforms.augment(sample(), np.random.default_rng(0), **options)
+    expected = transforms.resize(sample(), transforms.fitted((64, 80), (96, 96))[1])
+    np.testing.assert_array_equal(out.image, expected.image)
+    np.testing.assert_array_equal(out.boxes, expected.boxes)
+    np.testing.assert_array_equal(out.labels, LABELS)
 
 
 def test_without_crop_everything_stays_in_view():
     options = dict(canvas=(96, 96), flip_share=0.5, scale=(0.3, 3.0), random_crop=False, hsv=(0, 0, 0))
     for seed in range(8):
-        image, boxes, _ = transforms.augment(painted(), BOXES, LABELS, np.random.default_rng(seed), **options)
-        assert len(boxes) == 3 and abs(image.shape[1] / image.shape[0] - 80 / 64) < 0.05
+        out = transforms.augment(sample(), np.random.default_rng(seed), **options)
+        assert len(out.boxes) == 3 and abs(out.image.shape[1] / out.image.shape[0] - 80 / 64) < 0.05
 
 
 def test_the_source_picture_is_left_alone():
@@ -160,19 +165,179 @@ def test_the_source_picture_is_left_alone():
     boxes = BOXES.copy()
     options = dict(canvas=(48, 64), flip_share=1.0, scale=(0.5, 2.0), random_crop=True, hsv=(5, 30, 30))
     for seed in range(4):
-        transforms.augment(image, boxes, LABELS, np.random.default_rng(seed), **options)
+        transforms.augment(sample(image, boxes), np.random.default_rng(seed), **options)
     np.testing.assert_array_equal(boxes, BOXES)
     np.testing.assert_array_equal(image, painted())
 
 
 def test_empty_pictures_pass():
     options = dict(canvas=(48, 64), flip_share=1.0, scale=(0.5, 2.0), random_crop=True, hsv=(5, 30, 30))
-    none = np.zeros((0, 4), np.float32)
-    _, boxes, labels = transforms.augment(painted(), none, LABELS[:0], np.random.default_rng(0), **options)
-    assert boxes.shape == (0, 4) and labels.shape == (0,)
+    none = sample(boxes=BOXES[:0], labels=LABELS[:0], polygons=(), masks=np.zeros((0, 64, 80), np.uint8))
+    out = transforms.augment(none, np.random.default_rng(0), **options)
+    assert out.boxes.shape == (0, 4) and out.labels.shape == (0,) and out.polygons == ()
+    out = transforms.mixup(transforms.pad(out, (48, 64)), transforms.pad(out, (48, 64)))
+    assert out.boxes.shape == (0, 4) and out.masks.shape == (0, 48, 64)
+    assert transforms.mosaic([none] * 4, (48, 64), (96, 128)).masks.shape == (0, 96, 128)
 
 
 def test_opencv_reads_hue_in_half_degrees():
     # hsv_jitter's tables rest on it.
     green = np.array([[[0, 255, 0]]], np.uint8)
     assert cv2.cvtColor(green, cv2.COLOR_RGB2HSV)[0, 0].tolist() == [60, 255, 255]
+
+
+# Large-scale jitter, Mosaic and MixUp
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_large_scale_jitter_equals_a_slow_loop(seed):
+    image = np.random.default_rng(seed).integers(0, 256, (20, 26, 3)).astype(np.uint8)
+    box = np.array([[3, 2, 21, 17]], np.float32)
+    options = dict(canvas=(24, 24), flip_share=0.5, scale=(0.1, 2.0), random_crop=True, hsv=(0, 0, 0))
+    out = transforms.augment(sample(image, box, LABELS[:1]), np.random.default_rng(seed), **options)
+
+    rng = np.random.default_rng(seed)
+    factor, down, right, mirrored = rng.uniform(0.1, 2.0), rng.uniform(), rng.uniform(), rng.uniform() < 0.5
+    ratio = min(24 / 20, 24 / 26) * factor
+    size = [max(int(side * ratio + 0.5), 1) for side in (20, 26)]
+    resized = slow_resize(image, size)
+    top, left = (int(share * (max(side - 24, 0) + 1)) for share, side in zip((down, right), size, strict=True))
+    height, width = (min(side, 24) for side in size)
+    expected = np.array([[resized[top + y, left + x] for x in range(width)] for y in range(height)])
+    x0, x1 = (np.clip(x * size[1] / 26 - left, 0, width) for x in (3, 21))
+    y0, y1 = (np.clip(y * size[0] / 20 - top, 0, height) for y in (2, 17))
+    if mirrored:
+        expected, x0, x1 = expected[:, ::-1], width - x1, width - x0
+    np.testing.assert_allclose(out.image, expected, atol=1)
+    if len(out.boxes):
+        np.testing.assert_allclose(out.boxes, [[x0, y0, x1, y1]], atol=1e-4)
+    else:
+        assert (x1 - x0) * (y1 - y0) < 0.1 * 18 * 15 * ratio**2 or min(x1 - x0, y1 - y0) < 1
+
+
+def tiles():
+    """Four pictures of sizes of their own, each with one box in a colour of its own."""
+    sizes, boxes = (
+        [(30, 40), (25, 44), (40, 40), (13, 9)],
+        [(5, 4, 30, 20), (4, 3, 41, 21), (8, 10, 30, 38), (1, 1, 8, 12)],
+    )
+    made = []
+    for index, ((height, width), box) in enumerate(zip(sizes, boxes, strict=True)):
+        image = paint(height, width, [(0, 0, 0, 0)] * index + [box])
+        made.append(sample(image, np.array([box], np.float32), np.array([index], np.int32)))
+    return made
+
+
+@pytest.mark.parametrize("centre", [(40, 40), (20, 60), (60, 20), (22, 21), (59, 57)])
+def test_mosaic_equals_a_loop_over_pixels_and_boxes(centre):
+    canvas = (80, 80)
+    out = transforms.mosaic(tiles(), centre, canvas)
+    expected, boxes = np.full((*canvas, 3), 114), {}
+    for index, tile in enumerate(tiles()):
+        height, width = tile.image.shape[:2]
+        # Where the tile's first row and column lie on the canvas, which they may do outside of it.
+        top = centre[0] - height if index in (0, 1) else centre[0]
+        left = centre[1] - width if index in (0, 2) else centre[1]
+        for y in range(height):
+            for x in range(width):
+                if 0 <= top + y < 80 and 0 <= left + x < 80:
+                    expected[top + y, left + x] = tile.image[y, x]
+        box = tile.boxes[0] + [left, top, left, top]
+        inside = np.clip(box, 0, 80)
+        shares = (inside[2:] - inside[:2]) / (box[2:] - box[:2])
+        if shares.prod() >= 0.1 and (inside[2:] - inside[:2] >= 1).all():
+            boxes[index] = inside.tolist()
+    np.testing.assert_array_equal(out.image, expected)
+    assert dict(zip(out.labels.tolist(), out.boxes.tolist(), strict=True)) == boxes
+    for label, box in boxes.items():  # painted where it is said to be
+        np.testing.assert_array_equal(read_off(out.image, COLOURS[label]), box)
+    assert len(boxes) >= 3 and out.image.dtype == np.uint8 and out.boxes.dtype == np.float32
+
+
+def test_mixup_is_the_mean_with_the_objects_of_both():
+    first, second = transforms.pad(sample(), (70, 90)), transforms.pad(tiles()[0], (70, 90))
+    out = transforms.mixup(first, second)
+    for y in range(0, 70, 3):
+        for x in range(0, 90, 3):
+            mean = (first.image[y, x].astype(float) + second.image[y, x]) / 2
+            assert np.abs(out.image[y, x] - mean).max() <= 0.5
+    np.testing.assert_array_equal(out.boxes, [*BOXES, *tiles()[0].boxes])
+    np.testing.assert_array_equal(out.labels, [*LABELS, 0])
+
+
+# Polygons and masks
+
+# A concave outline, one in two parts, and one that the window of most crops cuts.
+OUTLINES = (
+    [[(10, 8), (60, 12), (58, 30), (34, 20), (12, 32)]],
+    [[(70, 5), (100, 9), (96, 30)], [(72, 40), (104, 36), (90, 60)]],
+    [[(5, 50), (60, 45), (62, 88), (30, 66), (8, 90)]],
+)
+
+
+def drawn(polygons, size):
+    """Masks bool[n, h, w] of polygons: pixels whose centre is inside, by counting the edges to their right."""
+    y, x = np.mgrid[: size[0], : size[1]] + 0.5
+    masks = []
+    for rings in polygons:
+        crossings = np.zeros(size, int)
+        for ring in rings:
+            for (x0, y0), (x1, y1) in zip(ring, np.roll(ring, -1, axis=0), strict=True):
+                if y0 != y1:
+                    between = (min(y0, y1) <= y) & (y < max(y0, y1))
+                    crossings += between & (x0 + (y - y0) / (y1 - y0) * (x1 - x0) > x)
+        masks.append(crossings % 2 == 1)
+    return np.array(masks, bool).reshape(-1, *size)
+
+
+def outlined(*chosen):
+    """A picture in which the chosen objects are painted, with their polygons, masks and boxes."""
+    polygons = tuple(tuple(np.array(ring, np.float32) for ring in OUTLINES[i]) for i in chosen)
+    masks = drawn(polygons, (96, 110))
+    image = np.full((96, 110, 3), 15, np.uint8)
+    for i, mask in zip(chosen, masks, strict=True):
+        image[mask] = COLOURS[i]
+    points = [np.concatenate(rings) for rings in polygons]
+    boxes = np.array([[*p.min(0), *p.max(0)] for p in points], np.float32).reshape(-1, 4)
+    return Sample(image, boxes, np.array(chosen, np.int32), polygons, masks.astype(np.uint8))
+
+
+def same_objects(out):
+    """Pixels, masks and polygons of every object show the same shape, inside its box."""
+    assert len(out.boxes) == len(out.polygons) == len(out.masks) and out.masks.shape[1:] == out.image.shape[:2]
+    shapes = drawn(out.polygons, out.image.shape[:2])
+    for box, label, shape, mask in zip(out.boxes, out.labels, shapes, out.masks.astype(bool), strict=True):
+        seen = np.abs(out.image.astype(int) - COLOURS[label]).max(-1) < 110
+        for other in (shape, mask):
+            assert (seen ^ other).sum() <= 0.06 * seen.sum() + 30  # rounding along the outline
+        ys, xs = np.nonzero(mask)
+        beyond = np.subtract([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1], box) * [-1, -1, 1, 1]
+        assert (beyond <= 1.01).all()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_polygons_and_masks_move_with_the_pixels(seed):
+    rng = np.random.default_rng(seed)
+    options = dict(canvas=(90, 90), flip_share=0.5, scale=(0.6, 2.0), random_crop=True, hsv=(0, 0, 0))
+    one = transforms.augment(outlined(0, 1, 2), rng, **options)
+    same_objects(one)
+    same_objects(transforms.pad(one, (90, 90)))
+    put = transforms.mosaic([outlined(0), outlined(1), outlined(2), outlined()], (80, 95), (180, 180))
+    assert len(put.boxes) == 3
+    same_objects(put)
+    same_objects(transforms.augment(put, rng, **options | {"scale": (1.2, 2.0)}))
+    both = transforms.mixup(put, put)
+    assert len(both.polygons) == 6 and both.masks.shape == (6, 180, 180)
+
+
+@given(st.integers(0, 2**32 - 1))
+@hypothesis_settings(deadline=None, max_examples=40)
+def test_a_clipped_polygon_covers_what_it_covered(seed):
+    rng = np.random.default_rng(seed)
+    ring = rng.uniform(-15, 45, (int(rng.integers(3, 8)), 2)).astype(np.float32)
+    whole = drawn([[ring + 20]], (80, 80))[0][20:50, 20:44]
+    some = Sample(np.zeros((80, 80, 3), np.uint8), np.array([[0, 0, 80, 80]], np.float32), LABELS[:1], ((ring + 20,),))
+    [rings] = transforms.crop(some, 20, 20, (30, 24)).polygons
+    assert all((r >= 0).all() and (r <= [24, 30]).all() for r in rings)
+    # A point on the border counts here and not there.
+    assert (drawn([rings], (30, 24))[0] != whole).sum() <= 1

@@ -49,6 +49,8 @@ def tiny_config(folder, *, teacher, method: str = "mkd") -> ConfigDict:
     config.update(dict(batch_size=8, steps=STEPS, log_every=5, compile_cache=str(ROOT / ".cache" / "jax")))
     config.student.detector = "rtmdet_pico"
     config.data.update(dict(cache=str(folder / "cache"), scenes_train=24, scenes_val=10, image_size=(64, 64)))
+    config.data.augment.update(dict(mosaic=True, mixup=0.5, cache=8))
+    config.data.stage2.start = STEPS // 2
     config.optimizer.update(dict(warmup=4, lr=0.002))
     config.eval.batch_size = 8
     config.checkpoint.every = 5
@@ -105,9 +107,8 @@ def test_workdir_holds_what_a_user_takes_away(finished):
     trained = [row for row in rows if row["kind"] == "train"]
     assert [row["step"] for row in trained] == [5, 10, 15, 20]
     assert {f"student/mkd/{t}" for t in ("feature", "multiscale", "frequency", "alignment")} <= trained[0].keys()
-    assert {"twin/loss_cls", "twin/loss_box", "student/loss_cls", "lr", "images_per_s", "wait_share"} <= trained[
-        0
-    ].keys()
+    logged = {"twin/loss_cls", "twin/loss_box", "student/loss_cls", "lr", "images_per_s", "wait_share"}
+    assert logged | {"decoded_per_image"} <= trained[0].keys()
     assert not any(name.startswith("twin/mkd") for name in trained[0])
     config = json.loads((workdir / "config.json").read_text())
     assert config["config"]["methods"]["mkd"]["zeta"] == 0.5 and config["runs"][0]["jax"] == jax.__version__
@@ -383,6 +384,17 @@ def test_a_term_without_effect_is_named(folder, teacher_folder, tmp_path):
     """A mask that drops every frequency leaves the student no gradient: the run must not start."""
     with pytest.raises(loop.BadInput, match="mkd/frequency.*gradient of size 0"):
         loop.run(wrong(folder, teacher_folder, methods__mkd__zeta=1.0), tmp_path)
+
+
+def test_a_setting_newer_than_the_run_is_at_its_default(folder, tmp_path):
+    config = tiny_config(folder, teacher=None)
+    written = json.loads(config.to_json())
+    del written["data"]["stage2"]["augment"], written["eval"]["limit"], written["optimizer"]["clip_norm"]
+    (tmp_path / "config.json").write_text(json.dumps({"config": written}))
+    loop.check_workdir(config, tmp_path)
+    config.optimizer.clip_norm = 1.0
+    with pytest.raises(ValueError, match="optimizer.clip_norm was 0.0, is 1.0"):
+        loop.check_workdir(config, tmp_path)
 
 
 def test_workdir_of_another_run_is_refused(finished, folder, teacher_folder):

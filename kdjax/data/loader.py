@@ -2,6 +2,11 @@
 
 Grain shuffles and works ahead. It is imported where it is used, because Grain imports jax by itself; worker processes
 only decode and augment, and import neither.
+
+Mosaic and MixUp take their partners from the last positions of the same virtual stream: `STREAM` neighbouring rows of
+every batch are one stream. Whole streams belong to a worker, which keeps what it has decoded and made for the last
+positions in memory, so that a partner costs nothing. Nothing of that is saved: what is no longer there is made again,
+and is the same.
 """
 
 import concurrent.futures
@@ -11,13 +16,17 @@ import multiprocessing
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 
 from kdjax.data import transforms
 from kdjax.data.dataset import Dataset, Split
+from kdjax.data.transforms import Sample
 
+STREAM = 4  # neighbouring rows of a batch that make a virtual stream: 64 streams for a batch of 256
+CENTRE = (0.5, 1.5)  # where the four pictures of a Mosaic may meet, of the canvas' sides; the Mosaic is twice as large
 _KEEP = 400 * 2**20  # bytes of decoded pictures that are kept in memory, so that a small split is decoded once
 
 
@@ -25,8 +34,10 @@ class Pictures:
     """Decoded examples of a split by position; keeps those of small splits in memory."""
 
     def __init__(self, split: Split):
+        self.decoded = 0  # pictures so far
         self._split = split
         self._kept = {}
+        self._counting = threading.Lock()
 
     def __reduce__(self):
         return Pictures, (self._split,)  # a worker process decodes for itself
@@ -35,6 +46,8 @@ class Pictures:
         example = self._kept.get(index)
         if example is None:
             example = self._split.records[index]
+            with self._counting:
+                self.decoded += 1
             # No more than its share of the bytes: that bounds the memory without any bookkeeping between threads.
             if self._split.size * example["image"].nbytes <= _KEEP:
                 example["image"].flags.writeable = False
@@ -42,38 +55,162 @@ class Pictures:
         return example
 
 
+class _Stage(NamedTuple):
+    """What config.data.augment says of a stage."""
+
+    mosaic: bool
+    mixup: float  # probability
+    cache: int  # positions of its stream among which a Mosaic finds its partners; MixUp looks at half as many
+    single: dict  # options of transforms.augment
+
+
+class _Row(NamedTuple):
+    """All that decides what a row of a training batch shows, apart from the draws of `transforms.augment`."""
+
+    position: int  # in the endless stream of pictures; seeds those draws
+    stage: int
+    pictures: tuple[int, ...]  # one, or the four of a Mosaic
+    centre: tuple[float, float] = (1.0, 1.0)  # y, x of a Mosaic, of the canvas' sides
+    partner: "_Row | None" = None  # what MixUp adds, itself without partner
+    mirrored: bool = False  # whether the partner is, once more
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _TrainPlans:
+    """What goes where: element k lists this host's rows of batch k."""
+
+    order: Sequence[int]  # picture at every position
+    seed: int
+    batch: int  # rows of the global batch
+    rows: range  # those of this host
+    stages: tuple[_Stage, ...]
+    starts: tuple[int, ...]  # first step of each stage, ascending
+
+    def __len__(self) -> int:
+        return -(-len(self.order) // self.batch)
+
+    def __getitem__(self, step: int) -> list[_Row]:
+        stage = sum(step >= start for start in self.starts) - 1
+        return [self._mixed(step * self.batch + row, stage) for row in self.rows]
+
+    def _mixed(self, position: int, stage: int) -> _Row:
+        row = self._single(position, stage)
+        if not self.stages[stage].mixup:
+            return row
+        rng = np.random.default_rng((self.seed, position, 2))  # 0 would be the generator of transforms.augment
+        chosen, mirrored = rng.uniform() < self.stages[stage].mixup, rng.uniform() < 0.5
+        [partner] = self._earlier(position, max(self.stages[stage].cache // 2, 1), rng, 1)
+        return row._replace(partner=self._single(partner, stage), mirrored=mirrored) if chosen else row
+
+    def _single(self, position: int, stage: int) -> _Row:
+        pictures, centre = [int(self.order[position])], (1.0, 1.0)
+        if self.stages[stage].mosaic:
+            rng = np.random.default_rng((self.seed, position, 1))
+            centre = tuple(rng.uniform(*CENTRE, 2).tolist())
+            earlier = self._earlier(position, self.stages[stage].cache, rng, 3)
+            pictures += [int(self.order[p]) for p in earlier]
+        return _Row(position, stage, tuple(pictures), centre)
+
+    def _earlier(self, position: int, reach: int, rng: np.random.Generator, count: int) -> list[int]:
+        """`count` of the last `reach` positions before this one in its stream; itself where the stream begins."""
+        step, row = divmod(position, self.batch)
+        first = row - row % STREAM
+        width = min(STREAM, self.batch - first)
+        place = step * width + row - first  # in the stream
+        if place == 0:
+            return [position] * count
+        places = place - 1 - rng.integers(0, min(reach, place), count)
+        return [p // width * self.batch + first + p % width for p in places.tolist()]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _TrainBuilder:
-    """Makes a batch of its plan: (position in the endless stream, picture) of every row."""
+    """Makes the rows of a batch of their plan."""
 
     pictures: Pictures
     seed: int
     canvas: tuple[int, int]
     max_boxes: int
-    augment: dict
+    stages: tuple[_Stage, ...]
+    streams: int  # that this process has
 
-    def __call__(self, plan: list[tuple[int, int]]) -> dict[str, np.ndarray]:
-        return _stack([self._row(*entry) for entry in plan])
+    def __call__(self, plan: list[_Row]) -> list[dict[str, np.ndarray]]:
+        return [_padded(self._mixed(row), self.canvas, self.max_boxes) for row in plan]
 
-    def _row(self, position: int, picture: int) -> dict[str, np.ndarray]:
-        example = self.pictures[picture]
-        rng = np.random.default_rng((self.seed, position))
-        image, boxes, labels = transforms.augment(
-            example["image"], example["boxes"], example["labels"], rng, canvas=self.canvas, **self.augment
+    def _mixed(self, row: _Row) -> Sample:
+        make = self._kept if self.stages[row.stage].mixup else self._single
+        sample = make(row._replace(partner=None, mirrored=False))
+        if row.partner is None:
+            return sample
+        partner = transforms.pad(make(row.partner), self.canvas)
+        if row.mirrored:
+            partner = transforms.flip(partner)
+        return transforms.mixup(transforms.pad(sample, self.canvas), partner)
+
+    def _single(self, row: _Row) -> Sample:
+        options = self.stages[row.stage]
+        if options.mosaic:
+            centre = tuple(int(share * side) for share, side in zip(row.centre, self.canvas, strict=True))
+            twice = (2 * self.canvas[0], 2 * self.canvas[1])
+            sample = transforms.mosaic([self._tile(picture) for picture in row.pictures], centre, twice)
+            # The scale is relative to what a Mosaic is made for, which is twice the canvas.
+            single = options.single | {"scale": tuple(2 * factor for factor in options.single["scale"])}
+        else:
+            sample, single = _sample(self.pictures[row.pictures[0]]), options.single
+        return transforms.augment(
+            sample, np.random.default_rng((self.seed, row.position)), canvas=self.canvas, **single
         )
-        return _padded(image, boxes, labels, self.canvas, self.max_boxes)
+
+    @functools.cached_property
+    def _tile(self) -> Callable[[int], Sample]:
+        """The picture of a Mosaic, as large as fits the canvas; the last ones are kept."""
+
+        def tile(picture):
+            sample = _sample(self.pictures[picture])
+            return transforms.resize(sample, transforms.fitted(sample.image.shape[:2], self.canvas)[1])
+
+        # A partner of MixUp looks back from its own place.
+        return _last(self.streams * (self._cache + self._cache // 2 + 2 * STREAM), tile)
+
+    @functools.cached_property
+    def _kept(self) -> Callable[[_Row], Sample]:
+        """`_single`, of which the last are kept for MixUp."""
+
+        def single(row):
+            sample = self._single(row)
+            return sample._replace(image=sample.image.copy())  # a window would keep all of its picture in memory
+
+        return _last(self.streams * (self._cache // 2 + 2 * STREAM), single)
+
+    @property
+    def _cache(self) -> int:
+        return max(stage.cache for stage in self.stages if stage.mosaic or stage.mixup)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _EvalPlans:
+    """The pictures in order: element k lists those of batch k, None for a row that only fills the last batch."""
+
+    size: int
+    batch: int
+
+    def __len__(self) -> int:
+        return -(-self.size // self.batch)
+
+    def __getitem__(self, step: int) -> list[int | None]:
+        return [p if p < self.size else None for p in range(step * self.batch, (step + 1) * self.batch)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _EvalBuilder:
-    """Makes a batch of its plan: (position, picture) of every row, no picture for a row that only fills."""
+    """Makes the rows of a batch of their plan."""
 
     pictures: Pictures
     canvas: tuple[int, int]
     max_boxes: int
 
-    def __call__(self, plan: list[tuple[int, int | None]]) -> dict[str, np.ndarray]:
-        return _stack([self._row(picture) for _, picture in plan])
+    def __call__(self, plan: list[int | None]) -> list[dict[str, np.ndarray]]:
+        return [self._row(picture) for picture in plan]
 
     def _row(self, picture: int | None) -> dict[str, np.ndarray]:
         if picture is None:
@@ -83,43 +220,36 @@ class _EvalBuilder:
             example = self.pictures[picture]
         original = example["image"].shape[:2]
         _, size = transforms.fitted(original, self.canvas)
-        image, boxes = transforms.resize(example["image"], example["boxes"], size)
-        return _padded(image, boxes, example["labels"], self.canvas, self.max_boxes) | {
+        return _padded(transforms.resize(_sample(example), size), self.canvas, self.max_boxes) | {
             "image_id": np.int64(example["image_id"]),
             "original_size": np.array(original, np.int32),
             "real": np.bool_(picture is not None),
         }
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Plans:
-    """Which picture goes where: element k lists (position, picture) of this host's rows of batch k."""
-
-    order: Sequence[int]  # picture at every position
-    batch: int  # rows of the global batch
-    rows: range  # those of this host
-
-    def __len__(self) -> int:
-        return -(-len(self.order) // self.batch)
-
-    def __getitem__(self, step: int) -> list[tuple[int, int | None]]:
-        positions = [step * self.batch + row for row in self.rows]
-        return [(p, int(self.order[p]) if p < len(self.order) else None) for p in positions]
+def _last(count: int, function: Callable) -> Callable:
+    """The function with its last `count` results kept in memory."""
+    return functools.lru_cache(count)(function)
 
 
-def _padded(image, boxes, labels, canvas, max_boxes) -> dict[str, np.ndarray]:
+def _sample(example: Mapping) -> Sample:
+    return Sample(example["image"], example["boxes"], example["labels"])
+
+
+def _padded(sample: Sample, canvas: tuple[int, int], max_boxes: int) -> dict[str, np.ndarray]:
     """One row of a batch. Of more than `max_boxes` boxes the largest are kept, in their order."""
+    boxes, labels = sample.boxes, sample.labels
     if len(boxes) > max_boxes:
         areas = (boxes[:, 2:] - boxes[:, :2]).prod(-1)
         largest = np.sort(np.argsort(-areas, kind="stable")[:max_boxes])
         boxes, labels = boxes[largest], labels[largest]
     count = len(boxes)
     row = {
-        "image": transforms.pad(image, canvas),
+        "image": transforms.pad(sample, canvas).image,
         "boxes": np.zeros((max_boxes, 4), np.float32),
         "labels": np.zeros(max_boxes, np.int32),
         "valid": np.arange(max_boxes) < count,
-        "image_size": np.array(image.shape[:2], np.int32),
+        "image_size": np.array(sample.image.shape[:2], np.int32),
     }
     row["boxes"][:count], row["labels"][:count] = boxes, labels
     return row
@@ -136,7 +266,7 @@ def check_settings(cfg: Mapping) -> None:
       ValueError: names the setting, its value and what would be right.
     """
     canvas_of(cfg)
-    _augment(cfg)
+    _stages(cfg)
 
 
 def canvas_of(cfg: Mapping) -> tuple[int, int]:
@@ -147,18 +277,36 @@ def canvas_of(cfg: Mapping) -> tuple[int, int]:
     return size
 
 
-def _augment(cfg: Mapping) -> dict:
-    options = cfg.get("augment", {})
+def _stage(options: Mapping, name: str) -> _Stage:
+    """The settings of a stage, checked; `name` is theirs in the config."""
     scale = tuple(float(s) for s in options.get("scale", (1.0, 1.0)))
     hsv = tuple(float(g) for g in options.get("hsv", (0, 0, 0)))
-    share = float(options.get("flip", 0.5))
+    flip, mixup = float(options.get("flip", 0.5)), float(options.get("mixup", 0.0))
+    cache = int(options.get("cache", 40))
     if len(scale) != 2 or not 0 < scale[0] <= scale[1] < np.inf:
-        raise ValueError(f"config.data.augment.scale is {scale}, but must be (low, high) with 0 < low <= high.")
+        raise ValueError(f"{name}.scale is {scale}, but must be (low, high) with 0 < low <= high.")
     if len(hsv) != 3 or not all(0 <= gain <= 255 for gain in hsv):
-        raise ValueError(f"config.data.augment.hsv is {hsv}, but must be three gains in 0 .. 255.")
-    if not 0 <= share <= 1:
-        raise ValueError(f"config.data.augment.flip is {share}, but must be a probability in 0 .. 1.")
-    return dict(flip_share=share, scale=scale, random_crop=bool(options.get("crop", True)), hsv=hsv)
+        raise ValueError(f"{name}.hsv is {hsv}, but must be three gains in 0 .. 255.")
+    for key, share in (("flip", flip), ("mixup", mixup)):
+        if not 0 <= share <= 1:
+            raise ValueError(f"{name}.{key} is {share}, but must be a probability in 0 .. 1.")
+    if cache < 1:
+        raise ValueError(f"{name}.cache is {cache}, but must be at least 1 picture.")
+    single = dict(flip_share=flip, scale=scale, random_crop=bool(options.get("crop", True)), hsv=hsv)
+    return _Stage(bool(options.get("mosaic", False)), mixup, cache, single)
+
+
+def _stages(cfg: Mapping) -> tuple[tuple[_Stage, ...], tuple[int, ...]]:
+    """The settings of the stages and the first step of each."""
+    stages, starts = [_stage(cfg.get("augment", {}), "config.data.augment")], [0]
+    second = cfg.get("stage2", {})
+    start = int(second.get("start", 0))
+    if start < 0:
+        raise ValueError(f"config.data.stage2.start is {start}, but must be a step, or 0 for no second stage.")
+    if start:
+        stages.append(_stage(second.get("augment", {}), "config.data.stage2.augment"))
+        starts.append(start)
+    return tuple(stages), tuple(starts)
 
 
 def train_batches(
@@ -174,7 +322,8 @@ def train_batches(
 
     Args:
       dataset: from `open_dataset`.
-      cfg: `config.data`; read here: image_size, workers, augment.
+      cfg: `config.data`; read here: image_size, workers, augment, and stage2, whose settings hold from the step
+        stage2.start on.
       batch_size: rows of the global batch, over all shards.
       seed: with the step it determines a batch entirely.
       start_step: the step of the first batch.
@@ -196,15 +345,27 @@ def train_batches(
     order_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
     order = grain.MapDataset.range(split.size).seed(order_seed).shuffle().repeat(None)
     rows = batch_size // count
-    plans = _Plans(order=order, batch=batch_size, rows=range(index * rows, (index + 1) * rows))
+    workers = int(cfg.get("workers", 0))
+    stages, starts = _stages(cfg)
+    plans = _TrainPlans(
+        order=order,
+        seed=seed,
+        batch=batch_size,
+        rows=range(index * rows, (index + 1) * rows),
+        stages=stages,
+        starts=starts,
+    )
     builder = _TrainBuilder(
         pictures=Pictures(split),
         seed=seed,
         canvas=canvas_of(cfg),
         max_boxes=dataset.max_boxes,
-        augment=_augment(cfg),
+        stages=stages,
+        streams=-(-rows // (STREAM * max(workers, 1))) + 1,  # a host's rows may begin inside a stream
     )
-    return Batches(grain.MapDataset.source(plans)[start_step:], builder, workers=int(cfg.get("workers", 0)))
+    mixing = any(stage.mosaic or stage.mixup for stage in stages)
+    plans = grain.MapDataset.source(plans)[start_step:]
+    return Batches(plans, builder, workers=workers, together=STREAM if mixing else 1)
 
 
 def eval_batches(dataset: Dataset, split: str, cfg: Mapping, *, batch_size: int, limit: int | None = None) -> "Batches":
@@ -218,7 +379,7 @@ def eval_batches(dataset: Dataset, split: str, cfg: Mapping, *, batch_size: int,
 
     chosen = dataset.splits[split]
     size = chosen.size if limit is None else min(limit, chosen.size)
-    plans = _Plans(order=range(size), batch=batch_size, rows=range(batch_size))
+    plans = _EvalPlans(size=size, batch=batch_size)
     builder = _EvalBuilder(pictures=Pictures(chosen), canvas=canvas_of(cfg), max_boxes=dataset.max_boxes)
     return Batches(grain.MapDataset.source(plans), builder, workers=int(cfg.get("workers", 0)))
 
@@ -226,36 +387,43 @@ def eval_batches(dataset: Dataset, split: str, cfg: Mapping, *, batch_size: int,
 class Batches:
     """Iterator over the batches that `builder` makes of Grain's `plans`, ahead of time in threads or worker processes.
 
-    The workers are a pool of our own: a plan goes out, its batch comes back, any worker will do. Grain's own workers
-    leave shared memory behind or take long to end when an iterator is closed early.
+    `decoded` is the number of pictures that were decoded for the batches handed out so far.
+
+    The workers are processes of our own, each with the same part of every batch. Neighbouring rows, `together` of them,
+    stay in one worker, and without workers in one thread if they are more than one: they share what the builder keeps.
+    Grain's own workers leave shared memory behind or take long to end when an iterator is closed early.
     """
 
-    def __init__(self, plans, builder: Callable, *, workers: int):
+    def __init__(self, plans, builder: Callable, *, workers: int, together: int = 1):
         import grain
 
-        self._pool = None
-        threads = 2
-        if workers:
-            threads = workers + 1  # they only wait; one more batch than workers keeps all of them busy
-            self._pool = concurrent.futures.ProcessPoolExecutor(
-                workers,
+        self.decoded = 0
+        self._pools = [
+            concurrent.futures.ProcessPoolExecutor(
+                1,
                 mp_context=multiprocessing.get_context("spawn"),  # a fork would copy the trainer's threads and devices
                 initializer=_start_worker,
                 initargs=(builder,),
             )
-            builder = functools.partial(_remotely, self._pool)
+            for _ in range(workers)
+        ]
+        make, threads = functools.partial(_here, builder), 2 if together == 1 else 1
+        if workers:
+            # The threads only wait; no worker needs to wait for another to finish its part of a batch.
+            make, threads = functools.partial(_remotely, self._pools, together), 3
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1)
-        self._batches = iter(plans.map(builder).to_iter_dataset(options))
+        self._batches = iter(plans.map(make).to_iter_dataset(options))
 
     def __iter__(self) -> "Batches":
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
         try:
-            return next(self._batches)
+            batch, self.decoded = next(self._batches)
         except StopIteration:
             self._end_workers()
             raise
+        return batch
 
     def close(self) -> None:
         """End the threads and worker processes; may be called more than once."""
@@ -263,12 +431,22 @@ class Batches:
         self._end_workers()
 
     def _end_workers(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+        for pool in self._pools:
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _remotely(pool: concurrent.futures.Executor, plan: list) -> dict[str, np.ndarray]:
-    return pool.submit(_build, plan).result()
+def _here(builder: Callable, plan: list) -> tuple[dict[str, np.ndarray], int]:
+    """The batch of a plan, and how many pictures have been decoded until it was there."""
+    return _stack(builder(plan)), builder.pictures.decoded
+
+
+def _remotely(pools: list[concurrent.futures.Executor], together: int, plan: list) -> tuple[dict, int]:
+    """As `_here`; every worker makes a part of the rows."""
+    count = -(-len(plan) // together)
+    bounds = [min(count * i // len(pools) * together, len(plan)) for i in range(len(pools) + 1)]
+    futures = [pool.submit(_build, plan[a:b]) for pool, a, b in zip(pools, bounds, bounds[1:], strict=False)]
+    parts = [future.result() for future in futures]
+    return _stack([row for rows, _ in parts for row in rows]), sum(decoded for _, decoded in parts)
 
 
 _builder = None  # of this worker process
@@ -289,5 +467,5 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _build(plan: list) -> dict[str, np.ndarray]:
-    return _builder(plan)
+def _build(plan: list) -> tuple[list[dict[str, np.ndarray]], int]:
+    return _builder(plan), _builder.pictures.decoded

@@ -1,7 +1,11 @@
-"""Geometry and colour of training and evaluation pictures; boxes move with the pixels.
+"""Geometry and colour of training and evaluation pictures; everything that marks an object moves with the pixels.
 
-Images are u8[h, w, 3] RGB, boxes f32[n, 4] x1 y1 x2 y2 in pixels of that image (continuous: a picture spans 0 .. w).
+Pixels are continuous: a picture spans 0 .. w. Objects end where their picture is cut, and one of which too little is
+left is dropped (`crop`). The steps are those of RTMDet (Lyu et al. 2022, arXiv 2212.07784).
 """
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -11,23 +15,32 @@ MIN_SIZE = 1.0  # px: a box whose side is shorter after a crop is dropped
 MIN_VISIBLE = 0.1  # a box of whose area a crop leaves less is dropped
 
 
-def resize(image: np.ndarray, boxes: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Bilinear resize to size (h, w); boxes are scaled by the true ratio of each axis.
+class Sample(NamedTuple):
+    """A picture with its n objects, all in pixels of that picture."""
 
-    Args:
-      image: u8[h, w, 3].
-      boxes: f32[n, 4] px.
-      size: new (height, width) px.
+    image: np.ndarray  # u8[h, w, 3] RGB
+    boxes: np.ndarray  # f32[n, 4] x1 y1 x2 y2
+    labels: np.ndarray  # i32[n]
+    polygons: tuple[tuple[np.ndarray, ...], ...] | None = None  # the rings of every object, each f32[k, 2] x y
+    masks: np.ndarray | None = None  # u8[n, h, w], 1 on the object
 
-    Returns:
-      u8[*size, 3] and f32[n, 4].
-    """
-    height, width = image.shape[:2]
-    if (height, width) != tuple(size):
-        image = cv2.resize(image, (size[1], size[0]), interpolation=cv2.INTER_LINEAR)
-        y, x = size[0] / height, size[1] / width
-        boxes = boxes * np.array([x, y, x, y], np.float32)
-    return image, boxes
+
+def resize(sample: Sample, size: tuple[int, int]) -> Sample:
+    """Bilinear resize to size (h, w) px; objects are scaled by the true ratio of each axis, masks by nearest pixel."""
+    height, width = sample.image.shape[:2]
+    if (height, width) == tuple(size):
+        return sample
+    y, x = size[0] / height, size[1] / width
+    masks = sample.masks
+    if masks is not None:
+        resized = [cv2.resize(mask, size[::-1], interpolation=cv2.INTER_NEAREST_EXACT) for mask in masks]
+        masks = np.array(resized, np.uint8).reshape(-1, *size)
+    return sample._replace(
+        image=cv2.resize(sample.image, (size[1], size[0]), interpolation=cv2.INTER_LINEAR),
+        boxes=sample.boxes * np.array([x, y, x, y], np.float32),
+        polygons=_each(sample.polygons, lambda ring: ring * np.array([x, y], np.float32)),
+        masks=masks,
+    )
 
 
 def fitted(image_size: tuple[int, int], canvas: tuple[int, int]) -> tuple[float, tuple[int, int]]:
@@ -46,46 +59,97 @@ def scaled(image_size: tuple[int, int], factor: float) -> tuple[int, int]:
     return max(int(image_size[0] * factor + 0.5), 1), max(int(image_size[1] * factor + 0.5), 1)
 
 
-def crop(
-    image: np.ndarray, boxes: np.ndarray, top: int, left: int, size: tuple[int, int]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The window of `size` (h, w) at (top, left), as far as the image reaches.
-
-    Args:
-      image: u8[h, w, 3].
-      boxes: f32[n, 4] px.
-      top, left: px, inside the image.
-      size: (height, width) px.
+def crop(sample: Sample, top: int, left: int, size: tuple[int, int]) -> Sample:
+    """The window of `size` (h, w) px at (top, left) inside the picture, as far as the picture reaches.
 
     Returns:
-      The window, boxes clipped to it f32[n, 4], and bool[n]: which boxes remain (sides of at least `MIN_SIZE` px and at
-      least `MIN_VISIBLE` of the area).
+      The window with the objects that remain, clipped to it: a box keeps its place if its sides are at least `MIN_SIZE`
+      px and at least `MIN_VISIBLE` of its area is in view. A polygon of which nothing is in view has no rings.
 
     Example:
-      >>> image, box = np.zeros((8, 8, 3), np.uint8), np.array([[2, 2, 6, 6]], np.float32)
-      >>> window, boxes, keep = crop(image, box, 0, 4, (8, 8))
-      >>> window.shape, boxes.tolist(), keep.tolist()
-      ((8, 4, 3), [[0.0, 2.0, 2.0, 6.0]], [True])
+      >>> box, label = np.array([[2, 2, 6, 6]], np.float32), np.array([1], np.int32)
+      >>> window = crop(Sample(np.zeros((8, 8, 3), np.uint8), box, label), 0, 4, (8, 8))
+      >>> window.image.shape, window.boxes.tolist()
+      ((8, 4, 3), [[0.0, 2.0, 2.0, 6.0]])
     """
-    window = image[top : top + size[0], left : left + size[1]]
+    rows, columns = slice(top, top + size[0]), slice(left, left + size[1])
+    window = sample.image[rows, columns]
     height, width = window.shape[:2]
-    moved = boxes - np.array([left, top, left, top], np.float32)
+    moved = sample.boxes - np.array([left, top, left, top], np.float32)
     inside = np.clip(moved, 0, np.array([width, height, width, height], np.float32))
     sides, before = inside[:, 2:] - inside[:, :2], moved[:, 2:] - moved[:, :2]
     keep = (sides >= MIN_SIZE).all(-1) & (sides.prod(-1) >= MIN_VISIBLE * before.prod(-1))
-    return window, inside, keep
+    polygons = sample.polygons
+    if polygons is not None:
+        corner = np.array([left, top], np.float32)
+        polygons = tuple(rings for rings, kept in zip(polygons, keep, strict=True) if kept)
+        polygons = _each(polygons, lambda ring: _clip(ring - corner, width, height))
+        polygons = tuple(tuple(ring for ring in rings if len(ring) > 2) for rings in polygons)
+    masks = None if sample.masks is None else sample.masks[keep, rows, columns]
+    return Sample(window, inside[keep], sample.labels[keep], polygons, masks)
 
 
-def flip(image: np.ndarray, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def flip(sample: Sample) -> Sample:
     """Mirror left and right.
 
     Example:
-      >>> flip(np.zeros((4, 10, 3), np.uint8), np.array([[1, 0, 3, 4]], np.float32))[1]
+      >>> box = np.array([[1, 0, 3, 4]], np.float32)
+      >>> flip(Sample(np.zeros((4, 10, 3), np.uint8), box, np.array([0], np.int32))).boxes
       array([[7., 0., 9., 4.]], dtype=float32)
     """
-    width = image.shape[1]
+    width, boxes = sample.image.shape[1], sample.boxes
     boxes = np.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], axis=-1)
-    return cv2.flip(image, 1), boxes.astype(np.float32)
+    return sample._replace(
+        image=cv2.flip(sample.image, 1),
+        boxes=boxes.astype(np.float32),
+        polygons=_each(sample.polygons, lambda ring: np.array([width, 0], np.float32) + ring * np.float32([-1, 1])),
+        masks=None if sample.masks is None else sample.masks[:, :, ::-1],
+    )
+
+
+def pad(sample: Sample, canvas: tuple[int, int]) -> Sample:
+    """The picture at the top left of a grey canvas (h, w) px that is at least as large."""
+    height, width = sample.image.shape[:2]
+    if (height, width) == tuple(canvas):
+        return sample
+    padded = np.full((*canvas, 3), PAD, np.uint8)
+    padded[:height, :width] = sample.image
+    return _moved(sample, 0, 0, canvas)._replace(image=padded)
+
+
+def mosaic(tiles: Sequence[Sample], centre: tuple[int, int], canvas: tuple[int, int]) -> Sample:
+    """Four pictures around a point, each with one corner there; what does not fit on the canvas is cut off.
+
+    Args:
+      tiles: at the top left, top right, bottom left and bottom right of the point, as large as they shall be.
+      centre: the point (y, x), px of the canvas, inside it.
+      canvas: (height, width) px.
+
+    Returns:
+      The canvas, grey where no picture lies, with the objects of all four in their order.
+
+    Reference: YOLOv4 (Bochkovskiy et al. 2020, arXiv 2004.10934); the layout is that of YOLOX and RTMDet.
+    """
+    image = np.full((*canvas, 3), PAD, np.uint8)
+    placed = []
+    for index, tile in enumerate(tiles):
+        start, corner, seen = [], [], []  # first row and column in view of the tile; where it goes; how much it is
+        for after, middle, side, end in zip(divmod(index, 2), centre, tile.image.shape[:2], canvas, strict=True):
+            seen.append(min(side, end - middle if after else middle))
+            start.append(0 if after else side - seen[-1])
+            corner.append(middle if after else middle - seen[-1])
+        part = crop(tile, *start, tuple(seen))
+        image[corner[0] : corner[0] + seen[0], corner[1] : corner[1] + seen[1]] = part.image
+        placed.append(_moved(part, *corner, canvas))
+    return _joined(image, placed)
+
+
+def mixup(first: Sample, second: Sample) -> Sample:
+    """The mean of two pictures of one size, with the objects of both.
+
+    Reference: Zhang et al. 2018 (arXiv 1710.09412), for detectors with equal shares as in YOLOX and RTMDet.
+    """
+    return _joined(cv2.addWeighted(first.image, 0.5, second.image, 0.5, 0), [first, second])
 
 
 def hsv_jitter(image: np.ndarray, shifts: tuple[int, int, int]) -> np.ndarray:
@@ -109,20 +173,8 @@ def draw_shifts(rng: np.random.Generator, gains: tuple[float, float, float]) -> 
     return tuple(int(s) for s in shifts)
 
 
-def pad(image: np.ndarray, canvas: tuple[int, int]) -> np.ndarray:
-    """u8[*canvas, 3] with the picture at the top left and grey elsewhere."""
-    height, width = image.shape[:2]
-    if (height, width) == tuple(canvas):
-        return image
-    padded = np.full((*canvas, 3), PAD, np.uint8)
-    padded[:height, :width] = image
-    return padded
-
-
 def augment(
-    image: np.ndarray,
-    boxes: np.ndarray,
-    labels: np.ndarray,
+    sample: Sample,
     rng: np.random.Generator,
     *,
     canvas: tuple[int, int],
@@ -130,26 +182,73 @@ def augment(
     scale: tuple[float, float],
     random_crop: bool,
     hsv: tuple[float, float, float],
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+) -> Sample:
     """One training picture: random resize, random crop to the canvas, flip, colour; not yet padded.
 
-    The factor is drawn uniformly from `scale`, relative to the size at which the picture just fits the canvas. Without
-    `random_crop` it is at most 1, so that everything stays in view. The number of draws does not depend on the picture.
+    The factor is drawn uniformly from `scale`, relative to the size at which the picture just fits the canvas; (0.1, 2)
+    is large-scale jitter (Ghiasi et al. 2021, arXiv 2012.07177). Without `random_crop` it is at most 1, so that
+    everything stays in view. The number of draws does not depend on the picture.
 
     Returns:
-      u8[h <= canvas, w <= canvas, 3], f32[m, 4], i32[m] of the boxes that remain.
+      A picture of at most `canvas` (h, w) px with the objects that remain.
     """
     factor, top, left, mirrored = rng.uniform(*scale), rng.uniform(), rng.uniform(), rng.uniform() < flip_share
     shifts = draw_shifts(rng, hsv)
     if not random_crop:
         factor = min(factor, 1.0)
-    fit, _ = fitted(image.shape[:2], canvas)
-    size = scaled(image.shape[:2], fit * factor)
+    fit, _ = fitted(sample.image.shape[:2], canvas)
+    size = scaled(sample.image.shape[:2], fit * factor)
     # Enlarging only what is kept would be cheaper, but would not give the same pixels at the window's border.
-    image, boxes = resize(image, boxes, size)
+    sample = resize(sample, size)
     spare = max(size[0] - canvas[0], 0), max(size[1] - canvas[1], 0)
-    image, boxes, keep = crop(image, boxes, int(top * (spare[0] + 1)), int(left * (spare[1] + 1)), canvas)
-    boxes, labels = boxes[keep], labels[keep]
+    sample = crop(sample, int(top * (spare[0] + 1)), int(left * (spare[1] + 1)), canvas)
     if mirrored:
-        image, boxes = flip(image, boxes)
-    return hsv_jitter(image, shifts), boxes, labels
+        sample = flip(sample)
+    return sample._replace(image=hsv_jitter(sample.image, shifts))
+
+
+def _each(polygons: tuple | None, function: Callable) -> tuple | None:
+    """The polygons with `function` applied to every ring."""
+    return None if polygons is None else tuple(tuple(function(ring) for ring in rings) for rings in polygons)
+
+
+def _moved(sample: Sample, top: int, left: int, canvas: tuple[int, int]) -> Sample:
+    """The objects of a picture that is put at (top, left) of a canvas; the image is left for the caller to draw."""
+    masks = sample.masks
+    if masks is not None:
+        height, width = masks.shape[1:]
+        masks = np.zeros((len(masks), *canvas), np.uint8)
+        masks[:, top : top + height, left : left + width] = sample.masks
+    return sample._replace(
+        boxes=sample.boxes + np.array([left, top, left, top], np.float32),
+        polygons=_each(sample.polygons, lambda ring: ring + np.array([left, top], np.float32)),
+        masks=masks,
+    )
+
+
+def _joined(image: np.ndarray, samples: Sequence[Sample]) -> Sample:
+    """One picture with the objects of several; polygons and masks only if all have them."""
+    polygons, masks = [s.polygons for s in samples], [s.masks for s in samples]
+    return Sample(
+        image,
+        np.concatenate([s.boxes for s in samples]),
+        np.concatenate([s.labels for s in samples]),
+        None if any(p is None for p in polygons) else sum(polygons, ()),
+        None if any(m is None for m in masks) else np.concatenate(masks),
+    )
+
+
+def _clip(ring: np.ndarray, width: int, height: int) -> np.ndarray:
+    """The part of a closed ring f32[k, 2] inside 0 .. width, 0 .. height (Sutherland and Hodgman 1974).
+
+    A ring that leaves the window and comes back may run along its border, where it encloses nothing.
+    """
+    for axis, sign, limit in ((0, 1, 0), (0, -1, -width), (1, 1, 0), (1, -1, -height)):
+        depth = sign * ring[:, axis] - limit  # at least 0 inside
+        following, deep = np.roll(ring, -1, axis=0), np.roll(depth, -1)
+        crosses = (depth >= 0) != (deep >= 0)
+        share = depth / np.where(crosses, depth - deep, 1)
+        # Every edge gives its first end if that is inside, then the point where it crosses the border.
+        points = np.stack([ring, ring + share[:, None] * (following - ring)], axis=1)
+        ring = points[np.stack([depth >= 0, crosses], axis=1)]
+    return np.clip(ring, 0, np.array([width, height])).astype(np.float32)  # the crossings are rounded

@@ -44,15 +44,14 @@ def base() -> ConfigDict:
             scenes_train=2000,  # pictures of the embedded default
             scenes_val=400,
             image_size=(640, 640),  # height, width of the canvas
-            max_boxes=0,  # padded boxes a picture; 0 takes the largest number in the data
+            max_boxes=0,  # padded boxes a picture; 0: the largest number in the data, more with Mosaic and MixUp
             workers=0,  # processes that decode; 0 decodes in a thread of this process
             limit=0,  # only the first pictures of each split; 0 takes all
             check=False,  # print what would be trained and stop
-            augment=dict(
-                flip=0.5,  # probability of a horizontal flip
-                scale=(0.5, 2.0),  # random resize relative to the canvas; (1, 1) is the plain resize
-                crop=True,  # random crop where the resized picture is larger than the canvas
-                hsv=(5.0, 30.0, 30.0),  # largest change of hue, saturation, value (of 255); zeros switch it off
+            augment=augment(),
+            stage2=dict(
+                start=0,  # from this step on (batch number, from 0) batches are augmented as here; 0 is never
+                augment=augment(),
             ),
         )
     )
@@ -142,3 +141,21 @@ def unknown_keys(config: ConfigDict, reference: ConfigDict | None = None, prefix
             else:
                 found.append(f"{prefix}.{key}={value!r}")
     return found
+
+
+def augment(**changes) -> dict:
+    """How training pictures are varied; `changes` to the defaults.
+
+    RTMDet m, l and x: mosaic=True, mixup=1.0, scale=(0.1, 2.0), then for the last 20 of 300 epochs scale=(0.1, 2.0)
+    alone; s has (0.5, 2.0) in both, tiny also mixup=0.5 and cache=20.
+    """
+    defaults = dict(
+        mosaic=False,  # four pictures around a point, on twice the canvas; three are of the last `cache` before
+        mixup=0.0,  # probability of being averaged with one of the last `cache` / 2 before
+        cache=40,  # pictures of the same virtual stream (kdjax/data/loader.py) that are kept in memory for these
+        flip=0.5,  # probability of a horizontal flip
+        scale=(0.5, 2.0),  # random resize relative to the canvas, of a Mosaic to its own; (1, 1) is the plain resize
+        crop=True,  # random crop where the resized picture is larger than the canvas
+        hsv=(5.0, 30.0, 30.0),  # largest change of hue, saturation, value (of 255); zeros switch it off
+    )
+    return defaults | changes

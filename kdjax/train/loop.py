@@ -24,7 +24,7 @@ from tqdm import tqdm
 import kdjax
 from kdjax import data, detectors
 from kdjax.detectors import convert, weights
-from kdjax.evals import coco, report, size
+from kdjax.evals import coco, report, size, voc
 from kdjax.methods import api
 from kdjax.train import config as settings
 from kdjax.train import optim
@@ -291,8 +291,10 @@ def check_workdir(config: ConfigDict, workdir: Path) -> None:
     path = workdir / "config.json"
     if not path.exists():
         return
+    # A setting that is newer than the run was at its default, which is made to change nothing.
+    before = flat_config(json.loads(settings.base().to_json()))
     try:
-        before = flat_config(json.loads(path.read_text())["config"])
+        before |= flat_config(json.loads(path.read_text())["config"])
     except (ValueError, TypeError, KeyError):
         raise ValueError(f"{path} is not the config of a run: choose another --workdir") from None
     now = flat_config(json.loads(config.to_json()))
@@ -448,7 +450,7 @@ def train(setup: Setup, start: int, checkpoints: Checkpoints, log: "Log") -> dic
 
     mine = identity(setup)
     pending, window = collections.deque(), []
-    waited, since = 0.0, time.perf_counter()
+    waited, since, decoded = 0.0, time.perf_counter(), 0
     bar = tqdm(total=config.steps, initial=start, desc="train", unit="step", disable=jax.process_index() > 0)
     with contextlib.closing(batches), contextlib.closing(bar), Signals() as signals:
         for step in range(start + 1, config.steps + 1):
@@ -469,19 +471,20 @@ def train(setup: Setup, start: int, checkpoints: Checkpoints, log: "Log") -> dic
                 window.append(check_finite(*pending.popleft()))
             bar.update()
             if logs:
-                seconds = time.perf_counter() - since
+                seconds, images = time.perf_counter() - since, len(window) * config.batch_size
                 row = {name: float(np.mean([m[name] for m in window])) for name in window[0]}
                 row = {name: value for name, value in row.items() if not name.endswith("/finite")}
                 row |= {f"weight/{name}": float(w) for name, w in weights_of(setup.methods, step - 1).items()}
                 row |= {
                     "lr": float(rate(step - 1)),
                     "seconds": seconds,
-                    "images_per_s": len(window) * config.batch_size / seconds,
+                    "images_per_s": images / seconds,
                     "wait_share": waited / seconds,
+                    "decoded_per_image": (batches.decoded - decoded) * jax.process_count() / images,
                 }
                 log.write(step, "train", row)
                 bar.set_postfix({role: f"{row[f'{role}/total']:.3g}" for role in states})
-                window, waited, since = [], 0.0, time.perf_counter()
+                window, waited, since, decoded = [], 0.0, time.perf_counter(), batches.decoded
                 check_programs(setup)
             if saves:
                 save(step)
@@ -650,6 +653,9 @@ def finish(setup: Setup, workdir: Path, log: Log) -> dict:
         results[role] = evaluations[role].figures | counts
         log.write(config.steps, "eval", {f"{role}/{k}": v for k, v in evaluations[role].figures.items()})
     check_programs(setup)
+    if dataset.name == "voc":
+        truth = data.ground_truth(dataset, "val")
+        results["voc"] = {role: voc.voc_figures(truth, one.detections) for role, one in evaluations.items()}
     if results["twin"]:
         results["gain"] = {
             name: results["student"][name] - results["twin"][name]
