@@ -27,7 +27,7 @@ from kdjax.detectors import convert, weights
 from kdjax.evals import coco, report, size, voc
 from kdjax.methods import api
 from kdjax.train import config as settings
-from kdjax.train import optim
+from kdjax.train import optim, preview
 from kdjax.train.checkpoint import Checkpoints, fingerprint
 from kdjax.train.step import (
     Teacher,
@@ -88,7 +88,10 @@ def run(config: ConfigDict, workdir: str) -> dict | None:
     try:
         check_settings(config)
         if config.data.check:
-            print(data.summary(data.open_dataset(config.data), config.data))
+            dataset = data.open_dataset(config.data)
+            print(data.summary(dataset, config.data))
+            for step, file in preview.save(dataset, config, workdir).items():
+                print(f"pictures of batch {step} as they are trained on: {file}")
             return None
         check_models(config)
         workdir = Path(workdir)
