@@ -47,7 +47,7 @@ def base() -> ConfigDict:
             max_boxes=0,  # padded boxes a picture; 0: the largest number in the data, more with Mosaic and MixUp
             workers=0,  # processes that decode; 0 decodes in a thread of this process
             limit=0,  # only the first pictures of each split; 0 takes all
-            check=False,  # print what would be trained and stop
+            check=False,  # print what would be trained, write pictures of its batches, and stop
             augment=augment(),
             stage2=dict(
                 start=0,  # from this step on (batch number, from 0) batches are augmented as here; 0 is never
