@@ -35,7 +35,6 @@ STATUSES = {
 # How a proof names reference files (tests/golden/README.md).
 GOLDEN = re.compile(r"\b(?:coco|kd|loss|model|ops|tables)/[\w*]+(?:\.\w+)?")
 SIZE, CLASSES = 320, 20  # of the pictures and detectors on which methods are tried
-SCHEDULE = ("start", "stop", "warmup", "decay")
 INTRO = """\
 # Methods
 
@@ -150,18 +149,15 @@ def read_options(where: str, make) -> list[tuple[str, str, str]]:
     entries = read_args(inspect.getdoc(make) or "")
     told = [name for names, _ in entries for name in names]
     for name in defaults:
-        if name not in told and name not in SCHEDULE:
+        if name not in told:
             raise ValueError(f"{where}: the docstring of make does not tell what the option {name!r} means")
     for name in told:
         if name not in defaults or told.count(name) > 1:
             raise ValueError(f"{where}: the docstring of make tells of {name!r}, which is no option or is there twice")
     rows = []
     for names, meaning in entries:
-        if set(names) <= set(SCHEDULE):  # the page tells of these once; here only what is particular to this method
-            meaning = meaning.partition("api.weight_schedule`")[2].strip(" ;:,")
-        if meaning.strip("."):
-            values = dict.fromkeys(shown(defaults[name]) for name in names)
-            rows.append((", ".join(f"`{name}`" for name in names), ", ".join(values), meaning))
+        values = dict.fromkeys(shown(defaults[name]) for name in names)
+        rows.append((", ".join(f"`{name}`" for name in names), ", ".join(values), meaning))
     return rows
 
 

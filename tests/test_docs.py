@@ -119,7 +119,7 @@ def test_a_docstring_without_the_layout_is_named_in_one_sentence(old, new, words
 
 
 def test_the_table_of_options_comes_from_make():
-    def make(*, weight=2.0, student="neck", teacher="neck", mode="a|b", start=0, stop=0, warmup=0, decay=0):
+    def make(*, weight=2.0, student="neck", teacher="neck", mode="a|b"):
         """One line.
 
         Args:
@@ -127,7 +127,6 @@ def test_the_table_of_options_comes_from_make():
             in two lines.
           student, teacher: taps.
           mode: "a|b", or *c*.
-          start, stop, warmup, decay: schedule in steps, see `api.weight_schedule`.
 
         Raises:
           ValueError: never.
@@ -141,7 +140,7 @@ def test_the_table_of_options_comes_from_make():
     ]
     assert generate.prose("*c* `*d*` kd/x_*") == r"\*c\* `*d*` kd/x_\*"
     assert generate.table(("a",), [("a|b",)]) == "| a |\n| --- |\n| a\\|b |\n"
-    for old, new in (("mode:", "node:"), ("weight:", "start:"), ("  mode", "    mode")):
+    for old, new in (("mode:", "node:"), ("weight:", "height:"), ("  mode", "    mode")):
         make.__doc__, before = make.__doc__.replace(old, new), make.__doc__
         with pytest.raises(ValueError, match="^x.py: .* make( does not)? tell"):
             generate.read_options("x.py", make)

@@ -11,6 +11,7 @@ import pytest
 
 from kdjax.methods import api
 from kdjax.structs import Assignment, DetectorOutput, Targets
+from kdjax.train.step import weights_of
 from tests.losses_tools import quick_jit
 
 STRIDES, CLASSES, BOXES = (8, 16, 32), 3, 4
@@ -189,7 +190,7 @@ def test_teacher_gets_no_gradient_and_student_gets_one(made):
 
 def test_weights_and_terms_have_the_same_names(made):
     (_, terms), _ = made.evaluate(made.params, made.student, made.teacher, 7, TRUTH)
-    assert set(made.method.weights(0)) == set(terms)
+    assert set(made.method.weights) == set(terms)
 
 
 def test_key_decides(made):
@@ -248,13 +249,14 @@ def test_wrong_tap_is_refused_at_start_with_the_valid_names(made):
 
 
 def test_schedule():
-    weights = api.weight_schedule({"a": 2.0, "off": 0.0}, start=10, warmup=4, stop=30, decay=5)
-    at = {step: float(weights(step)["a"]) for step in (0, 9, 10, 13, 20, 25, 29, 30, 99)}
-    assert at == pytest.approx({0: 0, 9: 0, 10: 0.5, 13: 2, 20: 2, 25: 2, 29: 0.4, 30: 0, 99: 0})
-    assert list(weights(0)) == ["a"]
+    method = api.build("bckd", weight=2.0, start=10, warmup=4, stop=30, decay=5)
+    steps = (0, 9, 10, 13, 20, 25, 29, 30, 99)
+    at = [weights_of({"bckd": method}, step)["bckd/classes"] / method.weights["classes"] for step in steps]
+    np.testing.assert_allclose(at, (0, 0, 0.25, 1, 1, 1, 0.2, 0, 0), rtol=1e-6)
+    assert float(api.build("bckd").scale(0)) == 1.0
     for wrong in (dict(stop=3, start=5), dict(decay=5), dict(warmup=-1)):
         with pytest.raises(ValueError, match="not possible"):
-            api.weight_schedule({"a": 1.0}, **wrong)
+            api.build("mkd", **wrong)
 
 
 def test_taps_pair_by_stride():

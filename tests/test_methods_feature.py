@@ -85,13 +85,13 @@ def softmax(x):
 
 
 def test_published_weights_are_the_defaults():
-    weights = {name: api.build(name).weights(0) for name in ("ssim", "pkd", "cwd", "fitnet", "fgd", "mgd")}
+    weights = {name: api.build(name).weights for name in ("ssim", "pkd", "cwd", "fitnet", "fgd", "mgd")}
     flat = {f"{name} {term}": float(w) for name, found in weights.items() for term, w in found.items()}
     assert flat == pytest.approx(
         {"ssim structural": 4, "pkd correlation": 10, "cwd cwd": 10, "fitnet feature": 1, "mgd generation": 2e-5}
         | {"fgd foreground": 1.6e-3, "fgd background": 8e-4, "fgd attention": 8e-4, "fgd relation": 8e-6}
     )
-    halved = api.build("fgd", weight=0.5, relation_weight=0.0).weights(0)
+    halved = api.build("fgd", weight=0.5, relation_weight=0.0).weights
     assert {k: float(v) for k, v in halved.items()} == pytest.approx(
         {"foreground": 8e-4, "background": 4e-4, "attention": 4e-4}
     )

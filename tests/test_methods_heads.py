@@ -241,7 +241,7 @@ def test_dkd_equals_a_loop_over_positives(head, temperature):
 
 
 def test_dkd_weights_and_shift():
-    weights = api.build("dkd", weight=2.0, target_weight=3.0, other_weight=0.5).weights(0)
+    weights = api.build("dkd", weight=2.0, target_weight=3.0, other_weight=0.5).weights
     assert {k: float(v) for k, v in weights.items()} == {"target": 6.0, "others": 1.0}
     assert set(terms("dkd", scene(), target_weight=0.0)) == {"others"}
     shifted = shift(scene())
@@ -334,7 +334,7 @@ def test_ld_equals_numpy(options, changed):
 
 def test_ld_weights_shift_and_confidence():
     method = api.build("ld", weight=2.0)
-    assert {k: float(v) for k, v in method.weights(0).items()} == {"main": 0.5, "region": 0.125, "classes": 20.0}
+    assert method.weights == {"main": 0.5, "region": 0.125, "classes": 20.0}
     context = scene(bins=BINS)
     edges_alone = dict(class_weight=0.0, main_weight=0.0)
     assert set(terms("ld", context, **edges_alone)) == {"region"}
@@ -502,7 +502,7 @@ def test_bckd_equals_numpy():
     context = scene()
     assert terms("bckd", context) == pytest.approx(expected_bckd(context), rel=1e-4)
     assert terms("bckd", context, overlap="iou") == pytest.approx(expected_bckd(context, overlap_mode="iou"), rel=1e-4)
-    assert {k: float(v) for k, v in api.build("bckd", weight=0.5).weights(0).items()} == {"classes": 0.5, "boxes": 2.0}
+    assert api.build("bckd", weight=0.5).weights == {"classes": 0.5, "boxes": 2.0}
     assert set(terms("bckd", context, class_weight=0.0)) == {"boxes"}
     assert terms("bckd", shift(context))["classes"] != pytest.approx(terms("bckd", context)["classes"], rel=0.1)
 

@@ -1,7 +1,7 @@
 """What a distillation method is, and the few tools that the method files share.
 
-A method is three functions (`Method`). `make(**options)` in `kdjax/methods/<name>.py` builds it; the name in the config
-is the name of the file. Methods see detectors only through `Context`.
+A method is two functions and its weights (`Method`). `make(**options)` in `kdjax/methods/<name>.py` builds it; the
+name in the config is the name of the file. Methods see detectors only through `Context`.
 """
 
 import importlib
@@ -38,11 +38,12 @@ class Context(NamedTuple):
 
 
 class Method(NamedTuple):
-    """A published set of terms; the trainer adds `weights(step)[name] * apply(...)[name]` to the detection loss."""
+    """A published set of terms; `scale(step) * weights[term] * apply(...)[term]` is added to the detection loss."""
 
     init: Callable  # (key, student specs, teacher specs) -> params; specs are DetectorOutputs of ShapeDtypeStructs
     apply: Callable  # (params, Context) -> {term: f32[], unweighted}
-    weights: Callable  # step i32[] -> {term: f32[]}
+    weights: Mapping[str, float]  # full weight of each term; a term of weight 0 is not declared (see `build`)
+    scale: Callable = lambda step: 1.0  # step i32[] -> f32[] in 0 .. 1; `build` puts the schedule here
 
 
 class Pair(NamedTuple):
@@ -60,7 +61,7 @@ def names() -> list[str]:
 
 
 def options(name: str) -> dict:
-    """The options of a method with their defaults, read from the signature of its `make`.
+    """The options of a method with their defaults: those of its `make`, and those of `schedule`.
 
     Raises:
       ValueError: there is no method of that name.
@@ -68,11 +69,11 @@ def options(name: str) -> dict:
     if name not in names():
         raise ValueError(f"there is no method {name!r} (config.methods); the methods are: {', '.join(names())}")
     make = importlib.import_module(f"kdjax.methods.{name}").make
-    return {k: p.default for k, p in inspect.signature(make).parameters.items()}
+    return {k: p.default for f in (make, schedule) for k, p in inspect.signature(f).parameters.items()}
 
 
 def build(name: str, **chosen) -> Method:
-    """Makes the method `name` with the chosen options.
+    """Makes the method `name` with the chosen options and its schedule; terms of weight 0 are left out.
 
     Raises:
       ValueError: unknown method or option; the valid ones are listed.
@@ -81,23 +82,23 @@ def build(name: str, **chosen) -> Method:
     unknown = sorted(set(chosen) - set(valid))
     if unknown:
         raise ValueError(f"config.methods.{name} has no option {unknown[0]!r}; its options are: {', '.join(valid)}")
-    return importlib.import_module(f"kdjax.methods.{name}").make(**chosen)
+    times = {k: chosen.pop(k) for k in inspect.signature(schedule).parameters if k in chosen}
+    method = importlib.import_module(f"kdjax.methods.{name}").make(**chosen)
+    weights = {term: float(weight) for term, weight in method.weights.items() if weight}
+    return method._replace(weights=weights, scale=schedule(**times))
 
 
-def weight_schedule(
-    weights: Mapping[str, float], *, start: int = 0, stop: int = 0, warmup: int = 0, decay: int = 0
-) -> Callable:
-    """Weights of terms over the steps: off before `start`, linear rise over `warmup`, off from `stop` on.
+def schedule(*, start: int = 0, stop: int = 0, warmup: int = 0, decay: int = 0) -> Callable:
+    """The share of its weight that a method has at a step: 0 before `start`, rising over `warmup`, 0 from `stop` on.
 
     Args:
-      weights: full weight of each term; a term of weight 0 is not declared at all.
       start: first step (optimiser updates) with a weight above zero.
-      stop: first step without the term; 0 means never.
+      stop: first step without the method; 0 means never.
       warmup: number of steps after `start` in which the weight rises linearly from 1/warmup to 1.
       decay: number of steps before `stop` in which the weight falls linearly to 0; needs `stop`.
 
     Returns:
-      A function step i32[] -> {term: f32[]}.
+      A function step i32[] -> f32[] in 0 .. 1.
 
     Raises:
       ValueError: negative numbers, `stop` not after `start`, or `decay` without `stop`.
@@ -107,20 +108,19 @@ def weight_schedule(
             f"the schedule start={start} stop={stop} warmup={warmup} decay={decay} of a method is not possible: "
             "all must be >= 0, stop (0 is never) after start, and decay needs a stop"
         )
-    weights = {name: float(weight) for name, weight in weights.items() if weight}
 
-    def at(step):
+    def scale(step):
         step = jnp.asarray(step, jnp.float32)
-        scale = jnp.where(step >= start, 1.0, 0.0)
+        share = jnp.where(step >= start, 1.0, 0.0)
         if warmup:
-            scale *= jnp.clip((step - start + 1) / warmup, 0.0, 1.0)
+            share *= jnp.clip((step - start + 1) / warmup, 0.0, 1.0)
         if decay:
-            scale *= jnp.clip((stop - step) / decay, 0.0, 1.0)
+            share *= jnp.clip((stop - step) / decay, 0.0, 1.0)
         if stop:
-            scale *= jnp.where(step < stop, 1.0, 0.0)
-        return {name: weight * scale for name, weight in weights.items()}
+            share *= jnp.where(step < stop, 1.0, 0.0)
+        return share
 
-    return at
+    return scale
 
 
 def tap(output: DetectorOutput, name: str) -> dict[int, Array]:
@@ -278,6 +278,16 @@ def check_choice(option: str, value, choices: tuple) -> None:
     """
     if value not in choices:
         raise ValueError(f"config.methods.{option} is {value!r}; it must be one of {', '.join(map(repr, choices))}")
+
+
+def check(option: str, value, possible: bool, range_: str) -> None:
+    """Refuses a value that is out of the range of an option ("method.option").
+
+    Raises:
+      ValueError: unless `possible`: naming option, value and range.
+    """
+    if not possible:
+        raise ValueError(f"config.methods.{option} is {value}; it must be {range_}")
 
 
 def pair_priors(student: DetectorOutput, teacher: DetectorOutput, student_tap: str, teacher_tap: str) -> list[Pair]:

@@ -32,10 +32,6 @@ def make(
     box_weight: float = 4.0,
     overlap: str = "giou",
     per_level_gate: bool = False,
-    start: int = 0,
-    stop: int = 0,
-    warmup: int = 0,
-    decay: int = 0,
 ) -> api.Method:
     """Modulated cross-entropy of the scores, and overlap of the boxes weighted by the gap of the scores.
 
@@ -46,10 +42,9 @@ def make(
       box_weight: of the boxes, 4 in the paper.
       overlap: of the boxes, "giou" or "iou".
       per_level_gate: only levels with a positive prior in the batch count, in both terms.
-      start, stop, warmup, decay: schedule in steps, see `api.weight_schedule`.
 
     Raises:
-      ValueError: unknown `overlap`, or an impossible schedule.
+      ValueError: unknown `overlap`.
     """
     api.check_choice("bckd.overlap", overlap, ("giou", "iou"))
     weights = {"classes": weight * class_weight, "boxes": weight * box_weight}
@@ -84,4 +79,4 @@ def make(
         positives = jnp.maximum(jnp.sum(positive), 1)
         return {name: jnp.sum(jnp.where(scored, value, 0.0)) / positives for name, value in terms.items()}
 
-    return api.Method(init, apply, api.weight_schedule(weights, start=start, stop=stop, warmup=warmup, decay=decay))
+    return api.Method(init, apply, weights)

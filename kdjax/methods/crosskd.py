@@ -44,10 +44,6 @@ def make(
     box_loss: str = "giou",
     confidence: bool = True,
     rectify: bool = False,
-    start: int = 0,
-    stop: int = 0,
-    warmup: int = 0,
-    decay: int = 0,
 ) -> api.Method:
     """Predictions of the teacher's head on the student's features, compared with the teacher's own.
 
@@ -60,10 +56,9 @@ def make(
       box_loss: of heads without distributions, "giou" or "log_iou" (-log IoU, FCOS in the paper's code).
       confidence: whether the boxes are weighted by the teacher's score (c_i) or by l_i alone.
       rectify: ReLU on both maps before they are aligned, as the paper's code has it.
-      start, stop, warmup, decay: schedule in steps, see `api.weight_schedule`.
 
     Raises:
-      ValueError: unknown `box_loss`, or an impossible schedule.
+      ValueError: unknown `box_loss`.
     """
     api.check_choice("crosskd.box_loss", box_loss, ("giou", "log_iou"))
     weights = {"classes": weight * class_weight, "boxes": weight * box_weight}
@@ -131,4 +126,4 @@ def make(
             terms["boxes"] = box_term(params, context, jnp.where(scored, trust, 0.0), positives)
         return terms
 
-    return api.Method(init, apply, api.weight_schedule(weights, start=start, stop=stop, warmup=warmup, decay=decay))
+    return api.Method(init, apply, weights)

@@ -25,10 +25,6 @@ def make(
     student: str = "neck",
     teacher: str = "neck",
     temperature: float = 1.0,
-    start: int = 0,
-    stop: int = 0,
-    warmup: int = 0,
-    decay: int = 0,
 ) -> api.Method:
     """Channel-wise divergence over space.
 
@@ -37,10 +33,9 @@ def make(
         levels).
       student, teacher: taps, "cls_logits" both or none.
       temperature: tau of both softmaxes; 1 for detectors, 4 is better for segmentation.
-      start, stop, warmup, decay: schedule in steps, see `api.weight_schedule`.
 
     Raises:
-      ValueError: a class map against another map, a temperature not above 0, or an impossible schedule.
+      ValueError: a class map against another map, or a temperature not above 0.
     """
     classes, teacher_classes = (name.partition(".")[0] == "cls_logits" for name in (student, teacher))
     if classes != teacher_classes:
@@ -48,8 +43,7 @@ def make(
             f"config.methods.cwd.student is {student!r} and config.methods.cwd.teacher {teacher!r}: class maps compare "
             "with class maps alone, so both must be 'cls_logits' or none"
         )
-    if temperature <= 0:
-        raise ValueError(f"config.methods.cwd.temperature is {temperature}; it must be above 0")
+    api.check("cwd.temperature", temperature, temperature > 0, "above 0")
 
     def init(key, student_spec, teacher_spec):
         pairs = api.pair(student_spec, teacher_spec, student, teacher)
@@ -65,5 +59,4 @@ def make(
         pairs = api.adapt(params, api.pair(context.student, context.teacher, student, teacher))
         return {"cwd": sum(jnp.mean(distribution.channel_kl(s, t, temperature=temperature)) for _, s, t in pairs)}
 
-    schedule = api.weight_schedule({"cwd": weight}, start=start, stop=stop, warmup=warmup, decay=decay)
-    return api.Method(init, apply, schedule)
+    return api.Method(init, apply, {"cwd": weight})

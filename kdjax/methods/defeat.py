@@ -31,10 +31,6 @@ def make(
     foreground_weight: float = 3.0,
     background_weight: float = 12.0,
     relu: bool = False,
-    start: int = 0,
-    stop: int = 0,
-    warmup: int = 0,
-    decay: int = 0,
 ) -> api.Method:
     """Half the mean squared distance of two maps on the cells of objects, and on all others.
 
@@ -44,10 +40,6 @@ def make(
       foreground_weight: of the objects' cells; 3 (Faster R-CNN on VOC).
       background_weight: of all other cells; 12 (Faster R-CNN on VOC).
       relu: ends the adapter with a ReLU, for a teacher's map that is one's output.
-      start, stop, warmup, decay: schedule in steps, see `api.weight_schedule`.
-
-    Raises:
-      ValueError: an impossible schedule.
     """
     weights = {"foreground": weight * foreground_weight, "background": weight * background_weight}
 
@@ -74,5 +66,4 @@ def make(
         levels = [compare(s, t, mask) for (_, s, t), mask in zip(pairs, masks, strict=True)]
         return {name: api.mean_over_levels([level[name] for level in levels]) for name in weights if weights[name]}
 
-    schedule = api.weight_schedule(weights, start=start, stop=stop, warmup=warmup, decay=decay)
-    return api.Method(init, apply, schedule)
+    return api.Method(init, apply, weights)

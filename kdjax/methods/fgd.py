@@ -38,10 +38,6 @@ def make(
     relation_weight: float = 8e-6,
     temperature: float = 0.8,
     unpadded: bool = False,
-    start: int = 0,
-    stop: int = 0,
-    warmup: int = 0,
-    decay: int = 0,
 ) -> api.Method:
     """Focal (attended foreground and background, attention) and global (relation) distance of two maps.
 
@@ -54,13 +50,11 @@ def make(
       relation_weight: lambda, 8e-6 (FCOS).
       temperature: tau of the attentions; 0.8 for FCOS, 0.5 for all others.
       unpadded: scales boxes by the size of the picture without its padding, as the official code does.
-      start, stop, warmup, decay: schedule in steps, see `api.weight_schedule`.
 
     Raises:
-      ValueError: a temperature not above 0, or an impossible schedule.
+      ValueError: a temperature not above 0.
     """
-    if temperature <= 0:
-        raise ValueError(f"config.methods.fgd.temperature is {temperature}; it must be above 0")
+    api.check("fgd.temperature", temperature, temperature > 0, "above 0")
     weights = {
         "foreground": weight * foreground_weight,
         "background": weight * background_weight,
@@ -100,5 +94,4 @@ def make(
             name: sum(jnp.sum(level[name]) / len(level[name]) for level in levels) for name in weights if weights[name]
         }
 
-    schedule = api.weight_schedule(weights, start=start, stop=stop, warmup=warmup, decay=decay)
-    return api.Method(init, apply, schedule)
+    return api.Method(init, apply, weights)

@@ -34,10 +34,6 @@ def make(
     anchor_scale: float = 8.0,
     relu: bool = False,
     port: bool = False,
-    start: int = 0,
-    stop: int = 0,
-    warmup: int = 0,
-    decay: int = 0,
 ) -> api.Method:
     """Squared distance of two maps on the cells whose anchors lie best around an object.
 
@@ -48,15 +44,12 @@ def make(
       anchor_scale: side of a cell's square anchor, in strides.
       relu: ends the adapter with a ReLU, for a teacher's map that is one's output.
       port: levels and divisors of the port to feature pyramids.
-      start, stop, warmup, decay: schedule in steps, see `api.weight_schedule`; the original starts at 400.
 
     Raises:
-      ValueError: `psi` outside 0 .. 1, `anchor_scale` not above 0, or an impossible schedule.
+      ValueError: `psi` outside 0 .. 1, or `anchor_scale` not above 0.
     """
-    if not 0 <= psi <= 1:
-        raise ValueError(f"config.methods.fgfi.psi is {psi}; it must lie within 0 .. 1")
-    if anchor_scale <= 0:
-        raise ValueError(f"config.methods.fgfi.anchor_scale is {anchor_scale}; it must be above 0")
+    api.check("fgfi.psi", psi, 0 <= psi <= 1, "within 0 .. 1")
+    api.check("fgfi.anchor_scale", anchor_scale, anchor_scale > 0, "above 0")
 
     def init(key, student_spec, teacher_spec):
         pairs = api.pair(student_spec, teacher_spec, student, teacher)
@@ -101,5 +94,4 @@ def make(
             }
         return {"feature": sum(errors) / (2 * jnp.maximum(sum(cells), 1))}
 
-    schedule = api.weight_schedule({"feature": weight}, start=start, stop=stop, warmup=warmup, decay=decay)
-    return api.Method(init, apply, schedule)
+    return api.Method(init, apply, {"feature": weight})

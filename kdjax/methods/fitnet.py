@@ -28,10 +28,6 @@ def make(
     teacher: str = "neck",
     distance: str = "l2",
     reduction: str = "mean",
-    start: int = 0,
-    stop: int = 0,
-    warmup: int = 0,
-    decay: int = 0,
 ) -> api.Method:
     """Plain distance of two maps.
 
@@ -40,10 +36,9 @@ def make(
       student, teacher: taps.
       distance: "l2", squared differences, or "l1", absolute ones.
       reduction: of a level: "mean", or "sum" over H, W and C divided by B.
-      start, stop, warmup, decay: schedule in steps, see `api.weight_schedule`.
 
     Raises:
-      ValueError: unknown distance or reduction, or an impossible schedule.
+      ValueError: unknown distance or reduction.
     """
     api.check_choice("fitnet.distance", distance, tuple(DISTANCES))
     api.check_choice("fitnet.reduction", reduction, ("mean", "sum"))
@@ -59,5 +54,4 @@ def make(
         pairs = api.adapt(params, api.pair(context.student, context.teacher, student, teacher))
         return {"feature": api.mean_over_levels([compare(s, t) for _, s, t in pairs])}
 
-    schedule = api.weight_schedule({"feature": weight}, start=start, stop=stop, warmup=warmup, decay=decay)
-    return api.Method(init, apply, schedule)
+    return api.Method(init, apply, {"feature": weight})

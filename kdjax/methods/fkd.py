@@ -41,10 +41,6 @@ def make(
     temperature: float = 0.5,
     paper: bool = False,
     parity: bool = False,
-    start: int = 0,
-    stop: int = 0,
-    warmup: int = 0,
-    decay: int = 0,
 ) -> api.Method:
     """Norms of the differences of attended maps, of their means over space and channels, and of their relations.
 
@@ -58,13 +54,11 @@ def make(
       temperature: tau of the attention; 0.5 in the port.
       paper: masks as printed, over space and over channels, instead of mmrazor's over space alone.
       parity: norms over the whole batch, which grow with the square root of its size.
-      start, stop, warmup, decay: schedule in steps, see `api.weight_schedule`.
 
     Raises:
-      ValueError: a temperature not above 0, or an impossible schedule.
+      ValueError: a temperature not above 0.
     """
-    if temperature <= 0:
-        raise ValueError(f"config.methods.fkd.temperature is {temperature}; it must be above 0")
+    api.check("fkd.temperature", temperature, temperature > 0, "above 0")
     weights = {
         "feature": weight * feature_weight,
         "channel": weight * channel_weight,
@@ -125,5 +119,4 @@ def make(
         levels = [compare(stride, s, t, params) for stride, s, t in pairs]
         return {name: sum(level[name] for level in levels) for name in weights if weights[name]}
 
-    schedule = api.weight_schedule(weights, start=start, stop=stop, warmup=warmup, decay=decay)
-    return api.Method(init, apply, schedule)
+    return api.Method(init, apply, weights)

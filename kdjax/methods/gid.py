@@ -42,10 +42,6 @@ def make(
     count: int = 10,
     iou_threshold: float = 0.3,
     parity: bool = False,
-    start: int = 0,
-    stop: int = 0,
-    warmup: int = 0,
-    decay: int = 0,
 ) -> api.Method:
     """Distances of the features, the mutual distances and the predictions of a fixed number of instances a picture.
 
@@ -59,15 +55,12 @@ def make(
       count: instances a picture, at least 1; 10. Relations need three.
       iou_threshold: of the suppression, 0 .. 1; 0.3.
       parity: relates the instances of the whole batch to each other, not those of a picture.
-      start, stop, warmup, decay: schedule in steps, see `api.weight_schedule`.
 
     Raises:
-      ValueError: `count` below 1, `iou_threshold` outside 0 .. 1, or an impossible schedule.
+      ValueError: `count` below 1, or `iou_threshold` outside 0 .. 1.
     """
-    if count < 1:
-        raise ValueError(f"config.methods.gid.count is {count}; it must be at least 1")
-    if not 0 <= iou_threshold <= 1:
-        raise ValueError(f"config.methods.gid.iou_threshold is {iou_threshold}; it must lie within 0 .. 1")
+    api.check("gid.count", count, count >= 1, "at least 1")
+    api.check("gid.iou_threshold", iou_threshold, 0 <= iou_threshold <= 1, "within 0 .. 1")
     weights = {
         "feature": weight * feature_weight,
         "relation": weight * relation_weight,
@@ -125,5 +118,4 @@ def make(
         }
         return {name: terms[name] for name in weights if weights[name]}
 
-    schedule = api.weight_schedule(weights, start=start, stop=stop, warmup=warmup, decay=decay)
-    return api.Method(init, apply, schedule)
+    return api.Method(init, apply, weights)

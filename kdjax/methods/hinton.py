@@ -30,10 +30,6 @@ def make(
     priors: str = "positive",
     temperature: float = 1.0,
     class_reduction: str = "sum",
-    start: int = 0,
-    stop: int = 0,
-    warmup: int = 0,
-    decay: int = 0,
 ) -> api.Method:
     """KL divergence of the class scores, prior by prior.
 
@@ -44,16 +40,14 @@ def make(
       priors: "positive", those of the student's assignment, or "all", those that it does not ignore.
       temperature: tau > 0.
       class_reduction: "sum" or "mean" over the classes.
-      start, stop, warmup, decay: schedule in steps, see `api.weight_schedule`.
 
     Raises:
-      ValueError: unknown `head`, `priors` or `class_reduction`, temperature not above 0, or an impossible schedule.
+      ValueError: unknown `head`, `priors` or `class_reduction`, or temperature not above 0.
     """
     api.check_choice("hinton.head", head, ("sigmoid", "softmax"))
     api.check_choice("hinton.priors", priors, ("positive", "all"))
     api.check_choice("hinton.class_reduction", class_reduction, ("sum", "mean"))
-    if temperature <= 0:
-        raise ValueError(f"config.methods.hinton.temperature is {temperature}; it must be above 0")
+    api.check("hinton.temperature", temperature, temperature > 0, "above 0")
 
     def init(key, student_spec, teacher_spec):
         del key
@@ -75,6 +69,4 @@ def make(
         total = jnp.sum(jnp.where(compared, divergence(*api.row_pair(pairs, len(context.priors))), 0.0))
         return {"classes": total / jnp.maximum(jnp.sum(counted), 1)}
 
-    return api.Method(
-        init, apply, api.weight_schedule({"classes": weight}, start=start, stop=stop, warmup=warmup, decay=decay)
-    )
+    return api.Method(init, apply, {"classes": weight})

@@ -41,10 +41,6 @@ def make(
     anchor_scale: float = 8.0,
     candidates: int = 9,
     normalizer: str = "weights",
-    start: int = 0,
-    stop: int = 0,
-    warmup: int = 0,
-    decay: int = 0,
 ) -> api.Method:
     """Divergence of the edge distributions on positives and around them, and of the classes on positives.
 
@@ -60,17 +56,14 @@ def make(
       anchor_scale: side of the square anchors that the region is measured with, in strides; 8 for GFL.
       candidates: nearest anchors a level that tell a; 9 in the paper.
       normalizer: "weights" divides main and region by W; "sum" does not.
-      start, stop, warmup, decay: schedule in steps, see `api.weight_schedule`.
 
     Raises:
-      ValueError: unknown `normalizer`, a temperature not above 0, `gamma` outside 0 .. 1, or an impossible schedule.
+      ValueError: unknown `normalizer`, a temperature not above 0, or `gamma` outside 0 .. 1.
     """
     api.check_choice("ld.normalizer", normalizer, ("weights", "sum"))
-    for option, value in (("temperature", temperature), ("class_temperature", class_temperature)):
-        if value <= 0:
-            raise ValueError(f"config.methods.ld.{option} is {value}; it must be above 0")
-    if not 0 <= gamma <= 1:
-        raise ValueError(f"config.methods.ld.gamma is {gamma}; it must be within 0 .. 1")
+    api.check("ld.temperature", temperature, temperature > 0, "above 0")
+    api.check("ld.class_temperature", class_temperature, class_temperature > 0, "above 0")
+    api.check("ld.gamma", gamma, 0 <= gamma <= 1, "within 0 .. 1")
     weights = {"main": weight * main_weight, "region": weight * region_weight / 4, "classes": weight * class_weight}
 
     def check_bins(side, name, width):
@@ -118,4 +111,4 @@ def make(
             terms["classes"] = sum(api.mean_over_positives(*level) for level in zip(*levels, strict=True))
         return {name: value for name, value in terms.items() if weights[name]}
 
-    return api.Method(init, apply, api.weight_schedule(weights, start=start, stop=stop, warmup=warmup, decay=decay))
+    return api.Method(init, apply, weights)

@@ -29,10 +29,6 @@ def make(
     teacher: str = "neck",
     drop: float = 0.65,
     mask: str = "cells",
-    start: int = 0,
-    stop: int = 0,
-    warmup: int = 0,
-    decay: int = 0,
 ) -> api.Method:
     """Distance of the teacher's map and what a generator makes of the student's masked one.
 
@@ -41,13 +37,11 @@ def make(
       student, teacher: taps.
       drop: lambda, the probability 0 .. 1 of a hole; 0.65 for one-stage detectors, 0.45 for two-stage ones.
       mask: "cells", shared over channels, or "channels", shared over cells.
-      start, stop, warmup, decay: schedule in steps, see `api.weight_schedule`.
 
     Raises:
-      ValueError: `drop` outside 0 .. 1, unknown mask, or an impossible schedule.
+      ValueError: `drop` outside 0 .. 1, or unknown mask.
     """
-    if not 0 <= drop <= 1:
-        raise ValueError(f"config.methods.mgd.drop is {drop}; it must lie within 0 .. 1")
+    api.check("mgd.drop", drop, 0 <= drop <= 1, "within 0 .. 1")
     api.check_choice("mgd.mask", mask, ("cells", "channels"))
 
     def init(key, student_spec, teacher_spec):
@@ -68,5 +62,4 @@ def make(
         ]
         return {"generation": sum(levels)}
 
-    schedule = api.weight_schedule({"generation": weight}, start=start, stop=stop, warmup=warmup, decay=decay)
-    return api.Method(init, apply, schedule)
+    return api.Method(init, apply, {"generation": weight})

@@ -62,10 +62,6 @@ def make(
     temperature: float = 1.0,
     attention_weighted: bool = False,
     normalize: str = "none",
-    start: int = 0,
-    stop: int = 0,
-    warmup: int = 0,
-    decay: int = 0,
 ) -> api.Method:
     """Four comparisons of two maps: as they are, pooled, without random frequencies, as distributions over space.
 
@@ -86,10 +82,9 @@ def make(
       temperature: tau of `alignment`, > 0.
       attention_weighted: multiplies the positions of `alignment` by the joint spatial attention of FKD (an extension).
       normalize: "none" (to the letter), or "pkd": both features are standardised per channel over the batch first.
-      start, stop, warmup, decay: schedule in steps, see `api.weight_schedule`.
 
     Raises:
-      ValueError: unknown `normalize`, or what the losses and the schedule refuse.
+      ValueError: unknown `normalize`, or what the losses refuse.
     """
     api.check_choice("mkd.normalize", normalize, ("none", "pkd"))
     weights = {
@@ -131,5 +126,4 @@ def make(
             name: api.mean_over_levels([jnp.mean(level[name]) for level in levels]) for name in weights if weights[name]
         }
 
-    schedule = api.weight_schedule(weights, start=start, stop=stop, warmup=warmup, decay=decay)
-    return api.Method(init, apply, schedule)
+    return api.Method(init, apply, weights)

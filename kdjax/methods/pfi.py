@@ -32,10 +32,6 @@ def make(
     form: str = "mean",
     normalize_guide: bool = False,
     detach_guide: bool = False,
-    start: int = 0,
-    stop: int = 0,
-    warmup: int = 0,
-    decay: int = 0,
 ) -> api.Method:
     """Squared feature difference, weighted in every cell by the squared difference of the class predictions.
 
@@ -46,10 +42,9 @@ def make(
       form: "mean" or "norm", how the cells are reduced.
       normalize_guide: scales P to mean 1 over the cells of the level in the batch.
       detach_guide: no gradient through P.
-      start, stop, warmup, decay: schedule in steps, see `api.weight_schedule`.
 
     Raises:
-      ValueError: unknown `space` or `form`, or an impossible schedule.
+      ValueError: unknown `space` or `form`.
     """
     api.check_choice("pfi.space", space, ("logits", "probs"))
     api.check_choice("pfi.form", form, ("mean", "norm"))
@@ -84,6 +79,4 @@ def make(
         levels = [compare(s, t, predictions[stride]) for stride, s, t in pairs]
         return {"feature": api.mean_over_levels(levels)}
 
-    return api.Method(
-        init, apply, api.weight_schedule({"feature": weight}, start=start, stop=stop, warmup=warmup, decay=decay)
-    )
+    return api.Method(init, apply, {"feature": weight})

@@ -26,10 +26,6 @@ def make(
     student: str = "neck",
     teacher: str = "neck",
     ddof: int = 0,
-    start: int = 0,
-    stop: int = 0,
-    warmup: int = 0,
-    decay: int = 0,
 ) -> api.Method:
     """Distance of standardised maps.
 
@@ -37,10 +33,9 @@ def make(
       weight: of the sum over levels; 10 for one-stage teachers, 6 for two-stage ones (3 to 13 moves AP by 0.3).
       student, teacher: taps.
       ddof: 0 for the biased standard deviation, 1 for the unbiased one of the published codes.
-      start, stop, warmup, decay: schedule in steps, see `api.weight_schedule`.
 
     Raises:
-      ValueError: another ddof, or an impossible schedule.
+      ValueError: another ddof.
     """
     api.check_choice("pkd.ddof", ddof, (0, 1))
 
@@ -51,5 +46,4 @@ def make(
         pairs = api.adapt(params, api.pair(context.student, context.teacher, student, teacher))
         return {"correlation": sum(jnp.mean(feature.pearson(s, t, ddof=ddof)) for _, s, t in pairs)}
 
-    schedule = api.weight_schedule({"correlation": weight}, start=start, stop=stop, warmup=warmup, decay=decay)
-    return api.Method(init, apply, schedule)
+    return api.Method(init, apply, {"correlation": weight})

@@ -31,10 +31,6 @@ def make(
     theta: float = 1.0,
     quality: str = "cls",
     per_image: bool = False,
-    start: int = 0,
-    stop: int = 0,
-    warmup: int = 0,
-    decay: int = 0,
 ) -> api.Method:
     """KL divergence of the softmax over the positive priors of every object.
 
@@ -46,14 +42,12 @@ def make(
       quality: what is ranked: "cls", the score of the object's class; "iou", the IoU of the decoded box with the
         object; "cls*iou", their product.
       per_image: the mean over the objects of each picture, then over pictures, instead of over all objects.
-      start, stop, warmup, decay: schedule in steps, see `api.weight_schedule`.
 
     Raises:
-      ValueError: unknown `quality`, `theta` not above 0, or an impossible schedule.
+      ValueError: unknown `quality`, or `theta` not above 0.
     """
     api.check_choice("rm.quality", quality, ("cls", "iou", "cls*iou"))
-    if theta <= 0:
-        raise ValueError(f"config.methods.rm.theta is {theta}; it must be above 0")
+    api.check("rm.theta", theta, theta > 0, "above 0")
 
     def init(key, student_spec, teacher_spec):
         del key
@@ -78,6 +72,4 @@ def make(
             return {"rank": jnp.mean(jnp.sum(divergence, 1) / jnp.maximum(ranked, 1))}
         return {"rank": jnp.sum(divergence) / jnp.maximum(jnp.sum(ranked), 1)}
 
-    return api.Method(
-        init, apply, api.weight_schedule({"rank": weight}, start=start, stop=stop, warmup=warmup, decay=decay)
-    )
+    return api.Method(init, apply, {"rank": weight})

@@ -27,10 +27,6 @@ def make(
     student: str = "neck_conv",
     teacher: str = "neck_conv",
     temperature: float = 1.0,
-    start: int = 0,
-    stop: int = 0,
-    warmup: int = 0,
-    decay: int = 0,
 ) -> api.Method:
     """Channel-wise divergence over space of normalised maps.
 
@@ -38,7 +34,6 @@ def make(
       weight: of the sum over levels, 1 in the recipe.
       student, teacher: taps; the last neck convolutions before their norm and activation.
       temperature: tau of the softmax over space.
-      start, stop, warmup, decay: schedule in steps, see `api.weight_schedule`; the recipe stops at epoch 280 of 300.
     """
 
     def init(key, student_spec, teacher_spec):
@@ -56,6 +51,4 @@ def make(
         ]
         return {"cwd": sum(levels)}
 
-    return api.Method(
-        init, apply, api.weight_schedule({"cwd": weight}, start=start, stop=stop, warmup=warmup, decay=decay)
-    )
+    return api.Method(init, apply, {"cwd": weight})

@@ -33,10 +33,6 @@ def make(
     window: int = 11,
     exponents: tuple[float, float, float] = (1.0, 1.0, 1.0),
     always_adapt: bool = False,
-    start: int = 0,
-    stop: int = 0,
-    warmup: int = 0,
-    decay: int = 0,
 ) -> api.Method:
     """Structural dissimilarity of rescaled maps.
 
@@ -48,16 +44,14 @@ def make(
       window: side of the Gaussian window in cells, odd, at least 3; its deviation is always 1.5 cells. 11.
       exponents: of luminance, contrast and structure, >= 0; 0 leaves a factor out. 1, 1, 1.
       always_adapt: a 1x1 adapter even where channels agree, for teachers of another family.
-      start, stop, warmup, decay: schedule in steps, see `api.weight_schedule`.
 
     Raises:
-      ValueError: unknown scope, a window or exponents that are not possible, or an impossible schedule.
+      ValueError: unknown scope, a window or exponents that are not possible.
     """
     api.check_choice("ssim.scope", scope, ("image", "channel", "batch"))
-    if window < 3 or window % 2 == 0:
-        raise ValueError(f"config.methods.ssim.window is {window}; it must be odd and at least 3")
-    if len(exponents) != 3 or min(exponents) < 0:
-        raise ValueError(f"config.methods.ssim.exponents is {exponents}; it must be three numbers, none below 0")
+    api.check("ssim.window", window, window >= 3 and window % 2 == 1, "odd and at least 3")
+    possible = len(exponents) == 3 and min(exponents) >= 0
+    api.check("ssim.exponents", exponents, possible, "three numbers, none below 0")
 
     def init(key, student_spec, teacher_spec):
         pairs = api.pair(student_spec, teacher_spec, student, teacher)
@@ -71,5 +65,4 @@ def make(
         pairs = api.adapt(params, api.pair(context.student, context.teacher, student, teacher))
         return {"structural": sum(compare(s, t) for _, s, t in pairs)}
 
-    schedule = api.weight_schedule({"structural": weight}, start=start, stop=stop, warmup=warmup, decay=decay)
-    return api.Method(init, apply, schedule)
+    return api.Method(init, apply, {"structural": weight})

@@ -12,9 +12,9 @@ Taps: neck (any detector), and for the logits cls_logits (dense heads, the same 
     the student's assignment. S' is the student's map behind a 1x1 convolution where the channels differ.
 Open: everything. Resampling: cells masked at random as in MGD (resample="mask"), average pooling and interpolation back
     ("interp"), or "none". The attention sits on the student's side before the generator, where it cannot shrink both
-    sides of the loss: attention=False leaves it out. foreground=True weights cells by the teacher's spatial attention.
-    Target and non-target classes are read as DKD, one-to-many as a level against its neighbours. A weight of 0
-    switches a part off.
+    sides of the loss: spatial_attention=False leaves it out. foreground=True weights cells by the teacher's spatial
+    attention. Target and non-target classes are read as DKD, one-to-many as a level against its neighbours. A weight
+    of 0 switches a part off.
 Proof: none: no public original.
 Status: experimental
 """
@@ -45,10 +45,6 @@ def make(
     other_weight: float = 0.25,
     temperature: float = 1.0,
     reach: int = 1,
-    start: int = 0,
-    stop: int = 0,
-    warmup: int = 0,
-    decay: int = 0,
 ) -> api.Method:
     """Rebuilt features, decoupled class scores, and every level against its neighbours.
 
@@ -65,21 +61,16 @@ def make(
       target_weight, other_weight: of the two terms of the logits, as in dkd.
       temperature: tau > 0 of the logits.
       reach: how many levels away a teacher's level may be, >= 0.
-      start, stop, warmup, decay: schedule in steps, see `api.weight_schedule`.
 
     Raises:
-      ValueError: unknown `resample` or `head`, a number out of its range, or an impossible schedule.
+      ValueError: unknown `resample` or `head`, or a number out of its range.
     """
     api.check_choice("yao.resample", resample, ("mask", "interp", "none"))
     api.check_choice("yao.head", head, ("sigmoid", "softmax"))
-    for option, value, possible, range_ in (
-        ("drop", drop, 0 <= drop <= 1, "within 0 .. 1"),
-        ("factor", factor, factor >= 1, "at least 1"),
-        ("temperature", temperature, temperature > 0, "above 0"),
-        ("reach", reach, reach >= 0, "at least 0"),
-    ):
-        if not possible:
-            raise ValueError(f"config.methods.yao.{option} is {value}; it must be {range_}")
+    api.check("yao.drop", drop, 0 <= drop <= 1, "within 0 .. 1")
+    api.check("yao.factor", factor, factor >= 1, "at least 1")
+    api.check("yao.temperature", temperature, temperature > 0, "above 0")
+    api.check("yao.reach", reach, reach >= 0, "at least 0")
     weights = {
         "features": weight * feature_weight,
         "target": weight * logit_weight * target_weight,
@@ -158,4 +149,4 @@ def make(
             terms["many"] = total / len(pairs)
         return {name: value for name, value in terms.items() if weights[name]}
 
-    return api.Method(init, apply, api.weight_schedule(weights, start=start, stop=stop, warmup=warmup, decay=decay))
+    return api.Method(init, apply, weights)

@@ -376,7 +376,7 @@ def check_terms(setup: Setup, batch: dict) -> None:
     if not setup.methods:
         return
     for name, method in setup.methods.items():
-        if not method.weights(0):
+        if not method.weights:
             raise ValueError(f"config.methods.{name} would do nothing: the weights of all its terms are 0")
     student, state = setup.student, setup.states["student"]
 

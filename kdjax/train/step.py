@@ -83,7 +83,7 @@ def compare(student, teacher, methods, params, variables: Teacher, output, assig
 
 def weights_of(methods: Mapping[str, Method], step) -> dict:
     """The weight of every term at a step: {"method/term": f32[]}."""
-    return {f"{name}/{term}": w for name, m in methods.items() for term, w in m.weights(step).items()}
+    return {f"{name}/{term}": w * m.scale(step) for name, m in methods.items() for term, w in m.weights.items()}
 
 
 def make_step(
