@@ -72,3 +72,39 @@ def test_documented_command(command):
 def test_several_methods_add_up():
     config = load(ROOT / "configs" / "quickstart.py", "mkd+rtmdet_cwd")
     assert set(config.methods) == {"mkd", "rtmdet_cwd"}
+
+
+SIZES = ("tiny", "s", "m", "l", "x")
+
+
+@pytest.mark.parametrize("pair", [(None, "tiny"), *zip(SIZES[1:], SIZES, strict=False)], ids=str)
+def test_the_published_recipe(pair):
+    """Every number of MKD's training (its section 4.1) and of the RTMDet recipe under it, on the resolved config."""
+    teacher, student = pair
+    config = (
+        load(ROOT / "configs/distill/mkd_rtmdet.py", f"{student},{teacher}")
+        if teacher
+        else load(ROOT / "configs/supervised/rtmdet.py", student)
+    )
+    data = config.data.to_dict()
+    assert config.student.detector == f"rtmdet_{student}"
+    assert config.teacher.detector == (f"rtmdet_{teacher}" if teacher else "")
+    assert list(config.methods) == (["mkd"] if teacher else []) and config.twin == bool(teacher)
+    assert (data["source"], data["image_size"]) == ("tfds", (640, 640))
+    assert config.batch_size == 256
+    assert config.steps == round(300 * 118287 / 256) == 138618
+    assert data["stage2"]["start"] == round(280 * 118287 / 256) == 129376
+    optimizer = dict(name="adamw", lr=0.004, weight_decay=0.05, clip_norm=0.0, warmup=1000, flat=0.5, end=0.05)
+    assert config.optimizer.to_dict() == optimizer
+    assert 1 - config.ema.momentum == 0.9998 and config.ema.ramp == 2000
+    rate = optim.learning_rate(config)
+    at = [float(rate(step)) for step in (0, 1000, 69309, 138618)]
+    assert at == pytest.approx([4e-8, 4e-3, 4e-3, 2e-4], rel=2e-3)
+    small = student == "tiny"
+    scale = (0.5, 2.0) if student in ("tiny", "s") else (0.1, 2.0)
+    single = dict(mosaic=False, mixup=0.0, cache=40, flip=0.5, scale=scale, crop=True, hsv=(5.0, 30.0, 30.0))
+    assert data["stage2"]["augment"] == single
+    assert data["augment"] == single | dict(mosaic=True, mixup=0.5 if small else 1.0, cache=20 if small else 40)
+    if teacher:
+        mkd = config.methods.mkd.to_dict()
+        assert (mkd["weight"], mkd["scales"], mkd["start"], mkd["stop"]) == (1.0, (1, 2, 4), 0, 0)
