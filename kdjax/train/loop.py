@@ -90,8 +90,8 @@ def run(config: ConfigDict, workdir: str) -> dict | None:
         if config.data.check:
             dataset = data.open_dataset(config.data)
             print(data.summary(dataset, config.data))
-            for step, file in preview.save(dataset, config, workdir).items():
-                print(f"pictures of batch {step} as they are trained on: {file}")
+            for what, file in preview.save(dataset, config, workdir).items():
+                print(f"{what}: {file}")
             return None
         check_models(config)
         workdir = Path(workdir)
