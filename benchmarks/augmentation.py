@@ -12,8 +12,6 @@ import tempfile
 import time
 from unittest import mock
 
-import common  # noqa: F401  puts kdjax of this checkout on the path
-
 from kdjax import data
 from kdjax.data import loader
 from kdjax.train import config as settings

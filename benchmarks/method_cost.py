@@ -30,11 +30,10 @@ import statistics
 import time
 from pathlib import Path
 
-import common
 import jax
 import numpy as np
 
-from kdjax import detectors
+from kdjax import detectors, study
 from kdjax.methods import api
 from kdjax.train import config as settings
 from kdjax.train import loop, optim
@@ -73,10 +72,10 @@ def main():
         gc.collect()
     notes = [f"Not on these detectors: {name} ({why})" for name, why in refused.items()]
     twin = f"memory of the twin's step {bench.twin_memory:.0f} MB, {args.rounds} rounds, {args.classes} classes"
-    common.publish(
+    study.publish(
         f"python benchmarks/method_cost.py --student={args.student} --teacher={args.teacher} --size={args.size} "
         f"--batch={args.batch}",
-        [table(rows), *notes, f"{common.facts(loop.environment())}; {twin}"],
+        [table(rows), *notes, f"{study.facts(loop.environment())}; {twin}"],
         {"rows": rows, "refused": refused},
         args.log,
     )
@@ -225,7 +224,7 @@ def table(rows: list[dict]) -> str:
         for row in sorted(rows, key=lambda row: -row["relative"])
     ]
     header = ["method", "relative", "quartiles", "step ms", "twin ms", "teacher ms", "memory MB"]
-    return common.table(header, lines)
+    return study.table(header, lines)
 
 
 if __name__ == "__main__":

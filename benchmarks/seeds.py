@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-import common
+from kdjax import study
 
 
 def main():
@@ -26,17 +26,17 @@ def main():
     rows = []
     for seed, folder in folders.items():
         try:
-            results = common.train([*args.flags, f"--config.seed={seed}"], folder)
-        except common.Failed as error:
+            results = study.train([*args.flags, f"--config.seed={seed}"], folder)
+        except study.Failed as error:
             sys.exit(f"seed {seed}: {error}")
         rows.append(
             {"seed": seed}
             | {f"{r} {k}": results[r][k] for r in results if r != "voc" and results[r] for k in ("AP", "AP50")}
         )
-    minutes = ", ".join(f"{common.minutes_of(folder):.1f}" for folder in folders.values())
-    common.publish(
+    minutes = ", ".join(f"{study.minutes_of(folder):.1f}" for folder in folders.values())
+    study.publish(
         f"python benchmarks/seeds.py --seeds={args.seeds} -- {' '.join(args.flags)}",
-        [table(rows), f"{common.facts_of(folders[args.first])}; training minutes {minutes}"],
+        [table(rows), f"{study.facts_of(folders[args.first])}; training minutes {minutes}"],
         summary(rows),
         args.log,
     )
@@ -46,13 +46,13 @@ def table(rows: list[dict]) -> str:
     """AP and AP50 in points, a line a seed, then mean and standard error."""
     columns = [name for name in rows[0] if name != "seed"]
     lines = [[str(row["seed"]), *(f"{100 * row[name]:.2f}" for name in columns)] for row in rows]
-    means = [common.with_error([100 * row[name] for row in rows]) for name in columns]
-    return common.table(["seed", *columns], [*lines, ["mean ± standard error", *means]])
+    means = [study.with_error([100 * row[name] for row in rows]) for name in columns]
+    return study.table(["seed", *columns], [*lines, ["mean ± standard error", *means]])
 
 
 def summary(rows: list[dict]) -> dict:
     """{column: (mean, standard error)} in points."""
-    return {name: common.mean_and_error([100 * row[name] for row in rows]) for name in rows[0] if name != "seed"}
+    return {name: study.mean_and_error([100 * row[name] for row in rows]) for name in rows[0] if name != "seed"}
 
 
 if __name__ == "__main__":

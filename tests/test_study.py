@@ -1,0 +1,177 @@
+"""Studies: their runs and twins, what failed or finished runs leave, tables and pictures; trained are stand-ins."""
+
+import json
+import shutil
+import sys
+
+import cv2
+import pytest
+
+from kdjax import study
+from tests.shared import ROOT
+from tests.test_configs import load
+
+FACTS = {"commit": "c", "python": "3", "jax": "1", "flax": "2", "devices": "cpu"}
+TEACHER = ROOT / "assets" / "quickstart_teacher"
+
+
+def test_means_and_tables():
+    assert study.mean_and_error([1.0, 3.0]) == (2.0, 1.0) and study.mean_and_error([1.0]) == (1.0, None)
+    assert study.with_error([1.0, 3.0]) == "2.00 ± 1.00" and study.with_error([1.0], "+") == "+1.00"
+    assert study.table(["a", "b"], [["1", "x|y"]]) == "| a | b |\n|---|---|\n| 1 | x\\|y |"
+
+
+def test_what_is_published_is_logged(tmp_path, capsys):
+    log = tmp_path / "log.md"
+    log.write_text("before\n")
+    for _ in range(2):
+        study.publish("python x.py", ["| table |", "facts"], {"a": 1}, log)
+    lines = capsys.readouterr().out.splitlines()
+    assert json.loads(lines[-1]) == {"a": 1} and lines[-2].endswith("; facts")
+    text = log.read_text()
+    assert text.startswith("before\n\n`python x.py`\n\n| table |\n\n20") and text.count('    {"a": 1}') == 2
+
+
+def test_the_sentence_of_a_failed_run():
+    refused = "I0000 some library\rtrain:  10%|# \ntrain.py: config.x is 1; it must be 2\n"
+    assert study.last_sentence(refused) == "config.x is 1; it must be 2"
+    assert study.last_sentence("Traceback\n  File\nRuntimeError: boom\n\n") == "RuntimeError: boom"
+    assert study.last_sentence("") == "no message"
+
+
+def test_a_run_that_fails_and_one_that_is_stopped():
+    with pytest.raises(study.Failed, match="^no such thing$"):
+        study.run([sys.executable, "-c", "import sys; print('train.py: no such thing', file=sys.stderr); sys.exit(2)"])
+    with pytest.raises(SystemExit) as stop:
+        study.run([sys.executable, "-c", "import sys; sys.exit(143)"])
+    assert stop.value.code == 143
+    study.run([sys.executable, "-c", ""])
+
+
+def test_a_finished_run_is_kept_and_its_flags_must_be_the_same(tmp_path):
+    (tmp_path / "results.json").write_text('{"student": {"AP": 0.5}}')
+    run = FACTS | {"command": ["--config=a", f"--workdir={tmp_path}", "--config.seed=1"], "numpy": "2"}
+    (tmp_path / "config.json").write_text(json.dumps({"config": {}, "runs": [run, {}]}))
+    assert study.train(["--config=a", "--config.seed=1"], tmp_path) == {"student": {"AP": 0.5}}
+    assert study.facts_of(tmp_path) == FACTS
+    with pytest.raises(SystemExit, match="other flags .--config=a --config.seed=1"):
+        study.train(["--config=b", "--config.seed=1"], tmp_path)
+    rows = [
+        {"step": 1, "kind": "train", "seconds": 60},
+        {"step": 2, "kind": "eval"},
+        {"step": 2, "kind": "train", "seconds": 30},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (*rows, rows[0])))
+    assert study.minutes_of(tmp_path) == 1.5
+
+
+def test_the_twin_is_trained_alone():
+    config, flags = "configs/quickstart.py", ["--config.teacher.weights=FILE", "--config.steps=9"]
+    twin, method = study.twin_flags(config, flags, 3), study.run_flags(config, "mkd", flags, 3)
+    same = ["--config.twin=False", "--config.eval.every=0", "--config.seed=3"]
+    assert method == ["--config=configs/quickstart.py:mkd", *flags, *same]
+    assert twin[0] == "--config=configs/quickstart.py:" and twin[-3:] == same
+    last = {flag.partition("=")[0]: flag.partition("=")[2] for flag in twin}
+    assert last["--config.teacher.weights"] == last["--config.teacher.detector"] == "" and last["--config.steps"] == "9"
+    for name in ("quickstart.py", "distill/coco_folder.py"):
+        assert not load(ROOT / "configs" / name, "").methods
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Stands in for training: AP by what the flags say; remembers the folders."""
+    folders = []
+
+    def train(flags, workdir):
+        said = {flag.partition("=")[0].removeprefix("--config"): flag.partition("=")[2] for flag in flags}
+        folders.append(str(workdir))
+        if said[""].endswith(":ld"):
+            raise study.Failed("no bins")
+        if said[""].endswith(":pkd") and said[".seed"] == "0":
+            raise study.Failed("not finite")
+        method = said[""].partition(":")[2]
+        ap = 0.1 + 0.1 * int(said[".seed"])
+        ap += {"": 0.0, "mkd": -0.01 if said[".seed"] == "0" else 0.0, "cwd": 0.02 * ap / 0.1, "pkd": 0.01}[method]
+        ap += 0.1 * (said.get(".student.detector") == "rtmdet_nano") + 0.01 * ("mkd.weight" in " ".join(flags))
+        figures = {"AP": ap, "AP50": ap + 0.1, "params": 10, "flops": 2e6}
+        if not workdir.exists():
+            run = FACTS | {"command": [*flags, f"--workdir={workdir}"]}
+            workdir.mkdir(parents=True)
+            (workdir / "config.json").write_text(json.dumps({"config": {}, "runs": [run]}))
+            shutil.copytree(TEACHER, workdir / "student")
+        return {"student": figures, "teacher": figures | {"AP": 0.9} if method else None}
+
+    monkeypatch.setattr(study, "train", train)
+    return folders
+
+
+def cells(text: str) -> list[list[str]]:
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+
+
+def test_methods_are_ranked_by_gain_and_what_does_not_help_is_said(trained, tmp_path, capsys):
+    study.main(["methods", f"--workdir={tmp_path}", "--seeds=2", "--methods=mkd,ld,pkd,cwd", "--", "--config.steps=9"])
+    out = capsys.readouterr().out
+    _, *rows = cells(out)
+    assert [row[0] for row in rows] == ["cwd", "pkd", "mkd", "ld"]
+    assert rows[0][1:] == [
+        "+3.00 ± 1.00",
+        "+2.00 … +4.00",
+        "+3.00 ± 1.00",
+        "18.00 ± 6.00",
+        "15.00 ± 5.00",
+        "90.00",
+        "2",
+        "",
+    ]
+    assert rows[1][1] == "+1.00" and rows[1][-2:] == ["1", "seed 0 failed: not finite"]
+    assert rows[2][-1] == "does not help here" and rows[3][-2:] == ["0", "seed 0, 1 failed: no bins"]
+    assert sum(folder.endswith("twin") for folder in trained) == 2, "one twin a seed"
+    summary = json.loads(out.splitlines()[-1])
+    assert [row["seeds"] for row in summary["rows"]] == [[0, 1], [1], [0, 1], []]
+    assert cv2.imread(str(tmp_path / "methods.png")).ndim == 3
+
+
+def test_mkds_tables(trained, tmp_path, capsys):
+    log = tmp_path / "log.md"
+    for name, *flags in (
+        ("components",),
+        ("weight", "--weights=0.1,5"),
+        ("teacher", f"--teachers={TEACHER}"),
+        ("sizes", "--students=rtmdet_pico,rtmdet_nano"),
+    ):
+        study.main([name, f"--workdir={tmp_path / 'runs'}", "--seeds=1", f"--log={log}", *flags])
+    rows = cells(log.read_text())
+    names = [row[0] for row in rows if row[0]]
+    parts = [f"mkd without {part}" for part in ("feature", "multiscale", "frequency", "alignment")]
+    assert names[:7] == ["mkd", *parts, "mkd, weight 0.1", "mkd, weight 5"]
+    assert names[7].startswith("rtmdet_nano (") and names[8:] == ["rtmdet_pico", "rtmdet_nano"]
+    assert rows[-3][-4:-1] == ["parameters", "MFLOPs", "latency in ms"]
+    assert rows[-1][8:10] == ["10", "2.0"] and float(rows[-1][10]) > 0
+    assert (rows[-2][5], rows[-1][5]) == ("10.00", "20.00"), "each size has its twin"
+    folders = sorted({folder.rpartition("/")[2] for folder in trained})
+    assert {"twin", "twin_student.detector=rtmdet_nano", "mkd", "mkd_methods.mkd.weight=5.0"} <= set(folders)
+    assert "mkd_methods.mkd.feature_weight=0.0" in folders and "mkd_student.detector=rtmdet_pico" in folders
+    for row in rows:
+        assert len(row) in (9, 12)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["methods", "--methods=nope"], "there is no method 'nope'"),
+        (["teacher"], "name the teachers"),
+        (["teacher", "--teachers=/nowhere"], "/nowhere is no student/ folder"),
+        (["sizes", "--students=rtmdet_huge"], "rtmdet_huge"),
+        (["weight", "--weights=a"], "'a'"),
+    ],
+)
+def test_bad_input_is_refused_before_any_run(arguments, words, trained, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        study.main([*arguments, f"--workdir={tmp_path}"])
+    assert stop.value.code == 2 and words in capsys.readouterr().err and not trained
+
+
+def test_a_folder_is_named_after_its_flags():
+    assert study.label("mkd", "--config.teacher.weights=/a b/c") == "mkd_teacher.weights=-a-b-c"
