@@ -39,12 +39,11 @@ import jax
 import jax.numpy as jnp
 from matplotlib.figure import Figure
 
-import kdjax
 from kdjax import detectors
 from kdjax.detectors import weights
 from kdjax.methods import api
 
-ROOT = Path(kdjax.__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 FIGURES = ("AP", "AP50")
 MKD_PARTS = ("feature", "multiscale", "frequency", "alignment")
 
@@ -63,6 +62,7 @@ class Failed(Exception):
 
 
 def main(arguments: Sequence[str] | None = None):
+    """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m kdjax.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -90,6 +90,7 @@ def main(arguments: Sequence[str] | None = None):
 
 
 def words(text: str) -> list[str]:
+    """ "a,b" -> ["a", "b"]."""
     return [word for word in text.split(",") if word]
 
 
@@ -206,6 +207,7 @@ def twin_flags(config: str, flags: Sequence[str], seed: int) -> list[str]:
 
 
 def run_flags(config: str, methods: str, flags: Sequence[str], seed: int) -> list[str]:
+    """A run with methods and without a twin of its own."""
     common = ["--config.twin=False", "--config.eval.every=0", f"--config.seed={seed}"]
     return [f"--config={config}:{methods}", *flags, *common]
 
@@ -353,6 +355,7 @@ def facts_of(workdir: Path) -> dict:
 
 
 def facts(environment: dict) -> dict:
+    """What of an environment a table quotes."""
     return {name: environment[name] for name in ("commit", "python", "jax", "flax", "devices")}
 
 
@@ -374,11 +377,13 @@ def with_error(values: list[float], sign: str = "") -> str:
 
 
 def shown(mean_and_error: tuple[float, float | None], sign: str = "") -> str:
+    """The same of what `mean_and_error` returns."""
     mean, error = mean_and_error
     return f"{mean:{sign}.2f}" + ("" if error is None else f" ± {error:.2f}")
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (header, *rows)]
     return "\n".join([lines[0], "|---" * len(header) + "|", *lines[1:]])
 

@@ -25,6 +25,7 @@ ALLOWED = {
     "data": set(),
     "evals": {"structs", "nn", "boxes", "losses"},
     "train": {"structs", "nn", "boxes", "losses", "methods", "detectors", "data", "evals"},
+    "study": {"methods", "detectors"},
 }
 
 

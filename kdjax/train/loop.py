@@ -338,7 +338,7 @@ def resume(setup: Setup, checkpoints: Checkpoints) -> tuple[int, Setup]:
     if note is None:
         return 0, setup
     for key, value in identity(setup).items():
-        theirs = note["run"].get(key, value)
+        theirs = note["run"].get(key)
         if theirs != value:
             raise ValueError(
                 f"the checkpoint in {checkpoints.manager.directory} is of another run: its {key} is {theirs!r}, this "
