@@ -1,9 +1,10 @@
 """Plain-JAX primitives for detectors and adapters alike: maps are NHWC, kernels HWIO, everything is a function.
 
 Convolution takes the form that suits the platform, chosen when the program is lowered: XLA on the CPU has no fast path
-for grouped convolution and a slow one for 1x1, so there a depthwise convolution is a sum of shifted products and a 1x1
-convolution is a matrix product; GPU and TPU keep the built-in operation. Both forms have their own gradient rule, so
-they can be differentiated in reverse mode any number of times, but not in forward mode.
+for grouped convolution and slow ones for 1x1 and for few channels, so there a depthwise convolution and one of up to
+four channels are sums of shifted products and a 1x1 convolution is a matrix product; GPU and TPU keep the built-in
+operation. The other forms have their own gradient rule, so they can be differentiated in reverse mode any number of
+times, but not in forward mode.
 """
 
 import functools
@@ -19,6 +20,7 @@ from jax import lax
 Array = jax.Array
 
 _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
+FEW = 4  # channels up to which a sum of shifted products beats XLA's own convolution on a CPU
 
 
 def conv2d(
@@ -67,6 +69,8 @@ def conv2d(
         y = _depthwise(x, kernel, stride, pads)
     elif (height, width) == (1, 1) and groups == 1 and pads == (0, 0):
         y = _pointwise(x[:, ::stride, ::stride] if stride > 1 else x, kernel)
+    elif groups == 1 and channels <= FEW:
+        y = _narrow(x, kernel, stride, pads)
     else:
         y = _builtin_conv(x, kernel, stride, pads, groups)
     _record("conv", y.size * height * width * channels)
@@ -193,6 +197,49 @@ def _depthwise_backward(
 
 
 _depthwise.defvjp(_depthwise_forward, _depthwise_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _narrow(x: Array, kernel: Array, stride: int, pads: tuple[int, int]) -> Array:
+    return lax.platform_dependent(
+        x,
+        kernel,
+        cpu=functools.partial(_narrow_shifted, stride=stride, pads=pads),
+        default=functools.partial(_builtin_conv, stride=stride, pads=pads, groups=1),
+    )
+
+
+def _narrow_shifted(x: Array, kernel: Array, *, stride: int, pads: tuple[int, int]) -> Array:
+    out = _output_size(x, kernel.shape[:2], stride, pads)
+    terms = (
+        view[..., c : c + 1] * kernel[i, j, c]
+        for i, j, view in _shifts(_pad(x, pads), kernel.shape[:2], out, stride)
+        for c in range(x.shape[-1])
+    )
+    return functools.reduce(jnp.add, terms)
+
+
+def _narrow_forward(x: Array, kernel: Array, stride: int, pads: tuple[int, int]) -> tuple[Array, tuple[Array, Array]]:
+    return _narrow(x, kernel, stride, pads), (x, kernel)
+
+
+def _narrow_backward(
+    stride: int, pads: tuple[int, int], saved: tuple[Array, Array], gradient: Array
+) -> tuple[Array, Array]:
+    x, kernel = saved
+
+    def builtin(x: Array, kernel: Array) -> Array:
+        return _builtin_conv(x, kernel, stride, pads, 1)
+
+    (dkernel,) = jax.vjp(lambda kernel: builtin(x, kernel), kernel)[1](gradient)
+    rest = tuple(size - 1 - pad for size, pad in zip(kernel.shape[:2], pads, strict=True))
+    if stride == 1 and kernel.shape[-1] <= FEW and min(rest) >= 0:
+        # With respect to the input it is a convolution of few channels again.
+        return _narrow(gradient, kernel[::-1, ::-1].swapaxes(2, 3), 1, rest), dkernel
+    return jax.vjp(lambda x: builtin(x, kernel), x)[1](gradient)[0], dkernel
+
+
+_narrow.defvjp(_narrow_forward, _narrow_backward)
 
 
 def batch_moments(x: Array) -> tuple[Array, Array]:
