@@ -1,10 +1,10 @@
 """Plain-JAX primitives for detectors and adapters alike: maps are NHWC, kernels HWIO, everything is a function.
 
 Convolution takes the form that suits the platform, chosen when the program is lowered: XLA on the CPU has no fast path
-for grouped convolution and slow ones for 1x1 and for few channels, so there a depthwise convolution and one of up to
-four channels are sums of shifted products and a 1x1 convolution is a matrix product; GPU and TPU keep the built-in
-operation. The other forms have their own gradient rule, so they can be differentiated in reverse mode any number of
-times, but not in forward mode.
+for grouped convolution and slow ones for 1x1 and for few channels, so there a depthwise convolution and a large one of
+up to four channels are sums of shifted products and a 1x1 convolution is a matrix product; GPU and TPU keep the
+built-in operation. The other forms have their own gradient rule, so they can be differentiated in reverse mode any
+number of times, but not in forward mode.
 """
 
 import functools
@@ -20,7 +20,9 @@ from jax import lax
 Array = jax.Array
 
 _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
-FEW = 4  # channels up to which a sum of shifted products beats XLA's own convolution on a CPU
+# On a CPU a sum of shifted products beats XLA's own convolution up to so many channels, and is worth its longer
+# compilation from so many cells on.
+FEW, MANY_CELLS = 4, 64 * 64
 
 
 def conv2d(
@@ -69,7 +71,7 @@ def conv2d(
         y = _depthwise(x, kernel, stride, pads)
     elif (height, width) == (1, 1) and groups == 1 and pads == (0, 0):
         y = _pointwise(x[:, ::stride, ::stride] if stride > 1 else x, kernel)
-    elif groups == 1 and channels <= FEW:
+    elif groups == 1 and channels <= FEW and x.shape[1] * x.shape[2] >= MANY_CELLS:
         y = _narrow(x, kernel, stride, pads)
     else:
         y = _builtin_conv(x, kernel, stride, pads, groups)
@@ -155,8 +157,13 @@ def _pad(x: Array, pads: tuple[int, int]) -> Array:
 
 def _depthwise_shifted(x: Array, kernel: Array, *, stride: int, pads: tuple[int, int]) -> Array:
     out = _output_size(x, kernel.shape[:2], stride, pads)
-    terms = (view * kernel[i, j, 0] for i, j, view in _shifts(_pad(x, pads), kernel.shape[:2], out, stride))
-    return functools.reduce(jnp.add, terms)
+    terms = (_wide(view) * kernel[i, j, 0] for i, j, view in _shifts(_pad(x, pads), kernel.shape[:2], out, stride))
+    return functools.reduce(jnp.add, terms).astype(x.dtype)
+
+
+def _wide(x: Array) -> Array:
+    """Sums run in float32, whatever the maps are, as they do inside the built-in operation."""
+    return x.astype(jnp.float32)
 
 
 def _add_all(left: Sequence[Array], right: Sequence[Array]) -> list[Array]:
@@ -174,18 +181,17 @@ def _depthwise_backward(
 ) -> tuple[Array, Array]:
     def shifted(x: Array, kernel: Array, gradient: Array) -> tuple[Array, Array]:
         # With respect to the input: the gradient, spread by the stride, meets the flipped kernel.
-        zero = jnp.zeros((), gradient.dtype)
         config = [(0, 0, 0)]
         for size, length, out, pad in zip(kernel.shape[:2], x.shape[1:3], gradient.shape[1:3], pads, strict=True):
             low = size - 1 - pad
             config.append((low, length + size - 1 - low - (out - 1) * stride - 1, stride - 1))
-        spread = lax.pad(gradient, zero, [*config, (0, 0, 0)])
+        spread = lax.pad(gradient, jnp.zeros((), gradient.dtype), [*config, (0, 0, 0)])
         dx = _depthwise_shifted(spread, kernel[::-1, ::-1], stride=1, pads=(0, 0))
         # With respect to the kernel: one pass that keeps one row of accumulators per cell of the kernel.
         views = _shifts(_pad(x, pads), kernel.shape[:2], gradient.shape[1:3], stride)
-        products = [view * gradient for _, _, view in views]
-        rows = lax.reduce(products, [zero] * len(products), _add_all, (0, 1))
-        return dx, jnp.stack(rows).sum(1).reshape(kernel.shape)
+        products = [_wide(view) * gradient for _, _, view in views]
+        rows = lax.reduce(products, [jnp.zeros(())] * len(products), _add_all, (0, 1))
+        return dx, jnp.stack(rows).sum(1).reshape(kernel.shape).astype(kernel.dtype)
 
     def builtin(x: Array, kernel: Array, gradient: Array) -> tuple[Array, Array]:
         def form(x: Array, kernel: Array) -> Array:
@@ -212,11 +218,11 @@ def _narrow(x: Array, kernel: Array, stride: int, pads: tuple[int, int]) -> Arra
 def _narrow_shifted(x: Array, kernel: Array, *, stride: int, pads: tuple[int, int]) -> Array:
     out = _output_size(x, kernel.shape[:2], stride, pads)
     terms = (
-        view[..., c : c + 1] * kernel[i, j, c]
+        _wide(view[..., c : c + 1]) * kernel[i, j, c]
         for i, j, view in _shifts(_pad(x, pads), kernel.shape[:2], out, stride)
         for c in range(x.shape[-1])
     )
-    return functools.reduce(jnp.add, terms)
+    return functools.reduce(jnp.add, terms).astype(x.dtype)
 
 
 def _narrow_forward(x: Array, kernel: Array, stride: int, pads: tuple[int, int]) -> tuple[Array, tuple[Array, Array]]:

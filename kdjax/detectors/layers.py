@@ -53,8 +53,9 @@ class Conv(nnx.Module):
         self.bias = None if bias is None else nnx.Param(jnp.zeros(outputs), draw=bias)
 
     def __call__(self, x: Array) -> Array:
-        bias = None if self.bias is None else self.bias[...]
-        return nn.conv2d(x, self.kernel[...], bias, stride=self.stride, groups=self.groups)
+        kernel = self.kernel[...].astype(x.dtype)  # the maps decide the precision, parameters are float32
+        bias = None if self.bias is None else self.bias[...].astype(x.dtype)
+        return nn.conv2d(x, kernel, bias, stride=self.stride, groups=self.groups)
 
 
 class BatchNorm(nnx.Module):

@@ -92,7 +92,7 @@ class _Head(nnx.Module):
                 conv = layer.conv if layer.conv is not None else convs[0][i].conv
                 taps[level].append(layer.bn(conv(x), train))
                 x = jax.nn.silu(taps[level][-1])
-            y = predictors[level](x)
+            y = predictors[level](x).astype(jnp.float32)  # losses and boxes are computed in it
             if name == "reg":
                 y = (jnp.exp(y) if self.exp_on_reg else y) * STRIDES[level]
             predictions.append(y)

@@ -13,6 +13,9 @@ def base() -> ConfigDict:
     config.seed = 0
     config.batch_size = 16  # global: of all devices of all hosts
     config.steps = 1000  # optimiser updates
+    # float32, or bfloat16 for the maps of student and teacher in training; parameters, statistics, losses, boxes and
+    # evaluations are float32 in both
+    config.dtype = "float32"
 
     config.student = ConfigDict(
         dict(

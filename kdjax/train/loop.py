@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import dataclasses
 import json
 import os
 import platform
@@ -124,6 +125,8 @@ def check_settings(config: ConfigDict) -> None:
     if missing:
         raise ValueError(f"{missing[0]} is missing; a config starts from kdjax.train.config.base()")
     settings.check_numbers(config)
+    if config.dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"config.dtype is {config.dtype!r}; it must be 'float32' or 'bfloat16'")
     data.check_settings(config.data)
     for name, options in config.methods.items():
         api.build(name, **options)
@@ -238,8 +241,9 @@ def prepare(config: ConfigDict, dataset) -> Setup:
 
         return jax.jit(traced, **options)
 
-    def update(name, **options):
-        step = make_step(student, optimizer, lambda at: optim.ema_rate(config, at), **options)
+    def update(name, teacher=None, **options):
+        trained, frozen = (in_precision(detector, config.dtype) for detector in (student, teacher))
+        step = make_step(trained, optimizer, lambda at: optim.ema_rate(config, at), teacher=frozen, **options)
         return program(name, step, donate_argnums=0, out_shardings=everywhere)
 
     def predictor(name, detector):
@@ -270,6 +274,13 @@ def prepare(config: ConfigDict, dataset) -> Setup:
         programs,
         mesh,
     )
+
+
+def in_precision(detector, dtype: str):
+    """The detector with its pictures, and so all its maps up to the predictions, in another precision; None stays."""
+    if detector is None or dtype == "float32":
+        return detector
+    return dataclasses.replace(detector, preprocess=lambda images: detector.preprocess(images).astype(dtype))
 
 
 def make_mesh() -> Mesh:
