@@ -1,9 +1,17 @@
 """The parts of the benchmarks that need no training: tables, summaries, commands, and what a failed run leaves."""
 
+import json
+
 import jax.numpy as jnp
 import pytest
 
 from tests.shared import ROOT, script
+
+
+@pytest.fixture(autouse=True)
+def beside(monkeypatch):
+    """A script sees the files beside it."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
 
 
 def of(name):
@@ -61,3 +69,22 @@ def test_method_cost_batch_has_objects_and_padding():
     assert batch["image"].shape == (2, 64, 64, 3) and 0 < batch["valid"].mean() < 1
     boxes = batch["boxes"][batch["valid"]]
     assert (boxes[:, 2:] > boxes[:, :2]).all() and boxes.max() <= 64 and not batch["boxes"][~batch["valid"]].any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags", [[], ["--teacher=rtmdet_nano", "--method=fitnet", "--dtype=bfloat16"]], ids=["alone", "distilled"]
+)
+def test_step_time_ends_with_one_line_of_json(flags, capsys, monkeypatch):
+    monkeypatch.setattr("kdjax.train.loop.use_compile_cache", lambda folder: None)
+    small = ["--detector=rtmdet_pico", "--batch=2", "--size=64", "--classes=3", "--steps=3"]
+    of("step_time").main([*small, *flags])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert 0 < found["least_s"] <= found["median_s"] and found["memory_mb"] > 1
+    assert found["images_per_s"] == pytest.approx(2 / found["median_s"], rel=0.01)
+
+
+def test_step_time_needs_teacher_and_method_together(capsys):
+    with pytest.raises(SystemExit):
+        of("step_time").main(["--method=mkd"])
+    assert "both --teacher and --method" in capsys.readouterr().err

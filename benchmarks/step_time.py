@@ -1,0 +1,80 @@
+"""How long is a training step? One detector alone, or distilled from a teacher by a method; pictures are random.
+
+    python benchmarks/step_time.py --detector=rtmdet_tiny --batch=8 --size=320
+    python benchmarks/step_time.py --detector=rtmdet_tiny --teacher=rtmdet_s --method=cwd --dtype=bfloat16
+
+It times the program that train.py runs, after compilation and two warm steps, and prints a line for people; the last
+line is one JSON object with the median, the quartiles and the least time in seconds, and pictures/s at the median.
+"""
+
+import argparse
+import json
+import statistics
+
+import jax
+from method_cost import WARM, compiled, made_up_batch, megabytes, timed
+
+from kdjax import detectors
+from kdjax.methods import api
+from kdjax.train import config as settings
+from kdjax.train import loop, optim
+from kdjax.train.step import Teacher, init_adapters, init_state, make_step
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--detector", default="rtmdet_tiny", choices=detectors.names())
+    parser.add_argument("--teacher", default="", choices=["", *detectors.names()])
+    parser.add_argument("--method", default="", choices=["", *api.names()])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--size", type=int, default=320, help="side of the pictures in pixels")
+    parser.add_argument("--classes", type=int, default=80)
+    parser.add_argument("--steps", type=int, default=20)
+    args = parser.parse_args(arguments)
+    if bool(args.teacher) != bool(args.method):
+        parser.error("a distillation step needs both --teacher and --method")
+    loop.use_compile_cache("")
+    seconds, memory = measure(args)
+    low, middle, high = statistics.quantiles(seconds, n=4)
+    found = {
+        "median_s": round(middle, 5),
+        "quartiles_s": [round(low, 5), round(high, 5)],
+        "least_s": round(min(seconds), 5),
+        "images_per_s": round(args.batch / middle, 2),
+        "memory_mb": round(memory, 1),
+    }
+    what = f"{args.detector} {args.dtype}, batch {args.batch}, {args.size} px" + (
+        f", {args.method} from {args.teacher}" if args.method else ""
+    )
+    print(f"{what}: {1000 * middle:.0f} ms a step, {found['images_per_s']:.1f} pictures/s")
+    print(json.dumps(vars(args) | found | loop.environment()))
+
+
+def measure(args) -> tuple[list[float], float]:
+    """Seconds of each step, and the megabytes that the compiler has planned."""
+    student = detectors.build(args.detector, args.classes)
+    teacher = detectors.build(args.teacher, args.classes) if args.teacher else None
+    methods = {args.method: api.build(args.method)} if args.method else {}
+    key, adapters, variables = jax.random.PRNGKey(0), {}, None
+    if teacher:
+        specs = [loop.output_spec(detector, (args.size, args.size)) for detector in (student, teacher)]
+        adapters = init_adapters(methods, key, *specs)
+        variables = Teacher(*teacher.init(jax.random.PRNGKey(1)))
+    config = settings.base()
+    config.steps = 100_000
+    optimizer = optim.optimizer(config, lambda params: jax.tree.map(lambda leaf: leaf.ndim <= 1, params))
+    state = init_state(student, key, None, adapters, optimizer)
+    student, teacher = (loop.in_precision(detector, args.dtype) for detector in (student, teacher))
+    step = make_step(student, optimizer, lambda at: optim.ema_rate(config, at), teacher=teacher, methods=methods)
+    batch = jax.tree.map(jax.numpy.asarray, made_up_batch(args.batch, args.size, args.classes))
+    program = compiled(step, state, variables, batch, donate=True)
+    seconds = []
+    for _ in range(WARM + args.steps):
+        taken, (state, _) = timed(program, state, variables, batch)
+        seconds.append(taken)
+    return seconds[WARM:], megabytes(program)
+
+
+if __name__ == "__main__":
+    main()
