@@ -182,15 +182,15 @@ def study(args, variants: list[Variant]) -> None:
                 row["latency_ms"] = latency(folders[row["name"]] / "student")
     if args.name in ("methods", "teacher"):
         rows.sort(key=lambda row: -row.get("gain AP", [-math.inf])[0])
-    picture = workdir / f"{args.name}.png"
-    draw(rows, args.name).savefig(picture)
+    draw(rows, args.name).savefig(workdir / f"{args.name}.png")
+    print(f"picture: {workdir / args.name}.png")
     command = f"python -m kdjax.study {args.name} --config={args.config} --seeds={args.seeds}"
     command += f" --first={args.first}" if args.first else ""
     for option, name in (("methods", "methods"), ("weights", "weight"), ("teachers", "teacher"), ("students", "sizes")):
         command += f" --{option}={','.join(getattr(args, option))}" if args.name == name else ""
     publish(
         command + "".join(f" {flag}" for flag in ["--", *args.flags] if args.flags),
-        [study_table(rows), f"{facts_of(folders['twin'])}; picture: {picture}"],
+        [study_table(rows), str(facts_of(folders["twin"]))],
         {"study": args.name, "rows": rows},
         args.log,
     )
