@@ -1,10 +1,9 @@
 """Plain-JAX primitives for detectors and adapters alike: maps are NHWC, kernels HWIO, everything is a function.
 
 Convolution takes the form that suits the platform, chosen when the program is lowered: XLA on the CPU has no fast path
-for grouped convolution and slow ones for 1x1 and for few channels, so there a depthwise convolution and a large one of
-up to four channels are sums of shifted products and a 1x1 convolution is a matrix product; GPU and TPU keep the
-built-in operation. The other forms have their own gradient rule, so they can be differentiated in reverse mode any
-number of times, but not in forward mode.
+for grouped convolution and a slow one for 1x1, so there a depthwise convolution is a sum of shifted products and a 1x1
+convolution is a matrix product; GPU and TPU keep the built-in operation. Both forms have their own gradient rule, so
+they can be differentiated in reverse mode any number of times, but not in forward mode.
 """
 
 import functools
@@ -20,9 +19,6 @@ from jax import lax
 Array = jax.Array
 
 _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
-# On a CPU a sum of shifted products beats XLA's own convolution up to so many channels, and is worth its longer
-# compilation from so many cells on.
-FEW, MANY_CELLS = 4, 64 * 64
 
 
 def conv2d(
@@ -71,8 +67,6 @@ def conv2d(
         y = _depthwise(x, kernel, stride, pads)
     elif (height, width) == (1, 1) and groups == 1 and pads == (0, 0):
         y = _pointwise(x[:, ::stride, ::stride] if stride > 1 else x, kernel)
-    elif groups == 1 and channels <= FEW and x.shape[1] * x.shape[2] >= MANY_CELLS:
-        y = _narrow(x, kernel, stride, pads)
     else:
         y = _builtin_conv(x, kernel, stride, pads, groups)
     _record("conv", y.size * height * width * channels)
@@ -162,8 +156,8 @@ def _depthwise_shifted(x: Array, kernel: Array, *, stride: int, pads: tuple[int,
 
 
 def _wide(x: Array) -> Array:
-    """Sums run in float32, whatever the maps are, as they do inside the built-in operation."""
-    return x.astype(jnp.float32)
+    """Sums of narrow types run in float32, as they do inside the built-in operation."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _add_all(left: Sequence[Array], right: Sequence[Array]) -> list[Array]:
@@ -190,7 +184,7 @@ def _depthwise_backward(
         # With respect to the kernel: one pass that keeps one row of accumulators per cell of the kernel.
         views = _shifts(_pad(x, pads), kernel.shape[:2], gradient.shape[1:3], stride)
         products = [_wide(view) * gradient for _, _, view in views]
-        rows = lax.reduce(products, [jnp.zeros(())] * len(products), _add_all, (0, 1))
+        rows = lax.reduce(products, [jnp.zeros((), products[0].dtype)] * len(products), _add_all, (0, 1))
         return dx, jnp.stack(rows).sum(1).reshape(kernel.shape).astype(kernel.dtype)
 
     def builtin(x: Array, kernel: Array, gradient: Array) -> tuple[Array, Array]:
@@ -203,49 +197,6 @@ def _depthwise_backward(
 
 
 _depthwise.defvjp(_depthwise_forward, _depthwise_backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _narrow(x: Array, kernel: Array, stride: int, pads: tuple[int, int]) -> Array:
-    return lax.platform_dependent(
-        x,
-        kernel,
-        cpu=functools.partial(_narrow_shifted, stride=stride, pads=pads),
-        default=functools.partial(_builtin_conv, stride=stride, pads=pads, groups=1),
-    )
-
-
-def _narrow_shifted(x: Array, kernel: Array, *, stride: int, pads: tuple[int, int]) -> Array:
-    out = _output_size(x, kernel.shape[:2], stride, pads)
-    terms = (
-        _wide(view[..., c : c + 1]) * kernel[i, j, c]
-        for i, j, view in _shifts(_pad(x, pads), kernel.shape[:2], out, stride)
-        for c in range(x.shape[-1])
-    )
-    return functools.reduce(jnp.add, terms).astype(x.dtype)
-
-
-def _narrow_forward(x: Array, kernel: Array, stride: int, pads: tuple[int, int]) -> tuple[Array, tuple[Array, Array]]:
-    return _narrow(x, kernel, stride, pads), (x, kernel)
-
-
-def _narrow_backward(
-    stride: int, pads: tuple[int, int], saved: tuple[Array, Array], gradient: Array
-) -> tuple[Array, Array]:
-    x, kernel = saved
-
-    def builtin(x: Array, kernel: Array) -> Array:
-        return _builtin_conv(x, kernel, stride, pads, 1)
-
-    (dkernel,) = jax.vjp(lambda kernel: builtin(x, kernel), kernel)[1](gradient)
-    rest = tuple(size - 1 - pad for size, pad in zip(kernel.shape[:2], pads, strict=True))
-    if stride == 1 and kernel.shape[-1] <= FEW and min(rest) >= 0:
-        # With respect to the input it is a convolution of few channels again.
-        return _narrow(gradient, kernel[::-1, ::-1].swapaxes(2, 3), 1, rest), dkernel
-    return jax.vjp(lambda x: builtin(x, kernel), x)[1](gradient)[0], dkernel
-
-
-_narrow.defvjp(_narrow_forward, _narrow_backward)
 
 
 def batch_moments(x: Array) -> tuple[Array, Array]:

@@ -336,23 +336,26 @@ def test_bfloat16_maps_with_everything_else_in_float32():
     """What `config.dtype` does: the maps alone change their precision, and the losses stay near."""
     params, stats = variables()
 
-    def losses(params, x):
+    def losses(params, x, assignment=None):
         output, new_stats = detector().apply(params, stats, x, train=True)
-        return detector().loss(output, targets())[0], (output, new_stats)
+        values, assignment = detector().loss(output, targets(), assignment=assignment)
+        return sum(values.values()), (output, new_stats, assignment)
 
-    found = {}
+    found, assignment = {}, None
     for dtype in (jnp.float32, jnp.bfloat16):
         x = jnp.asarray(images(), dtype)
-        _, (output, new_stats) = jax.eval_shape(losses, params, x)
+        _, (output, new_stats, _) = jax.eval_shape(losses, params, x)
         assert {m.dtype for m in (*output.backbone, *output.neck, *output.neck_conv, *output.cls_tower[0])} == {
             jnp.dtype(dtype)
         }
         exact = (*output.cls_logits, *output.box_reg, *jax.tree.leaves(new_stats))
         assert {leaf.dtype for leaf in exact} == {jnp.dtype(jnp.float32)}
-        step = jax.jit(jax.value_and_grad(lambda p, x: sum(losses(p, x)[0].values())), compiler_options=QUICK)
-        found[dtype] = step(params, x)
+        step = jax.jit(jax.value_and_grad(losses, has_aux=True), compiler_options=QUICK)
+        (value, (_, _, assignment)), gradient = step(params, x, assignment)  # both with that of float32
+        found[dtype] = value, gradient
     (value, gradient), (near, near_gradient) = found.values()
     assert float(near) == pytest.approx(float(value), rel=0.02) and near != value
     assert {leaf.dtype for leaf in jax.tree.leaves(near_gradient)} == {jnp.dtype(jnp.float32)}
     a, b = (np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)]) for tree in (gradient, near_gradient))
-    assert np.dot(a, b) / np.linalg.norm(a) / np.linalg.norm(b) > 0.85  # norms over few cells amplify it
+    cosine = np.dot(a, b) / np.linalg.norm(a) / np.linalg.norm(b)
+    assert cosine > 0.9  # the deepest norms see 32 cells here, which amplifies the rounding

@@ -90,4 +90,4 @@ def test_public_functions_are_documented(name):
 def test_methods_take_keywords_with_defaults(name):
     parameters = inspect.signature(importlib.import_module(f"kdjax.methods.{name}").make).parameters.values()
     assert all(p.kind is p.KEYWORD_ONLY and p.default is not p.empty for p in parameters)
-    assert "weight" in {p.name for p in parameters}
+    assert {"weight", "start", "stop", "warmup", "decay"} <= set(api.options(name))

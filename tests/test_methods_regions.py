@@ -342,9 +342,9 @@ def test_devices_change_nothing():
 
 def test_a_weight_of_zero_takes_its_term_away():
     for name, part in (("fkd", "channel"), ("defeat", "background"), ("gid", "box")):
-        terms = api.build(name, **{f"{part}_weight": 0.0}).apply
-        found = jax.eval_shape(lambda params, terms=terms: terms(params, scene()), shaken(name))
-        assert found and set(found) == set(api.build(name).weights) - {part}
+        without = api.build(name, **{f"{part}_weight": 0.0})
+        found = jax.eval_shape(lambda params, terms=without.apply: terms(params, scene()), shaken(name))
+        assert found and set(found) == set(without.weights) == set(api.build(name).weights) - {part}
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -22,13 +22,8 @@ CASES = {
     "pointwise": ((2, 5, 4, 6), (1, 1, 6, 3), 1, "same", 1),
     "pointwise stride 2": ((2, 5, 4, 6), (1, 1, 6, 3), 2, "same", 1),
     "pointwise padded": ((2, 5, 4, 6), (1, 1, 6, 3), 1, 1, 1),
-    "dense": ((2, 5, 6, 5), (3, 3, 5, 4), 1, "same", 1),
-    "dense stride 2": ((2, 6, 5, 5), (3, 3, 5, 4), 2, "same", 1),
-    "narrow": ((1, 64, 65, 3), (3, 3, 3, 4), 1, "same", 1),
-    "narrow stride 2": ((1, 66, 65, 3), (3, 3, 3, 4), 2, "same", 1),
-    "narrow to many": ((1, 64, 64, 4), (3, 3, 4, 6), 1, "same", 1),
-    "narrow even": ((1, 64, 67, 2), (2, 4, 2, 3), 1, 1, 1),
-    "narrow padded": ((1, 64, 65, 2), (3, 3, 2, 2), 1, 3, 1),
+    "dense": ((2, 5, 6, 4), (3, 3, 4, 5), 1, "same", 1),
+    "dense stride 2": ((2, 6, 5, 4), (3, 3, 4, 5), 2, "same", 1),
     "grouped": ((2, 5, 6, 4), (3, 3, 2, 6), 1, "same", 2),
     "depthwise multiplier": ((2, 5, 6, 4), (3, 3, 1, 8), 1, "same", 4),
 }
@@ -65,7 +60,7 @@ def test_conv_equals_the_builtin_one(name):
     chex.assert_trees_all_close(both(ours)(*inputs), both(theirs)(*inputs), rtol=1e-4, atol=1e-4)
 
 
-FAST = ["depthwise stride 2", "pointwise", "narrow"]
+FAST = ["depthwise stride 2", "pointwise"]
 
 
 @pytest.mark.parametrize("name", FAST)
@@ -114,11 +109,9 @@ def test_platform_chooses_the_form(name):
     x, kernel = arrays(shape, size)
 
     def gradient(x, kernel):
-        def total(*a):
-            return nn.conv2d(*a, stride=stride, padding=padding, groups=groups).sum()
-
-        # A narrow convolution keeps the builtin gradient of its kernel.
-        return jax.grad(total, 0 if name == "narrow" else (0, 1))(x, kernel)
+        return jax.grad(lambda *a: nn.conv2d(*a, stride=stride, padding=padding, groups=groups).sum(), (0, 1))(
+            x, kernel
+        )
 
     for platform, builtin in (("cpu", False), ("cuda", True), ("tpu", True)):
         text = jax.export.export(jax.jit(gradient), platforms=(platform,))(x, kernel).mlir_module()
