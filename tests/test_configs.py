@@ -106,5 +106,13 @@ def test_the_published_recipe(pair):
     assert data["stage2"]["augment"] == single
     assert data["augment"] == single | dict(mosaic=True, mixup=0.5 if small else 1.0, cache=20 if small else 40)
     if teacher:
+        other = load(ROOT / "configs/distill/mkd_rtmdet.py", f"{student},{teacher},rtmdet_cwd")
+        assert list(other.methods) == ["rtmdet_cwd"] and other.steps == config.steps
         mkd = config.methods.mkd.to_dict()
         assert (mkd["weight"], mkd["scales"], mkd["start"], mkd["stop"]) == (1.0, (1, 2, 4), 0, 0)
+
+
+@pytest.mark.parametrize("chosen", ["tiny", "tiny,s,mkd,pkd"])
+def test_the_recipe_says_what_its_argument_is(chosen):
+    with pytest.raises(ValueError, match="is STUDENT,TEACHER or STUDENT,TEACHER,METHODS, not '" + chosen):
+        load(ROOT / "configs/distill/mkd_rtmdet.py", chosen)

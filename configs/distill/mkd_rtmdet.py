@@ -14,9 +14,16 @@ from kdjax.train.config import methods
 
 
 def get_config(chosen: str = "tiny,s"):
-    student, teacher, names = [*chosen.split(","), "mkd"][:3]
+    student, teacher, names = _words(chosen)
     config = alone(student)
     config.teacher.detector = f"rtmdet_{teacher}"
     config.methods = methods(names)
     config.twin = True
     return config
+
+
+def _words(chosen: str) -> list[str]:
+    words = chosen.split(",")
+    if len(words) not in (2, 3):
+        raise ValueError(f"the argument of the config is STUDENT,TEACHER or STUDENT,TEACHER,METHODS, not {chosen!r}")
+    return [*words, "mkd"][:3]

@@ -147,11 +147,7 @@ def unknown_keys(config: ConfigDict, reference: ConfigDict | None = None, prefix
 
 
 def augment(**changes) -> dict:
-    """How training pictures are varied; `changes` to the defaults.
-
-    RTMDet m, l and x: mosaic=True, mixup=1.0, scale=(0.1, 2.0), then for the last 20 of 300 epochs scale=(0.1, 2.0)
-    alone; s has (0.5, 2.0) in both, tiny also mixup=0.5 and cache=20.
-    """
+    """How training pictures are varied; `changes` to the defaults. RTMDet's: configs/supervised/rtmdet.py."""
     defaults = dict(
         mosaic=False,  # four pictures around a point, on twice the canvas; three are of the last `cache` before
         mixup=0.0,  # probability of being averaged with one of the last `cache` / 2 before

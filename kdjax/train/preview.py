@@ -59,7 +59,7 @@ def schedule(config: ConfigDict) -> dict[str, np.ndarray]:
         lambda step: {
             "lr": optim.learning_rate(config)(step),
             "ema": optim.ema_rate(config, step),
-            **{f"weight/{name}": w * jnp.ones(()) for name, w in weights_of(methods, step).items()},
+            **{f"weight/{name}": weight for name, weight in weights_of(methods, step).items()},
         }
     )(jnp.asarray(steps))
     start = config.data.stage2.start
