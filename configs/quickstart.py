@@ -12,8 +12,8 @@ from kdjax.train.config import base, methods
 
 def get_config(chosen: str = "mkd"):
     config = base()
-    config.batch_size = 16
-    config.steps = 800
+    config.batch_size = 8
+    config.steps = 1600
     config.student.detector = "rtmdet_pico"
     config.teacher.detector = "rtmdet_nano"
     config.teacher.weights = "assets/quickstart_teacher"
@@ -22,10 +22,10 @@ def get_config(chosen: str = "mkd"):
     config.data.scenes_train = 200
     config.data.image_size = (128, 128)
     config.data.augment.scale = (0.8, 1.25)
-    config.optimizer.lr = 0.005  # the best of 0.0025, 0.005, 0.01 and 0.02 for the twin, over two seeds
-    config.optimizer.warmup = 80
-    config.ema.ramp = 150
-    config.eval.every = 400
+    config.optimizer.lr = 0.005  # the best of 0.0025, 0.005 and 0.01 for the twin, over two seeds
+    config.optimizer.warmup = 160
+    config.ema.ramp = 300
+    config.eval.every = 800
     config.eval.limit = 100
-    config.checkpoint.every = 400
+    config.checkpoint.every = 800
     return config

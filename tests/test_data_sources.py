@@ -362,7 +362,12 @@ def test_damaged_prepared_data_is_named(tmp_path):
                 data.ground_truth(dataset, "val")
                 assert dataset.splits["val"].log == []
         path.write_bytes(whole)
-    assert opened(root, tmp_path).splits["val"].size == 3
+    dataset = opened(root, tmp_path)
+    assert dataset.splits["val"].size == 3
+    # Damaged between its ends, which only reading it shows.
+    records.write_bytes(whole[:200] + bytes(len(whole) - 400) + whole[-200:])
+    with pytest.raises(data.Damaged, match=f"of {folder}/.* cannot be (read|decoded) any more; prepare it anew"):
+        [dataset.splits["val"].records[index] for index in range(3)]
 
 
 def test_the_cache_goes_where_it_is_told(monkeypatch, tmp_path):
@@ -566,6 +571,11 @@ def test_what_cannot_be_used_of_a_stock_directory_is_dropped_or_repaired_and_tol
     assert [a["id"] for a in truth["annotations"]] == [1, 2, 3]
     np.testing.assert_allclose(truth["annotations"][1]["bbox"], [4, -10, 56, 40], atol=1e-4)
     assert "2 dropped: box without extent" in data.summary(dataset, settings(tmp_path))
+    [names] = (tmp_path / "tfds").rglob("*label*.txt")
+    names.write_text("cat\n")
+    split = opened(tmp_path / "tfds", tmp_path, source="tfds", val_split="train").splits["train"]
+    assert [a["id"] for a in split.truth["annotations"]] == [2]
+    np.testing.assert_allclose(split.records[0]["boxes"], expected[1:2], atol=1e-3)
 
 
 class Voc(tfds.core.GeneratorBasedBuilder):

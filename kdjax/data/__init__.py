@@ -2,9 +2,11 @@
 
 from kdjax.data.dataset import Dataset, Split, ground_truth, open_dataset
 from kdjax.data.loader import check_settings, eval_batches, train_batches
+from kdjax.data.records import Damaged
 from kdjax.data.summary import summary
 
 __all__ = [
+    "Damaged",
     "Dataset",
     "Split",
     "check_settings",

@@ -132,6 +132,10 @@ def decode(encoded: bytes) -> np.ndarray | None:
         return None
 
 
+class Damaged(ValueError):
+    """Prepared data that was whole when it was opened, but is not where it is read."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Reader:
     """Random access to the records of a split; picklable, opens its files where it is used."""
@@ -152,6 +156,10 @@ class Reader:
     def _ends(self) -> list[int]:
         return list(itertools.accumulate(len(source) for source in self._sources))
 
+    @functools.cached_property
+    def _classes(self) -> int:
+        return len(self._sources[0].dataset_info.features["objects"]["label"].names)
+
     def __reduce__(self):
         return Reader, (self.parts,)
 
@@ -161,7 +169,12 @@ class Reader:
     def raw(self, index: int) -> dict:
         """The record as TFDS gives it, the picture still encoded; VOC's, which have no id, are numbered from 1."""
         part = bisect.bisect(self._ends, index)
-        record = self._sources[part][index - (self._ends[part - 1] if part else 0)]
+        try:
+            record = self._sources[part][index - (self._ends[part - 1] if part else 0)]
+        except Exception:  # TFDS and array_record raise this and that
+            raise Damaged(
+                f"record {index} of {self.parts[part][0]} cannot be read any more; prepare it anew."
+            ) from None
         return {"image/id": index + 1} | record
 
     def __getitem__(self, index: int) -> dict:
@@ -174,10 +187,10 @@ class Reader:
         image = decode(record["image"])
         if image is None:
             name, directory = record["image/filename"].decode(), self.parts[bisect.bisect(self._ends, index)][0]
-            raise ValueError(f"picture {name} of {directory} cannot be decoded any more; delete that folder.")
+            raise Damaged(f"picture {name} of {directory} cannot be decoded any more; prepare it anew.")
         height, width = image.shape[:2]
         boxes, labels, crowd = objects_of(record, height, width)
-        keep = ~crowd & (labels >= 0) & np.isfinite(boxes).all(-1)
+        keep = ~crowd & (labels >= 0) & (labels < self._classes) & np.isfinite(boxes).all(-1)
         boxes = np.clip(boxes, 0, np.array([width, height, width, height], np.float32))
         keep &= (boxes[:, 2:] > boxes[:, :2]).all(-1)
         return {

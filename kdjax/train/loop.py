@@ -17,6 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 from tensorboardX import SummaryWriter
@@ -82,7 +83,7 @@ def run(config: ConfigDict, workdir: str) -> dict | None:
       The content of results.json; None for a dry run (`config.data.check`).
 
     Raises:
-      BadInput: before any training.
+      BadInput: before any training; later only if prepared data cannot be read any more.
       FloatingPointError: a loss or gradient is not finite; the message names it.
       Stopped: SIGTERM or SIGINT arrived; the state is saved.
     """
@@ -108,9 +109,12 @@ def run(config: ConfigDict, workdir: str) -> dict | None:
     except (ValueError, OSError) as error:
         raise BadInput(str(error)) from error
     write_config(config, workdir)
-    with contextlib.closing(checkpoints), Log(workdir, start) as log:
-        states = train(setup, start, checkpoints, log)
-        return finish(setup._replace(states=states), workdir, log)
+    try:
+        with contextlib.closing(checkpoints), Log(workdir, start) as log:
+            states = train(setup, start, checkpoints, log)
+            return finish(setup._replace(states=states), workdir, log)
+    except data.Damaged as error:
+        raise BadInput(str(error)) from error
 
 
 # ---------------------------------------------------------------------------------------------------- before training
@@ -477,7 +481,7 @@ def train(setup: Setup, start: int, checkpoints: Checkpoints, log: "Log") -> dic
                 states[role], of_role = setup.steps[role](states[role], variables, batch)
                 metrics |= {f"{role}/{name}": value for name, value in of_role.items()}
             pending.append((step, metrics))
-            last = step == config.steps or signals.stop
+            last = step == config.steps or agreed(signals.stop, step, config.log_every)
             logs, saves = last or step % config.log_every == 0, last or step % config.checkpoint.every == 0
             # One step behind, so that the device always has its next step before the host waits for figures; but what
             # is written has been looked at.
@@ -529,6 +533,13 @@ def check_finite(step: int, metrics: dict) -> dict:
             "are sound. A lower learning rate or weight of that term usually helps"
         )
     return metrics
+
+
+def agreed(stop: bool, step: int, every: int) -> bool:
+    """Whether to stop at this step. Several hosts ask each other every so many steps: all must leave at one."""
+    if jax.process_count() == 1:
+        return stop
+    return step % every == 0 and bool(multihost_utils.process_allgather(np.array(stop)).any())
 
 
 def check_programs(setup: Setup) -> None:
