@@ -1,0 +1,357 @@
+"""Is the set-up right? Looks at a run for a minute before hours are spent on it; every finding says what to do.
+
+What is measured is measured on the run itself: its detectors with their start weights, its batches, its methods, its
+compiled step. What is judged by a rule of thumb says so.
+"""
+
+import contextlib
+import math
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from kdjax import data
+from kdjax.boxes import iou
+from kdjax.evals import coco, size
+from kdjax.train import loop, optim
+from kdjax.train.step import compare, targets_of, weights_of
+
+FINE, LOOK, FAULT = "fine", "look", "fault"
+PRIOR = 0.1  # mean probability of a class at the start; a head with its focal prior has 0.01
+DROWNED, NOTHING = 0.97, 1e-3  # share of the gradient at the neck that a method may have
+TINY = 4  # px on the canvas: the side of a box of half a cell of the finest level
+# Ways in which pictures reach a detector, beside its own: f(u8[B, H, W, 3] RGB, its own input) -> input.
+MISTAKES = {
+    "its red and blue channels are swapped": lambda images, own: own[..., ::-1],
+    "it wants pixels of 0 .. 255 as they are, RGB": lambda images, own: images.astype(jnp.float32),
+    "it wants pixels of 0 .. 255 as they are, BGR": lambda images, own: images[..., ::-1].astype(jnp.float32),
+    "it wants pixels of 0 .. 1, RGB": lambda images, own: images / 255.0,
+    "it wants ImageNet's mean and deviation taken out, BGR": lambda images, own: _normalised(images)[..., ::-1],
+    "it wants ImageNet's mean and deviation taken out, RGB": lambda images, own: _normalised(images),
+}
+
+
+class Finding(NamedTuple):
+    """One thing that was looked at."""
+
+    level: str  # FINE, LOOK (worth a thought) or FAULT
+    what: str  # a word or two
+    said: str  # a sentence with the figures, and what to do unless all is fine
+
+
+def examine(config: ConfigDict, *, pictures: int = 64) -> list[Finding]:
+    """Everything that can be known before the first step of a run.
+
+    Args:
+      config: of the run.
+      pictures: of the validation split, on which a detector with weights is tried.
+
+    Returns:
+      The findings, in the order in which a run meets their causes. What a run refuses is one of them, the last.
+    """
+    try:
+        loop.check_settings(config)
+        loop.check_models(config)
+        dataset = data.open_dataset(config.data)
+        loop.check_truth(dataset)
+        loop.use_compile_cache(config.compile_cache)
+        setup = loop.prepare(config, dataset)
+        batch = loop.first_batch_with_objects(setup)
+    except (ValueError, OSError) as error:
+        return [Finding(FAULT, "start", f"the run would be refused: {error}")]
+    findings = [*of_data(setup), *of_schedule(config, dataset.splits["train"].size)]
+    if setup.teacher:
+        findings += of_weights("teacher", setup.teacher, setup.variables, setup, pictures)
+        findings += of_sizes(setup)
+    if config.student.weights:
+        findings += of_weights("student", setup.student, loop.ema(setup.states["student"]), setup, pictures)
+    values, pulls, start = strengths(setup, batch)
+    return findings + of_start(values, start) + of_terms(setup, values, pulls) + of_program(setup, batch)
+
+
+# ------------------------------------------------------------------------------------------------ data and schedule
+
+
+def of_data(setup: loop.Setup) -> list[Finding]:
+    """What was dropped, objects too small for the canvas, classes without objects."""
+    dataset, found = setup.dataset, []
+    truth = data.ground_truth(dataset, "train")
+    pictures = {image["id"]: image for image in truth["images"]}
+    objects = [entry for entry in truth["annotations"] if not entry["iscrowd"]]
+    for role, split in dataset.splits.items():
+        dropped = sum(entry["action"] == "dropped" for entry in split.log)
+        total = len(data.ground_truth(dataset, role)["annotations"]) + dropped
+        level = FAULT if dropped > 0.5 * total else LOOK if dropped > 0.05 * total else FINE
+        advice = "" if level == FINE else ": --config.data.check=True lists them with their reasons"
+        found.append(
+            Finding(level, f"{role} data", f"{split.size} pictures, {dropped} of {total} objects dropped{advice}")
+        )
+    canvas = np.array(setup.config.data.image_size)
+    sides = [
+        min(entry["bbox"][2:])
+        * min(canvas / (pictures[entry["image_id"]]["height"], pictures[entry["image_id"]]["width"]))
+        for entry in objects
+    ]
+    tiny = float(np.mean(np.array(sides) < TINY)) if sides else 0.0
+    advice = ": a larger config.data.image_size shows more of them" if tiny > 0.2 else ""
+    said = f"{tiny:.0%} of the objects are under {TINY} px on the canvas of {canvas[0]}x{canvas[1]}{advice}"
+    found.append(Finding(LOOK if tiny > 0.2 else FINE, "small objects", said))
+    seen = {entry["category_id"] for entry in objects}
+    absent = [n for n, key in zip(dataset.classes, dataset.category_ids, strict=True) if key not in seen]
+    if absent:
+        found.append(Finding(LOOK, "classes", f"no training picture holds {', '.join(absent)}: it cannot be learned"))
+    return found
+
+
+def of_schedule(config: ConfigDict, size: int) -> list[Finding]:
+    """Learning rate, length, moving average and the methods' schedules; rules of thumb.
+
+    Args:
+      config: of the run.
+      size: training pictures.
+    """
+    found = []
+    rule = optim.BASE_RATE * config.batch_size / optim.BASE_BATCH
+    rate, steps = config.optimizer.lr or rule, config.steps
+    times = f"{rate:.2g}, {rate / rule:.2g} times what RTMDet's 0.004 for 256 pictures is for {config.batch_size}"
+    if config.optimizer.name == "adamw":
+        # Small batches bear more than the linear rule gives them.
+        if rate > max(4 * rule, 0.012):
+            found.append(
+                Finding(FAULT, "learning rate", f"{times}: too high, config.optimizer.lr=0.0 follows the rule")
+            )
+        elif rate < rule / 4:
+            found.append(Finding(FAULT, "learning rate", f"{times}: too low, config.optimizer.lr=0.0 follows the rule"))
+        else:
+            found.append(Finding(FINE, "learning rate", times))
+        path = float(jnp.sum(optim.learning_rate(config)(jnp.arange(steps))))
+        if path < 0.5 and not config.student.weights:
+            said = (
+                f"{steps} steps at this rate move a weight by at most {path:.2g}: too little to learn from random "
+                "numbers; train longer, or raise config.optimizer.lr"
+            )
+            found.append(Finding(FAULT, "length", said))
+    else:
+        found.append(Finding(LOOK, "learning rate", f"{rate:.2g} for plain sgd, for which there is no rule here"))
+    rounds = steps * config.batch_size / size
+    if rounds < 2:
+        said = f"{steps} steps of {config.batch_size} show each of the {size} pictures {rounds:.1f} times: train longer"
+        found.append(Finding(LOOK, "rounds", said))
+    old = _age(config)
+    if old > 0.5:
+        said = (
+            f"{old:.0%} of what is handed out would be weights of the first half of the run: lengthen config.ema.ramp "
+            f"(it is {config.ema.ramp}, the run has {steps} steps)"
+        )
+        found.append(Finding(FAULT, "moving average", said))
+    else:
+        found.append(Finding(FINE, "moving average", f"{old:.0%} of it is of the first half of the run"))
+    for name, method in {name: loop.api.build(name, **options) for name, options in config.methods.items()}.items():
+        active = float(np.mean(np.asarray(method.scale(np.arange(steps)))))
+        if active < 0.1:
+            said = f"its start, stop, warmup and decay give it {active:.0%} of its weight over the {steps} steps"
+            found.append(Finding(FAULT if active < 0.01 else LOOK, name, said))
+    return found
+
+
+def _age(config: ConfigDict) -> float:
+    """The share of the weights from before half of the run in the moving average at its end."""
+    rates = np.asarray(optim.ema_rate(config, np.arange(config.steps // 2, config.steps)))
+    return float(np.prod(1 - rates))
+
+
+# ------------------------------------------------------------------------------------------------ models with weights
+
+
+def of_weights(role: str, detector, variables, setup: loop.Setup, pictures: int) -> list[Finding]:
+    """A detector with weights, tried on the user's pictures: as it is, with its input changed, and without classes."""
+    dataset = setup.dataset
+    truth = data.ground_truth(dataset, "val", limit=pictures)
+    ids = list(dataset.category_ids)
+    here = jax.local_devices()[0]
+    variables = jax.tree.map(lambda leaf: jax.device_put(leaf.addressable_data(0), here), tuple(variables))
+
+    @jax.jit
+    def predict(variables, x, image_size):
+        return detector.decode(detector.apply(*variables, x, train=False)[0], image_size)
+
+    def detections(change: Callable) -> list[dict]:
+        found = []
+        batches = data.eval_batches(
+            dataset, "val", setup.config.data, batch_size=setup.config.eval.batch_size, limit=pictures
+        )
+        with contextlib.closing(batches):
+            for batch in batches:
+                images = jnp.asarray(batch["image"])
+                output = predict(variables, change(images, detector.preprocess(images)), batch["image_size"])
+                found += coco.to_coco(batch, jax.device_get(output), ids)
+        return found
+
+    own = detections(lambda images, own: own)
+    figures, loose = coco.coco_figures(truth, own), coco.coco_figures(truth, own, use_categories=False)
+    ap, ap50 = figures["AP"], figures["AP50"]
+    measured = f"AP {100 * ap:.1f}, AP50 {100 * ap50:.1f} on {len(truth['images'])} validation pictures"
+    if min(ap50, loose["AP50"]) < 0:
+        return [Finding(LOOK, role, f"the first {pictures} validation pictures hold no object to try it on")]
+    others = {way: coco.coco_figures(truth, detections(change))["AP50"] for way, change in MISTAKES.items()}
+    way = max(others, key=others.get)
+    wrong = _confusions(truth, own, dataset)
+    explained = others[way] > max(ap50 + 0.05, 1.1 * ap50)
+    confused = bool(wrong) and loose["AP50"] > ap50 + 0.05
+    if explained and not (confused and others[way] < 0.8 * loose["AP50"]):
+        said = f"{measured}, but AP50 {100 * others[way]:.1f} if {way}: mend the detector's `preprocess`"
+        return [Finding(FAULT, f"{role}'s input", said)]
+    if confused:
+        said = f"{measured}, but AP50 {100 * loose['AP50']:.1f} if classes are not told apart: the class map is wrong"
+        return [Finding(FAULT, f"{role}'s classes", f"{said} ({'; '.join(wrong)})")]
+    if ap50 < 0.1:
+        said = f"{measured}: it does not know these pictures; its weights are of other data, or not trained"
+        return [Finding(FAULT if role == "teacher" else LOOK, role, said)]
+    return [Finding(LOOK if ap50 < 0.3 else FINE, role, measured)]
+
+
+def _confusions(truth: dict, found: list[dict], dataset) -> list[str]:
+    """The classes whose detections mostly lie on objects of another; of each picture the best detections count."""
+    name = dict(zip(dataset.category_ids, dataset.classes, strict=True))
+    counts = {}
+    for image in truth["images"]:
+        objects = [a for a in truth["annotations"] if a["image_id"] == image["id"] and not a["iscrowd"]]
+        boxes = sorted((d for d in found if d["image_id"] == image["id"]), key=lambda d: -d["score"])[: len(objects)]
+        if not boxes:
+            continue
+        corners = [[(x, y, x + w, y + h) for x, y, w, h in (row["bbox"] for row in rows)] for rows in (boxes, objects)]
+        overlap = np.asarray(iou.pairwise(*(np.array(c, np.float32) for c in corners)))
+        for row, detection in enumerate(boxes):
+            if overlap[row].max() > 0.5:
+                of_class = counts.setdefault(detection["category_id"], {})
+                other = objects[int(overlap[row].argmax())]["category_id"]
+                of_class[other] = of_class.get(other, 0) + 1
+    most = {key: max(of_class, key=of_class.get) for key, of_class in counts.items() if sum(of_class.values()) >= 3}
+    return [f"what it calls {name[a]!r} is {name[b]!r}" for a, b in sorted(most.items()) if a != b]
+
+
+def of_sizes(setup: loop.Setup) -> list[Finding]:
+    """A teacher is larger than its student."""
+    counts = [size.parameters(detector.shapes[0]) for detector in (setup.teacher, setup.student)]
+    said = f"the teacher has {counts[0] / 1e6:.2f} million parameters, the student {counts[1] / 1e6:.2f}"
+    if counts[0] <= counts[1]:
+        return [Finding(LOOK, "sizes", f"{said}: have they changed places?")]
+    return [Finding(FINE, "sizes", said)]
+
+
+# ------------------------------------------------------------------------------------------------- losses and terms
+
+
+def strengths(setup: loop.Setup, batch: dict) -> tuple[dict, dict, float]:
+    """Every loss and term on one batch at step 0, unweighted, and how hard it pulls at the student's neck.
+
+    Returns:
+      (values, pulls, start): {name: value}, {name: norm of its gradient with respect to the neck's parameters}, and the
+      mean probability that the student gives to a class.
+    """
+    student, state = setup.student, setup.states["student"]
+
+    def total(neck, state, variables, batch, chosen):
+        params = state.params["student"] | {"neck": neck}
+        output, _ = student.apply(params, state.stats, student.preprocess(batch["image"]), train=True)
+        values, assignment = student.loss(output, targets_of(batch))
+        if setup.methods:
+            values |= compare(
+                student,
+                setup.teacher,
+                setup.methods,
+                state.params["adapters"],
+                variables,
+                output,
+                assignment,
+                batch,
+                0,
+                state.key,
+            )
+        start = jnp.mean(jax.nn.sigmoid(student.class_logits(output)))
+        return jnp.dot(chosen, jnp.stack([values[name] for name in sorted(values)])), (values, start)
+
+    arguments = (state.params["student"]["neck"], state, setup.variables, loop.place(setup.mesh, batch))
+    names = sorted(jax.eval_shape(total, *arguments, 0.0)[1][0])
+    gradient, pulls = jax.jit(jax.grad(total, has_aux=True)), {}
+    for name, chosen in zip(names, np.eye(len(names), dtype=np.float32), strict=True):
+        grads, (values, start) = gradient(*arguments, chosen)
+        pulls[name] = math.sqrt(sum(float(jnp.sum(jnp.square(g))) for g in jax.tree.leaves(grads)))
+    return {name: float(value) for name, value in values.items()}, pulls, float(start)
+
+
+def of_start(values: dict, start: float) -> list[Finding]:
+    """The student's head at the start: nearly all places are background."""
+    said = f"classes start at a mean probability of {start:.2g}, loss_cls at {values['loss_cls']:.3g}"
+    if start > PRIOR:
+        said += ": the head lacks its focal prior (a bias of -4.6), and the background drowns the first steps"
+        return [Finding(FAULT, "student's head", said)]
+    return [Finding(FINE, "student's head", said)]
+
+
+def of_terms(setup: loop.Setup, values: dict, pulls: dict) -> list[Finding]:
+    """Every term with its value and its share of the gradient at the student's neck; methods are judged as a whole.
+
+    Args:
+      setup: of the run; its methods count with their full weight.
+      values, pulls: of `strengths`.
+    """
+    weights = weights_of({name: m._replace(scale=lambda step: 1.0) for name, m in setup.methods.items()}, 0)
+    pulls = {name: float(weights.get(name, 1.0)) * pull for name, pull in pulls.items()}
+    everything = sum(pulls.values())
+    found = []
+    for name, pull in pulls.items():
+        if not (math.isfinite(values[name]) and math.isfinite(pull)):
+            found.append(
+                Finding(FAULT, name, f"its value is {values[name]}, its gradient {pull}: it cannot be trained")
+            )
+        else:
+            share = pull / everything if everything else 0.0
+            found.append(Finding(FINE, name, f"value {values[name]:.3g}, {share:.1%} of the gradient at the neck"))
+    for method in setup.methods:
+        share = sum(pull for name, pull in pulls.items() if name.startswith(f"{method}/")) / (everything or 1.0)
+        key = f"config.methods.{method}.weight"
+        if share < NOTHING:
+            said = f"{share:.1e} of the gradient at the neck: it does next to nothing; raise {key}, or look at its taps"
+            found.append(Finding(FAULT, method, said))
+        elif share > DROWNED:
+            said = f"{share:.1%} of the gradient at the neck: the detector's own losses are drowned; lower {key}"
+            found.append(Finding(FAULT, method, said))
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------- the program
+
+
+def of_program(setup: loop.Setup, batch: dict) -> list[Finding]:
+    """How many programs the run compiles, and the memory that its largest one needs on each device."""
+    step = setup.steps["student"].lower(setup.states["student"], setup.variables, loop.place(setup.mesh, batch))
+    analysis = step.compile().memory_analysis()
+    states = sum(leaf.nbytes for leaf in jax.tree.leaves((setup.states, setup.variables)))
+    need = (analysis.temp_size_in_bytes + analysis.output_size_in_bytes + states) / 2**30
+    have = available() / 2**30
+    said = f"a step needs about {need:.2f} GiB of the {have:.1f} GiB of a device"
+    if need > have:
+        found = Finding(FAULT, "memory", f"{said}: lower config.batch_size or config.data.image_size")
+    else:
+        found = Finding(LOOK if need > 0.8 * have else FINE, "memory", said)
+    programs = len(setup.steps) + len(set(map(id, setup.predict.values())))
+    return [found, Finding(FINE, "programs", f"{programs} for the whole run")]
+
+
+def available() -> int:
+    """Bytes of memory of the first device: an accelerator's own, or its share of what this machine has free."""
+    device = jax.local_devices()[0]
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    if limit:
+        return limit
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // jax.local_device_count()
+
+
+def _normalised(images):
+    return (images.astype(jnp.float32) - jnp.array([123.675, 116.28, 103.53])) / jnp.array([58.395, 57.12, 57.375])

@@ -1,0 +1,215 @@
+"""The doctor names every planted fault, and leaves sound set-ups alone."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from kdjax import data, detectors
+from kdjax.data.dataset import Split
+from kdjax.detectors import weights
+from kdjax.train import doctor, loop
+from tests.test_configs import load
+from tests.test_train import tiny_config
+
+ROOT = Path(__file__).resolve().parents[1]
+PICTURES = 16
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(loop, "make_mesh", lambda: Mesh(np.array(jax.devices()[:1]), ("data",)))
+        yield
+
+
+def faults(findings: list[doctor.Finding]) -> dict[str, str]:
+    return {finding.what: finding.said for finding in findings if finding.level == doctor.FAULT}
+
+
+# ---------------------------------------------------------------------------------------------- a detector with weights
+
+
+@pytest.fixture(scope="module")
+def shipped(tmp_path_factory):
+    """The quickstart's teacher with its data: (Setup without a student, detector, variables)."""
+    config = load(ROOT / "configs/quickstart.py")
+    config.data.update(dict(cache=str(tmp_path_factory.mktemp("doctor")), scenes_train=4, scenes_val=PICTURES))
+    dataset = data.open_dataset(config.data)
+    detector, params, stats, _ = weights.load(ROOT / config.teacher.weights)
+    empty = dict.fromkeys(loop.Setup._fields)
+    return loop.Setup(**empty | dict(config=config, dataset=dataset)), detector, (params, stats)
+
+
+def of_teacher(shipped, *, detector=None, variables=None):
+    setup, sound, trained = shipped
+    return doctor.of_weights("teacher", detector or sound, variables or trained, setup, PICTURES)
+
+
+def test_a_sound_teacher_is_fine(shipped):
+    [finding] = of_teacher(shipped)
+    assert finding.level == doctor.FINE and "AP50 " in finding.said
+
+
+@pytest.mark.parametrize(
+    "wrong,named",
+    [
+        (lambda own, images: own[..., ::-1], "red and blue channels are swapped"),
+        (lambda own, images: images[..., ::-1].astype(jnp.float32), "mean and deviation taken out, BGR"),
+    ],
+    ids=["swapped", "not normalised"],
+)
+def test_a_wrong_input_is_named(shipped, wrong, named):
+    sound = shipped[1]
+    detector = dataclasses.replace(sound, preprocess=lambda images: wrong(sound.preprocess(images), images))
+    found = faults(of_teacher(shipped, detector=detector))
+    assert named in found["teacher's input"]
+
+
+@pytest.mark.parametrize("order", [(1, 0, 2, 3, 4, 5), (1, 2, 3, 4, 5, 0)], ids=["two", "all"])
+def test_a_wrong_class_map_is_named(shipped, order):
+    setup, _, (params, stats) = shipped
+    names = setup.dataset.classes
+    head = jax.tree.map(lambda leaf: leaf[..., jnp.array(order)], params["bbox_head"]["rtm_cls"])
+    params = params | {"bbox_head": params["bbox_head"] | {"rtm_cls": head}}
+    said = faults(of_teacher(shipped, variables=(params, stats)))["teacher's classes"]
+    assert f"what it calls {names[0]!r} is {names[1]!r}" in said
+
+
+def test_a_teacher_of_other_data_is_named(shipped):
+    detector = detectors.build("rtmdet_nano", len(shipped[0].dataset.classes))
+    found = faults(of_teacher(shipped, detector=detector, variables=detector.init(jax.random.PRNGKey(0))))
+    assert "weights are of other data, or not trained" in found["teacher"]
+
+
+# ------------------------------------------------------------------------------------------------------- the schedule
+
+
+@pytest.mark.parametrize(
+    "recipe,size",
+    [
+        ("configs/quickstart.py", 200),
+        ("configs/supervised/scenes.py", 2000),
+        ("configs/distill/mkd_rtmdet.py", 118287),
+        ("configs/supervised/rtmdet.py", 118287),
+    ],
+)
+def test_the_schedules_of_the_recipes_are_sound(recipe, size):
+    assert not faults(doctor.of_schedule(load(ROOT / recipe), size))
+
+
+@pytest.mark.parametrize(
+    "changes,what,named",
+    [
+        ({"optimizer.lr": 0.08}, "learning rate", "too high"),
+        ({"optimizer.lr": 0.004, "batch_size": 4096}, "learning rate", "too low"),
+        ({"optimizer.lr": 0.0, "steps": 400}, "length", "too little to learn from random numbers"),
+        ({"ema.ramp": 10}, "moving average", "lengthen config.ema.ramp"),
+        ({"methods.mkd.stop": 10}, "mkd", "1% of its weight"),
+        ({"methods.mkd.start": 1599}, "mkd", "0% of its weight"),
+    ],
+    ids=str,
+)
+def test_a_wrong_schedule_is_named(changes, what, named):
+    config = load(ROOT / "configs/quickstart.py")
+    config.update_from_flattened_dict(changes)
+    assert named in faults(doctor.of_schedule(config, 200))[what]
+
+
+# ----------------------------------------------------------------------------------------------- terms, data, program
+
+
+@pytest.fixture(scope="module")
+def setup(tmp_path_factory):
+    """A tiny run with teacher, before its first step."""
+    folder = tmp_path_factory.mktemp("doctor_run")
+    plain = tiny_config(folder, teacher=None)
+    dataset = data.open_dataset(plain.data)
+    detector = detectors.build("rtmdet_pico", len(dataset.classes))
+    params, stats = detector.init(jax.random.PRNGKey(99))
+    weights.save(folder / "teacher", detector, params, stats, classes=list(dataset.classes), image_size=(64, 64))
+    made = loop.prepare(tiny_config(folder, teacher=folder / "teacher"), dataset)
+    return made, loop.first_batch_with_objects(made)
+
+
+@pytest.fixture(scope="module")
+def strengths(setup):
+    return doctor.strengths(*setup)
+
+
+def test_sound_terms_are_fine(setup, strengths):
+    values, pulls, start = strengths
+    assert not faults([*doctor.of_start(values, start), *doctor.of_terms(setup[0], values, pulls)])
+    found = {finding.what for finding in doctor.of_terms(setup[0], values, pulls)}
+    assert found == {"loss_cls", "loss_box", *(f"mkd/{t}" for t in ("feature", "multiscale", "frequency", "alignment"))}
+
+
+@pytest.mark.parametrize("factor,named", [(1000.0, "drowned"), (0.0001, "next to nothing")])
+def test_a_term_a_thousand_times_too_strong_or_too_weak_is_named(setup, strengths, factor, named):
+    mkd = setup[0].methods["mkd"]
+    mkd = mkd._replace(weights={name: factor * weight for name, weight in mkd.weights.items()})
+    assert named in faults(doctor.of_terms(setup[0]._replace(methods={"mkd": mkd}), *strengths[:2]))["mkd"]
+
+
+def test_a_term_that_is_not_finite_is_named(setup, strengths):
+    values, pulls, _ = strengths
+    found = faults(doctor.of_terms(setup[0], values | {"mkd/feature": np.nan}, pulls))
+    assert "cannot be trained" in found["mkd/feature"]
+
+
+def test_a_missing_focal_prior_is_named(setup):
+    made, batch = setup
+    state = made.states["student"]
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jnp.zeros_like(leaf) if "rtm_cls" in str(path) and leaf.ndim == 1 else leaf, state.params
+    )
+    values, _, start = doctor.strengths(made._replace(states={"student": state._replace(params=params)}), batch)
+    assert "lacks its focal prior" in faults(doctor.of_start(values, start))["student's head"]
+
+
+def test_a_student_larger_than_its_teacher_is_noticed(setup):
+    made, _ = setup
+    larger = made._replace(student=detectors.build("rtmdet_tiny", made.student.num_classes))
+    [finding] = doctor.of_sizes(larger)
+    assert finding.level == doctor.LOOK and "changed places" in finding.said
+
+
+def test_lost_and_tiny_objects_and_absent_classes_are_noticed(setup):
+    made, _ = setup
+    split = made.dataset.splits["train"]
+    truth = split.truth
+    gone = {**truth, "annotations": [dict(a, bbox=[1, 1, 3, 3]) for a in truth["annotations"] if a["category_id"] > 1]}
+    log = [dict(file="a", annotation=i, action="dropped", reason="r") for i in range(2 * len(truth["annotations"]))]
+
+    class Damaged(Split):
+        truth, log = gone, None
+
+    spoiled = Damaged(split.name, split.size, split.records, split.folder, split.role)
+    object.__setattr__(spoiled, "log", log)
+    dataset = dataclasses.replace(made.dataset, splits=made.dataset.splits | {"train": spoiled})
+    found = doctor.of_data(made._replace(dataset=dataset))
+    assert "--config.data.check=True lists them" in faults(found)["train data"]
+    said = {finding.what: finding.said for finding in found if finding.level == doctor.LOOK}
+    assert "100% of the objects are under 4 px" in said["small objects"]
+    assert f"no training picture holds {made.dataset.classes[0]}" in said["classes"]
+    assert not faults(doctor.of_data(made))
+
+
+def test_too_little_memory_is_named(setup, monkeypatch):
+    made, batch = setup
+    step = jax.jit(lambda state, variables, batch: (state, jnp.sum(jnp.outer(batch["boxes"], batch["boxes"]))))
+    made = made._replace(steps=made.steps | {"student": step})
+    assert not faults(doctor.of_program(made, batch))
+    monkeypatch.setattr(doctor, "available", lambda: 2**20)
+    assert "lower config.batch_size" in faults(doctor.of_program(made, batch))["memory"]
+
+
+def test_what_a_run_would_refuse_is_a_fault(setup):
+    made, _ = setup
+    config = made.config.copy_and_resolve_references()
+    config.batch_size = -1
+    assert "config.batch_size is -1" in faults(doctor.examine(config))["start"]
