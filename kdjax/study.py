@@ -359,12 +359,6 @@ def facts(environment: dict) -> dict:
     return {name: environment[name] for name in ("commit", "python", "jax", "flax", "devices")}
 
 
-def minutes_of(workdir: Path) -> float:
-    """Time spent in training steps, of all sittings."""
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return sum({row["step"]: row["seconds"] for row in rows if row["kind"] == "train"}.values()) / 60
-
-
 def mean_and_error(values: list[float]) -> tuple[float, float | None]:
     """The mean and its standard error; one value alone has none."""
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None

@@ -18,17 +18,6 @@ def of(name):
     return script(ROOT / "benchmarks" / f"{name}.py")
 
 
-def test_seeds():
-    seeds = of("seeds")
-    rows = [{"seed": 0, "gain AP": 0.01}, {"seed": 1, "gain AP": 0.03}]
-    assert seeds.summary(rows) == {"gain AP": (2.0, 1.0)}
-    assert seeds.table(rows).splitlines()[2:] == [
-        "| 0 | 1.00 |",
-        "| 1 | 3.00 |",
-        "| mean ± standard error | 2.00 ± 1.00 |",
-    ]
-
-
 def test_method_cost_summary_and_table():
     cost = of("method_cost")
     rows = [
