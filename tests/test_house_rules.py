@@ -26,6 +26,7 @@ ALLOWED = {
     "evals": {"structs", "nn", "boxes", "losses"},
     "train": {"structs", "nn", "boxes", "losses", "methods", "detectors", "data", "evals"},
     "study": {"methods", "detectors"},
+    "verbs": {"structs", "nn", "boxes", "losses", "detectors", "data", "evals", "train"},
 }
 
 

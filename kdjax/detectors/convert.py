@@ -18,6 +18,18 @@ _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "runni
 # RTMDet's towers: PyTorch stores a convolution that the levels share once for each level.
 _TOWER = re.compile(r"(bbox_head/(?:cls|reg)_convs)/0/(\d+/conv/kernel)")
 _CLASSIFIER = re.compile(r"bbox_head\.rtm_cls\.\d+\.(weight|bias)")
+# What mmyolo's RTMDet calls otherwise; its modules are the same.
+_MMYOLO_HEAD = "bbox_head.head_module."
+_MMYOLO = (
+    (_MMYOLO_HEAD, "bbox_head."),
+    ("neck.reduce_layers.2.", "neck.reduce_layers.0."),
+    ("neck.top_down_layers.0.0.", "neck.top_down_blocks.0."),
+    ("neck.top_down_layers.0.1.", "neck.reduce_layers.1."),
+    ("neck.top_down_layers.1.", "neck.top_down_blocks.1."),
+    ("neck.downsample_layers.", "neck.downsamples."),
+    ("neck.bottom_up_layers.", "neck.bottom_up_blocks."),
+    ("neck.out_layers.", "neck.out_convs."),
+)
 # What a state dict holds beside weights.
 _COUNTERS = "num_batches_tracked"
 
@@ -63,9 +75,9 @@ def from_torch(
 ) -> tuple[Tree, Tree]:
     """Fills a detector from a PyTorch state dict.
 
-    Understood are mmdetection's names, behind `module.` (parallel wrappers and averaged models) and mmrazor's
-    `architecture.`, `student.` and `teacher.`. Every key must be used and every array filled. If only the classes
-    differ, the classifiers start anew with the focal prior, and a warning says so.
+    Understood are mmdetection's names and mmyolo's of RTMDet, behind `module.` (parallel wrappers and averaged models)
+    and mmrazor's `architecture.`, `student.` and `teacher.`. Every key must be used and every array filled. If only the
+    classes differ, the classifiers start anew with the focal prior, and a warning says so.
 
     Args:
       detector: what to fill.
@@ -86,7 +98,7 @@ def from_torch(
 
     Peers: mmdetection 3.3.0, mmengine 0.10, mmrazor 1.0.
     """
-    state = {name: value for name, value in _plain(state, network).items() if not name.endswith(_COUNTERS)}
+    state = {name: value for name, value in plain(state, network).items() if not name.endswith(_COUNTERS)}
     wanted = {f"{side}/{path}": leaf for side, tree in zip(("params", "stats"), detector.shapes, strict=True)
               for path, leaf in flatten(tree).items()}  # fmt: skip
     filled, problems, classifiers = {}, [], {}
@@ -160,8 +172,36 @@ def _to_torch_layout(value: np.ndarray, path: str) -> np.ndarray:
     return value.transpose(3, 2, 0, 1) if path.endswith("/kernel") else value
 
 
-def _plain(state: dict[str, np.ndarray], network: str) -> dict[str, np.ndarray]:
-    """The state dict of one network, without the prefixes of what it was wrapped in."""
+def plain(state: dict[str, np.ndarray], network: str = "student") -> dict[str, np.ndarray]:
+    """The state dict of one network under mmdetection's names, without the prefixes of what it was wrapped in.
+
+    Args:
+      state: name -> array.
+      network: "student" or "teacher" of a distiller's state.
+
+    Returns:
+      name -> array.
+
+    Example:
+      >>> list(plain({"architecture.bbox_head.head_module.rtm_cls.0.bias": np.zeros(3)}))
+      ['bbox_head.rtm_cls.0.bias']
+    """
+    state = _unwrapped(state, network)
+    if not is_mmyolo(state):
+        return state
+
+    def renamed(name: str) -> str:
+        return next((new + name.removeprefix(old) for old, new in _MMYOLO if name.startswith(old)), name)
+
+    return {renamed(name): value for name, value in state.items()}
+
+
+def is_mmyolo(state: dict[str, np.ndarray]) -> bool:
+    """Whether the names are mmyolo's, whose RTMDet takes distances without an exponential in all sizes."""
+    return any(_MMYOLO_HEAD in name for name in state)
+
+
+def _unwrapped(state: dict[str, np.ndarray], network: str) -> dict[str, np.ndarray]:
     if network not in ("student", "teacher"):
         raise ValueError(f"A distiller's state holds the networks student and teacher, not {network!r}.")
     # An averaged model counts its updates.
@@ -187,7 +227,12 @@ def _plain(state: dict[str, np.ndarray], network: str) -> dict[str, np.ndarray]:
 
 
 def load_file(path: str | Path) -> dict[str, np.ndarray]:
-    """Reads a state dict from a file of arrays; code inside the file is never run.
+    """Reads a state dict from a file of arrays: the first that `load_checkpoint` returns."""
+    return load_checkpoint(path)[0]
+
+
+def load_checkpoint(path: str | Path) -> tuple[dict[str, np.ndarray], list[str] | None]:
+    """Reads a state dict, and the names of the classes if they are told; code inside the file is never run.
 
     Where a checkpoint of mmengine holds `state_dict` and `ema_state_dict`, the first is taken: mmengine swaps them when
     it saves, so that it is the first that holds the averaged weights.
@@ -196,7 +241,7 @@ def load_file(path: str | Path) -> dict[str, np.ndarray]:
       path: `.npz`, `.safetensors`, or `.pth` (needs the extra `kdjax[torch]`).
 
     Returns:
-      name -> array.
+      name -> array, and the classes that mmengine's or mmdetection 2's `meta` names in a `.pth`, else None.
 
     Raises:
       ValueError: if the file is missing, of another kind, or broken, or PyTorch is needed and missing.
@@ -209,15 +254,15 @@ def load_file(path: str | Path) -> dict[str, np.ndarray]:
     try:
         if path.suffix == ".npz":
             with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-                return _unwrap({name: arrays[name] for name in arrays.files})
+                return _unwrap({name: arrays[name] for name in arrays.files}), None
         if path.suffix == ".safetensors":
-            return _unwrap(load_safetensors(path))
+            return _unwrap(load_safetensors(path)), None
     except (OSError, ValueError, KeyError, EOFError, SafetensorError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"The weights in {path} cannot be read: {error}.") from error
-    return _unwrap(_load_pth(path))
+    return _load_pth(path)
 
 
-def _load_pth(path: Path) -> dict:
+def _load_pth(path: Path) -> tuple[dict, list[str] | None]:
     try:
         import torch
     except ImportError as error:
@@ -237,7 +282,10 @@ def _load_pth(path: Path) -> dict:
             return {name: arrays(value) for name, value in tree.items() if isinstance(value, dict | torch.Tensor)}
         return tree.float().numpy() if tree.is_floating_point() else tree.numpy()
 
-    return arrays(checkpoint)
+    meta = checkpoint.get("meta") if isinstance(checkpoint.get("meta"), dict) else {}
+    told = meta.get("dataset_meta") if isinstance(meta.get("dataset_meta"), dict) else meta
+    classes = told.get("classes") or told.get("CLASSES")
+    return _unwrap(arrays(checkpoint)), [str(name) for name in classes] if classes else None
 
 
 def _unwrap(checkpoint: dict) -> dict[str, np.ndarray]:

@@ -1,0 +1,85 @@
+"""The command line: `kdjax VERB …`, or `python -m kdjax VERB …`. What a verb does is in `kdjax/verbs/VERB.py`.
+
+Nothing heavy is imported before the arguments are read.
+"""
+
+import argparse
+import functools
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+DESCRIPTION = "What comes after training (python train.py) and before it: `kdjax VERB --help` tells more."
+MODEL = "a run's student/ folder or workdir, or a folder of import-weights"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one verb.
+
+    Args:
+      arguments: those of the command line; by default the process's own.
+
+    Returns:
+      Exit code: 0, 2 after a sentence on stderr about something that the user can mend, 130 after Ctrl-C.
+    """
+    chosen = vars(_parser().parse_args(arguments))
+    run = importlib.import_module(f"kdjax.verbs.{chosen.pop('verb').replace('-', '_')}").run
+    try:
+        return run(**chosen)
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError) as error:
+        if os.environ.get("KDJAX_TRACEBACK"):
+            raise
+        print(f"kdjax: {_sentence(error)}", file=sys.stderr)
+        return 2
+
+
+def _sentence(error: Exception) -> str:
+    """One line; of a long list only the beginning."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    first, *rest = (line.strip() for line in str(error).splitlines())
+    more = f"; and {len(rest) - 3} more" if len(rest) > 3 else ""
+    return " ".join([first, "; ".join(rest[:3])]).strip() + more
+
+
+def _fail(message: str, *, verb: str) -> NoReturn:
+    print(f"kdjax {verb}: {message}; `kdjax {verb} --help` shows what is right", file=sys.stderr)
+    sys.exit(2)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="kdjax", description=DESCRIPTION)
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+
+    def verb(name: str, what: str, example: str) -> argparse.ArgumentParser:
+        made = verbs.add_parser(
+            name,
+            help=what,
+            description=what,
+            epilog=f"example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        made.error = functools.partial(_fail, verb=name)  # one sentence instead of the usage
+        return made
+
+    one = verb(
+        "import-weights",
+        "Turn a checkpoint of mmdetection, mmyolo (RTMDet) or mmrazor into a folder that every verb and train.py read.",
+        "kdjax import-weights rtmdet_tiny.pth --detector=rtmdet_tiny --out=rtmdet_tiny",
+    )
+    one.add_argument("file", metavar="FILE", help=".pth (needs kdjax[torch]), .safetensors or .npz")
+    one.add_argument("--detector", required=True, metavar="NAME", help="rtmdet_tiny, rtmdet_s, …")
+    one.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
+    one.add_argument(
+        "--classes", metavar="FILE", help="COCO json or text with a name a line; needed if the checkpoint tells none"
+    )
+    one.add_argument("--image-size", default="640,640", metavar="H,W", help="of the canvas, in pixels (640,640)")
+    one.add_argument(
+        "--network", choices=("student", "teacher"), default="student", help="which one of mmrazor's distiller"
+    )
+    return parser

@@ -1,0 +1,79 @@
+"""`kdjax import-weights`: a PyTorch checkpoint to a kdjax folder."""
+
+from pathlib import Path
+
+from kdjax import detectors
+from kdjax.data import coco
+from kdjax.detectors import convert, weights
+from kdjax.evals import size
+
+
+def run(*, file: str, detector: str, out: str, classes: str | None, image_size: str, network: str) -> int:
+    """Converts a checkpoint.
+
+    Args:
+      file: `.pth`, `.safetensors` or `.npz` with the names of mmdetection, mmyolo (RTMDet) or mmrazor.
+      detector: a name that `kdjax.detectors.build` knows.
+      out: the folder to write.
+      classes: file with the names of the classes: COCO json, or text with one a line; None: the checkpoint's own.
+      image_size: "H,W" of the canvas in pixels.
+      network: "student" or "teacher" of a distiller.
+
+    Returns:
+      Exit code 0.
+
+    Raises:
+      ValueError: one sentence on what does not fit.
+    """
+    height_width = _size(image_size)
+    divisor = detectors.build(detector, 1).size_divisor
+    if any(side < 1 or side % divisor for side in height_width):
+        raise ValueError(f"--image-size={image_size} must be two multiples of {divisor}, as in 640,640.")
+    given = read_classes(classes) if classes else None
+    state, told = convert.load_checkpoint(file)
+    names = given or told
+    plain = convert.plain(state, network)
+    biases = [value for name, value in plain.items() if name.endswith("rtm_cls.0.bias")]
+    if not biases:
+        raise ValueError(f"{file} has no classifier of RTMDet (rtm_cls.0.bias) for its {network}.")
+    count = len(biases[0])
+    if names is None:
+        raise ValueError(
+            f"{file} does not name its {count} classes: give --classes=FILE, a name a line or COCO's json."
+        )
+    if len(names) != count:
+        raise ValueError(f"{file} has {count} classes, but {classes or 'its meta'} names {len(names)}.")
+    built = detectors.build(detector, count, **options_of(detector, state))
+    params, stats = convert.from_torch(built, plain, keep_classifiers=True)
+    extra = {"source": Path(file).name}
+    weights.save(out, built, params, stats, classes=names, image_size=height_width, extra=extra)
+    print(f"{out}: {detector} with {size.parameters(params):,} parameters, {count} classes: {', '.join(names)}")
+    return 0
+
+
+def options_of(detector: str, state: dict) -> dict:
+    """Options of the detector that the checkpoint is of, where they are not the size's own.
+
+    Example:
+      >>> options_of("rtmdet_m", {"bbox_head.head_module.rtm_cls.0.bias": 0})
+      {'exp_on_reg': False}
+    """
+    # mmyolo's head has no exponential; where the size has none anyway, nothing is to be said.
+    return {"exp_on_reg": False} if convert.is_mmyolo(state) and detector[-2:] in ("_m", "_l", "_x") else {}
+
+
+def read_classes(path: str) -> list[str]:
+    """Names of classes from a COCO json (by ascending category id) or from a text with one a line."""
+    if not Path(path).is_file():
+        raise ValueError(f"--classes={path}: there is no such file.")
+    if Path(path).suffix == ".json":
+        return [entry["name"] for entry in sorted(coco.read(Path(path))["categories"], key=lambda entry: entry["id"])]
+    return [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+
+
+def _size(text: str) -> tuple[int, int]:
+    try:
+        height, width = (int(side) for side in text.split(","))
+    except ValueError:
+        raise ValueError(f"--image-size={text} must be height and width in pixels, as in 640,640.") from None
+    return height, width

@@ -1,0 +1,144 @@
+"""A detector that is ready to predict, as the verbs share it."""
+
+import functools
+import itertools
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from kdjax import detectors
+from kdjax.data import transforms
+from kdjax.detectors import weights
+from kdjax.evals import coco
+
+BATCH = 8  # pictures that are computed together, at most
+
+
+class Model(NamedTuple):
+    """A detector with its weights."""
+
+    folder: Path
+    detector: detectors.Detector
+    variables: tuple  # (params, stats)
+    classes: tuple[str, ...]
+    category_ids: tuple[int, ...]  # of the results, by label: those of the data it was trained on, else 1 .. K
+    image_size: tuple[int, int]  # height and width of the canvas in pixels
+
+
+def load(path: str) -> Model:
+    """Reads `--model`.
+
+    Args:
+      path: a folder of weights (a run's `student/`, or of import-weights), or the workdir of a finished run, whose
+        `student/` is taken.
+
+    Returns:
+      The model.
+
+    Raises:
+      ValueError: there is no such model, or it is broken; one sentence.
+    """
+    folder = Path(path).expanduser()
+    if not folder.exists():
+        raise ValueError(f"--model={path}: there is no such folder.")
+    if folder.is_file() and folder.name != weights.WEIGHTS:
+        raise ValueError(f"--model={path} is a file: `kdjax import-weights` makes a folder of a checkpoint.")
+    folder = folder.parent if folder.is_file() else folder
+    if not (folder / weights.WEIGHTS).exists() and (folder / "student").is_dir():
+        folder = folder / "student"
+    detector, params, stats, classes = weights.load(folder)
+    config = json.loads((folder / weights.CONFIG).read_text())
+    ids = config.get("extra", {}).get("category_ids") or range(1, len(classes) + 1)
+    return Model(folder, detector, (params, stats), tuple(classes), tuple(ids), tuple(config["image_size"]))
+
+
+def check_out(path: str) -> Path:
+    """Makes the folder `--out`, before anything is computed.
+
+    Raises:
+      ValueError: it cannot be made.
+    """
+    folder = Path(path).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out={path} cannot be made ({error.strerror}): choose another folder.") from None
+    return folder
+
+
+def write_json(path: Path, value) -> None:
+    """Atomic: a reader sees the old file or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value) + "\n")
+    temporary.replace(path)
+
+
+def on_canvas(image: np.ndarray, canvas: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """A picture as a detector gets it in every evaluation.
+
+    Args:
+      image: u8[h, w, 3], RGB.
+      canvas: height and width in pixels.
+
+    Returns:
+      The canvas u8[H, W, 3], the picture fitted to its top left, and the picture's size on it, i32[2].
+    """
+    size = transforms.fitted(image.shape[:2], canvas)[1]
+    sample = transforms.Sample(image, np.zeros((0, 4), np.float32), np.zeros(0, np.int32))
+    return transforms.pad(transforms.resize(sample, size), canvas).image, np.array(size, np.int32)
+
+
+def detect(model: Model, images: Iterable[tuple[int, np.ndarray]], *, batch: int = BATCH) -> Iterator[list[dict]]:
+    """Detects the objects of pictures, some at a time in one program.
+
+    Args:
+      model: from `load`.
+      images: (image id, u8[h, w, 3] RGB) of each; read as they are needed.
+      batch: pictures that are computed together; the last ones are filled up.
+
+    Returns:
+      For each picture COCO results in pixels of the picture, best score first, as `evals.coco.to_coco` makes them.
+    """
+    for chunk in _batched(images, batch):
+        spare = batch - len(chunk)
+        canvases, sizes = zip(*(on_canvas(image, model.image_size) for _, image in chunk), strict=True)
+        rows = {
+            "image_id": np.array([image_id for image_id, _ in chunk]),
+            "image_size": np.stack(sizes),
+            "original_size": np.array([image.shape[:2] for _, image in chunk]),
+            "real": np.ones(len(chunk), bool),
+        }
+        inputs = (
+            np.concatenate([np.stack(arrays), np.repeat(arrays[-1][None], spare, 0)]) for arrays in (canvases, sizes)
+        )
+        found = jax.device_get(program(model.detector)(model.variables, *inputs))
+        every: dict[int, list] = {image_id: [] for image_id, _ in chunk}
+        for row in coco.to_coco(rows, found, model.category_ids):
+            every[row["image_id"]].append(row)
+        yield from every.values()
+
+
+def _batched(items: Iterable, count: int) -> Iterator[tuple]:
+    iterator = iter(items)
+    while chunk := tuple(itertools.islice(iterator, count)):
+        yield chunk
+
+
+def program(detector: detectors.Detector):
+    """The jitted (variables, images u8[B, H, W, 3], image_size i32[B, 2]) -> Detections; one for equal detectors."""
+    return _program(detector.name, detector.num_classes, json.dumps(detector.options, sort_keys=True))
+
+
+@functools.cache
+def _program(name: str, num_classes: int, options: str):
+    detector = detectors.build(name, num_classes, **json.loads(options))
+
+    def predict(variables, images, image_size):
+        output, _ = detector.apply(*variables, detector.preprocess(images), train=False)
+        return detector.decode(output, image_size)
+
+    return jax.jit(predict)
