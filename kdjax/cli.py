@@ -46,13 +46,14 @@ def _sentence(error: Exception) -> str:
     return " ".join([first, "; ".join(rest[:3])]).strip() + more
 
 
-def _fail(message: str, *, verb: str) -> NoReturn:
-    print(f"kdjax {verb}: {message}; `kdjax {verb} --help` shows what is right", file=sys.stderr)
+def _fail(message: str, *, command: str) -> NoReturn:
+    print(f"{command}: {message}; `{command} --help` shows what is right", file=sys.stderr)
     sys.exit(2)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="kdjax", description=DESCRIPTION)
+    parser.error = functools.partial(_fail, command="kdjax")  # one sentence instead of the usage
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
 
     def verb(name: str, what: str, example: str) -> argparse.ArgumentParser:
@@ -64,8 +65,34 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        made.error = functools.partial(_fail, verb=name)  # one sentence instead of the usage
+        made.error = functools.partial(_fail, command=f"kdjax {name}")
         return made
+
+    one = verb(
+        "predict",
+        "Detect objects in pictures, folders and videos: drawn boxes, and COCO's json.",
+        "kdjax predict photos/ clip.mp4 --model=assets/quickstart_teacher --out=predicted",
+    )
+    one.add_argument("paths", nargs="+", metavar="PATH", help="pictures, videos, folders of them")
+    one.add_argument("--model", required=True, metavar="DIR", help=MODEL)
+    one.add_argument("--out", required=True, metavar="DIR", help="gets detections.json, images.json and drawn/")
+    one.add_argument("--threshold", type=float, default=0.3, metavar="S", help="smallest score that is drawn (0.3)")
+
+    one = verb(
+        "evaluate",
+        "Measure a model on data with boxes, or two models against each other: tables, json and a page.",
+        "kdjax evaluate --model=assets/quickstart_teacher --data=scenes --limit=40 --out=evaluated",
+    )
+    one.add_argument("--model", required=True, metavar="DIR", help=MODEL)
+    one.add_argument("--against", metavar="DIR", help="another model, to compare with")
+    one.add_argument(
+        "--data", required=True, metavar="DIR", help="a folder in COCO layout, or scenes (the quickstart's)"
+    )
+    one.add_argument("--split", default="val", help="of the folder (val): annotations/instances_SPLIT.json")
+    one.add_argument("--annotations", default="", metavar="FILE", help="the json, if it lies elsewhere in DIR")
+    one.add_argument("--images", default="", metavar="DIR", help="the pictures, if they lie elsewhere in DIR")
+    one.add_argument("--limit", type=int, default=0, metavar="N", help="only the first N pictures")
+    one.add_argument("--out", metavar="DIR", help="gets evaluation.json, detections.json and report.html")
 
     one = verb(
         "import-weights",

@@ -1,19 +1,31 @@
 """The command line: what each verb writes, and that mistakes get one sentence before any compute."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import cv2
 import jax
 import numpy as np
 import pytest
+from jax.sharding import Mesh
+from PIL import Image
 from safetensors.numpy import save_file
 
-from kdjax import cli
+from kdjax import cli, data
+from kdjax.data import records, scenes
 from kdjax.detectors import build, convert, weights
-from kdjax.detectors.api import flatten
-from kdjax.verbs import import_weights
+from kdjax.detectors.api import flatten, unflatten
+from kdjax.evals import coco
+from kdjax.train import config as settings
+from kdjax.train import loop
+from kdjax.verbs import import_weights, model, predict
+from tests.data_tools import coco_json, write_folder
+from tests.test_report import Page
 
 CLASSES = ["disc", "wedge", "star", "cross", "striped", "checked"]
 
@@ -29,12 +41,20 @@ def refused(capsys, *arguments: str) -> str:
     return told
 
 
+def refused_at_the_end(capsys, *arguments: str) -> str:
+    """As `refused`, of a command that has shown a bar before."""
+    assert cli.main(arguments) == 2
+    lines = capsys.readouterr().err.replace("\r", "\n").strip().splitlines()
+    assert sum("kdjax:" in line for line in lines) == 1, lines
+    return lines[-1]
+
+
 def test_help_is_instant_and_names_every_verb():
     begun = time.perf_counter()
     done = subprocess.run([sys.executable, "-X", "importtime", "-m", "kdjax", "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and time.perf_counter() - begun < 5
     assert not {"jax", "numpy", "matplotlib"} & {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
-    for verb in ("import-weights",):
+    for verb in ("predict", "evaluate", "import-weights"):
         assert verb in done.stdout
 
 
@@ -123,3 +143,227 @@ def test_pth_tells_its_classes(tmp_path, state):
     for key, meta in (("new", {"dataset_meta": {"classes": tuple(CLASSES)}}), ("old", {"CLASSES": CLASSES})):
         torch.save({"meta": meta, "state_dict": arrays}, tmp_path / f"{key}.pth")
         assert convert.load_checkpoint(tmp_path / f"{key}.pth")[1] == CLASSES
+
+
+def lively(params, seed: int):
+    """Kernels through which signals pass: of the detector's own draws all scores are 0.01."""
+    rng = np.random.default_rng(seed)
+    flat = flatten(params)
+    for path, value in flat.items():
+        if path.endswith("kernel"):
+            gain = 0.3 if "rtm_reg" in path else 3.0
+            flat[path] = rng.normal(0, (gain / np.prod(value.shape[:-1])) ** 0.5, value.shape).astype(np.float32)
+    return unflatten(flat)
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """A folder with a model of the scenes, random weights, 64x64, and a COCO folder of six scenes."""
+    root = tmp_path_factory.mktemp("cli")
+    detector = build("rtmdet_pico", 6)
+    for name, seed in (("model", 0), ("other", 1)):
+        params, stats = detector.init(jax.random.key(seed))
+        weights.save(root / name, detector, lively(params, seed), stats, classes=CLASSES, image_size=(64, 64))
+    sizes, annotations, images = {}, [], {}
+    for i, (picture, encoded) in enumerate(scenes.stream("val", 6)):
+        sizes[picture.file_name] = (128, 128)
+        images[picture.file_name] = records.decode(encoded)
+        annotations += [(i, 5 * row["category_id"], row["bbox"], {}) for row in picture.annotations]
+    categories = [(5 * (i + 1), name) for i, name in enumerate(CLASSES)]
+    write_folder(root / "data", {"val": coco_json(sizes, annotations, categories)}, images)
+    return root
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def test_predict_finds_what_evaluate_measures(made, tmp_path, capsys):
+    folder = made / "data"
+    assert cli.main(["predict", str(folder / "images"), f"--model={made / 'model'}", f"--out={tmp_path / 'p'}"]) == 0
+    command = ["evaluate", f"--model={made / 'model'}", f"--data={folder}", f"--out={tmp_path / 'e'}"]
+    assert cli.main([*command, f"--against={made / 'other'}"]) == 0
+    told = capsys.readouterr().out
+    images = {entry["id"]: Path(entry["file_name"]).name for entry in read(tmp_path / "p" / "images.json")["images"]}
+    truth = read(folder / "annotations" / "instances_val.json")
+    names = {entry["file_name"]: entry["id"] for entry in truth["images"]}
+
+    def rows(path, image_id, factor):
+        return np.array(
+            [[image_id(r["image_id"]), factor * r["category_id"], *r["bbox"], r["score"]] for r in read(path)]
+        )
+
+    mine = rows(tmp_path / "p" / "detections.json", lambda i: names[images[i]], 5)
+    theirs = rows(tmp_path / "e" / "detections.json", lambda i: i, 1)
+    assert len(mine) > 100 and len(set(theirs[:, -1])) > 100
+    np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-4)
+    for name in names:
+        assert cv2.imread(str(tmp_path / "p" / "drawn" / "val" / name.replace(".png", ".jpg"))).shape == (128, 128, 3)
+
+    written = read(tmp_path / "e" / "evaluation.json")
+    detections = read(tmp_path / "e" / "detections.json")
+    assert written["model"]["figures"] == coco.coco_figures(truth, detections) != written["other"]["figures"]
+    assert written["model"]["params"] == 550_882
+    for entry in written["model"]["classes"].values():
+        if entry["objects"]:
+            assert np.mean(entry["precision"]) == pytest.approx(entry["AP50"])
+    objects = [entry["objects"] for entry in written["model"]["classes"].values()]
+    assert [sum(row) for row in written["model"]["confusion"]][:-1] == objects and sum(objects) == len(
+        truth["annotations"]
+    )
+    for word in ("AP75", "difference", "best score", "background", "checked"):
+        assert word in told
+    page = Page((tmp_path / "e" / "report.html").read_text())
+    assert len(page.all("img")) == 6 * 3 and len(page.all("svg")) == sum(n > 0 for n in objects)
+    for figure in coco.FIGURES:
+        assert any(row and row[0].startswith(figure) for row in page.rows)
+    again = rows(tmp_path / "e" / "detections_against.json", lambda i: i, 1)
+    assert again.shape != theirs.shape or (again != theirs).any()
+    assert not re.search(r"""(src|href)=["']?https?:""", (tmp_path / "e" / "report.html").read_text())
+
+
+def test_predict_names_what_cannot_be_read_and_goes_on(made, tmp_path, capsys):
+    good = records.decode((made / "data" / "images" / "val" / "val_00000.png").read_bytes())
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    Image.fromarray(good).save(folder / "a.jpg")
+    Image.fromarray(good).save(folder / "a.png")
+    cv2.imwrite(str(folder / "deep.png"), good[:, :, ::-1].astype(np.uint16) * 257)
+    Image.fromarray(good).convert("L").save(folder / "grey.png")
+    Image.fromarray(good).convert("CMYK").save(folder / "cmyk.jpg")
+    turned = Image.Exif()
+    turned[274] = 6
+    Image.fromarray(good).save(folder / "turned.jpg", exif=turned)
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "text.jpg").write_text("no picture\n" * 20)
+    (folder / "cut.jpg").write_bytes((folder / "a.jpg").read_bytes()[:1500])
+    (folder / "notes.txt").write_text("left out")
+    video = cv2.VideoWriter(str(folder / "clip.avi"), cv2.VideoWriter_fourcc(*"MJPG"), 5, (64, 48))
+    for _ in range(3):
+        video.write(good[:48, :64])
+    video.release()
+    (folder / "broken.mp4").write_bytes(b"no video")
+    assert cli.main(["predict", str(folder), f"--model={made / 'model'}", f"--out={folder / 'out'}"]) == 2
+    told = [
+        line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line.strip().startswith("kdjax:")
+    ]
+    assert len(told) == 5
+    for file, why in (
+        ("empty.png", "it is empty"),
+        ("text.jpg", "cannot be read as a picture"),
+        ("cut.jpg", "truncated"),
+        ("broken.mp4", "cannot be read as a video"),
+        ("turned.jpg", "EXIF orientation 6"),
+    ):
+        assert any(file in line and why in line for line in told), (file, told)
+    images = read(folder / "out" / "images.json")
+    assert [Path(entry["file_name"]).name for entry in images["images"]] == [
+        "a.jpg", "a.png", "clip.avi#0", "clip.avi#1", "clip.avi#2", "cmyk.jpg", "deep.png", "grey.png", "turned.jpg",
+    ]  # fmt: skip
+    assert [entry["name"] for entry in images["categories"]] == CLASSES
+    found = {}
+    for row in read(folder / "out" / "detections.json"):
+        found.setdefault(row["image_id"], []).append(row["score"])
+    assert found[2][:5] == pytest.approx(found[7][:5], rel=1e-3)  # 16 bits hold the same picture as 8
+    drawn = folder / "out" / "drawn"
+    assert sorted(path.name for path in drawn.iterdir()) == [
+        "a.jpg", "a_.jpg", "clip.mp4", "cmyk.jpg", "deep.jpg", "grey.jpg", "turned.jpg",
+    ]  # fmt: skip
+    assert int(cv2.VideoCapture(str(drawn / "clip.mp4")).get(cv2.CAP_PROP_FRAME_COUNT)) == 3
+    # A second time, what the first wrote is not read.
+    assert len(predict.find([str(folder)], folder / "out")) == 11
+
+
+def test_mistakes_get_one_sentence_before_any_compute(made, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(model, "program", lambda detector: pytest.fail("computed"))
+    one, out = f"--model={made / 'model'}", f"--out={tmp_path / 'o'}"
+    given = f"--data={made / 'data'}"
+    picture = str(made / "data" / "images" / "val" / "val_00000.png")
+    (tmp_path / "void").mkdir()
+    (tmp_path / "x.gif").write_bytes(b"")
+    (tmp_path / "model.pth").write_bytes(b"")
+    for arguments, why in (
+        (("predict", "nowhere.png", one, out), "no file or folder nowhere.png"),
+        (("predict", str(tmp_path / "void"), one, out), "holds no pictures"),
+        (("predict", str(tmp_path / "x.gif"), one, out), "neither a picture nor a video"),
+        (("predict", picture, "--model=nowhere", out), "there is no such folder"),
+        (("predict", picture, f"--model={tmp_path / 'model.pth'}", out), "import-weights"),
+        (("predict", picture, f"--model={tmp_path / 'void'}", out), "holds no config.json"),
+        (("predict", picture, one, out, "--threshold=3"), "a score in 0 .. 1"),
+        (("predict", picture, one, f"--out={picture}"), "cannot be made"),
+        (("predict", picture, one), "required: --out"),
+        (("evaluate", one, "--data=nowhere"), "no such folder"),
+        (("evaluate", one, given, "--split=test"), "split 'test' has no instances json"),
+        (("evaluate", one, given, "--limit=-1"), "number of pictures"),
+        (("evaluate", one, given, "--against=nowhere"), "there is no such folder"),
+        (("evaluate", one, given, "--treshold=1"), "unrecognized arguments: --treshold=1"),
+        (("evaluation", one), "invalid choice: 'evaluation'"),
+    ):
+        assert why in refused(capsys, *arguments), arguments
+
+
+def test_evaluate_refuses_other_classes_and_broken_pictures(made, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(model, "program", lambda detector: pytest.fail("computed"))
+    one = f"--model={made / 'model'}"
+    shutil.copytree(made / "data", tmp_path / "data")
+    file = tmp_path / "data" / "annotations" / "instances_val.json"
+    truth = read(file)
+    renamed = [entry | {"name": entry["name"].replace("star", "planet")} for entry in truth["categories"]]
+    file.write_text(json.dumps(truth | {"categories": renamed}))
+    assert "the data has 'planet'" in refused_at_the_end(capsys, "evaluate", one, f"--data={tmp_path / 'data'}")
+    file.write_text(json.dumps(truth | {"annotations": []}))
+    assert "hold no object" in refused_at_the_end(capsys, "evaluate", one, f"--data={tmp_path / 'data'}")
+    file.write_text(json.dumps(truth))
+    (tmp_path / "data" / "images" / "val" / "val_00003.png").write_text("broken")
+    assert "val_00003.png cannot be read" in refused_at_the_end(capsys, "evaluate", one, f"--data={tmp_path / 'data'}")
+
+
+def test_classes_are_matched_by_name(made, tmp_path):
+    """The same data with categories in another order gives the same figures."""
+    shutil.copytree(made / "data", tmp_path / "data")
+    file = tmp_path / "data" / "annotations" / "instances_val.json"
+    truth = read(file)
+    file.write_text(json.dumps(truth | {
+        "categories": [entry | {"id": 100 - entry["id"]} for entry in truth["categories"]],
+        "annotations": [row | {"category_id": 100 - row["category_id"]} for row in truth["annotations"]],
+    }))  # fmt: skip
+    figures = []
+    for folder in (made / "data", tmp_path / "data"):
+        out = tmp_path / folder.parent.name
+        assert cli.main(["evaluate", f"--model={made / 'model'}", f"--data={folder}", f"--out={out}"]) == 0
+        written = read(out / "evaluation.json")["model"]
+        figures.append({name: entry["AP50"] for name, entry in written["classes"].items()} | written["figures"])
+    assert figures[0] == pytest.approx(figures[1])
+
+
+@pytest.fixture(scope="session")
+def finished(made, tmp_path_factory):
+    """(workdir, results) of the end of a run, without its training: the start weights are handed out."""
+    folder = tmp_path_factory.mktemp("run")
+    config = settings.base()
+    config.student.update(dict(detector="rtmdet_pico", weights=str(made / "model")))
+    config.optimizer.warmup = 1
+    config.data.update(dict(cache=str(folder / "cache"), scenes_train=8, scenes_val=10, image_size=(64, 64)))
+    config.eval.batch_size = 8
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(loop, "make_mesh", lambda: Mesh(np.array(jax.devices()[:1]), ("data",)))
+        setup = loop.prepare(config, data.open_dataset(config.data))
+        (folder / "work").mkdir()
+        with loop.Log(folder / "work", 0) as log:
+            log.write(0, "train", {"student/total": 1.0, "seconds": 1.0})
+            return folder / "work", loop.finish(setup, folder / "work", log)
+
+
+@pytest.mark.parametrize("what", ["student", "."])
+def test_evaluate_gives_the_figures_of_the_run(finished, tmp_path, what):
+    workdir, results = finished
+    command = ["evaluate", f"--model={workdir / what}", "--data=scenes", "--limit=10", f"--out={tmp_path}"]
+    assert cli.main(command) == 0
+    got = read(tmp_path / "evaluation.json")["model"]
+    assert got["figures"] == pytest.approx({name: results["student"][name] for name in coco.FIGURES}, abs=1e-6)
+    assert {name: got[name] for name in ("params", "flops")} == {
+        name: results["student"][name] for name in ("params", "flops")
+    }
+    mine, theirs = (read(path) for path in (tmp_path / "detections.json", workdir / "detections" / "student.json"))
+    np.testing.assert_allclose(*([[*row["bbox"], row["score"]] for row in rows] for rows in (mine, theirs)), atol=1e-4)
+    assert read(workdir / "student" / "config.json")["extra"]["category_ids"] == [1, 2, 3, 4, 5, 6]

@@ -18,7 +18,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 HIT, FALSE, MISSED = 1, 2, 3
 OUTCOME_COLORS = {HIT: (46, 204, 113), FALSE: (255, 71, 71), MISSED: (255, 205, 40)}
-MODELS = ("teacher", "twin", "student")
+MODELS = ("teacher", "twin", "student")  # of a run
+EVALUATED = ("other", "model")  # of an evaluation
 
 _MARKS = {HIT: "✓ ", FALSE: "✗ ", MISSED: ""}
 _INK = (20, 22, 26)
@@ -107,10 +108,9 @@ def match(
     hit, found = np.zeros(len(boxes), bool), np.zeros(len(truth_boxes), bool)
     if not hit.size or not found.size:
         return hit, found
-    iou = _iou(boxes, truth_boxes)
-    iou[labels[:, None] != truth_labels[None, :]] = -1.0
+    overlap = np.where(labels[:, None] == truth_labels[None, :], iou(boxes, truth_boxes), -1.0)
     for i in np.argsort(-scores, kind="stable"):
-        free = np.where(found, -1.0, iou[i])
+        free = np.where(found, -1.0, overlap[i])
         best = int(np.argmax(free))
         if free[best] >= iou_threshold:
             hit[i] = found[best] = True
@@ -208,7 +208,7 @@ def panels(
 
     Args:
       example: `image` u8[h, w, 3] RGB; `truth` {boxes f32[n, 4] in pixels of the image, labels i32[n]}; for each of
-        `teacher`, `twin`, `student` {boxes, labels, scores f32[m]} or None. Detections come as they are: those under
+        `MODELS` and `EVALUATED` {boxes, labels, scores f32[m]} or None. Detections come as they are: those under
         `threshold` are left out here.
       classes: K names.
       threshold: smallest score of a detection that is drawn and counted.
@@ -229,7 +229,7 @@ def panels(
     truth_labels = np.asarray(example["truth"]["labels"], np.int64).reshape(-1)
     drawn = draw(image, truth_boxes, truth_labels, None, classes, width=width)
     result = [Panel("truth", drawn, len(truth_boxes), 0, 0)]
-    for name in MODELS:
+    for name in MODELS + EVALUATED:
         detections = example.get(name)
         if detections is None:
             continue
@@ -412,8 +412,11 @@ def _checked(image: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(image)
 
 
-def _iou(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """f64[m, n]; empty boxes have the IoU 0. In NumPy, because to draw pictures must not start an accelerator."""
+def iou(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """IoU f64[m, n] of boxes f64[m, 4] with others f64[n, 4], `x1 y1 x2 y2`; of empty boxes it is 0.
+
+    In NumPy, because to draw pictures must not start an accelerator.
+    """
     top, bottom = (
         np.maximum(boxes[:, None, :2], others[None, :, :2]),
         np.minimum(boxes[:, None, 2:], others[None, :, 2:]),

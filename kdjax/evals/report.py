@@ -23,6 +23,7 @@ from PIL import Image
 from kdjax.evals import pictures
 
 MODELS = pictures.MODELS
+PAIRS = (("student", "twin"), pictures.EVALUATED[::-1])  # of which the difference is told, the first minus the second
 FIGURES = {
     "AP": "mean over IoU .50 to .95",
     "AP50": "IoU .50",
@@ -165,25 +166,25 @@ def figures_table(results: Mapping[str, Mapping[str, float]]) -> str:
     """
     if not results:
         return ""
-    gains = "twin" in results and "student" in results
+    pair = _pair(results)
     head = "".join(f'<th scope="col"><i class="dot {name}"></i>{name}</th>' for name in results)
     lines = []
     for key, meaning in FIGURES.items():
         values = {name: figures.get(key) for name, figures in results.items()}
         cells = "".join(f"<td>{_points(value)}</td>" for value in values.values())
-        gain = _gain(values) if gains else ""
+        gain = _gain(values, pair) if pair else ""
         lines.append(f'<tr><th scope="row">{key} <small>{meaning}</small></th>{cells}{gain}</tr>')
     for key, label, meaning in (
         ("params", "Parameters", "trainable"),
         ("flops", "FLOPs", "multiply-adds for one picture"),
     ):
         cells = "".join(f"<td>{_human(figures.get(key))}</td>" for figures in results.values())
-        blank = "<td></td>" if gains else ""
+        blank = "<td></td>" if pair else ""
         lines.append(f'<tr><th scope="row">{label} <small>{meaning}</small></th>{cells}{blank}</tr>')
-    head += '<th scope="col">gain</th>' if gains else ""
+    head += f'<th scope="col">{_word(pair)}</th>' if pair else ""
     text = "COCO’s figures in points, 0 to 100. “–” is undefined: there is no object of that kind. "
     text += _saving(results)
-    if gains:
+    if pair == PAIRS[0]:
         text += (
             " The gain is student minus twin. It comes from one run: how far such a difference varies by chance, only "
             "runs with several seeds can tell."
@@ -211,7 +212,7 @@ def bars(rows: Mapping[str, Mapping[str, float]], *, heading: str) -> str:
       True
     """
     models = list(next(iter(rows.values()), {}))
-    gains = "twin" in models and "student" in models
+    pair = _pair(models)
     wide = len(rows) <= MAX_BARS
     lines = []
     for name, values in rows.items():
@@ -224,13 +225,13 @@ def bars(rows: Mapping[str, Mapping[str, float]], *, heading: str) -> str:
             cells = f'<td class="bars">{group}</td>'
         else:
             cells = "".join(f"<td>{_points(values[model])}</td>" for model in models)
-        gain = _gain(values) if gains else ""
+        gain = _gain(values, pair) if pair else ""
         lines.append(f'<tr><th scope="row">{escape(str(name))}</th>{cells}{gain}</tr>')
     if wide:
         head = f'<th scope="col">AP of {", ".join(models)}</th>'
     else:
         head = "".join(f'<th scope="col"><i class="dot {model}"></i>{model}</th>' for model in models)
-    head += '<th scope="col">gain</th>' if gains else ""
+    head += f'<th scope="col">{_word(pair)}</th>' if pair else ""
     long = "" if wide else ' long" tabindex="0" role="region" aria-label="AP by ' + escape(heading)
     return (
         f'<div class="scroll{long}"><table class="{"wide" if wide else ""}"><thead><tr>'
@@ -246,6 +247,7 @@ def line_chart(
     log: bool | None = None,
     note: str = "",
     unit: str = "",
+    across: str = "step",
 ) -> str:
     """A chart of values over steps.
 
@@ -253,12 +255,13 @@ def line_chart(
     largest. Values that are not finite are left out, marked by crosses at the foot and counted.
 
     Args:
-      lines: name -> (steps f64[n], values f64[n]), steps ascending; `teacher`, `twin` and `student` have their colours.
+      lines: name -> (steps f64[n], values f64[n]), steps ascending; models (`pictures`) have their colours.
       title: what is drawn.
       level: name and value of a horizontal line.
       log: whether the scale is logarithmic; None makes it so where all values are positive and span two decades.
       note: a sentence under the title.
       unit: words after the title that say what the numbers are.
+      across: what a step is.
 
     Returns:
       html with an inline SVG; "" if there is no value at all.
@@ -277,7 +280,8 @@ def line_chart(
     if log is None:
         log = bool(len(values)) and values.min() > 0 and values.max() >= 100 * values.min()
     told = [
-        f"{name} from {_short(line[1][0])} at step {line[0][0]:.0f} to {_short(line[1][-1])} at step {line[0][-1]:.0f}"
+        f"{name} from {_short(line[1][0])} at {across} {line[0][0]:.0f} "
+        f"to {_short(line[1][-1])} at {across} {line[0][-1]:.0f}"
         for name, line in good.items()
     ]
     if level is not None:
@@ -296,13 +300,14 @@ def line_chart(
     )
 
 
-def picture_rows(examples: Sequence[dict], classes: Sequence[str], *, threshold: float = 0.3) -> str:
+def picture_rows(examples: Sequence[dict], classes: Sequence[str], *, threshold: float = 0.3, note: str = "") -> str:
     """Pictures with ground truth and detections side by side, with a legend and their counts.
 
     Args:
       examples: as `pictures.panels` takes them; an optional `name` says which picture it is.
       classes: K names.
       threshold: smallest score of a detection that is drawn and counted.
+      note: which detections these are; by default a sentence with the threshold.
 
     Returns:
       html; "" without examples.
@@ -353,7 +358,7 @@ def picture_rows(examples: Sequence[dict], classes: Sequence[str], *, threshold:
     )
     return (
         f"{legend if len(total) > 1 else ''}{key}{''.join(html)}"
-        f'<p class="small">Detections with a score of at least {threshold:g}.{counts}</p>'
+        f'<p class="small">{escape(note) or f"Detections with a score of at least {threshold:g}."}{counts}</p>'
     )
 
 
@@ -562,7 +567,9 @@ def _facts(notes: Sequence[str], config_text: str) -> str:
 # Colours that stand for a name: the page's style gives each its colour in light and dark.
 _COLORS = {"ink": "#010101", "muted": "#020202", "grid": "#030303", "bad": "#040404"}
 _COLORS |= {"teacher": "#0a0a01", "twin": "#0a0a02", "student": "#0a0a03", "run": "#0a0a04"}
+_COLORS |= {"other": "#0a0a05", "model": "#0a0a06"}
 _STROKES = {"teacher": ("--", 1.4), "twin": ("-", 1.1), "student": ("-", 1.6)}
+_STROKES |= {"other": _STROKES["twin"], "model": _STROKES["student"]}
 
 
 def _draw_lines(lines: Mapping[str, Series], *, log: bool, level, bad: np.ndarray, salt: str) -> str:
@@ -684,8 +691,16 @@ def _signed(gain: float | None) -> str:
     return {"good": "+", "bad": "−", "": ""}[_sign(gain)] + f"{abs(100 * gain):.1f}"
 
 
-def _gain(values: Mapping[str, float | None]) -> str:
-    gain = _difference(values.get("student"), values.get("twin"))
+def _pair(models: Sequence[str] | Mapping) -> tuple[str, str] | None:
+    return next((pair for pair in PAIRS if set(pair) <= set(models)), None)
+
+
+def _word(pair: tuple[str, str]) -> str:
+    return "gain" if pair == PAIRS[0] else "difference"
+
+
+def _gain(values: Mapping[str, float | None], pair: tuple[str, str]) -> str:
+    gain = _difference(values.get(pair[0]), values.get(pair[1]))
     return f'<td class="{_sign(gain)}">{_signed(gain)}</td>'
 
 
@@ -717,6 +732,7 @@ _STYLE = """
 --teacher:#7a3fc4;--twin:#b36200;--student:#0068b8;--run:#4a5260;--good:#12794a;--bad:#c22f2f}
 @media (prefers-color-scheme:dark){:root{--paper:#14161a;--card:#1e2127;--ink:#e8eaee;--muted:#a0a8b5;--grid:#363b45;
 --teacher:#bb94f7;--twin:#f0a43a;--student:#5ab6f7;--run:#b4bcc8;--good:#55d491;--bad:#ff8080}}
+:root{--other:var(--twin);--model:var(--student)}
 *{box-sizing:border-box}
 html{-webkit-text-size-adjust:100%}
 body{margin:0 auto;padding:1.5rem clamp(1rem,3vw,2.5rem) 4rem;max-width:1320px;background:var(--paper);
@@ -757,13 +773,14 @@ table.wide th:nth-child(2){text-align:left}
 .bar>i{flex:none;height:.62rem;min-width:1px;border-radius:0 2px 2px 0}
 .bar>b{margin-left:.4rem;font-size:.75rem;font-weight:normal;color:var(--muted)}
 .bars{padding-right:3rem}
-i.teacher{background:var(--teacher)}i.twin{background:var(--twin)}i.student{background:var(--student)}
+i.teacher{background:var(--teacher)}i.twin,i.other{background:var(--twin)}
+i.student,i.model{background:var(--student)}
 i.truth{display:none}
 .facts th,.facts td{text-align:left;vertical-align:top;overflow-wrap:anywhere}
 .dot{display:inline-block;width:.7rem;height:.7rem;margin-right:.4rem;border-radius:2px}
 .stroke{display:inline-block;width:1.6rem;height:3px;margin-right:.4rem;vertical-align:middle}
 .stroke.teacher{background:repeating-linear-gradient(90deg,var(--teacher) 0 6px,transparent 6px 9px)}
-.stroke.twin{height:2px}
+.stroke.twin,.stroke.other{height:2px}
 .legend{display:flex;flex-wrap:wrap;gap:.2rem 1.2rem;margin:.3rem 0 .6rem;padding:0;list-style:none;font-size:.85rem}
 .box{display:inline-block;width:2rem;height:1.4rem;margin-right:.4rem;border-radius:3px;outline:2px solid;
 outline-offset:-4px;text-align:center;font-style:normal;font-size:.75rem;line-height:1.4rem;vertical-align:middle;

@@ -691,6 +691,7 @@ def finish(setup: Setup, workdir: Path, log: Log) -> dict:
     if jax.process_index():
         return results
     about = {"data": config.data.source, "steps": config.steps, "seed": config.seed, "methods": sorted(setup.methods)}
+    about["category_ids"] = list(dataset.category_ids)
     for role in setup.states:
         params, stats = jax.device_get(variables[role])
         extra = about | {"figures": evaluations[role].figures} | ({"methods": []} if role == "twin" else {})

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from kdjax import detectors
-from kdjax.data import transforms
+from kdjax.data import cache, transforms
 from kdjax.detectors import weights
 from kdjax.evals import coco
 
@@ -42,6 +42,9 @@ def load(path: str) -> Model:
     Raises:
       ValueError: there is no such model, or it is broken; one sentence.
     """
+    if not jax.config.jax_compilation_cache_dir:  # a second command starts in seconds
+        jax.config.update("jax_compilation_cache_dir", str(cache.root().parent / "jax"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     folder = Path(path).expanduser()
     if not folder.exists():
         raise ValueError(f"--model={path}: there is no such folder.")
@@ -92,40 +95,34 @@ def on_canvas(image: np.ndarray, canvas: tuple[int, int]) -> tuple[np.ndarray, n
     return transforms.pad(transforms.resize(sample, size), canvas).image, np.array(size, np.int32)
 
 
-def detect(model: Model, images: Iterable[tuple[int, np.ndarray]], *, batch: int = BATCH) -> Iterator[list[dict]]:
+def detect(
+    model: Model, images: Iterable[tuple[int, np.ndarray]], *, batch: int = BATCH
+) -> Iterator[tuple[tuple[int, np.ndarray], list[dict]]]:
     """Detects the objects of pictures, some at a time in one program.
 
     Args:
       model: from `load`.
       images: (image id, u8[h, w, 3] RGB) of each; read as they are needed.
-      batch: pictures that are computed together; the last ones are filled up.
+      batch: pictures that are computed together; the last batch is filled up.
 
     Returns:
-      For each picture COCO results in pixels of the picture, best score first, as `evals.coco.to_coco` makes them.
+      Each of `images` with its COCO results in pixels of the picture, best score first (`evals.coco.to_coco`).
     """
-    for chunk in _batched(images, batch):
-        spare = batch - len(chunk)
-        canvases, sizes = zip(*(on_canvas(image, model.image_size) for _, image in chunk), strict=True)
+    images = iter(images)
+    while chunk := list(itertools.islice(images, batch)):
+        placed = [on_canvas(image, model.image_size) for _, image in chunk]
+        placed += placed[-1:] * (batch - len(chunk))
+        canvases, sizes = (np.stack(arrays) for arrays in zip(*placed, strict=True))
         rows = {
             "image_id": np.array([image_id for image_id, _ in chunk]),
-            "image_size": np.stack(sizes),
+            "image_size": sizes[: len(chunk)],
             "original_size": np.array([image.shape[:2] for _, image in chunk]),
             "real": np.ones(len(chunk), bool),
         }
-        inputs = (
-            np.concatenate([np.stack(arrays), np.repeat(arrays[-1][None], spare, 0)]) for arrays in (canvases, sizes)
-        )
-        found = jax.device_get(program(model.detector)(model.variables, *inputs))
-        every: dict[int, list] = {image_id: [] for image_id, _ in chunk}
-        for row in coco.to_coco(rows, found, model.category_ids):
-            every[row["image_id"]].append(row)
-        yield from every.values()
-
-
-def _batched(items: Iterable, count: int) -> Iterator[tuple]:
-    iterator = iter(items)
-    while chunk := tuple(itertools.islice(iterator, count)):
-        yield chunk
+        found = jax.device_get(program(model.detector)(model.variables, canvases, sizes))
+        results = coco.to_coco(rows, found, model.category_ids)
+        for image_id, image in chunk:
+            yield (image_id, image), [row for row in results if row["image_id"] == image_id]
 
 
 def program(detector: detectors.Detector):

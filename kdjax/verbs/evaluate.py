@@ -1,0 +1,380 @@
+"""`kdjax evaluate`: what a model finds and what it gets wrong, and the difference of two models."""
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from kdjax.data import coco as folders
+from kdjax.data import records, scenes
+from kdjax.evals import coco, errors, pictures, report, size
+from kdjax.verbs import model as models
+
+SCENES = 400  # pictures of the embedded validation split, as in a run
+EXAMPLES = 8  # pictures on the page
+
+
+class Data(NamedTuple):
+    """Pictures with boxes."""
+
+    name: str
+    truth: dict  # COCO instances
+    stream: Callable[[], Iterator[tuple[int, np.ndarray]]]  # (image id, u8[h, w, 3] RGB), in order
+
+
+def run(
+    *,
+    model: str,
+    against: str | None,
+    data: str,
+    split: str,
+    annotations: str,
+    images: str,
+    limit: int,
+    out: str | None,
+) -> int:
+    """Evaluates a model and prints tables; with `out`, writes them as json and as a page, and the detections.
+
+    Args:
+      model: see `kdjax.verbs.model.load`.
+      against: another one, or None.
+      data, split, annotations, images: see `open_data`.
+      limit: only the first pictures; 0 takes all.
+      out: a folder for evaluation.json, report.html, detections.json (COCO results) and, of the other model,
+        detections_against.json; or None.
+
+    Returns:
+      Exit code 0.
+
+    Raises:
+      ValueError, FileNotFoundError: before any compute: no such model or data, a broken picture, another class map.
+    """
+    if limit < 0:
+        raise ValueError(f"--limit={limit} must be a number of pictures, or 0 for all.")
+    loaded = {"model": models.load(model)} | ({"other": models.load(against)} if against else {})
+    folder = models.check_out(out) if out else None
+    given = open_data(data, split, annotations, images, limit)
+    loaded = {name: fitted(one, given) for name, one in loaded.items()}
+    found, results = {}, {}
+    for name, one in loaded.items():
+        pairs = models.detect(one, given.stream())
+        bar = tqdm(pairs, total=len(given.truth["images"]), desc=f"evaluate {one.folder}", unit="picture")
+        found[name] = [row for _, rows in bar for row in rows]
+        results[name] = analyse(given.truth, found[name]) | {
+            "path": str(one.folder),
+            "params": size.parameters(one.variables[0]),
+            "flops": size.flops(one.detector, one.image_size),
+        }
+    print(table(results))
+    if folder:
+        models.write_json(folder / "evaluation.json", {"data": given.name, "split": split} | results)
+        for name, rows in found.items():
+            models.write_json(folder / f"detections{'' if name == 'model' else '_against'}.json", rows)
+        kept = {name: errors.keep(given.truth, rows, thresholds(results[name])) for name, rows in found.items()}
+        (folder / "report.html").write_text(page(results, given, kept), encoding="utf-8", errors="replace")
+        print(f"\n{folder / 'report.html'}")
+    return 0
+
+
+def open_data(data: str, split: str, annotations: str, images: str, limit: int) -> Data:
+    """Finds, reads and checks pictures and boxes; every picture is decoded once.
+
+    Args:
+      data: "scenes", or a folder in COCO layout.
+      split, annotations, images: as `config.data.val_split`, `val_annotations`, `val_images` of a run.
+      limit: only the first pictures; 0 takes all.
+
+    Raises:
+      ValueError, FileNotFoundError: one sentence on what is wrong.
+    """
+    if data == "scenes":
+        pairs = functools.partial(scenes.stream, "val", min(limit, SCENES) if limit else SCENES)
+        categories, count, log = dict(enumerate(scenes.CLASSES, start=1)), limit or SCENES, []
+    else:
+        if not Path(data).expanduser().is_dir():
+            raise ValueError(f"--data={data}: there is no such folder (a folder in COCO layout, or the word scenes).")
+        json_path, folder = folders.find(data, split, annotations=annotations, images=images)
+        listed, categories, log = folders.check(folders.read(json_path), json_path.name)
+        listed = listed[: limit or None]
+        pairs, count = functools.partial(folders.stream, listed, folder, json_path.name, log), len(listed)
+    seen = [picture for picture, _ in tqdm(pairs(), total=count, desc=f"read {data}", unit="picture")]
+    truth = {
+        "images": [{"id": p.id, "file_name": p.file_name, "width": p.width, "height": p.height} for p in seen],
+        "annotations": [row for p in seen for row in p.annotations],
+        "categories": [{"id": k, "name": categories[k]} for k in sorted(categories)],
+    }
+    if all(row["iscrowd"] for row in truth["annotations"]):
+        raise ValueError(f"--data={data}: its {len(seen)} pictures hold no object, so nothing can be measured.")
+    if dropped := sum(entry["action"] == "dropped" for entry in log):
+        print(f"{dropped} boxes of {data} are left out, as in training: {log[0]['reason']}, …")
+    return Data(data, truth, lambda: ((picture.id, records.decode(encoded)) for picture, encoded in pairs()))
+
+
+def fitted(model: models.Model, data: Data) -> models.Model:
+    """The model with the category ids of the data.
+
+    Raises:
+      ValueError: the class maps differ.
+    """
+    ids = {entry["name"]: entry["id"] for entry in data.truth["categories"]}
+    if set(ids) != set(model.classes):
+        unknown = [name for name in ids if name not in model.classes]
+        missing = [name for name in model.classes if name not in ids]
+        what = f"the data has {unknown[0]!r}" if unknown else f"the data lacks {missing[0]!r}"
+        raise ValueError(
+            f"the class map of {model.folder} ({', '.join(model.classes)}) is not that of {data.name} "
+            f"({', '.join(ids)}): {what}."
+        )
+    return model._replace(category_ids=tuple(ids[name] for name in model.classes))
+
+
+def analyse(truth: Mapping, detections: Sequence[Mapping]) -> dict:
+    """All that is told of one model, ready for json.
+
+    Args:
+      truth: COCO instances.
+      detections: COCO results.
+
+    Returns:
+      figures: COCO's 12; classes: {name: AP, AP50, objects, threshold (see `errors.best_thresholds`), precision f[101]
+      at IoU .5 and the recalls 0, 0.01 .. 1, or None without objects}; errors: {kind: {AP50: loss, count: at the best
+      thresholds}}; confusion: at the best thresholds, rows and columns in the order of the classes, then background.
+    """
+    curves = coco.curves(truth, detections)
+    seen = errors.outcomes(truth, detections)
+    best = errors.best_thresholds(seen)
+    kept = errors.keep(truth, detections, best)
+    ap, ap50 = coco.class_figures(curves), coco.class_figures(curves, threshold=0.5)
+    objects = np.bincount(seen.object_labels, minlength=seen.num_classes)
+    classes = {}
+    for k, name in enumerate(ap):
+        line = curves.precision[0, :, k, 0, -1].tolist() if objects[k] else None
+        classes[name] = {"AP": ap[name], "AP50": ap50[name], "objects": int(objects[k]), "threshold": best[k]}
+        classes[name]["precision"] = line
+    losses, counts = errors.losses(seen), errors.counts(errors.outcomes(truth, kept))
+    return {
+        "figures": coco.figures(curves),
+        "classes": classes,
+        "errors": {kind: {"AP50": losses[kind], "count": counts[kind]} for kind in errors.KINDS},
+        "confusion": errors.confusion(truth, kept).tolist(),
+    }
+
+
+def thresholds(result: Mapping) -> list[dict | None]:
+    """The best thresholds of the classes, as `errors.keep` takes them."""
+    return [entry["threshold"] for entry in result["classes"].values()]
+
+
+# ------------------------------------------------------------------------------------------------------------ tables
+
+
+def table(results: Mapping[str, Mapping]) -> str:
+    """The figures as text for a terminal, in points of 100."""
+    two = len(results) > 1
+    head = ["AP in points of 100", *(Path(one["path"]).as_posix() for one in results.values())]
+    rows = [head + ["difference"] * two]
+    for name in coco.FIGURES:
+        rows.append([name, *_beside([one["figures"][name] for one in results.values()])])
+    for name in ("params", "flops"):
+        rows.append([name, *(f"{one[name]:,}" for one in results.values())] + [""] * two)
+    text = [_aligned(rows)]
+    for one in results.values():
+        rows = [["class", "objects", "AP", "AP50", "best score", "precision", "recall"]]
+        for label, entry in one["classes"].items():
+            best = entry["threshold"] or {}
+            at = f"{best['score']:.2f}" if best else "–"
+            figures = [_points(entry["AP"]), _points(entry["AP50"]), at]
+            figures += [_points(best.get(key)) for key in ("precision", "recall")]
+            rows.append([label, str(entry["objects"]), *figures])
+        text.append((f"{one['path']}\n" if two else "") + _aligned(rows))
+    rows = [["kind of error"] + [word for _ in results for word in ("costs AP50", "times")]]
+    for kind in errors.KINDS:
+        costs = [(_points(one["errors"][kind]["AP50"]), str(one["errors"][kind]["count"])) for one in results.values()]
+        rows.append([kind, *itertools.chain(*costs)])
+    return "\n\n".join([*text, _aligned(rows)])
+
+
+def _points(value: float | None) -> str:
+    return "–" if value is None or value < 0 else f"{100 * value:.1f}"
+
+
+def _beside(values: list[float]) -> list[str]:
+    """The values, and of two the difference."""
+    both = len(values) > 1 and min(values) >= 0
+    difference = [f"{100 * (values[0] - values[1]):+.1f}" if both else "–"] if len(values) > 1 else []
+    return [_points(value) for value in values] + difference
+
+
+def _aligned(rows: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------- page
+
+
+def page(results: Mapping[str, Mapping], data: Data, kept: Mapping[str, Sequence[Mapping]]) -> str:
+    """The evaluation as one html file that holds everything.
+
+    Args:
+      results: "model", and perhaps "other", from `analyse`.
+      data: what was evaluated on.
+      kept: the detections of each that count at the best thresholds of its classes.
+
+    Returns:
+      html.
+    """
+    names = list(next(iter(results.values()))["classes"])
+    figures = {name: one["figures"] | {k: one[k] for k in ("params", "flops")} for name, one in results.items()}
+    order = ("other", "model") if "other" in results else ("model",)
+    figures = {name: figures[name] for name in order}
+    by_class = {k: {name: results[name]["classes"][k]["AP"] for name in order} for k in names}
+    title = f"{results['model']['path']} on {data.name}"
+    lead = f"AP {_points(results['model']['figures']['AP'])}"
+    if "other" in results:
+        lead += f"; the other, {results['other']['path']}, has {_points(results['other']['figures']['AP'])}"
+        title += f", against {results['other']['path']}"
+    label = {k: i for i, k in enumerate(sorted(entry["id"] for entry in data.truth["categories"]))}
+    examples = [_example(data, kept, image_id, image, label) for image_id, image in _chosen(data, kept)]
+    what = "the two models differ most" if "other" in results else "there are most false and missed"
+    note = f"Pictures where {what}; detections from the best score of their class on."
+    sections = [
+        ("Figures", report.figures_table(figures)),
+        ("AP by class", report.bars(by_class, heading="class")),
+        ("Thresholds", "".join(_threshold_table(results, name) for name in results)),
+        ("Precision and recall", _curves(results, names)),
+        ("Kinds of error", _error_table(results)),
+        ("Confusion", "".join(_confusion_table(results, name, names) for name in results)),
+        ("Pictures", report.picture_rows(examples, names, threshold=0.0, note=note)),
+    ]
+    return report.page(title, f'<p class="verdict">{escape(lead)}.</p>', sections)
+
+
+def _html_table(rows: Sequence[Sequence[str]], *, caption: str = "") -> str:
+    head, *body = [[escape(cell) for cell in row] for row in rows]
+    text = "<thead><tr>" + "".join(f'<th scope="col">{cell}</th>' for cell in head) + "</tr></thead><tbody>"
+    for first, *rest in body:
+        text += f'<tr><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in rest)}</tr>'
+    heading = f"<h3>{escape(caption)}</h3>" if caption else ""
+    return f'{heading}<div class="scroll"><table>{text}</tbody></table></div>'
+
+
+def _threshold_table(results: Mapping[str, Mapping], name: str) -> str:
+    rows = [["class", "objects", "best score", "precision", "recall", "F1"]]
+    for label, entry in results[name]["classes"].items():
+        best = entry["threshold"] or {}
+        score = f"{best['score']:.3f}" if best else "–"
+        parts = [_points(best.get(key)) for key in ("precision", "recall", "F1")]
+        rows.append([label, str(entry["objects"]), score, *parts])
+    about = "The score from which on precision and recall are best together (largest F1), at an IoU of .5."
+    return _html_table(rows, caption=name if len(results) > 1 else "") + f'<p class="small">{about}</p>'
+
+
+def _curves(results: Mapping[str, Mapping], names: list[str]) -> str:
+    """Precision over recall; of many classes those with most objects."""
+    of = results["model"]["classes"]
+    shown = sorted((k for k in names if of[k]["objects"]), key=lambda k: -of[k]["objects"])[: report.MAX_BARS]
+    recall = np.arange(101.0)
+    charts = []
+    for k in shown:
+        lines = {name: (recall, 100 * np.array(one["classes"][k]["precision"])) for name, one in results.items()}
+        lines = dict(reversed(lines.items()))  # the model on top
+        charts.append(report.line_chart(lines, title=k, unit="precision over recall, %", log=False, across="recall"))
+    return f'<p class="small">At an IoU of .5.</p><div class="charts">{"".join(charts)}</div>'
+
+
+def _error_table(results: Mapping[str, Mapping]) -> str:
+    meanings = {
+        "class": "IoU of at least .5 with an object of another class",
+        "place": "IoU of .1 to .5 with an object of its class",
+        "class and place": "IoU of .1 to .5 with an object of another class",
+        "double": "an object that a better detection has found",
+        "background": "no object there",
+        "missed": "an object that nothing is about",
+    }
+    rows = [["kind", "what it is", *(word for name in results for word in (f"{name} costs", f"{name} times"))]]
+    for kind, meaning in meanings.items():
+        entries = [one["errors"][kind] for one in results.values()]
+        rows.append([kind, meaning, *itertools.chain(*((_points(e["AP50"]), str(e["count"])) for e in entries))])
+    about = (
+        "Costs: points of AP50 that would be won if all errors of the kind were mended, over all detections (TIDE, "
+        "Bolya et al. 2020). Times: how often, among detections from the best score of their class on."
+    )
+    return _html_table(rows) + f'<p class="small">{about}</p>'
+
+
+def _confusion_table(results: Mapping[str, Mapping], name: str, names: list[str]) -> str:
+    matrix = results[name]["confusion"]
+    columns = [*names, "missed"]
+    keep = range(len(names))
+    if len(names) > report.MAX_BARS:  # of many classes those that are confused with others
+        wrong = [sum(row) - row[i] for i, row in enumerate(matrix[:-1])]
+        keep = sorted(sorted(keep, key=lambda i: -wrong[i])[: report.MAX_BARS])
+    at = [*keep, len(names)]
+    rows = [["object is … found as", *(columns[j] for j in at)]]
+    for i in at:
+        row = names[i] if i < len(names) else "no object"
+        rows.append([row, *("" if i == j == len(names) else str(matrix[i][j]) for j in at)])
+    return _html_table(rows, caption=name if len(results) > 1 else "")
+
+
+def _chosen(data: Data, kept: Mapping[str, Sequence[Mapping]]) -> list[tuple[int, np.ndarray]]:
+    """Pictures that teach most: where the models differ, or where one goes wrong."""
+    marks = {name: _marks(data, rows) for name, rows in kept.items()}
+    if len(marks) > 1:
+        mine, other = marks["model"], marks["other"]
+        weight = {i: (mine[i][0] != other[i][0]).sum() + abs(mine[i][1] - other[i][1]) for i in mine}
+    else:
+        weight = {i: (~found).sum() + false for i, (found, false) in marks["model"].items()}
+    best = sorted(weight, key=lambda i: -weight[i])[:EXAMPLES]
+    images = {image_id: image for image_id, image in data.stream() if image_id in best}
+    return [(image_id, images[image_id]) for image_id in best]
+
+
+def _marks(data: Data, rows: Sequence[Mapping]) -> dict[int, tuple[np.ndarray, int]]:
+    """For each picture: which objects were found, and the number of false detections."""
+    truth, found = _by_picture(data, data.truth["annotations"]), _by_picture(data, rows)
+    marks = {}
+    for image_id, objects in truth.items():
+        objects = [row for row in objects if not row["iscrowd"]]
+        scores = np.array([row["score"] for row in found[image_id]])
+        hit, seen = pictures.match(*_boxes(objects), *_boxes(found[image_id]), scores)
+        marks[image_id] = seen, int((~hit).sum())
+    return marks
+
+
+def _by_picture(data: Data, rows: Sequence[Mapping]) -> dict[int, list]:
+    groups: dict[int, list] = {image["id"]: [] for image in data.truth["images"]}
+    for row in rows:
+        groups[row["image_id"]].append(row)
+    return groups
+
+
+def _boxes(rows: Sequence[Mapping]) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes f64[n, 4] x1 y1 x2 y2 and category ids of COCO's rows."""
+    boxes = np.array([row["bbox"] for row in rows], np.float64).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    return boxes, np.array([row["category_id"] for row in rows], np.int64)
+
+
+def _example(data: Data, kept: Mapping[str, Sequence], image_id: int, image: np.ndarray, label: Mapping) -> dict:
+    """A picture as `evals.pictures.panels` takes it."""
+
+    def of(rows: Sequence[Mapping]) -> dict:
+        rows = [row for row in rows if row["image_id"] == image_id and not row.get("iscrowd")]
+        boxes, ids = _boxes(rows)
+        labels = np.array([label[k] for k in ids.tolist()], np.int64)
+        return {"boxes": boxes, "labels": labels, "scores": np.array([row.get("score", 1.0) for row in rows])}
+
+    name = next(entry["file_name"] for entry in data.truth["images"] if entry["id"] == image_id)
+    return {"image": image, "name": name, "truth": of(data.truth["annotations"])} | {k: of(v) for k, v in kept.items()}
