@@ -95,6 +95,40 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--out", metavar="DIR", help="gets evaluation.json, detections.json and report.html")
 
     one = verb(
+        "latency",
+        "Measure models: parameters, FLOPs, size of the file, and time for one picture in XLA and onnxruntime.",
+        "kdjax latency --model=assets/quickstart_teacher --threads=1",
+    )
+    one.add_argument(
+        "--model",
+        required=True,
+        action="append",
+        dest="models",
+        metavar="DIR",
+        help=f"{MODEL}, or an .onnx file; again for more",
+    )
+    one.add_argument("--threads", type=int, metavar="N", help="cores to compute on (all that the process may use)")
+    one.add_argument("--runs", type=int, default=100, metavar="N", help="timed runs, after 20 that are not timed (100)")
+    one.add_argument("--out", metavar="FILE", help="also write the table as json")
+
+    one = verb(
+        "export",
+        "Write a model as ONNX or StableHLO, checked against the JAX model, with its AP before and after.",
+        "kdjax export --model=assets/quickstart_teacher --format=onnx --out=teacher.onnx --data=scenes --limit=40",
+    )
+    one.add_argument("--model", required=True, metavar="DIR", help=MODEL)
+    one.add_argument("--format", required=True, choices=("onnx", "stablehlo"), help="onnx needs kdjax[export]")
+    one.add_argument("--out", required=True, metavar="FILE", help="the file to write")
+    one.add_argument("--data", metavar="DIR", help="to check and measure on: as for evaluate")
+    one.add_argument("--split", default="val", help="of the folder (val)")
+    one.add_argument("--limit", type=int, default=0, metavar="N", help="only the first N pictures")
+    one.add_argument("--dtype", choices=("float32", "int8"), default="float32", help="int8: static quantisation, ONNX")
+    one.add_argument("--raw", action="store_true", help="the head's maps, without decoding and suppression")
+    one.add_argument(
+        "--max-ap-loss", type=float, metavar="POINTS", help="of AP; more fails (0.1 for float32, 1 for int8)"
+    )
+
+    one = verb(
         "import-weights",
         "Turn a checkpoint of mmdetection, mmyolo (RTMDet) or mmrazor into a folder that every verb and train.py read.",
         "kdjax import-weights rtmdet_tiny.pth --detector=rtmdet_tiny --out=rtmdet_tiny",

@@ -63,7 +63,9 @@ def conv2d(
         pads = (height // 2, width // 2)
     else:
         pads = (int(padding), int(padding))
-    if groups > 1 and groups == x.shape[-1] == outputs:
+    if _portable.get():
+        y = _builtin_conv(x, kernel, stride, pads, groups)
+    elif groups > 1 and groups == x.shape[-1] == outputs:
         y = _depthwise(x, kernel, stride, pads)
     elif (height, width) == (1, 1) and groups == 1 and pads == (0, 0):
         y = _pointwise(x[:, ::stride, ::stride] if stride > 1 else x, kernel)
@@ -247,6 +249,9 @@ def batch_norm(x: Array, scale: Array, bias: Array, mean: Array, var: Array, *, 
       3.0
     """
     _record("norm", 2 * x.size)
+    if _portable.get():  # other runtimes fold a product and a sum into the convolution before it
+        factor = lax.rsqrt(var + eps) * scale
+        return (x * factor + (bias - mean * factor)).astype(x.dtype)
     return ((x - mean) * (lax.rsqrt(var + eps) * scale) + bias).astype(x.dtype)
 
 
@@ -278,6 +283,14 @@ def max_pool(x: Array, window: int, *, stride: int = 1, padding: int = 0) -> Arr
       [[3.0, 3.0], [3.0, 3.0]]
     """
     low = -jnp.inf
+    if _portable.get():
+        x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)), constant_values=jnp.finfo(x.dtype).min)
+        for axis in (1, 2):
+            stop = x.shape[axis] - window + 1
+            x = functools.reduce(
+                jnp.maximum, (lax.slice_in_dim(x, i, i + stop, stride, axis=axis) for i in range(window))
+            )
+        return x
     pads = (padding, padding)
     # Rows, then columns: 2k comparisons a cell instead of k^2.
     x = lax.reduce_window(x, low, lax.max, (1, window, 1, 1), (1, stride, 1, 1), ((0, 0), pads, (0, 0), (0, 0)))
@@ -317,6 +330,8 @@ def avg_pool(x: Array, size: int) -> Array:
 def upsample_nearest(x: Array, factor: int = 2) -> Array:
     """Repeats every cell factor x factor times: f32[B, H, W, C] -> f32[B, H factor, W factor, C]."""
     batch, height, width, channels = x.shape
+    if _portable.get():
+        return jax.image.resize(x, (batch, height * factor, width * factor, channels), "nearest")
     x = jnp.broadcast_to(x[:, :, None, :, None, :], (batch, height, factor, width, factor, channels))
     _record("upsample", x.size)
     return x.reshape(batch, height * factor, width * factor, channels)
@@ -346,6 +361,28 @@ def resize_bilinear(x: Array, size: tuple[int, int]) -> Array:
     shape = (x.shape[0], *size, x.shape[-1])
     _record("upsample", math.prod(shape))
     return jax.image.resize(x, shape, "linear", antialias=False)
+
+
+_portable: ContextVar[bool] = ContextVar("portable", default=False)
+
+
+@contextmanager
+def portable() -> Iterator[None]:
+    """What is traced inside takes forms that converters to other formats know, the same to rounding.
+
+    No choice by platform, no gradient rule, no window reduction.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> with portable():
+      ...     max_pool(jnp.arange(4.0).reshape(1, 2, 2, 1), 3, padding=1)[0, :, :, 0].tolist()
+      [[3.0, 3.0], [3.0, 3.0]]
+    """
+    token = _portable.set(True)
+    try:
+        yield
+    finally:
+        _portable.reset(token)
 
 
 _counter: ContextVar[dict[str, int] | None] = ContextVar("counter", default=None)

@@ -1,5 +1,7 @@
 """The command line: what each verb writes, and that mistakes get one sentence before any compute."""
 
+import contextlib
+import io
 import json
 import re
 import shutil
@@ -16,15 +18,16 @@ from jax.sharding import Mesh
 from PIL import Image
 from safetensors.numpy import save_file
 
-from kdjax import cli, data
+from kdjax import cli, data, nn
 from kdjax.data import records, scenes
 from kdjax.detectors import build, convert, weights
 from kdjax.detectors.api import flatten, unflatten
 from kdjax.evals import coco
 from kdjax.train import config as settings
 from kdjax.train import loop
-from kdjax.verbs import import_weights, model, predict
+from kdjax.verbs import export, import_weights, latency, model, predict
 from tests.data_tools import coco_json, write_folder
+from tests.shared import ROOT
 from tests.test_report import Page
 
 CLASSES = ["disc", "wedge", "star", "cross", "striped", "checked"]
@@ -54,7 +57,7 @@ def test_help_is_instant_and_names_every_verb():
     done = subprocess.run([sys.executable, "-X", "importtime", "-m", "kdjax", "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and time.perf_counter() - begun < 5
     assert not {"jax", "numpy", "matplotlib"} & {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
-    for verb in ("predict", "evaluate", "import-weights"):
+    for verb in ("predict", "evaluate", "latency", "export", "import-weights"):
         assert verb in done.stdout
 
 
@@ -367,3 +370,143 @@ def test_evaluate_gives_the_figures_of_the_run(finished, tmp_path, what):
     mine, theirs = (read(path) for path in (tmp_path / "detections.json", workdir / "detections" / "student.json"))
     np.testing.assert_allclose(*([[*row["bbox"], row["score"]] for row in rows] for rows in (mine, theirs)), atol=1e-4)
     assert read(workdir / "student" / "config.json")["extra"]["category_ids"] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.fixture(scope="session")
+def exported(made, tmp_path_factory):
+    """A model as ONNX with decoding and suppression, measured on the COCO folder; what was said beside it."""
+    pytest.importorskip("jax2onnx", reason="ONNX needs kdjax[export]")
+    pytest.importorskip("onnxruntime", reason="ONNX needs kdjax[export]")
+    file = tmp_path_factory.mktemp("export") / "model.onnx"
+    command = ["export", f"--model={made / 'model'}", "--format=onnx", f"--out={file}", f"--data={made / 'data'}"]
+    told = io.StringIO()
+    with contextlib.redirect_stdout(told):
+        assert cli.main(command) == 0
+    return file, told.getvalue()
+
+
+def test_onnx_is_the_jax_model(made, exported):
+    file, told = exported
+    assert re.search(r"largest difference from the JAX model \S+e-0[5-9]", told) and "(+0.00)" in told
+    session = export.session(file)
+    facts = session.get_modelmeta().custom_metadata_map
+    assert json.loads(facts["classes"]) == CLASSES and json.loads(facts["image_size"]) == [64, 64]
+    assert facts["normalisation"].endswith("BGR, minus 103.53 116.28 123.675, divided by 57.375 57.12 58.395")
+    assert facts["AP of JAX"] == facts["AP of this file, float32"] and "6 pictures" in facts["AP measured on"]
+    assert [entry.name for entry in session.get_outputs()] == ["boxes", "scores", "labels"]
+    # By another way than the export's own check: as a user of the file would, against `kdjax predict`'s functions.
+    loaded = model.load(str(made / "model"))
+    image = records.decode((made / "data" / "images" / "val" / "val_00001.png").read_bytes())
+    [(_, rows)] = model.detect(loaded, [(1, image)], batch=1)
+    canvas, placed = model.on_canvas(image, (64, 64))
+    boxes, scores, labels = session.run(None, {"image": canvas[None], "image_size": placed[None]})
+    assert len(scores) == len(rows)
+    np.testing.assert_allclose(scores, [row["score"] for row in rows], atol=1e-5)
+    mine = [[*row["bbox"][:2], row["bbox"][0] + row["bbox"][2], row["bbox"][1] + row["bbox"][3]] for row in rows]
+    np.testing.assert_allclose(2 * boxes[:20], mine[:20], atol=1e-3)  # the canvas is half as large
+    assert [loaded.category_ids[label] for label in labels[:20]] == [row["category_id"] for row in rows[:20]]
+
+
+def test_nothing_found_is_no_box(exported):
+    session = export.session(exported[0])
+    feed = {"image": np.zeros((1, 64, 64, 3), np.uint8), "image_size": np.zeros((1, 2), np.int32)}
+    assert [value.shape for value in session.run(None, feed)] == [(0, 4), (0,), (0,)]
+
+
+def test_a_wrong_export_is_refused(made, exported, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(export, "write_onnx", lambda loaded, path, *, raw: shutil.copy(exported[0], path))
+    command = ["export", f"--model={made / 'other'}", "--format=onnx", f"--out={tmp_path / 'x.onnx'}"]
+    assert "differ from the JAX model's by" in refused_at_the_end(capsys, *command)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_int8_keeps_to_its_budget(made, exported, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(export, "write_onnx", lambda loaded, path, *, raw: shutil.copy(exported[0], path))
+    command = ["export", f"--model={made / 'model'}", "--format=onnx", f"--data={made / 'data'}", "--dtype=int8"]
+    assert cli.main([*command, f"--out={tmp_path / 'small.onnx'}", "--max-ap-loss=100"]) == 0
+    assert "calibrated on the pictures of val itself" in capsys.readouterr().out
+    assert (tmp_path / "small.onnx").stat().st_size < 0.6 * exported[0].stat().st_size
+    facts = export.session(tmp_path / "small.onnx").get_modelmeta().custom_metadata_map
+    assert facts["dtype"] == "int8" and "AP of this file, int8" in facts
+    # A loss is made sure of, since the AP of random weights may as well rise.
+    monkeypatch.setattr(export, "aps", lambda *arguments, **options: (0.40, 0.37))
+    refusal = refused_at_the_end(capsys, *command, f"--out={tmp_path / 'no.onnx'}")
+    assert "int8 loses 3.00 points of AP (40.00 to 37.00), more than --max-ap-loss=1" in refusal
+    assert not (tmp_path / "no.onnx").exists()
+    assert "--data" in refused(capsys, *[part for part in command if "--data" not in part], f"--out={tmp_path / 'n'}")
+
+
+def test_portable_forms_are_the_others(made):
+    """What is traced for other runtimes computes the same; both forms are also compared through ONNX above."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(1, 8, 6, 4)).astype(np.float32)
+    kernel, wise = (rng.normal(size=shape).astype(np.float32) for shape in ((1, 1, 4, 5), (5, 5, 1, 4)))
+    scale, bias, mean, var = rng.uniform(0.5, 2, (4, 4)).astype(np.float32)
+    for function in (
+        lambda: nn.conv2d(x, kernel),
+        lambda: nn.conv2d(x, wise, groups=4, stride=2),
+        lambda: nn.batch_norm(x, scale, bias, mean, var),
+        lambda: nn.max_pool(x, 5, padding=2),
+        lambda: nn.max_pool(x, 3, stride=2, padding=1),
+        lambda: nn.upsample_nearest(x),
+    ):
+        wanted = function()
+        with nn.portable():
+            np.testing.assert_allclose(function(), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_stablehlo_is_the_jax_model(made, tmp_path, capsys):
+    file = tmp_path / "model.stablehlo"
+    assert cli.main(["export", f"--model={made / 'model'}", "--format=stablehlo", f"--out={file}", "--raw"]) == 0
+    assert read(tmp_path / "model.stablehlo.json")["detector"] == "rtmdet_pico"
+    exported = jax.export.deserialize(file.read_bytes())
+    assert exported.platforms == ("cpu", "cuda", "tpu") and len(exported.out_avals) == 6
+    loaded = model.load(str(made / "model"))
+    image = np.full((1, 64, 64, 3), 90, np.uint8)
+    for mine, theirs in zip(exported.call(image), jax.jit(lambda x: export.maps(loaded, x))(image), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_latency(made, exported, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(export, "write_onnx", lambda loaded, path, *, raw: shutil.copy(exported[0], path))
+    monkeypatch.setattr(latency, "clock", lambda call, runs, name: dict(median=1.0 * runs, p25=1.0, p75=2.0))
+    table = tmp_path / "t.json"
+    command = ["latency", f"--model={made / 'model'}", f"--model={exported[0]}", "--runs=3", f"--out={table}"]
+    assert cli.main([*command, "--threads=1"]) == 0
+    rows = read(table)["rows"]
+    assert [row["runtime"] for row in rows] == ["XLA", "onnxruntime", "onnxruntime"]
+    assert {(row["params"], row["flops"]) for row in rows} == {(550_882, 9_254_656)}
+    assert rows[2]["bytes"] == exported[0].stat().st_size and all(row["image_size"] == [64, 64] for row in rows)
+    told = capsys.readouterr().out
+    assert "1 thread, 3 runs after 20 to warm up" in told and told.count("64x64") == 3
+    assert "--threads=99999" in refused(capsys, "latency", f"--model={made / 'model'}", "--threads=99999")
+
+
+def test_the_clock_leaves_the_warm_up_out():
+    calls = []
+    times = latency.clock(lambda: time.sleep(0.02 if len(calls) < latency.WARM_UP else 0) or calls.append(1), 5, "x")
+    assert len(calls) == latency.WARM_UP + 5 and 0 <= times["p25"] <= times["median"] <= times["p75"] < 15
+
+
+@pytest.mark.slow
+def test_the_examples_of_the_help_run(made, state, tmp_path):
+    """Word for word, in a folder with what they speak of."""
+    torch, _ = (pytest.importorskip(name, reason=f"an example needs {name}") for name in ("torch", "jax2onnx"))
+    (tmp_path / "assets").symlink_to(ROOT / "assets")
+    shutil.copytree(made / "data" / "images" / "val", tmp_path / "photos")
+    video = cv2.VideoWriter(str(tmp_path / "clip.mp4"), cv2.VideoWriter_fourcc(*"mp4v"), 5, (64, 48))
+    video.write(np.full((48, 64, 3), 90, np.uint8))
+    video.release()
+    tiny = build("rtmdet_tiny", 6)
+    arrays = {
+        name: torch.tensor(value) for name, value in convert.to_torch(tiny, *tiny.init(jax.random.key(0))).items()
+    }
+    torch.save({"meta": {"dataset_meta": {"classes": CLASSES}}, "state_dict": arrays}, tmp_path / "rtmdet_tiny.pth")
+    for verb in ("predict", "evaluate", "latency", "export", "import-weights"):
+        help_ = subprocess.run([sys.executable, "-m", "kdjax", verb, "--help"], capture_output=True, text=True).stdout
+        example = help_.split("example:\n")[1].split()
+        assert example[:2] == ["kdjax", verb]
+        done = subprocess.run([sys.executable, "-m", *example], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr

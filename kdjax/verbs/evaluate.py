@@ -182,7 +182,7 @@ def table(results: Mapping[str, Mapping]) -> str:
         rows.append([name, *_beside([one["figures"][name] for one in results.values()])])
     for name in ("params", "flops"):
         rows.append([name, *(f"{one[name]:,}" for one in results.values())] + [""] * two)
-    text = [_aligned(rows)]
+    text = [models.aligned(rows)]
     for one in results.values():
         rows = [["class", "objects", "AP", "AP50", "best score", "precision", "recall"]]
         for label, entry in one["classes"].items():
@@ -191,12 +191,12 @@ def table(results: Mapping[str, Mapping]) -> str:
             figures = [_points(entry["AP"]), _points(entry["AP50"]), at]
             figures += [_points(best.get(key)) for key in ("precision", "recall")]
             rows.append([label, str(entry["objects"]), *figures])
-        text.append((f"{one['path']}\n" if two else "") + _aligned(rows))
+        text.append((f"{one['path']}\n" if two else "") + models.aligned(rows))
     rows = [["kind of error"] + [word for _ in results for word in ("costs AP50", "times")]]
     for kind in errors.KINDS:
         costs = [(_points(one["errors"][kind]["AP50"]), str(one["errors"][kind]["count"])) for one in results.values()]
         rows.append([kind, *itertools.chain(*costs)])
-    return "\n\n".join([*text, _aligned(rows)])
+    return "\n\n".join([*text, models.aligned(rows)])
 
 
 def _points(value: float | None) -> str:
@@ -208,16 +208,6 @@ def _beside(values: list[float]) -> list[str]:
     both = len(values) > 1 and min(values) >= 0
     difference = [f"{100 * (values[0] - values[1]):+.1f}" if both else "–"] if len(values) > 1 else []
     return [_points(value) for value in values] + difference
-
-
-def _aligned(rows: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    )
 
 
 # -------------------------------------------------------------------------------------------------------------- page

@@ -80,6 +80,17 @@ def write_json(path: Path, value) -> None:
     temporary.replace(path)
 
 
+def aligned(rows: list[list[str]]) -> str:
+    """Rows of a table as text: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )
+
+
 def on_canvas(image: np.ndarray, canvas: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """A picture as a detector gets it in every evaluation.
 

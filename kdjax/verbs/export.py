@@ -1,0 +1,454 @@
+"""`kdjax export`: a model as ONNX (float32 or int8) or StableHLO, held against the JAX model before it is given out."""
+
+import contextlib
+import functools
+import importlib.util
+import io
+import itertools
+import json
+import logging
+import tempfile
+import types
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+import kdjax
+from kdjax import nn
+from kdjax.boxes.convert import clip
+from kdjax.data import records, scenes
+from kdjax.evals import coco, size
+from kdjax.structs import Detections, DetectorOutput
+from kdjax.verbs import evaluate
+from kdjax.verbs import model as models
+
+OPSET = 19
+SAMPLES = 8  # pictures on which outputs are compared
+CALIBRATION = 64  # pictures that int8 is calibrated on
+TOLERANCE = 1e-4  # of an output, relative where it is larger than 1
+BUDGET = {"float32": 0.1, "int8": 1.0}  # points of AP
+# The suppression of every evaluation (`Detector.decode`).
+_NMS = {"score_threshold": 0.001, "iou_threshold": 0.65, "max_detections": 300}
+
+
+def run(
+    *,
+    model: str,
+    format: str,
+    out: str,
+    data: str | None,
+    split: str,
+    limit: int,
+    dtype: str,
+    raw: bool,
+    max_ap_loss: float | None,
+) -> int:
+    """Exports a model; the file appears only if it passes.
+
+    Args:
+      model: see `kdjax.verbs.model.load`.
+      format: "onnx" or "stablehlo".
+      out: the file.
+      data, split: as for `kdjax evaluate`, to compare and measure on; None compares outputs on the embedded scenes.
+      limit: only the first pictures; 0 takes all.
+      dtype: "float32", or "int8" (ONNX; calibrated on pictures of the split train, if the folder has one).
+      raw: the head's maps instead of detections.
+      max_ap_loss: points of AP that may be lost; None is `BUDGET`.
+
+    Returns:
+      Exit code 0.
+
+    Raises:
+      ValueError: something is missing, or what was made is not good enough: outputs differ or AP is lost.
+    """
+    if dtype == "int8" and (format != "onnx" or not data):
+        raise ValueError("--dtype=int8 needs --format=onnx and --data=DIR, to calibrate and to measure what it costs.")
+    if format == "onnx":
+        check_installed()
+    loaded = models.load(model)
+    target = Path(out).expanduser()
+    models.check_out(str(target.parent))
+    given = evaluate.open_data(data, split, "", "", limit) if data else None
+    if given:
+        loaded = evaluate.fitted(loaded, given)
+        samples = [image for _, image in itertools.islice(given.stream(), SAMPLES)]
+    else:
+        samples = [records.decode(encoded) for _, encoded in scenes.stream("val", SAMPLES)]
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as folder:
+        made = Path(folder) / target.name
+        facts = describe(loaded, raw=raw)
+        if format == "stablehlo":
+            made.write_bytes(to_stablehlo(loaded, raw=raw))
+            call = stablehlo_runner(made)
+        else:
+            write_onnx(loaded, made, raw=raw)
+            call = onnx_runner(made)
+        worst = largest_difference(loaded, call, samples, raw=raw)
+        if not worst <= TOLERANCE:
+            raise ValueError(
+                f"the exported outputs differ from the JAX model's by {worst:.2g}, more than {TOLERANCE:g}."
+            )
+        facts["largest difference from JAX, float32"] = f"{worst:.2g}"
+        print(f"outputs: largest difference from the JAX model {worst:.2g} (float32, {len(samples)} pictures)")
+        if dtype == "int8":
+            quantise(made, loaded, calibration(data, split, given))
+            call = onnx_runner(made)
+        if given:
+            before, after = (100 * ap for ap in aps(loaded, call, given, raw=raw))
+            budget = BUDGET[dtype] if max_ap_loss is None else max_ap_loss
+            facts |= {"AP of JAX": f"{before:.2f}", f"AP of this file, {dtype}": f"{after:.2f}"}
+            facts["AP measured on"] = f"{given.name}, {split}, {len(given.truth['images'])} pictures"
+            print(f"AP: {before:.2f} in JAX, {after:.2f} in the file ({after - before:+.2f})")
+            if before - after > budget:
+                raise ValueError(
+                    f"{dtype} loses {before - after:.2f} points of AP ({before:.2f} to {after:.2f}), more than "
+                    f"--max-ap-loss={budget:g}: nothing was written."
+                )
+        if format == "onnx":
+            add_metadata(made, facts | {"dtype": dtype})
+        else:
+            models.write_json(target.with_name(target.name + ".json"), facts | {"dtype": dtype})
+        made.replace(target)
+    print(f"{out}: {target.stat().st_size:,} bytes, {facts['input']}")
+    return 0
+
+
+def missing(packages: Iterable[str] = ("jax2onnx", "onnx", "onnxruntime")) -> list[str]:
+    """Which of the packages that ONNX needs are not there."""
+    return [name for name in packages if importlib.util.find_spec(name) is None]
+
+
+def check_installed(packages: Iterable[str] = ("jax2onnx", "onnx", "onnxruntime")) -> None:
+    """Raises ValueError if one of the packages is not there."""
+    if absent := missing(packages):
+        raise ValueError(f"ONNX needs {', '.join(absent)}: pip install 'kdjax[export]'.")
+
+
+def describe(model: models.Model, *, raw: bool) -> dict[str, str]:
+    """What whoever runs the file must know, as text by name."""
+    height, width = model.image_size
+    image = (
+        f"image u8[1, {height}, {width}, 3], RGB, scaled to fit, at the top left, the rest {model.detector.pad_value}"
+    )
+    outputs = "boxes f32[n, 4] x1 y1 x2 y2 in pixels of the canvas, scores f32[n], labels i64[n], best first"
+    if raw:
+        outputs = (
+            "for each stride cls_logits f32[1, H, W, K], then box_reg f32[1, H, W, 4]: left top right bottom in px"
+        )
+    return {
+        "kdjax": kdjax.__version__,
+        "detector": model.detector.name,
+        "classes": json.dumps(model.classes),
+        "category_ids": json.dumps(model.category_ids),
+        "image_size": json.dumps(model.image_size),
+        "input": image if raw else f"{image}; image_size i32[1, 2], height and width of the picture on it",
+        "normalisation": _normalisation(model),
+        "output": outputs,
+        "parameters": str(size.parameters(model.variables[0])),
+        "flops": str(size.flops(model.detector, model.image_size)),
+    }
+
+
+def _normalisation(model: models.Model) -> str:
+    """Read off the detector: what it makes of black, white and red."""
+    black, white, red = (
+        np.asarray(model.detector.preprocess(np.array(colour, np.uint8).reshape(1, 1, 1, 3))).reshape(3)
+        for colour in ((0, 0, 0), (255, 255, 255), (255, 0, 0))
+    )
+    std = 255 / (white - black)
+    order = "RGB" if red[0] != black[0] else "BGR"
+    mean, std = (" ".join(f"{value:g}" for value in values.round(3)) for values in (-black * std, std))
+    return f"inside the graph: {order}, minus {mean}, divided by {std}"
+
+
+# -------------------------------------------------------------------------------------------------------------- maps
+
+
+def maps(model: models.Model, images) -> tuple:
+    """The head's maps of pictures u8[B, H, W, 3]: class logits fine to coarse, then box regressions."""
+    output, _ = model.detector.apply(*model.variables, model.detector.preprocess(images), train=False)
+    return *output.cls_logits, *output.box_reg
+
+
+def _output(model: models.Model, found) -> DetectorOutput:
+    levels = len(model.detector.strides)
+    return DetectorOutput(
+        strides=model.detector.strides, cls_logits=tuple(found[:levels]), box_reg=tuple(found[levels:])
+    )
+
+
+def _candidates(model: models.Model, images, image_size):
+    """What ONNX's suppression takes: boxes f32[1, N, 4] on the picture, scores f32[1, K, N], 0 where a box is empty."""
+    output = _output(model, maps(model, images))
+    boxes = clip(model.detector.decode_boxes(output), image_size)
+    full = (boxes[..., 2] > boxes[..., 0]) & (boxes[..., 3] > boxes[..., 1])
+    scores = jnp.where(full[..., None], jax.nn.sigmoid(model.detector.class_logits(output)), 0.0)
+    return boxes, jnp.swapaxes(scores, 1, 2)
+
+
+def _specs(model: models.Model, raw: bool) -> list[jax.ShapeDtypeStruct]:
+    image = jax.ShapeDtypeStruct((1, *model.image_size, 3), jnp.uint8)
+    return [image] if raw else [image, jax.ShapeDtypeStruct((1, 2), jnp.int32)]
+
+
+# -------------------------------------------------------------------------------------------------------------- ONNX
+
+
+def write_onnx(model: models.Model, path: Path, *, raw: bool) -> None:
+    """Writes the model as an ONNX file in float32 for one picture.
+
+    The batch norms are folded into the convolutions and the transpositions cancelled by onnxruntime's own basic
+    optimisations, which stay inside the standard's operators.
+
+    Args:
+      model: from `load`.
+      path: the file.
+      raw: the head's maps instead of detections.
+    """
+    with _quiet():
+        import jax2onnx
+        import onnx
+
+        function = functools.partial(maps if raw else _candidates, model)
+        with nn.portable():
+            graph = jax2onnx.to_onnx(
+                function,
+                _specs(model, raw),
+                opset=OPSET,
+                input_names=["image"] if raw else ["image", "image_size"],
+                output_names=[
+                    f"{what}_{stride}" for what in ("cls_logits", "box_reg") for stride in model.detector.strides
+                ]
+                if raw
+                else ["candidates", "candidate_scores"],
+            )
+        if not raw:
+            _append_suppression(graph)
+        onnx.save(graph, str(path))
+        session(path, optimised=path.with_suffix(".optimised"))
+        path.with_suffix(".optimised").replace(path)
+
+
+def _append_suppression(graph) -> None:
+    """Replaces the outputs candidates and candidate_scores by boxes, scores and labels of what is left of them."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    constants = {
+        "most": np.array([_NMS["max_detections"]], np.int64),
+        "iou_threshold": np.array([_NMS["iou_threshold"]], np.float32),
+        "score_threshold": np.array([_NMS["score_threshold"]], np.float32),
+        "first": np.array(0, np.int64),
+        "column_class": np.array(1, np.int64),
+        "column_box": np.array(2, np.int64),
+    }
+    graph.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in constants.items())
+    nodes = [
+        ("NonMaxSuppression", ["candidates", "candidate_scores", "most", "iou_threshold", "score_threshold"], ["kept"]),
+        ("GatherND", ["candidate_scores", "kept"], ["kept_scores"]),
+        ("Shape", ["kept_scores"], ["number"]),
+        ("Min", ["number", "most"], ["places"]),
+        ("TopK", ["kept_scores", "places"], ["scores", "order"]),
+        ("Gather", ["kept", "order"], ["best"]),
+        ("Gather", ["best", "column_class"], ["labels"]),
+        ("Gather", ["best", "column_box"], ["rows"]),
+        ("Gather", ["candidates", "first"], ["all_boxes"]),
+        ("Gather", ["all_boxes", "rows"], ["boxes"]),
+    ]
+    axis = {"labels": 1, "rows": 1}
+    for kind, inputs, outputs in nodes:
+        options = {"axis": axis.get(outputs[0], 0)} if kind == "Gather" else {}
+        graph.graph.node.append(helper.make_node(kind, inputs, outputs, name=f"suppression_{outputs[0]}", **options))
+    del graph.graph.output[:]
+    for name, kind, shape in (
+        ("boxes", TensorProto.FLOAT, ["n", 4]),
+        ("scores", TensorProto.FLOAT, ["n"]),
+        ("labels", TensorProto.INT64, ["n"]),
+    ):
+        graph.graph.output.append(helper.make_tensor_value_info(name, kind, shape))
+
+
+def session(path: Path, *, threads: int = 0, optimised: Path | None = None):
+    """An onnxruntime session on the CPU.
+
+    Args:
+      path: the file.
+      threads: that compute an operator; 0 leaves it to onnxruntime.
+      optimised: where to write the graph after the basic optimisations, or None.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # its shape warnings are of no use to anyone here
+    options.intra_op_num_threads = threads
+    if optimised:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        options.optimized_model_filepath = str(optimised)
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # whatever its bindings raise
+        raise ValueError(f"{path} cannot be read by onnxruntime: {str(error).splitlines()[0]}") from error
+
+
+def onnx_runner(path: Path):
+    """A function of the inputs, in order, that gives the outputs of an ONNX file."""
+    running = session(path)
+    names = [entry.name for entry in running.get_inputs()]
+    return lambda *inputs: running.run(None, dict(zip(names, inputs, strict=True)))
+
+
+def add_metadata(path: Path, facts: dict[str, str]) -> None:
+    """Writes facts into an ONNX file."""
+    import onnx
+
+    graph = onnx.load(str(path))
+    onnx.helper.set_model_props(graph, facts)
+    onnx.save(graph, str(path))
+
+
+def quantise(path: Path, model: models.Model, pictures: Iterable[np.ndarray]) -> None:
+    """Makes the convolutions of an ONNX file int8, in place: onnxruntime's static quantisation, weights by channel.
+
+    Args:
+      path: of `write_onnx`.
+      model: whose file it is.
+      pictures: u8[h, w, 3] RGB, from which the ranges of the maps are taken.
+    """
+    from onnxruntime import quantization
+
+    names = [entry.name for entry in session(path).get_inputs()]
+    feeds = (dict(zip(names, inputs, strict=False)) for inputs in _inputs(model, pictures))
+    reader = types.SimpleNamespace(get_next=lambda: next(feeds, None))
+    made = path.with_suffix(".int8")
+    with _quiet():
+        quantization.quantize_static(
+            str(path),
+            str(made),
+            reader,
+            quant_format=quantization.QuantFormat.QDQ,
+            op_types_to_quantize=["Conv"],
+            per_channel=True,
+            weight_type=quantization.QuantType.QInt8,
+        )
+    made.replace(path)
+
+
+def calibration(data: str, split: str, given: evaluate.Data) -> Iterator[np.ndarray]:
+    """Pictures of the training split, or, where the folder has none, of the one that is measured on."""
+    if data == "scenes":
+        return (records.decode(encoded) for _, encoded in scenes.stream("train", CALIBRATION))
+    try:
+        train = evaluate.open_data(data, "train", "", "", CALIBRATION)
+    except (ValueError, FileNotFoundError):
+        train = given
+        print(f"calibrated on the pictures of {split} itself: {data} has no split train that can be used")
+    return (image for _, image in itertools.islice(train.stream(), CALIBRATION))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Converters talk much, through warnings, logging and print, about what is no concern of the user's."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+# --------------------------------------------------------------------------------------------------------- StableHLO
+
+
+def to_stablehlo(model: models.Model, *, raw: bool) -> bytes:
+    """The model as a portable program of `jax.export` for CPU, GPU and TPU, for one picture.
+
+    Its outputs are the head's maps, or boxes f32[1, 300, 4], scores f32[1, 300], labels i32[1, 300] and
+    valid bool[1, 300].
+    """
+
+    def predict(images, image_size):
+        return tuple(model.detector.decode(_output(model, maps(model, images)), image_size))
+
+    function = functools.partial(maps, model) if raw else predict
+    return jax.export.export(jax.jit(function), platforms=("cpu", "cuda", "tpu"))(*_specs(model, raw)).serialize()
+
+
+def stablehlo_runner(path: Path):
+    """A function of the inputs, in order, that gives the outputs of an exported program."""
+    program = jax.jit(jax.export.deserialize(path.read_bytes()).call)
+
+    def call(*inputs):
+        outputs = [np.asarray(value) for value in program(*inputs)]
+        if len(outputs) == 4:  # detections: as from ONNX, without the rows that hold nothing
+            *found, valid = (value[0] for value in outputs)
+            return [value[valid] for value in found]
+        return outputs
+
+    return call
+
+
+# ------------------------------------------------------------------------------------------------------------ checks
+
+
+def _inputs(model: models.Model, pictures: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    for image in pictures:
+        canvas, placed = models.on_canvas(image, model.image_size)
+        yield canvas[None], placed[None]
+
+
+def largest_difference(model: models.Model, call, pictures: Iterable[np.ndarray], *, raw: bool) -> float:
+    """How far the outputs of an exported model are from the JAX model's, relative where they are larger than 1.
+
+    Of detections the scores are compared, place by place, and the boxes where one score stands alone.
+
+    Args:
+      model: the JAX model.
+      call: the exported one, from `onnx_runner` or `stablehlo_runner`.
+      pictures: u8[h, w, 3] RGB.
+      raw: whether the outputs are maps.
+    """
+    network, program = jax.jit(functools.partial(maps, model)), models.program(model.detector)
+    worst = 0.0
+    for canvas, placed in _inputs(model, pictures):
+        if raw:
+            pairs = list(zip(network(canvas), call(canvas), strict=True))
+        else:
+            wanted = jax.tree.map(lambda value: np.asarray(value)[0], program(model.variables, canvas, placed))
+            boxes, scores, _ = call(canvas, placed)
+            if len(scores) != wanted.valid.sum():
+                return np.inf
+            scored = wanted.scores[wanted.valid]
+            # Where scores come closer than rounding, places may be exchanged.
+            gaps = np.abs(np.diff(scored, prepend=np.inf, append=-np.inf))
+            alone = np.minimum(gaps[:-1], gaps[1:]) > 1e-4
+            pairs = [(scored, scores), (wanted.boxes[wanted.valid][alone], boxes[alone])]
+        for mine, theirs in pairs:
+            mine = np.asarray(mine)
+            worst = max(worst, float((np.abs(mine - theirs) / np.maximum(np.abs(mine), 1)).max(initial=0.0)))
+    return worst
+
+
+def aps(model: models.Model, call, data: evaluate.Data, *, raw: bool) -> tuple[float, float]:
+    """AP, fractions, of the JAX model and of the exported one."""
+    count = len(data.truth["images"])
+    bar = functools.partial(tqdm, total=count, unit="picture")
+    mine = [row for _, rows in bar(models.detect(model, data.stream()), desc="JAX") for row in rows]
+    decode = jax.jit(lambda found, image_size: model.detector.decode(_output(model, found), image_size))
+    theirs = []
+    for image_id, image in bar(data.stream(), desc="exported"):
+        canvas, placed = models.on_canvas(image, model.image_size)
+        if raw:
+            found = jax.device_get(decode(call(canvas[None]), placed[None]))
+        else:
+            boxes, scores, labels = (value[None] for value in call(canvas[None], placed[None]))
+            found = Detections(boxes, scores, labels, np.ones(scores.shape, bool))
+        rows = {"image_id": [image_id], "image_size": placed[None], "original_size": np.array([image.shape[:2]])}
+        theirs += coco.to_coco(rows | {"real": np.array([True])}, found, model.category_ids)
+    before, after = (coco.coco_figures(data.truth, rows)["AP"] for rows in (mine, theirs))
+    return before, after

@@ -1,0 +1,143 @@
+"""`kdjax latency`: how big and how fast models are, one table."""
+
+import contextlib
+import functools
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from kdjax.detectors import weights
+from kdjax.evals import size
+from kdjax.verbs import export
+from kdjax.verbs import model as loading
+
+WARM_UP = 20  # runs
+
+
+def run(*, models: list[str], threads: int | None, runs: int, out: str | None) -> int:
+    """Times the network, from the normalisation to the head's maps, on one picture at a time.
+
+    Args:
+      models: each as `kdjax.verbs.model.load` takes it, or an ONNX file, which is timed as it is.
+      threads: cores that are used; None: all that this process may use.
+      runs: that are timed.
+      out: a json file to write, or None.
+
+    Returns:
+      Exit code 0.
+
+    Raises:
+      ValueError: no such model, or a number that cannot be.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if runs < 1 or not 1 <= (cores if threads is None else threads) <= cores:
+        raise ValueError(f"--runs={runs} must be at least 1, and --threads={threads} in 1 .. {cores}.")
+    threads = threads or cores
+    with only(threads):  # before the first array: XLA starts its threads then
+        files = {path: None if path.endswith(".onnx") else loading.load(path) for path in models}
+        for path, loaded in files.items():
+            if loaded is None:
+                export.check_installed(("onnxruntime",))
+                export.session(Path(path))
+        rows = [row for path, loaded in files.items() for row in measure(path, loaded, threads=threads, runs=runs)]
+    print(table(rows))
+    print(
+        f"\nOne picture, {threads} {'thread' if threads == 1 else 'threads'}, {runs} runs after {WARM_UP} to warm up."
+    )
+    if missing := export.missing():
+        print(f"Without onnxruntime's times, for want of {', '.join(missing)}: pip install 'kdjax[export]'.")
+    if out:
+        loading.write_json(Path(out), {"threads": threads, "runs": runs, "warm_up": WARM_UP, "rows": rows})
+    return 0
+
+
+def measure(path: str, model: loading.Model | None, *, threads: int, runs: int) -> Iterator[dict]:
+    """The rows of a model: model, runtime, height, width, params, flops, bytes, and milliseconds median, p25, p75.
+
+    Args:
+      path: its name in the table; an ONNX file if `model` is None.
+      model: what is timed in XLA, and, where the converter is there, in onnxruntime.
+      threads: of onnxruntime; XLA takes the cores that the process has.
+      runs: that are timed.
+    """
+    if model is None:
+        session = export.session(Path(path), threads=threads)
+        facts = session.get_modelmeta().custom_metadata_map
+        feed = {entry.name: _something(entry) for entry in session.get_inputs()}
+        yield {
+            "model": path,
+            "runtime": "onnxruntime",
+            "image_size": list(feed[session.get_inputs()[0].name].shape[1:3]),
+            "params": int(facts["parameters"]) if "parameters" in facts else None,
+            "flops": int(facts["flops"]) if "flops" in facts else None,
+            "bytes": Path(path).stat().st_size,
+        } | clock(lambda: session.run(None, feed), runs, path)
+        return
+    image = np.full((1, *model.image_size, 3), 100, np.uint8)
+    row = {"model": path, "image_size": list(model.image_size), "params": size.parameters(model.variables[0])}
+    row["flops"] = size.flops(model.detector, model.image_size)
+    network = jax.jit(functools.partial(export.maps, model))
+    held = jnp.asarray(image)
+    stored = (model.folder / weights.WEIGHTS).stat().st_size
+    yield row | {"runtime": "XLA", "bytes": stored} | clock(lambda: jax.block_until_ready(network(held)), runs, path)
+    if export.missing():
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.onnx"
+        export.write_onnx(model, file, raw=True)
+        session = export.session(file, threads=threads)
+        times = clock(lambda: session.run(None, {"image": image}), runs, path)
+        yield row | {"runtime": "onnxruntime", "bytes": file.stat().st_size} | times
+
+
+def clock(call: Callable, runs: int, name: str) -> dict[str, float]:
+    """Milliseconds of a call: median and quartiles over `runs`, after some that are not timed."""
+    times = []
+    for i in tqdm(range(-WARM_UP, runs), desc=name, unit="run", leave=False):
+        begun = time.perf_counter()
+        call()
+        if i >= 0:
+            times.append(1e3 * (time.perf_counter() - begun))
+    p25, median, p75 = np.percentile(times, (25, 50, 75)).tolist()
+    return {"median": median, "p25": p25, "p75": p75}
+
+
+def table(rows: list[dict]) -> str:
+    """The rows of `measure` as text for a terminal."""
+    text = [["model", "runtime", "canvas", "params M", "FLOPs G", "file MB", "median ms", "quartiles ms"]]
+    for row in rows:
+        height, width = row["image_size"]
+        counts = [
+            "–" if row[key] is None else f"{row[key] / unit:.3f}" for key, unit in (("params", 1e6), ("flops", 1e9))
+        ]
+        times = [f"{row['median']:.2f}", f"{row['p25']:.2f} .. {row['p75']:.2f}"]
+        text.append([row["model"], row["runtime"], f"{height}x{width}", *counts, f"{row['bytes'] / 1e6:.2f}", *times])
+    return loading.aligned(text)
+
+
+@contextlib.contextmanager
+def only(threads: int) -> Iterator[None]:
+    """Keeps this process on so many of its cores: XLA takes as many threads when it starts."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(before)[:threads])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def _something(entry) -> np.ndarray:
+    """An input of the kind that a session asks for; of an unknown extent 1, of a picture's size its own."""
+    shape = [side if isinstance(side, int) else 1 for side in entry.shape]
+    kinds = {"tensor(uint8)": np.uint8, "tensor(int32)": np.int32, "tensor(int64)": np.int64}
+    return np.full(shape, 100, kinds.get(entry.type, np.float32))
