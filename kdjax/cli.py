@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _sentence(error: Exception) -> str:
     """One line; of a long list only the beginning."""
-    if isinstance(error, OSError) and error.strerror:
+    if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
     first, *rest = (line.strip() for line in str(error).splitlines())
     more = f"; and {len(rest) - 3} more" if len(rest) > 3 else ""

@@ -23,8 +23,8 @@ from kdjax.data import records, scenes
 from kdjax.detectors import build, convert, weights
 from kdjax.detectors.api import flatten, unflatten
 from kdjax.evals import coco
+from kdjax.train import checkpoint, loop
 from kdjax.train import config as settings
-from kdjax.train import loop
 from kdjax.verbs import export, import_weights, latency, model, predict
 from tests.data_tools import coco_json, write_folder
 from tests.shared import ROOT
@@ -352,9 +352,29 @@ def finished(made, tmp_path_factory):
         patched.setattr(loop, "make_mesh", lambda: Mesh(np.array(jax.devices()[:1]), ("data",)))
         setup = loop.prepare(config, data.open_dataset(config.data))
         (folder / "work").mkdir()
+        saved = checkpoint.Checkpoints(folder / "half" / "checkpoints", keep=2)
+        saved.save(1, setup.states, {"next_batch": 1, "run": loop.identity(setup)})
+        saved.close()
+        loop.write_config(config, folder / "half")
         with loop.Log(folder / "work", 0) as log:
             log.write(0, "train", {"student/total": 1.0, "seconds": 1.0})
             return folder / "work", loop.finish(setup, folder / "work", log)
+
+
+def test_an_unfinished_run_is_read_from_its_checkpoint(made, finished, tmp_path, capsys):
+    half = finished[0].parent / "half"
+    loaded, given = model.load(str(half)), model.load(str(made / "model"))
+    assert loaded.detector.name == "rtmdet_pico" and loaded.classes == tuple(CLASSES)
+    assert loaded.image_size == (64, 64)
+    jax.tree.map(np.testing.assert_array_equal, loaded.variables, given.variables)
+    shutil.copytree(half, tmp_path / "half")
+    for file in (tmp_path / "half" / "checkpoints").rglob("*"):
+        if file.is_file() and file.stat().st_size > 100_000:
+            content = bytearray(file.read_bytes())
+            content[len(content) // 2] ^= 1
+            file.write_bytes(content)
+    told = refused(capsys, "evaluate", f"--model={tmp_path / 'half'}", "--data=scenes")
+    assert "no checkpoint in" in told and "can be used" in told
 
 
 @pytest.mark.parametrize("what", ["student", "."])

@@ -103,7 +103,7 @@ def run(
             budget = BUDGET[dtype] if max_ap_loss is None else max_ap_loss
             facts |= {"AP of JAX": f"{before:.2f}", f"AP of this file, {dtype}": f"{after:.2f}"}
             facts["AP measured on"] = f"{given.name}, {split}, {len(given.truth['images'])} pictures"
-            print(f"AP: {before:.2f} in JAX, {after:.2f} in the file ({after - before:+.2f})")
+            print(f"AP: {before:.2f} in JAX, {after:.2f} in the file ({round(after - before, 2) + 0.0:+.2f})")
             if before - after > budget:
                 raise ValueError(
                     f"{dtype} loses {before - after:.2f} points of AP ({before:.2f} to {after:.2f}), more than "

@@ -13,6 +13,7 @@ import numpy as np
 from kdjax import detectors
 from kdjax.data import cache, transforms
 from kdjax.detectors import weights
+from kdjax.detectors.api import unflatten
 from kdjax.evals import coco
 
 BATCH = 8  # pictures that are computed together, at most
@@ -33,8 +34,8 @@ def load(path: str) -> Model:
     """Reads `--model`.
 
     Args:
-      path: a folder of weights (a run's `student/`, or of import-weights), or the workdir of a finished run, whose
-        `student/` is taken.
+      path: a folder of weights (a run's `student/`, or of import-weights), or the workdir of a run: its `student/`, or,
+        before its end, the newest checkpoint that is sound.
 
     Returns:
       The model.
@@ -53,10 +54,32 @@ def load(path: str) -> Model:
     folder = folder.parent if folder.is_file() else folder
     if not (folder / weights.WEIGHTS).exists() and (folder / "student").is_dir():
         folder = folder / "student"
+    if not (folder / weights.WEIGHTS).exists() and (folder / "checkpoints").is_dir():
+        return _unfinished(folder)
     detector, params, stats, classes = weights.load(folder)
     config = json.loads((folder / weights.CONFIG).read_text())
     ids = config.get("extra", {}).get("category_ids") or range(1, len(classes) + 1)
     return Model(folder, detector, (params, stats), tuple(classes), tuple(ids), tuple(config["image_size"]))
+
+
+def _unfinished(workdir: Path) -> Model:
+    """The moving average of the student in the newest sound checkpoint of a run."""
+    from kdjax.train import checkpoint  # Orbax takes a second
+
+    note, arrays = checkpoint.arrays(workdir / "checkpoints", "student/ema/")
+    try:
+        config = json.loads((workdir / "config.json").read_text())["config"]
+        name, start, size = note["run"]["student"], config["student"]["weights"], config["data"]["image_size"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{workdir / 'config.json'} cannot be read as the config of a run: {error!r}.") from None
+    classes = note["run"]["classes"]
+    options = {}
+    if start and (Path(start) / weights.CONFIG).is_file():
+        options = json.loads((Path(start) / weights.CONFIG).read_text())["options"]
+    detector = detectors.build(name, len(classes), **options)
+    tree = unflatten({path: jax.numpy.asarray(value) for path, value in arrays.items()})
+    ids = range(1, len(classes) + 1)
+    return Model(workdir, detector, (tree["params"], tree["stats"]), tuple(classes), tuple(ids), tuple(size))
 
 
 def check_out(path: str) -> Path:
