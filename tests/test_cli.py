@@ -298,6 +298,13 @@ def test_mistakes_get_one_sentence_before_any_compute(made, tmp_path, capsys, mo
         (("evaluate", one, "--data=nowhere"), "no such folder"),
         (("evaluate", one, given, "--split=test"), "split 'test' has no instances json"),
         (("evaluate", one, given, "--limit=-1"), "number of pictures"),
+        (("export", one, "--format=onnx", f"--out={tmp_path}"), "is a folder"),
+        (("export", one, "--format=onnx", f"--out={tmp_path / 'x'}", "--max-ap-loss=1"), "needs --data"),
+        (
+            ("export", one, "--format=stablehlo", given, f"--out={tmp_path / 'x'}", "--dtype=int8"),
+            "needs --format=onnx",
+        ),
+        (("latency", "--model=nowhere"), "there is no such folder"),
         (("evaluate", one, given, "--against=nowhere"), "there is no such folder"),
         (("evaluate", one, given, "--treshold=1"), "unrecognized arguments: --treshold=1"),
         (("evaluation", one), "invalid choice: 'evaluation'"),

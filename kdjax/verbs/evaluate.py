@@ -54,8 +54,6 @@ def run(
     Raises:
       ValueError, FileNotFoundError: before any compute: no such model or data, a broken picture, another class map.
     """
-    if limit < 0:
-        raise ValueError(f"--limit={limit} must be a number of pictures, or 0 for all.")
     loaded = {"model": models.load(model)} | ({"other": models.load(against)} if against else {})
     folder = models.check_out(out) if out else None
     given = open_data(data, split, annotations, images, limit)
@@ -92,6 +90,8 @@ def open_data(data: str, split: str, annotations: str, images: str, limit: int) 
     Raises:
       ValueError, FileNotFoundError: one sentence on what is wrong.
     """
+    if limit < 0:
+        raise ValueError(f"--limit={limit} must be a number of pictures, or 0 for all.")
     if data == "scenes":
         pairs = functools.partial(scenes.stream, "val", min(limit, SCENES) if limit else SCENES)
         categories, count, log = dict(enumerate(scenes.CLASSES, start=1)), limit or SCENES, []
