@@ -126,10 +126,8 @@ def fitted(model: models.Model, data: Data) -> models.Model:
         unknown = [name for name in ids if name not in model.classes]
         missing = [name for name in model.classes if name not in ids]
         what = f"the data has {unknown[0]!r}" if unknown else f"the data lacks {missing[0]!r}"
-        raise ValueError(
-            f"the class map of {model.folder} ({', '.join(model.classes)}) is not that of {data.name} "
-            f"({', '.join(ids)}): {what}."
-        )
+        theirs, mine = (", ".join([*names][:6]) + ", …" * (len(names) > 6) for names in (ids, model.classes))
+        raise ValueError(f"the class map of {model.folder} ({mine}) is not that of {data.name} ({theirs}): {what}.")
     return model._replace(category_ids=tuple(ids[name] for name in model.classes))
 
 
@@ -256,7 +254,8 @@ def _html_table(rows: Sequence[Sequence[str]], *, caption: str = "") -> str:
     for first, *rest in body:
         text += f'<tr><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in rest)}</tr>'
     heading = f"<h3>{escape(caption)}</h3>" if caption else ""
-    return f'{heading}<div class="scroll"><table>{text}</tbody></table></div>'
+    long = ' long" tabindex="0" role="region" aria-label="table' if len(body) > report.MAX_BARS + 1 else ""
+    return f'{heading}<div class="scroll{long}"><table>{text}</tbody></table></div>'
 
 
 def _threshold_table(results: Mapping[str, Mapping], name: str) -> str:

@@ -430,6 +430,8 @@ def largest_difference(model: models.Model, call, pictures: Iterable[np.ndarray]
                 return np.inf
             away = (np.abs(mine[:, None] - theirs) / np.maximum(np.abs(mine[:, None]), 1)).max(-1, initial=0.0)
             away = np.where(wanted.labels[wanted.valid][:, None] == labels, away, np.inf).min(1, initial=np.inf)
+            if wanted.valid.all():  # which of equals take the last places is chance
+                away = away[mine[:, 4] > mine[-1, 4] + TOLERANCE]
             worst = max(worst, float(np.quantile(away, 0.98, method="lower")) if len(away) else 0.0)
             continue
         for mine, theirs in zip(map(np.asarray, network(canvas)), call(canvas), strict=True):
