@@ -43,18 +43,15 @@ def main(argv):
 
 
 def parse(argv):
-    """Reads the flags, and with them the config file: what is wrong there gets one sentence."""
+    """Reads the flags, and with them the config file."""
+    from kdjax.train import config
+
     try:
-        return flags.FLAGS(argv)
-    except Exception as error:  # config files are the user's code: they can raise anything
+        return config.parse(flags.FLAGS, argv)
+    except ValueError as error:
         if os.environ.get("KDJAX_TRACEBACK"):
             raise
-        text = str(error).strip()
-        if "Traceback" in text:  # the flags wrap what a config file raises; its last line is the sentence
-            text = text.splitlines()[-1].removeprefix("ValueError: ")
-        elif isinstance(error, (AttributeError, KeyError)):
-            text = f"no such setting: {text}".replace("\\n", " ").replace("\\", "").replace("'", "")
-        fail(" ".join(text.split()))
+        fail(error)
 
 
 def fail(error):

@@ -22,9 +22,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
       arguments: those of the command line; by default the process's own.
 
     Returns:
-      Exit code: 0, 2 after a sentence on stderr about something that the user can mend, 130 after Ctrl-C.
+      Exit code: 0, 1 if the doctor found a fault, 2 after a sentence on stderr about something that the user can mend,
+      130 after Ctrl-C.
     """
-    chosen = vars(_parser().parse_args(arguments))
+    parser = _parser()
+    known, rest = parser.parse_known_args(arguments)
+    chosen = vars(known)
+    if chosen["verb"] == "doctor":
+        chosen["changes"] = rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     run = importlib.import_module(f"kdjax.verbs.{chosen.pop('verb').replace('-', '_')}").run
     try:
         return run(**chosen)
@@ -67,6 +74,15 @@ def _parser() -> argparse.ArgumentParser:
         )
         made.error = functools.partial(_fail, command=f"kdjax {name}")
         return made
+
+    one = verb(
+        "doctor",
+        "Look at a run for a minute before it is started: input, class map, schedule, terms, memory.",
+        "kdjax doctor --config=configs/quickstart.py --config.optimizer.lr=0.005",
+    )
+    one.add_argument(
+        "--config", required=True, metavar="FILE[:ARG]", help="as for train.py, with any --config.a.b=value after it"
+    )
 
     one = verb(
         "predict",

@@ -124,7 +124,9 @@ def test_files_of_arrays(tmp_path, detector, variables, state, wrapper):
     np.savez(tmp_path / "weights.npz", **arrays)
     save_safetensors(arrays, tmp_path / "weights.safetensors")
     for file in ("weights.npz", "weights.safetensors"):
-        chex.assert_trees_all_equal(convert.from_torch(detector, convert.load_file(tmp_path / file)), variables)
+        arrays, classes = convert.load_checkpoint(tmp_path / file)
+        assert classes is None
+        chex.assert_trees_all_equal(convert.from_torch(detector, arrays), variables)
 
 
 def test_mmengine_keeps_the_average_in_state_dict():
@@ -134,31 +136,37 @@ def test_mmengine_keeps_the_average_in_state_dict():
 
 def test_file_errors(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"files .npz, .safetensors, .pth, not from .*weights.h5"):
-        convert.load_file(tmp_path / "weights.h5")
+        convert.load_checkpoint(tmp_path / "weights.h5")
     with pytest.raises(ValueError, match="There is no file"):
-        convert.load_file(tmp_path / "weights.npz")
+        convert.load_checkpoint(tmp_path / "weights.npz")
     for name in ("broken.npz", "broken.safetensors"):
         (tmp_path / name).write_bytes(b"not arrays at all")
         with pytest.raises(ValueError, match=f"{name} cannot be read"):
-            convert.load_file(tmp_path / name)
+            convert.load_checkpoint(tmp_path / name)
     np.savez(tmp_path / "whole.npz", a=np.arange(1000))
     (tmp_path / "cut.npz").write_bytes((tmp_path / "whole.npz").read_bytes()[:2000])
     with pytest.raises(ValueError, match="cut.npz cannot be read"):
-        convert.load_file(tmp_path / "cut.npz")
+        convert.load_checkpoint(tmp_path / "cut.npz")
     monkeypatch.setitem(sys.modules, "torch", None)
     (tmp_path / "weights.pth").write_bytes(b"")
     with pytest.raises(ValueError, match=r"needs PyTorch: install the extra kdjax\[torch\]"):
-        convert.load_file(tmp_path / "weights.pth")
+        convert.load_checkpoint(tmp_path / "weights.pth")
 
 
 def test_pth_is_read_as_weights_alone(tmp_path, detector, variables, state):
     torch = pytest.importorskip("torch")
     checkpoint = {"meta": {"epoch": 1}, "state_dict": {k: torch.tensor(v) for k, v in state.items()}}
     torch.save(checkpoint, tmp_path / "weights.pth")
-    chex.assert_trees_all_equal(convert.from_torch(detector, convert.load_file(tmp_path / "weights.pth")), variables)
+    _, *found, classes = weights.load(tmp_path / "weights.pth", detector)
+    chex.assert_trees_all_equal(tuple(found), variables)
+    assert classes is None
+    for told in (CLASSES, [*CLASSES, "one more"]):
+        checkpoint["meta"] = {"dataset_meta": {"classes": tuple(told)}}
+        torch.save(checkpoint, tmp_path / "weights.pth")
+        assert weights.load(tmp_path / "weights.pth", detector)[3] == (told if told is CLASSES else None)
     torch.save({"state_dict": {}, "code": PurePath("x")}, tmp_path / "code.pth")
     with pytest.raises(ValueError, match="cannot be read as weights alone"):
-        convert.load_file(tmp_path / "code.pth")
+        convert.load_checkpoint(tmp_path / "code.pth")
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from kdjax import data, detectors
+from kdjax import cli, data, detectors
 from kdjax.data.dataset import Split
 from kdjax.detectors import weights
 from kdjax.train import doctor, loop
@@ -213,3 +213,23 @@ def test_what_a_run_would_refuse_is_a_fault(setup):
     config = made.config.copy_and_resolve_references()
     config.batch_size = -1
     assert "config.batch_size is -1" in faults(doctor.examine(config))["start"]
+
+
+@pytest.mark.filterwarnings("ignore:the load_module")  # of ml_collections
+def test_the_verb_examines_the_run_of_its_flags(monkeypatch, capsys):
+    seen = []
+    command = ["doctor", f"--config={ROOT / 'configs/quickstart.py'}:ssim", "--config.optimizer.lr=0.25"]
+    for level, code in ((doctor.LOOK, 0), (doctor.FAULT, 1)):
+        found = [doctor.Finding(doctor.FINE, "sizes", "well"), doctor.Finding(level, "mkd", "see start")]
+        monkeypatch.setattr(doctor, "examine", lambda config, found=found: seen.append(config) or found)
+        assert cli.main(command) == code
+        assert f"mkd    see start\n{code} faults, {1 - code} to look at, 1 fine" in capsys.readouterr().out
+    assert list(seen[0].methods) == ["ssim"] and seen[0].optimizer.lr == 0.25
+    for wrong, told in (
+        ("--config=configs/nix.py", "No such file or directory: 'configs/nix.py'"),
+        ("--config.optimizer.lrr=1", "no such setting: lrr"),
+        ("nonsense", "'nonsense' is no flag"),
+    ):
+        assert cli.main([*command, wrong]) == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert line.startswith("kdjax: ") and told in line

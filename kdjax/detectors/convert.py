@@ -226,11 +226,6 @@ def _unwrapped(state: dict[str, np.ndarray], network: str) -> dict[str, np.ndarr
     return groups[chosen] | {name: state[name] for name in strays}
 
 
-def load_file(path: str | Path) -> dict[str, np.ndarray]:
-    """Reads a state dict from a file of arrays: the first that `load_checkpoint` returns."""
-    return load_checkpoint(path)[0]
-
-
 def load_checkpoint(path: str | Path) -> tuple[dict[str, np.ndarray], list[str] | None]:
     """Reads a state dict, and the names of the classes if they are told; code inside the file is never run.
 

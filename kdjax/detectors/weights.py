@@ -101,7 +101,8 @@ def load(
       keep_classifiers: refuse PyTorch weights of another number of classes.
 
     Returns:
-      (detector, params, stats, names of the classes or None if the file does not tell); arrays are float32.
+      (detector, params, stats, names of the classes or None if the file does not tell); arrays are float32. Of PyTorch
+      files a .pth with mmengine's or mmdetection 2's `meta` tells them.
 
     Raises:
       ValueError: if anything is missing, broken, or of another detector.
@@ -115,12 +116,13 @@ def load(
         raise ValueError(f"There are no weights at {path}.")
     if detector is None:
         raise ValueError(f"{path} does not say which detector it is of; name it beside the weights.")
-    state = convert.load_file(path)
+    state, classes = convert.load_checkpoint(path)
     try:
         params, stats = convert.from_torch(detector, state, key=key, keep_classifiers=keep_classifiers)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    return detector, params, stats, None
+    # Names of another number of classes are those of classifiers that have just started anew.
+    return detector, params, stats, classes if classes and len(classes) == detector.num_classes else None
 
 
 def _load_folder(folder: Path, detector: Detector | None) -> tuple[Detector, Tree, Tree, list[str]]:

@@ -102,6 +102,30 @@ _RANGES = (
 )
 
 
+def parse(flag_values, arguments: list[str]) -> list[str]:
+    """Reads flags, and with them the config file; what is wrong there gets one sentence.
+
+    Args:
+      flag_values: absl's, with the flag of a config file.
+      arguments: the program's name and the flags.
+
+    Returns:
+      What is left over, as absl does.
+
+    Raises:
+      ValueError: unknown flag or setting, or whatever the config file, which is the user's code, raised.
+    """
+    try:
+        return flag_values(arguments)
+    except Exception as error:
+        text = str(error).strip()
+        if "Traceback" in text:  # the flags wrap what a config file raises; its last line is the sentence
+            text = text.splitlines()[-1].removeprefix("ValueError: ")
+        elif isinstance(error, (AttributeError, KeyError)):
+            text = f"no such setting: {text}".replace("\\n", " ").replace("\\", "").replace("'", "")
+        raise ValueError(" ".join(text.split())) from error
+
+
 def check_numbers(config: ConfigDict) -> None:
     """Holds every number against its range.
 

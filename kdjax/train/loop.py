@@ -198,7 +198,8 @@ def load_detector(role: str, chosen: ConfigDict, dataset, key):
         what = f"{missing[0]!r} is unknown to the {role}" if missing else "the order or number of classes differs"
         raise ValueError(
             f"the class map of the {role} in {chosen.weights} does not fit the data: {what}; "
-            f"{role}: {', '.join(classes)}; data: {', '.join(dataset.classes)}"
+            f"{role}: {', '.join(classes)}; data: {', '.join(dataset.classes)} (where only the spelling differs, "
+            "`kdjax import-weights --classes` gives the weights other names)"
         )
     if detector.num_classes != len(dataset.classes):
         raise ValueError(

@@ -1,0 +1,50 @@
+"""`kdjax doctor`: whether a run is set up right, before hours are spent on it."""
+
+from absl import flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from kdjax.train import config as settings
+from kdjax.train import doctor
+
+SIGNS = {doctor.FINE: " fine  ", doctor.LOOK: " look  ", doctor.FAULT: " FAULT "}
+
+
+def run(*, config: str, changes: list[str]) -> int:
+    """Examines the run that `train.py` would start with the same flags, and prints what was found.
+
+    Args:
+      config: FILE[:ARGUMENT].
+      changes: any --config.a.b=value.
+
+    Returns:
+      Exit code: 0, or 1 if there is a fault.
+
+    Raises:
+      ValueError: there is no such config or setting.
+    """
+    logging.set_verbosity(logging.WARNING)
+    findings = doctor.examine(read_config(config, changes))
+    width = max(len(finding.what) for finding in findings)
+    for finding in findings:
+        print(f"{SIGNS[finding.level]}{finding.what.ljust(width)}  {finding.said}")
+    faults, looks = (sum(finding.level == level for finding in findings) for level in (doctor.FAULT, doctor.LOOK))
+    print(f"{faults} faults, {looks} to look at, {len(findings) - faults - looks} fine")
+    return 1 if faults else 0
+
+
+def read_config(config: str, changes: list[str]) -> ConfigDict:
+    """The config that train.py would have.
+
+    Raises:
+      ValueError: one sentence on what is wrong.
+    """
+    values, arguments = flags.FlagValues(), ["kdjax doctor", f"--config={config}", *changes]
+    holder = config_flags.DEFINE_config_file("config", None, "", flag_values=values, sys_argv=arguments)
+    rest = settings.parse(values, arguments)[1:]
+    if rest:
+        raise ValueError(f"{rest[0]!r} is no flag; settings are changed with --config.a.b=value")
+    try:
+        holder.value.to_dict()  # a file that could not be read shows itself at the first access
+        return holder.value
+    except OSError as error:
+        raise ValueError(f"--config: {str(error).strip().splitlines()[-1].strip()}") from None
