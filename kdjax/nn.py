@@ -255,6 +255,47 @@ def batch_norm(x: Array, scale: Array, bias: Array, mean: Array, var: Array, *, 
     return ((x - mean) * (lax.rsqrt(var + eps) * scale) + bias).astype(x.dtype)
 
 
+def group_norm(x: Array, scale: Array, bias: Array, *, groups: int, eps: float = 1e-5) -> Array:
+    """Normalises groups of neighbouring channels of each map with their own mean and biased variance.
+
+    y = (x - mean) / sqrt(var + eps) * scale + bias, the statistics in float32 whatever x is.
+
+    Args:
+      x: f32[B, H, W, C].
+      scale, bias: f32[C].
+      groups: G, divides C; channels 0 .. C/G - 1 are the first group.
+      eps: added to the variance.
+
+    Returns:
+      Array of x's shape and dtype.
+
+    Raises:
+      ValueError: if the channels do not divide into the groups.
+
+    Scope: one map, the channels of a group.
+
+    Peers: torch.nn.GroupNorm.
+
+    Reference: Wu and He, Group Normalization, ECCV 2018, equation 7.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> x = jnp.array([1.0, 3.0, 10.0, 30.0]).reshape(1, 1, 1, 4)
+      >>> group_norm(x, jnp.ones(4), jnp.zeros(4), groups=2, eps=0.0).ravel().tolist()
+      [-1.0, 1.0, -1.0, 1.0]
+    """
+    channels = x.shape[-1]
+    if channels % groups:
+        raise ValueError(f"{channels} channels do not divide into {groups} groups.")
+    # mmengine's rule for norms that compute their statistics.
+    _record("norm", 5 * x.size)
+    grouped = x.astype(jnp.float32).reshape(*x.shape[:-1], groups, channels // groups)
+    centred = grouped - jnp.mean(grouped, (1, 2, 4), keepdims=True)
+    variance = jnp.mean(jnp.square(centred), (1, 2, 4), keepdims=True)
+    normed = (centred * lax.rsqrt(variance + eps)).reshape(x.shape)
+    return (normed * scale + bias).astype(x.dtype)
+
+
 def global_average_pool(x: Array) -> Array:
     """Averages every channel of every map over its cells: f32[B, H, W, C] -> f32[B, 1, 1, C]."""
     _record("pool", x.size)
@@ -407,8 +448,9 @@ def _counting() -> Iterator[dict[str, int]]:
 def count(function: Callable, *args) -> dict[str, int]:
     """Counts the floating-point operations of a function of this module's primitives, without computing anything.
 
-    The rule is mmengine's: one multiply-add of a convolution is one; two per output element of a batch norm; the input
-    elements of a global average pool; the output elements of an up-sampling; everything else is free.
+    The rule is mmengine's: one multiply-add of a convolution is one; two per output element of a batch norm, five of a
+    group norm; the input elements of a global average pool; the output elements of an up-sampling; everything else is
+    free.
 
     Args:
       function: what to count; it is traced anew, but parts of it that are jitted and were traced before are not seen.

@@ -172,3 +172,28 @@ class Variants(chex.TestCase):
         a, b = some_boxes(2), some_boxes(3, 9)
         got = self.variant(lambda a, b: {mode: iou.pairwise(a, b, mode=mode) for mode in iou.MODES})(a, b)
         chex.assert_trees_all_close(got, all_modes(a, b), atol=1e-5)
+
+
+@FAST
+@given(SEEDS)
+def test_centreness_and_expected_distance_equal_slow_loops(seed):
+    rng = np.random.default_rng(seed)
+    distances, logits = rng.uniform(-1, 9, (6, 4)), rng.normal(0, 2, (6, 20))
+    for sides, value, row, expected in zip(
+        distances, coding.centreness(distances), logits, coding.expected_distance(logits), strict=True
+    ):
+        left, top, right, bottom = sides
+        inside = min(sides) > 0
+        across, along = min(left, right) / max(left, right), min(top, bottom) / max(top, bottom)
+        assert float(value) == pytest.approx(np.sqrt(across * along) if inside else 0, rel=1e-5)
+        for side in range(4):
+            weights = np.exp(row[5 * side : 5 * side + 5])
+            mean = sum(i * w for i, w in enumerate(weights)) / sum(weights)
+            assert float(expected[side]) == pytest.approx(mean, rel=1e-5)
+
+
+def test_centreness_has_finite_gradients_on_the_border():
+    gradient = jax.grad(lambda d: jnp.sum(coding.centreness(d)))(
+        jnp.array([[0.0, 1, 2, 3], [0, 0, 0, 0], [-1, 2, 3, 4]])
+    )
+    assert np.isfinite(gradient).all()

@@ -244,3 +244,40 @@ def test_sharded_batch_gives_the_same_without_moving_pictures():
     for name, a, b in zip(Targets._fields, compiled(*arguments), assigner(logits, boxes, targets), strict=False):
         np.testing.assert_array_equal(a, b, err_msg=name)
     assert "all-gather" not in compiled.as_text()
+
+
+POINTS = priors.grid_priors(HW, (8, 16, 32), offset=0.5)
+RANGES = np.array([[-1.0, 16], [16, 32], [32, np.inf]])[[(8, 16, 32).index(s) for s in POINTS[:, 2]]]
+smallest = {
+    radius: jax.jit(
+        lambda targets, radius=radius: assign.smallest_box(
+            POINTS, targets, num_classes=CLASSES, ranges=RANGES, radius=radius
+        )
+    )
+    for radius in (None, 1.5)
+}
+
+
+@FAST
+@given(SEEDS, st.sampled_from([None, 1.5]))
+def test_smallest_box_equals_slow_loop(seed, radius):
+    _, _, targets = some_batch(seed)
+    got = smallest[radius](targets)
+    for row in range(len(targets.boxes)):
+        for n, (x, y, stride, _) in enumerate(POINTS):
+            best, least = -1, math.inf
+            for m in np.flatnonzero(targets.valid[row]):
+                x1, y1, x2, y2 = box = np.float64(targets.boxes[row, m])
+                far = max(x - x1, y - y1, x2 - x, y2 - y)
+                if radius is not None:
+                    cx, cy, r = (x1 + x2) / 2, (y1 + y2) / 2, radius * stride
+                    box = max(cx - r, x1), max(cy - r, y1), min(cx + r, x2), min(cy + r, y2)
+                inside = box[0] < x < box[2] and box[1] < y < box[3]
+                area = np.float32((x2 - x1) * (y2 - y1))
+                if inside and RANGES[n, 0] <= far <= RANGES[n, 1] and area < least:
+                    best, least = m, area
+            assert got.matched[row, n] == best or np.isclose(
+                *(np.prod(targets.boxes[row, m][2:] - targets.boxes[row, m][:2]) for m in (best, got.matched[row, n]))
+            )
+    assert not np.any(got.ignore)
+    np.testing.assert_array_equal(got.labels == CLASSES, got.matched < 0)

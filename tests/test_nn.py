@@ -225,3 +225,18 @@ def test_nothing_is_counted_outside():
     counted = nn.count(lambda x: x, jnp.zeros(3))
     nn.upsample_nearest(jnp.zeros((1, 2, 2, 1)))
     assert counted["flops"] == 0
+
+
+def test_group_norm_is_the_formula():
+    rng = np.random.default_rng(0)
+    x = rng.normal(300, 0.1, (2, 3, 4, 6)).astype(np.float32)  # a mean that rounding would feel
+    scale, bias = rng.normal(size=(2, 6)).astype(np.float32)
+    got = nn.group_norm(x, scale, bias, groups=3, eps=1e-5)
+    grouped = np.float64(x).reshape(2, 12, 3, 2)
+    centred = grouped - grouped.mean((1, 3), keepdims=True)
+    normed = (centred / np.sqrt(grouped.var((1, 3), keepdims=True) + 1e-5)).reshape(x.shape)
+    np.testing.assert_allclose(got, normed * scale + bias, rtol=1e-3, atol=1e-3)
+    assert nn.group_norm(x.astype(jnp.bfloat16), scale, bias, groups=3).dtype == jnp.bfloat16
+    assert nn.count(lambda x: nn.group_norm(x, scale, bias, groups=3), x)["norm"] == 5 * x.size
+    with pytest.raises(ValueError, match="6 channels do not divide into 4 groups"):
+        nn.group_norm(x, scale, bias, groups=4)

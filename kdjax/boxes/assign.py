@@ -417,3 +417,62 @@ def atss(
     best = jnp.max(iou_of_match, axis=1)
     matched = jnp.where(best >= 0, jnp.argmax(iou_of_match, axis=1).astype(jnp.int32), -1)
     return _assignment(matched, ~takes_part, jnp.ones_like(best), num_classes, targets)
+
+
+def smallest_box(
+    priors: Array, targets: Targets, *, num_classes: int, ranges: Array, radius: float | None = None
+) -> Assignment:
+    """FCOS's assigner: a point answers for the smallest box around it whose size belongs to the point's level.
+
+    A box is a candidate of a point strictly inside it whose largest distance to the box's sides lies in the point's
+    range. With a `radius`, the point must also lie strictly inside the square of so many strides around the box's
+    centre, cut to the box. Of several candidates the one of least area is taken, of equal ones the first.
+
+    Args:
+      priors: f32[N, 4], `x y stride_w stride_h` in pixels: the centres of the cells.
+      targets: the ground truth, M >= 1; rows that are not valid change nothing.
+      num_classes: K, the label of background.
+      ranges: f32[N, 2], smallest and largest distance of each point, both included, in pixels.
+      radius: half the side of the centre region, in strides; None: the whole box.
+
+    Returns:
+      Assignment with `quality` 1 at matches; nothing is ignored, as points outside the padded picture are background. A
+      picture without boxes is all background.
+
+    Scope: each picture on its own.
+
+    Peers: mmdetection's `FCOSHead.get_targets`, with `center_sampling` where there is a radius.
+
+    Reference: Tian et al., FCOS, ICCV 2019, section 3.2.
+
+    Example:
+      >>> import numpy as np
+      >>> priors = np.array([[4.0, 4, 8, 8], [12, 4, 8, 8]], np.float32)
+      >>> truth = Targets(boxes=np.array([[[0.0, 0, 8, 8], [0, 0, 16, 8]]], np.float32), labels=np.array([[0, 1]]),
+      ...                 valid=np.array([[True, True]]), image_size=np.array([[8, 16]]), pad_size=np.array([[8, 16]]))
+      >>> smallest_box(priors, truth, num_classes=2, ranges=np.array([[0, 64], [0, 64]])).matched.tolist()
+      [[0, 1]]
+    """
+    priors, ranges = jnp.asarray(priors), jnp.asarray(ranges)
+    x, y, stride = priors[:, 0], priors[:, 1], priors[:, 2]
+    x1, y1, x2, y2 = (targets.boxes[:, :, i, None] for i in range(4))
+
+    def nearest_side(x1, y1, x2, y2):
+        return jnp.minimum(jnp.minimum(x - x1, x2 - x), jnp.minimum(y - y1, y2 - y))
+
+    farthest_side = jnp.maximum(jnp.maximum(x - x1, x2 - x), jnp.maximum(y - y1, y2 - y))
+    candidate = (nearest_side(x1, y1, x2, y2) > 0) & targets.valid[..., None]
+    candidate &= (farthest_side >= ranges[:, 0]) & (farthest_side <= ranges[:, 1])
+    if radius is not None:
+        centre_x, centre_y, reach = (x1 + x2) / 2, (y1 + y2) / 2, radius * stride
+        region = (
+            jnp.maximum(centre_x - reach, x1),
+            jnp.maximum(centre_y - reach, y1),
+            jnp.minimum(centre_x + reach, x2),
+            jnp.minimum(centre_y + reach, y2),
+        )
+        candidate &= nearest_side(*region) > 0
+    area = jnp.where(candidate, (x2 - x1) * (y2 - y1), jnp.inf)
+    matched = jnp.where(jnp.any(candidate, axis=1), jnp.argmin(area, axis=1).astype(jnp.int32), -1)
+    nothing = jnp.zeros(matched.shape, bool)
+    return _assignment(matched, nothing, jnp.ones(matched.shape, jnp.float32), num_classes, targets)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 
 from kdjax.structs import Array
@@ -61,6 +62,57 @@ def boxes_to_distance(points: Array, boxes: Array, *, max_distance: float | None
     """
     distances = jnp.concatenate([points - boxes[..., :2], boxes[..., 2:] - points], axis=-1)
     return distances if max_distance is None else jnp.clip(distances, 0, max_distance - eps)
+
+
+def expected_distance(logits: Array) -> Array:
+    """Distances that stand as distributions over whole numbers: `sum_i i softmax(logits)_i` of each of the four sides.
+
+    Args:
+      logits: f32[..., 4 (n + 1)], the bins 0 .. n of the left side, then of the top, right and bottom one.
+
+    Returns:
+      f32[..., 4], 0 .. n, in the unit of the bins (strides).
+
+    Scope: each box on its own.
+
+    Peers: mmdetection's `Integral`.
+
+    Reference: Li et al., Generalized Focal Loss, NeurIPS 2020, equation 5.
+
+    Example:
+      >>> import numpy as np
+      >>> expected_distance(np.array([0.0, 9, 0, 9, 9, 0, 9, 9])).round(2).tolist()
+      [1.0, 1.0, 0.0, 0.5]
+    """
+    probs = jax.nn.softmax(logits.reshape(*logits.shape[:-1], 4, -1), axis=-1)
+    return jnp.sum(probs * jnp.arange(probs.shape[-1], dtype=probs.dtype), axis=-1)
+
+
+def centreness(distances: Array) -> Array:
+    """How central a point is in its box: `sqrt(min(l, r) / max(l, r) * min(t, b) / max(t, b))`.
+
+    Args:
+      distances: f32[..., 4], `l t r b` of the point to the sides, any unit.
+
+    Returns:
+      f32[...], 1 in the middle, 0 on the border and outside.
+
+    Scope: each box on its own.
+
+    Peers: mmdetection's centerness targets of FCOS and ATSS.
+
+    Reference: Tian et al., FCOS, ICCV 2019, equation 3.
+
+    Example:
+      >>> import numpy as np
+      >>> centreness(np.array([[2.0, 2, 2, 2], [1, 3, 4, 3], [-1, 1, 1, 1]])).tolist()
+      [1.0, 0.5, 0.0]
+    """
+    low = jnp.minimum(distances[..., :2], distances[..., 2:])
+    high = jnp.maximum(distances[..., :2], distances[..., 2:])
+    inside = jnp.all(low > 0, axis=-1)
+    ratio = jnp.prod(low / jnp.where(high > 0, high, 1), axis=-1)
+    return jnp.where(inside, jnp.sqrt(jnp.where(inside, ratio, 1)), 0)
 
 
 def _centre_and_size(boxes: Array) -> tuple[Array, Array]:

@@ -80,6 +80,7 @@ def select(
     pre_nms: int,
     max_detections: int,
     class_agnostic: bool = False,
+    quality: Array | None = None,
 ) -> Detections:
     """Detections among dense predictions: per level the best (prior, class) pairs, then suppression over all levels.
 
@@ -93,6 +94,7 @@ def select(
       pre_nms: how many pairs of a level go on.
       max_detections: D, the number of places for detections of a picture.
       class_agnostic: suppress over classes as well.
+      quality: f32[B, N], 0 .. 1; the scores of the pairs that go on are multiplied by it. None: they are not.
 
     Returns:
       Detections, best first, with boxes of zero width or height (after clipping) left out.
@@ -130,11 +132,14 @@ def select(
         best_pairs.append(index + start * num_classes)
         start += size
     scores, pairs = jnp.concatenate(best_scores, axis=1), jnp.concatenate(best_pairs, axis=1)
-    boxes = jnp.take_along_axis(boxes, (pairs // num_classes)[..., None], axis=1)
-    labels = pairs % num_classes
+    prior, labels = pairs // num_classes, pairs % num_classes
+    boxes = jnp.take_along_axis(boxes, prior[..., None], axis=1)
 
     has_area = (boxes[..., 2] > boxes[..., 0]) & (boxes[..., 3] > boxes[..., 1])
-    scores = jnp.where(has_area & (scores > score_threshold), scores, -jnp.inf)
+    goes_on = has_area & (scores > score_threshold)
+    if quality is not None:
+        scores = scores * jnp.take_along_axis(jnp.asarray(quality), prior, axis=1)
+    scores = jnp.where(goes_on, scores, -jnp.inf)
     kept, valid = suppress(
         boxes,
         scores,

@@ -119,3 +119,25 @@ def binary_cross_entropy(logits: Array, labels: Array) -> Array:
     """
     logits = jnp.asarray(logits).astype(jnp.float32)
     return optax.sigmoid_binary_cross_entropy(logits, jax.nn.one_hot(labels, logits.shape[-1], dtype=jnp.float32))
+
+
+def soft_binary_cross_entropy(logits: Array, target: Array) -> Array:
+    """Cross-entropy of a probability against a soft label: `-t log p - (1 - t) log(1 - p)`, p = sigmoid(logits).
+
+    Args:
+      logits: f32[...].
+      target: f32[...], t in 0 .. 1, such as a centreness.
+
+    Returns:
+      f32[...], >= 0; at least the entropy of the label.
+
+    Scope: each entry on its own.
+
+    Peers: mmdetection's `CrossEntropyLoss` with `use_sigmoid=True` on centreness, `reduction="none"`.
+
+    Example:
+      >>> import numpy as np
+      >>> round(float(soft_binary_cross_entropy(np.array(0.0), np.array(0.3))), 4)
+      0.6931
+    """
+    return optax.sigmoid_binary_cross_entropy(jnp.asarray(logits).astype(jnp.float32), jnp.asarray(target))
