@@ -59,15 +59,16 @@ class DetectorOutput:
     strides: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     # Strides of the backbone's levels; static.
     backbone_strides: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
+    anchors: int = dataclasses.field(default=1, metadata={"static": True})  # A, priors of a cell; static
     backbone: tuple[Array, ...] = ()  # L of f32[B, H, W, C]: what the backbone gives to the neck
     neck: tuple[Array, ...] = ()  # L of f32[B, H, W, C]: what the head consumes
     neck_conv: tuple[Array, ...] = ()  # L of f32[B, H, W, C]: the neck's last convolutions before norm and activation
     cls_tower: tuple[tuple[Array, ...], ...] = ()  # conv i, then L of f32[B, H, W, C]: output of conv i with its norm,
     reg_tower: tuple[tuple[Array, ...], ...] = ()  # before the activation (where `Detector.head` can enter again)
     cls_logits: tuple[Array, ...] = ()  # L of f32[B, H, W, A*K]
-    box_reg: tuple[
-        Array, ...
-    ] = ()  # L of f32[B, H, W, A*4] (RTMDet: distances l t r b in pixels, already times stride)
+    # L of f32[B, H, W, A*4]: distances l t r b in pixels (RTMDet, FCOS) or deltas of anchors (RetinaNet, ATSS); for GFL
+    # f32[B, H, W, 4*(n+1)], logits of the bins 0 .. n of each distance.
+    box_reg: tuple[Array, ...] = ()
     quality: tuple[Array, ...] = ()  # L of f32[B, H, W, A]: centreness or objectness logits
     rois: Array | None = None  # f32[B, R, 4], proposals of a two-stage detector
     mask: tuple[Array, ...] = ()  # parts of an instance-mask head

@@ -353,13 +353,12 @@ def test_ld_refuses_heads_without_distributions():
     with pytest.raises(ValueError, match="same levels, grids"):
         fewer = dataclasses.replace(context.teacher, box_reg=tuple(m[..., :16] for m in context.teacher.box_reg))
         terms("ld", context._replace(teacher=fewer))
-    # Five anchors a cell with one number an edge look like one anchor with five bins, until the priors are counted.
-    several = context._replace(priors=jnp.repeat(context.priors, BINS, 0))
-    for side in ("student", "teacher"):
-        logits = tuple(jnp.tile(m, BINS) for m in context.student.cls_logits)
-        several = several._replace(**{side: dataclasses.replace(getattr(context, side), cls_logits=logits)})
+    # Five anchors a cell with one number an edge are not one anchor with five bins.
+    several = {side: dataclasses.replace(getattr(context, side), anchors=BINS) for side in ("student", "teacher")}
     with pytest.raises(ValueError, match="distributions over bins.*student has 4 numbers"):
-        terms("ld", several)
+        terms("ld", context._replace(**several))
+    with pytest.raises(ValueError, match="same levels, grids, anchors"):
+        terms("rm", plain._replace(teacher=dataclasses.replace(plain.teacher, anchors=3)))
 
 
 # ---------------------------------------------------------------------------------------------------------- CrossKD

@@ -301,7 +301,7 @@ def pair_priors(student: DetectorOutput, teacher: DetectorOutput, student_tap: s
         {stride: tuple(m.shape[1:]) for stride, m in tap(output, name).items()}
         for output, name in ((student, student_tap), (teacher, teacher_tap))
     ]
-    if sides[0] != sides[1] or set(sides[0]) != set(student.strides):
+    if sides[0] != sides[1] or set(sides[0]) != set(student.strides) or student.anchors != teacher.anchors:
         raise ValueError(
             f"predictions are compared prior by prior, which needs the same levels, grids, anchors and classes on both "
             f"sides; by stride, {student_tap!r} of the student is {sides[0]}, {teacher_tap!r} of the teacher {sides[1]}"

@@ -76,7 +76,7 @@ def make(
     def init(key, student_spec, teacher_spec):
         del key
         for side, output, name in (("student", student_spec, student), ("teacher", teacher_spec, teacher)):
-            check_bins(side, name, next(iter(api.tap(output, name).values())).shape[-1])
+            check_bins(side, name, next(iter(api.tap(output, name).values())).shape[-1] // output.anchors)
         api.pair_priors(student_spec, teacher_spec, student, teacher)
         api.pair_priors(student_spec, teacher_spec, "cls_logits", "cls_logits")
         return {}
@@ -95,7 +95,6 @@ def make(
         classes = api.pair_priors(context.student, context.teacher, "cls_logits", "cls_logits")
         sizes, class_logits = api.level_sizes(classes, count), api.row_pair(classes, count)
         by_prior = api.row_pair(edges, count)
-        check_bins("student", student, by_prior[0].shape[-1])  # several anchors a cell are only known here
         by_edge = (x.reshape(*x.shape[:2], 4, -1) for x in by_prior)
         kl = jnp.mean(logits.softmax_kl(*by_edge, temperature=temperature, class_reduction="mean"), -1)
         confidence = jax.lax.stop_gradient(jnp.max(jax.nn.sigmoid(class_logits[0]), -1))
