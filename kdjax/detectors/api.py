@@ -24,15 +24,16 @@ class Detector:
     - `preprocess(images u8[B, H, W, 3] RGB) -> f32[B, H, W, 3]`: colour order and normalisation of this detector.
     - `apply(params, stats, x f32[B, H, W, 3], *, train) -> (DetectorOutput, new_stats)`: with `train`, norms use the
       statistics of the global batch and `new_stats` has moved towards them; else `new_stats` equals `stats`.
-    - `head(params, stats, features, *, branch, start) -> L predictions`: the branch "cls" or "reg" of the head in
-      evaluation mode. `start=0`: on neck features; `start=i`: on the pre-activation output of the tower's conv i
-      (1-based), which is activated first. Predictions have the form of `DetectorOutput.cls_logits` or `box_reg`.
+    - `head(params, stats, features, *, branch, start) -> L predictions`: the branch "cls", "reg" or, if there is one,
+      "quality" of the head in evaluation mode. `start=0`: on neck features; `start=i`: on the pre-activation output of
+      the tower's conv i (1-based), which is activated first. Predictions have the form of
+      `DetectorOutput.cls_logits`, `box_reg` or `quality`.
     - `loss(output, targets, *, assignment=None) -> ({name: f32[]}, Assignment)`: normalised over the global batch;
       assigns itself unless an assignment is given.
     - `decode(output, image_size i32[B, 2], *, score_threshold, iou_threshold, pre_nms, max_detections) -> Detections`.
     - `decode_boxes(output) -> f32[B, N, 4]`, `class_logits(output) -> f32[B, N, K]`: all levels in one array.
     - `priors((H, W)) -> f32[N, 4]`: NumPy; x, y, stride in x, stride in y, in pixels.
-    - `no_decay(params) -> tree of bool`: True on what weight decay leaves alone: norms and biases.
+    - `no_decay(params) -> tree of bool`: True on what weight decay leaves alone: norms, biases, what is frozen.
     """
 
     name: str

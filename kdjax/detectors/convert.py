@@ -13,11 +13,23 @@ from safetensors.numpy import load_file as load_safetensors
 
 from kdjax.detectors.api import Detector, Tree, flatten, unflatten
 
-# Our paths follow mmdetection's module names (kdjax.detectors.cspnext, pafpn and rtmdet); only the leaves are renamed.
-_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+# Our paths follow mmdetection's module names (those of torchvision and timm in a ResNet); only the leaves are renamed.
+_LEAVES = {
+    "kernel": "weight",
+    "scale": "weight",
+    "factor": "scale",
+    "bias": "bias",
+    "mean": "running_mean",
+    "var": "running_var",
+}
 # RTMDet's towers: PyTorch stores a convolution that the levels share once for each level.
 _TOWER = re.compile(r"(bbox_head/(?:cls|reg)_convs)/0/(\d+/conv/kernel)")
-_CLASSIFIER = re.compile(r"bbox_head\.rtm_cls\.\d+\.(weight|bias)")
+# Layers whose outputs are the classes, of every anchor of a cell.
+_CLASSIFIER = re.compile(r"bbox_head\.(rtm_cls\.\d+|retina_cls|conv_cls|gfl_cls|atss_cls)\.(weight|bias)")
+# What a state dict holds beside weights: counters, and the bins 0 .. n of GFL's distributions.
+_COUNTERS, _BINS, _BINS_OF = "num_batches_tracked", "bbox_head.integral.project", "bbox_head.gfl_reg.bias"
+# A state dict with this name is that of a ResNet without a detector around it.
+_STEM = "conv1.weight"
 # What mmyolo's RTMDet calls otherwise; its modules are the same.
 _MMYOLO_HEAD = "bbox_head.head_module."
 _MMYOLO = (
@@ -30,8 +42,6 @@ _MMYOLO = (
     ("neck.bottom_up_layers.", "neck.bottom_up_blocks."),
     ("neck.out_layers.", "neck.out_convs."),
 )
-# What a state dict holds beside weights.
-_COUNTERS = "num_batches_tracked"
 
 _FORMATS = (".npz", ".safetensors", ".pth")
 
@@ -77,15 +87,16 @@ def from_torch(
 
     Understood are mmdetection's names and mmyolo's of RTMDet, behind `module.` (parallel wrappers and averaged models)
     and mmrazor's `architecture.`, `student.` and `teacher.`. Every key must be used and every array filled. If only the
-    classes differ, the classifiers start anew with the focal prior, and a warning says so.
+    classes differ, the classifiers start anew with the focal prior, and a warning says so. A bare ResNet, as
+    torchvision and timm have it, fills the backbone, and everything else starts anew.
 
     Args:
       detector: what to fill.
       state: name -> array, layout of PyTorch (OIHW).
       network: which one to take, "student" or "teacher", of a distiller's state that holds both.
-      key: of the draws for new classifiers; by default the key of seed 0.
+      key: of the draws for what starts anew; by default the key of seed 0.
       other_classes: the state's classes are not the detector's, even if there are as many.
-      keep_classifiers: refuse a state of another number of classes.
+      keep_classifiers: refuse a state of another number of classes, or without classifiers.
 
     Returns:
       (params, stats) of float32 arrays.
@@ -96,12 +107,18 @@ def from_torch(
     Warns:
       UserWarning: if the classifiers are not those of the state.
 
-    Peers: mmdetection 3.3.0, mmengine 0.10, mmrazor 1.0.
+    Peers: mmdetection 3.3.0, mmengine 0.10, mmrazor 1.0; torchvision's and timm's ResNet.
     """
     state = {name: value for name, value in plain(state, network).items() if not name.endswith(_COUNTERS)}
+    if _STEM in state:
+        return _from_backbone(detector, state, key, keep_classifiers)
     wanted = {f"{side}/{path}": leaf for side, tree in zip(("params", "stats"), detector.shapes, strict=True)
               for path, leaf in flatten(tree).items()}  # fmt: skip
     filled, problems, classifiers = {}, [], {}
+    if _BINS_OF in state and _BINS in state:
+        bins = state.pop(_BINS)
+        if not np.array_equal(bins, np.arange(len(state[_BINS_OF]) // 4)):
+            problems.append(f"{_BINS} are not the whole numbers from 0 on")
     unused = set(state)
     for path, names in torch_names(detector).items():
         unused -= set(names)
@@ -112,7 +129,7 @@ def from_torch(
         values = [_from_torch_layout(state[name], path) for name in names]
         if any(value.shape != values[0].shape or not np.array_equal(value, values[0]) for value in values):
             problems.append(f"{', '.join(names)} should be one shared array but differ")
-        elif _CLASSIFIER.fullmatch(names[0]) and values[0].shape[:-1] == wanted[path].shape[:-1]:
+        elif _is_classifier(names[0], values[0].shape, wanted[path].shape, detector):
             filled[path] = classifiers[path] = values[0]
         elif values[0].shape == wanted[path].shape:
             filled[path] = values[0]
@@ -120,7 +137,9 @@ def from_torch(
             expected = torch_shape(wanted[path].shape, path)
             problems.append(f"{names[0]} has shape {np.shape(state[names[0]])} instead of {expected}")
     problems += [f"{name} has no place in the detector" for name in sorted(unused)]
-    found_classes = {value.shape[-1] for value in classifiers.values()}
+    found_classes = {
+        value.shape[-1] * detector.num_classes // wanted[path].shape[-1] for path, value in classifiers.items()
+    }
     if len(found_classes) > 1:
         problems.append(f"the classifiers have different numbers of classes: {sorted(found_classes)}")
     if problems:
@@ -143,6 +162,28 @@ def from_torch(
     return tree["params"], tree["stats"]
 
 
+def _from_backbone(
+    detector: Detector, state: dict[str, np.ndarray], key: jax.Array | None, keep_classifiers: bool
+) -> tuple[Tree, Tree]:
+    """Fills the backbone from the state dict of a bare ResNet; its classifier of pictures is left out."""
+    if keep_classifiers:
+        raise ValueError(f"The weights are those of a bare ResNet: {detector.name} as a whole is needed.")
+    params, stats = detector.init(jax.random.key(0) if key is None else key)
+    whole = to_torch(detector, params, stats)
+    rest = {name: value for name, value in whole.items() if not name.startswith("backbone.")}
+    own = {f"backbone.{name}": value for name, value in state.items() if not name.startswith("fc.")}
+    warnings.warn(f"The weights are those of a bare ResNet: neck and head of {detector.name} start anew.", stacklevel=3)
+    return from_torch(detector, rest | own)
+
+
+def _is_classifier(name: str, shape: tuple[int, ...], wanted: tuple[int, ...], detector: Detector) -> bool:
+    """Whether an array is a classifier that differs from the wanted one in nothing but the number of classes."""
+    if not _CLASSIFIER.fullmatch(name) or shape[:-1] != wanted[:-1]:
+        return False
+    anchors = wanted[-1] // detector.num_classes
+    return shape[-1] % anchors == 0
+
+
 def to_torch(detector: Detector, params: Tree, stats: Tree) -> dict[str, np.ndarray]:
     """The inverse of `from_torch`: name -> float32 array in PyTorch's layout, batch norms' counters at 0.
 
@@ -151,10 +192,12 @@ def to_torch(detector: Detector, params: Tree, stats: Tree) -> dict[str, np.ndar
     values = flatten({"params": params, "stats": stats})
     state = {}
     for path, names in torch_names(detector).items():
-        value = np.ascontiguousarray(_to_torch_layout(np.asarray(values[path], np.float32), path))
+        value = np.asarray(_to_torch_layout(np.asarray(values[path], np.float32), path), order="C")
         state |= dict.fromkeys(names, value)
         if path.endswith("/var"):
             state |= {name.replace("running_var", _COUNTERS): np.zeros((), np.int64) for name in names}
+    if _BINS_OF in state:
+        state[_BINS] = np.arange(len(state[_BINS_OF]) // 4, dtype=np.float32)
     return state
 
 

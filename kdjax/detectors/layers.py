@@ -3,6 +3,7 @@
 A variable declares how it is drawn (`draw`, read by `kdjax.detectors.api.pure`); constructors only run abstractly.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -14,13 +15,25 @@ from kdjax import nn
 
 Array = jax.Array
 
-# Of every batch norm: what is added to the variance, and a batch's share in the running statistics.
+# Of every norm: what is added to the variance, and a batch's share in the running statistics.
 EPS, MOMENTUM = 1e-5, 0.1
+FOCAL_BIAS = -math.log((1 - 0.01) / 0.01)  # every class starts at a probability of 0.01
 
 
 def uniform_fan_in(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     """Uniform within 1 / sqrt(fan in): PyTorch's default for a convolution (Kaiming with a = sqrt 5)."""
     bound = 1.0 / np.sqrt(np.prod(shape[:-1]))
+    return rng.uniform(-bound, bound, shape)
+
+
+def normal_fan_out(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Normal with variance 2 / fan out (He initialisation of a convolution before ReLU, seen from its output)."""
+    return rng.normal(0.0, np.sqrt(2.0 / (shape[0] * shape[1] * shape[3])), shape)
+
+
+def uniform_fans(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Uniform within sqrt(6 / (fan in + fan out)) (Xavier initialisation)."""
+    bound = np.sqrt(6.0 / (shape[0] * shape[1] * (shape[2] + shape[3])))
     return rng.uniform(-bound, bound, shape)
 
 
@@ -59,10 +72,14 @@ class Conv(nnx.Module):
 
 
 class BatchNorm(nnx.Module):
-    """Batch norm with PyTorch's running statistics: new = 0.9 old + 0.1 batch, where the variance is unbiased."""
+    """Batch norm with PyTorch's running statistics: new = 0.9 old + 0.1 batch, where the variance is unbiased.
 
-    def __init__(self, channels: int):
-        self.scale = nnx.Param(jnp.zeros(channels), draw=constant(1.0))
+    `scale` is what its scale starts at; without `learned`, no gradient reaches scale and bias.
+    """
+
+    def __init__(self, channels: int, *, scale: float = 1.0, learned: bool = True):
+        self.learned = learned
+        self.scale = nnx.Param(jnp.zeros(channels), draw=constant(scale))
         self.bias = nnx.Param(jnp.zeros(channels), draw=constant(0.0))
         self.mean = nnx.BatchStat(jnp.zeros(channels), draw=constant(0.0))
         self.var = nnx.BatchStat(jnp.zeros(channels), draw=constant(1.0))
@@ -78,7 +95,32 @@ class BatchNorm(nnx.Module):
             self.mean.set_value((1 - MOMENTUM) * mean + MOMENTUM * jax.lax.stop_gradient(seen[0]))
             self.var.set_value((1 - MOMENTUM) * var + MOMENTUM * jax.lax.stop_gradient(seen[1]))
             mean, var = moments
-        return nn.batch_norm(x, self.scale[...], self.bias[...], mean, var, eps=EPS)
+        scale, bias = self.scale[...], self.bias[...]
+        if not self.learned:
+            scale, bias = jax.lax.stop_gradient((scale, bias))
+        return nn.batch_norm(x, scale, bias, mean, var, eps=EPS)
+
+
+class GroupNorm(nnx.Module):
+    """Group norm; it has no running statistics."""
+
+    def __init__(self, channels: int, groups: int):
+        self.groups = groups
+        self.scale = nnx.Param(jnp.zeros(channels), draw=constant(1.0))
+        self.bias = nnx.Param(jnp.zeros(channels), draw=constant(0.0))
+
+    def __call__(self, x: Array) -> Array:
+        return nn.group_norm(x, self.scale[...], self.bias[...], groups=self.groups, eps=EPS)
+
+
+class Scale(nnx.Module):
+    """Multiplies by one learned number."""
+
+    def __init__(self):
+        self.factor = nnx.Param(jnp.zeros(()), draw=constant(1.0))
+
+    def __call__(self, x: Array) -> Array:
+        return x * self.factor[...]
 
 
 class ConvNorm(nnx.Module):

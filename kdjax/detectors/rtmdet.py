@@ -6,8 +6,6 @@ the distances' bias starts at 1 (as in mmdetection's RTMDet-Ins) instead of 0, s
 instead of empty; with the exponential both are the same.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +14,7 @@ from flax import nnx
 from kdjax.boxes import assign, coding, nms, priors
 from kdjax.detectors.api import Detector, PureModule, Tree, flatten, pure, unflatten
 from kdjax.detectors.cspnext import CSPNeXt
-from kdjax.detectors.layers import BatchNorm, Conv, constant, normal
+from kdjax.detectors.layers import FOCAL_BIAS, BatchNorm, Conv, constant, normal
 from kdjax.detectors.pafpn import CSPNeXtPAFPN
 from kdjax.losses import box, classification
 from kdjax.structs import Assignment, Detections, DetectorOutput, Targets
@@ -24,7 +22,6 @@ from kdjax.structs import Assignment, Detections, DetectorOutput, Targets
 Array = jax.Array
 
 STRIDES = (8, 16, 32)
-FOCAL_BIAS = -math.log((1 - 0.01) / 0.01)  # every class starts at a probability of 0.01
 _BGR_MEAN = np.array([103.53, 116.28, 123.675], np.float32)
 _BGR_STD = np.array([57.375, 57.12, 58.395], np.float32)
 

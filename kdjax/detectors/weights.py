@@ -59,7 +59,7 @@ def save(
         value = np.asarray(value)
         if dtype == "float16" and np.abs(value).max(initial=0) > np.finfo(np.float16).max:
             raise ValueError(f"{path} holds values beyond float16; store the weights as float32.")
-        arrays[path] = np.ascontiguousarray(value, dtype)
+        arrays[path] = np.asarray(value, dtype, order="C")
     blob = serialize(arrays)
     config = {
         "detector": detector.name,

@@ -1,0 +1,315 @@
+"""What RetinaNet, FCOS, GFL and ATSS share: ResNet, FPN on P3 to P7, two towers of convolutions, decoding.
+
+A family (one file) gives its head, its loss and its boxes; `detector` puts them together. A head is an NNX module with
+`branch(maps, tower, start)`, where `tower` is "cls" or "reg"; what it does and returns is what `run` does.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from kdjax.boxes import assign, nms, priors
+from kdjax.detectors import resnet
+from kdjax.detectors.api import Detector, Tree, flatten, pure, unflatten
+from kdjax.detectors.fpn import FPN, SOURCES
+from kdjax.detectors.layers import Conv, GroupNorm, constant, normal
+from kdjax.structs import Assignment, Detections, DetectorOutput, Targets
+
+Array = jax.Array
+
+STRIDES = (8, 16, 32, 64, 128)  # P3 to P7
+# mmdetection pads with zeros behind the normalisation; this is the grey next to them.
+PAD_VALUE = 116
+
+# Options of every family, with the published values.
+OPTIONS = {
+    "base_channels": 64,
+    "style": "pytorch",
+    "frozen_stages": 1,
+    "norm_eval": True,
+    "frozen_norm": False,
+    "neck_channels": 256,
+    "head_channels": 256,
+    "stacked_convs": 4,
+}
+_OF_NETWORK = ("base_channels", "style", "frozen_stages", "norm_eval", "frozen_norm", "neck_channels", "extra_convs")
+
+
+class TowerConv(nnx.Module):
+    """A 3x3 convolution, with a bias if asked for, and group norm where there are groups."""
+
+    def __init__(self, inputs: int, outputs: int, *, groups: int, bias: bool):
+        self.conv = Conv(inputs, outputs, 3, draw=normal(0.01), bias=constant(0.0) if bias else None)
+        self.gn = GroupNorm(outputs, groups) if groups else None
+
+    def __call__(self, x: Array) -> Array:
+        x = self.conv(x)
+        return x if self.gn is None else self.gn(x)
+
+
+def tower(options: dict, *, groups: int, bias: bool) -> nnx.List:
+    """The convolutions of a tower, shared by the levels; `groups` of 0 is no norm."""
+    widths = [options["neck_channels"]] + [options["head_channels"]] * options["stacked_convs"]
+    pairs = zip(widths[:-1], widths[1:], strict=True)
+    return nnx.List([TowerConv(inputs, outputs, groups=groups, bias=bias) for inputs, outputs in pairs])
+
+
+def predictor(options: dict, outputs: int, bias: float = 0.0) -> Conv:
+    """The last 3x3 convolution behind a tower."""
+    return Conv(options["head_channels"], outputs, 3, draw=normal(0.01), bias=constant(bias))
+
+
+def run(
+    convs: nnx.List, maps: tuple[Array, ...], start: int, predict: Callable[[int, Array], dict[str, Array]]
+) -> tuple[tuple[tuple[Array, ...], ...], dict[str, tuple[Array, ...]]]:
+    """Runs a tower on all levels from conv `start` on (0-based; the maps are activated first if start > 0).
+
+    `predict(level, features)` gives the predictions of a level by name. Returns the pre-activation outputs of the convs
+    (conv, then level), and the predictions in float32, in which losses and boxes are computed (name, then level).
+    """
+    taps, predictions = [], []
+    for level, x in enumerate(maps):
+        x = jax.nn.relu(x) if start else x
+        taps.append([])
+        for conv in convs[start:]:
+            taps[level].append(conv(x))
+            x = jax.nn.relu(taps[level][-1])
+        predictions.append(predict(level, x))
+    names = predictions[0].keys()
+    return tuple(zip(*taps, strict=True)), {name: tuple(found[name] for found in predictions) for name in names}
+
+
+class Dense(nnx.Module):
+    """The whole network; its parts carry mmdetection's names."""
+
+    def __init__(
+        self,
+        depth: int,
+        head: Callable[[], nnx.Module],
+        *,
+        neck_channels: int,
+        extra_convs: str,
+        relu: bool,
+        anchors: int,
+        **of_backbone,
+    ):
+        self.anchors = anchors
+        self.backbone = resnet.ResNet(depth, **of_backbone)
+        inputs = self.backbone.channels[1:]
+        self.neck = FPN(inputs, neck_channels, levels=len(STRIDES), extra_convs=extra_convs, relu=relu)
+        self.bbox_head = head()
+
+    def __call__(self, x: Array, train: bool) -> DetectorOutput:
+        backbone = self.backbone(x, train)
+        neck = self.neck(backbone[1:])
+        cls_tower, of_cls = self.bbox_head.branch(neck, "cls", 0)
+        reg_tower, of_reg = self.bbox_head.branch(neck, "reg", 0)
+        found = of_cls | of_reg
+        return DetectorOutput(
+            strides=STRIDES,
+            backbone_strides=resnet.STRIDES,
+            anchors=self.anchors,
+            backbone=backbone,
+            neck=neck,
+            neck_conv=neck,  # the pyramid's last convolutions have neither norm nor activation
+            cls_tower=cls_tower,
+            reg_tower=reg_tower,
+            cls_logits=found["cls"],
+            box_reg=found["reg"],
+            quality=found.get("quality", ()),
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+    """What one family of detectors is; `title` is its name in messages."""
+
+    title: str
+    variants: dict[str, dict]  # name -> options that differ from `options`, and the backbone's "depth"
+    options: dict  # all of them, with the published values
+    head: Callable  # (number of classes, options) -> NNX module
+    branches: Callable  # options -> {prediction: the tower that it hangs on}
+    relu: bool  # whether the pyramid's P6 is rectified before P7
+    loss: Callable  # options -> `loss` of `Detector`
+    decode: Callable
+    decode_boxes: Callable
+    priors: Callable
+    anchors: int = 1  # priors of a cell
+    bgr_mean: tuple[float, float, float] = resnet.BGR_MEAN  # of the style "caffe"
+
+
+def detector(family: Family, variant: str, num_classes: int, overrides: dict) -> Detector:
+    """Builds a variant of a family.
+
+    Raises:
+      ValueError: for an unknown variant or option, or a value out of range.
+    """
+    title = family.title
+    if variant not in family.variants:
+        raise ValueError(f"There is no {title} {variant!r}; its sizes are {', '.join(family.variants)}.")
+    options = family.options | family.variants[variant] | overrides
+    depth = options.pop("depth")
+    _check(title, num_classes, options, sorted(set(overrides) - set(family.options)), family.options)
+    branches, convs = family.branches(options), options["stacked_convs"]
+    of_network = {name: options[name] for name in _OF_NETWORK}
+    of_network |= {"relu": family.relu, "anchors": family.anchors}
+    module = pure(lambda: Dense(depth, lambda: family.head(num_classes, options), **of_network))
+
+    def apply(params: Tree, stats: Tree, x: Array, *, train: bool) -> tuple[DetectorOutput, Tree]:
+        if x.ndim != 4 or x.shape[1] % 32 or x.shape[2] % 32 or x.shape[3] != 3:
+            raise ValueError(f"{title} takes images f32[B, H, W, 3] whose sides divide by 32, not {x.shape}.")
+        return module.call(params, stats, Dense.__call__, x, train)
+
+    def head(params: Tree, stats: Tree, features: tuple[Array, ...], *, branch: str, start: int) -> tuple[Array, ...]:
+        if branch not in branches or not 0 <= start <= convs:
+            raise ValueError(
+                f"{title}'s head has the branches {', '.join(branches)} and can be entered at 0 to {convs}, "
+                f"not at {branch!r}, {start}."
+            )
+        of_tower = module.call(params, stats, lambda m: m.bbox_head.branch(features, branches[branch], start)[1])[0]
+        return of_tower[branch]
+
+    def no_decay(params: Tree) -> Tree:
+        frozen = options["frozen_stages"]
+        return unflatten(
+            {path: not path.endswith("/kernel") or resnet.is_frozen(path, frozen) for path in flatten(params)}
+        )
+
+    return Detector(
+        name=f"{title.lower()}_{variant}",
+        num_classes=num_classes,
+        options=overrides,
+        strides=STRIDES,
+        size_divisor=32,
+        pad_value=PAD_VALUE,
+        shapes=module.shapes,
+        init=module.init,
+        preprocess=functools.partial(resnet.preprocess, style=options["style"], bgr_mean=family.bgr_mean),
+        apply=apply,
+        head=head,
+        loss=family.loss(options),
+        decode=family.decode,
+        decode_boxes=family.decode_boxes,
+        class_logits=class_logits,
+        priors=family.priors,
+        no_decay=no_decay,
+    )
+
+
+def _check(title: str, num_classes: int, options: dict, unknown: list[str], known: dict) -> None:
+    if unknown:
+        raise ValueError(f"{title} has no option {', '.join(unknown)}; its options are {', '.join(known)}.")
+    if num_classes < 1:
+        raise ValueError(f"{title} needs at least one class, not {num_classes}.")
+    for name in ("base_channels", "neck_channels", "head_channels", "stacked_convs"):
+        if options[name] < 1:
+            raise ValueError(f"{title} needs {name} >= 1, not {options[name]}.")
+    for name, values in (("style", resnet.STYLES), ("frozen_stages", (-1, 0, 1, 2, 3, 4)), ("extra_convs", SOURCES)):
+        if options[name] not in values:
+            raise ValueError(f"{title} has the {name} {', '.join(map(str, values))}, not {options[name]!r}.")
+    if options["head_channels"] % options.get("groups", 1):
+        raise ValueError(
+            f"{title} needs groups that divide head_channels, not {options['groups']} for {options['head_channels']}."
+        )
+
+
+def join(maps: tuple[Array, ...], width: int) -> Array:
+    """L of f32[B, H, W, A * width] -> f32[B, N, width], one row a prior."""
+    return jnp.concatenate([m.reshape(m.shape[0], -1, width) for m in maps], 1)
+
+
+def input_size(output: DetectorOutput) -> tuple[int, int]:
+    """Height and width in pixels of the picture that an output belongs to."""
+    height, width = output.cls_logits[0].shape[1:3]
+    return height * STRIDES[0], width * STRIDES[0]
+
+
+def grid(output: DetectorOutput):
+    """The points of all cells at their top left corners, f32[N, 4] in NumPy (`boxes.priors.grid_priors`)."""
+    return priors.grid_priors(input_size(output), STRIDES)
+
+
+def level_sizes(output: DetectorOutput) -> tuple[int, ...]:
+    """Number of priors of each level."""
+    return tuple(m.shape[1] * m.shape[2] * output.anchors for m in output.cls_logits)
+
+
+def class_logits(output: DetectorOutput) -> Array:
+    """Classification logits of all levels, f32[B, N, K]."""
+    return join(output.cls_logits, output.cls_logits[0].shape[-1] // output.anchors)
+
+
+def square_anchors(output: DetectorOutput):
+    """The anchors of ATSS and GFL: one square a cell, eight strides wide; f32[N, 4] in NumPy."""
+    return priors.grid_anchors(input_size(output), STRIDES, ratios=[1.0], scales=[8.0])
+
+
+def assign_atss(output: DetectorOutput, targets: Targets) -> Assignment:
+    """What `boxes.assign.atss` decides on square anchors, nine candidates a level."""
+    return assign.atss(
+        square_anchors(output),
+        targets,
+        num_classes=output.cls_logits[0].shape[-1],
+        level_sizes=level_sizes(output),
+        inside=assign.inside_padding(grid(output), targets.pad_size),
+    )
+
+
+def positives_of_pictures(assignment: Assignment) -> Array:
+    """The sum over the pictures of the global batch of max(positive priors, 1), f32[]."""
+    return jnp.sum(jnp.maximum(jnp.sum(assignment.positive, 1), 1)).astype(jnp.float32)
+
+
+def total(values: dict[str, Array]) -> dict[str, Array]:
+    """The sum of each loss of the priors, {name: f32[B, N]} -> {name: f32[]}."""
+    return {name: jnp.sum(value) for name, value in values.items()}
+
+
+def decoder(decode_boxes: Callable, *, iou_threshold: float) -> Callable:
+    """The function `decode` of a family; its defaults are the published test settings."""
+
+    def decode(
+        output: DetectorOutput,
+        image_size: Array,
+        *,
+        score_threshold: float = 0.05,
+        iou_threshold: float = iou_threshold,
+        pre_nms: int = 1000,
+        max_detections: int = 100,
+    ) -> Detections:
+        """Turns predictions into detections by class-wise non-maximum suppression.
+
+        Where there is a quality, scores are multiplied by it, behind the threshold and the choice of `pre_nms`.
+
+        Args:
+          output: of `apply`.
+          image_size: i32[B, 2], height and width that boxes are clipped to.
+          score_threshold: class scores lie above it, 0 .. 1.
+          iou_threshold: a box goes if a better one of its class overlaps it by more.
+          pre_nms: (prior, class) pairs of each level that enter the suppression at most.
+          max_detections: D, rows of the result.
+
+        Returns:
+          D detections a picture, padded.
+
+        Scope: one picture.
+
+        Peers: mmdetection 3.3.0 BaseDenseHead.predict_by_feat without rescaling.
+        """
+        return nms.select(
+            decode_boxes(output),
+            jax.nn.sigmoid(class_logits(output)),
+            quality=jax.nn.sigmoid(join(output.quality, 1)[..., 0]) if output.quality else None,
+            image_size=image_size,
+            score_threshold=score_threshold,
+            iou_threshold=iou_threshold,
+            pre_nms=pre_nms,
+            level_sizes=level_sizes(output),
+            max_detections=max_detections,
+        )
+
+    return decode

@@ -1,0 +1,55 @@
+"""FPN, the feature pyramid: a top-down path over the stages of a backbone, and coarser levels behind it.
+
+Reference: Lin et al., Feature Pyramid Networks for Object Detection, CVPR 2017, section 3; the levels P6 and P7 are
+those of Lin et al., Focal Loss for Dense Object Detection, ICCV 2017 (from the backbone), and of Tian et al., FCOS,
+ICCV 2019 (from P5). Module names follow mmdetection 3.3.0.
+"""
+
+import jax
+from flax import nnx
+
+from kdjax import nn
+from kdjax.detectors.layers import Conv, constant, uniform_fans
+
+Array = jax.Array
+
+SOURCES = ("on_input", "on_output")
+
+
+class PlainConv(nnx.Module):
+    """A convolution with bias and nothing behind it, under the name that such a layer has in mmdetection."""
+
+    def __init__(self, inputs: int, outputs: int, size: int, *, stride: int = 1):
+        self.conv = Conv(inputs, outputs, size, stride=stride, draw=uniform_fans, bias=constant(0.0))
+
+    def __call__(self, x: Array) -> Array:
+        return self.conv(x)
+
+
+class FPN(nnx.Module):
+    """Maps of `inputs` channels, fine to coarse, each half as large as the last -> `levels` maps of `outputs` channels.
+
+    The levels beyond the maps halve the last one each: the first starts "on_input", from the coarsest map, or
+    "on_output", from its own level of the pyramid; with `relu` the others start from the rectified level before.
+    """
+
+    def __init__(self, inputs: tuple[int, ...], outputs: int, *, levels: int, extra_convs: str, relu: bool):
+        self.extra_convs, self.relu = extra_convs, relu
+        self.lateral_convs = nnx.List([PlainConv(channels, outputs, 1) for channels in inputs])
+        sources = [inputs[-1] if extra_convs == "on_input" else outputs] + [outputs] * levels
+        self.fpn_convs = nnx.List(
+            [PlainConv(outputs, outputs, 3) for _ in inputs]
+            + [PlainConv(channels, outputs, 3, stride=2) for channels in sources[: levels - len(inputs)]]
+        )
+
+    def __call__(self, maps: tuple[Array, ...]) -> tuple[Array, ...]:
+        laterals = [conv(x) for conv, x in zip(self.lateral_convs, maps, strict=True)]
+        for i in range(len(laterals) - 1, 0, -1):
+            laterals[i - 1] += nn.upsample_nearest(laterals[i])
+        outs = [conv(x) for conv, x in zip(self.fpn_convs, laterals, strict=False)]
+        x = maps[-1] if self.extra_convs == "on_input" else outs[-1]
+        for i in range(len(maps), len(self.fpn_convs)):
+            x = jax.nn.relu(x) if self.relu and i > len(maps) else x
+            x = self.fpn_convs[i](x)
+            outs.append(x)
+        return tuple(outs)

@@ -1,0 +1,137 @@
+"""ResNet 18, 34, 50 and 101, the backbone of the dense detectors with a feature pyramid.
+
+Reference: He et al., Deep Residual Learning for Image Recognition, CVPR 2016, table 1. Module names follow mmdetection
+3.3.0, torchvision and timm, which agree on them.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from kdjax import nn
+from kdjax.detectors.layers import BatchNorm, Conv, normal_fan_out
+
+Array = jax.Array
+
+STRIDES = (4, 8, 16, 32)  # of the four stages
+# Blocks of the stages; depths from 50 on have bottlenecks.
+_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
+STYLES = ("pytorch", "caffe")
+# Mean and deviation of the colours: RGB as torchvision's weights want them, BGR without deviation as Caffe's.
+_RGB_MEAN = np.array([123.675, 116.28, 103.53], np.float32)
+_RGB_STD = np.array([58.395, 57.12, 57.375], np.float32)
+BGR_MEAN = (103.53, 116.28, 123.675)
+
+
+class BasicBlock(nnx.Module):
+    """Two 3x3 convolutions beside the identity (or a 1x1 convolution where the shape changes)."""
+
+    def __init__(self, inputs: int, channels: int, *, stride: int, style: str, learned: bool):
+        del style  # the first convolution has the stride in both
+        self.conv1 = Conv(inputs, channels, 3, stride=stride, draw=normal_fan_out)
+        self.bn1 = BatchNorm(channels, learned=learned)
+        self.conv2 = Conv(channels, channels, 3, draw=normal_fan_out)
+        self.bn2 = BatchNorm(channels, scale=0.0, learned=learned)
+        self.downsample = _shortcut(inputs, channels, stride, learned)
+
+    def __call__(self, x: Array, train: bool) -> Array:
+        y = jax.nn.relu(self.bn1(self.conv1(x), train))
+        y = self.bn2(self.conv2(y), train)
+        return jax.nn.relu(y + _passed(self.downsample, x, train))
+
+
+class Bottleneck(nnx.Module):
+    """1x1, 3x3 and 1x1 convolution, the last to four times the channels, beside the identity as in `BasicBlock`.
+
+    The stride is that of the 3x3 convolution in style "pytorch", of the first 1x1 in style "caffe".
+    """
+
+    def __init__(self, inputs: int, channels: int, *, stride: int, style: str, learned: bool):
+        first, second = (1, stride) if style == "pytorch" else (stride, 1)
+        self.conv1 = Conv(inputs, channels, 1, stride=first, draw=normal_fan_out)
+        self.bn1 = BatchNorm(channels, learned=learned)
+        self.conv2 = Conv(channels, channels, 3, stride=second, draw=normal_fan_out)
+        self.bn2 = BatchNorm(channels, learned=learned)
+        self.conv3 = Conv(channels, 4 * channels, 1, draw=normal_fan_out)
+        self.bn3 = BatchNorm(4 * channels, scale=0.0, learned=learned)
+        self.downsample = _shortcut(inputs, 4 * channels, stride, learned)
+
+    def __call__(self, x: Array, train: bool) -> Array:
+        y = jax.nn.relu(self.bn1(self.conv1(x), train))
+        y = jax.nn.relu(self.bn2(self.conv2(y), train))
+        y = self.bn3(self.conv3(y), train)
+        return jax.nn.relu(y + _passed(self.downsample, x, train))
+
+
+def _shortcut(inputs: int, outputs: int, stride: int, learned: bool) -> nnx.List | None:
+    if stride == 1 and inputs == outputs:
+        return None
+    conv = Conv(inputs, outputs, 1, stride=stride, draw=normal_fan_out)
+    return nnx.List([conv, BatchNorm(outputs, learned=learned)])
+
+
+def _passed(shortcut: nnx.List | None, x: Array, train: bool) -> Array:
+    return x if shortcut is None else shortcut[1](shortcut[0](x), train)
+
+
+class ResNet(nnx.Module):
+    """f32[B, H, W, 3] -> the maps of the four stages, at strides 4, 8, 16 and 32 with `channels` channels.
+
+    `frozen_stages`: -1 freezes nothing, 0 the stem, n the stem and n stages: no gradient, running statistics. With
+    `norm_eval` all norms use their running statistics; with `frozen_norm` no gradient reaches their scales and biases.
+    """
+
+    def __init__(
+        self, depth: int, *, base_channels: int, style: str, frozen_stages: int, norm_eval: bool, frozen_norm: bool
+    ):
+        self.frozen_stages, self.norm_eval = frozen_stages, norm_eval
+        block, expansion = (BasicBlock, 1) if depth < 50 else (Bottleneck, 4)
+        self.conv1 = Conv(3, base_channels, 7, stride=2, draw=normal_fan_out)
+        self.bn1 = BatchNorm(base_channels, learned=not frozen_norm)
+        self.channels = tuple(expansion * base_channels * 2**i for i in range(4))
+        inputs = base_channels
+        for i, count in enumerate(_BLOCKS[depth]):
+            blocks = []
+            for j in range(count):
+                stride = 2 if i and not j else 1
+                blocks.append(block(inputs, base_channels * 2**i, stride=stride, style=style, learned=not frozen_norm))
+                inputs = self.channels[i]
+            setattr(self, f"layer{i + 1}", nnx.List(blocks))
+
+    def __call__(self, x: Array, train: bool) -> tuple[Array, Array, Array, Array]:
+        def fixed(stage: int, x: Array) -> Array:
+            return jax.lax.stop_gradient(x) if stage <= self.frozen_stages else x
+
+        train = train and not self.norm_eval
+        x = jax.nn.relu(self.bn1(self.conv1(x), train and self.frozen_stages < 0))
+        x = fixed(0, nn.max_pool(x, 3, stride=2, padding=1))
+        maps = []
+        for stage, blocks in enumerate((self.layer1, self.layer2, self.layer3, self.layer4), 1):
+            for block in blocks:
+                x = block(x, train and stage > self.frozen_stages)
+            x = fixed(stage, x)
+            maps.append(x)
+        return tuple(maps)
+
+
+def is_frozen(path: str, frozen_stages: int) -> bool:
+    """Whether the parameter at a detector's path, such as "backbone/layer1/0/conv1/kernel", belongs to a frozen part.
+
+    Example:
+      >>> [is_frozen(f"backbone/{part}", 1) for part in ("conv1/kernel", "layer1/0/bn1/scale", "layer2/0/bn1/scale")]
+      [True, True, False]
+    """
+    parts = [("backbone/conv1/", "backbone/bn1/"), *((f"backbone/layer{i}/",) for i in range(1, 5))]
+    return any(path.startswith(part) for part in parts[: frozen_stages + 1])
+
+
+def preprocess(images: Array, *, style: str, bgr_mean: tuple[float, float, float] = BGR_MEAN) -> Array:
+    """u8[B, H, W, 3] RGB -> f32[B, H, W, 3] as the weights of a style want it.
+
+    "pytorch": RGB less ImageNet's mean, divided by its deviation. "caffe": BGR less `bgr_mean`.
+    """
+    images = images.astype(jnp.float32)
+    if style == "pytorch":
+        return (images - _RGB_MEAN) / _RGB_STD
+    return images[..., ::-1] - jnp.array(bgr_mean)
