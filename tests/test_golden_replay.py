@@ -30,6 +30,10 @@ CASES = {
 }
 
 
+# Whole networks take long to compile: of those with a ResNet one runs by default, beside the heads in our own folder.
+LONG = ("model/retinanet_*", "model/fcos_*", "model/gfl_a*", "model/atss_*")
+
+
 def files() -> list:
     """Every file of both folders; one that is the same in both is replayed from the shared one."""
     shared = SHARED and SHARED / "golden"
@@ -38,7 +42,14 @@ def files() -> list:
         twin = shared and shared / name
         if not (twin and twin.is_file() and twin.read_bytes() == (OWN / name).read_bytes()):
             found.append(("own", OWN, name))
-    return [pytest.param(root, name, id=f"{label}:{name}") for label, root, name in found]
+    return [
+        pytest.param(root, name, id=f"{label}:{name}", marks=[pytest.mark.slow] * is_long(name))
+        for label, root, name in found
+    ]
+
+
+def is_long(name: str) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in LONG)
 
 
 @functools.cache

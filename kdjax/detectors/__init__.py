@@ -5,7 +5,10 @@ import importlib
 from kdjax.detectors.api import Detector
 
 # Family (the name of the file) -> its variants. Listed here so that names can be shown without importing every family.
-_FAMILIES = {"rtmdet": ("pico", "nano", "tiny", "s", "m", "l", "x")}
+_FAMILIES = {
+    "rtmdet": ("pico", "nano", "tiny", "s", "m", "l", "x"),
+    "retinanet": ("r18", "r34", "r50", "r101"),
+}
 
 
 def names() -> list[str]:

@@ -7,7 +7,6 @@ CHECKS = [
     ("model/atss_*.npz", skip_file(LATER_DENSE)),
     ("model/fcos_*.npz", skip_file(LATER_DENSE)),
     ("model/gfl_*.npz", skip_file(LATER_DENSE)),
-    ("model/retinanet_*.npz", skip_file(LATER_DENSE)),
     ("model/faster_*.npz", skip_file(LATER_TWO_STAGE, "all but the features of regions")),
     ("model/mask_*.npz", skip_file(LATER_TWO_STAGE, "all but the features of regions")),
     ("model/rtmdetins_*.npz", skip_file(LATER_MASKS)),

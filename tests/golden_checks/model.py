@@ -1,5 +1,6 @@
 """Whole models: features, outputs, running statistics, assignment, losses, gradients and detections of RTMDet."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -58,14 +59,14 @@ _FIXED = {
     "train_cfg.debug": False,
 }
 # Programs that run once: most of their time is the compiler's.
-_QUICK = {"xla_backend_optimization_level": 0}
+QUICK = {"xla_backend_optimization_level": 0}
 _LAYERS = {"norm_cfg.type": "BN", "act_cfg.type": "SiLU", "act_cfg.inplace": True}
 
 
-def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat = {}
     for key, value in tree.items():
-        flat |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        flat |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
 
 
@@ -73,7 +74,7 @@ def options_of(config: dict[str, Any]) -> tuple[int, dict[str, Any]]:
     """(number of classes, options of `rtmdet.make`) of a configuration of mmdetection; every field must be known."""
     fixed = _FIXED | {f"{part}.{k}": v for part in ("backbone", "neck", "bbox_head") for k, v in _LAYERS.items()}
     options, classes = {}, 0
-    for field, value in _leaves(config).items():
+    for field, value in leaves(config).items():
         field = field.removeprefix("bbox_head.") if field.startswith("bbox_head.train_cfg") else field
         if field.startswith(("test_cfg.", "bbox_head.test_cfg.")):
             continue  # the settings of each set of detections stand in the file
@@ -82,33 +83,33 @@ def options_of(config: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         elif field == "bbox_head.num_classes":
             classes = value
         elif field == "bbox_head.in_channels":
-            _expect(field, value, config["neck"]["out_channels"])
+            expect(field, value, config["neck"]["out_channels"])
         elif field == "neck.expand_ratio":
-            _expect(field, value, config["backbone"]["expand_ratio"])
+            expect(field, value, config["backbone"]["expand_ratio"])
         elif field == "neck.in_channels":
-            _expect(field, value, [int(c * config["backbone"]["widen_factor"]) for c in (256, 512, 1024)])
+            expect(field, value, [int(c * config["backbone"]["widen_factor"]) for c in (256, 512, 1024)])
         elif field in fixed:
-            _expect(field, value, fixed[field])
+            expect(field, value, fixed[field])
         else:
             raise UnknownCase(f"the model's {field} = {value!r}")
     return classes, options
 
 
-def _expect(field: str, value: Any, known: Any) -> None:
+def expect(field: str, value: Any, known: Any) -> None:
     if value != known:
         raise UnknownCase(f"the model's {field} = {value!r}; only {known!r} is known")
 
 
-def _nhwc(x: np.ndarray) -> np.ndarray:
+def nhwc(x: np.ndarray) -> np.ndarray:
     return x.transpose(0, 2, 3, 1)
 
 
-def _maps(arrays: dict[str, np.ndarray], prefix: str) -> tuple[np.ndarray, ...]:
+def maps_of(arrays: dict[str, np.ndarray], prefix: str) -> tuple[np.ndarray, ...]:
     found = below(arrays, prefix)
-    return tuple(_nhwc(found[str(level)]) for level in range(len(found)))
+    return tuple(nhwc(found[str(level)]) for level in range(len(found)))
 
 
-def _targets(arrays: dict[str, np.ndarray]) -> Targets:
+def targets_of(arrays: dict[str, np.ndarray]) -> Targets:
     batch, _, height, width = arrays["input"].shape
     boxes = [arrays[f"gt/{i}/bboxes"] for i in range(batch)]
     rows = max(1, *(len(b) for b in boxes))
@@ -164,7 +165,7 @@ def _program(detector: api.Detector, net: api.PureModule) -> Callable:
         end_to_end, assignment = rtmdet.loss(trained, targets)
         return evaluated, reentered, trained, new_stats, losses, gradients, end_to_end, assignment
 
-    return jax.jit(run, compiler_options=_QUICK)
+    return jax.jit(run, compiler_options=QUICK)
 
 
 def replay_rtmdet(path: Path) -> Checks:
@@ -173,30 +174,30 @@ def replay_rtmdet(path: Path) -> Checks:
     classes, options = options_of(meta["model_cfg"])
     detector = rtmdet.make("pico", classes, **options)
     params, stats = convert.from_torch(detector, below(arrays, "param"))
-    targets, stored = _targets(arrays), _stored_assignment(arrays, classes)
+    targets, stored = targets_of(arrays), _stored_assignment(arrays, classes)
     priors = detector.priors(arrays["input"].shape[2:])
-    x = _nhwc(arrays["input"])
+    x = nhwc(arrays["input"])
     outcome = _program(detector, rtmdet.network(classes, **options))(params, stats, x, targets, stored)
     evaluated, reentered, trained, new_stats, losses, gradients, end_to_end, assignment = jax.device_get(outcome)
 
     names = {"backbone": "backbone", "neck": "neck", "cls": "cls_logits", "reg": "box_reg"}
     for mode, output, tolerance in (("eval", evaluated, 1e-4), ("train", trained, 2e-3)):
         for name, field in names.items():
-            yield _levels(f"{mode}/{name}", getattr(output, field), _maps(arrays, f"{mode}/{name}"), tolerance)
+            yield levels(f"{mode}/{name}", getattr(output, field), maps_of(arrays, f"{mode}/{name}"), tolerance)
     for name, field in (("cls", "cls_logits"), ("reg", "box_reg")):
-        yield _levels(f"head entered behind {name} conv 1", reentered[name], getattr(evaluated, field), 1e-5)
+        yield levels(f"head entered behind {name} conv 1", reentered[name], getattr(evaluated, field), 1e-5)
     # The file has the first picture's priors, with zeros outside its padding.
     inside = np.asarray(assign.inside_padding(priors, targets.pad_size[:1]))[0, :, None]
     yield Check("priors", relative_error(priors * inside, arrays["priors"]), 1e-5)
-    decoded = coding.distance_to_boxes(priors[:, :2], _join(_maps(arrays, "train/reg")))
+    decoded = coding.distance_to_boxes(priors[:, :2], join(maps_of(arrays, "train/reg")))
     yield Check("decoded boxes, stored outputs", relative_error(decoded, arrays["train/decoded_bboxes"]), 1e-5)
     decoded = detector.decode_boxes(trained)
     yield Check("decoded boxes, end to end", relative_error(decoded, arrays["train/decoded_bboxes"]), 2e-3)
-    yield from _running_stats(detector, new_stats, below(arrays, "after_train_forward"))
+    yield from running_stats(detector, new_stats, below(arrays, "after_train_forward"))
     yield from _assignments(arrays, targets, stored, priors, assignment)
     yield from _losses(arrays, trained, losses, end_to_end)
     yield from _gradients(detector, arrays, *gradients)
-    yield from _detections(detector, arrays, meta, targets, evaluated)
+    yield from detections(detector, arrays, meta, targets, evaluated)
 
 
 def replay_head(path: Path) -> Checks:
@@ -210,7 +211,7 @@ def replay_head(path: Path) -> Checks:
         raise ValueError("the parameters are not those of a head")
     params, stats = convert.from_torch(detector, state | stored_state)
     arrays["input"] = np.broadcast_to(np.float32(0), meta["input_shape"])  # its shape alone is read
-    targets, stored = _targets(arrays), _stored_assignment(arrays, classes)
+    targets, stored = targets_of(arrays), _stored_assignment(arrays, classes)
     priors = detector.priors(arrays["input"].shape[2:])
 
     def run(params, stats, eval_neck, train_neck, targets: Targets, stored: Assignment):
@@ -224,38 +225,38 @@ def replay_head(path: Path) -> Checks:
         gradient, (trained, losses) = jax.grad(total, has_aux=True)(train_neck)
         return evaluated, trained, losses, gradient, *rtmdet.loss(trained, targets)
 
-    necks = (_maps(arrays, "eval/neck"), _maps(arrays, "train/neck"))
+    necks = (maps_of(arrays, "eval/neck"), maps_of(arrays, "train/neck"))
     outcome = jax.device_get(jax.jit(run)(params, stats, *necks, targets, stored))
     evaluated, trained, losses, gradient, end_to_end, assignment = outcome
     for mode, output, tolerance in (("eval", evaluated, 1e-4), ("train", trained, 2e-3)):
         for name, field in (("cls", "cls_logits"), ("reg", "box_reg")):
-            yield _levels(f"{mode}/{name}", getattr(output, field), _maps(arrays, f"{mode}/{name}"), tolerance)
+            yield levels(f"{mode}/{name}", getattr(output, field), maps_of(arrays, f"{mode}/{name}"), tolerance)
     yield Check("priors", relative_error(priors, arrays["priors"]), 1e-5)
     yield from _assignments(arrays, targets, stored, priors, assignment)
     yield from _losses(arrays, trained, losses, end_to_end)
-    yield _levels("grad_neck", gradient, _maps(arrays, "grad_neck"), 2e-2)
-    yield from _detections(detector, arrays, meta, targets, evaluated)
+    yield levels("grad_neck", gradient, maps_of(arrays, "grad_neck"), 2e-2)
+    yield from detections(detector, arrays, meta, targets, evaluated)
 
 
-def _levels(name: str, got, want, tolerance: float) -> Check:
+def levels(name: str, got, want, tolerance: float) -> Check:
     if len(got) != len(want):
         raise ValueError(f"{len(got)} levels of {name} instead of {len(want)}")
     return Check(name, max(relative_error(a, b) for a, b in zip(got, want, strict=True)), tolerance)
 
 
-def _join(maps: tuple[np.ndarray, ...]) -> np.ndarray:
+def join(maps: tuple[np.ndarray, ...]) -> np.ndarray:
     return np.concatenate([m.reshape(m.shape[0], -1, m.shape[-1]) for m in maps], 1)
 
 
-def _running_stats(detector, new_stats, want: dict[str, np.ndarray]) -> Checks:
+def running_stats(detector, new_stats, want: dict[str, np.ndarray]) -> Checks:
     got = convert.to_torch(detector, jax.tree.map(lambda leaf: np.zeros(leaf.shape), detector.shapes[0]), new_stats)
     for name, value in want.items():
         yield Check(f"after_train_forward/{name}", relative_error(got[name], value), 2e-3)
 
 
 def _assignments(arrays, targets: Targets, stored: Assignment, priors, end_to_end: Assignment) -> Checks:
-    logits = _join(_maps(arrays, "train/cls"))
-    assigner = jax.jit(assign.dynamic_soft_label, compiler_options=_QUICK)
+    logits = join(maps_of(arrays, "train/cls"))
+    assigner = jax.jit(assign.dynamic_soft_label, compiler_options=QUICK)
     got = assigner(logits, arrays["train/decoded_bboxes"], priors, targets)
     for field in ("labels", "positive", "matched", "ignore"):
         yield Check(f"assign {field}, stored inputs", mismatches(getattr(got, field), getattr(stored, field)), 0)
@@ -287,13 +288,20 @@ def _gradients(detector, arrays, params_gradient, neck_gradient) -> Checks:
     yield Check("grad_norm: names", float(len(set(ours) ^ set(norms))), 0)
     values = np.array([np.linalg.norm(np.asarray(got[name], np.float64)) for name in norms])
     yield Check("grad_norm", relative_error(values, np.array(list(norms.values()))), 2e-2)
-    yield _levels("grad_neck", neck_gradient, _maps(arrays, "grad_neck"), 2e-2)
+    yield levels("grad_neck", neck_gradient, maps_of(arrays, "grad_neck"), 2e-2)
 
 
-def _detections(detector, arrays, meta, targets: Targets, evaluated: DetectorOutput) -> Checks:
-    stored = DetectorOutput(
-        strides=evaluated.strides, cls_logits=_maps(arrays, "eval/cls"), box_reg=_maps(arrays, "eval/reg")
+def detections(detector, arrays, meta, targets: Targets, evaluated: DetectorOutput) -> Checks:
+    slim = DetectorOutput(
+        strides=evaluated.strides,
+        anchors=evaluated.anchors,
+        cls_logits=evaluated.cls_logits,
+        box_reg=evaluated.box_reg,
+        quality=evaluated.quality,
     )
+    maps = {field: maps_of(arrays, f"eval/{name}") for name, field in (("cls", "cls_logits"), ("reg", "box_reg"))}
+    # A compact file may leave them out.
+    stored = dataclasses.replace(slim, **maps, quality=maps_of(arrays, "eval/ctr")) if all(maps.values()) else slim
     sets = sorted({key.split("/")[1] for key in arrays if key.startswith(("pred/", "pred_rescaled/"))})
     for name in sets:
         config = dict(meta["test_cfgs"][name])
@@ -307,11 +315,10 @@ def _detections(detector, arrays, meta, targets: Targets, evaluated: DetectorOut
         }
         if config:
             raise UnknownCase(f"test settings {config}")
-        decode = jax.jit(functools.partial(detector.decode, **settings), compiler_options=_QUICK)
-        slim = DetectorOutput(strides=evaluated.strides, cls_logits=evaluated.cls_logits, box_reg=evaluated.box_reg)
+        decode = jax.jit(functools.partial(detector.decode, **settings), compiler_options=QUICK)
         for source, output in (("stored outputs", stored), ("end to end", slim)):
             found = jax.device_get(decode(output, targets.image_size))
-            for prefix, scale in (("pred", (1.0, 1.0)), ("pred_rescaled", meta["rescale_factor"])):
+            for prefix, scale in (("pred", (1.0, 1.0)), ("pred_rescaled", meta.get("rescale_factor"))):
                 want = below(arrays, f"{prefix}/{name}")
                 if want:
                     factor = np.array([*scale, *scale], np.float32)
@@ -328,12 +335,21 @@ def _detections(detector, arrays, meta, targets: Targets, evaluated: DetectorOut
 
 
 def score_edges(output: DetectorOutput, image: int, settings: dict) -> list[float]:
-    """Scores at which a rounding error lets a candidate in or out: the threshold and the last pair of each level."""
-    edges = [settings["score_threshold"]]
-    for logits in output.cls_logits:
-        scores = np.sort(1 / (1 + np.exp(-logits[image].ravel().astype(np.float64))))[::-1]
-        if len(scores) > settings["pre_nms"]:
-            edges.append(scores[settings["pre_nms"] - 1])
+    """Scores at which a rounding error lets a candidate in or out: the threshold and the last pair of each level.
+
+    With a quality, those are class scores; the final scores of the candidates beside them are what is returned.
+    """
+    edges = []
+    for level, logits in enumerate(output.cls_logits):
+        scores = 1 / (1 + np.exp(-logits[image].astype(np.float64)))
+        best = np.sort(scores.ravel())[::-1]
+        last = [best[settings["pre_nms"] - 1]] if len(best) > settings["pre_nms"] else []
+        last.append(settings["score_threshold"])
+        if output.quality:
+            final = scores / (1 + np.exp(-output.quality[level][image].astype(np.float64)))
+            edges += [score for edge in last for score in final[np.abs(scores - edge) <= 1e-4]]
+        else:
+            edges += last
     return edges
 
 
@@ -363,7 +379,7 @@ def unexplained(got: list[np.ndarray], want: list[np.ndarray], *, edges: list[fl
     excused: list[tuple] = []
 
     def reason(box, score, label) -> bool:
-        if min(abs(score - edge) for edge in edges) <= 1e-4:
+        if min((abs(score - edge) for edge in edges), default=1) <= 1e-4:
             return True
         same = everyone[2] == label
         if (np.abs(_iou(box, everyone[0][same]) - settings["iou_threshold"]) <= 1e-4).any():

@@ -1,0 +1,144 @@
+"""RetinaNet: ResNet, FPN, and two towers that judge nine anchors in every cell.
+
+Reference: Lin et al., Focal Loss for Dense Object Detection, ICCV 2017. Peers: mmdetection 3.3.0, whose names and
+numbers this file keeps (boxes by L1 on deltas, not smooth L1).
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from kdjax.boxes import assign, coding, priors
+from kdjax.detectors import dense
+from kdjax.detectors.api import Detector
+from kdjax.detectors.layers import FOCAL_BIAS
+from kdjax.losses import box, classification
+from kdjax.structs import Assignment, DetectorOutput, Targets
+
+Array = jax.Array
+
+RATIOS = (0.5, 1.0, 2.0)
+SCALES = priors.octave_scales(4, 3)
+ANCHORS = len(RATIOS) * len(SCALES)
+VARIANTS = {f"r{depth}": {"depth": depth} for depth in (18, 34, 50, 101)}
+
+
+class _Head(nnx.Module):
+    def __init__(self, num_classes: int, options: dict):
+        self.cls_convs, self.reg_convs = (dense.tower(options, groups=0, bias=True) for _ in range(2))
+        self.retina_cls = dense.predictor(options, ANCHORS * num_classes, FOCAL_BIAS)
+        self.retina_reg = dense.predictor(options, ANCHORS * 4)
+
+    def branch(self, maps: tuple[Array, ...], tower: str, start: int):
+        convs, conv = (self.cls_convs, self.retina_cls) if tower == "cls" else (self.reg_convs, self.retina_reg)
+        return dense.run(convs, maps, start, lambda level, x: {tower: conv(x).astype(jnp.float32)})
+
+
+def make(variant: str, num_classes: int, **overrides) -> Detector:
+    """Builds RetinaNet.
+
+    Args:
+      variant: r18, r34, r50 or r101, the depth of the backbone.
+      num_classes: K >= 1.
+      **overrides: any of
+        base_channels: of the backbone's stem (64);
+        style: where bottlenecks have their stride, and the colours: "pytorch" (RGB) or "caffe" (BGR, mean alone);
+        frozen_stages: -1 nothing, 0 the stem, n the stem and n stages of the backbone are not trained (1);
+        norm_eval: the backbone's norms keep their running statistics (True), as one wants who starts from trained ones;
+        frozen_norm: no gradient reaches their scales and biases (False);
+        neck_channels, head_channels: channels of the pyramid and of the towers (256);
+        extra_convs: what P6 is made of, "on_input" C5 or "on_output" P5 ("on_input");
+        stacked_convs: convolutions of each tower (4).
+
+    Returns:
+      The detector. `box_reg` holds the deltas of nine anchors a cell (`boxes.coding.boxes_to_deltas`), by ratio, then
+      by scale; its priors stand nine times for each cell.
+
+    Raises:
+      ValueError: for an unknown variant or option, or a value out of range.
+
+    Peers: mmdetection 3.3.0, configs/retinanet/retinanet_r*_fpn_1x_coco.py.
+
+    Example:
+      >>> make("r18", 5, base_channels=8).strides
+      (8, 16, 32, 64, 128)
+    """
+    return dense.detector(_FAMILY, variant, num_classes, overrides)
+
+
+def grid_priors(hw: tuple[int, int]) -> np.ndarray:
+    """x, y, stride and stride of every anchor's cell, f32[N, 4]."""
+    return np.repeat(priors.grid_priors(hw, dense.STRIDES), ANCHORS, 0)
+
+
+def anchors(output: DetectorOutput) -> np.ndarray:
+    """The anchors of all levels, f32[N, 4] in pixels."""
+    return priors.grid_anchors(dense.input_size(output), dense.STRIDES, ratios=RATIOS, scales=SCALES)
+
+
+def decode_boxes(output: DetectorOutput) -> Array:
+    """Boxes of all anchors, f32[B, N, 4] in pixels, not clipped."""
+    return coding.deltas_to_boxes(anchors(output), dense.join(output.box_reg, 4))
+
+
+def loss(
+    output: DetectorOutput, targets: Targets, *, assignment: Assignment | None = None
+) -> tuple[dict[str, Array], Assignment]:
+    """RetinaNet's two losses over the global batch.
+
+    With P = sum over pictures of max(positives, 1): loss_cls = sum focal(logits, label) / P over all priors that are
+    not ignored, loss_box = sum |deltas - deltas of the box| / P over the positives.
+
+    Args:
+      output: of `apply`.
+      targets: ground truth.
+      assignment: what to learn; by default anchors match from an IoU of 0.5 on, and are background below 0.4.
+
+    Returns:
+      {"loss_cls": f32[], "loss_box": f32[]}, both >= 0, and the assignment.
+
+    Scope: the global batch, all levels.
+
+    Peers: mmdetection 3.3.0 RetinaHead.loss_by_feat on one device, its levels added up.
+
+    Reference: Lin et al., ICCV 2017, section 4.
+    """
+    if assignment is None:
+        cells = grid_priors(dense.input_size(output))
+        assignment = assign.max_iou(
+            anchors(output),
+            targets,
+            num_classes=output.cls_logits[0].shape[-1] // ANCHORS,
+            positive_iou=0.5,
+            negative_iou=0.4,
+            inside=assign.inside_padding(cells, targets.pad_size),
+        )
+    return dense.total(prior_losses(output, assignment)), assignment
+
+
+def prior_losses(output: DetectorOutput, assignment: Assignment) -> dict[str, Array]:
+    """The losses of `loss` before the sum: f32[B, N] each, divided by the global normalizer."""
+    positive, count = assignment.positive, dense.positives_of_pictures(assignment)
+    focal = jnp.sum(classification.sigmoid_focal(dense.class_logits(output), assignment.labels), -1)
+    boxes = jnp.where(positive[..., None], assignment.boxes, anchors(output))
+    apart = jnp.sum(box.l1(dense.join(output.box_reg, 4), coding.boxes_to_deltas(anchors(output), boxes)), -1)
+    return {
+        "loss_cls": jnp.where(assignment.ignore, 0.0, focal) / count,
+        "loss_box": jnp.where(positive, apart, 0.0) / count,
+    }
+
+
+_FAMILY = dense.Family(
+    title="RetinaNet",
+    variants=VARIANTS,
+    options=dense.OPTIONS | {"extra_convs": "on_input"},
+    head=_Head,
+    branches=lambda options: {"cls": "cls", "reg": "reg"},
+    relu=False,
+    anchors=ANCHORS,
+    loss=lambda options: loss,
+    decode=dense.decoder(decode_boxes, iou_threshold=0.5),
+    decode_boxes=decode_boxes,
+    priors=grid_priors,
+)
