@@ -101,6 +101,14 @@ _FAMILIES: dict[str, dict[str, Any]] = {
         "train_cfg.assigner.ignore_iof_thr": [-1],
         "neck.relu_before_extra_convs": [False],
     },
+    "FCOS": _FOCAL
+    | {
+        "bbox_head.type": ["FCOSHead"],
+        "bbox_head.loss_bbox.loss_weight": [1.0],
+        "bbox_head.dcn_on_last_conv": [False],
+        "bbox_head.center_sample_radius": [1.5],
+        "neck.relu_before_extra_convs": [True],
+    },
 }
 LOSSES = {
     "loss_cls": "loss_cls",

@@ -1,0 +1,189 @@
+"""FCOS: ResNet, FPN, and two towers that judge one point in every cell, with a centreness.
+
+Reference: Tian et al., FCOS: Fully Convolutional One-Stage Object Detection, ICCV 2019. Peers: mmdetection 3.3.0, whose
+names and numbers this file keeps. It has the two published forms: the plain one, and the one that samples the centres
+of boxes, divides distances by the stride, has its centreness on the regression's tower and GIoU (variants
+"...-center").
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from kdjax.boxes import assign, coding, priors
+from kdjax.detectors import dense
+from kdjax.detectors.api import Detector
+from kdjax.detectors.layers import FOCAL_BIAS, Scale
+from kdjax.losses import box, classification
+from kdjax.structs import Assignment, DetectorOutput, Targets
+
+Array = jax.Array
+
+# Largest distance of a point to a side of its box, in pixels, by level.
+_RANGES = ((-1.0, 64.0), (64.0, 128.0), (128.0, 256.0), (256.0, 512.0), (512.0, np.inf))
+_RADIUS = 1.5  # of the centre region, in strides
+_CENTER = {
+    "center_sampling": True,
+    "norm_on_bbox": True,
+    "centerness_on_reg": True,
+    "conv_bias": True,
+    "box_loss": "giou",
+}
+VARIANTS = {f"r{depth}": {"depth": depth} for depth in (18, 34, 50, 101)} | {
+    f"r{depth}-center": {"depth": depth} | _CENTER for depth in (18, 34, 50, 101)
+}
+
+
+class _Head(nnx.Module):
+    def __init__(self, num_classes: int, options: dict):
+        self.cls_convs, self.reg_convs = (
+            dense.tower(options, groups=options["groups"], bias=options["conv_bias"]) for _ in range(2)
+        )
+        self.conv_cls = dense.predictor(options, num_classes, FOCAL_BIAS)
+        self.conv_reg = dense.predictor(options, 4)
+        self.conv_centerness = dense.predictor(options, 1)
+        self.scales = nnx.List([Scale() for _ in dense.STRIDES])
+        self.norm_on_bbox = options["norm_on_bbox"]
+        self.centerness_tower = "reg" if options["centerness_on_reg"] else "cls"
+
+    def branch(self, maps: tuple[Array, ...], tower: str, start: int):
+        def predict(level: int, x: Array) -> dict[str, Array]:
+            if tower == "cls":
+                found = {"cls": self.conv_cls(x).astype(jnp.float32)}
+            else:
+                y = self.scales[level](self.conv_reg(x).astype(jnp.float32))
+                found = {"reg": jax.nn.relu(y) * dense.STRIDES[level] if self.norm_on_bbox else jnp.exp(y)}
+            if tower == self.centerness_tower:
+                found["quality"] = self.conv_centerness(x).astype(jnp.float32)
+            return found
+
+        return dense.run(self.cls_convs if tower == "cls" else self.reg_convs, maps, start, predict)
+
+
+def make(variant: str, num_classes: int, **overrides) -> Detector:
+    """Builds FCOS.
+
+    Args:
+      variant: r18, r34, r50 or r101, the depth of the backbone; r18-center and so on for the second form.
+      num_classes: K >= 1.
+      **overrides: any of those of `kdjax.detectors.retinanet.make` (here by default style "caffe", frozen_norm True,
+        extra_convs "on_output"), or of
+        groups: of the group norm in the towers (32);
+        center_sampling: only points near the centre of a box are positive (second form: True);
+        norm_on_bbox: distances are relu(x) strides, not exponentials of pixels (True);
+        centerness_on_reg: the centreness hangs on the regression's tower, not on the classes' (True);
+        conv_bias: the towers' convolutions have a bias before the norm (True);
+        box_loss: "iou", -log of the IoU, or "giou" ("giou").
+
+    Returns:
+      The detector. `box_reg` holds distances left, top, right, bottom in pixels; `quality` the centreness logits.
+
+    Raises:
+      ValueError: for an unknown variant or option, or a value out of range.
+
+    Peers: mmdetection 3.3.0, configs/fcos/fcos_r*-caffe_fpn_gn-head*_1x_coco.py without deformable convolutions.
+
+    Example:
+      >>> make("r18-center", 5, base_channels=8).options
+      {'base_channels': 8}
+    """
+    if overrides.get("box_loss", "iou") not in ("iou", "giou"):
+        raise ValueError(f"FCOS has the box_loss iou or giou, not {overrides['box_loss']!r}.")
+    return dense.detector(_FAMILY, variant, num_classes, overrides)
+
+
+def grid_priors(hw: tuple[int, int]) -> np.ndarray:
+    """x, y, stride and stride of every cell's centre, f32[N, 4]."""
+    return priors.grid_priors(hw, dense.STRIDES, offset=0.5)
+
+
+def _points(output: DetectorOutput) -> np.ndarray:
+    return grid_priors(dense.input_size(output))
+
+
+def decode_boxes(output: DetectorOutput) -> Array:
+    """Boxes of all points, f32[B, N, 4] in pixels, not clipped."""
+    return coding.distance_to_boxes(_points(output)[:, :2], dense.join(output.box_reg, 4))
+
+
+def loss(
+    output: DetectorOutput,
+    targets: Targets,
+    *,
+    assignment: Assignment | None = None,
+    center_sampling: bool = False,
+    box_loss: str = "iou",
+) -> tuple[dict[str, Array], Assignment]:
+    """FCOS's three losses over the global batch.
+
+    With P = max(positives, 1), c the centreness of a positive point in its box and C = max(sum c, 1e-6):
+    loss_cls = sum focal(logits, label) / P, loss_box = sum c (-log IoU) / C (or 1 - GIoU), loss_quality = sum over the
+    positives of BCE(quality, c) / P.
+
+    Args:
+      output: of `apply`.
+      targets: ground truth.
+      assignment: what to learn; by default `boxes.assign.smallest_box` decides.
+      center_sampling: whether it samples the centres of boxes, 1.5 strides around.
+      box_loss: "iou" or "giou".
+
+    Returns:
+      {"loss_cls": f32[], "loss_box": f32[], "loss_quality": f32[]}, all >= 0, and the assignment.
+
+    Scope: the global batch, all levels.
+
+    Peers: mmdetection 3.3.0 FCOSHead.loss_by_feat on one device.
+
+    Reference: Tian et al., ICCV 2019, equation 2 and section 3.3.
+    """
+    if assignment is None:
+        assignment = assign.smallest_box(
+            _points(output),
+            targets,
+            num_classes=output.cls_logits[0].shape[-1],
+            ranges=np.repeat(_RANGES, dense.level_sizes(output), axis=0),
+            radius=_RADIUS if center_sampling else None,
+        )
+    return dense.total(prior_losses(output, assignment, box_loss=box_loss)), assignment
+
+
+def prior_losses(output: DetectorOutput, assignment: Assignment, *, box_loss: str = "iou") -> dict[str, Array]:
+    """The losses of `loss` before the sum: f32[B, N] each, divided by the global normalizers."""
+    positive = assignment.positive
+    count = jnp.maximum(jnp.sum(positive), 1).astype(jnp.float32)
+    central = coding.centreness(coding.boxes_to_distance(_points(output)[:, :2], assignment.boxes))
+    central = jnp.where(positive, central, 0.0)
+    focal = jnp.sum(classification.sigmoid_focal(dense.class_logits(output), assignment.labels), -1)
+    boxes = decode_boxes(output)
+    apart = box.iou(boxes, assignment.boxes) if box_loss == "iou" else box.giou(boxes, assignment.boxes)
+    entropy = classification.soft_binary_cross_entropy(dense.join(output.quality, 1)[..., 0], central)
+    return {
+        "loss_cls": jnp.where(assignment.ignore, 0.0, focal) / count,
+        "loss_box": central * apart / jnp.maximum(jnp.sum(central), 1e-6),
+        "loss_quality": jnp.where(positive, entropy, 0.0) / count,
+    }
+
+
+def _loss(options: dict):
+    return functools.partial(loss, center_sampling=options["center_sampling"], box_loss=options["box_loss"])
+
+
+_FAMILY = dense.Family(
+    title="FCOS",
+    variants=VARIANTS,
+    options=dense.OPTIONS
+    | {"style": "caffe", "frozen_norm": True, "extra_convs": "on_output", "groups": 32}
+    | dict.fromkeys(_CENTER, False)
+    | {"box_loss": "iou"},
+    head=_Head,
+    branches=lambda options: {"cls": "cls", "reg": "reg", "quality": "reg" if options["centerness_on_reg"] else "cls"},
+    relu=True,
+    loss=_loss,
+    decode=dense.decoder(decode_boxes, iou_threshold=0.5),
+    decode_boxes=decode_boxes,
+    priors=grid_priors,
+    bgr_mean=(102.9801, 115.9465, 122.7717),
+)
