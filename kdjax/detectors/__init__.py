@@ -9,6 +9,7 @@ _FAMILIES = {
     "rtmdet": ("pico", "nano", "tiny", "s", "m", "l", "x"),
     "retinanet": ("r18", "r34", "r50", "r101"),
     "fcos": ("r18", "r34", "r50", "r101", "r18-center", "r34-center", "r50-center", "r101-center"),
+    "gfl": ("r18", "r34", "r50", "r101"),
 }
 
 

@@ -109,6 +109,16 @@ _FAMILIES: dict[str, dict[str, Any]] = {
         "bbox_head.center_sample_radius": [1.5],
         "neck.relu_before_extra_convs": [True],
     },
+    "GFL": _SQUARES
+    | {
+        "bbox_head.type": ["GFLHead"],
+        "bbox_head.loss_cls.type": ["QualityFocalLoss"],
+        "bbox_head.loss_cls.beta": [2.0],
+        "bbox_head.loss_bbox.type": ["GIoULoss"],
+        "bbox_head.loss_bbox.loss_weight": [2.0],
+        "bbox_head.loss_dfl.type": ["DistributionFocalLoss"],
+        "bbox_head.loss_dfl.loss_weight": [0.25],
+    },
 }
 LOSSES = {
     "loss_cls": "loss_cls",

@@ -5,7 +5,6 @@ from tests.golden_checks.api import LATER_DENSE, LATER_MASKS, LATER_TWO_STAGE, s
 CHECKS = [
     ("loss/det_mask_*.npz", skip_file(LATER_MASKS)),
     ("model/atss_*.npz", skip_file(LATER_DENSE)),
-    ("model/gfl_*.npz", skip_file(LATER_DENSE)),
     ("model/faster_*.npz", skip_file(LATER_TWO_STAGE, "all but the features of regions")),
     ("model/mask_*.npz", skip_file(LATER_TWO_STAGE, "all but the features of regions")),
     ("model/rtmdetins_*.npz", skip_file(LATER_MASKS)),
