@@ -10,6 +10,7 @@ _FAMILIES = {
     "retinanet": ("r18", "r34", "r50", "r101"),
     "fcos": ("r18", "r34", "r50", "r101", "r18-center", "r34-center", "r50-center", "r101-center"),
     "gfl": ("r18", "r34", "r50", "r101"),
+    "atss": ("r18", "r34", "r50", "r101"),
 }
 
 

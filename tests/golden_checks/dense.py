@@ -119,6 +119,14 @@ _FAMILIES: dict[str, dict[str, Any]] = {
         "bbox_head.loss_dfl.type": ["DistributionFocalLoss"],
         "bbox_head.loss_dfl.loss_weight": [0.25],
     },
+    "ATSS": _FOCAL
+    | _SQUARES
+    | {
+        "bbox_head.type": ["ATSSHead"],
+        "bbox_head.bbox_coder.target_stds": [[0.1, 0.1, 0.2, 0.2]],
+        "bbox_head.loss_bbox.type": ["GIoULoss"],
+        "bbox_head.loss_bbox.loss_weight": [2.0],
+    },
 }
 LOSSES = {
     "loss_cls": "loss_cls",

@@ -1,0 +1,134 @@
+"""ATSS: ResNet, FPN, one square anchor in every cell that the objects themselves select, and a centreness.
+
+Reference: Zhang et al., Bridging the Gap Between Anchor-based and Anchor-free Detection via Adaptive Training Sample
+Selection, CVPR 2020. Peers: mmdetection 3.3.0, whose names and numbers this file keeps.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from kdjax.boxes import coding, priors
+from kdjax.detectors import dense
+from kdjax.detectors.api import Detector
+from kdjax.detectors.layers import FOCAL_BIAS, Scale
+from kdjax.losses import box, classification
+from kdjax.structs import Assignment, DetectorOutput, Targets
+
+Array = jax.Array
+
+VARIANTS = {f"r{depth}": {"depth": depth} for depth in (18, 34, 50, 101)}
+_STDS = (0.1, 0.1, 0.2, 0.2)  # of the deltas
+
+
+class _Head(nnx.Module):
+    def __init__(self, num_classes: int, options: dict):
+        groups = options["groups"]
+        self.cls_convs, self.reg_convs = (dense.tower(options, groups=groups, bias=False) for _ in range(2))
+        self.atss_cls = dense.predictor(options, num_classes, FOCAL_BIAS)
+        self.atss_reg = dense.predictor(options, 4)
+        self.atss_centerness = dense.predictor(options, 1)
+        self.scales = nnx.List([Scale() for _ in dense.STRIDES])
+
+    def branch(self, maps: tuple[Array, ...], tower: str, start: int):
+        def predict(level: int, x: Array) -> dict[str, Array]:
+            if tower == "cls":
+                return {"cls": self.atss_cls(x).astype(jnp.float32)}
+            return {
+                "reg": self.scales[level](self.atss_reg(x).astype(jnp.float32)),
+                "quality": self.atss_centerness(x).astype(jnp.float32),
+            }
+
+        return dense.run(self.cls_convs if tower == "cls" else self.reg_convs, maps, start, predict)
+
+
+def make(variant: str, num_classes: int, **overrides) -> Detector:
+    """Builds ATSS.
+
+    Args:
+      variant: r18, r34, r50 or r101, the depth of the backbone.
+      num_classes: K >= 1.
+      **overrides: any of those of `kdjax.detectors.retinanet.make` (extra_convs: "on_output"), or of
+        groups: of the group norm in the towers (32).
+
+    Returns:
+      The detector. `box_reg` holds the deltas of the square anchors (`boxes.coding.boxes_to_deltas`), `quality` the
+      centreness logits.
+
+    Raises:
+      ValueError: for an unknown variant or option, or a value out of range.
+
+    Peers: mmdetection 3.3.0, configs/atss/atss_r*_fpn_1x_coco.py.
+
+    Example:
+      >>> make("r18", 5, groups=16).options
+      {'groups': 16}
+    """
+    return dense.detector(_FAMILY, variant, num_classes, overrides)
+
+
+def grid_priors(hw: tuple[int, int]):
+    """x, y, stride and stride of every cell, f32[N, 4]."""
+    return priors.grid_priors(hw, dense.STRIDES)
+
+
+def decode_boxes(output: DetectorOutput) -> Array:
+    """Boxes of all anchors, f32[B, N, 4] in pixels, not clipped."""
+    return coding.deltas_to_boxes(dense.square_anchors(output), dense.join(output.box_reg, 4), stds=_STDS)
+
+
+def loss(
+    output: DetectorOutput, targets: Targets, *, assignment: Assignment | None = None
+) -> tuple[dict[str, Array], Assignment]:
+    """ATSS's three losses over the global batch.
+
+    With c the centreness of a positive anchor's middle in its box, P = sum over pictures of max(positives, 1) and
+    C = max(sum c, 1): loss_cls = sum focal(logits, label) / P, loss_box = 2 sum c (1 - GIoU) / C, loss_quality = sum
+    over the positives of BCE(quality, c) / P.
+
+    Args:
+      output: of `apply`.
+      targets: ground truth.
+      assignment: what to learn; by default ATSS decides.
+
+    Returns:
+      {"loss_cls": f32[], "loss_box": f32[], "loss_quality": f32[]}, all >= 0, and the assignment.
+
+    Scope: the global batch, all levels.
+
+    Peers: mmdetection 3.3.0 ATSSHead.loss_by_feat on one device, its levels added up.
+
+    Reference: Zhang et al., CVPR 2020, section 4.
+    """
+    if assignment is None:
+        assignment = dense.assign_atss(output, targets)
+    return dense.total(prior_losses(output, assignment)), assignment
+
+
+def prior_losses(output: DetectorOutput, assignment: Assignment) -> dict[str, Array]:
+    """The losses of `loss` before the sum: f32[B, N] each, weighted and divided by the global normalizers."""
+    positive, count = assignment.positive, dense.positives_of_pictures(assignment)
+    central = coding.centreness(coding.boxes_to_distance(dense.grid(output)[:, :2], assignment.boxes))
+    central = jnp.where(positive, central, 0.0)
+    focal = jnp.sum(classification.sigmoid_focal(dense.class_logits(output), assignment.labels), -1)
+    apart = box.giou(decode_boxes(output), assignment.boxes)
+    entropy = classification.soft_binary_cross_entropy(dense.join(output.quality, 1)[..., 0], central)
+    return {
+        "loss_cls": jnp.where(assignment.ignore, 0.0, focal) / count,
+        "loss_box": 2.0 * central * apart / jnp.maximum(jnp.sum(central), 1.0),
+        "loss_quality": jnp.where(positive, entropy, 0.0) / count,
+    }
+
+
+_FAMILY = dense.Family(
+    title="ATSS",
+    variants=VARIANTS,
+    options=dense.OPTIONS | {"extra_convs": "on_output", "groups": 32},
+    head=_Head,
+    branches=lambda options: {"cls": "cls", "reg": "reg", "quality": "reg"},
+    relu=False,
+    loss=lambda options: loss,
+    decode=dense.decoder(decode_boxes, iou_threshold=0.6),
+    decode_boxes=decode_boxes,
+    priors=grid_priors,
+)
