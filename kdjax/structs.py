@@ -70,5 +70,6 @@ class DetectorOutput:
     # f32[B, H, W, 4*(n+1)], logits of the bins 0 .. n of each distance.
     box_reg: tuple[Array, ...] = ()
     quality: tuple[Array, ...] = ()  # L of f32[B, H, W, A]: centreness or objectness logits
+    quality_tower: str = dataclasses.field(default="", metadata={"static": True})  # "cls" or "reg", where it hangs
     rois: Array | None = None  # f32[B, R, 4], proposals of a two-stage detector
     mask: tuple[Array, ...] = ()  # parts of an instance-mask head

@@ -413,6 +413,34 @@ def test_crosskd_takes_distributions_by_the_number_of_channels():
     assert set(terms("crosskd", context, box_weight=0.0)) == {"classes"}
 
 
+@pytest.mark.parametrize("tower", ["cls", "reg"])
+def test_crosskd_compares_the_quality_behind_its_tower(tower):
+    context = scene()
+
+    def head(features, *, branch, start):
+        assert (branch, start) == ("quality", 1)
+        return tuple(m[..., :1] for m in made.head(features, branch="cls", start=start))
+
+    sides = {
+        who: dataclasses.replace(out, quality=tuple(m[..., :1] for m in out.cls_logits), quality_tower=tower)
+        for who, out in (("student", context.student), ("teacher", context.teacher))
+    }
+    alone = {"class_weight": 0.0, "box_weight": 0.0, "quality_weight": 2.0}
+    (value,) = terms("crosskd", context._replace(**sides, teacher_head=head), **alone).values()
+    features = []
+    for s, t in zip(*(getattr(out, f"{tower}_tower")[0] for out in sides.values()), strict=True):
+        s, t = np.float64(s), np.float64(t)
+        centred = (s - s.mean((0, 1, 2))) / (s.std((0, 1, 2), ddof=1) + 1e-6)
+        features.append(jnp.asarray(centred * t.std((0, 1, 2), ddof=1) + t.mean((0, 1, 2)), jnp.float32))
+    found, own = (rows(m, 1)[..., 0] for m in (head(features, branch="quality", start=1), sides["teacher"].quality))
+    p, q = sigmoid(own), sigmoid(found)
+    entropy = -(p * np.log(q) + (1 - p) * np.log(1 - q))
+    positive, _ = masks(context)
+    assert value == pytest.approx((positive * entropy).sum() / np.maximum(positive.sum(1), 1).sum(), rel=3e-4)
+    with pytest.raises(ValueError, match="no tap 'quality'"):
+        terms("crosskd", context, quality_weight=1.0)
+
+
 def test_crosskd_trains_the_student_below_the_cut_alone():
     context = scene()
     method = api.build("crosskd")

@@ -95,9 +95,10 @@ class Dense(nnx.Module):
         extra_convs: str,
         relu: bool,
         anchors: int,
+        quality_tower: str,
         **of_backbone,
     ):
-        self.anchors = anchors
+        self.anchors, self.quality_tower = anchors, quality_tower
         self.backbone = resnet.ResNet(depth, **of_backbone)
         inputs = self.backbone.channels[1:]
         self.neck = FPN(inputs, neck_channels, levels=len(STRIDES), extra_convs=extra_convs, relu=relu)
@@ -121,6 +122,7 @@ class Dense(nnx.Module):
             cls_logits=found["cls"],
             box_reg=found["reg"],
             quality=found.get("quality", ()),
+            quality_tower=self.quality_tower,
         )
 
 
@@ -156,7 +158,7 @@ def detector(family: Family, variant: str, num_classes: int, overrides: dict) ->
     _check(title, num_classes, options, sorted(set(overrides) - set(family.options)), family.options)
     branches, convs = family.branches(options), options["stacked_convs"]
     of_network = {name: options[name] for name in _OF_NETWORK}
-    of_network |= {"relu": family.relu, "anchors": family.anchors}
+    of_network |= {"relu": family.relu, "anchors": family.anchors, "quality_tower": branches.get("quality", "")}
     module = pure(lambda: Dense(depth, lambda: family.head(num_classes, options), **of_network))
 
     def apply(params: Tree, stats: Tree, x: Array, *, train: bool) -> tuple[DetectorOutput, Tree]:

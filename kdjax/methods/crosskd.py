@@ -5,6 +5,7 @@
     classes: L = class_weight * sum_{i,k} l_i |sigmoid(p^) - sigmoid(p^T)| BCE(p^, sigmoid(p^T)) / P
     boxes:   L = box_weight * sum_i c_i (1 - GIoU(d^_i, d_i^T)) / P,   c_i = l_i max_k sigmoid(p_ik^T)
              with distributions: box_weight * sum_i c_i 1/4 sum over edges of KL(softmax q^T || softmax q^) / sum_i c_i
+    quality: L = quality_weight * sum_{i positive} BCE(o^_i, sigmoid(o_i^T)) / P,   o^ the centreness of the same head
     l_i = 0 on ignored priors else 1;  P = sum over pictures of max(positives of the picture, 1)
 
 Paper: Wang et al., "CrossKD: Cross-Head Knowledge Distillation for Object Detection", CVPR 2024.
@@ -16,10 +17,10 @@ Open: where to cut: the published conv 3 of 4 is "tower.-2", the last but one (w
     a head that activates otherwise (SiLU) those are no statistics of what it consumes; here the maps are aligned as
     they are, which is sound before any activation, and the teacher's head activates them. rectify=True is the code, for
     heads with ReLU. The box term weights priors by the teacher's scores as the code does; in the paper all weigh 1:
-    confidence=False. The paper's feature term is the method pkd beside this one. The centreness terms of ATSS and FCOS
-    come with those detectors.
-Proof: kd/crosskd_* (the authors' code on four detectors, through this method): largest relative error 1.0e-6;
-    kd/logit_github_*: 3.8e-7.
+    confidence=False. The paper's feature term is the method pkd beside this one. With FCOS the code divides by the sum
+    of the centreness of the positives instead of P.
+Proof: kd/crosskd_* (the authors' code on four detectors, through this method, and whole steps of both networks with
+    their gradients): largest relative error 1.0e-6; kd/logit_github_*: 3.8e-7.
 Status: proven
 """
 
@@ -28,7 +29,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from kdjax.losses import box, cross, logits
+from kdjax.losses import box, classification, cross, logits
 from kdjax.methods import api
 
 TOWERS = {"cls": "cls_tower", "reg": "reg_tower"}
@@ -41,6 +42,7 @@ def make(
     teacher: str = "tower.-2",
     class_weight: float = 1.0,
     box_weight: float = 1.0,
+    quality_weight: float = 0.0,
     box_loss: str = "giou",
     confidence: bool = True,
     rectify: bool = False,
@@ -48,11 +50,12 @@ def make(
     """Predictions of the teacher's head on the student's features, compared with the teacher's own.
 
     Args:
-      weight: of both terms.
+      weight: of all terms.
       student, teacher: where each side is cut: "tower.I", the output of conv I of both towers, counted from 0, or from
         the end with -1 as the last; or "neck".
       class_weight: of the classes; 1, with FCOS 0.4 in the paper's code.
       box_weight: of the boxes; 1 for boxes (FCOS 0.75), 4 for distributions (GFL) in the paper's code.
+      quality_weight: of the centreness, for heads that have it; 1 with ATSS in the paper's code, 0 with FCOS.
       box_loss: of heads without distributions, "giou" or "log_iou" (-log IoU, FCOS in the paper's code).
       confidence: whether the boxes are weighted by the teacher's score (c_i) or by l_i alone.
       rectify: ReLU on both maps before they are aligned, as the paper's code has it.
@@ -61,8 +64,16 @@ def make(
       ValueError: unknown `box_loss`.
     """
     api.check_choice("crosskd.box_loss", box_loss, ("giou", "log_iou"))
-    weights = {"classes": weight * class_weight, "boxes": weight * box_weight}
-    branches = [branch for branch, term in (("cls", "classes"), ("reg", "boxes")) if weights[term]]
+    weights = {
+        "classes": weight * class_weight,
+        "boxes": weight * box_weight,
+        "quality": weight * quality_weight,
+    }
+
+    def towers(teacher_output):
+        """The towers that the student's features enter."""
+        of_terms = {"classes": "cls", "boxes": "reg", "quality": teacher_output.quality_tower}
+        return sorted({tower for term, tower in of_terms.items() if weights[term]})
 
     def place(output, name, branch):
         """The tap that "tower.I" means in a branch of this detector, and where its head goes on from there."""
@@ -85,18 +96,22 @@ def make(
         return api.pair(student_output, teacher_output, of_student, of_teacher), go_on
 
     def init(key, student_spec, teacher_spec):
-        pairs = {branch: pairs_of(student_spec, teacher_spec, branch)[0] for branch in branches}
+        if weights["quality"]:
+            api.pair_priors(student_spec, teacher_spec, "quality", "quality")
+        chosen = towers(teacher_spec)
+        pairs = {tower: pairs_of(student_spec, teacher_spec, tower)[0] for tower in chosen}
         api.pair_priors(student_spec, teacher_spec, "cls_logits", "cls_logits")
         return {
-            branch: api.init_adapters(jax.random.fold_in(key, number), pairs[branch])
-            for number, branch in enumerate(branches)
+            tower: api.init_adapters(jax.random.fold_in(key, number), pairs[tower])
+            for number, tower in enumerate(chosen)
         }
 
     def reused(params, context, branch):
-        """What the teacher's head predicts from the student's features."""
-        pairs, go_on = pairs_of(context.student, context.teacher, branch)
+        """What a branch of the teacher's head predicts from the student's features."""
+        tower = context.teacher.quality_tower if branch == "quality" else branch
+        pairs, go_on = pairs_of(context.student, context.teacher, tower)
         features = []
-        for _, s, t in api.adapt(params[branch], pairs):
+        for _, s, t in api.adapt(params[tower], pairs):
             if rectify and go_on:
                 s, t = jax.nn.relu(s), jax.nn.relu(t)
             features.append(cross.align(s, t))
@@ -124,6 +139,11 @@ def make(
         if weights["boxes"]:
             trust = jnp.max(jax.nn.sigmoid(own), -1) if confidence else 1.0
             terms["boxes"] = box_term(params, context, jnp.where(scored, trust, 0.0), positives)
+        if weights["quality"]:
+            sides = reused(params, context, "quality"), context.teacher.quality
+            found, own = (api.rows(maps, len(context.priors))[..., 0] for maps in sides)
+            entropy = classification.soft_binary_cross_entropy(found, jax.nn.sigmoid(own))
+            terms["quality"] = jnp.sum(jnp.where(context.assignment.positive, entropy, 0.0)) / positives
         return terms
 
     return api.Method(init, apply, weights)
