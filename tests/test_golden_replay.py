@@ -12,11 +12,13 @@ import pytest
 
 from kdjax.methods import api
 from tests import golden_replay
+from tests.golden_checks import whole_steps
 from tests.golden_checks.api import Check, load, relative_error
 from tests.shared import ROOT, SHARED, script
 
 OWN = Path(__file__).parent / "golden"
-CHECKS = golden_replay.known_checks()
+# Steps of two whole networks take long to compile and have a test of their own.
+CHECKS = [entry for entry in golden_replay.known_checks() if entry not in whole_steps.CHECKS]
 # Files that hold cases of several methods: how those of each method begin. Otherwise a file is its method's as a whole.
 CASES = {
     "kd/logit_*": {
@@ -66,6 +68,14 @@ def test_reference_numbers_hold(root, name):
     reasons = {check.skip for check in checks}
     if None not in reasons:
         pytest.skip("; ".join(sorted(reasons)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("root", "name"), [p for p in files() if p.values[1].startswith(("kd/crosskd_", "kd/ld_"))])
+def test_whole_steps_hold(root, name):
+    checks = list(golden_replay.replay_file(root, name, whole_steps.CHECKS))
+    failed = [golden_replay.line(name, check) for check in checks if check.verdict == "failed"]
+    assert not failed, "\n".join(failed)
 
 
 @pytest.mark.parametrize("method", api.names())

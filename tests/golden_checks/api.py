@@ -32,7 +32,6 @@ class Check(NamedTuple):
 
 Checks = Iterator[Check]
 
-LATER_DENSE = "a later issue (dense detectors) brings it"
 LATER_MASKS = "a later issue (instance masks) brings it"
 LATER_TWO_STAGE = "a later issue (two-stage detectors) brings it"
 NOT_PART = "not part of kdjax (conventions.md)"

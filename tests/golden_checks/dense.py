@@ -70,6 +70,7 @@ _FIXED = {
     "train_cfg.allowed_border": [-1],
     "train_cfg.pos_weight": [-1],
     "train_cfg.debug": [False],
+    "train_cfg": [None],
 }
 _FOCAL = {
     "bbox_head.loss_cls.type": ["FocalLoss"],
@@ -146,7 +147,8 @@ def options_of(config: dict[str, Any]) -> tuple[str, int, dict[str, Any]]:
     options, fixed = {"frozen_stages": -1}, _FIXED | _FAMILIES[family]
     widths = [config["backbone"].get("base_channels", 64) * 2**i for i in range(4)]
     for field, value in leaves({k: v for k, v in config.items() if k not in ("data_preprocessor", "test_cfg")}).items():
-        if field in ("type", "backbone.depth", "bbox_head.num_classes"):
+        field = field.removeprefix("bbox_head.") if field.startswith("bbox_head.train_cfg") else field
+        if field in ("type", "backbone.depth", "bbox_head.num_classes") or field.startswith("bbox_head.test_cfg"):
             continue
         if field in _OPTIONS:
             options[_OPTIONS[field]] = value
