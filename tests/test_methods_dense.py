@@ -1,0 +1,101 @@
+"""The methods on predictions and assignments, on the heads of RetinaNet, FCOS, GFL and ATSS: steps of two networks."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kdjax.detectors import build
+from kdjax.methods import api
+from kdjax.train import step
+
+NAMES = ("retinanet_r18", "fcos_r18", "gfl_r18", "atss_r18")
+METHODS = ("bckd", "crosskd", "fgfi", "gid", "pfi", "rm")
+SIDE, BATCH, CLASSES = 64, 2, 3
+QUICK = {"xla_backend_optimization_level": 0}
+
+
+def methods_of(name: str) -> dict[str, api.Method]:
+    options = {"crosskd": {"quality_weight": 1.0 if name.startswith(("fcos", "atss")) else 0.0}}
+    chosen = {method: api.build(method, **options.get(method, {})) for method in METHODS}
+    return chosen | ({"ld": api.build("ld")} if name.startswith("gfl") else {})
+
+
+@functools.cache
+def networks(name: str):
+    """A student, and a teacher of twice its width."""
+    groups = {} if name.startswith("retinanet") else {"groups": 2}
+    return tuple(
+        build(name, CLASSES, base_channels=2, neck_channels=c, head_channels=c, stacked_convs=2, **groups)
+        for c in (4, 8)
+    )
+
+
+def batch() -> dict:
+    boxes = np.zeros((BATCH, 3, 4), np.float32)
+    boxes[0, :2] = [[2, 3, 60, 58], [0, 0, 42, 44]]  # the second picture is empty
+    return {
+        "image": np.random.default_rng(0).integers(0, 255, (BATCH, SIDE, SIDE, 3)).astype(np.uint8),
+        "boxes": boxes,
+        "labels": np.array([[1, 2, 0], [0, 0, 0]], np.int32),
+        "valid": np.array([[True, True, False], [False] * 3]),
+        "image_size": np.full((BATCH, 2), SIDE, np.int32),
+    }
+
+
+def specs(name: str) -> list:
+    image = jax.ShapeDtypeStruct((1, SIDE, SIDE, 3), jnp.float32)
+    return [jax.eval_shape(lambda *v, d=d: d.apply(*v, train=False)[0], *d.shapes, image) for d in networks(name)]
+
+
+def terms(name: str, params, stats, frozen, batch) -> dict:
+    """Every term of every method."""
+    student, teacher = networks(name)
+    chosen, key = methods_of(name), jax.random.PRNGKey(0)
+    output, _ = student.apply(params, stats, student.preprocess(batch["image"]), train=True)
+    _, assignment = student.loss(output, step.targets_of(batch))
+    adapters = step.init_adapters(chosen, key, *specs(name))
+    return step.compare(student, teacher, chosen, adapters, frozen, output, assignment, batch, jnp.int32(0), key)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_methods_trace_on_dense_heads(name):
+    student, teacher = networks(name)
+    run = functools.partial(terms, name)
+    values = jax.eval_shape(run, *student.shapes, step.Teacher(*teacher.shapes), batch())
+    assert set(values) == {f"{method}/{term}" for method, made in methods_of(name).items() for term in made.weights}
+    assert all(value.shape == () for value in values.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_methods_teach_dense_heads(name):
+    student, teacher = networks(name)
+    params, stats = student.init(jax.random.PRNGKey(1))
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def run(params, frozen):
+        """The terms, the gradient of each at the student's weights, and that of all at the teacher's."""
+        values, pull_back = jax.vjp(
+            lambda *weights: terms(name, weights[0], stats, weights[1], batch()), params, frozen
+        )
+        pulled = {}
+        for term in values:
+            one = {other: jnp.float32(other == term) for other in values}
+            pulled[term] = sum(jnp.sum(jnp.abs(leaf)) for leaf in jax.tree.leaves(pull_back(one)[0]))
+        at_teacher = jax.tree.leaves(pull_back(jax.tree.map(jnp.ones_like, values))[1])
+        return values, pulled, sum(jnp.sum(jnp.abs(leaf)) for leaf in at_teacher)
+
+    values, pulled, at_teacher = run(params, step.Teacher(*teacher.init(jax.random.PRNGKey(2))))
+    assert all(np.isfinite(v) for v in values.values()) and at_teacher == 0
+    # GID relates three instances or more of a picture; how many there are is not up to the test.
+    silent = {term for term, pull in pulled.items() if not (np.isfinite(pull) and pull > 0)}
+    assert silent <= {"gid/relation"}, silent
+
+
+@pytest.mark.parametrize("name", ("retinanet_r18", "fcos_r18", "atss_r18"))
+def test_ld_is_refused_without_distributions(name):
+    with pytest.raises(ValueError, match="distributions over bins, but 'box_reg' of the student has 4 numbers a prior"):
+        api.build("ld").init(jax.random.PRNGKey(0), *specs(name))
