@@ -285,7 +285,14 @@ def test_mistakes_get_one_sentence_before_any_compute(made, tmp_path, capsys, mo
     (tmp_path / "void").mkdir()
     (tmp_path / "x.gif").write_bytes(b"")
     (tmp_path / "model.pth").write_bytes(b"")
+    dense = build("retinanet_r18", 6, base_channels=8, neck_channels=8, head_channels=8, stacked_convs=1)
+    of_dense = dense.init(jax.random.key(0))
+    weights.save(tmp_path / "dense", dense, *of_dense, classes=CLASSES, image_size=(64, 64))
     for arguments, why in (
+        (
+            ("export", f"--model={tmp_path / 'dense'}", "--format=stablehlo", f"--out={tmp_path / 'x'}"),
+            "only RTMDet can be exported so far",
+        ),
         (("predict", "nowhere.png", one, out), "no file or folder nowhere.png"),
         (("predict", str(tmp_path / "void"), one, out), "holds no pictures"),
         (("predict", str(tmp_path / "x.gif"), one, out), "neither a picture nor a video"),

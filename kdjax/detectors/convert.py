@@ -184,6 +184,25 @@ def _is_classifier(name: str, shape: tuple[int, ...], wanted: tuple[int, ...], d
     return shape[-1] % anchors == 0
 
 
+def count_classes(detector: Detector, state: dict[str, np.ndarray]) -> int:
+    """The number of classes of a state dict of `plain`; 0 if it has no classifier of the detector's kind.
+
+    Args:
+      detector: of one class.
+      state: name -> array.
+
+    Example:
+      >>> from kdjax.detectors import build
+      >>> count_classes(build("retinanet_r18", 1), {"bbox_head.retina_cls.bias": np.zeros(9 * 5)})
+      5
+    """
+    for path, leaf in flatten(detector.shapes[0]).items():
+        name = _torch_name(path)
+        if path.endswith("/bias") and _CLASSIFIER.fullmatch(name) and name in state:
+            return len(state[name]) // leaf.shape[0]
+    return 0
+
+
 def to_torch(detector: Detector, params: Tree, stats: Tree) -> dict[str, np.ndarray]:
     """The inverse of `from_torch`: name -> float32 array in PyTorch's layout, batch norms' counters at 0.
 

@@ -76,6 +76,8 @@ def run(
     if format == "onnx":
         check_installed()
     loaded = models.load(model)
+    if not loaded.detector.name.startswith("rtmdet_"):
+        raise ValueError(f"--model={model} is of {loaded.detector.name}: only RTMDet can be exported so far.")
     models.check_out(str(target.parent))
     given = evaluate.open_data(data, split, "", "", limit) if data else None
     if given:

@@ -33,10 +33,9 @@ def run(*, file: str, detector: str, out: str, classes: str | None, image_size: 
     state, told = convert.load_checkpoint(file)
     names = given or told
     plain = convert.plain(state, network)
-    biases = [value for name, value in plain.items() if name.endswith("rtm_cls.0.bias")]
-    if not biases:
-        raise ValueError(f"{file} has no classifier of RTMDet (rtm_cls.0.bias) for its {network}.")
-    count = len(biases[0])
+    count = convert.count_classes(detectors.build(detector, 1), plain)
+    if not count:
+        raise ValueError(f"{file} has no classifier of {detector} for its {network}.")
     if names is None:
         raise ValueError(
             f"{file} does not name its {count} classes: give --classes=FILE, a name a line or COCO's json."
