@@ -134,7 +134,7 @@ def test_import_weights_refuses(tmp_path, capsys, state):
     )
     assert "required: --detector" in refused(capsys, *base)
     np.savez(tmp_path / "other.npz", a=np.zeros(3))
-    assert "no classifier of RTMDet" in refused(
+    assert "no classifier of rtmdet_pico" in refused(
         capsys, "import-weights", str(tmp_path / "other.npz"), "--detector=rtmdet_pico", f"--out={tmp_path / 'm'}"
     )
     assert not (tmp_path / "m").exists()
