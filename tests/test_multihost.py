@@ -25,6 +25,7 @@ SETTINGS = {
     "data.image_size": (64, 64),
     "optimizer.name": "sgd",
     "optimizer.lr": 0.001,
+    "optimizer.warmup": 4,
     "eval.every": 0,
     "eval.batch_size": 4,
     "checkpoint.every": 1000,
