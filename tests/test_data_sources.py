@@ -368,6 +368,8 @@ def test_damaged_prepared_data_is_named(tmp_path):
     records.write_bytes(whole[:200] + bytes(len(whole) - 400) + whole[-200:])
     with pytest.raises(data.Damaged, match=f"of {folder}/.* cannot be (read|decoded) any more; prepare it anew"):
         [dataset.splits["val"].records[index] for index in range(3)]
+    with pytest.raises(data.Damaged):  # the loader's threads hand it on
+        list(data.eval_batches(dataset, "val", settings(tmp_path), batch_size=2))
 
 
 def test_the_cache_goes_where_it_is_told(monkeypatch, tmp_path):

@@ -475,6 +475,15 @@ def test_learning_rate_and_moving_average():
         )
 
 
+def test_data_that_is_damaged_while_it_trains_gets_a_sentence(folder, tmp_path, monkeypatch):
+    def train(*_):
+        raise data.Damaged("record 3 of DIR cannot be read any more; prepare it anew.")
+
+    monkeypatch.setattr(loop, "train", train)
+    with pytest.raises(loop.BadInput, match="record 3 of DIR"):  # train.py prints it and exits with 2
+        loop.run(tiny_config(folder, teacher=None), tmp_path / "run")
+
+
 def test_weight_decay_leaves_norms_and_biases_alone():
     config = settings.base()
     config.optimizer.update(dict(lr=0.1, warmup=0))

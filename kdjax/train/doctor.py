@@ -16,8 +16,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from kdjax import data
-from kdjax.boxes import iou
-from kdjax.evals import coco, size
+from kdjax.evals import coco, errors, size
+from kdjax.methods import api
 from kdjax.train import loop, optim
 from kdjax.train.step import compare, targets_of, weights_of
 
@@ -52,7 +52,7 @@ def examine(config: ConfigDict, *, pictures: int = 64) -> list[Finding]:
       pictures: of the validation split, on which a detector with weights is tried.
 
     Returns:
-      The findings, in the order in which a run meets their causes. What a run refuses is one of them, the last.
+      The findings, in the order in which a run meets their causes; of a run that would be refused that alone.
     """
     try:
         loop.check_settings(config)
@@ -151,8 +151,8 @@ def of_schedule(config: ConfigDict, size: int) -> list[Finding]:
         found.append(Finding(FAULT, "moving average", said))
     else:
         found.append(Finding(FINE, "moving average", f"{old:.0%} of it is of the first half of the run"))
-    for name, method in {name: loop.api.build(name, **options) for name, options in config.methods.items()}.items():
-        active = float(np.mean(np.asarray(method.scale(np.arange(steps)))))
+    for name, options in config.methods.items():
+        active = float(np.mean(np.asarray(api.build(name, **options).scale(np.arange(steps)))))
         if active < 0.1:
             said = f"its start, stop, warmup and decay give it {active:.0%} of its weight over the {steps} steps"
             found.append(Finding(FAULT if active < 0.01 else LOOK, name, said))
@@ -216,23 +216,17 @@ def of_weights(role: str, detector, variables, setup: loop.Setup, pictures: int)
 
 
 def _confusions(truth: dict, found: list[dict], dataset) -> list[str]:
-    """The classes whose detections mostly lie on objects of another; of each picture the best detections count."""
-    name = dict(zip(dataset.category_ids, dataset.classes, strict=True))
-    counts = {}
+    """The classes whose detections mostly lie on objects of another; each picture's best count, as many as objects."""
+    kept = []
     for image in truth["images"]:
-        objects = [a for a in truth["annotations"] if a["image_id"] == image["id"] and not a["iscrowd"]]
-        boxes = sorted((d for d in found if d["image_id"] == image["id"]), key=lambda d: -d["score"])[: len(objects)]
-        if not boxes:
-            continue
-        corners = [[(x, y, x + w, y + h) for x, y, w, h in (row["bbox"] for row in rows)] for rows in (boxes, objects)]
-        overlap = np.asarray(iou.pairwise(*(np.array(c, np.float32) for c in corners)))
-        for row, detection in enumerate(boxes):
-            if overlap[row].max() > 0.5:
-                of_class = counts.setdefault(detection["category_id"], {})
-                other = objects[int(overlap[row].argmax())]["category_id"]
-                of_class[other] = of_class.get(other, 0) + 1
-    most = {key: max(of_class, key=of_class.get) for key, of_class in counts.items() if sum(of_class.values()) >= 3}
-    return [f"what it calls {name[a]!r} is {name[b]!r}" for a, b in sorted(most.items()) if a != b]
+        objects = sum(a["image_id"] == image["id"] and not a["iscrowd"] for a in truth["annotations"])
+        kept += sorted((d for d in found if d["image_id"] == image["id"]), key=lambda d: -d["score"])[:objects]
+    of_objects = errors.confusion(truth, kept)[:-1, :-1].T  # a row for each class of the detector
+    most = of_objects.argmax(1)
+    return [
+        f"what it calls {dataset.classes[label]!r} is {dataset.classes[most[label]]!r}"
+        for label in np.flatnonzero((of_objects.sum(1) >= 3) & (most != np.arange(len(most))))
+    ]
 
 
 def of_sizes(setup: loop.Setup) -> list[Finding]:
