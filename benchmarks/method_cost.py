@@ -153,15 +153,15 @@ class Bench:
         return self.forwards[read]
 
 
-def made_up_batch(batch: int, size: int, classes: int) -> dict:
+def made_up_batch(batch: int, size: int, classes: int, boxes: int = BOXES) -> dict:
     """Random pictures with random boxes, a quarter of the rows padding, as the loader gives them."""
     rng = np.random.default_rng(0)
-    corner = rng.uniform(0, 0.7 * size, (batch, BOXES, 2))
-    boxes = np.concatenate([corner, corner + rng.uniform(0.05 * size, 0.3 * size, corner.shape)], -1)
-    valid = np.tile(np.arange(BOXES) < 3 * BOXES // 4, (batch, 1))
+    corner = rng.uniform(0, 0.7 * size, (batch, boxes, 2))
+    corners = np.concatenate([corner, corner + rng.uniform(0.05 * size, 0.3 * size, corner.shape)], -1)
+    valid = np.tile(np.arange(boxes) < 3 * boxes // 4, (batch, 1))
     return {
         "image": rng.integers(0, 256, (batch, size, size, 3), np.uint8),
-        "boxes": np.where(valid[..., None], boxes, 0).astype(np.float32),
+        "boxes": np.where(valid[..., None], corners, 0).astype(np.float32),
         "labels": np.where(valid, rng.integers(0, classes, valid.shape), 0).astype(np.int32),
         "valid": valid,
         "image_size": np.full((batch, 2), size, np.int32),

@@ -4,15 +4,18 @@
     python benchmarks/step_time.py --detector=rtmdet_tiny --teacher=rtmdet_s --method=cwd --dtype=bfloat16
 
 It times the program that train.py runs, after compilation and two warm steps, and prints a line for people; the last
-line is one JSON object with the median, the quartiles and the least time in seconds, and pictures/s at the median.
+line is one JSON object with the median, the quartiles and the least time in seconds, pictures/s at the median, the
+memory that the compiler has planned for the step, and the most that the process has held.
 """
 
 import argparse
 import json
+import resource
 import statistics
+from typing import NamedTuple
 
 import jax
-from method_cost import WARM, compiled, made_up_batch, megabytes, timed
+from method_cost import BOXES, WARM, compiled, made_up_batch, megabytes, timed
 
 from kdjax import detectors
 from kdjax.methods import api
@@ -21,8 +24,40 @@ from kdjax.train import loop, optim
 from kdjax.train.step import Teacher, init_adapters, init_state, make_step
 
 
+class Built(NamedTuple):
+    """A compiled step and what it is called with."""
+
+    program: object
+    state: object
+    variables: object
+    batch: dict
+    student: object
+    teacher: object
+
+
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
+    parser.add_argument("--steps", type=int, default=20)
+    args = parse(parser, arguments)
+    loop.use_compile_cache("")
+    built = build(args)
+    seconds = [taken for taken, _ in steps(built, args.steps)]
+    low, middle, high = statistics.quantiles(seconds, n=4)
+    found = {
+        "median_s": round(middle, 5),
+        "quartiles_s": [round(low, 5), round(high, 5)],
+        "least_s": round(min(seconds), 5),
+        "images_per_s": round(args.batch / middle, 2),
+        "memory_mb": round(megabytes(built.program), 1),
+        "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3, 1),
+    }
+    print(f"{title(args)}: {1000 * middle:.0f} ms a step, {found['images_per_s']:.1f} pictures/s")
+    print(json.dumps(vars(args) | found | loop.environment()))
+
+
+def parser_of(text: str) -> argparse.ArgumentParser:
+    """What a step is described by."""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--detector", default="rtmdet_tiny", choices=detectors.names())
     parser.add_argument("--teacher", default="", choices=["", *detectors.names()])
     parser.add_argument("--method", default="", choices=["", *api.names()])
@@ -30,29 +65,25 @@ def main(arguments=None):
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--size", type=int, default=320, help="side of the pictures in pixels")
     parser.add_argument("--classes", type=int, default=80)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--boxes", type=int, default=BOXES, help="rows of ground truth of a picture")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, arguments) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if bool(args.teacher) != bool(args.method):
         parser.error("a distillation step needs both --teacher and --method")
-    loop.use_compile_cache("")
-    seconds, memory = measure(args)
-    low, middle, high = statistics.quantiles(seconds, n=4)
-    found = {
-        "median_s": round(middle, 5),
-        "quartiles_s": [round(low, 5), round(high, 5)],
-        "least_s": round(min(seconds), 5),
-        "images_per_s": round(args.batch / middle, 2),
-        "memory_mb": round(memory, 1),
-    }
-    what = f"{args.detector} {args.dtype}, batch {args.batch}, {args.size} px" + (
-        f", {args.method} from {args.teacher}" if args.method else ""
-    )
-    print(f"{what}: {1000 * middle:.0f} ms a step, {found['images_per_s']:.1f} pictures/s")
-    print(json.dumps(vars(args) | found | loop.environment()))
+    return args
 
 
-def measure(args) -> tuple[list[float], float]:
-    """Seconds of each step, and the megabytes that the compiler has planned."""
+def title(args) -> str:
+    """The step in words."""
+    what = f"{args.detector} {args.dtype}, batch {args.batch}, {args.size} px"
+    return what + (f", {args.method} from {args.teacher}" if args.method else "")
+
+
+def build(args) -> Built:
+    """The program that train.py would run, with random weights and pictures."""
     student = detectors.build(args.detector, args.classes)
     teacher = detectors.build(args.teacher, args.classes) if args.teacher else None
     methods = {args.method: api.build(args.method)} if args.method else {}
@@ -67,13 +98,18 @@ def measure(args) -> tuple[list[float], float]:
     state = init_state(student, key, None, adapters, optimizer)
     student, teacher = (loop.in_precision(detector, args.dtype) for detector in (student, teacher))
     step = make_step(student, optimizer, lambda at: optim.ema_rate(config, at), teacher=teacher, methods=methods)
-    batch = jax.tree.map(jax.numpy.asarray, made_up_batch(args.batch, args.size, args.classes))
+    batch = jax.tree.map(jax.numpy.asarray, made_up_batch(args.batch, args.size, args.classes, args.boxes))
     program = compiled(step, state, variables, batch, donate=True)
-    seconds = []
-    for _ in range(WARM + args.steps):
-        taken, (state, _) = timed(program, state, variables, batch)
-        seconds.append(taken)
-    return seconds[WARM:], megabytes(program)
+    return Built(program, state, variables, batch, student, teacher)
+
+
+def steps(built: Built, count: int):
+    """Seconds and metrics of each step, after two that warm up."""
+    state = built.state
+    for i in range(-WARM, count):
+        taken, (state, metrics) = timed(built.program, state, built.variables, built.batch)
+        if i >= 0:
+            yield taken, metrics
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""What Mosaic and MixUp cost with the late pictures kept in memory and without: decoded pictures a sample, images/s.
+"""What the input side gives: pictures/s decoded by one core, and images/s of batches, plain and with Mosaic and MixUp.
 
-    python benchmarks/augmentation.py --root=DIR    # a folder in COCO layout; without it the embedded scenes
+    python benchmarks/loader.py --root=DIR    # a folder in COCO layout; without it the embedded scenes
 
-Variants take turns, so that other work on the machine hits all alike; of each the median over the rounds counts.
+Batches are made with 0, 1 and 2 worker processes, and Mosaic and MixUp also without keeping late pictures in memory.
+Variants take turns, so that other work on the machine hits all alike; of each the median over the rounds counts. How
+long a run really waits for its batches is `wait_share` in its metrics.jsonl.
 """
 
 import argparse
@@ -13,13 +15,17 @@ import time
 from unittest import mock
 
 from kdjax import data
-from kdjax.data import loader
+from kdjax.data import loader, records
 from kdjax.train import config as settings
 
-VARIANTS = {  # name: settings of augment, whether anything is kept
-    "single pictures": (dict(), True),
-    "Mosaic and MixUp, kept": (dict(mosaic=True, mixup=1.0, scale=(0.1, 2.0)), True),
-    "Mosaic and MixUp, nothing kept": (dict(mosaic=True, mixup=1.0, scale=(0.1, 2.0)), False),
+MIXED = dict(mosaic=True, mixup=1.0, scale=(0.1, 2.0))
+VARIANTS = {  # name: settings of augment, workers, whether anything is kept
+    "single pictures": ({}, 0, True),
+    "single pictures, 1 worker": ({}, 1, True),
+    "single pictures, 2 workers": ({}, 2, True),
+    "Mosaic and MixUp, kept": (MIXED, 0, True),
+    "Mosaic and MixUp, kept, 2 workers": (MIXED, 2, True),
+    "Mosaic and MixUp, nothing kept": (MIXED, 0, False),
 }
 
 
@@ -36,19 +42,32 @@ def main():
     if args.root:
         config.update(dict(source="coco_folder", root=args.root))
     seconds, decoded = {name: [] for name in VARIANTS}, dict.fromkeys(VARIANTS, 0)
+    alone = []
     with tempfile.TemporaryDirectory() as config.cache:
         for _ in range(args.rounds):
-            for name, (augment, kept) in VARIANTS.items():
-                config.augment = settings.augment(**augment)
+            alone.append(decode(config))
+            for name, (augment, workers, kept) in VARIANTS.items():
+                config.augment, config.workers = settings.augment(**augment), workers
                 taken = measure(config, args.batch, args.batches, kept)
                 seconds[name].append(taken[0] / args.batches / args.batch)
                 decoded[name] += taken[1] / args.rounds / args.batches / args.batch
     base = statistics.median(seconds["single pictures"])
-    print(f"{args.root or 'scenes'}, canvas {args.size}, batches of {args.batch}, one process")
-    print(f"{'':32}{'decoded a sample':>18}{'images/s':>10}{'of single':>11}")
+    print(f"{args.root or 'scenes'}, canvas {args.size}, batches of {args.batch}")
+    print(f"{'':36}{'decoded a sample':>18}{'images/s':>10}{'of single':>11}")
+    print(f"{'decoding alone, one core':36}{1:>18.2f}{statistics.median(alone):>10.1f}")
     for name in VARIANTS:
         middle = statistics.median(seconds[name])
-        print(f"{name:32}{decoded[name]:>18.2f}{1 / middle:>10.1f}{base / middle:>11.2f}")
+        print(f"{name:36}{decoded[name]:>18.2f}{1 / middle:>10.1f}{base / middle:>11.2f}")
+
+
+def decode(config, count: int = 100) -> float:
+    """Pictures/s that one thread decodes, the first `count` of the split over and over."""
+    stored = data.open_dataset(config).splits["train"].records
+    encoded = [stored.raw(i % len(stored))["image"] for i in range(count)]
+    start = time.perf_counter()
+    for one in encoded:
+        records.decode(one)
+    return count / (time.perf_counter() - start)
 
 
 def measure(config, batch: int, count: int, kept: bool) -> tuple[float, int]:

@@ -1,0 +1,43 @@
+"""How fast is a forward pass, one picture at a time? In XLA and, where kdjax[export] is there, in onnxruntime.
+
+    python benchmarks/inference.py --detector=rtmdet_tiny --sizes=320,640
+    python benchmarks/inference.py --detector=rtmdet_tiny --sizes=320 --onnx=FILE    # beside another's network
+
+Weights are random. It is what `kdjax latency` measures of a model, from the normalisation to the head's maps; files
+given with --onnx, such as the peer's export of the same network, are timed in the same sitting, in turn, twice.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import jax
+
+from kdjax import detectors, study
+from kdjax.detectors import weights
+from kdjax.verbs import latency
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--detector", default="rtmdet_tiny", choices=detectors.names())
+    parser.add_argument("--sizes", type=study.words, default=["320", "640"], help="sides of the pictures in pixels")
+    parser.add_argument("--onnx", type=study.words, default=[], help="files that are timed as they are")
+    parser.add_argument("--threads", type=int, help="all cores by default")
+    parser.add_argument("--runs", type=int, default=100)
+    parser.add_argument("--classes", type=int, default=80)
+    args = parser.parse_args()
+    detector = detectors.build(args.detector, args.classes)
+    params, stats = detector.init(jax.random.PRNGKey(0))
+    with tempfile.TemporaryDirectory() as folder:
+        models = []
+        for side in map(int, args.sizes):
+            models.append(f"{folder}/{args.detector}_{side}")
+            names = [f"class {i}" for i in range(args.classes)]
+            weights.save(Path(models[-1]), detector, params, stats, classes=names, image_size=(side, side))
+        for _ in range(2):
+            latency.run(models=[*models, *args.onnx], threads=args.threads, runs=args.runs, out=None)
+
+
+if __name__ == "__main__":
+    main()
