@@ -60,13 +60,10 @@ def main():
             parser.error(f"there is no method {name!r}; the methods are: {', '.join(api.names())}")
     loop.use_compile_cache("")
     bench = Bench(args)
-    rows, refused = [], {}
-    for name in names:
-        try:
-            rows.append(bench.measure(name))
-        except Refused as error:
-            refused[name] = str(error)
-            continue
+    refused = {name: why for name in names if (why := api.refusal(name, *bench.specs))}
+    rows = []
+    for name in (name for name in names if name not in refused):
+        rows.append(bench.measure(name))
         print(f"{name}: {rows[-1]['relative']:.3f}", flush=True)
         jax.clear_caches()
         gc.collect()
@@ -79,10 +76,6 @@ def main():
         {"rows": rows, "refused": refused},
         args.log,
     )
-
-
-class Refused(Exception):
-    """The method does not run on these detectors; the message is its sentence."""
 
 
 class Bench:
@@ -108,10 +101,7 @@ class Bench:
     def measure(self, name: str) -> dict:
         """Time and memory of one method; its program is freed on return."""
         methods = {name: api.build(name)}
-        try:
-            adapters = init_adapters(methods, self.key, *self.specs)
-        except ValueError as error:
-            raise Refused(str(error)) from error
+        adapters = init_adapters(methods, self.key, *self.specs)
         state = init_state(self.student, self.key, None, adapters, self.optimizer)
         forward = self.forward(tuple(self.leaves_read(methods, state)))
         step = make_step(self.student, self.optimizer, self.ema_rate, teacher=self.teacher, methods=methods)

@@ -1,7 +1,7 @@
-"""Writes docs/methods.md from the methods themselves: their docstrings, their signatures, and what they refuse.
+"""Writes docs/methods.md and docs/zoo.md from methods and detectors: docstrings, signatures, shapes, and refusals.
 
-    python docs/generate.py            # writes the file and prints what it wrote
-    python docs/generate.py --check    # exits with 1 if the file is out of date
+    python docs/generate.py            # writes the files and prints what it wrote
+    python docs/generate.py --check    # exits with 1 if a file is out of date
 
 The layout of a method's docstring is shown in docs/add_a_method.md. Nothing is compiled: detectors and methods are
 looked at through shapes alone.
@@ -23,9 +23,10 @@ import jax
 import jax.numpy as jnp
 
 from kdjax import detectors
+from kdjax.evals import size
 from kdjax.methods import api
 
-PAGE = Path(__file__).with_name("methods.md")
+FOLDER = Path(__file__).parent
 SECTIONS = ("Paper", "Taps", "Open", "Proof", "Status")
 STATUSES = {
     "proven": "its numbers equal those of the authors' code, or of a port in wide use, within the error stated",
@@ -56,9 +57,25 @@ Status:
 
 {statuses}
 
-"Runs on" was found by trying: the method with its default options, student and teacher of that family. How to add
-your own: [add_a_method.md](add_a_method.md).
+"Runs on" was found by trying: the method with its default options, student and teacher of that family; teachers of
+another family are in [zoo.md](zoo.md). How to add your own: [add_a_method.md](add_a_method.md).
 """
+ZOO = """\
+# Detectors, and what can teach what
+
+<!-- Written by `python docs/generate.py` from the files in kdjax/detectors; change those, not this page. -->
+
+Parameters are those of {classes} classes, GFLOPs count a multiply-add once, at {side}x{side}. A family is one file in
+`kdjax/detectors`; what its docstring says of published weights and figures stands above its table.
+"""
+MATRIX = """\
+## Student, teacher, method
+
+Levels pair by stride, widths by adapters. Found by trying every method with its default options on the smallest
+student of a family and the second smallest teacher; what cannot be is refused before a run starts, with the reason and
+the names of the methods that can.
+"""
+SIDE, OF_COCO = 640, 80  # of the pictures, and classes, for which the sizes are given
 
 
 class Method(NamedTuple):
@@ -70,7 +87,7 @@ class Method(NamedTuple):
     formula: str
     sections: dict[str, str]
     options: list[tuple[str, str, str]]  # names, defaults, meaning
-    refusals: dict[str, str]  # detector family -> why not, "" where it runs
+    refusals: dict[str, str]  # family of both detectors -> why not, "" where it runs
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -82,15 +99,15 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"docs/generate.py: {error}", file=sys.stderr)
         return 2
-    text = page(methods)
+    pages = {"methods.md": page(methods), "zoo.md": zoo()}
+    old = [name for name, text in pages.items() if not (file := FOLDER / name).is_file() or file.read_text() != text]
     if options.check:
-        if not PAGE.is_file() or PAGE.read_text() != text:
-            print("docs/methods.md is out of date: run python docs/generate.py", file=sys.stderr)
-            return 1
-        print(f"docs/methods.md is up to date ({len(methods)} methods)")
-        return 0
-    PAGE.write_text(text)
-    print(f"wrote docs/methods.md: {', '.join(method.name for method in methods)}")
+        for name in old:
+            print(f"docs/{name} is out of date: run python docs/generate.py", file=sys.stderr)
+        return 1 if old else 0
+    for name, text in pages.items():
+        (FOLDER / name).write_text(text)
+    print(f"wrote {', '.join(f'docs/{name}' for name in pages)}")
     return 0
 
 
@@ -106,7 +123,8 @@ def describe(name: str) -> Method:
     module = importlib.import_module(f"kdjax.methods.{name}")
     where = f"kdjax/methods/{name}.py"
     title, what, formula, sections = read_module(where, module.__doc__ or "")
-    return Method(name, title, what, formula, sections, read_options(where, module.make), refusals(name))
+    within = {family: refusals(name)[family, family] for family in families()}
+    return Method(name, title, what, formula, sections, read_options(where, module.make), within)
 
 
 def read_module(where: str, doc: str) -> tuple[str, str, str, dict[str, str]]:
@@ -200,22 +218,14 @@ def specs(name: str):
     return jax.eval_shape(lambda variables, x: detector.apply(*variables, x, train=False)[0], detector.shapes, image)
 
 
-def initial(method: api.Method, student, teacher, key):
-    """What the method trains; the shapes come first, because only the key is traced."""
-    return method.init(key, student, teacher)
-
-
-def refusals(name: str) -> dict[str, str]:
-    """For each detector family the sentence with which the method refuses it, "" where it does not."""
-    found = {}
-    for family in families():
-        init = functools.partial(initial, api.build(name), *map(specs, pair_of(family)))
-        try:
-            jax.eval_shape(init, jax.ShapeDtypeStruct((2,), jnp.uint32))
-            found[family] = ""
-        except ValueError as error:
-            found[family] = str(error)
-    return found
+@functools.cache
+def refusals(name: str) -> dict[tuple[str, str], str]:
+    """(family of the student, of the teacher) -> the sentence with which the method refuses the pair, "" if it runs."""
+    return {
+        (student, teacher): api.refusal(name, specs(pair_of(student)[0]), specs(pair_of(teacher)[1]))
+        for student in families()
+        for teacher in families()
+    }
 
 
 # ------------------------------------------------------------------------------------------------------------ writing
@@ -224,6 +234,38 @@ def refusals(name: str) -> dict[str, str]:
 def page(methods: list[Method]) -> str:
     statuses = "\n".join(f"- `{status}`: {meaning}." for status, meaning in STATUSES.items())
     return "\n".join([INTRO.format(statuses=statuses), summary(methods), *map(section, methods)])
+
+
+def zoo() -> str:
+    parts = [ZOO.format(classes=OF_COCO, side=SIDE)]
+    for family, variants in families().items():
+        doc = inspect.cleandoc(importlib.import_module(f"kdjax.detectors.{family}").__doc__)
+        seen = specs(variants[0])
+        taps = ", ".join(f"`{tap}`" for tap in dict.fromkeys(tap.partition(".")[0] for tap in api.taps(seen)))
+        where = f"Strides {', '.join(map(str, seen.strides))}. Taps: {taps}."
+        rows = table(("detector", "parameters, M", "GFLOPs"), [row_of(name) for name in variants])
+        parts.append(f"## {family}\n\n{prose(flow(doc))}\n\n{where}\n\n{rows}")
+    return "\n".join([*parts, MATRIX, matrix()])
+
+
+def row_of(name: str) -> tuple[str, ...]:
+    """A variant's line: name, parameters, operations."""
+    detector = detectors.build(name, OF_COCO)
+    counts = (size.parameters(detector.shapes[0]) / 1e6, size.flops(detector, (SIDE, SIDE)) / 1e9)
+    return f"`{name}`", *(f"{count:.2f}" for count in counts)
+
+
+def matrix() -> str:
+    """Which methods run, by family of the student (rows) and of the teacher (columns)."""
+    rows = []
+    for student in families():
+        cells = []
+        for teacher in families():
+            runs = [name for name in api.names() if not refusals(name)[student, teacher]]
+            lacks = [name for name in api.names() if name not in runs]
+            cells.append(f"all but {', '.join(lacks)}" if len(lacks) < len(runs) else ", ".join(runs) or "none")
+        rows.append((student, *cells))
+    return table(("student \\\\ teacher", *families()), rows)
 
 
 def summary(methods: list[Method]) -> str:

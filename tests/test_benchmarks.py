@@ -1,11 +1,15 @@
 """The parts of the benchmarks that need no training: tables, summaries, commands, and what a failed run leaves."""
 
 import json
+import re
 
+import jax
 import jax.numpy as jnp
 import pytest
 
 from tests.shared import ROOT, script
+
+DIMS = ("NHWC", "HWIO", "NHWC")
 
 
 @pytest.fixture(autouse=True)
@@ -71,6 +75,31 @@ def test_step_time_ends_with_one_line_of_json(flags, capsys, monkeypatch):
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert 0 < found["least_s"] <= found["median_s"] and found["memory_mb"] > 1
     assert found["images_per_s"] == pytest.approx(2 / found["median_s"], rel=0.01)
+
+
+def test_profile_reads_the_operations_of_a_program():
+    profile = of("step_profile")
+    x, kernel = jnp.ones((1, 8, 8, 2)), jnp.ones((3, 3, 2, 2))
+    convolve = lambda kernel: jnp.sum(jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=DIMS))  # noqa: E731
+    program = jax.jit(jax.grad(lambda kernel: convolve(kernel) ** 2)).lower(kernel).compile()
+    sources = profile.operations(program.as_text())
+    classes = {profile.class_of(name, sources) for name in sources}
+    assert {"convolution, forward", "convolution, gradient", "sum or maximum"} <= classes
+    assert all("{" not in shape for shape, _ in sources.values())
+    assert profile.class_of("dot.3", {}) == "matrix product" and profile.class_of("add.1", {}) == "elementwise"
+
+
+@pytest.mark.slow
+def test_profile_names_the_dearest_operations_and_the_roofline(capsys, monkeypatch, tmp_path):
+    profile = of("step_profile")
+    monkeypatch.setattr("kdjax.train.loop.use_compile_cache", lambda folder: None)
+    monkeypatch.setattr(profile, "SIDE", 256)
+    small = ["--detector=rtmdet_pico", "--batch=2", "--size=64", "--classes=3", "--steps=2"]
+    profile.main([*small, f"--log={tmp_path / 'log.md'}"])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert len(found["dearest"]) == 10 and sum(found["shares"].values()) == pytest.approx(1)
+    assert found["shares"]["convolution, gradient"] > 0
+    assert re.search(r"\d+% of the \d+ GFLOP/s of a float32 matrix product", (tmp_path / "log.md").read_text())
 
 
 def test_step_time_needs_teacher_and_method_together(capsys):

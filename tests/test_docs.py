@@ -1,6 +1,8 @@
-"""docs/methods.md says what the code does, and the guide to a method of one's own works as it is printed."""
+"""docs/methods.md and docs/zoo.md say what the code does, and the guide to a method works as it is printed."""
 
+import dataclasses
 import fnmatch
+import functools
 import inspect
 import re
 import sys
@@ -13,7 +15,8 @@ import pytest
 import kdjax.methods
 from kdjax import detectors
 from kdjax.methods import api
-from kdjax.structs import Assignment, Targets
+from kdjax.structs import Assignment
+from kdjax.train import step
 from tests import golden_replay, test_methods
 from tests.shared import ROOT, SHARED, script
 from tests.test_configs import load
@@ -23,7 +26,7 @@ GUIDE = (ROOT / "docs" / "add_a_method.md").read_text()
 BLOCKS = dict(re.findall(r"^```python\n# (\S+)\n(.*?)^```$", GUIDE, re.MULTILINE | re.DOTALL))
 
 
-def test_the_page_is_up_to_date(capsys):
+def test_the_pages_are_up_to_date(capsys):
     assert generate.main(["--check"]) == 0, capsys.readouterr().err
 
 
@@ -43,45 +46,44 @@ def test_a_proof_names_reference_files_that_are_replayed(name):
 
 
 @pytest.mark.parametrize("name", api.names())
-def test_a_method_computes_on_the_detectors_that_the_page_names(name):
-    for family, refusal in generate.refusals(name).items():
-        if not refusal:
-            terms = shapes_of_terms(name, *generate.pair_of(family))
-            assert terms and all(term.shape == () and term.dtype == jnp.float32 for term in terms.values()), family
+def test_a_method_computes_on_every_pair_that_does_not_refuse_it(name):
+    """The whole matrix of docs/zoo.md, traced: every family as student under every family as teacher."""
+    for (student, teacher), refusal in generate.refusals(name).items():
+        if refusal:
+            assert re.search(r"student|teacher", refusal), refusal
+        else:
+            terms = shapes_of_terms(name, generate.pair_of(student)[0], generate.pair_of(teacher)[1])
+            assert set(terms) == set(api.build(name).weights), (student, teacher)
+            assert all(term.shape == () and term.dtype == jnp.float32 for term in terms.values()), (student, teacher)
+
+
+detector_of = functools.cache(lambda name: detectors.build(name, generate.CLASSES))
 
 
 def shapes_of_terms(name: str, student: str, teacher: str) -> dict:
-    """The terms of a method on two detectors, as shapes: nothing is computed."""
-    method, key = api.build(name), jax.ShapeDtypeStruct((2,), jnp.uint32)
-    student, teacher = (detectors.build(detector, generate.CLASSES) for detector in (student, teacher))
-    outputs = [generate.specs(detector.name) for detector in (student, teacher)]
-    priors = student.priors((generate.SIZE, generate.SIZE))
+    """The terms of a method on two detectors as the trainer's step has them, as shapes: nothing is computed."""
+    methods, side = {name: api.build(name)}, generate.SIZE
+    output, seen = generate.specs(student), generate.specs(teacher)
+    student, teacher = detector_of(student), detector_of(teacher)
 
     def arrays(*shape, of):
         return [jax.ShapeDtypeStruct((*shape, *rest), dtype) for dtype, *rest in of]
 
     boxes = [(jnp.float32, 4), (jnp.int32,), (jnp.bool_,)]
-    targets = Targets(*arrays(1, 5, of=boxes), *arrays(1, of=[(jnp.int32, 2)] * 2))
+    batch = dict(zip(("boxes", "labels", "valid"), arrays(1, 5, of=boxes), strict=True))
+    batch["image_size"], batch["image"] = arrays(1, of=[(jnp.int32, 2), (jnp.uint8, side, side, 3)])
     rows = [(jnp.int32,), (jnp.bool_,), (jnp.bool_,), (jnp.int32,), (jnp.float32, 4), (jnp.float32,)]
-    assignment = Assignment(*arrays(1, len(priors), of=rows))
+    assignment = Assignment(*arrays(1, len(student.priors((side, side))), of=rows))
 
-    def terms(key, outputs, variables, targets, assignment):
-        context = api.Context(
-            student=outputs[0],
-            teacher=outputs[1],
-            targets=targets,
-            assignment=assignment,
-            step=jnp.int32(0),
-            key=key,
-            priors=jnp.asarray(priors),
-            decode_student=student.decode_boxes,
-            decode_teacher=teacher.decode_boxes,
-            teacher_head=lambda features, **where: teacher.head(*variables, features, **where),
-            assign=lambda output, targets: student.loss(output, targets)[1],
-        )
-        return method.apply(method.init(key, *outputs), context)
+    def terms(key, output, seen, variables, assignment, batch):
+        frozen = dataclasses.replace(teacher, apply=lambda *_, train: (seen, None))
+        adapters = step.init_adapters(methods, key, output, seen)
+        variables = step.Teacher(*variables)
+        return step.compare(student, frozen, methods, adapters, variables, output, assignment, batch, jnp.int32(0), key)
 
-    return jax.eval_shape(terms, key, outputs, teacher.shapes, targets, assignment)
+    key = jax.ShapeDtypeStruct((2,), jnp.uint32)
+    found = jax.eval_shape(terms, key, output, seen, teacher.shapes, assignment, batch)
+    return {term.partition("/")[2]: value for term, value in found.items()}
 
 
 SOUND = """Name: what it is.

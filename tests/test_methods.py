@@ -95,8 +95,7 @@ def decode(priors):
 def assign(priors):
     """An assigner that gives a prior to the first box around it."""
 
-    def assignment(out: DetectorOutput, targets: Targets) -> Assignment:
-        del out
+    def assignment(targets: Targets) -> Assignment:
         low, high = targets.boxes[:, :, None, :2], targets.boxes[:, :, None, 2:]
         inside = jnp.all((priors[:, :2] > low) & (priors[:, :2] < high), -1) & targets.valid[..., None]
         positive, owner = jnp.any(inside, 1), jnp.argmax(inside, 1)

@@ -386,7 +386,7 @@ def test_the_trainer_hands_out_the_students_assigner_without_its_gradient():
     ctx = scene()
 
     def loss(out, targets):
-        assignment = ctx.assign(out, targets)
+        assignment = ctx.assign(targets)
         return {}, assignment._replace(quality=jnp.mean(out.cls_logits[0]) * assignment.quality)
 
     detector = types.SimpleNamespace(
@@ -396,7 +396,7 @@ def test_the_trainer_hands_out_the_students_assigner_without_its_gradient():
     seen = []
 
     def probe(params, given):
-        seen.append(given.assign(given.student, ctx.targets))
+        seen.append(given.assign(ctx.targets))
         return {"quality": jnp.sum(seen[-1].quality)}
 
     batch = {"image": jnp.zeros((2, SIZE, SIZE, 3)), **ctx.targets._asdict()}

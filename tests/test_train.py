@@ -1,6 +1,8 @@
 """The trainer: exact resumption, the twin, devices, checkpoints, refusals. One tiny run serves most of it."""
 
+import collections
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -187,13 +189,22 @@ def test_eight_devices_equal_one(folder, teacher_folder):
         state = steps.init_state(student, key, None, steps.init_adapters(method, key, spec, spec), optimizer)
         state, frozen = jax.device_put((state, steps.Teacher(*variables)), everywhere)
         program = jax.jit(update, donate_argnums=0, out_shardings=everywhere)
+        program = program.lower(state, frozen, loop.place(mesh, batches[0])).compile()
         totals = []
         for batch in batches:
             state, metrics = program(state, frozen, loop.place(mesh, batch))
             totals.append(float(metrics["total"]))
-        return totals, checkpoint.flat(state)
+        return totals, checkpoint.flat(state), program.as_text()
 
-    (totals, one), (others, eight) = outcome(jax.devices()[:1]), outcome(jax.devices())
+    (totals, one, alone), (others, eight, spread) = outcome(jax.devices()[:1]), outcome(jax.devices())
+    assert not messages(alone)
+    # A norm of the student adds up two sums forward and two backward; losses and one group of gradients are the rest.
+    norms = sum(name.startswith("stats") and name.endswith("mean") for name in one)
+    sent = messages(spread)
+    assert norms > 50 and sent.pop("all-reduce") <= 4 * norms + 10
+    if tuple(map(int, jax.__version__.split(".")[:2])) < (0, 12):  # since then XLA transforms a spread batch in place
+        sent.pop("all-gather of fft")
+    assert not sent
     np.testing.assert_allclose(others, totals, rtol=1e-5)
     start = checkpoint.flat(
         steps.init_state(student, key, None, steps.init_adapters(method, key, spec, spec), optimizer)
@@ -205,6 +216,16 @@ def test_eight_devices_equal_one(folder, teacher_folder):
         learnt = np.linalg.norm(one[name] - start[name])
         if name.startswith("params") and learnt > 1e-5:
             assert np.linalg.norm(eight[name] - one[name]) < 0.02 * learnt, name
+
+
+def messages(program: str) -> collections.Counter:
+    """What devices send each other in a compiled program: all-reduces, and other kinds with what they are for."""
+    sent = collections.Counter()
+    kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+    for kind, rest in re.findall(rf" ({kinds})(?:-start)?\((.*)", program):
+        source = re.search(r'op_name="[^"]*/(\w+)"', rest)
+        sent[kind if kind == "all-reduce" else f"{kind} of {source and source.group(1)}"] += 1
+    return sent
 
 
 def test_a_step_that_is_not_finite_changes_nothing(finished, folder, teacher_folder):

@@ -227,12 +227,12 @@ def join(maps: tuple[Array, ...], width: int) -> Array:
 def input_size(output: DetectorOutput) -> tuple[int, int]:
     """Height and width in pixels of the picture that an output belongs to."""
     height, width = output.cls_logits[0].shape[1:3]
-    return height * STRIDES[0], width * STRIDES[0]
+    return height * output.strides[0], width * output.strides[0]
 
 
 def grid(output: DetectorOutput):
     """The points of all cells at their top left corners, f32[N, 4] in NumPy (`boxes.priors.grid_priors`)."""
-    return priors.grid_priors(input_size(output), STRIDES)
+    return priors.grid_priors(input_size(output), output.strides)
 
 
 def level_sizes(output: DetectorOutput) -> tuple[int, ...]:
@@ -247,7 +247,7 @@ def class_logits(output: DetectorOutput) -> Array:
 
 def square_anchors(output: DetectorOutput):
     """The anchors of ATSS and GFL: one square a cell, eight strides wide; f32[N, 4] in NumPy."""
-    return priors.grid_anchors(input_size(output), STRIDES, ratios=[1.0], scales=[8.0])
+    return priors.grid_anchors(input_size(output), output.strides, ratios=[1.0], scales=[8.0])
 
 
 def assign_atss(output: DetectorOutput, targets: Targets) -> Assignment:

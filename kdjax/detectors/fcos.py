@@ -101,7 +101,7 @@ def grid_priors(hw: tuple[int, int]) -> np.ndarray:
 
 
 def _points(output: DetectorOutput) -> np.ndarray:
-    return grid_priors(dense.input_size(output))
+    return priors.grid_priors(dense.input_size(output), output.strides, offset=0.5)
 
 
 def decode_boxes(output: DetectorOutput) -> Array:

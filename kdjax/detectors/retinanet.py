@@ -74,7 +74,7 @@ def grid_priors(hw: tuple[int, int]) -> np.ndarray:
 
 def anchors(output: DetectorOutput) -> np.ndarray:
     """The anchors of all levels, f32[N, 4] in pixels."""
-    return priors.grid_anchors(dense.input_size(output), dense.STRIDES, ratios=RATIOS, scales=SCALES)
+    return priors.grid_anchors(dense.input_size(output), output.strides, ratios=RATIOS, scales=SCALES)
 
 
 def decode_boxes(output: DetectorOutput) -> Array:

@@ -4,6 +4,7 @@ A method is two functions and its weights (`Method`). `make(**options)` in `kdja
 name in the config is the name of the file. Methods see detectors only through `Context`.
 """
 
+import dataclasses
 import importlib
 import inspect
 import math
@@ -21,7 +22,7 @@ from kdjax.structs import Array, Assignment, DetectorOutput, Targets
 class Context(NamedTuple):
     """All that a method may look at in one step."""
 
-    student: DetectorOutput
+    student: DetectorOutput  # both have the levels that they share
     teacher: DetectorOutput  # its gradients are stopped, once, in train/step.py
     targets: Targets
     assignment: Assignment  # what the student's own assigner decided
@@ -34,7 +35,7 @@ class Context(NamedTuple):
         Callable  # (features by level, *, branch, start) -> predictions by level; the teacher's frozen weights
     )
     # The student's own assigner, without gradient; methods that choose boxes of their own give them as targets.
-    assign: Callable[[DetectorOutput, Targets], Assignment]
+    assign: Callable[[Targets], Assignment]
 
 
 class Method(NamedTuple):
@@ -86,6 +87,38 @@ def build(name: str, **chosen) -> Method:
     method = importlib.import_module(f"kdjax.methods.{name}").make(**chosen)
     weights = {term: float(weight) for term, weight in method.weights.items() if weight}
     return method._replace(weights=weights, scale=schedule(**times))
+
+
+def shared_levels(student: DetectorOutput, teacher: DetectorOutput) -> tuple[DetectorOutput, DetectorOutput]:
+    """Both outputs, arrays or shape specs, cut to the finest levels that both have, so that priors pair by location.
+
+    Where the finest levels differ, both stay as they are: their maps still pair by stride.
+    """
+    same = [a == b for a, b in zip(student.strides, teacher.strides, strict=False)]
+    count = same.index(False) if False in same else len(same)
+    return (_cut(student, count), _cut(teacher, count)) if count else (student, teacher)
+
+
+def _cut(output: DetectorOutput, count: int) -> DetectorOutput:
+    fields = ("neck", "neck_conv", "cls_logits", "box_reg", "quality")
+    cut = {field: getattr(output, field)[:count] for field in fields}
+    cut |= {field: tuple(levels[:count] for levels in getattr(output, field)) for field in ("cls_tower", "reg_tower")}
+    return dataclasses.replace(output, strides=output.strides[:count], **cut)
+
+
+def count_priors(output: DetectorOutput) -> int:
+    """How many priors an output has: those of every cell of its levels."""
+    return sum(m.shape[1] * m.shape[2] for m in output.cls_logits) * output.anchors
+
+
+def refusal(name: str, student: DetectorOutput, teacher: DetectorOutput) -> str:
+    """The sentence with which a method, with its default options, refuses a pair of specs; "" if it runs on it."""
+    method, pair = build(name), shared_levels(student, teacher)
+    try:
+        jax.eval_shape(lambda key: method.init(key, *pair), jax.ShapeDtypeStruct((2,), jnp.uint32))
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def schedule(*, start: int = 0, stop: int = 0, warmup: int = 0, decay: int = 0) -> Callable:

@@ -107,7 +107,7 @@ def make(
         s, t = features(params, context, boxes)
         pixels = valid[..., None, None] & jnp.ones(s.shape[2:4], bool)
         chosen = context.targets._replace(boxes=boxes, labels=labels, valid=valid)
-        assignment = context.assign(context.student, chosen)
+        assignment = context.assign(chosen)
         positive = assignment.positive & ~assignment.ignore
         strides = jnp.tile(context.priors[:, 2:], 2)
         terms = {

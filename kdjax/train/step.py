@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from kdjax.methods import api
 from kdjax.methods.api import Context, Method
 from kdjax.structs import Targets
 
@@ -40,8 +41,22 @@ def init_state(student, key, variables, adapters: dict, optimizer: optax.Gradien
 
 
 def init_adapters(methods: Mapping[str, Method], key, student_spec, teacher_spec) -> dict:
-    """What each method trains beside the student, {method: params}; checks taps, channels and sizes on the way."""
-    return {name: m.init(method_key(key, name), student_spec, teacher_spec) for name, m in methods.items()}
+    """What each method trains beside the student, {method: params}; checks taps, channels and sizes on the way.
+
+    Raises:
+      ValueError: a method cannot compare these two; if not with its default options either, with the names of those
+        that can.
+    """
+    adapters = {}
+    for name, method in methods.items():
+        try:
+            adapters[name] = method.init(method_key(key, name), *api.shared_levels(student_spec, teacher_spec))
+        except ValueError as error:
+            if name not in api.names() or not api.refusal(name, student_spec, teacher_spec):
+                raise
+            able = [other for other in api.names() if not api.refusal(other, student_spec, teacher_spec)]
+            raise ValueError(f"{error}. Methods that run on this student and teacher: {', '.join(able)}") from error
+    return adapters
 
 
 def method_key(key, name: str):
@@ -59,22 +74,28 @@ def compare(student, teacher, methods, params, variables: Teacher, output, assig
     """All terms of all methods, unweighted: {"method/term": f32[]}. The teacher looks at the same pictures."""
     seen, _ = teacher.apply(*variables, teacher.preprocess(batch["image"]), train=False)
     variables, seen = jax.lax.stop_gradient((variables, seen))
+    whole, (output, seen) = output, api.shared_levels(output, seen)
+    compared = slice(api.count_priors(output))  # the priors of those levels come first
+
+    def of_compared(assignment):
+        return jax.tree.map(lambda rows: rows[:, compared], assignment)
+
     terms = {}
     for name, method in methods.items():
         context = Context(
             student=output,
             teacher=seen,
             targets=targets_of(batch),
-            assignment=assignment,
+            assignment=of_compared(assignment),
             step=step,
             key=method_key(key, name),
-            priors=student.priors(batch["image"].shape[1:3]),
+            priors=student.priors(batch["image"].shape[1:3])[compared],
             decode_student=student.decode_boxes,
             decode_teacher=teacher.decode_boxes,
             teacher_head=lambda features, *, branch, start: teacher.head(
                 *variables, features, branch=branch, start=start
             ),
-            assign=lambda output, targets: jax.lax.stop_gradient(student.loss(output, targets)[1]),
+            assign=lambda targets: of_compared(jax.lax.stop_gradient(student.loss(whole, targets)[1])),
         )
         values = method.apply(params[name], context)
         terms |= {f"{name}/{term}": value for term, value in values.items()}
