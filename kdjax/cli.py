@@ -40,17 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if os.environ.get("KDJAX_TRACEBACK"):
             raise
-        print(f"kdjax: {_sentence(error)}", file=sys.stderr)
+        from kdjax.train.config import sentence  # the verb has imported all that this needs
+
+        print(f"kdjax: {sentence(error)}", file=sys.stderr)
         return 2
-
-
-def _sentence(error: Exception) -> str:
-    """One line; of a long list only the beginning."""
-    if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}"
-    first, *rest = (line.strip() for line in str(error).splitlines())
-    more = f"; and {len(rest) - 3} more" if len(rest) > 3 else ""
-    return " ".join([first, "; ".join(rest[:3])]).strip() + more
 
 
 def _fail(message: str, *, command: str) -> NoReturn:

@@ -1,8 +1,11 @@
 """Weights in and out: PyTorch's names and wrappers, and the folder that a user takes away."""
 
+import importlib.util
 import json
+import os
+import pickle
 import sys
-from pathlib import PurePath
+from pathlib import Path, PurePath
 
 import chex
 import jax
@@ -153,6 +156,61 @@ def test_file_errors(tmp_path, monkeypatch):
         convert.load_checkpoint(tmp_path / "weights.pth")
 
 
+class Code:
+    """Makes a folder when it is unpickled without care."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+def spoilt(folder: Path, state: dict) -> dict[str, str]:
+    """Writes files that are cut off, empty, of something else or with code in a pickle: name -> words of the refusal.
+
+    The code would make the folder `executed` beside them. Files of PyTorch are among them where it is installed.
+    """
+    code = {"state_dict": {**state, "code": Code(folder / "executed")}}
+    np.savez(folder / "whole.npz", **state)
+    save_safetensors(state, folder / "whole.safetensors")
+    np.savez(folder / "objects.npz", **state, code=np.array([Code(folder / "executed")], dtype=object))
+    np.savez(folder / "words.npz", **state | {"bbox_head.rtm_cls.0.bias": np.array(["a", "b", "c"])})
+    np.save(folder / "one.npy", np.zeros(3))
+    (folder / "one.npy").rename(folder / "one.npz")
+    told = {"objects.npz": "allow_pickle=False", "words.npz": "not of numbers", "one.npz": "it is no npz file"}
+    kinds = {"npz": "no npz file", "safetensors": "Error while deserializing header"}
+    if importlib.util.find_spec("torch"):
+        import torch
+
+        tensors = {name: torch.tensor(value) for name, value in state.items()}
+        torch.save(tensors, folder / "whole.pth")
+        torch.save({"state_dict": tensors, "code": Code(folder / "executed")}, folder / "code.pth")
+        old = dict(_use_new_zipfile_serialization=False)
+        torch.save({"state_dict": tensors, "code": Code(folder / "executed")}, folder / "old.pth", **old)
+        torch.save(list(tensors.values()), folder / "list.pth")
+        told |= dict.fromkeys(("code.pth", "old.pth"), f"it asks for {os.mkdir.__module__}.mkdir")
+        told |= {"list.pth": "holds a list, not weights by name"}
+        kinds["pth"] = "cannot be read"
+    for kind, words in kinds.items():
+        whole = (folder / f"whole.{kind}").read_bytes()
+        for name, content in (("cut", whole[: len(whole) // 2]), ("empty", b""), ("pickle", pickle.dumps(code))):
+            (folder / f"{name}.{kind}").write_bytes(content)
+            told[f"{name}.{kind}"] = words
+    return told
+
+
+def test_spoilt_files_are_refused_and_nothing_in_them_runs(tmp_path, state):
+    for name, words in spoilt(tmp_path, state).items():
+        with pytest.raises(ValueError, match=name) as caught:
+            convert.load_checkpoint(tmp_path / name)
+        assert words in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "executed").exists()
+    with pytest.raises(FileExistsError):  # the code is really there
+        (tmp_path / "executed").mkdir()
+        pickle.loads((tmp_path / "pickle.npz").read_bytes())
+
+
 def test_pth_is_read_as_weights_alone(tmp_path, detector, variables, state):
     torch = pytest.importorskip("torch")
     checkpoint = {"meta": {"epoch": 1}, "state_dict": {k: torch.tensor(v) for k, v in state.items()}}
@@ -164,6 +222,11 @@ def test_pth_is_read_as_weights_alone(tmp_path, detector, variables, state):
         checkpoint["meta"] = {"dataset_meta": {"classes": tuple(told)}}
         torch.save(checkpoint, tmp_path / "weights.pth")
         assert weights.load(tmp_path / "weights.pth", detector)[3] == (told if told is CLASSES else None)
+    checkpoint = {"state_dict": {k: torch.nn.Parameter(torch.tensor(v).float()) for k, v in state.items()}}
+    torch.save(checkpoint | {"meta": {"CLASSES": 3}}, tmp_path / "weights.pth")  # parameters, as some save them
+    _, *found, classes = weights.load(tmp_path / "weights.pth", detector)
+    chex.assert_trees_all_equal(tuple(found), variables)
+    assert classes is None
     torch.save({"state_dict": {}, "code": PurePath("x")}, tmp_path / "code.pth")
     with pytest.raises(ValueError, match="cannot be read as weights alone"):
         convert.load_checkpoint(tmp_path / "code.pth")
@@ -257,7 +320,14 @@ def flip_a_bit(folder):
         (lambda folder: (folder / "config.json").write_text("[]"), "config.json cannot be read"),
         (lambda folder: (folder / "config.json").write_text("{}"), "config.json cannot be read"),
         (lambda folder: edit(folder, detector="rtmdet_huge"), "no detector 'rtmdet_huge'"),
-        (lambda folder: edit(folder, num_classes=4), "does not fit rtmdet_pico"),
+        (lambda folder: edit(folder, num_classes=4, classes=list("abcd")), "does not fit rtmdet_pico"),
+        (lambda folder: edit(folder, num_classes=4), "3 names for 4 classes"),
+        (lambda folder: edit(folder, num_classes="3"), "num_classes is '3'"),
+        (lambda folder: edit(folder, options=["x"]), "config.json cannot be read as the config of weights.*options"),
+        (lambda folder: edit(folder, options={"depth": 1}), "RTMDet has no option depth"),
+        (lambda folder: edit(folder, image_size=None), "config.json cannot be read"),
+        (lambda folder: edit(folder, image_size=["64", "64"]), "image_size is"),
+        (lambda folder: edit(folder, extra=None), "extra is None"),
         (lambda folder: edit(folder, options={"stacked_convs": 1}), "does not fit rtmdet_pico"),
     ],
 )

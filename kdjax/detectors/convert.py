@@ -1,5 +1,6 @@
 """Fills a detector from a PyTorch state dict with mmdetection's names, and writes one."""
 
+import pickle
 import re
 import warnings
 import zipfile
@@ -199,7 +200,7 @@ def count_classes(detector: Detector, state: dict[str, np.ndarray]) -> int:
     for path, leaf in flatten(detector.shapes[0]).items():
         name = _torch_name(path)
         if path.endswith("/bias") and _CLASSIFIER.fullmatch(name) and name in state:
-            return len(state[name]) // leaf.shape[0]
+            return np.size(state[name]) // leaf.shape[0]
     return 0
 
 
@@ -310,8 +311,13 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, np.ndarray], list[str] 
         raise ValueError(f"There is no file {path}.")
     try:
         if path.suffix == ".npz":
+            if not zipfile.is_zipfile(path):  # a single array, or a pickle; neither is opened
+                raise ValueError("it is no npz file, or only the beginning of one")
             with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-                return _unwrap({name: arrays[name] for name in arrays.files}), None
+                state = {name: arrays[name] for name in arrays.files}
+            if odd := [name for name, value in state.items() if value.dtype.kind not in "biuf"]:
+                raise ValueError(f"{odd[0]} is not of numbers")
+            return _unwrap(state), None
         if path.suffix == ".safetensors":
             return _unwrap(load_safetensors(path)), None
     except (OSError, ValueError, KeyError, EOFError, SafetensorError, zipfile.BadZipFile, zlib.error) as error:
@@ -327,22 +333,30 @@ def _load_pth(path: Path) -> tuple[dict, list[str] | None]:
             f"Reading {path} needs PyTorch: install the extra kdjax[torch], or convert it to .safetensors or .npz."
         ) from error
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what torch raises differs from version to version
+        with warnings.catch_warnings(action="ignore"):  # of old formats; what they hold is looked at all the same
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"it asks for {asked[1]}" if asked else "it is no file of PyTorch, or holds other things"
         raise ValueError(
-            f"{path} cannot be read as weights alone (kdjax never runs code from a file): {error}. Save its state_dict "
-            "by itself where it came from."
+            f"{path} cannot be read as weights alone: {what}, and kdjax never runs code from a file; save its "
+            "state_dict by itself where it came from."
         ) from error
+    except Exception as error:  # what torch raises differs from version to version
+        why = str(error).partition(". ")[0].strip() or "it is empty"
+        raise ValueError(f"The weights in {path} cannot be read: {why}.") from error
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{path} holds a {type(checkpoint).__name__}, not weights by name.")
 
     def arrays(tree):
         if isinstance(tree, dict):
             return {name: arrays(value) for name, value in tree.items() if isinstance(value, dict | torch.Tensor)}
-        return tree.float().numpy() if tree.is_floating_point() else tree.numpy()
+        return (tree.float() if tree.is_floating_point() else tree).detach().numpy()
 
     meta = checkpoint.get("meta") if isinstance(checkpoint.get("meta"), dict) else {}
     told = meta.get("dataset_meta") if isinstance(meta.get("dataset_meta"), dict) else meta
     classes = told.get("classes") or told.get("CLASSES")
-    return _unwrap(arrays(checkpoint)), [str(name) for name in classes] if classes else None
+    return _unwrap(arrays(checkpoint)), [str(name) for name in classes] if isinstance(classes, list | tuple) else None
 
 
 def _unwrap(checkpoint: dict) -> dict[str, np.ndarray]:

@@ -131,9 +131,16 @@ def _load_folder(folder: Path, detector: Detector | None) -> tuple[Detector, Tre
             raise ValueError(f"{folder} holds no {name}: it is no folder of weights.")
     try:
         config = json.loads((folder / CONFIG).read_text())
-        name, num_classes, options, classes, digest = (
-            config[field] for field in ("detector", "num_classes", "options", "classes", "sha256")
-        )
+        wanted = {"detector": str, "num_classes": int, "options": dict, "classes": list, "sha256": str, "extra": dict}
+        for field, kind in wanted.items():
+            if not isinstance(config[field], kind):
+                raise TypeError(f"{field} is {config[field]!r}")
+        name, num_classes, options, classes, digest, _ = (config[field] for field in wanted)
+        if len(classes) != num_classes:
+            raise ValueError(f"{len(classes)} names for {num_classes} classes")
+        height, width = config["image_size"]
+        if not (isinstance(height, int) and isinstance(width, int)):
+            raise TypeError(f"image_size is {config['image_size']!r}")
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{folder / CONFIG} cannot be read as the config of weights: {error!r}.") from error
     if detector is not None and (detector.name, detector.options) != (name, options):

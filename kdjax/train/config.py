@@ -126,6 +126,20 @@ def parse(flag_values, arguments: list[str]) -> list[str]:
         raise ValueError(" ".join(text.split())) from error
 
 
+def sentence(error: Exception) -> str:
+    """What is told of a mistake: one line, and of a long list only the beginning.
+
+    Example:
+      >>> sentence(ValueError("5 differences:\\n  a\\n  b\\n  c\\n  d\\n  e"))
+      '5 differences: a; b; c; and 2 more'
+    """
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    first, *rest = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
+    more = f"; and {len(rest) - 3} more" if len(rest) > 3 else ""
+    return " ".join([first, "; ".join(rest[:3])]).strip() + more
+
+
 def check_numbers(config: ConfigDict) -> None:
     """Holds every number against its range.
 

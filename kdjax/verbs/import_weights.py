@@ -65,9 +65,13 @@ def read_classes(path: str) -> list[str]:
     """Names of classes from a COCO json (by ascending category id) or from a text with one a line."""
     if not Path(path).is_file():
         raise ValueError(f"--classes={path}: there is no such file.")
-    if Path(path).suffix == ".json":
-        return [entry["name"] for entry in sorted(coco.read(Path(path))["categories"], key=lambda entry: entry["id"])]
-    return [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    try:
+        if Path(path).suffix == ".json":
+            categories = coco.read(Path(path))["categories"]
+            return [str(entry["name"]) for entry in sorted(categories, key=lambda entry: entry["id"])]
+        return [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (KeyError, TypeError, UnicodeDecodeError) as error:
+        raise ValueError(f"--classes={path} cannot be read as names of classes: {error!r}.") from None
 
 
 def _size(text: str) -> tuple[int, int]:
