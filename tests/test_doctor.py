@@ -1,6 +1,7 @@
 """The doctor names every planted fault, and leaves sound set-ups alone."""
 
 import dataclasses
+import sys
 from pathlib import Path
 
 import jax
@@ -13,6 +14,7 @@ from kdjax import cli, data, detectors
 from kdjax.data.dataset import Split
 from kdjax.detectors import weights
 from kdjax.train import doctor, loop
+from kdjax.verbs.doctor import read_config
 from tests.test_configs import load
 from tests.test_train import tiny_config
 
@@ -118,6 +120,16 @@ def test_a_wrong_schedule_is_named(changes, what, named):
     config = load(ROOT / "configs/quickstart.py")
     config.update_from_flattened_dict(changes)
     assert named in faults(doctor.of_schedule(config, 200))[what]
+
+
+@pytest.mark.filterwarnings("ignore:the load_module")  # of ml_collections
+def test_configs_that_import_each_other_are_found_without_the_checkout_on_the_path(monkeypatch):
+    """A console script, unlike `python train.py`, does not have the folder where it runs on the path."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT])
+    for name in [name for name in sys.modules if name.partition(".")[0] == "configs"]:
+        monkeypatch.delitem(sys.modules, name)
+    assert "mkd" in read_config("configs/distill/coco_folder.py:mkd", []).methods
 
 
 # ----------------------------------------------------------------------------------------------- terms, data, program

@@ -1,5 +1,8 @@
 """`kdjax doctor`: whether a run is set up right, before hours are spent on it."""
 
+import os
+import sys
+
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
@@ -38,6 +41,8 @@ def read_config(config: str, changes: list[str]) -> ConfigDict:
     Raises:
       ValueError: one sentence on what is wrong.
     """
+    if os.getcwd() not in sys.path:  # configs import each other from where the command runs, as train.py's do
+        sys.path.append(os.getcwd())
     values, arguments = flags.FlagValues(), ["kdjax doctor", f"--config={config}", *changes]
     holder = config_flags.DEFINE_config_file("config", None, "", flag_values=values, sys_argv=arguments)
     rest = settings.parse(values, arguments)[1:]
