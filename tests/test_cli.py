@@ -1,8 +1,10 @@
 """The command line: what each verb writes, and that mistakes get one sentence before any compute."""
 
 import contextlib
+import hashlib
 import io
 import json
+import pickle
 import re
 import shutil
 import subprocess
@@ -28,6 +30,7 @@ from kdjax.train import config as settings
 from kdjax.verbs import export, import_weights, latency, model, predict
 from tests.data_tools import coco_json, write_folder
 from tests.shared import ROOT
+from tests.test_detectors_weights import Code, spoilt
 from tests.test_report import Page
 
 CLASSES = ["disc", "wedge", "star", "cross", "striped", "checked"]
@@ -138,6 +141,53 @@ def test_import_weights_refuses(tmp_path, capsys, state):
         capsys, "import-weights", str(tmp_path / "other.npz"), "--detector=rtmdet_pico", f"--out={tmp_path / 'm'}"
     )
     assert not (tmp_path / "m").exists()
+
+
+def test_import_weights_of_spoilt_files(tmp_path, capsys, state):
+    (tmp_path / "names.txt").write_text("\n".join(CLASSES))
+    names = f"--classes={tmp_path / 'names.txt'}"
+    told = spoilt(tmp_path, state[1])
+    for name, words in told.items():
+        command = ("import-weights", str(tmp_path / name), "--detector=rtmdet_pico", f"--out={tmp_path / 'm'}", names)
+        assert words in refused(capsys, *command), name
+    (tmp_path / "x.json").write_text('{"images": [], "annotations": [], "categories": [{"id": 1}]}')
+    (tmp_path / "x.txt").write_bytes(b"\xff\xfe\x00\x81")
+    for name in ("x.json", "x.txt"):
+        command = ("import-weights", str(tmp_path / "whole.npz"), "--detector=rtmdet_pico", f"--out={tmp_path / 'm'}")
+        assert f"{name} cannot be read as names" in refused(capsys, *command, f"--classes={tmp_path / name}")
+    assert not (tmp_path / "m").exists() and not (tmp_path / "executed").exists()
+
+
+def test_a_spoilt_model_is_refused_by_every_verb(made, tmp_path, capsys, monkeypatch):
+    """Also where the hash beside it is that of the spoilt file."""
+    monkeypatch.setattr(model, "program", lambda detector: pytest.fail("computed"))
+    monkeypatch.setattr(export, "check_installed", lambda *packages: None)
+    shutil.copytree(made / "model", tmp_path / "model")
+    file, beside = tmp_path / "model" / "model.safetensors", tmp_path / "model" / "config.json"
+    whole = file.read_bytes()
+    code = pickle.dumps({"code": Code(tmp_path / "executed")})
+    for content in (b"", whole[: len(whole) // 2], whole[:-1], code):
+        file.write_bytes(content)
+        for digest in (read(beside)["sha256"], hashlib.sha256(content).hexdigest()):
+            beside.write_text(json.dumps(read(beside) | {"sha256": digest}))
+            for arguments in (
+                ("predict", str(made / "data" / "images"), f"--out={tmp_path / 'o'}"),
+                ("evaluate", "--data=scenes"),
+                ("evaluate", "--data=scenes", f"--against={made / 'model'}"),
+                ("export", "--format=onnx", f"--out={tmp_path / 'x.onnx'}"),
+                ("latency",),
+            ):
+                told = refused(capsys, *arguments, f"--model={tmp_path / 'model'}")
+                assert "model.safetensors cannot be read" in told or "its SHA-256 differs" in told
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def test_a_spoilt_onnx_file_is_refused(tmp_path, capsys):
+    pytest.importorskip("onnxruntime", reason="ONNX needs kdjax[export]")
+    for content in (b"", b"no graph", pickle.dumps({"code": Code(tmp_path / "executed")})):
+        (tmp_path / "x.onnx").write_bytes(content)
+        assert "x.onnx cannot be read by onnxruntime" in refused(capsys, "latency", f"--model={tmp_path / 'x.onnx'}")
+    assert not (tmp_path / "executed").exists()
 
 
 def test_pth_tells_its_classes(tmp_path, state):
@@ -373,6 +423,23 @@ def finished(made, tmp_path_factory):
         with loop.Log(folder / "work", 0) as log:
             log.write(0, "train", {"student/total": 1.0, "seconds": 1.0})
             return folder / "work", loop.finish(setup, folder / "work", log)
+
+
+def test_the_model_card_is_true_and_its_example_runs(made, finished, tmp_path, monkeypatch, capsys):
+    text = (finished[0] / "student" / "README.md").read_text()
+    assert f"start: weights `{made / 'model'}`" in text and "without a teacher" in text and "gain" not in text
+    shutil.copytree(finished[0] / "student", tmp_path / "student")
+    Image.fromarray(records.decode(next(scenes.stream("val", 1))[1])).save(tmp_path / "picture.jpg", quality=95)
+    monkeypatch.chdir(tmp_path)
+    [block] = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    exec(block, {})
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) > 10 and all(line.split()[0] in CLASSES for line in told)
+    [command] = re.findall(r"^    kdjax (.*)$", text, re.MULTILINE)
+    monkeypatch.setattr(
+        predict, "run", lambda *, paths, model, **rest: 7 * (Path(paths[0]).exists() and model == "student")
+    )
+    assert cli.main(command.replace("PICTURES", "picture.jpg").split()) == 7
 
 
 def test_an_unfinished_run_is_read_from_its_checkpoint(made, finished, tmp_path, capsys):

@@ -69,7 +69,11 @@ def perfect_ap(truth: dict) -> float:
 
 def test_a_folder_comes_back_as_it_is(tmp_path):
     root = small_folder(tmp_path / "set")
+    path = root / "annotations" / "instances_train.json"
+    listed = [{"id": 1, "name": "CC BY 4.0", "url": "https://example.org"}, {"id": 2, "name": "", "url": ""}, "?"]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"licenses": listed}))
     dataset = opened(root, tmp_path)
+    assert dataset.licenses == ("CC BY 4.0, https://example.org",)
     assert dataset.name == "set" and dataset.classes == ("cat", "dog") and dataset.category_ids == (3, 11)
     assert dataset.max_boxes == 8 and {role: s.size for role, s in dataset.splits.items()} == {"train": 11, "val": 3}
     truth = json.loads((root / "annotations" / "instances_train.json").read_text())

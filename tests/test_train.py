@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import yaml
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
@@ -21,10 +23,11 @@ from kdjax import data, detectors
 from kdjax.detectors import convert, weights
 from kdjax.detectors.api import flatten
 from kdjax.methods import api
-from kdjax.train import checkpoint, loop, optim
+from kdjax.train import card, checkpoint, loop, optim
 from kdjax.train import config as settings
 from kdjax.train import step as steps
 from tests.data_tools import small_folder
+from tests.test_detectors_weights import spoilt
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 20
@@ -118,6 +121,40 @@ def test_workdir_holds_what_a_user_takes_away(finished):
     detector, *_, classes = weights.load(workdir / "student")
     assert detector.name == "rtmdet_pico" and len(classes) == detector.num_classes
     assert list((workdir / "tensorboard").iterdir())
+
+
+def test_a_model_card_says_where_the_weights_come_from(finished, teacher_folder):
+    workdir, results, _ = finished
+    texts = {role: (workdir / role / "README.md").read_text() for role in ("student", "twin")}
+    for role, text in texts.items():
+        _, header, body = text.split("---\n", 2)
+        [entry] = yaml.safe_load(header)["model-index"]
+        [metric] = entry["results"][0]["metrics"]
+        assert metric["value"] == pytest.approx(results[role]["AP"], abs=1e-4)
+        _, params, stats, classes = weights.load(workdir / role)
+        assert f"hash of its arrays: {checkpoint.fingerprint(steps.Teacher(params, stats))}" in body
+        assert f"classes: {', '.join(classes)}" in body and f"- jax: {jax.__version__}" in body
+        assert "data, train: scenes, split `train`: 24 pictures" in body and "seed 0" in body
+        assert "20 steps of 8 pictures" in body and "claims no rights" in body
+    student = texts["student"]
+    rows = dict(re.findall(r"^\| (\w+) \| (.*) \|$", student, re.MULTILINE))
+    assert rows["AP"].split(" | ") == [
+        *(f"{100 * results[role]['AP']:.1f}" for role in ("teacher", "twin", "student")),
+        f"{100 * results['gain']['AP']:+.1f}",
+    ]
+    assert rows["params"].split(" | ")[1] == f"{results['student']['params']:,}"
+    of_teacher = checkpoint.fingerprint(steps.Teacher(*weights.load(teacher_folder)[1:3]))
+    assert f"weights `{teacher_folder}`, hash of its arrays {of_teacher}" in student
+    assert "method mkd: weight 1.0; else its defaults" in student and "the teacher's weights" in student
+    assert "- teacher" not in texts["twin"] and "- method" not in texts["twin"] and "gain" not in texts["twin"]
+
+
+def test_the_card_names_the_licences_that_the_data_names():
+    config = settings.base()
+    config.data.source = "coco_folder"
+    told = card._licence(types.SimpleNamespace(licenses=("CC BY 4.0, https://example.org",)), None, config)
+    assert "- CC BY 4.0, https://example.org\n" in told and "teacher" not in told
+    assert "names no licence" in card._licence(types.SimpleNamespace(licenses=()), None, config)
 
 
 def test_five_steps_and_the_rest_equal_all_at_once_to_the_bit(finished, folder, teacher_folder, monkeypatch):
@@ -375,6 +412,25 @@ def test_a_teacher_of_another_number_of_classes_is_refused(folder, teacher_folde
     changes = dict(teacher__weights=str(tmp_path / "coco.npz"), teacher__detector="rtmdet_pico")
     with pytest.raises(loop.BadInput, match="coco.npz: The weights are for 80 classes, but 6 are needed"):
         loop.run(wrong(folder, teacher_folder, **changes), tmp_path / "run")
+
+
+def test_spoilt_weights_of_a_teacher_are_refused(folder, teacher_folder, tmp_path):
+    told = spoilt(tmp_path, {"bbox_head.rtm_cls.0.bias": np.zeros(6)})
+    for name in sorted(name for name in told if name.startswith(("pickle", "code"))):
+        changes = dict(teacher__weights=str(tmp_path / name), teacher__detector="rtmdet_pico")
+        with pytest.raises(loop.BadInput, match=name) as caught:
+            loop.run(wrong(folder, teacher_folder, **changes), tmp_path / "run")
+        assert told[name] in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "executed").exists() and not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_weights_of_another_detector_get_one_line(folder, teacher_folder, tmp_path):
+    detector = detectors.build("rtmdet_nano", 6)
+    np.savez(tmp_path / "nano.npz", **convert.to_torch(detector, *detector.init(jax.random.PRNGKey(0))))
+    changes = dict(teacher__weights=str(tmp_path / "nano.npz"), teacher__detector="rtmdet_pico")
+    with pytest.raises(loop.BadInput, match="do not fit rtmdet_pico.*; and [0-9]+ more$") as caught:
+        loop.run(wrong(folder, teacher_folder, **changes), tmp_path / "run")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_dry_run_needs_no_teacher_and_no_workdir(folder, capsys):

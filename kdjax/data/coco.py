@@ -88,6 +88,19 @@ def read(json_path: Path) -> dict:
     return data
 
 
+def licenses(data: dict) -> list[str]:
+    """Name and address of each licence that the json lists; made-up and empty entries are left out.
+
+    Example:
+      >>> licenses({"licenses": [{"id": 1, "name": "CC BY 4.0", "url": "https://example.org"}, {"id": 2, "name": ""}]})
+      ['CC BY 4.0, https://example.org']
+    """
+    listed = data.get("licenses")
+    entries = [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
+    told = [", ".join(str(entry[key]) for key in ("name", "url") if entry.get(key)) for entry in entries]
+    return list(dict.fromkeys(filter(None, told)))
+
+
 def check(data: dict, name: str) -> tuple[list[Picture], dict[int, str], list[dict]]:
     """Pictures with their annotations in json order, categories by id, and the list of what was dropped or repaired.
 

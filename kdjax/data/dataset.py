@@ -53,6 +53,7 @@ class Dataset:
     category_ids: tuple[int, ...]  # label i stands for category_ids[i]; ascending
     max_boxes: int  # M of every batch
     splits: dict[str, Split]  # 'train' and 'val'
+    licenses: tuple[str, ...] = ()  # of the pictures, as the jsons list them
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -98,6 +99,7 @@ def open_dataset(cfg: Mapping) -> Dataset:
         category_ids=tuple(meta["category_ids"]),
         max_boxes=int(cfg.get("max_boxes", 0)) or _box_rows(meta["splits"], cfg),
         splits=splits,
+        licenses=tuple(meta["licenses"]),
     )
 
 
@@ -167,9 +169,11 @@ def _open_folder(cfg: Mapping) -> Path:
     }
 
     def write(folder: Path) -> None:
-        streams, logs, categories = {}, {}, {}
+        streams, logs, categories, licenses = {}, {}, {}, []
         for role, (json_path, images) in files.items():
-            pictures, categories[role], logs[role] = coco.check(coco.read(json_path), json_path.name)
+            given = coco.read(json_path)
+            licenses += coco.licenses(given)
+            pictures, categories[role], logs[role] = coco.check(given, json_path.name)
             streams[role] = (len(pictures), coco.stream(pictures, images, json_path.name, logs[role]))
         for key, label in categories["val"].items():
             if categories["train"].get(key) != label:
@@ -177,7 +181,15 @@ def _open_folder(cfg: Mapping) -> Path:
                     f"{files['val'][0].name} has the category {key} '{label}', which {files['train'][0].name} "
                     f"{'calls ' + repr(categories['train'][key]) if key in categories['train'] else 'does not have'}."
                 )
-        _write(folder, name=name, names=names, categories=categories["train"], streams=streams, logs=logs)
+        _write(
+            folder,
+            name=name,
+            names=names,
+            categories=categories["train"],
+            streams=streams,
+            logs=logs,
+            licenses=licenses,
+        )
 
     return cache.prepared(cache.root(cfg.get("cache", "")), f"folder-{name}", print_of, write)
 
@@ -213,11 +225,13 @@ def _open_stock(cfg: Mapping) -> Path:
     }
 
     def write(folder: Path) -> None:
-        logs, pictures, given = {role: [] for role in names}, {}, {}
+        logs, pictures, given, licenses = {role: [] for role in names}, {}, {}, []
         # The records only know labels 0 .. K-1; without a json their ids are taken to be 1 .. K.
         categories = dict(enumerate(classes, start=1))
         for role, path in jsons.items():
-            given[role], categories, _ = coco.check(coco.read(path), path.name)
+            truth = coco.read(path)
+            licenses += coco.licenses(truth)
+            given[role], categories, _ = coco.check(truth, path.name)
             if [categories[key] for key in sorted(categories)] != classes:
                 raise ValueError(
                     f"the categories of {path.name}, by ascending id, are not the classes of {', '.join(directories)}."
@@ -236,6 +250,7 @@ def _open_stock(cfg: Mapping) -> Path:
             categories=categories,
             pictures=pictures,
             logs=logs,
+            licenses=licenses,
         )
 
     return cache.prepared(cache.root(cfg.get("cache", "")), f"tfds-{name}", print_of, write)
@@ -244,7 +259,9 @@ def _open_stock(cfg: Mapping) -> Path:
 _SOURCES = {"coco_folder": _open_folder, "scenes": _open_scenes, "tfds": _open_stock}
 
 
-def _write(folder: Path, *, name: str, names: dict, categories: dict, streams: dict, logs: dict) -> None:
+def _write(
+    folder: Path, *, name: str, names: dict, categories: dict, streams: dict, logs: dict, licenses: Iterable[str] = ()
+) -> None:
     """Write records, ground truths, log and meta of both splits into `folder`."""
     seen = {role: [] for role in streams}
 
@@ -270,6 +287,7 @@ def _write(folder: Path, *, name: str, names: dict, categories: dict, streams: d
         categories=categories,
         pictures=seen,
         logs=logs,
+        licenses=licenses,
     )
 
 
@@ -282,6 +300,7 @@ def _save_index(
     categories: dict[int, str],
     pictures: dict[str, list[Picture]],
     logs: dict[str, list[dict]],
+    licenses: Iterable[str],
 ) -> None:
     """Write what `open_dataset` and `ground_truth` read beside the records."""
     category_ids = sorted(categories)
@@ -289,6 +308,7 @@ def _save_index(
         "name": name,
         "classes": [categories[key] for key in category_ids],
         "category_ids": category_ids,
+        "licenses": list(dict.fromkeys(licenses)),
         "splits": {},
     }
     for role, entries in pictures.items():

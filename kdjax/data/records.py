@@ -19,7 +19,7 @@ import cv2
 import numpy as np
 import tensorflow_datasets as tfds
 
-VERSION = "1.1.0"  # of what the builder writes; part of every cache key
+VERSION = "1.2.0"  # of what the builder writes; part of every cache key
 
 _DECODE = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION  # boxes refer to the stored pixels, not to EXIF's view
 
@@ -39,7 +39,7 @@ class Picture:
 class Kdjax(tfds.core.GeneratorBasedBuilder):
     """Writes (picture, encoded bytes) streams as array_record files."""
 
-    RELEASE_NOTES = {VERSION: "Numbers of boxes are counted; a split may have several parts."}
+    RELEASE_NOTES = {VERSION: "The licences that a json lists are kept."}
     VERSION = tfds.core.Version(VERSION)
 
     def __init__(self, *, classes: list[str], category_ids: list[int], streams: dict, **kwargs):

@@ -28,8 +28,8 @@ from kdjax import data, detectors
 from kdjax.detectors import convert, weights
 from kdjax.evals import coco, report, size, voc
 from kdjax.methods import api
+from kdjax.train import card, optim, preview
 from kdjax.train import config as settings
-from kdjax.train import optim, preview
 from kdjax.train.checkpoint import Checkpoints, fingerprint
 from kdjax.train.step import (
     Teacher,
@@ -107,7 +107,7 @@ def run(config: ConfigDict, workdir: str) -> dict | None:
         if start == 0:
             check_terms(setup, first_batch_with_objects(setup))
     except (ValueError, OSError) as error:
-        raise BadInput(str(error)) from error
+        raise BadInput(settings.sentence(error)) from error
     write_config(config, workdir)
     try:
         with contextlib.closing(checkpoints), Log(workdir, start) as log:
@@ -699,6 +699,8 @@ def finish(setup: Setup, workdir: Path, log: Log) -> dict:
         weights.save(
             workdir / role, setup.student, params, stats, classes=list(dataset.classes), image_size=hw, extra=extra
         )
+        text = card.card(role, setup, results, (params, stats), environment())
+        (workdir / role / "README.md").write_text(text, encoding="utf-8", errors="replace")
     (workdir / "detections").mkdir(exist_ok=True)
     for role, evaluation in evaluations.items():
         write_json(workdir / "detections" / f"{role}.json", evaluation.detections)
