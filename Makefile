@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 p
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
-.PHONY: quickstart test test-all setup lint
+.PHONY: quickstart test test-all setup lint docs
 
 # Trains the student with and without its teacher on the embedded default and writes runs/quickstart/report.html.
 quickstart: setup
@@ -20,6 +20,11 @@ test-all: setup
 
 lint: setup
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+
+# The site, into site/; a link that leads nowhere fails.
+docs: setup
+	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	$(PY) -m mkdocs build --strict
 
 setup: $(VENV)/.ready
 

@@ -1,0 +1,54 @@
+"""What mkdocs needs beside mkdocs.yml: pages that lie outside of docs/, and links that lead to where they are.
+
+Pages are written to be read in the repository: their links are paths between its files. On the site such a link leads
+to the page, and one to a file that is no page (code) becomes plain text.
+"""
+
+import os
+import posixpath
+import re
+from pathlib import Path
+
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).resolve().parents[1]
+# Page of the site -> file of the repository.
+OUTSIDE = {
+    "index.md": "README.md",
+    "benchmarks.md": "benchmarks/README.md",
+    "contributing.md": "CONTRIBUTING.md",
+    "changes.md": "CHANGELOG.md",
+}
+LINK = re.compile(r"\[([^\]]*)\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)")
+
+
+def on_files(files, config):
+    """Adds the pages from outside of docs/."""
+    for page, path in OUTSIDE.items():
+        files.append(File.generated(config, page, abs_src_path=str(ROOT / path)))
+    return files
+
+
+def on_page_markdown(markdown, page, config, files):
+    """Turns links between files of the repository into links between pages."""
+    here = page.file.src_uri
+    source = OUTSIDE.get(here, f"docs/{here}")
+    pages = {path: name for name, path in OUTSIDE.items()}
+
+    def moved(link: re.Match) -> str:
+        text, path, anchor = link.groups(default="")
+        target = posixpath.normpath(posixpath.join(posixpath.dirname(source), path))
+        if target in pages:
+            return f"[{text}]({pages[target]}{anchor})"
+        if target.startswith("docs/"):
+            return f"[{text}]({target.removeprefix('docs/')}{anchor})"
+        if (ROOT / target).exists():
+            return text
+        return link[0]  # leads nowhere: mkdocs says so
+
+    return LINK.sub(moved, markdown)
+
+
+def on_post_build(config):
+    """GitHub Pages would leave out files that begin with an underscore."""
+    Path(os.path.join(config.site_dir, ".nojekyll")).touch()

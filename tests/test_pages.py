@@ -1,0 +1,219 @@
+"""What is read: links lead somewhere, commands are understood, the tutorial and the notebook run."""
+
+import importlib
+import inspect
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import yaml
+from jax.sharding import Mesh
+
+from kdjax import cli
+from kdjax.train import config as settings
+from kdjax.train import loop
+from kdjax.verbs import export
+from kdjax.verbs.doctor import read_config
+from tests.shared import ROOT
+
+DOCS = ROOT / "docs"
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.glob("*.md")), ROOT / "benchmarks" / "README.md"]
+PAGES += [ROOT / "assets" / "README.md", ROOT / "tests" / "golden" / "README.md"]
+TUTORIAL = (DOCS / "tutorial.md").read_text()
+NOTEBOOK = DOCS / "quickstart.ipynb"
+
+
+def prose(text: str) -> str:
+    """The text without its blocks of code."""
+    return re.sub(r"^```[^\0]*?^```$|^    .*$", "", text, flags=re.MULTILINE)
+
+
+def headings(path: Path) -> set[str]:
+    """The anchors of a page, as GitHub and mkdocs make them."""
+    titles = re.findall(r"^#+ (.*)$", prose(path.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def links(text: str) -> list[tuple[str, str]]:
+    """(path, anchor) of the links to files."""
+    return re.findall(r"\]\((?!\w+:)([^)#\s]*)#?([^)\s]*)\)", text)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(path):
+    for target, anchor in links(prose(path.read_text())):
+        found = (path.parent / target).resolve() if target else path
+        assert found.exists(), target
+        assert not anchor or anchor in headings(found), f"{target}#{anchor}"
+
+
+def test_every_page_is_in_the_sites_contents():
+    listed = [name for entry in yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"] for name in entry.values()]
+    outside = re.findall(r'^    "(\w+\.md)": "([\w/]+\.md)",$', (DOCS / "hooks.py").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted([*(path.name for path in DOCS.glob("*.md")), *(page for page, _ in outside)])
+    assert len(outside) == 4 and all((ROOT / path).is_file() for _, path in outside)
+
+
+def test_the_site_builds(tmp_path):
+    pytest.importorskip("mkdocs", reason="the site needs kdjax[docs]")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "The folder" in (tmp_path / "tutorial" / "index.html").read_text()
+
+
+# ----------------------------------------------------------------------------------------------------------- commands
+
+
+def joined(text: str) -> str:
+    return re.sub(r"\\\n\s*", "", text)
+
+
+def verbs() -> list[str]:
+    """Every line that calls kdjax."""
+    found = re.findall(
+        r"^(?:    )?((?:\.venv/bin/)?kdjax [a-z].*)$", "\n".join(joined(p.read_text()) for p in PAGES), re.M
+    )
+    return [line.removeprefix(".venv/bin/") for line in found]
+
+
+def tutorial() -> list[str]:
+    blocks = re.findall(r"^```sh\n(.*?)^```$", TUTORIAL, re.MULTILINE | re.DOTALL)
+    return [line for block in blocks for line in joined(block).splitlines()]
+
+
+def resolved(arguments: list[str]):
+    """The config of a train.py or doctor command, looked at as far as that needs no data."""
+    (config,) = [flag.partition("=")[2] for flag in arguments if flag.startswith("--config=")]
+    rest = [flag for flag in arguments if not flag.startswith(("--config=", "--workdir="))]
+    made = read_config(config, rest)
+    assert settings.unknown_keys(made) == []
+    settings.check_numbers(made)
+    return made
+
+
+@pytest.mark.filterwarnings("ignore:the load_module")  # of ml_collections
+@pytest.mark.parametrize("line", verbs())
+def test_a_verb_understands_its_documented_command(line, monkeypatch):
+    _, verb, *rest = shlex.split(line, comments=True)
+    name = f"kdjax.verbs.{verb.replace('-', '_')}"
+    asked = inspect.signature(importlib.import_module(name).run)
+    taken = {}
+    monkeypatch.setattr(f"{name}.run", lambda **arguments: taken.update(asked.bind(**arguments).arguments) or 0)
+    assert cli.main([verb, *rest]) == 0 and taken
+    if verb == "doctor" and "…" not in line:
+        resolved([flag.replace("DIR", "x") for flag in rest])
+
+
+@pytest.mark.filterwarnings("ignore:the load_module")
+def test_the_tutorials_commands_are_understood_and_fit_together():
+    """Also without the run below: each config resolves, and what a command reads, one before it has written."""
+    there = {"pictures", "pictures/images/val"}
+    for line in tutorial():
+        program, *rest = shlex.split(line)
+        assert (program, rest[0]) == ("python", "train.py") or (program in ("kdjax",) and line in verbs()), line
+        flags = [tuple(flag.removeprefix("--").split("=", 1)) for flag in rest if flag.startswith("--")]
+        read = {value for name, value in flags if name in ("model", "against", "data", "config.data.root")}
+        read |= {value for name, value in flags if name == "config.teacher.weights"}
+        read |= {path for path in rest[1:] if not path.startswith("--")}
+        assert read and read <= there, (line, read - there)
+        for name, value in flags:
+            there |= {value} if name == "out" else {f"{value}/student", f"{value}/twin"} if name == "workdir" else set()
+        if program == "python":
+            config = resolved(rest[1:])
+            assert config.data.check or any(name == "workdir" for name, _ in flags)
+
+
+# What makes the tutorial short: flags that are added to a command, by its program or verb.
+TINY = [
+    "--config.steps=4",
+    "--config.batch_size=4",
+    "--config.data.image_size=(64,64)",
+    "--config.student.detector=rtmdet_pico",
+    "--config.optimizer.warmup=1",
+    "--config.eval.batch_size=4",
+    "--config.log_every=2",
+    f"--config.compile_cache={ROOT / '.cache' / 'jax'}",
+]
+SHORT = {"train.py": TINY, "doctor": TINY, "evaluate": ["--limit=6"], "latency": ["--runs=2", "--threads=1"]}
+SHORT["export"] = ["--limit=6", "--max-ap-loss=100"]
+PICTURES = {'("train", 200)': '("train", 12)', '("val", 100)': '("val", 6)'}
+
+
+@pytest.mark.slow
+def test_the_tutorial_runs(tmp_path):
+    """Every command, one after the other, in a folder with what the checkout has."""
+    for name in ("train.py", "configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    [makes] = re.findall(r"^```python\n(.*?)^```$", TUTORIAL, re.MULTILINE | re.DOTALL)
+    for old, new in PICTURES.items():
+        assert makes.count(old) == 1
+        makes = makes.replace(old, new)
+    caches = {"KDJAX_CACHE": str(tmp_path / "cache"), "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax")}
+    environment = os.environ | caches | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+
+    def call(*command: str) -> subprocess.CompletedProcess:
+        return subprocess.run([sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    assert call("-c", makes).returncode == 0
+    told = {}
+    for line in tutorial():
+        program, *rest = shlex.split(line)
+        if export.missing() and (".onnx" in line):
+            continue  # needs kdjax[export]
+        done = call(*(["-m", "kdjax"] if program == "kdjax" else []), *rest, *SHORT.get(rest[0], []))
+        # An untrained teacher is a fault, which the doctor names.
+        assert done.returncode in ((0, 1) if rest[0] == "doctor" else (0,)), (line, done.stderr[-2000:])
+        told[line] = done.stdout
+    assert "12 pictures" in told[tutorial()[0]]
+    assert "faults" in next(text for line, text in told.items() if "doctor" in line)
+    assert set(json.loads((tmp_path / "runs" / "mkd" / "results.json").read_text())["gain"]) > {"AP", "AP50"}
+    made = ["runs/mkd/report.html", "runs/mkd/student/README.md", "evaluated/report.html", "predicted/detections.json"]
+    made += [] if export.missing() else ["student.onnx", "student_int8.onnx"]
+    assert [name for name in made if not (tmp_path / name).is_file()] == []
+    assert len(list((tmp_path / "predicted" / "drawn").iterdir())) == 6
+
+
+# ----------------------------------------------------------------------------------------------------------- notebook
+
+
+def cells() -> list[str]:
+    return [
+        "".join(cell["source"]) for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"
+    ]
+
+
+def test_the_notebook_is_kept_without_outputs_and_its_links_lead_somewhere():
+    notebook = json.loads(NOTEBOOK.read_text())
+    assert notebook["nbformat"] == 4 and len({cell["id"] for cell in notebook["cells"]}) == len(notebook["cells"])
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == [] and cell["execution_count"] is None
+            compile("".join(cell["source"]), str(NOTEBOOK), "exec")
+        for target, _ in links("".join(cell["source"])) if cell["cell_type"] == "markdown" else []:
+            assert (DOCS / target).exists(), target
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path, monkeypatch):
+    import matplotlib
+
+    matplotlib.use("agg")
+    monkeypatch.setenv("KDJAX_CACHE", str(tmp_path))
+    monkeypatch.setattr(loop, "make_mesh", lambda: Mesh(np.array(jax.devices()[:1]), ("data",)))
+    monkeypatch.chdir(DOCS)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    space = {}
+    for source in cells():
+        exec(compile(source, str(NOTEBOOK), "exec"), space)
+    assert sum(len(rows) > 3 for _, rows in space["found"]) == 4
+    assert len(space["rows"]) == 10 and all(np.isfinite(list(row.values())).all() for row in space["rows"])
+    assert {"loss_cls", "loss_box", "mkd/feature", "mkd/alignment"} <= set(space["names"])
+    assert len(space["figure"].axes) == len(space["names"])
