@@ -4,7 +4,6 @@ Pages are written to be read in the repository: their links are paths between it
 to the page, and one to a file that is no page (code) becomes plain text.
 """
 
-import os
 import posixpath
 import re
 from pathlib import Path
@@ -47,8 +46,3 @@ def on_page_markdown(markdown, page, config, files):
         return link[0]  # leads nowhere: mkdocs says so
 
     return LINK.sub(moved, markdown)
-
-
-def on_post_build(config):
-    """GitHub Pages would leave out files that begin with an underscore."""
-    Path(os.path.join(config.site_dir, ".nojekyll")).touch()

@@ -77,11 +77,10 @@ def joined(text: str) -> str:
 
 
 def verbs() -> list[str]:
-    """Every line that calls kdjax."""
-    found = re.findall(
-        r"^(?:    )?((?:\.venv/bin/)?kdjax [a-z].*)$", "\n".join(joined(p.read_text()) for p in PAGES), re.M
-    )
-    return [line.removeprefix(".venv/bin/") for line in found]
+    """Every line of a block of code that calls kdjax."""
+    text = "\n".join(joined(path.read_text()) for path in PAGES)
+    lines = re.findall(r"^    (?:\.venv/bin/)?(kdjax .*)$", text, re.MULTILINE)
+    return lines + [line for line in tutorial() if line.startswith("kdjax ")]
 
 
 def tutorial() -> list[str]:
