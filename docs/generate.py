@@ -71,8 +71,8 @@ Parameters are those of {classes} classes, GFLOPs count a multiply-add once, at 
 MATRIX = """\
 ## Student, teacher, method
 
-Levels pair by stride, widths by adapters. Found by trying every method with its default options on the smallest
-student of a family and the second smallest teacher; what cannot be is refused before a run starts, with the reason and
+Levels pair by stride, widths by adapters, priors by location. Found by trying every method with its default options
+on the smallest student of a family and the second smallest teacher; what cannot be is refused before a run starts, with the reason and
 the names of the methods that can.
 """
 SIDE, OF_COCO = 640, 80  # of the pictures, and classes, for which the sizes are given
@@ -263,9 +263,10 @@ def matrix() -> str:
         for teacher in families():
             runs = [name for name in api.names() if not refusals(name)[student, teacher]]
             lacks = [name for name in api.names() if name not in runs]
-            cells.append(f"all but {', '.join(lacks)}" if len(lacks) < len(runs) else ", ".join(runs) or "none")
+            short = f"all but {', '.join(lacks)}" if lacks else "all"
+            cells.append(short if len(lacks) < len(runs) else ", ".join(runs) or "none")
         rows.append((student, *cells))
-    return table(("student \\\\ teacher", *families()), rows)
+    return table(("student / teacher", *families()), rows)
 
 
 def summary(methods: list[Method]) -> str:
