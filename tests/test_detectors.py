@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kdjax.detectors import build, names, rtmdet
 from kdjax.detectors.api import flatten, pure, unflatten
-from kdjax.detectors.cspnext import SeparableConv
+from kdjax.detectors.layers import SeparableConv
 from kdjax.structs import Assignment, DetectorOutput, Targets
 
 SIDE, BATCH, CLASSES = 64, 8, 3
@@ -225,7 +225,7 @@ def test_step_with_objects():
 
 def test_norms_see_the_batch_of_all_devices():
     """All the convolution forms and two norms; tests/test_train.py compares whole runs."""
-    block = pure(lambda: SeparableConv(4))
+    block = pure(lambda: SeparableConv(4, 4, 5))
     state = block.init(jax.random.key(0))
     x = np.random.default_rng(0).normal(size=(8, 6, 5, 4)).astype(np.float32)
     x *= np.arange(1, 9)[:, None, None, None]  # what one device sees is not what all see

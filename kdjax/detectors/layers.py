@@ -15,7 +15,7 @@ from kdjax import nn
 
 Array = jax.Array
 
-# Of every norm: what is added to the variance, and a batch's share in the running statistics.
+# Of norms, where nothing else is said: what is added to the variance, and a batch's share in the running statistics.
 EPS, MOMENTUM = 1e-5, 0.1
 FOCAL_BIAS = -math.log((1 - 0.01) / 0.01)  # every class starts at a probability of 0.01
 
@@ -72,13 +72,16 @@ class Conv(nnx.Module):
 
 
 class BatchNorm(nnx.Module):
-    """Batch norm with PyTorch's running statistics: new = 0.9 old + 0.1 batch, where the variance is unbiased.
+    """Batch norm with PyTorch's running statistics: new = (1 - m) old + m batch, where the variance is unbiased.
 
-    `scale` is what its scale starts at; without `learned`, no gradient reaches scale and bias.
+    m is the `momentum`, `eps` is added to the variance, `scale` is what its scale starts at; without `learned`, no
+    gradient reaches scale and bias.
     """
 
-    def __init__(self, channels: int, *, scale: float = 1.0, learned: bool = True):
-        self.learned = learned
+    def __init__(
+        self, channels: int, *, scale: float = 1.0, learned: bool = True, eps: float = EPS, momentum: float = MOMENTUM
+    ):
+        self.learned, self.eps, self.momentum = learned, eps, momentum
         self.scale = nnx.Param(jnp.zeros(channels), draw=constant(scale))
         self.bias = nnx.Param(jnp.zeros(channels), draw=constant(0.0))
         self.mean = nnx.BatchStat(jnp.zeros(channels), draw=constant(0.0))
@@ -92,13 +95,13 @@ class BatchNorm(nnx.Module):
             seen = (moments[0], moments[1] * (n / max(n - 1, 1)))
             # The running estimates are no path for gradients. (`set_value`, because `mean[...] = x` asks for shardings,
             # which doubled the time of tracing.)
-            self.mean.set_value((1 - MOMENTUM) * mean + MOMENTUM * jax.lax.stop_gradient(seen[0]))
-            self.var.set_value((1 - MOMENTUM) * var + MOMENTUM * jax.lax.stop_gradient(seen[1]))
+            self.mean.set_value((1 - self.momentum) * mean + self.momentum * jax.lax.stop_gradient(seen[0]))
+            self.var.set_value((1 - self.momentum) * var + self.momentum * jax.lax.stop_gradient(seen[1]))
             mean, var = moments
         scale, bias = self.scale[...], self.bias[...]
         if not self.learned:
             scale, bias = jax.lax.stop_gradient((scale, bias))
-        return nn.batch_norm(x, scale, bias, mean, var, eps=EPS)
+        return nn.batch_norm(x, scale, bias, mean, var, eps=self.eps)
 
 
 class GroupNorm(nnx.Module):
@@ -124,11 +127,20 @@ class Scale(nnx.Module):
 
 
 class ConvNorm(nnx.Module):
-    """Convolution without bias, batch norm, SiLU."""
+    """Convolution without bias, batch norm (`norm(channels)` makes it), SiLU."""
 
-    def __init__(self, inputs: int, outputs: int, size: int, *, stride: int = 1, depthwise: bool = False):
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        size: int,
+        *,
+        stride: int = 1,
+        depthwise: bool = False,
+        norm: Callable[[int], BatchNorm] = BatchNorm,
+    ):
         self.conv = Conv(inputs, outputs, size, stride=stride, depthwise=depthwise)
-        self.bn = BatchNorm(outputs)
+        self.bn = norm(outputs)
 
     def __call__(self, x: Array, train: bool) -> Array:
         return self.taps(x, train)[0]
@@ -137,3 +149,84 @@ class ConvNorm(nnx.Module):
         """Returns the output, and the convolution's own output before norm and activation."""
         y = self.conv(x)
         return jax.nn.silu(self.bn(y, train)), y
+
+    def normed(self, x: Array, train: bool) -> Array:
+        """Returns the output before the activation."""
+        return self.bn(self.conv(x), train)
+
+
+# What follows is made of convolutions with norm that `conv` makes, with the arguments of `ConvNorm`.
+
+
+class SeparableConv(nnx.Module):
+    """Depthwise convolution, then 1x1, each with norm and activation."""
+
+    def __init__(self, inputs: int, outputs: int, size: int, *, stride: int = 1, conv: Callable = ConvNorm):
+        self.depthwise_conv = conv(inputs, inputs, size, stride=stride, depthwise=True)
+        self.pointwise_conv = conv(inputs, outputs, 1)
+
+    def __call__(self, x: Array, train: bool) -> Array:
+        return self.pointwise_conv(self.depthwise_conv(x, train), train)
+
+    def normed(self, x: Array, train: bool) -> Array:
+        """Returns the output before the last activation."""
+        return self.pointwise_conv.normed(self.depthwise_conv(x, train), train)
+
+
+class ChannelAttention(nnx.Module):
+    """Scales every channel by hard_sigmoid(linear(mean over the map))."""
+
+    def __init__(self, channels: int):
+        self.fc = Conv(channels, channels, 1, bias=constant(0.0))
+
+    def __call__(self, x: Array) -> Array:
+        return x * jax.nn.hard_sigmoid(self.fc(nn.global_average_pool(x)))
+
+
+class CSPLayer(nnx.Module):
+    """Half of the channels go through the blocks, half past them; joined, attended to if asked for, and mixed.
+
+    `block(channels)` makes a block, `expand_ratio` is the share of the outputs that each half has.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        blocks: int,
+        block: Callable[[int], nnx.Module],
+        attention: bool = False,
+        expand_ratio: float = 0.5,
+        conv: Callable = ConvNorm,
+    ):
+        middle = int(outputs * expand_ratio)
+        self.main_conv = conv(inputs, middle, 1)
+        self.short_conv = conv(inputs, middle, 1)
+        self.final_conv = conv(2 * middle, outputs, 1)
+        self.blocks = nnx.List([block(middle) for _ in range(blocks)])
+        self.attention = ChannelAttention(2 * middle) if attention else None
+
+    def __call__(self, x: Array, train: bool) -> Array:
+        short = self.short_conv(x, train)
+        main = self.main_conv(x, train)
+        for block in self.blocks:
+            main = block(main, train)
+        joined = jnp.concatenate((main, short), -1)
+        if self.attention is not None:
+            joined = self.attention(joined)
+        return self.final_conv(joined, train)
+
+
+class SPP(nnx.Module):
+    """Spatial pyramid pooling: the map beside its largest values over windows of 5, 9 and 13 cells."""
+
+    def __init__(self, inputs: int, outputs: int, *, conv: Callable = ConvNorm):
+        self.conv1 = conv(inputs, inputs // 2, 1)
+        self.conv2 = conv(inputs // 2 * 4, outputs, 1)
+
+    def __call__(self, x: Array, train: bool) -> Array:
+        pyramid = [self.conv1(x, train)]
+        for _ in range(3):  # windows of 5 over windows of 5 are windows of 9, then of 13
+            pyramid.append(nn.max_pool(pyramid[-1], 5, padding=2))
+        return self.conv2(jnp.concatenate(pyramid, -1), train)

@@ -1,32 +1,44 @@
-"""CSPNeXt-PAFPN, RTMDet's neck: a top-down and a bottom-up path of CSP layers, then one 3x3 convolution a level.
+"""PAFPN, the neck of RTMDet and YOLOX: a top-down and a bottom-up path, then one convolution a level.
 
-Reference: as `kdjax.detectors.cspnext`; module names follow mmdetection 3.3.0.
+Reference: Liu et al., Path Aggregation Network for Instance Segmentation, CVPR 2018; module names follow mmdetection
+3.3.0.
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from kdjax import nn
-from kdjax.detectors.cspnext import CSPLayer
 from kdjax.detectors.layers import ConvNorm
 
 Array = jax.Array
 
 
-class CSPNeXtPAFPN(nnx.Module):
-    """Maps of `inputs` channels, fine to coarse, each half as large as the last -> as many of `outputs` channels."""
+class PAFPN(nnx.Module):
+    """Maps of `inputs` channels, fine to coarse, each half as large as the last -> as many of `outputs` channels.
 
-    def __init__(self, inputs: tuple[int, ...], outputs: int, *, blocks: int, expand_ratio: float = 0.5):
-        def layer(channels: int, out: int) -> CSPLayer:
-            return CSPLayer(channels, out, blocks=blocks, identity=False, attention=False, expand_ratio=expand_ratio)
+    `layer(inputs, outputs)` mixes what two levels bring together, `down(inputs, outputs, size, stride=2)` halves a map;
+    the last convolutions have windows of `size` cells. `conv` takes the arguments of `ConvNorm`.
+    """
 
+    def __init__(
+        self,
+        inputs: tuple[int, ...],
+        outputs: int,
+        *,
+        layer: Callable[[int, int], nnx.Module],
+        size: int,
+        conv: Callable = ConvNorm,
+        down: Callable = ConvNorm,
+    ):
         pairs = list(zip(inputs[:-1], inputs[1:], strict=True))  # finer, coarser
-        self.reduce_layers = nnx.List([ConvNorm(coarse, fine, 1) for fine, coarse in reversed(pairs)])
+        self.reduce_layers = nnx.List([conv(coarse, fine, 1) for fine, coarse in reversed(pairs)])
         self.top_down_blocks = nnx.List([layer(2 * fine, fine) for fine, _ in reversed(pairs)])
-        self.downsamples = nnx.List([ConvNorm(fine, fine, 3, stride=2) for fine, _ in pairs])
+        self.downsamples = nnx.List([down(fine, fine, 3, stride=2) for fine, _ in pairs])
         self.bottom_up_blocks = nnx.List([layer(2 * fine, coarse) for fine, coarse in pairs])
-        self.out_convs = nnx.List([ConvNorm(channels, outputs, 3) for channels in inputs])
+        self.out_convs = nnx.List([conv(channels, outputs, size) for channels in inputs])
 
     def __call__(self, maps: tuple[Array, ...], train: bool) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
         """Returns the maps for the head, and the last convolutions' outputs before norm and activation."""

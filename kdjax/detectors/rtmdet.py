@@ -6,6 +6,8 @@ the distances' bias starts at 1 (as in mmdetection's RTMDet-Ins) instead of 0, s
 instead of empty; with the exponential both are the same.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,9 +15,9 @@ from flax import nnx
 
 from kdjax.boxes import assign, coding, nms, priors
 from kdjax.detectors.api import Detector, PureModule, Tree, flatten, pure, unflatten
-from kdjax.detectors.cspnext import CSPNeXt
-from kdjax.detectors.layers import FOCAL_BIAS, BatchNorm, Conv, constant, normal
-from kdjax.detectors.pafpn import CSPNeXtPAFPN
+from kdjax.detectors.cspnext import Block, CSPNeXt
+from kdjax.detectors.layers import FOCAL_BIAS, BatchNorm, Conv, CSPLayer, constant, normal
+from kdjax.detectors.pafpn import PAFPN
 from kdjax.losses import box, classification
 from kdjax.structs import Assignment, Detections, DetectorOutput, Targets
 
@@ -115,7 +117,13 @@ class RTMDet(nnx.Module):
         exp_on_reg: bool,
     ):
         self.backbone = CSPNeXt(widen=widen, deepen=deepen, expand_ratio=expand_ratio, attention=attention)
-        self.neck = CSPNeXtPAFPN(self.backbone.channels, neck_channels, blocks=neck_blocks, expand_ratio=expand_ratio)
+        layer = functools.partial(
+            CSPLayer,
+            blocks=neck_blocks,
+            block=functools.partial(Block, identity=False),
+            expand_ratio=expand_ratio,
+        )
+        self.neck = PAFPN(self.backbone.channels, neck_channels, layer=layer, size=3)
         self.bbox_head = _Head(
             neck_channels,
             head_channels,
