@@ -66,8 +66,8 @@ class DetectorOutput:
     cls_tower: tuple[tuple[Array, ...], ...] = ()  # conv i, then L of f32[B, H, W, C]: output of conv i with its norm,
     reg_tower: tuple[tuple[Array, ...], ...] = ()  # before the activation (where `Detector.head` can enter again)
     cls_logits: tuple[Array, ...] = ()  # L of f32[B, H, W, A*K]
-    # L of f32[B, H, W, A*4]: distances l t r b in pixels (RTMDet, FCOS) or deltas of anchors (RetinaNet, ATSS); for GFL
-    # f32[B, H, W, 4*(n+1)], logits of the bins 0 .. n of each distance.
+    # L of f32[B, H, W, A*4]: distances l t r b in pixels (RTMDet, FCOS), deltas of anchors (RetinaNet, ATSS), or centre
+    # and size in cells (YOLOX); for GFL f32[B, H, W, 4*(n+1)], logits of the bins 0 .. n of each distance.
     box_reg: tuple[Array, ...] = ()
     quality: tuple[Array, ...] = ()  # L of f32[B, H, W, A]: centreness or objectness logits
     quality_tower: str = dataclasses.field(default="", metadata={"static": True})  # "cls" or "reg", where it hangs

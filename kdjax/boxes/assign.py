@@ -228,7 +228,7 @@ def sim_ota(
     k, and what happens to priors that several boxes take, are those of `dynamic_soft_label`.
 
     Args:
-      probs: f32[B, N, K], class probabilities (YOLOX: times the objectness) in 0 .. 1.
+      probs: f32[B, N, K], class probabilities in 0 .. 1 (YOLOX: the root of their product with the objectness).
       boxes: f32[B, N, 4], predicted boxes in pixels.
       priors: f32[N, 4], `x y stride_w stride_h` in pixels: the centres of the cells.
       targets: the ground truth, M >= 1; rows that are not valid change nothing.

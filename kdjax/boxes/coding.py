@@ -64,6 +64,58 @@ def boxes_to_distance(points: Array, boxes: Array, *, max_distance: float | None
     return distances if max_distance is None else jnp.clip(distances, 0, max_distance - eps)
 
 
+def cells_to_boxes(priors: Array, regressed: Array) -> Array:
+    """Boxes whose centre and size are told in cells: centre `point + stride (dx, dy)`, size `stride exp(w, h)`.
+
+    Args:
+      priors: f32[N, 4], `x y stride_w stride_h` in pixels.
+      regressed: f32[..., N, 4], `dx dy` in strides and the logarithms of width and height in strides.
+
+    Returns:
+      f32[..., N, 4], `x1 y1 x2 y2` in pixels, not clipped (`convert.clip`).
+
+    Scope: each box on its own.
+
+    Peers: mmdetection's `YOLOXHead._bbox_decode`, whose points are the top left corners of the cells.
+
+    Reference: Ge et al., YOLOX, arXiv:2107.08430, section 2.1.
+
+    Example:
+      >>> import numpy as np
+      >>> cells_to_boxes(np.array([[8.0, 0, 8, 8]]), np.array([[0.5, 1.0, 0.0, 0.0]])).tolist()
+      [[8.0, 4.0, 16.0, 12.0]]
+    """
+    centre = priors[:, :2] + regressed[..., :2] * priors[:, 2:]
+    half = jnp.exp(regressed[..., 2:]) * priors[:, 2:] / 2
+    return jnp.concatenate([centre - half, centre + half], axis=-1)
+
+
+def boxes_to_cells(priors: Array, boxes: Array, *, eps: float = 1e-8) -> Array:
+    """Centre and size of boxes in cells, the inverse of `cells_to_boxes`.
+
+    Args:
+      priors: f32[N, 4], `x y stride_w stride_h` in pixels.
+      boxes: f32[..., N, 4], `x1 y1 x2 y2` in pixels.
+      eps: added to width and height in strides, so that empty boxes have finite logarithms.
+
+    Returns:
+      f32[..., N, 4], see `cells_to_boxes`.
+
+    Scope: each box on its own.
+
+    Peers: mmdetection's `YOLOXHead._get_l1_target`.
+
+    Reference: Ge et al., YOLOX, arXiv:2107.08430, section 2.1.
+
+    Example:
+      >>> import numpy as np
+      >>> boxes_to_cells(np.array([[8.0, 0, 8, 8]]), np.array([[8.0, 4, 16, 12]])).tolist()
+      [[0.5, 1.0, 0.0, 0.0]]
+    """
+    centre, size = _centre_and_size(boxes)
+    return jnp.concatenate([(centre - priors[:, :2]) / priors[:, 2:], jnp.log(size / priors[:, 2:] + eps)], axis=-1)
+
+
 def expected_distance(logits: Array) -> Array:
     """Distances that stand as distributions over whole numbers: `sum_i i softmax(logits)_i` of each of the four sides.
 

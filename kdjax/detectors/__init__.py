@@ -11,6 +11,7 @@ _FAMILIES = {
     "fcos": ("r18", "r34", "r50", "r101", "r18-center", "r34-center", "r50-center", "r101-center"),
     "gfl": ("r18", "r34", "r50", "r101"),
     "atss": ("r18", "r34", "r50", "r101"),
+    "yolox": ("pico", "nano", "tiny", "s", "m", "l", "x"),
 }
 
 

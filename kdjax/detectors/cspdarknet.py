@@ -1,0 +1,76 @@
+"""CSPDarknet, YOLOX's backbone: cross-stage partial layers of 1x1 and 3x3 convolutions behind a stem without loss.
+
+Reference: Ge et al., YOLOX: Exceeding YOLO Series in 2021, arXiv 2107.08430. Module names follow mmdetection 3.3.0.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from kdjax.detectors.layers import SPP, BatchNorm, ConvNorm, CSPLayer, SeparableConv
+
+Array = jax.Array
+
+EPS = 1e-3  # of every norm of YOLOX
+conv_norm = functools.partial(ConvNorm, norm=functools.partial(BatchNorm, eps=EPS, momentum=0.03))
+separable = functools.partial(SeparableConv, conv=conv_norm)
+
+# Channels in and out, blocks, identity of stages 1 to 4 at widen = deepen = 1.
+_STAGES = ((64, 128, 3, True), (128, 256, 9, True), (256, 512, 9, True), (512, 1024, 3, False))
+
+
+class Focus(nnx.Module):
+    """Every 2x2 cells become one with four times the channels, then a 3x3 convolution."""
+
+    def __init__(self, inputs: int, outputs: int):
+        self.conv = conv_norm(4 * inputs, outputs, 3)
+
+    def __call__(self, x: Array, train: bool) -> Array:
+        corners = [x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)]
+        return self.conv(jnp.concatenate(corners, -1), train)
+
+
+class Block(nnx.Module):
+    """1x1 convolution, 3x3 convolution, and the identity if asked for."""
+
+    def __init__(self, channels: int, *, identity: bool, depthwise: bool):
+        self.identity = identity
+        self.conv1 = conv_norm(channels, channels, 1)
+        self.conv2 = (separable if depthwise else conv_norm)(channels, channels, 3)
+
+    def __call__(self, x: Array, train: bool) -> Array:
+        y = self.conv2(self.conv1(x, train), train)
+        return y + x if self.identity else y
+
+
+def csp_layer(inputs: int, outputs: int, *, blocks: int, identity: bool, depthwise: bool) -> CSPLayer:
+    """A cross-stage partial layer of YOLOX, in backbone and neck."""
+    block = functools.partial(Block, identity=identity, depthwise=depthwise)
+    return CSPLayer(inputs, outputs, blocks=blocks, block=block, conv=conv_norm)
+
+
+class CSPDarknet(nnx.Module):
+    """f32[B, H, W, 3] -> maps at strides 8, 16 and 32 with `channels` channels."""
+
+    def __init__(self, *, widen: float, deepen: float, depthwise: bool):
+        self.stem = Focus(3, int(64 * widen))
+        self.channels = tuple(int(stage[1] * widen) for stage in _STAGES[1:])
+        for index, (inputs, outputs, blocks, identity) in enumerate(_STAGES, 1):
+            inputs, outputs = int(inputs * widen), int(outputs * widen)
+            layers = [(separable if depthwise else conv_norm)(inputs, outputs, 3, stride=2)]
+            if index == 4:
+                layers.append(SPP(outputs, outputs, conv=conv_norm))
+            blocks = max(round(blocks * deepen), 1)
+            layers.append(csp_layer(outputs, outputs, blocks=blocks, identity=identity, depthwise=depthwise))
+            setattr(self, f"stage{index}", nnx.List(layers))
+
+    def __call__(self, x: Array, train: bool) -> tuple[Array, Array, Array]:
+        x = self.stem(x, train)
+        maps = []
+        for stage in (self.stage1, self.stage2, self.stage3, self.stage4):
+            for layer in stage:
+                x = layer(x, train)
+            maps.append(x)
+        return tuple(maps[1:])

@@ -1,0 +1,346 @@
+"""YOLOX: CSPDarknet, PAFPN and a head whose two towers and three predictors every level has for itself.
+
+Reference: Ge et al., YOLOX: Exceeding YOLO Series in 2021, arXiv 2107.08430. Peers: mmdetection 3.3.0, whose names and
+numbers this file keeps; the authors' weights fit as well (`kdjax.detectors.megvii`).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from kdjax.boxes import assign, coding, nms, priors
+from kdjax.boxes.convert import clip
+from kdjax.detectors.api import Detector, Tree, flatten, pure, unflatten
+from kdjax.detectors.cspdarknet import CSPDarknet, conv_norm, csp_layer, separable
+from kdjax.detectors.layers import FOCAL_BIAS, Conv, constant
+from kdjax.detectors.pafpn import PAFPN
+from kdjax.losses import box, classification
+from kdjax.structs import Assignment, Detections, DetectorOutput, Targets
+
+Array = jax.Array
+
+STRIDES = (8, 16, 32)
+# The published sizes, and a small one for CPUs (pico). Head and neck are as wide as the finest map.
+VARIANTS = {
+    "pico": {"widen": 0.125, "deepen": 0.33, "depthwise": True},
+    "nano": {"widen": 0.25, "deepen": 0.33, "depthwise": True},
+    "tiny": {"widen": 0.375, "deepen": 0.33, "depthwise": False},
+    "s": {"widen": 0.5, "deepen": 0.33, "depthwise": False},
+    "m": {"widen": 0.75, "deepen": 0.67, "depthwise": False},
+    "l": {"widen": 1.0, "deepen": 1.0, "depthwise": False},
+    "x": {"widen": 1.25, "deepen": 1.33, "depthwise": False},
+}
+_OPTIONS = ("widen", "deepen", "depthwise", "stacked_convs", "l1")
+# The tower of each prediction.
+_TOWERS = {"cls": "cls", "reg": "reg", "quality": "reg"}
+
+
+class _Head(nnx.Module):
+    """Nothing is shared by the levels."""
+
+    def __init__(self, channels: int, num_classes: int, *, stacked_convs: int, depthwise: bool):
+        conv = separable if depthwise else conv_norm
+
+        def tower() -> nnx.List:
+            return nnx.List([nnx.List([conv(channels, channels, 3) for _ in range(stacked_convs)]) for _ in STRIDES])
+
+        def predictors(outputs: int, bias: float) -> nnx.List:
+            return nnx.List([Conv(channels, outputs, 1, bias=constant(bias)) for _ in STRIDES])
+
+        self.multi_level_cls_convs, self.multi_level_reg_convs = tower(), tower()
+        self.multi_level_conv_cls = predictors(num_classes, FOCAL_BIAS)
+        self.multi_level_conv_reg = predictors(4, 0.0)
+        self.multi_level_conv_obj = predictors(1, FOCAL_BIAS)
+
+    def branch(
+        self, maps: tuple[Array, ...], tower: str, start: int, train: bool
+    ) -> tuple[tuple[tuple[Array, ...], ...], dict[str, tuple[Array, ...]]]:
+        """Runs one tower on all levels from conv `start` on (0-based; the maps are activated first if start > 0).
+
+        Returns the pre-activation outputs of its convs (conv, then level), and the predictions that hang on it in
+        float32, in which losses and boxes are computed (name, then level).
+        """
+        if tower == "cls":
+            convs, predictors = self.multi_level_cls_convs, {"cls": self.multi_level_conv_cls}
+        else:
+            convs = self.multi_level_reg_convs
+            predictors = {"reg": self.multi_level_conv_reg, "quality": self.multi_level_conv_obj}
+        taps, ends = [], []
+        for level, x in enumerate(maps):
+            x = jax.nn.silu(x) if start else x
+            taps.append([])
+            for conv in convs[level][start:]:
+                taps[level].append(conv.normed(x, train))
+                x = jax.nn.silu(taps[level][-1])
+            ends.append(x)
+        found = {
+            name: tuple(conv(x).astype(jnp.float32) for conv, x in zip(levels, ends, strict=True))
+            for name, levels in predictors.items()
+        }
+        return tuple(zip(*taps, strict=True)), found
+
+
+class YOLOX(nnx.Module):
+    """The whole network; its parts carry mmdetection's names."""
+
+    def __init__(self, num_classes: int, *, widen: float, deepen: float, depthwise: bool, stacked_convs: int):
+        channels, blocks = int(256 * widen), max(round(3 * deepen), 1)
+        self.backbone = CSPDarknet(widen=widen, deepen=deepen, depthwise=depthwise)
+        self.neck = PAFPN(
+            self.backbone.channels,
+            channels,
+            layer=functools.partial(csp_layer, blocks=blocks, identity=False, depthwise=depthwise),
+            size=1,
+            conv=conv_norm,
+            down=separable if depthwise else conv_norm,
+        )
+        self.bbox_head = _Head(channels, num_classes, stacked_convs=stacked_convs, depthwise=depthwise)
+
+    def __call__(self, x: Array, train: bool) -> DetectorOutput:
+        backbone = self.backbone(x, train)
+        neck, neck_conv = self.neck(backbone, train)
+        cls_tower, of_cls = self.bbox_head.branch(neck, "cls", 0, train)
+        reg_tower, of_reg = self.bbox_head.branch(neck, "reg", 0, train)
+        return DetectorOutput(
+            strides=STRIDES,
+            backbone_strides=STRIDES,
+            backbone=backbone,
+            neck=neck,
+            neck_conv=neck_conv,
+            cls_tower=cls_tower,
+            reg_tower=reg_tower,
+            cls_logits=of_cls["cls"],
+            box_reg=of_reg["reg"],
+            quality=of_reg["quality"],
+            quality_tower=_TOWERS["quality"],
+        )
+
+
+def make(variant: str, num_classes: int, **overrides) -> Detector:
+    """Builds YOLOX in one of its sizes.
+
+    Args:
+      variant: pico, nano, tiny, s, m, l or x.
+      num_classes: K >= 1.
+      **overrides: any of
+        widen, deepen: factors of channels and of blocks, > 0;
+        depthwise: 3x3 convolutions behind the stem are depthwise ones and 1x1 (pico and nano);
+        stacked_convs: convolutions of each tower (2);
+        l1: the loss has the absolute differences of the regressed numbers too, as in the last 15 of the published 300
+        epochs (False).
+
+    Returns:
+      The detector. `box_reg` holds centre and size of boxes (`boxes.coding.cells_to_boxes`), `quality` the objectness
+      logits.
+
+    Raises:
+      ValueError: for an unknown variant or option, or a value out of range.
+
+    Peers: mmdetection 3.3.0, configs/yolox/yolox_*_8xb8-300e_coco.py.
+
+    Reference: arXiv 2107.08430, section 2.
+
+    Example:
+      >>> make("pico", 5, stacked_convs=1).options
+      {'stacked_convs': 1}
+    """
+    if variant not in VARIANTS:
+        raise ValueError(f"There is no YOLOX {variant!r}; its sizes are {', '.join(VARIANTS)}.")
+    options = VARIANTS[variant] | {"stacked_convs": 2, "l1": False} | overrides
+    _check(num_classes, options)
+    l1, convs = options.pop("l1"), options["stacked_convs"]
+    module = pure(lambda: YOLOX(num_classes, **options))
+
+    def apply(params: Tree, stats: Tree, x: Array, *, train: bool) -> tuple[DetectorOutput, Tree]:
+        if x.ndim != 4 or x.shape[1] % 32 or x.shape[2] % 32 or x.shape[3] != 3:
+            raise ValueError(f"YOLOX takes images f32[B, H, W, 3] whose sides divide by 32, not {x.shape}.")
+        return module.call(params, stats, YOLOX.__call__, x, train)
+
+    def head(params: Tree, stats: Tree, features: tuple[Array, ...], *, branch: str, start: int) -> tuple[Array, ...]:
+        if branch not in _TOWERS or not 0 <= start <= convs:
+            raise ValueError(
+                f"YOLOX's head has the branches {', '.join(_TOWERS)} and can be entered at 0 to {convs}, "
+                f"not at {branch!r}, {start}."
+            )
+        tower = _TOWERS[branch]
+        return module.call(params, stats, lambda m: m.bbox_head.branch(features, tower, start, False)[1])[0][branch]
+
+    return Detector(
+        name=f"yolox_{variant}",
+        num_classes=num_classes,
+        options=overrides,
+        strides=STRIDES,
+        size_divisor=32,
+        pad_value=114,
+        shapes=module.shapes,
+        init=module.init,
+        preprocess=preprocess,
+        apply=apply,
+        head=head,
+        loss=functools.partial(loss, l1=l1),
+        decode=decode,
+        decode_boxes=decode_boxes,
+        class_logits=class_logits,
+        priors=lambda hw: priors.grid_priors(hw, STRIDES),
+        no_decay=no_decay,
+    )
+
+
+def _check(num_classes: int, options: dict) -> None:
+    unknown = sorted(set(options) - set(_OPTIONS))
+    if unknown:
+        raise ValueError(f"YOLOX has no option {', '.join(unknown)}; its options are {', '.join(_OPTIONS)}.")
+    if num_classes < 1:
+        raise ValueError(f"YOLOX needs at least one class, not {num_classes}.")
+    if int(64 * options["widen"]) < 1 or options["deepen"] <= 0 or options["stacked_convs"] < 1:
+        raise ValueError(
+            f"YOLOX needs widen >= 1/64, deepen > 0 and stacked_convs >= 1, not widen={options['widen']}, "
+            f"deepen={options['deepen']}, stacked_convs={options['stacked_convs']}."
+        )
+
+
+def preprocess(images: Array) -> Array:
+    """u8[B, H, W, 3] RGB -> f32[B, H, W, 3] BGR, 0 .. 255: nothing is normalised."""
+    return images[..., ::-1].astype(jnp.float32)
+
+
+def no_decay(params: Tree) -> Tree:
+    """True on norm scales and offsets and on biases, which weight decay leaves alone."""
+    return unflatten({path: not path.endswith("/kernel") for path in flatten(params)})
+
+
+def _join(maps: tuple[Array, ...]) -> Array:
+    """L of f32[B, H, W, C] -> f32[B, N, C]."""
+    return jnp.concatenate([m.reshape(m.shape[0], -1, m.shape[-1]) for m in maps], 1)
+
+
+def class_logits(output: DetectorOutput) -> Array:
+    """Classification logits of all levels, f32[B, N, K], without the objectness."""
+    return _join(output.cls_logits)
+
+
+def _objectness(output: DetectorOutput) -> Array:
+    """Objectness logits of all levels, f32[B, N]."""
+    return _join(output.quality)[..., 0]
+
+
+def _priors(output: DetectorOutput) -> np.ndarray:
+    height, width = output.box_reg[0].shape[1:3]
+    return priors.grid_priors((height * STRIDES[0], width * STRIDES[0]), STRIDES)
+
+
+def decode_boxes(output: DetectorOutput) -> Array:
+    """Boxes of all priors, f32[B, N, 4] in pixels, not clipped."""
+    return coding.cells_to_boxes(_priors(output), _join(output.box_reg))
+
+
+def loss(
+    output: DetectorOutput, targets: Targets, *, assignment: Assignment | None = None, l1: bool = False
+) -> tuple[dict[str, Array], Assignment]:
+    """YOLOX's losses over the global batch.
+
+    With v the IoU of a positive prior's box with its target when it was assigned, IoU that of the loss, P = max(positive
+    priors, 1): loss_cls = sum over the positives and classes of BCE(logit, v at the label, else 0) / P,
+    loss_box = 5 sum over the positives of (1 - IoU^2) / P, loss_obj = sum over all priors of BCE(objectness, 1 at
+    positives, else 0) / P and, if asked for, loss_l1 = sum over the positives and the four numbers of
+    |box_reg - the numbers of the target| / P.
+
+    Args:
+      output: of `apply`.
+      targets: ground truth.
+      assignment: what to learn; by default SimOTA decides, without gradient, on the scores
+        sqrt(sigmoid(logit) sigmoid(objectness)) and the middles of the cells.
+      l1: whether there is loss_l1.
+
+    Returns:
+      {"loss_cls": f32[], "loss_box": f32[], "loss_obj": f32[]}, "loss_l1" if asked for, all >= 0, and the assignment.
+      Without any box only loss_obj is not 0.
+
+    Scope: the global batch, all levels.
+
+    Peers: mmdetection 3.3.0 YOLOXHead.loss_by_feat on one device. The middles of cells outside the padded picture are
+      background there, and are not scored here; in kdjax's own batches there are none.
+
+    Reference: arXiv 2107.08430, section 2.1.
+    """
+    if assignment is None:
+        assignment = _assign(output, targets)
+    found = prior_losses(output, assignment)
+    return {name: jnp.sum(value) for name, value in found.items() if l1 or name != "loss_l1"}, assignment
+
+
+def _assign(output: DetectorOutput, targets: Targets) -> Assignment:
+    points = _priors(output)
+    middles = np.concatenate([points[:, :2] + points[:, 2:] / 2, points[:, 2:]], 1)
+    scores = jnp.sqrt(jax.nn.sigmoid(class_logits(output)) * jax.nn.sigmoid(_objectness(output))[..., None])
+    return assign.sim_ota(jax.lax.stop_gradient(scores), decode_boxes(output), middles, targets)
+
+
+def prior_losses(output: DetectorOutput, assignment: Assignment) -> dict[str, Array]:
+    """The losses of `loss` before the sum: f32[B, N] each, weighted and divided by the global normalizer."""
+    positive, points = assignment.positive, _priors(output)
+    count = jnp.maximum(jnp.sum(positive), 1).astype(jnp.float32)
+    logits = class_logits(output)
+    label = jax.nn.one_hot(assignment.labels, logits.shape[-1]) * assignment.quality[..., None]
+    entropy = jnp.sum(classification.soft_binary_cross_entropy(logits, label), -1)
+    apart = box.iou(decode_boxes(output), assignment.boxes, form="square")
+    presence = classification.soft_binary_cross_entropy(_objectness(output), positive.astype(jnp.float32))
+    # A background prior has no box: its own cell stands in.
+    boxes = jnp.where(positive[..., None], assignment.boxes, coding.cells_to_boxes(points, jnp.zeros((len(points), 4))))
+    difference = jnp.sum(box.l1(_join(output.box_reg), coding.boxes_to_cells(points, boxes)), -1)
+    return {
+        "loss_cls": jnp.where(positive, entropy, 0.0) / count,
+        "loss_box": 5.0 * jnp.where(positive, apart, 0.0) / count,
+        "loss_obj": jnp.where(assignment.ignore, 0.0, presence) / count,
+        "loss_l1": jnp.where(positive, difference, 0.0) / count,
+    }
+
+
+def decode(
+    output: DetectorOutput,
+    image_size: Array,
+    *,
+    score_threshold: float = 0.001,
+    iou_threshold: float = 0.65,
+    pre_nms: int = 30000,
+    max_detections: int = 300,
+) -> Detections:
+    """Turns predictions into detections by class-wise non-maximum suppression.
+
+    Scores are sigmoid(logit) sigmoid(objectness). Boxes are suppressed as they are and clipped afterwards; those that
+    lie outside the picture are left out.
+
+    Args:
+      output: of `apply`.
+      image_size: i32[B, 2], height and width that boxes are clipped to.
+      score_threshold: detections score above it, 0 .. 1.
+      iou_threshold: a box goes if a better one of its class overlaps it by more.
+      pre_nms: (prior, class) pairs of each level that enter the suppression at most.
+      max_detections: D, rows of the result.
+
+    Returns:
+      D detections a picture, padded.
+
+    Scope: one picture.
+
+    Peers: mmdetection 3.3.0 YOLOXHead.predict_by_feat without rescaling, which looks at the best class of a prior alone
+      and does not clip.
+    """
+    boxes = decode_boxes(output)
+    inside = clip(boxes, image_size)
+    scores = jax.nn.sigmoid(class_logits(output)) * jax.nn.sigmoid(_objectness(output))[..., None]
+    seen = jnp.all(inside[..., 2:] > inside[..., :2], -1, keepdims=True)
+    found = nms.select(
+        boxes,
+        jnp.where(seen, scores, 0.0),
+        level_sizes=tuple(m.shape[1] * m.shape[2] for m in output.cls_logits),
+        image_size=None,
+        score_threshold=score_threshold,
+        iou_threshold=iou_threshold,
+        pre_nms=pre_nms,
+        max_detections=max_detections,
+    )
+    return found._replace(boxes=clip(found.boxes, image_size))
