@@ -208,6 +208,7 @@ class _EvalBuilder:
     pictures: Pictures
     canvas: tuple[int, int]
     max_boxes: int
+    round_down: bool
 
     def __call__(self, plan: list[int | None]) -> list[dict[str, np.ndarray]]:
         return [self._row(picture) for picture in plan]
@@ -219,7 +220,7 @@ class _EvalBuilder:
         else:
             example = self.pictures[picture]
         original = example["image"].shape[:2]
-        _, size = transforms.fitted(original, self.canvas)
+        _, size = transforms.fitted(original, self.canvas, round_down=self.round_down)
         return _padded(transforms.resize(_sample(example), size), self.canvas, self.max_boxes) | {
             "image_id": np.int64(example["image_id"]),
             "original_size": np.array(original, np.int32),
@@ -368,8 +369,10 @@ def train_batches(
     return Batches(plans, builder, workers=workers, together=STREAM if mixing else 1)
 
 
-def eval_batches(dataset: Dataset, split: str, cfg: Mapping, *, batch_size: int, limit: int | None = None) -> "Batches":
-    """The pictures of a split once, in order, resized to fit the canvas.
+def eval_batches(
+    dataset: Dataset, split: str, cfg: Mapping, *, batch_size: int, limit: int | None = None, round_down: bool = False
+) -> "Batches":
+    """The pictures of a split once, in order, resized to fit the canvas (`transforms.fitted`).
 
     Returns:
       An iterator with `close()` of the dicts of `train_batches` and image_id i64[B], original_size i32[B, 2] (height,
@@ -380,7 +383,9 @@ def eval_batches(dataset: Dataset, split: str, cfg: Mapping, *, batch_size: int,
     chosen = dataset.splits[split]
     size = chosen.size if limit is None else min(limit, chosen.size)
     plans = _EvalPlans(size=size, batch=batch_size)
-    builder = _EvalBuilder(pictures=Pictures(chosen), canvas=canvas_of(cfg), max_boxes=dataset.max_boxes)
+    builder = _EvalBuilder(
+        pictures=Pictures(chosen), canvas=canvas_of(cfg), max_boxes=dataset.max_boxes, round_down=round_down
+    )
     return Batches(grain.MapDataset.source(plans), builder, workers=int(cfg.get("workers", 0)))
 
 

@@ -43,14 +43,22 @@ def resize(sample: Sample, size: tuple[int, int]) -> Sample:
     )
 
 
-def fitted(image_size: tuple[int, int], canvas: tuple[int, int]) -> tuple[float, tuple[int, int]]:
+def fitted(
+    image_size: tuple[int, int], canvas: tuple[int, int], *, round_down: bool = False
+) -> tuple[float, tuple[int, int]]:
     """The factor that fits a picture (h, w) into the canvas (h, w) keeping its aspect ratio, and the size it gets.
+
+    The size is rounded half up, or down, in whole pixels, at least 1.
 
     Example:
       >>> fitted((480, 640), (320, 320))
       (0.5, (240, 320))
+      >>> fitted((427, 640), (320, 320))[1], fitted((427, 640), (320, 320), round_down=True)[1]
+      ((214, 320), (213, 320))
     """
     factor = min(canvas[0] / image_size[0], canvas[1] / image_size[1])
+    if round_down:  # a product that is whole but for its own rounding counts as whole
+        return factor, tuple(max(int(side * factor + 1e-6), 1) for side in image_size)
     return factor, scaled(image_size, factor)
 
 

@@ -42,6 +42,7 @@ class Detector:
     strides: tuple[int, ...]
     size_divisor: int  # sides of the network input divide by it
     pad_value: int  # grey level of the canvas around a picture
+    round_down: bool = False  # in evaluations a picture fitted to the canvas loses the fraction of a pixel
     shapes: tuple[Tree, Tree]  # (params, stats) as trees of jax.ShapeDtypeStruct
     init: Callable
     preprocess: Callable

@@ -1,4 +1,4 @@
-"""Fills a detector from a PyTorch state dict with mmdetection's names, and writes one."""
+"""Fills a detector from a PyTorch state dict with mmdetection's names, or an ONNX file of YOLOX, and writes one."""
 
 import pickle
 import re
@@ -12,6 +12,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file as load_safetensors
 
+from kdjax.detectors import megvii
 from kdjax.detectors.api import Detector, Tree, flatten, unflatten
 
 # Our paths follow mmdetection's module names (those of torchvision and timm in a ResNet); only the leaves are renamed.
@@ -26,7 +27,9 @@ _LEAVES = {
 # RTMDet's towers: PyTorch stores a convolution that the levels share once for each level.
 _TOWER = re.compile(r"(bbox_head/(?:cls|reg)_convs)/0/(\d+/conv/kernel)")
 # Layers whose outputs are the classes, of every anchor of a cell.
-_CLASSIFIER = re.compile(r"bbox_head\.(rtm_cls\.\d+|retina_cls|conv_cls|gfl_cls|atss_cls)\.(weight|bias)")
+_CLASSIFIER = re.compile(
+    r"bbox_head\.(rtm_cls\.\d+|retina_cls|conv_cls|gfl_cls|atss_cls|multi_level_conv_cls\.\d+)\.(weight|bias)"
+)
 # What a state dict holds beside weights: counters, and the bins 0 .. n of GFL's distributions.
 _COUNTERS, _BINS, _BINS_OF = "num_batches_tracked", "bbox_head.integral.project", "bbox_head.gfl_reg.bias"
 # A state dict with this name is that of a ResNet without a detector around it.
@@ -44,7 +47,7 @@ _MMYOLO = (
     ("neck.out_layers.", "neck.out_convs."),
 )
 
-_FORMATS = (".npz", ".safetensors", ".pth")
+_FORMATS = (".npz", ".safetensors", ".pth", ".onnx")
 
 
 def torch_names(detector: Detector) -> dict[str, list[str]]:
@@ -86,7 +89,7 @@ def from_torch(
 ) -> tuple[Tree, Tree]:
     """Fills a detector from a PyTorch state dict.
 
-    Understood are mmdetection's names and mmyolo's of RTMDet, behind `module.` (parallel wrappers and averaged models)
+    Understood are mmdetection's names, mmyolo's of RTMDet and the authors' of YOLOX, behind `module.` (parallel wrappers and averaged models)
     and mmrazor's `architecture.`, `student.` and `teacher.`. Every key must be used and every array filled. If only the
     classes differ, the classifiers start anew with the focal prior, and a warning says so. A bare ResNet, as
     torchvision and timm have it, fills the backbone, and everything else starts anew.
@@ -111,6 +114,8 @@ def from_torch(
     Peers: mmdetection 3.3.0, mmengine 0.10, mmrazor 1.0; torchvision's and timm's ResNet.
     """
     state = {name: value for name, value in plain(state, network).items() if not name.endswith(_COUNTERS)}
+    if megvii.is_folded(state):
+        state = megvii.unfolded(detector, state)
     if _STEM in state:
         return _from_backbone(detector, state, key, keep_classifiers)
     wanted = {f"{side}/{path}": leaf for side, tree in zip(("params", "stats"), detector.shapes, strict=True)
@@ -249,7 +254,7 @@ def plain(state: dict[str, np.ndarray], network: str = "student") -> dict[str, n
       >>> list(plain({"architecture.bbox_head.head_module.rtm_cls.0.bias": np.zeros(3)}))
       ['bbox_head.rtm_cls.0.bias']
     """
-    state = _unwrapped(state, network)
+    state = megvii.renamed(_unwrapped(state, network))
     if not is_mmyolo(state):
         return state
 
@@ -296,13 +301,13 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, np.ndarray], list[str] 
     it saves, so that it is the first that holds the averaged weights.
 
     Args:
-      path: `.npz`, `.safetensors`, or `.pth` (needs the extra `kdjax[torch]`).
+      path: `.npz`, `.safetensors`, `.pth` (needs the extra `kdjax[torch]`), or `.onnx` of YOLOX (needs onnx).
 
     Returns:
       name -> array, and the classes that mmengine's or mmdetection 2's `meta` names in a `.pth`, else None.
 
     Raises:
-      ValueError: if the file is missing, of another kind, or broken, or PyTorch is needed and missing.
+      ValueError: if the file is missing, of another kind, or broken, or PyTorch or onnx is needed and missing.
     """
     path = Path(path)
     if path.suffix not in _FORMATS:
@@ -322,7 +327,7 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, np.ndarray], list[str] 
             return _unwrap(load_safetensors(path)), None
     except (OSError, ValueError, KeyError, EOFError, SafetensorError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"The weights in {path} cannot be read: {error}.") from error
-    return _load_pth(path)
+    return (megvii.load_onnx(path), None) if path.suffix == ".onnx" else _load_pth(path)
 
 
 def _load_pth(path: Path) -> tuple[dict, list[str] | None]:

@@ -175,6 +175,7 @@ def make(variant: str, num_classes: int, **overrides) -> Detector:
         strides=STRIDES,
         size_divisor=32,
         pad_value=114,
+        round_down=True,
         shapes=module.shapes,
         init=module.init,
         preprocess=preprocess,

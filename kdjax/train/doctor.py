@@ -183,7 +183,12 @@ def of_weights(role: str, detector, variables, setup: loop.Setup, pictures: int)
     def detections(change: Callable) -> list[dict]:
         found = []
         batches = data.eval_batches(
-            dataset, "val", setup.config.data, batch_size=setup.config.eval.batch_size, limit=pictures
+            dataset,
+            "val",
+            setup.config.data,
+            batch_size=setup.config.eval.batch_size,
+            limit=pictures,
+            round_down=detector.round_down,
         )
         with contextlib.closing(batches):
             for batch in batches:

@@ -636,7 +636,14 @@ def evaluate(setup: Setup, role: str, variables, *, limit: int = 0) -> Evaluatio
         for row in np.flatnonzero(batch["real"] & batch["valid"].any(axis=1))[: EXAMPLES - len(examples)]:
             examples.append(example(batch, output, row))
 
-    batches = data.eval_batches(dataset, "val", config.data, batch_size=config.eval.batch_size, limit=limit or None)
+    batches = data.eval_batches(
+        dataset,
+        "val",
+        config.data,
+        batch_size=config.eval.batch_size,
+        limit=limit or None,
+        round_down=(setup.teacher if role == "teacher" else setup.student).round_down,
+    )
     for batch in tqdm(batches, desc=f"evaluate {role}", unit="batch", leave=False, disable=jax.process_index() > 0):
         output = setup.predict[role](variables, batch["image"], batch["image_size"])
         pending.append((batch, output))

@@ -404,7 +404,7 @@ def stablehlo_runner(path: Path):
 
 def _inputs(model: models.Model, pictures: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     for image in pictures:
-        canvas, placed = models.on_canvas(image, model.image_size)
+        canvas, placed = models.on_canvas(image, model.image_size, round_down=model.detector.round_down)
         yield canvas[None], placed[None]
 
 
@@ -449,7 +449,7 @@ def aps(model: models.Model, call, data: evaluate.Data, *, raw: bool) -> tuple[f
     decode = jax.jit(lambda found, image_size: model.detector.decode(_output(model, found), image_size))
     theirs = []
     for image_id, image in bar(data.stream(), desc="exported"):
-        canvas, placed = models.on_canvas(image, model.image_size)
+        canvas, placed = models.on_canvas(image, model.image_size, round_down=model.detector.round_down)
         if raw:
             found = jax.device_get(decode(call(canvas[None]), placed[None]))
         else:

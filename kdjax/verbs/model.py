@@ -114,17 +114,18 @@ def aligned(rows: list[list[str]]) -> str:
     )
 
 
-def on_canvas(image: np.ndarray, canvas: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+def on_canvas(image: np.ndarray, canvas: tuple[int, int], *, round_down: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """A picture as a detector gets it in every evaluation.
 
     Args:
       image: u8[h, w, 3], RGB.
       canvas: height and width in pixels.
+      round_down: `Detector.round_down`.
 
     Returns:
       The canvas u8[H, W, 3], the picture fitted to its top left, and the picture's size on it, i32[2].
     """
-    size = transforms.fitted(image.shape[:2], canvas)[1]
+    size = transforms.fitted(image.shape[:2], canvas, round_down=round_down)[1]
     sample = transforms.Sample(image, np.zeros((0, 4), np.float32), np.zeros(0, np.int32))
     return transforms.pad(transforms.resize(sample, size), canvas).image, np.array(size, np.int32)
 
@@ -144,7 +145,7 @@ def detect(
     """
     images = iter(images)
     while chunk := list(itertools.islice(images, batch)):
-        placed = [on_canvas(image, model.image_size) for _, image in chunk]
+        placed = [on_canvas(image, model.image_size, round_down=model.detector.round_down) for _, image in chunk]
         placed += placed[-1:] * (batch - len(chunk))
         canvases, sizes = (np.stack(arrays) for arrays in zip(*placed, strict=True))
         rows = {
