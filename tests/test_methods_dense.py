@@ -1,4 +1,4 @@
-"""The methods on predictions and assignments, on the heads of RetinaNet, FCOS, GFL and ATSS: steps of two networks."""
+"""The methods on predictions and assignments, on the heads of the dense families: steps of two networks."""
 
 import functools
 
@@ -11,14 +11,14 @@ from kdjax.detectors import build
 from kdjax.methods import api
 from kdjax.train import step
 
-NAMES = ("retinanet_r18", "fcos_r18", "gfl_r18", "atss_r18")
+NAMES = ("retinanet_r18", "fcos_r18", "gfl_r18", "atss_r18", "yolox_pico")
 METHODS = ("bckd", "crosskd", "fgfi", "gid", "pfi", "rm")
 SIDE, BATCH, CLASSES = 64, 2, 3
 QUICK = {"xla_backend_optimization_level": 0}
 
 
 def methods_of(name: str) -> dict[str, api.Method]:
-    options = {"crosskd": {"quality_weight": 1.0 if name.startswith(("fcos", "atss")) else 0.0}}
+    options = {"crosskd": {"quality_weight": 1.0 if name.startswith(("fcos", "atss", "yolox")) else 0.0}}
     chosen = {method: api.build(method, **options.get(method, {})) for method in METHODS}
     return chosen | ({"ld": api.build("ld")} if name.startswith("gfl") else {})
 
@@ -26,6 +26,8 @@ def methods_of(name: str) -> dict[str, api.Method]:
 @functools.cache
 def networks(name: str):
     """A student, and a teacher of twice its width."""
+    if name.startswith("yolox"):
+        return tuple(build(name, CLASSES, widen=widen, deepen=0.1) for widen in (0.0625, 0.125))
     groups = {} if name.startswith("retinanet") else {"groups": 2}
     return tuple(
         build(name, CLASSES, base_channels=2, neck_channels=c, head_channels=c, stacked_convs=2, **groups)
@@ -95,7 +97,18 @@ def test_methods_teach_dense_heads(name):
     assert silent <= {"gid/relation"}, silent
 
 
-@pytest.mark.parametrize("name", ("retinanet_r18", "fcos_r18", "atss_r18"))
+@pytest.mark.parametrize("name", ("retinanet_r18", "fcos_r18", "atss_r18", "yolox_pico"))
 def test_ld_is_refused_without_distributions(name):
     with pytest.raises(ValueError, match="distributions over bins, but 'box_reg' of the student has 4 numbers a prior"):
         api.build("ld").init(jax.random.PRNGKey(0), *specs(name))
+
+
+@pytest.mark.parametrize("pair", [("rtmdet_pico", "yolox_pico"), ("yolox_pico", "rtmdet_pico")])
+def test_yolox_and_rtmdet_teach_each_other(pair, monkeypatch):
+    """They have the same grid, and so the same priors; what is compared is decoded by each."""
+    made = tuple(build(name, CLASSES, widen=widen) for name, widen in zip(pair, (0.0625, 0.125), strict=True))
+    monkeypatch.setitem(globals(), "networks", lambda name: made)
+    values = jax.eval_shape(functools.partial(terms, "pair"), *made[0].shapes, step.Teacher(*made[1].shapes), batch())
+    assert set(values) == {f"{method}/{term}" for method, one in methods_of("pair").items() for term in one.weights}
+    with pytest.raises(ValueError, match="there is no tap 'quality' on this detector"):
+        api.build("crosskd", quality_weight=1.0).init(jax.random.PRNGKey(0), *specs("pair"))

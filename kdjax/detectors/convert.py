@@ -89,10 +89,10 @@ def from_torch(
 ) -> tuple[Tree, Tree]:
     """Fills a detector from a PyTorch state dict.
 
-    Understood are mmdetection's names, mmyolo's of RTMDet and the authors' of YOLOX, behind `module.` (parallel wrappers and averaged models)
-    and mmrazor's `architecture.`, `student.` and `teacher.`. Every key must be used and every array filled. If only the
-    classes differ, the classifiers start anew with the focal prior, and a warning says so. A bare ResNet, as
-    torchvision and timm have it, fills the backbone, and everything else starts anew.
+    Understood are mmdetection's names, mmyolo's of RTMDet and the authors' of YOLOX, behind `module.` (parallel
+    wrappers and averaged models) and mmrazor's `architecture.`, `student.` and `teacher.`. Every key must be used and
+    every array filled. If only the classes differ, the classifiers start anew with the focal prior, and a warning says
+    so. A bare ResNet, as torchvision and timm have it, fills the backbone, and everything else starts anew.
 
     Args:
       detector: what to fill.

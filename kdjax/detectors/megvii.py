@@ -118,7 +118,12 @@ def unfolded(detector: Detector, state: dict[str, np.ndarray]) -> dict[str, np.n
 
     Returns:
       A state dict under mmdetection's names. Where the number of convolutions differs, what is too many keeps its name.
+
+    Raises:
+      ValueError: for another detector.
     """
+    if not detector.name.startswith("yolox_"):
+        raise ValueError(f"ONNX files are read of YOLOX alone, not of {detector.name}.")
     found = dict(state)
     for number, module in enumerate(_in_order(detector)):
         kernel, bias = (found.pop(f"{_UNNAMED}{number}.{leaf}", None) for leaf in ("weight", "bias"))

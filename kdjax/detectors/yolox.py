@@ -243,8 +243,8 @@ def loss(
 ) -> tuple[dict[str, Array], Assignment]:
     """YOLOX's losses over the global batch.
 
-    With v the IoU of a positive prior's box with its target when it was assigned, IoU that of the loss, P = max(positive
-    priors, 1): loss_cls = sum over the positives and classes of BCE(logit, v at the label, else 0) / P,
+    With v the IoU of a positive prior's box and its target when it was assigned, IoU the same with a gradient, and P =
+    max(positive priors, 1): loss_cls = sum over the positives and classes of BCE(logit, v at the label, else 0) / P,
     loss_box = 5 sum over the positives of (1 - IoU^2) / P, loss_obj = sum over all priors of BCE(objectness, 1 at
     positives, else 0) / P and, if asked for, loss_l1 = sum over the positives and the four numbers of
     |box_reg - the numbers of the target| / P.
