@@ -139,10 +139,12 @@ def _parser() -> argparse.ArgumentParser:
 
     one = verb(
         "import-weights",
-        "Turn a checkpoint of mmdetection, mmyolo (RTMDet) or mmrazor into a folder that every verb and train.py read.",
+        "Turn a checkpoint of mmdetection, mmyolo, mmrazor or YOLOX into a folder that every verb and train.py read.",
         "kdjax import-weights rtmdet_tiny.pth --detector=rtmdet_tiny --out=rtmdet_tiny",
     )
-    one.add_argument("file", metavar="FILE", help=".pth (needs kdjax[torch]), .safetensors or .npz")
+    one.add_argument(
+        "file", metavar="FILE", help=".pth (needs kdjax[torch]), .safetensors, .npz, or YOLOX's .onnx (needs onnx)"
+    )
     one.add_argument("--detector", required=True, metavar="NAME", help="rtmdet_tiny, rtmdet_s, …")
     one.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
     one.add_argument(

@@ -452,17 +452,20 @@ def folded():
 
 def test_folded_norms_are_unfolded():
     output, _ = program()[0](*variables(), images())
-    again, _ = program()[0](*convert.from_torch(tiny(), folded()), images())
+    fill = functools.partial(convert.from_torch, keep_classifiers=True)
+    again, _ = program()[0](*fill(tiny(), folded()), images())
     chex.assert_trees_all_close(again.cls_logits, output.cls_logits, rtol=1e-3, atol=1e-3)
     chex.assert_trees_all_close(again.quality, output.quality, rtol=1e-3, atol=1e-3)
     lacking = folded()
     del lacking["onnx.4.weight"]
     with pytest.raises(ValueError, match=r"do not fit yolox_pico"):
-        convert.from_torch(tiny(), lacking)
+        fill(tiny(), lacking)
     with pytest.raises(ValueError, match=r"do not fit yolox_pico .*\n.* has no place in the detector"):
-        convert.from_torch(tiny(), folded() | {"onnx.900.weight": np.zeros(3)})
+        fill(tiny(), folded() | {"onnx.900.weight": np.zeros(3)})
     with pytest.raises(ValueError, match="read of YOLOX alone, not of rtmdet_pico"):
-        convert.from_torch(build("rtmdet_pico", CLASSES), folded())
+        fill(build("rtmdet_pico", CLASSES), folded())
+    with pytest.warns(UserWarning, match="trained from here on starts with norms of scale 1"):
+        convert.from_torch(tiny(), folded())
 
 
 def test_an_onnx_file_is_read(tmp_path, monkeypatch):

@@ -100,7 +100,7 @@ def from_torch(
       network: which one to take, "student" or "teacher", of a distiller's state that holds both.
       key: of the draws for what starts anew; by default the key of seed 0.
       other_classes: the state's classes are not the detector's, even if there are as many.
-      keep_classifiers: refuse a state of another number of classes, or without classifiers.
+      keep_classifiers: refuse a state of another number of classes, or without classifiers (of a teacher).
 
     Returns:
       (params, stats) of float32 arrays.
@@ -109,13 +109,19 @@ def from_torch(
       ValueError: one that lists every key without use, every array without source and every shape that differs.
 
     Warns:
-      UserWarning: if the classifiers are not those of the state.
+      UserWarning: if the classifiers are not those of the state, or its norms are folded and it may be trained on.
 
     Peers: mmdetection 3.3.0, mmengine 0.10, mmrazor 1.0; torchvision's and timm's ResNet.
     """
     state = {name: value for name, value in plain(state, network).items() if not name.endswith(_COUNTERS)}
     if megvii.is_folded(state):
         state = megvii.unfolded(detector, state)
+        if not keep_classifiers:
+            warnings.warn(
+                f"The norms of these weights are folded into the convolutions: as a teacher {detector.name} computes "
+                "what it did, but one that is trained from here on starts with norms of scale 1.",
+                stacklevel=2,
+            )
     if _STEM in state:
         return _from_backbone(detector, state, key, keep_classifiers)
     wanted = {f"{side}/{path}": leaf for side, tree in zip(("params", "stats"), detector.shapes, strict=True)

@@ -90,11 +90,11 @@ def load(
     key: jax.Array | None = None,
     keep_classifiers: bool = False,
 ) -> tuple[Detector, Tree, Tree, list[str] | None]:
-    """Loads weights: a folder that `save` wrote, or a PyTorch state dict.
+    """Loads weights: a folder that `save` wrote, a PyTorch state dict, or an ONNX file of YOLOX.
 
     Args:
       path: the folder (or the `model.safetensors` in it), or a `.npz`, `.safetensors` or `.pth` of PyTorch weights
-        (`kdjax.detectors.convert`).
+        (`kdjax.detectors.convert`), or a `.onnx` of YOLOX; what follows of PyTorch holds for it too.
       detector: needed for PyTorch weights, which do not say what they are of. For a folder: if given, name and options
         must be the folder's; the number of classes is the folder's.
       key: for classifiers that start anew because the number of classes differs (PyTorch weights only).

@@ -20,13 +20,14 @@ def base() -> ConfigDict:
     config.student = ConfigDict(
         dict(
             detector="rtmdet_tiny",
-            weights="",  # a kdjax folder or a PyTorch file to start from, of other classes too; "": random numbers
+            weights="",  # what the teacher can have, to start from, of other classes too; "": random numbers
         )
     )
     config.teacher = ConfigDict(
         dict(
             detector="",  # "" trains without a teacher; needed only if `weights` is not a kdjax folder
-            weights="",  # a student/ folder of another run, or .safetensors, .npz or .pth with mmdetection's names
+            # a student/ folder of another run, or .safetensors, .npz or .pth with mmdetection's names, or YOLOX's .onnx
+            weights="",
         )
     )
     config.methods = ConfigDict()  # one sub-config a method, by its name; several add up

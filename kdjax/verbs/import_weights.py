@@ -1,4 +1,4 @@
-"""`kdjax import-weights`: a PyTorch checkpoint to a kdjax folder."""
+"""`kdjax import-weights`: a PyTorch checkpoint, or an ONNX file of YOLOX, to a kdjax folder."""
 
 from pathlib import Path
 
@@ -12,7 +12,8 @@ def run(*, file: str, detector: str, out: str, classes: str | None, image_size: 
     """Converts a checkpoint.
 
     Args:
-      file: `.pth`, `.safetensors` or `.npz` with the names of mmdetection, mmyolo (RTMDet) or mmrazor.
+      file: `.pth`, `.safetensors` or `.npz` with the names of mmdetection, mmyolo (RTMDet), mmrazor or the authors of
+        YOLOX, or their `.onnx`.
       detector: a name that `kdjax.detectors.build` knows.
       out: the folder to write.
       classes: file with the names of the classes: COCO json, or text with one a line; None: the checkpoint's own.
