@@ -402,6 +402,16 @@ def test_evaluation_of_the_first_pictures(dataset, cfg):
     assert ids.tolist() == [image["id"] for image in data.ground_truth(dataset, "train", limit=5)["images"]]
 
 
+def test_evaluation_may_round_sizes_down(dataset, cfg):
+    batches = list(data.eval_batches(dataset, "train", cfg, batch_size=11, round_down=True))
+    originals, sizes = (batches[0][name] for name in ("original_size", "image_size"))
+    exact = originals * np.min([48, 64] / originals, axis=1, keepdims=True)
+    np.testing.assert_array_equal(sizes, np.floor(exact + 1e-6))
+    assert (exact - sizes).max() > 0.5  # rounded, it would be one more
+    for row, (height, width) in enumerate(sizes):
+        assert (batches[0]["image"][row, height:] == 114).all() and (batches[0]["image"][row, :, width:] == 114).all()
+
+
 def test_of_too_many_boxes_the_largest_are_kept(tmp_path):
     boxes = [(2, 2, 5, 5), (10, 2, 40, 30), (2, 10, 8, 30), (2, 35, 40, 47)]
     truth = coco_json({"a.png": (48, 64)}, [(0, 3, [x, y, p - x, q - y], {}) for x, y, p, q in boxes])

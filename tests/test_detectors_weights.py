@@ -119,7 +119,7 @@ def test_classifiers_must_agree(detector, state):
         convert.from_torch(detector, mixed)
 
 
-@pytest.mark.parametrize("wrapper", ["", "state_dict.", "ema_state_dict.module."])
+@pytest.mark.parametrize("wrapper", ["", "state_dict.", "ema_state_dict.module.", "model."])
 def test_files_of_arrays(tmp_path, detector, variables, state, wrapper):
     arrays = {wrapper + name: value for name, value in state.items()}
     if wrapper.startswith("ema"):

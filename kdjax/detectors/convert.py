@@ -111,7 +111,7 @@ def from_torch(
     Warns:
       UserWarning: if the classifiers are not those of the state, or its norms are folded and it may be trained on.
 
-    Peers: mmdetection 3.3.0, mmengine 0.10, mmrazor 1.0; torchvision's and timm's ResNet.
+    Peers: mmdetection 3.3.0, mmengine 0.10, mmrazor 1.0; torchvision's and timm's ResNet; YOLOX 0.3.0.
     """
     state = {name: value for name, value in plain(state, network).items() if not name.endswith(_COUNTERS)}
     if megvii.is_folded(state):
@@ -372,7 +372,7 @@ def _load_pth(path: Path) -> tuple[dict, list[str] | None]:
 
 def _unwrap(checkpoint: dict) -> dict[str, np.ndarray]:
     """The state dict inside a checkpoint, nested or with its name as a prefix."""
-    for wrapper in ("state_dict", "ema_state_dict"):
+    for wrapper in ("state_dict", "ema_state_dict", "model"):  # the last one is of YOLOX's authors
         if isinstance(checkpoint.get(wrapper), dict):
             return checkpoint[wrapper]
         inner = {
