@@ -5,11 +5,14 @@ import re
 import shlex
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
+from kdjax.detectors import build
 from kdjax.methods import api
 from kdjax.train import config as settings
-from kdjax.train import optim
+from kdjax.train import loop, optim, step
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.py"))
@@ -95,7 +98,7 @@ def test_the_published_recipe(pair):
     assert config.steps == round(300 * 118287 / 256) == 138618
     assert data["stage2"]["start"] == round(280 * 118287 / 256) == 129376
     optimizer = dict(name="adamw", lr=0.004, weight_decay=0.05, clip_norm=0.0, warmup=1000, flat=0.5, end=0.05)
-    assert config.optimizer.to_dict() == optimizer
+    assert config.optimizer.to_dict() == optimizer | dict(momentum=0.0, drops=())
     assert 1 - config.ema.momentum == 0.9998 and config.ema.ramp == 2000
     rate = optim.learning_rate(config)
     at = [float(rate(step)) for step in (0, 1000, 69309, 138618)]
@@ -116,3 +119,53 @@ def test_the_published_recipe(pair):
 def test_the_recipe_says_what_its_argument_is(chosen):
     with pytest.raises(ValueError, match="is STUDENT,TEACHER or STUDENT,TEACHER,METHODS, not '" + chosen):
         load(ROOT / "configs/distill/mkd_rtmdet.py", chosen)
+
+
+DENSE = [
+    "retinanet,ssim",
+    "retinanet,rm+pfi",
+    *(f"retinanet,{name}" for name in ("fgd", "mgd", "cwd", "crosskd", "pkd")),
+]
+DENSE += ["fcos,fgd", "fcos,crosskd", "gfl,ld", "gfl,crosskd", "gfl,bckd", "gfl,cwd", "atss,crosskd"]
+
+
+@pytest.mark.parametrize("chosen", DENSE)
+def test_the_dense_recipes(chosen):
+    """mmdetection's schedule on the resolved config, and methods with options that run on these detectors."""
+    config = load(ROOT / "configs/distill/dense.py", chosen)
+    family, names = chosen.split(",")
+    epochs = 24 if chosen in ("retinanet,fgd", "retinanet,mgd", "retinanet,cwd", "retinanet,pkd", "fcos,fgd") else 12
+    assert config.steps == round(epochs * 118287 / 16) and config.batch_size == 16
+    rate = optim.learning_rate(config)
+    drops = (round(epochs * 2 / 3 * 118287 / 16), round(epochs * 11 / 12 * 118287 / 16))
+    at = [float(rate(step)) for step in (0, 500, drops[0] - 1, drops[0], drops[1], config.steps)]
+    assert at == pytest.approx([1e-7, 0.01, 0.01, 0.001, 0.0001, 0.0001], rel=4e-3)
+    assert sorted(config.methods) == sorted(names.split("+")) and config.twin
+    pair = [build(config[role].detector, 80) for role in ("student", "teacher")]
+    assert [detector.name.split("-")[0] for detector in pair] == [f"{family}_r50", f"{family}_r101"]
+    methods = {name: api.build(name, **options) for name, options in config.methods.items()}
+    specs = [loop.output_spec(detector, (64, 64)) for detector in pair]
+    key = jax.ShapeDtypeStruct((2,), jnp.uint32)
+    assert jax.eval_shape(lambda key: step.init_adapters(methods, key, *specs), key).keys() == methods.keys()
+
+
+def test_sgd_drops_its_rate_and_decays_what_decays():
+    config = settings.base()
+    config.steps = 10
+    config.optimizer.update(dict(name="sgd", lr=0.1, momentum=0.5, weight_decay=0.2, warmup=0, drops=(1,)))
+    params = {"kernel": jnp.array([1.0]), "bias": jnp.array([1.0])}
+    optimizer = optim.optimizer(config, lambda tree: {"kernel": False, "bias": True})
+    state, gradient = optimizer.init(params), {"kernel": jnp.array([1.0]), "bias": jnp.array([1.0])}
+    first, state = optimizer.update(gradient, state, params)
+    assert (float(first["kernel"][0]), float(first["bias"][0])) == pytest.approx((-0.12, -0.1))
+    second, _ = optimizer.update(gradient, state, params)  # momentum: 0.5 of before and the new; a tenth of the rate
+    assert (float(second["kernel"][0]), float(second["bias"][0])) == pytest.approx((-0.018, -0.015))
+    for drops in ((5, 3), (0,), (10,)):
+        config.optimizer.drops = drops
+        with pytest.raises(ValueError, match="drops is .* must ascend between the end of the warm-up"):
+            optim.learning_rate(config)
+
+
+def test_the_dense_recipe_says_what_its_argument_is():
+    with pytest.raises(ValueError, match="is FAMILY,METHODS with a family of retinanet, fcos, gfl, atss, not 'rtmdet"):
+        load(ROOT / "configs/distill/dense.py", "rtmdet,mkd")

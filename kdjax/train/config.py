@@ -61,13 +61,15 @@ def base() -> ConfigDict:
     )
     config.optimizer = ConfigDict(
         dict(
-            name="adamw",  # adamw, or sgd (plain, for tests of exactness)
+            name="adamw",  # or sgd
+            momentum=0.0,  # of sgd
             lr=0.0,  # 0 takes 0.004 * batch_size / 256
             weight_decay=0.05,  # not on norms and biases
             clip_norm=0.0,  # of the whole gradient; 0 is off
             warmup=1000,  # steps of linear warm-up from 1e-5 of the rate
             flat=0.5,  # share of the run at the full rate, before the cosine
             end=0.05,  # the cosine ends at this share of the rate
+            drops=(),  # steps at which the rate falls to a tenth, instead of flat and cosine; () has none
         )
     )
     config.ema = ConfigDict(
@@ -94,7 +96,7 @@ _AT_LEAST_1 = ("batch_size", "steps", "data.scenes_train", "data.scenes_val", "e
                "checkpoint.every", "checkpoint.keep")  # fmt: skip
 _AT_LEAST_0 = ("data.max_boxes", "data.workers", "data.limit", "optimizer.lr", "optimizer.weight_decay",
                "optimizer.clip_norm", "optimizer.warmup", "ema.ramp", "eval.every", "eval.limit")  # fmt: skip
-_SHARES = ("optimizer.flat", "optimizer.end", "ema.momentum")
+_SHARES = ("optimizer.momentum", "optimizer.flat", "optimizer.end", "ema.momentum")
 _RANGES = (
     dict.fromkeys(_AT_LEAST_1, (1, math.inf))
     | dict.fromkeys(_AT_LEAST_0, (0, math.inf))

@@ -137,7 +137,7 @@ def of_schedule(config: ConfigDict, size: int) -> list[Finding]:
             )
             found.append(Finding(FAULT, "length", said))
     else:
-        found.append(Finding(LOOK, "learning rate", f"{rate:.2g} for plain sgd, for which there is no rule here"))
+        found.append(Finding(LOOK, "learning rate", f"{rate:.2g} for sgd, for which there is no rule here"))
     rounds = steps * config.batch_size / size
     if rounds < 2:
         said = f"{steps} steps of {config.batch_size} show each of the {size} pictures {rounds:.1f} times: train longer"
