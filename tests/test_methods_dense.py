@@ -62,15 +62,6 @@ def terms(name: str, params, stats, frozen, batch) -> dict:
     return step.compare(student, teacher, chosen, adapters, frozen, output, assignment, batch, jnp.int32(0), key)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_methods_trace_on_dense_heads(name):
-    student, teacher = networks(name)
-    run = functools.partial(terms, name)
-    values = jax.eval_shape(run, *student.shapes, step.Teacher(*teacher.shapes), batch())
-    assert set(values) == {f"{method}/{term}" for method, made in methods_of(name).items() for term in made.weights}
-    assert all(value.shape == () for value in values.values())
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_methods_teach_dense_heads(name):
@@ -103,12 +94,9 @@ def test_ld_is_refused_without_distributions(name):
         api.build("ld").init(jax.random.PRNGKey(0), *specs(name))
 
 
-@pytest.mark.parametrize("pair", [("rtmdet_pico", "yolox_pico"), ("yolox_pico", "rtmdet_pico")])
-def test_yolox_and_rtmdet_teach_each_other(pair, monkeypatch):
-    """They have the same grid, and so the same priors; what is compared is decoded by each."""
-    made = tuple(build(name, CLASSES, widen=widen) for name, widen in zip(pair, (0.0625, 0.125), strict=True))
-    monkeypatch.setitem(globals(), "networks", lambda name: made)
-    values = jax.eval_shape(functools.partial(terms, "pair"), *made[0].shapes, step.Teacher(*made[1].shapes), batch())
-    assert set(values) == {f"{method}/{term}" for method, one in methods_of("pair").items() for term in one.weights}
+def test_crosskd_names_the_taps_where_there_is_no_quality():
+    student, teacher = networks("yolox_pico")[0], build("rtmdet_pico", CLASSES, widen=0.125)
+    image = jax.ShapeDtypeStruct((1, SIDE, SIDE, 3), jnp.float32)
+    pair = [jax.eval_shape(lambda *v, d=d: d.apply(*v, train=False)[0], *d.shapes, image) for d in (student, teacher)]
     with pytest.raises(ValueError, match="there is no tap 'quality' on this detector"):
-        api.build("crosskd", quality_weight=1.0).init(jax.random.PRNGKey(0), *specs("pair"))
+        api.build("crosskd", quality_weight=1.0).init(jax.random.PRNGKey(0), *pair)

@@ -71,10 +71,11 @@ def measure(path: str, model: loading.Model | None, *, threads: int, runs: int) 
         session = export.session(Path(path), threads=threads)
         facts = session.get_modelmeta().custom_metadata_map
         feed = {entry.name: _something(entry) for entry in session.get_inputs()}
+        shape = feed[session.get_inputs()[0].name].shape  # of a picture, its channels last as in ours, or first
         yield {
             "model": path,
             "runtime": "onnxruntime",
-            "image_size": list(feed[session.get_inputs()[0].name].shape[1:3]),
+            "image_size": list(shape[2:] if shape[1] == 3 else shape[1:3]),
             "params": int(facts["parameters"]) if "parameters" in facts else None,
             "flops": int(facts["flops"]) if "flops" in facts else None,
             "bytes": Path(path).stat().st_size,
