@@ -230,7 +230,7 @@ def _objectness(output: DetectorOutput) -> Array:
 
 def _priors(output: DetectorOutput) -> np.ndarray:
     height, width = output.box_reg[0].shape[1:3]
-    return priors.grid_priors((height * STRIDES[0], width * STRIDES[0]), STRIDES)
+    return priors.grid_priors((height * output.strides[0], width * output.strides[0]), output.strides)
 
 
 def decode_boxes(output: DetectorOutput) -> Array:
