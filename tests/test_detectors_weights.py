@@ -138,7 +138,7 @@ def test_mmengine_keeps_the_average_in_state_dict():
 
 
 def test_file_errors(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r"files .npz, .safetensors, .pth, not from .*weights.h5"):
+    with pytest.raises(ValueError, match=r"files .npz, .safetensors, .pth, .onnx, not from .*weights.h5"):
         convert.load_checkpoint(tmp_path / "weights.h5")
     with pytest.raises(ValueError, match="There is no file"):
         convert.load_checkpoint(tmp_path / "weights.npz")
