@@ -2,7 +2,7 @@
 
 import dataclasses
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -140,3 +140,31 @@ def pure(construct: Callable[[], nnx.Module]) -> PureModule:
         return result, _to_tree(nnx.state(module, nnx.BatchStat))
 
     return PureModule(shapes, init, call)
+
+
+def check_images(family: str, x: jax.Array) -> None:
+    """Refuses what is no f32[B, H, W, 3] with sides that divide by 32.
+
+    Raises:
+      ValueError: with the shape.
+    """
+    if x.ndim != 4 or x.shape[1] % 32 or x.shape[2] % 32 or x.shape[3] != 3:
+        raise ValueError(f"{family} takes images f32[B, H, W, 3] whose sides divide by 32, not {x.shape}.")
+
+
+def check_entry(family: str, branches: Iterable[str], convs: int, branch: str, start: int) -> None:
+    """Refuses a place at which a head cannot be entered.
+
+    Raises:
+      ValueError: with the branches and convolutions that there are.
+    """
+    if branch not in branches or not 0 <= start <= convs:
+        raise ValueError(
+            f"{family}'s head has the branches {', '.join(branches)} and can be entered at 0 to {convs}, not at "
+            f"{branch!r}, {start}."
+        )
+
+
+def all_but_kernels(params: Tree) -> Tree:
+    """True on norm scales and offsets and on biases, which weight decay leaves alone."""
+    return unflatten({path: not path.endswith("/kernel") for path in flatten(params)})

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kdjax.boxes import coding, priors
-from kdjax.detectors import dense
+from kdjax.detectors import dense, levels
 from kdjax.detectors.api import Detector
 from kdjax.detectors.layers import FOCAL_BIAS, Scale
 from kdjax.losses import box, classification
@@ -74,7 +74,7 @@ def grid_priors(hw: tuple[int, int]):
 
 def decode_boxes(output: DetectorOutput) -> Array:
     """Boxes of all anchors, f32[B, N, 4] in pixels, not clipped."""
-    return coding.deltas_to_boxes(dense.square_anchors(output), dense.join(output.box_reg, 4), stds=_STDS)
+    return coding.deltas_to_boxes(dense.square_anchors(output), levels.join(output.box_reg, 4), stds=_STDS)
 
 
 def loss(
@@ -108,11 +108,11 @@ def loss(
 def prior_losses(output: DetectorOutput, assignment: Assignment) -> dict[str, Array]:
     """The losses of `loss` before the sum: f32[B, N] each, weighted and divided by the global normalizers."""
     positive, count = assignment.positive, dense.positives_of_pictures(assignment)
-    central = coding.centreness(coding.boxes_to_distance(dense.grid(output)[:, :2], assignment.boxes))
+    central = coding.centreness(coding.boxes_to_distance(levels.grid(output)[:, :2], assignment.boxes))
     central = jnp.where(positive, central, 0.0)
-    focal = jnp.sum(classification.sigmoid_focal(dense.class_logits(output), assignment.labels), -1)
+    focal = jnp.sum(classification.sigmoid_focal(levels.class_logits(output), assignment.labels), -1)
     apart = box.giou(decode_boxes(output), assignment.boxes)
-    entropy = classification.soft_binary_cross_entropy(dense.join(output.quality, 1)[..., 0], central)
+    entropy = classification.soft_binary_cross_entropy(levels.join(output.quality, 1)[..., 0], central)
     return {
         "loss_cls": jnp.where(assignment.ignore, 0.0, focal) / count,
         "loss_box": 2.0 * central * apart / jnp.maximum(jnp.sum(central), 1.0),

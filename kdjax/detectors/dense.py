@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kdjax.boxes import assign, nms, priors
-from kdjax.detectors import resnet
-from kdjax.detectors.api import Detector, Tree, flatten, pure, unflatten
+from kdjax.detectors import levels, resnet
+from kdjax.detectors.api import Detector, Tree, check_entry, check_images, flatten, pure, unflatten
 from kdjax.detectors.fpn import FPN, SOURCES
 from kdjax.detectors.layers import Conv, GroupNorm, constant, normal
 from kdjax.structs import Assignment, Detections, DetectorOutput, Targets
@@ -162,16 +162,11 @@ def detector(family: Family, variant: str, num_classes: int, overrides: dict) ->
     module = pure(lambda: Dense(depth, lambda: family.head(num_classes, options), **of_network))
 
     def apply(params: Tree, stats: Tree, x: Array, *, train: bool) -> tuple[DetectorOutput, Tree]:
-        if x.ndim != 4 or x.shape[1] % 32 or x.shape[2] % 32 or x.shape[3] != 3:
-            raise ValueError(f"{title} takes images f32[B, H, W, 3] whose sides divide by 32, not {x.shape}.")
+        check_images(title, x)
         return module.call(params, stats, Dense.__call__, x, train)
 
     def head(params: Tree, stats: Tree, features: tuple[Array, ...], *, branch: str, start: int) -> tuple[Array, ...]:
-        if branch not in branches or not 0 <= start <= convs:
-            raise ValueError(
-                f"{title}'s head has the branches {', '.join(branches)} and can be entered at 0 to {convs}, "
-                f"not at {branch!r}, {start}."
-            )
+        check_entry(title, branches, convs, branch, start)
         of_tower = module.call(params, stats, lambda m: m.bbox_head.branch(features, branches[branch], start)[1])[0]
         return of_tower[branch]
 
@@ -196,7 +191,7 @@ def detector(family: Family, variant: str, num_classes: int, overrides: dict) ->
         loss=family.loss(options),
         decode=family.decode,
         decode_boxes=family.decode_boxes,
-        class_logits=class_logits,
+        class_logits=levels.class_logits,
         priors=family.priors,
         no_decay=no_decay,
     )
@@ -219,35 +214,9 @@ def _check(title: str, num_classes: int, options: dict, unknown: list[str], know
         )
 
 
-def join(maps: tuple[Array, ...], width: int) -> Array:
-    """L of f32[B, H, W, A * width] -> f32[B, N, width], one row a prior."""
-    return jnp.concatenate([m.reshape(m.shape[0], -1, width) for m in maps], 1)
-
-
-def input_size(output: DetectorOutput) -> tuple[int, int]:
-    """Height and width in pixels of the picture that an output belongs to."""
-    height, width = output.cls_logits[0].shape[1:3]
-    return height * output.strides[0], width * output.strides[0]
-
-
-def grid(output: DetectorOutput):
-    """The points of all cells at their top left corners, f32[N, 4] in NumPy (`boxes.priors.grid_priors`)."""
-    return priors.grid_priors(input_size(output), output.strides)
-
-
-def level_sizes(output: DetectorOutput) -> tuple[int, ...]:
-    """Number of priors of each level."""
-    return tuple(m.shape[1] * m.shape[2] * output.anchors for m in output.cls_logits)
-
-
-def class_logits(output: DetectorOutput) -> Array:
-    """Classification logits of all levels, f32[B, N, K]."""
-    return join(output.cls_logits, output.cls_logits[0].shape[-1] // output.anchors)
-
-
 def square_anchors(output: DetectorOutput):
     """The anchors of ATSS and GFL: one square a cell, eight strides wide; f32[N, 4] in NumPy."""
-    return priors.grid_anchors(input_size(output), output.strides, ratios=[1.0], scales=[8.0])
+    return priors.grid_anchors(levels.input_size(output), output.strides, ratios=[1.0], scales=[8.0])
 
 
 def assign_atss(output: DetectorOutput, targets: Targets) -> Assignment:
@@ -256,8 +225,8 @@ def assign_atss(output: DetectorOutput, targets: Targets) -> Assignment:
         square_anchors(output),
         targets,
         num_classes=output.cls_logits[0].shape[-1],
-        level_sizes=level_sizes(output),
-        inside=assign.inside_padding(grid(output), targets.pad_size),
+        level_sizes=levels.level_sizes(output),
+        inside=assign.inside_padding(levels.grid(output), targets.pad_size),
     )
 
 
@@ -304,13 +273,13 @@ def decoder(decode_boxes: Callable, *, iou_threshold: float) -> Callable:
         """
         return nms.select(
             decode_boxes(output),
-            jax.nn.sigmoid(class_logits(output)),
-            quality=jax.nn.sigmoid(join(output.quality, 1)[..., 0]) if output.quality else None,
+            jax.nn.sigmoid(levels.class_logits(output)),
+            quality=jax.nn.sigmoid(levels.join(output.quality, 1)[..., 0]) if output.quality else None,
             image_size=image_size,
             score_threshold=score_threshold,
             iou_threshold=iou_threshold,
             pre_nms=pre_nms,
-            level_sizes=level_sizes(output),
+            level_sizes=levels.level_sizes(output),
             max_detections=max_detections,
         )
 

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from kdjax.boxes import assign, coding, priors
-from kdjax.detectors import dense
+from kdjax.detectors import dense, levels
 from kdjax.detectors.api import Detector
 from kdjax.detectors.layers import FOCAL_BIAS, Scale
 from kdjax.losses import box, classification
@@ -101,12 +101,12 @@ def grid_priors(hw: tuple[int, int]) -> np.ndarray:
 
 
 def _points(output: DetectorOutput) -> np.ndarray:
-    return priors.grid_priors(dense.input_size(output), output.strides, offset=0.5)
+    return priors.grid_priors(levels.input_size(output), output.strides, offset=0.5)
 
 
 def decode_boxes(output: DetectorOutput) -> Array:
     """Boxes of all points, f32[B, N, 4] in pixels, not clipped."""
-    return coding.distance_to_boxes(_points(output)[:, :2], dense.join(output.box_reg, 4))
+    return coding.distance_to_boxes(_points(output)[:, :2], levels.join(output.box_reg, 4))
 
 
 def loss(
@@ -144,7 +144,7 @@ def loss(
             _points(output),
             targets,
             num_classes=output.cls_logits[0].shape[-1],
-            ranges=np.repeat(_RANGES, dense.level_sizes(output), axis=0),
+            ranges=np.repeat(_RANGES, levels.level_sizes(output), axis=0),
             radius=_RADIUS if center_sampling else None,
         )
     return dense.total(prior_losses(output, assignment, box_loss=box_loss)), assignment
@@ -156,10 +156,10 @@ def prior_losses(output: DetectorOutput, assignment: Assignment, *, box_loss: st
     count = jnp.maximum(jnp.sum(positive), 1).astype(jnp.float32)
     central = coding.centreness(coding.boxes_to_distance(_points(output)[:, :2], assignment.boxes))
     central = jnp.where(positive, central, 0.0)
-    focal = jnp.sum(classification.sigmoid_focal(dense.class_logits(output), assignment.labels), -1)
+    focal = jnp.sum(classification.sigmoid_focal(levels.class_logits(output), assignment.labels), -1)
     boxes = decode_boxes(output)
     apart = box.iou(boxes, assignment.boxes) if box_loss == "iou" else box.giou(boxes, assignment.boxes)
-    entropy = classification.soft_binary_cross_entropy(dense.join(output.quality, 1)[..., 0], central)
+    entropy = classification.soft_binary_cross_entropy(levels.join(output.quality, 1)[..., 0], central)
     return {
         "loss_cls": jnp.where(assignment.ignore, 0.0, focal) / count,
         "loss_box": central * apart / jnp.maximum(jnp.sum(central), 1e-6),

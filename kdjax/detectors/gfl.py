@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kdjax.boxes import coding, iou, priors
-from kdjax.detectors import dense
+from kdjax.detectors import dense, levels
 from kdjax.detectors.api import Detector
 from kdjax.detectors.layers import FOCAL_BIAS, Scale
 from kdjax.losses import box, classification
@@ -71,12 +71,12 @@ def grid_priors(hw: tuple[int, int]):
 
 
 def _bins(output: DetectorOutput) -> Array:
-    return dense.join(output.box_reg, output.box_reg[0].shape[-1])
+    return levels.join(output.box_reg, output.box_reg[0].shape[-1])
 
 
 def decode_boxes(output: DetectorOutput) -> Array:
     """Boxes of all priors, f32[B, N, 4] in pixels, not clipped: the expected distances of the distributions."""
-    points = dense.grid(output)
+    points = levels.grid(output)
     return coding.distance_to_boxes(points[:, :2], coding.expected_distance(_bins(output)) * points[:, 2:3])
 
 
@@ -112,13 +112,13 @@ def loss(
 def prior_losses(output: DetectorOutput, assignment: Assignment) -> dict[str, Array]:
     """The losses of `loss` before the sum: f32[B, N] each, weighted and divided by the global normalizers."""
     positive, count = assignment.positive, dense.positives_of_pictures(assignment)
-    logits, boxes, bins = dense.class_logits(output), decode_boxes(output), _bins(output)
+    logits, boxes, bins = levels.class_logits(output), decode_boxes(output), _bins(output)
     quality, confidence = jax.lax.stop_gradient(
         (iou.box_iou(boxes, assignment.boxes), jnp.max(jax.nn.sigmoid(logits), -1))
     )
     quality, confidence = (jnp.where(positive, x, 0.0) for x in (quality, confidence))
     normalizer = jnp.maximum(jnp.sum(confidence), 1.0)
-    points, bins = dense.grid(output), bins.reshape(*bins.shape[:2], 4, -1)
+    points, bins = levels.grid(output), bins.reshape(*bins.shape[:2], 4, -1)
     stride = points[:, 2:3]
     distances = coding.boxes_to_distance(
         points[:, :2] / stride, assignment.boxes / stride, max_distance=bins.shape[-1] - 1

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from kdjax.boxes import assign, coding, priors
-from kdjax.detectors import dense
+from kdjax.detectors import dense, levels
 from kdjax.detectors.api import Detector
 from kdjax.detectors.layers import FOCAL_BIAS
 from kdjax.losses import box, classification
@@ -74,12 +74,12 @@ def grid_priors(hw: tuple[int, int]) -> np.ndarray:
 
 def anchors(output: DetectorOutput) -> np.ndarray:
     """The anchors of all levels, f32[N, 4] in pixels."""
-    return priors.grid_anchors(dense.input_size(output), output.strides, ratios=RATIOS, scales=SCALES)
+    return priors.grid_anchors(levels.input_size(output), output.strides, ratios=RATIOS, scales=SCALES)
 
 
 def decode_boxes(output: DetectorOutput) -> Array:
     """Boxes of all anchors, f32[B, N, 4] in pixels, not clipped."""
-    return coding.deltas_to_boxes(anchors(output), dense.join(output.box_reg, 4))
+    return coding.deltas_to_boxes(anchors(output), levels.join(output.box_reg, 4))
 
 
 def loss(
@@ -105,7 +105,7 @@ def loss(
     Reference: Lin et al., ICCV 2017, section 4.
     """
     if assignment is None:
-        cells = grid_priors(dense.input_size(output))
+        cells = grid_priors(levels.input_size(output))
         assignment = assign.max_iou(
             anchors(output),
             targets,
@@ -120,9 +120,9 @@ def loss(
 def prior_losses(output: DetectorOutput, assignment: Assignment) -> dict[str, Array]:
     """The losses of `loss` before the sum: f32[B, N] each, divided by the global normalizer."""
     positive, count = assignment.positive, dense.positives_of_pictures(assignment)
-    focal = jnp.sum(classification.sigmoid_focal(dense.class_logits(output), assignment.labels), -1)
+    focal = jnp.sum(classification.sigmoid_focal(levels.class_logits(output), assignment.labels), -1)
     boxes = jnp.where(positive[..., None], assignment.boxes, anchors(output))
-    apart = jnp.sum(box.l1(dense.join(output.box_reg, 4), coding.boxes_to_deltas(anchors(output), boxes)), -1)
+    apart = jnp.sum(box.l1(levels.join(output.box_reg, 4), coding.boxes_to_deltas(anchors(output), boxes)), -1)
     return {
         "loss_cls": jnp.where(assignment.ignore, 0.0, focal) / count,
         "loss_box": jnp.where(positive, apart, 0.0) / count,

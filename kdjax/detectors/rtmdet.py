@@ -14,7 +14,8 @@ import numpy as np
 from flax import nnx
 
 from kdjax.boxes import assign, coding, nms, priors
-from kdjax.detectors.api import Detector, PureModule, Tree, flatten, pure, unflatten
+from kdjax.detectors import levels
+from kdjax.detectors.api import Detector, PureModule, Tree, all_but_kernels, check_entry, check_images, pure
 from kdjax.detectors.cspnext import Block, CSPNeXt
 from kdjax.detectors.layers import FOCAL_BIAS, BatchNorm, Conv, CSPLayer, constant, normal
 from kdjax.detectors.pafpn import PAFPN
@@ -205,16 +206,11 @@ def make(variant: str, num_classes: int, **overrides) -> Detector:
     module = network(num_classes, **options)
 
     def apply(params: Tree, stats: Tree, x: Array, *, train: bool) -> tuple[DetectorOutput, Tree]:
-        if x.ndim != 4 or x.shape[1] % 32 or x.shape[2] % 32 or x.shape[3] != 3:
-            raise ValueError(f"RTMDet takes images f32[B, H, W, 3] whose sides divide by 32, not {x.shape}.")
+        check_images("RTMDet", x)
         return module.call(params, stats, RTMDet.__call__, x, train)
 
     def head(params: Tree, stats: Tree, features: tuple[Array, ...], *, branch: str, start: int) -> tuple[Array, ...]:
-        if branch not in ("cls", "reg") or not 0 <= start <= options["stacked_convs"]:
-            raise ValueError(
-                f"RTMDet's head has the branches cls and reg and can be entered at 0 to {options['stacked_convs']}, "
-                f"not at {branch!r}, {start}."
-            )
+        check_entry("RTMDet", ("cls", "reg"), options["stacked_convs"], branch, start)
         return module.call(params, stats, lambda m: m.bbox_head.branch(features, branch, start, False)[1])[0]
 
     return Detector(
@@ -232,9 +228,9 @@ def make(variant: str, num_classes: int, **overrides) -> Detector:
         loss=loss,
         decode=decode,
         decode_boxes=decode_boxes,
-        class_logits=class_logits,
+        class_logits=levels.class_logits,
         priors=lambda hw: priors.grid_priors(hw, STRIDES),
-        no_decay=no_decay,
+        no_decay=all_but_kernels,
     )
 
 
@@ -260,29 +256,9 @@ def preprocess(images: Array) -> Array:
     return (images[..., ::-1].astype(jnp.float32) - _BGR_MEAN) / _BGR_STD
 
 
-def no_decay(params: Tree) -> Tree:
-    """True on norm scales and offsets and on biases, which weight decay leaves alone."""
-    return unflatten({path: not path.endswith("/kernel") for path in flatten(params)})
-
-
-def _join(maps: tuple[Array, ...]) -> Array:
-    """L of f32[B, H, W, C] -> f32[B, N, C]."""
-    return jnp.concatenate([m.reshape(m.shape[0], -1, m.shape[-1]) for m in maps], 1)
-
-
-def class_logits(output: DetectorOutput) -> Array:
-    """Classification logits of all levels, f32[B, N, K]."""
-    return _join(output.cls_logits)
-
-
-def _priors(output: DetectorOutput) -> np.ndarray:
-    height, width = output.box_reg[0].shape[1:3]
-    return priors.grid_priors((height * output.strides[0], width * output.strides[0]), output.strides)
-
-
 def decode_boxes(output: DetectorOutput) -> Array:
     """Boxes of all priors, f32[B, N, 4] in pixels; not clipped, and inverted where a linear distance is negative."""
-    return coding.distance_to_boxes(_priors(output)[:, :2], _join(output.box_reg))
+    return coding.distance_to_boxes(levels.grid(output)[:, :2], levels.join(output.box_reg, 4))
 
 
 def loss(
@@ -307,10 +283,10 @@ def loss(
 
     Reference: arXiv 2212.07784, section 3.3.
     """
-    logits, boxes = class_logits(output), decode_boxes(output)
+    logits, boxes = levels.class_logits(output), decode_boxes(output)
     if assignment is None:
         assignment = assign.dynamic_soft_label(
-            jax.lax.stop_gradient(logits), jax.lax.stop_gradient(boxes), _priors(output), targets
+            jax.lax.stop_gradient(logits), jax.lax.stop_gradient(boxes), levels.grid(output), targets
         )
     focal, giou = prior_losses(logits, boxes, assignment)
     return {"loss_cls": jnp.sum(focal), "loss_box": jnp.sum(giou)}, assignment
@@ -351,14 +327,13 @@ def decode(
 
     Peers: mmdetection 3.3.0 RTMDetHead.predict_by_feat without rescaling.
     """
-    sizes = tuple(m.shape[1] * m.shape[2] for m in output.cls_logits)
     return nms.select(
         decode_boxes(output),
-        jax.nn.sigmoid(class_logits(output)),
+        jax.nn.sigmoid(levels.class_logits(output)),
         image_size=image_size,
         score_threshold=score_threshold,
         iou_threshold=iou_threshold,
         pre_nms=pre_nms,
-        level_sizes=sizes,
+        level_sizes=levels.level_sizes(output),
         max_detections=max_detections,
     )

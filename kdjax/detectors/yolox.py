@@ -13,7 +13,8 @@ from flax import nnx
 
 from kdjax.boxes import assign, coding, nms, priors
 from kdjax.boxes.convert import clip
-from kdjax.detectors.api import Detector, Tree, flatten, pure, unflatten
+from kdjax.detectors import levels
+from kdjax.detectors.api import Detector, Tree, all_but_kernels, check_entry, check_images, pure
 from kdjax.detectors.cspdarknet import CSPDarknet, conv_norm, csp_layer, separable
 from kdjax.detectors.layers import FOCAL_BIAS, Conv, constant
 from kdjax.detectors.pafpn import PAFPN
@@ -155,16 +156,11 @@ def make(variant: str, num_classes: int, **overrides) -> Detector:
     module = pure(lambda: YOLOX(num_classes, **options))
 
     def apply(params: Tree, stats: Tree, x: Array, *, train: bool) -> tuple[DetectorOutput, Tree]:
-        if x.ndim != 4 or x.shape[1] % 32 or x.shape[2] % 32 or x.shape[3] != 3:
-            raise ValueError(f"YOLOX takes images f32[B, H, W, 3] whose sides divide by 32, not {x.shape}.")
+        check_images("YOLOX", x)
         return module.call(params, stats, YOLOX.__call__, x, train)
 
     def head(params: Tree, stats: Tree, features: tuple[Array, ...], *, branch: str, start: int) -> tuple[Array, ...]:
-        if branch not in _TOWERS or not 0 <= start <= convs:
-            raise ValueError(
-                f"YOLOX's head has the branches {', '.join(_TOWERS)} and can be entered at 0 to {convs}, "
-                f"not at {branch!r}, {start}."
-            )
+        check_entry("YOLOX", _TOWERS, convs, branch, start)
         tower = _TOWERS[branch]
         return module.call(params, stats, lambda m: m.bbox_head.branch(features, tower, start, False)[1])[0][branch]
 
@@ -184,9 +180,9 @@ def make(variant: str, num_classes: int, **overrides) -> Detector:
         loss=functools.partial(loss, l1=l1),
         decode=decode,
         decode_boxes=decode_boxes,
-        class_logits=class_logits,
+        class_logits=levels.class_logits,
         priors=lambda hw: priors.grid_priors(hw, STRIDES),
-        no_decay=no_decay,
+        no_decay=all_but_kernels,
     )
 
 
@@ -208,34 +204,14 @@ def preprocess(images: Array) -> Array:
     return images[..., ::-1].astype(jnp.float32)
 
 
-def no_decay(params: Tree) -> Tree:
-    """True on norm scales and offsets and on biases, which weight decay leaves alone."""
-    return unflatten({path: not path.endswith("/kernel") for path in flatten(params)})
-
-
-def _join(maps: tuple[Array, ...]) -> Array:
-    """L of f32[B, H, W, C] -> f32[B, N, C]."""
-    return jnp.concatenate([m.reshape(m.shape[0], -1, m.shape[-1]) for m in maps], 1)
-
-
-def class_logits(output: DetectorOutput) -> Array:
-    """Classification logits of all levels, f32[B, N, K], without the objectness."""
-    return _join(output.cls_logits)
-
-
 def _objectness(output: DetectorOutput) -> Array:
     """Objectness logits of all levels, f32[B, N]."""
-    return _join(output.quality)[..., 0]
-
-
-def _priors(output: DetectorOutput) -> np.ndarray:
-    height, width = output.box_reg[0].shape[1:3]
-    return priors.grid_priors((height * output.strides[0], width * output.strides[0]), output.strides)
+    return levels.join(output.quality, 1)[..., 0]
 
 
 def decode_boxes(output: DetectorOutput) -> Array:
     """Boxes of all priors, f32[B, N, 4] in pixels, not clipped."""
-    return coding.cells_to_boxes(_priors(output), _join(output.box_reg))
+    return coding.cells_to_boxes(levels.grid(output), levels.join(output.box_reg, 4))
 
 
 def loss(
@@ -274,24 +250,24 @@ def loss(
 
 
 def _assign(output: DetectorOutput, targets: Targets) -> Assignment:
-    points = _priors(output)
+    points = levels.grid(output)
     middles = np.concatenate([points[:, :2] + points[:, 2:] / 2, points[:, 2:]], 1)
-    scores = jnp.sqrt(jax.nn.sigmoid(class_logits(output)) * jax.nn.sigmoid(_objectness(output))[..., None])
+    scores = jnp.sqrt(jax.nn.sigmoid(levels.class_logits(output)) * jax.nn.sigmoid(_objectness(output))[..., None])
     return assign.sim_ota(jax.lax.stop_gradient(scores), decode_boxes(output), middles, targets)
 
 
 def prior_losses(output: DetectorOutput, assignment: Assignment) -> dict[str, Array]:
     """The losses of `loss` before the sum: f32[B, N] each, weighted and divided by the global normalizer."""
-    positive, points = assignment.positive, _priors(output)
+    positive, points = assignment.positive, levels.grid(output)
     count = jnp.maximum(jnp.sum(positive), 1).astype(jnp.float32)
-    logits = class_logits(output)
+    logits = levels.class_logits(output)
     label = jax.nn.one_hot(assignment.labels, logits.shape[-1]) * assignment.quality[..., None]
     entropy = jnp.sum(classification.soft_binary_cross_entropy(logits, label), -1)
     apart = box.iou(decode_boxes(output), assignment.boxes, form="square")
     presence = classification.soft_binary_cross_entropy(_objectness(output), positive.astype(jnp.float32))
     # A background prior has no box: its own cell stands in.
     boxes = jnp.where(positive[..., None], assignment.boxes, coding.cells_to_boxes(points, jnp.zeros((len(points), 4))))
-    difference = jnp.sum(box.l1(_join(output.box_reg), coding.boxes_to_cells(points, boxes)), -1)
+    difference = jnp.sum(box.l1(levels.join(output.box_reg, 4), coding.boxes_to_cells(points, boxes)), -1)
     return {
         "loss_cls": jnp.where(positive, entropy, 0.0) / count,
         "loss_box": 5.0 * jnp.where(positive, apart, 0.0) / count,
@@ -332,12 +308,12 @@ def decode(
     """
     boxes = decode_boxes(output)
     inside = clip(boxes, image_size)
-    scores = jax.nn.sigmoid(class_logits(output)) * jax.nn.sigmoid(_objectness(output))[..., None]
+    scores = jax.nn.sigmoid(levels.class_logits(output)) * jax.nn.sigmoid(_objectness(output))[..., None]
     seen = jnp.all(inside[..., 2:] > inside[..., :2], -1, keepdims=True)
     found = nms.select(
         boxes,
         jnp.where(seen, scores, 0.0),
-        level_sizes=tuple(m.shape[1] * m.shape[2] for m in output.cls_logits),
+        level_sizes=levels.level_sizes(output),
         image_size=None,
         score_threshold=score_threshold,
         iou_threshold=iou_threshold,

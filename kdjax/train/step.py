@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import optax
 
 from kdjax.methods import api
-from kdjax.methods.api import Context, Method
 from kdjax.structs import Targets
 
 
@@ -40,7 +39,7 @@ def init_state(student, key, variables, adapters: dict, optimizer: optax.Gradien
     return jax.tree.map(jnp.array, state)  # copies: a step donates its state, so no two leaves may share a buffer
 
 
-def init_adapters(methods: Mapping[str, Method], key, student_spec, teacher_spec) -> dict:
+def init_adapters(methods: Mapping[str, api.Method], key, student_spec, teacher_spec) -> dict:
     """What each method trains beside the student, {method: params}; checks taps, channels and sizes on the way.
 
     Raises:
@@ -82,7 +81,7 @@ def compare(student, teacher, methods, params, variables: Teacher, output, assig
 
     terms = {}
     for name, method in methods.items():
-        context = Context(
+        context = api.Context(
             student=output,
             teacher=seen,
             targets=targets_of(batch),
@@ -102,7 +101,7 @@ def compare(student, teacher, methods, params, variables: Teacher, output, assig
     return terms
 
 
-def weights_of(methods: Mapping[str, Method], step) -> dict:
+def weights_of(methods: Mapping[str, api.Method], step) -> dict:
     """The weight of every term at a step: {"method/term": f32[]}."""
     return {f"{name}/{term}": w * m.scale(step) for name, m in methods.items() for term, w in m.weights.items()}
 
@@ -113,7 +112,7 @@ def make_step(
     ema_rate: Callable,
     *,
     teacher=None,
-    methods: Mapping[str, Method] = {},
+    methods: Mapping[str, api.Method] = {},
 ) -> Callable:
     """The update of a student, with a teacher and methods or without: a supervised run and the twin, one program.
 

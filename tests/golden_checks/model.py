@@ -12,6 +12,7 @@ import numpy as np
 
 from kdjax.boxes import assign, coding
 from kdjax.detectors import api, convert, rtmdet
+from kdjax.detectors.levels import class_logits
 from kdjax.structs import Assignment, DetectorOutput, Targets
 from tests.golden_checks.api import Check, Checks, UnknownCase, below, load, mismatches, relative_error
 
@@ -156,7 +157,7 @@ def _program(detector: api.Detector, net: api.PureModule) -> Callable:
                 return module.outputs(backbone, neck, neck_conv, True)
 
             output, new_stats = net.call(params, stats, forward)
-            losses = rtmdet.prior_losses(rtmdet.class_logits(output), rtmdet.decode_boxes(output), stored)
+            losses = rtmdet.prior_losses(class_logits(output), rtmdet.decode_boxes(output), stored)
             return sum(jnp.sum(one) for one in losses), (output, new_stats, losses)
 
         offsets = tuple(jnp.zeros_like(one) for one in evaluated.neck)
@@ -219,7 +220,7 @@ def replay_head(path: Path) -> Checks:
 
         def total(neck):
             trained, _ = net.call(params, stats, lambda module: module.outputs((), neck, (), True))
-            losses = rtmdet.prior_losses(rtmdet.class_logits(trained), rtmdet.decode_boxes(trained), stored)
+            losses = rtmdet.prior_losses(class_logits(trained), rtmdet.decode_boxes(trained), stored)
             return sum(jnp.sum(one) for one in losses), (trained, losses)
 
         gradient, (trained, losses) = jax.grad(total, has_aux=True)(train_neck)

@@ -1,0 +1,32 @@
+"""What every family does with the levels of an output."""
+
+import jax.numpy as jnp
+
+from kdjax.boxes import priors
+from kdjax.structs import Array, DetectorOutput
+
+
+def join(maps: tuple[Array, ...], width: int) -> Array:
+    """L of f32[B, H, W, A * width] -> f32[B, N, width], one row a prior."""
+    return jnp.concatenate([m.reshape(m.shape[0], -1, width) for m in maps], 1)
+
+
+def input_size(output: DetectorOutput) -> tuple[int, int]:
+    """Height and width in pixels of the picture that an output belongs to."""
+    height, width = output.cls_logits[0].shape[1:3]
+    return height * output.strides[0], width * output.strides[0]
+
+
+def grid(output: DetectorOutput):
+    """The points of all cells at their top left corners, f32[N, 4] in NumPy (`boxes.priors.grid_priors`)."""
+    return priors.grid_priors(input_size(output), output.strides)
+
+
+def level_sizes(output: DetectorOutput) -> tuple[int, ...]:
+    """Number of priors of each level."""
+    return tuple(m.shape[1] * m.shape[2] * output.anchors for m in output.cls_logits)
+
+
+def class_logits(output: DetectorOutput) -> Array:
+    """Classification logits of all levels, f32[B, N, K]."""
+    return join(output.cls_logits, output.cls_logits[0].shape[-1] // output.anchors)
