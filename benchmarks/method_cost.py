@@ -58,7 +58,7 @@ def main():
     for name in names:
         if name not in api.names():
             parser.error(f"there is no method {name!r}; the methods are: {', '.join(api.names())}")
-    loop.use_compile_cache("")
+    loop.prepare_process("")
     bench = Bench(args)
     refused = {name: why for name in names if (why := api.refusal(name, *bench.specs))}
     rows = []

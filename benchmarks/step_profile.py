@@ -41,7 +41,7 @@ def main(arguments=None):
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--log", type=Path)
     args = step_time.parse(parser, arguments)
-    loop.use_compile_cache("")
+    loop.prepare_process("")
     built = step_time.build(args)
     sources = operations(built.program.as_text())
     seconds, spent = profile(built, args.steps)

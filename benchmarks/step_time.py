@@ -39,7 +39,7 @@ def main(arguments=None):
     parser = parser_of(__doc__)
     parser.add_argument("--steps", type=int, default=20)
     args = parse(parser, arguments)
-    loop.use_compile_cache("")
+    loop.prepare_process("")
     built = build(args)
     seconds = [taken for taken, _ in steps(built, args.steps)]
     low, middle, high = statistics.quantiles(seconds, n=4)

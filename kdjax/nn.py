@@ -19,6 +19,8 @@ from jax import lax
 Array = jax.Array
 
 _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
+_LARGE_MAP = 128 * 128  # cells
+_FEW_OUTPUTS = 16
 
 
 def conv2d(
@@ -69,6 +71,8 @@ def conv2d(
         y = _depthwise(x, kernel, stride, pads)
     elif (height, width) == (1, 1) and groups == 1 and pads == (0, 0):
         y = _pointwise(x[:, ::stride, ::stride] if stride > 1 else x, kernel)
+    elif groups == 1:
+        y = _dense(x, kernel, stride, pads)
     else:
         y = _builtin_conv(x, kernel, stride, pads, groups)
     _record("conv", y.size * height * width * channels)
@@ -86,8 +90,81 @@ def _builtin_conv(x: Array, kernel: Array, stride: int, pads: tuple[int, int], g
     )
 
 
+def _builtin_gradients(
+    x: Array, kernel: Array, gradient: Array, *, stride: int, pads: tuple[int, int], groups: int
+) -> tuple[Array, Array]:
+    return jax.vjp(lambda x, kernel: _builtin_conv(x, kernel, stride, pads, groups), x, kernel)[1](gradient)
+
+
 # The platform is chosen inside the forward and the backward rule, never around them: differentiating through the choice
 # would keep the residuals of all its branches.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _dense(x: Array, kernel: Array, stride: int, pads: tuple[int, int]) -> Array:
+    return _builtin_conv(x, kernel, stride, pads, 1)
+
+
+def _dense_forward(x: Array, kernel: Array, stride: int, pads: tuple[int, int]) -> tuple[Array, tuple[Array, Array]]:
+    return _builtin_conv(x, kernel, stride, pads, 1), (x, kernel)
+
+
+def _dense_backward(
+    stride: int, pads: tuple[int, int], saved: tuple[Array, Array], gradient: Array
+) -> tuple[Array, Array]:
+    def cpu(x: Array, kernel: Array, gradient: Array) -> tuple[Array, Array]:
+        return _input_gradient(x, kernel, gradient, stride, pads), _kernel_gradient(x, kernel, gradient, stride, pads)
+
+    builtin = functools.partial(_builtin_gradients, stride=stride, pads=pads, groups=1)
+    return lax.platform_dependent(*saved, gradient, cpu=cpu, default=builtin)
+
+
+_dense.defvjp(_dense_forward, _dense_backward)
+
+
+def _input_gradient(x: Array, kernel: Array, gradient: Array, stride: int, pads: tuple[int, int]) -> Array:
+    """As forward convolutions, one for each of the stride x stride phases of the input's cells.
+
+    XLA would spread the gradient with zeros instead (up to 5 times as long) and finds oneDNN's bfloat16 only for these.
+    """
+    if min(kernel.shape[:2]) < stride:  # some phases meet no tap
+        return _builtin_gradients(x, kernel, gradient, stride=stride, pads=pads, groups=1)[0]
+    batch, *lengths, channels = x.shape
+    cells = [-(-length // stride) for length in lengths]
+    turned = kernel.swapaxes(2, 3)
+
+    def met(axis: int, phase: int) -> tuple[slice, tuple[int, int]]:
+        # Input cell stride a + phase met the output cells a + first, a + first + 1, ... by taps last, last - stride, ...
+        size = kernel.shape[axis]
+        last = size - 1 - (size - 1 - phase - pads[axis]) % stride
+        first = (phase + pads[axis] - last) // stride
+        count = last // stride + 1
+        return slice(last, None, -stride), (-first, cells[axis] + first + count - 1 - gradient.shape[1 + axis])
+
+    def part(row: int, column: int) -> Array:
+        (rows, pad_rows), (columns, pad_columns) = met(0, row), met(1, column)
+        # Behind the barrier the kernel stays as it is: oneDNN does not know one that is turned after a conversion.
+        taps = lax.optimization_barrier(turned[rows, columns])
+        return lax.conv_general_dilated(gradient, taps, (1, 1), (pad_rows, pad_columns), dimension_numbers=_DIMENSIONS)
+
+    if stride == 1:
+        return part(0, 0)
+    parts = jnp.stack([jnp.stack([part(row, column) for column in range(stride)], 3) for row in range(stride)], 2)
+    return parts.reshape(batch, stride * cells[0], stride * cells[1], channels)[:, : lengths[0], : lengths[1]]
+
+
+def _kernel_gradient(x: Array, kernel: Array, gradient: Array, stride: int, pads: tuple[int, int]) -> Array:
+    """XLA's own, of a few outputs at a time where it is slow otherwise: float32 on large maps (up to 8 times as long)."""
+
+    def own(kernel: Array, gradient: Array) -> Array:
+        return _builtin_gradients(x, kernel, gradient, stride=stride, pads=pads, groups=1)[1]
+
+    if x.dtype != jnp.float32 or gradient.shape[1] * gradient.shape[2] < _LARGE_MAP:
+        return own(kernel, gradient)
+    starts = range(0, kernel.shape[-1], _FEW_OUTPUTS)
+    return jnp.concatenate(
+        [own(kernel[..., i : i + _FEW_OUTPUTS], gradient[..., i : i + _FEW_OUTPUTS]) for i in starts], -1
+    )
 
 
 @jax.custom_vjp
@@ -112,9 +189,7 @@ def _pointwise_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Ar
     def matmul(x: Array, kernel: Array, gradient: Array) -> tuple[Array, Array]:
         return jax.vjp(_pointwise_matmul, x, kernel)[1](gradient)
 
-    def builtin(x: Array, kernel: Array, gradient: Array) -> tuple[Array, Array]:
-        return jax.vjp(_pointwise_builtin, x, kernel)[1](gradient)
-
+    builtin = functools.partial(_builtin_gradients, stride=1, pads=(0, 0), groups=1)
     return lax.platform_dependent(*saved, gradient, cpu=matmul, default=builtin)
 
 
@@ -191,12 +266,7 @@ def _depthwise_backward(
         rows = lax.reduce(products, [jnp.zeros((), products[0].dtype)] * len(products), _add_all, (0, 1))
         return dx, jnp.stack(rows).sum(1).reshape(kernel.shape).astype(kernel.dtype)
 
-    def builtin(x: Array, kernel: Array, gradient: Array) -> tuple[Array, Array]:
-        def form(x: Array, kernel: Array) -> Array:
-            return _builtin_conv(x, kernel, stride, pads, x.shape[-1])
-
-        return jax.vjp(form, x, kernel)[1](gradient)
-
+    builtin = functools.partial(_builtin_gradients, stride=stride, pads=pads, groups=saved[0].shape[-1])
     return lax.platform_dependent(*saved, gradient, cpu=shifted, default=builtin)
 
 

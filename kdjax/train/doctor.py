@@ -59,7 +59,7 @@ def examine(config: ConfigDict, *, pictures: int = 64) -> list[Finding]:
         loop.check_models(config)
         dataset = data.open_dataset(config.data)
         loop.check_truth(dataset)
-        loop.use_compile_cache(config.compile_cache)
+        loop.prepare_process(config.compile_cache)
         setup = loop.prepare(config, dataset)
         batch = loop.first_batch_with_objects(setup)
     except (ValueError, OSError) as error:
