@@ -24,6 +24,10 @@ CASES = {
     "pointwise padded": ((2, 5, 4, 6), (1, 1, 6, 3), 1, 1, 1),
     "dense": ((2, 5, 6, 4), (3, 3, 4, 5), 1, "same", 1),
     "dense stride 2": ((2, 6, 5, 4), (3, 3, 4, 5), 2, "same", 1),
+    "dense stride 3, cells that no tap meets": ((1, 9, 8, 2), (4, 5, 2, 3), 3, 0, 1),
+    "dense, kernel below the stride": ((1, 7, 7, 2), (2, 2, 2, 3), 3, 1, 1),
+    "dense, more padding than taps": ((1, 5, 5, 2), (3, 3, 2, 3), 2, 3, 1),
+    "dense, as on a large map": ((2, 7, 6, 3), (3, 3, 3, 40), 2, "same", 1),
     "grouped": ((2, 5, 6, 4), (3, 3, 2, 6), 1, "same", 2),
     "depthwise multiplier": ((2, 5, 6, 4), (3, 3, 1, 8), 1, "same", 4),
 }
@@ -44,7 +48,9 @@ def loss_of(form):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_conv_equals_the_builtin_one(name):
+def test_conv_equals_the_builtin_one(name, monkeypatch):
+    if "large map" in name:
+        monkeypatch.setattr(nn, "_LARGE_MAP", 0)
     shape, size, stride, padding, groups = CASES[name]
     inputs = arrays(shape, size, size[-1:])
 
@@ -116,6 +122,14 @@ def test_platform_chooses_the_form(name):
     for platform, builtin in (("cpu", False), ("cuda", True), ("tpu", True)):
         text = jax.export.export(jax.jit(gradient), platforms=(platform,))(x, kernel).mlir_module()
         assert ("stablehlo.convolution" in text) == builtin, platform
+
+
+def test_strided_gradients_are_spread_on_accelerators_alone():
+    x, kernel = arrays((2, 6, 6, 4), (3, 3, 4, 5))
+    gradient = jax.jit(jax.grad(lambda x: nn.conv2d(x, kernel, stride=2).sum()))
+    for platform, spread in (("cpu", False), ("cuda", True), ("tpu", True)):
+        text = jax.export.export(gradient, platforms=(platform,))(x).mlir_module()
+        assert ("lhs_dilate = [2, 2]" in text) == spread, platform
 
 
 def test_conv_keeps_bfloat16():
