@@ -30,6 +30,7 @@ SIDE = 4096  # of the matrices
 CLASSES = {
     "convolution, gradient": r"transpose\(.*conv_general_dilated",
     "convolution, forward": r"conv_general_dilated",
+    "convolution, oneDNN": r"onednn\$convolution",
     "matrix product": r"dot_general|^dot",
     "sum or maximum": r"reduce",
     "copy or transposition": r"transpose|copy|concatenate|pad|slice|gather|scatter|iota|broadcast_in_dim",
