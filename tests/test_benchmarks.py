@@ -86,6 +86,7 @@ def test_profile_reads_the_operations_of_a_program():
     classes = {profile.class_of(name, sources) for name in sources}
     assert {"convolution, forward", "convolution, gradient", "sum or maximum"} <= classes
     assert all("{" not in shape for shape, _ in sources.values())
+    assert profile.class_of("custom-call.3.clone__onednn$convolution", {}) == "convolution, oneDNN"
     assert profile.class_of("dot.3", {}) == "matrix product" and profile.class_of("add.1", {}) == "elementwise"
 
 
@@ -100,6 +101,14 @@ def test_profile_names_the_dearest_operations_and_the_roofline(capsys, monkeypat
     assert len(found["dearest"]) == 10 and sum(found["shares"].values()) == pytest.approx(1)
     assert found["shares"]["convolution, gradient"] > 0
     assert re.search(r"\d+% of the \d+ GFLOP/s of a float32 matrix product", (tmp_path / "log.md").read_text())
+
+
+@pytest.mark.slow
+def test_convolutions_time_both_forms(capsys, monkeypatch):
+    monkeypatch.setattr("kdjax.train.loop.prepare_process", lambda folder: None)
+    of("convolutions").main(["--layers=1", "--batch=1", "--rounds=1"])
+    [row] = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert row[:2] == ["160x160, 12 to 24", "3x3"] and all(float(ms) > 0 for cell in row[2:] for ms in cell.split("/"))
 
 
 def test_step_time_needs_teacher_and_method_together(capsys):
