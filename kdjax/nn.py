@@ -125,7 +125,7 @@ _dense.defvjp(_dense_forward, _dense_backward)
 def _input_gradient(x: Array, kernel: Array, gradient: Array, stride: int, pads: tuple[int, int]) -> Array:
     """As forward convolutions, one for each of the stride x stride phases of the input's cells.
 
-    XLA would spread the gradient with zeros instead (up to 5 times as long) and finds oneDNN's bfloat16 only for these.
+    XLA would spread the gradient with zeros instead (up to 5 times as long), and oneDNN's bfloat16 knows only these.
     """
     if min(kernel.shape[:2]) < stride:  # some phases meet no tap
         return _builtin_gradients(x, kernel, gradient, stride=stride, pads=pads, groups=1)[0]
@@ -154,7 +154,7 @@ def _input_gradient(x: Array, kernel: Array, gradient: Array, stride: int, pads:
 
 
 def _kernel_gradient(x: Array, kernel: Array, gradient: Array, stride: int, pads: tuple[int, int]) -> Array:
-    """XLA's own, of a few outputs at a time where it is slow otherwise: float32 on large maps (up to 8 times as long)."""
+    """XLA's own, of a few outputs at a time where it is slow otherwise: in float32 on large maps (up to 8 times)."""
 
     def own(kernel: Array, gradient: Array) -> Array:
         return _builtin_gradients(x, kernel, gradient, stride=stride, pads=pads, groups=1)[1]
