@@ -134,7 +134,7 @@ def _input_gradient(x: Array, kernel: Array, gradient: Array, stride: int, pads:
     turned = kernel.swapaxes(2, 3)
 
     def met(axis: int, phase: int) -> tuple[slice, tuple[int, int]]:
-        # Input cell stride a + phase met the output cells a + first, a + first + 1, ... by taps last, last - stride, ...
+        # Input cell stride a + phase met the output cells a + first, a + first + 1, ... by taps last, last - stride ...
         size = kernel.shape[axis]
         last = size - 1 - (size - 1 - phase - pads[axis]) % stride
         first = (phase + pads[axis] - last) // stride
