@@ -534,6 +534,7 @@ def train(setup: Setup, start: int, checkpoints: Checkpoints, log: "Log") -> dic
 
 
 def teacher_of(setup: Setup, role: str) -> Teacher | None:
+    """The frozen side, which only the student has."""
     return setup.variables if role == "student" else None
 
 
