@@ -32,8 +32,9 @@ CASES = {
 }
 
 
-# Whole networks take long to compile: of those with a ResNet one runs by default, beside the heads in our own folder.
-LONG = ("model/retinanet_*", "model/fcos_*", "model/gfl_a*", "model/atss_*")
+# Whole networks take long to compile: some of RTMDet and one with a ResNet run by default, beside the heads in our own
+# folder.
+LONG = ("model/retinanet_*", "model/fcos_*", "model/gfl_a*", "model/atss_*", "model/rtmdet_d*", "model/rtmdet_f*")
 
 
 def files() -> list:
