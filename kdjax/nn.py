@@ -1,9 +1,11 @@
 """Plain-JAX primitives for detectors and adapters alike: maps are NHWC, kernels HWIO, everything is a function.
 
 Convolution takes the form that suits the platform, chosen when the program is lowered: XLA on the CPU has no fast path
-for grouped convolution and a slow one for 1x1, so there a depthwise convolution is a sum of shifted products and a 1x1
-convolution is a matrix product; GPU and TPU keep the built-in operation. Both forms have their own gradient rule, so
-they can be differentiated in reverse mode any number of times, but not in forward mode.
+for grouped convolution and a slow one for 1x1, so there a depthwise convolution is a sum of shifted products, a 1x1
+convolution is a matrix product, and all others have the built-in operation with gradients written otherwise. GPU and
+TPU keep the built-in operation and its gradients. (Figures: "The forms of convolution" in benchmarks/README.md.) All
+have a gradient rule of their own, so they can be differentiated in reverse mode any number of times, but not in
+forward mode.
 """
 
 import functools
@@ -106,7 +108,7 @@ def _dense(x: Array, kernel: Array, stride: int, pads: tuple[int, int]) -> Array
 
 
 def _dense_forward(x: Array, kernel: Array, stride: int, pads: tuple[int, int]) -> tuple[Array, tuple[Array, Array]]:
-    return _builtin_conv(x, kernel, stride, pads, 1), (x, kernel)
+    return _dense(x, kernel, stride, pads), (x, kernel)
 
 
 def _dense_backward(

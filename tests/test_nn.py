@@ -69,7 +69,7 @@ def test_conv_equals_the_builtin_one(name, monkeypatch):
 FAST = ["depthwise stride 2", "pointwise"]
 
 
-@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("name", [*FAST, "dense stride 2"])
 def test_conv_under_transformations(name):
     shape, size, stride, padding, groups = CASES[name]
     x, kernel, images = arrays(shape, size, (8, *shape))

@@ -181,7 +181,7 @@ def prepare_process(folder: str) -> None:
     """Compiled programs are kept on disk, so that a second run starts in seconds, and freed memory by the process.
 
     XLA on the CPU asks for the memory of a whole step, and frees it, each time it runs; glibc hands that back to the
-    system, whose fresh pages then cost a fifth of the step. It must come before the first computation.
+    system, whose fresh pages then cost a quarter of the step. It must come before the first computation.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
