@@ -34,10 +34,9 @@ class Pictures:
     """Decoded examples of a split by position; keeps those of small splits in memory."""
 
     def __init__(self, split: Split):
-        self.decoded = 0  # pictures so far
         self._split = split
         self._kept = {}
-        self._counting = threading.Lock()
+        self._own = threading.local()
 
     def __reduce__(self):
         return Pictures, (self._split,)  # a worker process decodes for itself
@@ -46,13 +45,17 @@ class Pictures:
         example = self._kept.get(index)
         if example is None:
             example = self._split.records[index]
-            with self._counting:
-                self.decoded += 1
+            self._own.decoded = getattr(self._own, "decoded", 0) + 1
             # No more than its share of the bytes: that bounds the memory without any bookkeeping between threads.
             if self._split.size * example["image"].nbytes <= _KEEP:
                 example["image"].flags.writeable = False
                 self._kept[index] = example
         return example
+
+    def newly_decoded(self) -> int:
+        """How many pictures the calling thread has decoded since it last asked."""
+        count, self._own.decoded = getattr(self._own, "decoded", 0), 0
+        return count
 
 
 class _Stage(NamedTuple):
@@ -424,10 +427,11 @@ class Batches:
 
     def __next__(self) -> dict[str, np.ndarray]:
         try:
-            batch, self.decoded = next(self._batches)
+            batch, decoded = next(self._batches)
         except StopIteration:
             self._end_workers()
             raise
+        self.decoded += decoded
         return batch
 
     def close(self) -> None:
@@ -441,8 +445,8 @@ class Batches:
 
 
 def _here(builder: Callable, plan: list) -> tuple[dict[str, np.ndarray], int]:
-    """The batch of a plan, and how many pictures have been decoded until it was there."""
-    return _stack(builder(plan)), builder.pictures.decoded
+    """The batch of a plan, and how many pictures were decoded for it."""
+    return _stack(builder(plan)), builder.pictures.newly_decoded()
 
 
 def _remotely(pools: list[concurrent.futures.Executor], together: int, plan: list) -> tuple[dict, int]:
@@ -473,4 +477,4 @@ def _end_with_parent() -> None:
 
 
 def _build(plan: list) -> tuple[list[dict[str, np.ndarray]], int]:
-    return _builder(plan), _builder.pictures.decoded
+    return _builder(plan), _builder.pictures.newly_decoded()
