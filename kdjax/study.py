@@ -113,8 +113,10 @@ def of_components(args) -> list[Variant]:
 
 
 def of_weight(args) -> list[Variant]:
-    """MKD with several weights."""
-    return [Variant(f"mkd, weight {w}", "mkd", (f"--config.methods.mkd.weight={float(w)}",)) for w in args.weights]
+    """MKD with several weights; the default's runs are those of plain MKD, which other studies have too."""
+    plain = api.options("mkd")["weight"]
+    flags = {w: () if float(w) == plain else (f"--config.methods.mkd.weight={float(w)}",) for w in args.weights}
+    return [Variant(f"mkd, weight {w}", "mkd", flags[w]) for w in args.weights]
 
 
 def of_teacher(args) -> list[Variant]:

@@ -130,7 +130,7 @@ def test_mkds_tables(trained, tmp_path, capsys):
     log = tmp_path / "log.md"
     for name, *flags in (
         ("components",),
-        ("weight", "--weights=0.1,5"),
+        ("weight", "--weights=0.1,1"),
         ("teacher", f"--teachers={TEACHER}"),
         ("sizes", "--students=rtmdet_pico,rtmdet_nano"),
     ):
@@ -138,13 +138,14 @@ def test_mkds_tables(trained, tmp_path, capsys):
     rows = cells(log.read_text())
     names = [row[0] for row in rows if row[0]]
     parts = [f"mkd without {part}" for part in ("feature", "multiscale", "frequency", "alignment")]
-    assert names[:7] == ["mkd", *parts, "mkd, weight 0.1", "mkd, weight 5"]
+    assert names[:7] == ["mkd", *parts, "mkd, weight 0.1", "mkd, weight 1"]
     assert names[7].startswith("rtmdet_nano (") and names[8:] == ["rtmdet_pico", "rtmdet_nano"]
     assert rows[-3][-4:-1] == ["parameters", "MFLOPs", "latency in ms"]
     assert rows[-1][8:10] == ["10", "2.0"] and float(rows[-1][10]) > 0
     assert (rows[-2][5], rows[-1][5]) == ("10.00", "20.00"), "each size has its twin"
     folders = sorted({folder.rpartition("/")[2] for folder in trained})
-    assert {"twin", "twin_student.detector=rtmdet_nano", "mkd", "mkd_methods.mkd.weight=5.0"} <= set(folders)
+    assert {"twin", "twin_student.detector=rtmdet_nano", "mkd", "mkd_methods.mkd.weight=0.1"} <= set(folders)
+    assert not [folder for folder in folders if "weight=1.0" in folder], "the default's runs are those of plain MKD"
     assert "mkd_methods.mkd.feature_weight=0.0" in folders and "mkd_student.detector=rtmdet_pico" in folders
     for row in rows:
         assert len(row) in (9, 12)
