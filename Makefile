@@ -13,10 +13,10 @@ quickstart: setup
 
 # The suite, on CPU, in two processes: most of its time is compilation, which runs on one core; test-all adds what takes minutes.
 test: setup
-	$(PY) -m pytest -n 2 --dist loadfile
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-all: setup
-	$(PY) -m pytest -n 2 --dist loadfile -m ""
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m ""
 
 lint: setup
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

@@ -11,3 +11,15 @@ import jax  # noqa: E402
 CACHE = Path(__file__).resolve().parents[1] / ".cache" / "jax"
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+# What takes longest, in files: they start first, so that no process is left alone with one of them at the end.
+FIRST = ("test_end_to_end.py", "test_train.py", "test_golden_replay.py")
+
+
+def pytest_configure(config):
+    """The default suite asks XLA for less optimisation, and is a fifth faster; `make test-all` runs what users get."""
+    jax.config.update("jax_disable_most_optimizations", config.option.markexpr == "not slow")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
