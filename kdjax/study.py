@@ -8,8 +8,8 @@
 
 `methods` compares methods; the others are MKD's tables: its components taken out one by one (table 4), its weight
 (table 5), the size of its teacher (table 3), and parameters, FLOPs, latency and AP over sizes of the student (table 1).
-`--config` (the quickstart, if not given) takes methods' names as its argument. What stands behind `--` goes to train.py
-for every run.
+`--config` (the quickstart, if not given) takes methods' names as its argument, or as the last of several, as in
+`--config=configs/distill/mkd_rtmdet.py:tiny,s`. What stands behind `--` goes to train.py for every run.
 
 The gain of a run is its student's AP minus that of the twin: the same student from the same start on the same batches
 without a teacher. It does not depend on method or teacher, to the bit, so it is trained once a seed, as a run of its
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None):
         prog="python -m kdjax.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("name", choices=sorted(STUDIES))
-    parser.add_argument("--config", default="configs/quickstart.py", help="takes the methods' names as its argument")
+    parser.add_argument("--config", default="configs/quickstart.py", help="takes the methods' names as its (last) argument")
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first", type=int, default=0, help="the first seed")
@@ -211,7 +211,7 @@ def twin_flags(config: str, flags: Sequence[str], seed: int) -> list[str]:
 def run_flags(config: str, methods: str, flags: Sequence[str], seed: int) -> list[str]:
     """A run with methods and without a twin of its own."""
     common = ["--config.twin=False", "--config.eval.every=0", f"--config.seed={seed}"]
-    return [f"--config={config}:{methods}", *flags, *common]
+    return [f"--config={config}{',' if ':' in config else ':'}{methods}", *flags, *common]
 
 
 def gain(run: dict, figure: str) -> float:

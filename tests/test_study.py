@@ -64,6 +64,9 @@ def test_the_twin_is_trained_alone():
     same = ["--config.twin=False", "--config.eval.every=0", "--config.seed=3"]
     assert method == ["--config=configs/quickstart.py:mkd", *flags, *same]
     assert twin[0] == "--config=configs/quickstart.py:" and twin[-3:] == same
+    recipe = "configs/distill/mkd_rtmdet.py"
+    assert study.run_flags(f"{recipe}:tiny,s", "mkd", [], 3)[0] == f"--config={recipe}:tiny,s,mkd"
+    assert not load(ROOT / recipe, "tiny,s,").methods
     last = {flag.partition("=")[0]: flag.partition("=")[2] for flag in twin}
     assert last["--config.teacher.weights"] == last["--config.teacher.detector"] == "" and last["--config.steps"] == "9"
     for name in ("quickstart.py", "distill/coco_folder.py"):
