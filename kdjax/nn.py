@@ -99,7 +99,7 @@ def _builtin_gradients(
 
 
 # The platform is chosen inside the forward and the backward rule, never around them: differentiating through the choice
-# would keep the residuals of all its branches.
+# would keep the residuals of all its branches. The backward rules are jitted, so that equal shapes are traced once.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -111,6 +111,7 @@ def _dense_forward(x: Array, kernel: Array, stride: int, pads: tuple[int, int]) 
     return _dense(x, kernel, stride, pads), (x, kernel)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _dense_backward(
     stride: int, pads: tuple[int, int], saved: tuple[Array, Array], gradient: Array
 ) -> tuple[Array, Array]:
@@ -187,6 +188,7 @@ def _pointwise_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Arr
     return _pointwise(x, kernel), (x, kernel)
 
 
+@jax.jit
 def _pointwise_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
     def matmul(x: Array, kernel: Array, gradient: Array) -> tuple[Array, Array]:
         return jax.vjp(_pointwise_matmul, x, kernel)[1](gradient)
@@ -249,6 +251,7 @@ def _depthwise_forward(
     return _depthwise(x, kernel, stride, pads), (x, kernel)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _depthwise_backward(
     stride: int, pads: tuple[int, int], saved: tuple[Array, Array], gradient: Array
 ) -> tuple[Array, Array]:

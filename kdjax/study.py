@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None):
         prog="python -m kdjax.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("name", choices=sorted(STUDIES))
-    parser.add_argument("--config", default="configs/quickstart.py", help="takes the methods' names as its (last) argument")
+    parser.add_argument("--config", default="configs/quickstart.py", help="its (last) argument is the methods' names")
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first", type=int, default=0, help="the first seed")

@@ -4,6 +4,7 @@ import collections
 import contextlib
 import ctypes
 import dataclasses
+import gc
 import json
 import os
 import platform
@@ -181,8 +182,10 @@ def prepare_process(folder: str) -> None:
     """Compiled programs are kept on disk, so that a second run starts in seconds, and freed memory by the process.
 
     XLA on the CPU asks for the memory of a whole step, and frees it, each time it runs; glibc hands that back to the
-    system, whose fresh pages then cost a quarter of the step. It must come before the first computation.
+    system, whose fresh pages then cost a quarter of the step. It must come before the first computation. Python's
+    collector would look again and again at the objects of every program that is being traced: it is made rare.
     """
+    gc.set_threshold(100_000, 50, 100)
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         for option, value in MALLOC.items():
