@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from kdjax.methods import api
@@ -31,12 +32,13 @@ class Teacher(NamedTuple):
 
 
 def init_state(student, key, variables, adapters: dict, optimizer: optax.GradientTransformation) -> TrainState:
-    """A state at step 0. `variables` is (params, stats) to start from, or None for `student.init(key)`."""
+    """A state at step 0, on the host. `variables` is (params, stats) to start from, or None for `student.init(key)`."""
     params, stats = student.init(key) if variables is None else variables
     params = {"student": params, "adapters": adapters}
     ema = {"params": params["student"], "stats": stats}
     state = TrainState(jnp.zeros((), jnp.int32), params, stats, optimizer.init(params), ema, key)
-    return jax.tree.map(jnp.array, state)  # copies: a step donates its state, so no two leaves may share a buffer
+    # Copies, because a step donates its state and no two leaves may share a buffer; NumPy's need no compilation.
+    return jax.tree.map(np.array, state)
 
 
 def init_adapters(methods: Mapping[str, api.Method], key, student_spec, teacher_spec) -> dict:
