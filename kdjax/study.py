@@ -6,8 +6,9 @@
     python -m kdjax.study teacher --workdir=runs/study --teachers=runs/a/student,runs/b/student
     python -m kdjax.study sizes --workdir=runs/study --students=rtmdet_pico,rtmdet_nano
 
-`methods` compares methods; the others are MKD's tables: its components taken out one by one (table 4), its weight
-(table 5), the size of its teacher (table 3), and parameters, FLOPs, latency and AP over sizes of the student (table 1).
+`methods` compares methods, with the config's teacher or with each of `--teachers`; the others are MKD's tables: its
+components taken out one by one (table 4), its weight (table 5), the size of its teacher (table 3), and parameters,
+FLOPs, latency and AP over sizes of the student (table 1).
 `--config` (the quickstart, if not given) takes methods' names as its argument, or as the last of several, as in
 `--config=configs/distill/mkd_rtmdet.py:tiny,s`. What stands behind `--` goes to train.py for every run.
 
@@ -73,7 +74,7 @@ def main(arguments: Sequence[str] | None = None):
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--methods", type=words, default=api.names(), help="of the study `methods`; all by default")
     parser.add_argument("--weights", type=words, default=["0.1", "1", "5"], help="of the study `weight`")
-    parser.add_argument("--teachers", type=words, default=[], help="student/ folders, of the study `teacher`")
+    parser.add_argument("--teachers", type=words, default=[], help="student/ folders")
     parser.add_argument("--students", type=words, default=["rtmdet_pico", "rtmdet_nano"], help="of the study `sizes`")
     parser.add_argument("--log", type=Path, help="a Markdown file that gets the results")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -98,10 +99,14 @@ def words(text: str) -> list[str]:
 
 
 def of_methods(args) -> list[Variant]:
-    """Methods, or several together joined by "+"."""
+    """Methods, or several together joined by "+", with each teacher."""
     for name in "+".join(args.methods).split("+"):
         api.options(name)
-    return [Variant(name, name) for name in args.methods]
+    return [
+        Variant(f"{name}, {told}" if told else name, name, flags)
+        for told, flags in teachers(args.teachers)
+        for name in args.methods
+    ]
 
 
 def of_components(args) -> list[Variant]:
@@ -123,15 +128,20 @@ def of_teacher(args) -> list[Variant]:
     """MKD with several teachers."""
     if not args.teachers:
         raise ValueError("name the teachers: --teachers=runs/a/student,runs/b/student")
-    variants = []
-    for folder in args.teachers:
+    return [Variant(told, "mkd", flags) for told, flags in teachers(args.teachers)]
+
+
+def teachers(folders: Sequence[str]) -> list[tuple[str, tuple[str, ...]]]:
+    """What a table calls each teacher, and the flags that choose it; the config's own, without a name, if none."""
+    chosen = []
+    for folder in folders:
         path = Path(folder).absolute()
         if not (path / "config.json").is_file():
             raise ValueError(f"{folder} is no student/ folder of a run (--teachers)")
         detector = json.loads((path / "config.json").read_text())["detector"]
-        flags = (f"--config.teacher.detector={detector}", f"--config.teacher.weights={path}")
-        variants.append(Variant(f"{detector} ({folder})", "mkd", flags))
-    return variants
+        flags = ("--config.teacher.detector=", "--config.teacher.options=", f"--config.teacher.weights={path}")
+        chosen.append((f"{detector} ({folder})", flags))
+    return chosen or [("", ())]
 
 
 def of_sizes(args) -> list[Variant]:
@@ -188,8 +198,9 @@ def study(args, variants: list[Variant]) -> None:
     print(f"picture: {workdir / args.name}.png")
     command = f"python -m kdjax.study {args.name} --config={args.config} --seeds={args.seeds}"
     command += f" --first={args.first}" if args.first else ""
-    for option, name in (("methods", "methods"), ("weights", "weight"), ("teachers", "teacher"), ("students", "sizes")):
+    for option, name in (("methods", "methods"), ("weights", "weight"), ("students", "sizes")):
         command += f" --{option}={','.join(getattr(args, option))}" if args.name == name else ""
+    command += f" --teachers={','.join(args.teachers)}" if args.teachers else ""
     publish(
         command + "".join(f" {flag}" for flag in ["--", *args.flags] if args.flags),
         [study_table(rows), str(facts_of(folders["twin"]))],
@@ -205,7 +216,8 @@ def label(name: str, *flags: str) -> str:
 
 def twin_flags(config: str, flags: Sequence[str], seed: int) -> list[str]:
     """A supervised run: the config without methods and without a teacher."""
-    return run_flags(config, "", (*flags, "--config.teacher.detector=", "--config.teacher.weights="), seed)
+    none = (f"--config.teacher.{key}=" for key in ("detector", "options", "weights"))
+    return run_flags(config, "", (*flags, *none), seed)
 
 
 def run_flags(config: str, methods: str, flags: Sequence[str], seed: int) -> list[str]:

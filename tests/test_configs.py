@@ -169,3 +169,22 @@ def test_sgd_drops_its_rate_and_decays_what_decays():
 def test_the_dense_recipe_says_what_its_argument_is():
     with pytest.raises(ValueError, match="is FAMILY,METHODS with a family of retinanet, fcos, gfl, atss, not 'rtmdet"):
         load(ROOT / "configs/distill/dense.py", "rtmdet,mkd")
+
+
+def test_options_of_a_detector():
+    words = "base_channels=32, norm_eval=False, style=caffe, frozen_stages=-1"
+    expected = {"base_channels": 32, "norm_eval": False, "style": "caffe", "frozen_stages": -1}
+    assert settings.detector_options(words) == expected and settings.detector_options("") == {}
+    config = load(ROOT / "configs" / "supervised" / "coco_folder.py", "fcos_r18")
+    config.student.options = words
+    loop.check_models(config)
+    assert loop.named_detector(config.student, 1).options == expected
+    for wrong in ("a", "1=2", "a=b.c", "a=1;b", "**{}", "a=f()"):
+        with pytest.raises(ValueError, match="name=value pairs between commas"):
+            settings.detector_options(wrong)
+    config.student.options = "bass=1"
+    with pytest.raises(ValueError, match="bass"):
+        loop.check_models(config)
+    config.student.update(detector="", options="style=caffe", weights="x")
+    with pytest.raises(ValueError, match="say nothing without config.student.detector"):
+        loop.check_models(config)

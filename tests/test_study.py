@@ -68,7 +68,8 @@ def test_the_twin_is_trained_alone():
     assert study.run_flags(f"{recipe}:tiny,s", "mkd", [], 3)[0] == f"--config={recipe}:tiny,s,mkd"
     assert not load(ROOT / recipe, "tiny,s,").methods
     last = {flag.partition("=")[0]: flag.partition("=")[2] for flag in twin}
-    assert last["--config.teacher.weights"] == last["--config.teacher.detector"] == "" and last["--config.steps"] == "9"
+    assert not any(last[f"--config.teacher.{key}"] for key in ("detector", "options", "weights"))
+    assert last["--config.steps"] == "9"
     for name in ("quickstart.py", "distill/coco_folder.py"):
         assert not load(ROOT / "configs" / name, "").methods
 
@@ -152,6 +153,15 @@ def test_mkds_tables(trained, tmp_path, capsys):
     assert "mkd_methods.mkd.feature_weight=0.0" in folders and "mkd_student.detector=rtmdet_pico" in folders
     for row in rows:
         assert len(row) in (9, 12)
+
+
+def test_methods_with_several_teachers_share_the_twins(trained, tmp_path, capsys):
+    arguments = [f"--workdir={tmp_path}", "--seeds=1", f"--teachers={TEACHER}"]
+    study.main(["methods", "--methods=mkd,cwd", *arguments])
+    out = capsys.readouterr().out
+    assert [row[0] for row in cells(out)[1:]] == [f"{name}, rtmdet_nano ({TEACHER})" for name in ("cwd", "mkd")]
+    study.main(["teacher", *arguments])
+    assert len(set(trained)) == 3, "twin, mkd, cwd: the study of teachers has the same runs"
 
 
 @pytest.mark.parametrize(

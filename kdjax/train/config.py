@@ -1,5 +1,6 @@
 """Every setting of a run with its default; a config file in `configs/` starts from `base()` and changes some."""
 
+import ast
 import math
 
 from ml_collections import ConfigDict
@@ -20,12 +21,14 @@ def base() -> ConfigDict:
     config.student = ConfigDict(
         dict(
             detector="rtmdet_tiny",
+            options="",  # of the detector where they are not the published ones: "base_channels=32,norm_eval=False"
             weights="",  # what the teacher can have, to start from, of other classes too; "": random numbers
         )
     )
     config.teacher = ConfigDict(
         dict(
             detector="",  # "" trains without a teacher; needed only if `weights` is not a kdjax folder
+            options="",  # as the student's; a kdjax folder knows its own
             # a student/ folder of another run, or .safetensors, .npz or .pth with mmdetection's names, or YOLOX's .onnx
             weights="",
         )
@@ -170,6 +173,29 @@ def methods(names: str) -> ConfigDict:
       ValueError: unknown method.
     """
     return ConfigDict({name: api.options(name) for name in names.split("+") if name})
+
+
+def detector_options(text: str) -> dict:
+    """What `config.student.options` says, as the keyword arguments of `kdjax.detectors.build`.
+
+    Args:
+      text: `name=value` pairs between commas; a value is a Python literal or a bare word.
+
+    Raises:
+      ValueError: it is not of that form.
+
+    Example:
+      >>> detector_options("base_channels=32, norm_eval=False, style=caffe")
+      {'base_channels': 32, 'norm_eval': False, 'style': 'caffe'}
+    """
+    try:
+        call = ast.parse(f"options({text})", mode="eval").body
+        if not isinstance(call, ast.Call) or call.args or not all(word.arg for word in call.keywords):
+            raise ValueError(text)
+        values = ((word.arg, word.value) for word in call.keywords)
+        return {name: v.id if isinstance(v, ast.Name) else ast.literal_eval(v) for name, v in values}
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"options of a detector are name=value pairs between commas, not {text!r}") from error
 
 
 def unknown_keys(config: ConfigDict, reference: ConfigDict | None = None, prefix: str = "config") -> list[str]:

@@ -163,7 +163,9 @@ def check_models(config: ConfigDict) -> None:
         raise ValueError("config.twin compares with distillation, but config.methods is empty")
     for role in ("student", "teacher"):
         if config[role].detector:
-            detectors.build(config[role].detector, 1)
+            named_detector(config[role], 1)
+        elif config[role].options:
+            raise ValueError(f"config.{role}.options say nothing without config.{role}.detector")
         if config[role].weights and not Path(config[role].weights).exists():
             raise ValueError(f"there are no weights at {config[role].weights} (config.{role}.weights)")
 
@@ -197,9 +199,14 @@ def prepare_process(folder: str) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+def named_detector(chosen: ConfigDict, num_classes: int):
+    """The detector that `config.student` or `config.teacher` names."""
+    return detectors.build(chosen.detector, num_classes, **settings.detector_options(chosen.options))
+
+
 def load_detector(role: str, chosen: ConfigDict, dataset, key):
     """The detector of a role with its start weights: (Detector, (params, stats) or None)."""
-    detector = detectors.build(chosen.detector, len(dataset.classes)) if chosen.detector else None
+    detector = named_detector(chosen, len(dataset.classes)) if chosen.detector else None
     if not chosen.weights:
         return detector, None
     detector, params, stats, classes = weights.load(
