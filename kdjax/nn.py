@@ -16,6 +16,7 @@ from contextvars import ContextVar
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax import lax
 
 Array = jax.Array
@@ -401,15 +402,13 @@ def max_pool(x: Array, window: int, *, stride: int = 1, padding: int = 0) -> Arr
       [[3.0, 3.0], [3.0, 3.0]]
     """
     low = -jnp.inf
-    if _portable.get():
-        x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)), constant_values=jnp.finfo(x.dtype).min)
-        for axis in (1, 2):
-            stop = x.shape[axis] - window + 1
-            x = functools.reduce(
-                jnp.maximum, (lax.slice_in_dim(x, i, i + stop, stride, axis=axis) for i in range(window))
-            )
-        return x
     pads = (padding, padding)
+    if _portable.get():  # jax2onnx knows no other padding than these two
+        same = stride == 1 and 2 * padding == window - 1
+        if not same:
+            x = jnp.pad(x, ((0, 0), pads, pads, (0, 0)), constant_values=jnp.finfo(x.dtype).min)
+        sides = {"window_shape": (window, window), "strides": (stride, stride)}
+        return nnx.max_pool(x, **sides, padding="SAME" if same else "VALID")
     # Rows, then columns: 2k comparisons a cell instead of k^2.
     x = lax.reduce_window(x, low, lax.max, (1, window, 1, 1), (1, stride, 1, 1), ((0, 0), pads, (0, 0), (0, 0)))
     return lax.reduce_window(x, low, lax.max, (1, 1, window, 1), (1, 1, stride, 1), ((0, 0), (0, 0), pads, (0, 0)))
@@ -488,7 +487,7 @@ _portable: ContextVar[bool] = ContextVar("portable", default=False)
 def portable() -> Iterator[None]:
     """What is traced inside takes forms that converters to other formats know, the same to rounding.
 
-    No choice by platform, no gradient rule, no window reduction.
+    No choice by platform, no gradient rule, no reduction by separate rows and columns.
 
     Example:
       >>> import jax.numpy as jnp

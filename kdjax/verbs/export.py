@@ -162,14 +162,19 @@ def describe(model: models.Model, *, raw: bool) -> dict[str, str]:
 
 def _normalisation(model: models.Model) -> str:
     """Read off the detector: what it makes of black, white and red."""
-    black, white, red = (
-        np.asarray(model.detector.preprocess(np.array(colour, np.uint8).reshape(1, 1, 1, 3))).reshape(3)
-        for colour in ((0, 0, 0), (255, 255, 255), (255, 0, 0))
-    )
-    std = 255 / (white - black)
-    order = "RGB" if red[0] != black[0] else "BGR"
-    mean, std = (" ".join(f"{value:g}" for value in values.round(3)) for values in (-black * std, std))
+    kernel, offset = _affine(model)
+    std = 1 / kernel.sum(0)
+    order = "RGB" if kernel[0, 0] else "BGR"
+    mean, std = (" ".join(f"{value:g}" for value in values.round(3)) for values in (-offset * std, std))
     return f"inside the graph: {order}, minus {mean}, divided by {std}"
+
+
+def _affine(model: models.Model) -> tuple[np.ndarray, np.ndarray]:
+    """What a detector makes of colours, which is affine: kernel f32[3 in, 3 out] and offset f32[3]."""
+    colours = np.array([(0, 0, 0), (255, 0, 0), (0, 255, 0), (0, 0, 255)], np.uint8)
+    with jax.ensure_compile_time_eval():  # also while something is traced
+        offset, *pure = np.asarray(model.detector.preprocess(colours[None, None]))[0, 0]
+    return (np.array(pure) - offset) / 255, offset
 
 
 # -------------------------------------------------------------------------------------------------------------- maps
@@ -177,7 +182,17 @@ def _normalisation(model: models.Model) -> str:
 
 def maps(model: models.Model, images) -> tuple:
     """The head's maps of pictures u8[B, H, W, 3]: class logits fine to coarse, then box regressions."""
-    output, _ = model.detector.apply(*model.variables, model.detector.preprocess(images), train=False)
+    return _maps(model, model.detector.preprocess(images))
+
+
+def _onnx_maps(model: models.Model, images) -> tuple:
+    """The same with the normalisation as a convolution, which onnxruntime does in a tenth of the time."""
+    kernel, offset = _affine(model)
+    return _maps(model, nn.conv2d(images.astype(jnp.float32), jnp.asarray(kernel)[None, None], jnp.asarray(offset)))
+
+
+def _maps(model: models.Model, x) -> tuple:
+    output, _ = model.detector.apply(*model.variables, x, train=False)
     return *output.cls_logits, *output.box_reg
 
 
@@ -188,9 +203,9 @@ def _output(model: models.Model, found) -> DetectorOutput:
     )
 
 
-def _candidates(model: models.Model, images, image_size):
+def _onnx_candidates(model: models.Model, images, image_size):
     """What ONNX's suppression takes: boxes f32[1, N, 4] on the picture, scores f32[1, K, N], 0 where a box is empty."""
-    output = _output(model, maps(model, images))
+    output = _output(model, _onnx_maps(model, images))
     boxes = clip(model.detector.decode_boxes(output), image_size)
     full = (boxes[..., 2] > boxes[..., 0]) & (boxes[..., 3] > boxes[..., 1])
     scores = jnp.where(full[..., None], jax.nn.sigmoid(model.detector.class_logits(output)), 0.0)
@@ -220,7 +235,7 @@ def write_onnx(model: models.Model, path: Path, *, raw: bool) -> None:
         import jax2onnx
         import onnx
 
-        function = functools.partial(maps if raw else _candidates, model)
+        function = functools.partial(_onnx_maps if raw else _onnx_candidates, model)
         with nn.portable():
             graph = jax2onnx.to_onnx(
                 function,
@@ -233,11 +248,33 @@ def write_onnx(model: models.Model, path: Path, *, raw: bool) -> None:
                 if raw
                 else ["candidates", "candidate_scores"],
             )
+        _simplify_upsampling(graph)
         if not raw:
             _append_suppression(graph)
         onnx.save(graph, str(path))
         session(path, optimised=path.with_suffix(".optimised"))
         path.with_suffix(".optimised").replace(path)
+
+
+def _simplify_upsampling(graph) -> None:
+    """Writes nearest-neighbour resizing by whole factors, all that `nn.upsample_nearest` does, as onnxruntime likes it.
+
+    It has a fast form for factors instead of sizes, with the cell rounded down: by a whole factor the same cell.
+    """
+    from onnx import helper, numpy_helper, shape_inference
+
+    sizes = {constant.name: numpy_helper.to_array(constant) for constant in graph.graph.initializer}
+    known = shape_inference.infer_shapes(graph).graph.value_info
+    shapes = {entry.name: [dim.dim_value for dim in entry.type.tensor_type.shape.dim] for entry in known}
+    for node in graph.graph.node:
+        if node.op_type == "Resize":
+            factors = sizes[node.input[3]] / shapes[node.input[0]]
+            name = f"{node.output[0]}_factors"
+            graph.graph.initializer.append(numpy_helper.from_array(factors.astype(np.float32), name))
+            node.input[:] = [node.input[0], "", name]
+            del node.attribute[:]
+            told = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+            node.attribute.extend(helper.make_attribute(key, value) for key, value in told.items())
 
 
 def _append_suppression(graph) -> None:
