@@ -16,7 +16,6 @@ from contextvars import ContextVar
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax import lax
 
 Array = jax.Array
@@ -403,12 +402,6 @@ def max_pool(x: Array, window: int, *, stride: int = 1, padding: int = 0) -> Arr
     """
     low = -jnp.inf
     pads = (padding, padding)
-    if _portable.get():  # jax2onnx knows no other padding than these two
-        same = stride == 1 and 2 * padding == window - 1
-        if not same:
-            x = jnp.pad(x, ((0, 0), pads, pads, (0, 0)), constant_values=jnp.finfo(x.dtype).min)
-        sides = {"window_shape": (window, window), "strides": (stride, stride)}
-        return nnx.max_pool(x, **sides, padding="SAME" if same else "VALID")
     # Rows, then columns: 2k comparisons a cell instead of k^2.
     x = lax.reduce_window(x, low, lax.max, (1, window, 1, 1), (1, stride, 1, 1), ((0, 0), pads, (0, 0), (0, 0)))
     return lax.reduce_window(x, low, lax.max, (1, 1, window, 1), (1, 1, stride, 1), ((0, 0), (0, 0), pads, (0, 0)))
@@ -487,13 +480,13 @@ _portable: ContextVar[bool] = ContextVar("portable", default=False)
 def portable() -> Iterator[None]:
     """What is traced inside takes forms that converters to other formats know, the same to rounding.
 
-    No choice by platform, no gradient rule, no reduction by separate rows and columns.
+    No choice by platform and no gradient rule.
 
     Example:
       >>> import jax.numpy as jnp
       >>> with portable():
-      ...     max_pool(jnp.arange(4.0).reshape(1, 2, 2, 1), 3, padding=1)[0, :, :, 0].tolist()
-      [[3.0, 3.0], [3.0, 3.0]]
+      ...     upsample_nearest(jnp.ones((1, 1, 1, 1))).shape
+      (1, 2, 2, 1)
     """
     token = _portable.set(True)
     try:
@@ -543,3 +536,13 @@ def count(function: Callable, *args) -> dict[str, int]:
     with _counting() as counts:
         jax.eval_shape(lambda *a: function(*a), *args)
     return {"flops": sum(counts.values()), **counts}
+
+
+def is_portable() -> bool:
+    """Whether this is inside of `portable`.
+
+    Example:
+      >>> is_portable()
+      False
+    """
+    return _portable.get()

@@ -21,8 +21,9 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from kdjax import cli, data, nn
+from kdjax.boxes.iou import pairwise
 from kdjax.data import records, scenes
-from kdjax.detectors import build, convert, weights
+from kdjax.detectors import build, convert, layers, weights
 from kdjax.detectors.api import flatten, unflatten
 from kdjax.evals import coco
 from kdjax.train import checkpoint, loop
@@ -335,14 +336,7 @@ def test_mistakes_get_one_sentence_before_any_compute(made, tmp_path, capsys, mo
     (tmp_path / "void").mkdir()
     (tmp_path / "x.gif").write_bytes(b"")
     (tmp_path / "model.pth").write_bytes(b"")
-    dense = build("retinanet_r18", 6, base_channels=8, neck_channels=8, head_channels=8, stacked_convs=1)
-    of_dense = dense.init(jax.random.key(0))
-    weights.save(tmp_path / "dense", dense, *of_dense, classes=CLASSES, image_size=(64, 64))
     for arguments, why in (
-        (
-            ("export", f"--model={tmp_path / 'dense'}", "--format=stablehlo", f"--out={tmp_path / 'x'}"),
-            "only RTMDet can be exported so far",
-        ),
         (("predict", "nowhere.png", one, out), "no file or folder nowhere.png"),
         (("predict", str(tmp_path / "void"), one, out), "holds no pictures"),
         (("predict", str(tmp_path / "x.gif"), one, out), "neither a picture nor a video"),
@@ -445,6 +439,7 @@ def test_the_model_card_is_true_and_its_example_runs(made, finished, tmp_path, m
 def test_an_unfinished_run_is_read_from_its_checkpoint(made, finished, tmp_path, capsys):
     half = finished[0].parent / "half"
     loaded, given = model.load(str(half)), model.load(str(made / "model"))
+    assert loaded.detector.options == given.detector.options == {}
     assert loaded.detector.name == "rtmdet_pico" and loaded.classes == tuple(CLASSES)
     assert loaded.image_size == (64, 64)
     jax.tree.map(np.testing.assert_array_equal, loaded.variables, given.variables)
@@ -508,6 +503,70 @@ def test_onnx_is_the_jax_model(made, exported):
     assert [loaded.category_ids[label] for label in labels[:20]] == [row["category_id"] for row in rows[:20]]
 
 
+SMALL = {"base_channels": 8, "neck_channels": 8, "head_channels": 8, "stacked_convs": 1}
+OTHERS = {
+    "retinanet_r18": SMALL,
+    "fcos_r18": SMALL | {"groups": 4},
+    "gfl_r18": SMALL | {"groups": 4},
+    "atss_r18": SMALL | {"groups": 4},
+    "yolox_pico": {},
+}
+
+
+def greedy(boxes, scores, *, iou_threshold: float, max_detections: int):
+    """ONNX's NonMaxSuppression and the choice behind it, slowly: rows (score, class, candidate), best first."""
+    found, overlap = [], np.asarray(pairwise(boxes, boxes))
+    for k, row in enumerate(scores):
+        kept = []
+        for i in sorted(np.flatnonzero(row > 0), key=lambda i: -row[i]):
+            if all(overlap[i, j] <= iou_threshold for j in kept):
+                kept.append(i)
+        found += [(row[i], k, i) for i in kept]
+    return sorted(found, reverse=True)[:max_detections]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_candidates_of_onnx_are_those_of_decode(name, monkeypatch):
+    """Of random maps, so that nothing has to be compiled but the decoding."""
+    detector = build(name, 3, **OTHERS[name])
+    loaded = model.Model(None, detector, detector.shapes, tuple("abc"), (1, 2, 3), (64, 64))
+    rng = np.random.default_rng(0)
+    bins = name.startswith("gfl")  # whose average is in the middle unless they differ much
+    maps = [
+        (rng.normal(size=level.shape) * spread - shift).astype(np.float32)
+        for what, spread, shift in (("cls_logits", 2, 2), ("box_reg", 8 if bins else 1, -1), ("quality", 2, 0))
+        for level in getattr(export._spec(loaded), what)
+    ]
+    monkeypatch.setattr(export, "_onnx_maps", lambda model, images: maps)
+    assert len(export._names(loaded)) == len(maps)
+    limits, size = {}, np.array([[64, 48]])
+    compared, scores, boxes = export._onnx_candidates(loaded, limits, None, size)
+    mine = greedy(np.asarray(compared[0]), np.asarray(scores[0]), **limits)
+    wanted = detector.decode(export._output(loaded, maps), size)
+    assert len(mine) == int(wanted.valid.sum()) > 10
+    np.testing.assert_allclose([row[0] for row in mine], wanted.scores[0][: len(mine)], atol=1e-6)
+    np.testing.assert_array_equal([row[1] for row in mine], wanted.labels[0][: len(mine)])
+    np.testing.assert_allclose(np.asarray(boxes)[0, [row[2] for row in mine]], wanted.boxes[0][: len(mine)], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["fcos_r18", "yolox_pico"])
+def test_onnx_of_other_families(name, tmp_path, capsys):
+    pytest.importorskip("jax2onnx", reason="ONNX needs kdjax[export]")
+    pytest.importorskip("onnxruntime", reason="ONNX needs kdjax[export]")
+    detector = build(name, 6, **OTHERS[name])
+    params, stats = detector.init(jax.random.key(0))
+    rng = np.random.default_rng(0)
+    noisy = {
+        path: value + rng.normal(size=value.shape, scale=0.3).astype(np.float32) if "bbox_head" in path else value
+        for path, value in flatten(params).items()
+    }
+    weights.save(tmp_path / "m", detector, unflatten(noisy), stats, classes=CLASSES, image_size=(64, 64))
+    command = ["export", f"--model={tmp_path / 'm'}", "--format=onnx", f"--out={tmp_path / 'm.onnx'}", "--raw"]
+    assert cli.main(command) == 0 and re.search(r"difference from the JAX model \S+e-0[5-9]", capsys.readouterr().out)
+    found = [entry.name for entry in export.session(tmp_path / "m.onnx").get_outputs()]
+    assert found[0] == "cls_logits_8" and found[-1].startswith("quality_")
+
+
 def test_nothing_found_is_no_box(exported):
     session = export.session(exported[0])
     feed = {"image": np.zeros((1, 64, 64, 3), np.uint8), "image_size": np.zeros((1, 2), np.int32)}
@@ -548,8 +607,8 @@ def test_portable_forms_are_the_others(made):
         lambda: nn.conv2d(x, kernel),
         lambda: nn.conv2d(x, wise, groups=4, stride=2),
         lambda: nn.batch_norm(x, scale, bias, mean, var),
-        lambda: nn.max_pool(x, 5, padding=2),
-        lambda: nn.max_pool(x, 3, stride=2, padding=1),
+        lambda: layers.max_pool(x, 5, padding=2),
+        lambda: layers.max_pool(x, 3, stride=2, padding=1),
         lambda: nn.upsample_nearest(x),
     ):
         wanted = function()

@@ -251,6 +251,7 @@ def decoder(decode_boxes: Callable, *, iou_threshold: float) -> Callable:
         iou_threshold: float = iou_threshold,
         pre_nms: int = 1000,
         max_detections: int = 100,
+        select: Callable = nms.select,
     ) -> Detections:
         """Turns predictions into detections by class-wise non-maximum suppression.
 
@@ -263,6 +264,7 @@ def decoder(decode_boxes: Callable, *, iou_threshold: float) -> Callable:
           iou_threshold: a box goes if a better one of its class overlaps it by more.
           pre_nms: (prior, class) pairs of each level that enter the suppression at most.
           max_detections: D, rows of the result.
+          select: what chooses among boxes and scores, with the arguments of `boxes.nms.select`.
 
         Returns:
           D detections a picture, padded.
@@ -271,7 +273,7 @@ def decoder(decode_boxes: Callable, *, iou_threshold: float) -> Callable:
 
         Peers: mmdetection 3.3.0 BaseDenseHead.predict_by_feat without rescaling.
         """
-        return nms.select(
+        return select(
             decode_boxes(output),
             jax.nn.sigmoid(levels.class_logits(output)),
             quality=jax.nn.sigmoid(levels.join(output.quality, 1)[..., 0]) if output.quality else None,

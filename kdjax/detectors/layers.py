@@ -47,6 +47,23 @@ def constant(value: float) -> Callable:
     return lambda rng, shape: np.full(shape, value)
 
 
+def max_pool(x: Array, window: int, *, stride: int = 1, padding: int = 0) -> Array:
+    """`nn.max_pool`, for other runtimes in the one form that jax2onnx knows: NNX's, with one of two paddings."""
+    if not nn.is_portable():
+        return nn.max_pool(x, window, stride=stride, padding=padding)
+    same = stride == 1 and 2 * padding == window - 1
+    if not same:
+        pads = (padding, padding)
+        x = jnp.pad(x, ((0, 0), pads, pads, (0, 0)), constant_values=jnp.finfo(x.dtype).min)
+    sides = {"window_shape": (window, window), "strides": (stride, stride)}
+    return nnx.max_pool(x, **sides, padding="SAME" if same else "VALID")
+
+
+def _without_gradient(x: Array) -> Array:
+    """`stop_gradient`, which jax2onnx cannot convert where it meets a parameter."""
+    return x if nn.is_portable() else jax.lax.stop_gradient(x)
+
+
 class Conv(nnx.Module):
     """Convolution with "same" padding; groups = channels if `depthwise`. A bias exists where its `draw` is given."""
 
@@ -100,7 +117,7 @@ class BatchNorm(nnx.Module):
             mean, var = moments
         scale, bias = self.scale[...], self.bias[...]
         if not self.learned:
-            scale, bias = jax.lax.stop_gradient((scale, bias))
+            scale, bias = _without_gradient(scale), _without_gradient(bias)
         return nn.batch_norm(x, scale, bias, mean, var, eps=self.eps)
 
 
@@ -228,5 +245,5 @@ class SPP(nnx.Module):
     def __call__(self, x: Array, train: bool) -> Array:
         pyramid = [self.conv1(x, train)]
         for _ in range(3):  # windows of 5 over windows of 5 are windows of 9, then of 13
-            pyramid.append(nn.max_pool(pyramid[-1], 5, padding=2))
+            pyramid.append(max_pool(pyramid[-1], 5, padding=2))
         return self.conv2(jnp.concatenate(pyramid, -1), train)

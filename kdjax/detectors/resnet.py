@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from kdjax import nn
-from kdjax.detectors.layers import BatchNorm, Conv, normal_fan_out
+from kdjax.detectors.layers import BatchNorm, Conv, max_pool, normal_fan_out
 
 Array = jax.Array
 
@@ -105,7 +104,7 @@ class ResNet(nnx.Module):
 
         train = train and not self.norm_eval
         x = jax.nn.relu(self.bn1(self.conv1(x), train and self.frozen_stages < 0))
-        x = fixed(0, nn.max_pool(x, 3, stride=2, padding=1))
+        x = fixed(0, max_pool(x, 3, stride=2, padding=1))
         maps = []
         for stage, blocks in enumerate((self.layer1, self.layer2, self.layer3, self.layer4), 1):
             for block in blocks:

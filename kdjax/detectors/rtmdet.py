@@ -7,6 +7,7 @@ instead of empty; with the exponential both are the same.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -309,6 +310,7 @@ def decode(
     iou_threshold: float = 0.65,
     pre_nms: int = 30000,
     max_detections: int = 300,
+    select: Callable = nms.select,
 ) -> Detections:
     """Turns predictions into detections by class-wise non-maximum suppression.
 
@@ -319,6 +321,7 @@ def decode(
       iou_threshold: a box goes if a better one of its class overlaps it by more.
       pre_nms: (prior, class) pairs of each level that enter the suppression at most.
       max_detections: D, rows of the result.
+      select: what chooses among boxes and scores, with the arguments of `boxes.nms.select`.
 
     Returns:
       D detections a picture, padded.
@@ -327,7 +330,7 @@ def decode(
 
     Peers: mmdetection 3.3.0 RTMDetHead.predict_by_feat without rescaling.
     """
-    return nms.select(
+    return select(
         decode_boxes(output),
         jax.nn.sigmoid(levels.class_logits(output)),
         image_size=image_size,

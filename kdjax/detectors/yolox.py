@@ -5,6 +5,7 @@ numbers this file keeps; the authors' weights fit as well (`kdjax.detectors.megv
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -284,6 +285,7 @@ def decode(
     iou_threshold: float = 0.65,
     pre_nms: int = 30000,
     max_detections: int = 300,
+    select: Callable = nms.select,
 ) -> Detections:
     """Turns predictions into detections by class-wise non-maximum suppression.
 
@@ -297,6 +299,7 @@ def decode(
       iou_threshold: a box goes if a better one of its class overlaps it by more.
       pre_nms: (prior, class) pairs of each level that enter the suppression at most.
       max_detections: D, rows of the result.
+      select: what chooses among boxes and scores, with the arguments of `boxes.nms.select`.
 
     Returns:
       D detections a picture, padded.
@@ -310,7 +313,7 @@ def decode(
     inside = clip(boxes, image_size)
     scores = jax.nn.sigmoid(levels.class_logits(output)) * jax.nn.sigmoid(_objectness(output))[..., None]
     seen = jnp.all(inside[..., 2:] > inside[..., :2], -1, keepdims=True)
-    found = nms.select(
+    found = select(
         boxes,
         jnp.where(seen, scores, 0.0),
         level_sizes=levels.level_sizes(output),

@@ -1,6 +1,7 @@
 """`kdjax export`: a model as ONNX (float32 or int8) or StableHLO, held against the JAX model before it is given out."""
 
 import contextlib
+import dataclasses
 import functools
 import importlib.util
 import io
@@ -32,8 +33,7 @@ SAMPLES = 8  # pictures on which outputs are compared
 CALIBRATION = 64  # pictures that int8 is calibrated on
 TOLERANCE = 1e-4  # of an output, relative where it is larger than 1
 BUDGET = {"float32": 0.1, "int8": 1.0}  # points of AP
-# The suppression of every evaluation (`Detector.decode`).
-_NMS = {"score_threshold": 0.001, "iou_threshold": 0.65, "max_detections": 300}
+_PREDICTIONS = ("cls_logits", "box_reg", "quality")
 
 
 def run(
@@ -76,8 +76,6 @@ def run(
     if format == "onnx":
         check_installed()
     loaded = models.load(model)
-    if not loaded.detector.name.startswith("rtmdet_"):
-        raise ValueError(f"--model={model} is of {loaded.detector.name}: only RTMDet can be exported so far.")
     models.check_out(str(target.parent))
     given = evaluate.open_data(data, split, "", "", limit) if data else None
     if given:
@@ -138,14 +136,11 @@ def check_installed(packages: Iterable[str] = ("jax2onnx", "onnx", "onnxruntime"
 def describe(model: models.Model, *, raw: bool) -> dict[str, str]:
     """What whoever runs the file must know, as text by name."""
     height, width = model.image_size
-    image = (
-        f"image u8[1, {height}, {width}, 3], RGB, scaled to fit, at the top left, the rest {model.detector.pad_value}"
-    )
+    fit = "scaled to fit, fractions of a pixel cut off" if model.detector.round_down else "scaled to fit"
+    image = f"image u8[1, {height}, {width}, 3], RGB, {fit}, at the top left, the rest {model.detector.pad_value}"
     outputs = "boxes f32[n, 4] x1 y1 x2 y2 in pixels of the canvas, scores f32[n], labels i64[n], best first"
     if raw:
-        outputs = (
-            "for each stride cls_logits f32[1, H, W, K], then box_reg f32[1, H, W, 4]: left top right bottom in px"
-        )
+        outputs = f"{', '.join(_names(model))}: f32[1, H, W, C] as in kdjax.structs.DetectorOutput"
     return {
         "kdjax": kdjax.__version__,
         "detector": model.detector.name,
@@ -193,23 +188,58 @@ def _onnx_maps(model: models.Model, images) -> tuple:
 
 def _maps(model: models.Model, x) -> tuple:
     output, _ = model.detector.apply(*model.variables, x, train=False)
-    return *output.cls_logits, *output.box_reg
+    return tuple(level for what in _PREDICTIONS for level in getattr(output, what))
+
+
+def _spec(model: models.Model) -> DetectorOutput:
+    """The shapes of an output."""
+    x = jax.ShapeDtypeStruct((1, *model.image_size, 3), jnp.float32)
+    return jax.eval_shape(functools.partial(model.detector.apply, train=False), *model.variables, x)[0]
+
+
+def _names(model: models.Model) -> list[str]:
+    """What the maps are called, in their order."""
+    spec = _spec(model)
+    return [f"{what}_{stride}" for what in _PREDICTIONS if getattr(spec, what) for stride in spec.strides]
 
 
 def _output(model: models.Model, found) -> DetectorOutput:
-    levels = len(model.detector.strides)
-    return DetectorOutput(
-        strides=model.detector.strides, cls_logits=tuple(found[:levels]), box_reg=tuple(found[levels:])
-    )
+    """The predictions of an output from its maps."""
+    spec, found = _spec(model), iter(found)
+    return dataclasses.replace(spec, **{what: tuple(next(found) for _ in getattr(spec, what)) for what in _PREDICTIONS})
 
 
-def _onnx_candidates(model: models.Model, images, image_size):
-    """What ONNX's suppression takes: boxes f32[1, N, 4] on the picture, scores f32[1, K, N], 0 where a box is empty."""
-    output = _output(model, _onnx_maps(model, images))
-    boxes = clip(model.detector.decode_boxes(output), image_size)
-    full = (boxes[..., 2] > boxes[..., 0]) & (boxes[..., 3] > boxes[..., 1])
-    scores = jnp.where(full[..., None], jax.nn.sigmoid(model.detector.class_logits(output)), 0.0)
-    return boxes, jnp.swapaxes(scores, 1, 2)
+def _onnx_candidates(model: models.Model, settings: dict, images, image_size):
+    """What ONNX's suppression takes, instead of `boxes.nms.select`.
+
+    Args:
+      model: from `load`.
+      settings: is filled with the suppression's `iou_threshold` and `max_detections`.
+      images: u8[1, H, W, 3].
+      image_size: i32[1, 2].
+
+    Returns:
+      Boxes to compare f32[1, N, 4]; scores f32[1, K, N], 0 for what does not take part; boxes to hand out f32[1, N, 4].
+    """
+    compared = []
+
+    def select(boxes, scores, *, level_sizes, image_size, score_threshold, pre_nms, quality=None, **rest):
+        settings.update(rest)
+        boxes = boxes if image_size is None else clip(boxes, image_size)
+        takes_part = ((boxes[..., 2] > boxes[..., 0]) & (boxes[..., 3] > boxes[..., 1]))[..., None]
+        takes_part &= scores > score_threshold
+        if pre_nms < 100 * rest["max_detections"]:  # a larger number changes nothing among the best
+            ends = list(itertools.accumulate(level_sizes))
+            pairs = [scores[:, end - size : end].reshape(1, -1) for size, end in zip(level_sizes, ends, strict=True)]
+            least = [jax.lax.top_k(level, min(pre_nms, level.shape[1]))[0][:, -1:, None] for level in pairs]
+            least = [jnp.broadcast_to(one, (1, size, 1)) for one, size in zip(least, level_sizes, strict=True)]
+            takes_part &= scores >= jnp.concatenate(least, 1)
+        scores = jnp.where(takes_part, scores if quality is None else scores * quality[..., None], 0.0)
+        compared.extend((boxes, scores))
+        return Detections(boxes, scores, None, None)
+
+    model.detector.decode(_output(model, _onnx_maps(model, images)), image_size, select=select)
+    return compared[0], jnp.swapaxes(compared[1], 1, 2), clip(compared[0], image_size)
 
 
 def _specs(model: models.Model, raw: bool) -> list[jax.ShapeDtypeStruct]:
@@ -235,22 +265,19 @@ def write_onnx(model: models.Model, path: Path, *, raw: bool) -> None:
         import jax2onnx
         import onnx
 
-        function = functools.partial(_onnx_maps if raw else _onnx_candidates, model)
+        settings = {}
+        function = functools.partial(_onnx_maps, model) if raw else functools.partial(_onnx_candidates, model, settings)
         with nn.portable():
             graph = jax2onnx.to_onnx(
                 function,
                 _specs(model, raw),
                 opset=OPSET,
                 input_names=["image"] if raw else ["image", "image_size"],
-                output_names=[
-                    f"{what}_{stride}" for what in ("cls_logits", "box_reg") for stride in model.detector.strides
-                ]
-                if raw
-                else ["candidates", "candidate_scores"],
+                output_names=_names(model) if raw else ["candidates", "candidate_scores", "candidate_boxes"],
             )
         _simplify_upsampling(graph)
         if not raw:
-            _append_suppression(graph)
+            _append_suppression(graph, **settings)
         onnx.save(graph, str(path))
         session(path, optimised=path.with_suffix(".optimised"))
         path.with_suffix(".optimised").replace(path)
@@ -277,14 +304,14 @@ def _simplify_upsampling(graph) -> None:
             node.attribute.extend(helper.make_attribute(key, value) for key, value in told.items())
 
 
-def _append_suppression(graph) -> None:
-    """Replaces the outputs candidates and candidate_scores by boxes, scores and labels of what is left of them."""
+def _append_suppression(graph, *, iou_threshold: float, max_detections: int) -> None:
+    """Replaces the outputs of `_onnx_candidates` by boxes, scores and labels of what is left of them."""
     from onnx import TensorProto, helper, numpy_helper
 
     constants = {
-        "most": np.array([_NMS["max_detections"]], np.int64),
-        "iou_threshold": np.array([_NMS["iou_threshold"]], np.float32),
-        "score_threshold": np.array([_NMS["score_threshold"]], np.float32),
+        "most": np.array([max_detections], np.int64),
+        "iou_threshold": np.array([iou_threshold], np.float32),
+        "score_threshold": np.array([0], np.float32),
         "first": np.array(0, np.int64),
         "column_class": np.array(1, np.int64),
         "column_box": np.array(2, np.int64),
@@ -299,7 +326,7 @@ def _append_suppression(graph) -> None:
         ("Gather", ["kept", "order"], ["best"]),
         ("Gather", ["best", "column_class"], ["labels"]),
         ("Gather", ["best", "column_box"], ["rows"]),
-        ("Gather", ["candidates", "first"], ["all_boxes"]),
+        ("Gather", ["candidate_boxes", "first"], ["all_boxes"]),
         ("Gather", ["all_boxes", "rows"], ["boxes"]),
     ]
     axis = {"labels": 1, "rows": 1}
@@ -411,8 +438,7 @@ def _quiet() -> Iterator[None]:
 def to_stablehlo(model: models.Model, *, raw: bool) -> bytes:
     """The model as a portable program of `jax.export` for CPU, GPU and TPU, for one picture.
 
-    Its outputs are the head's maps, or boxes f32[1, 300, 4], scores f32[1, 300], labels i32[1, 300] and
-    valid bool[1, 300].
+    Its outputs are the head's maps, or boxes f32[1, D, 4], scores f32[1, D], labels i32[1, D] and valid bool[1, D].
     """
 
     def predict(images, image_size):
