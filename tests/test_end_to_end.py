@@ -8,9 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from kdjax.detectors import build, weights
+from tests.shared import ROOT, SHARED
 
 
 def train(*flags: str) -> subprocess.CompletedProcess:
@@ -65,6 +67,40 @@ def test_the_quickstart_as_it_stands(tmp_path):
     assert results["teacher"]["AP"] > results["student"]["AP"] > results["twin"]["AP"] > 0.05
     assert results["teacher"]["AP"] - results["twin"]["AP"] > 0.05
     assert max(results[role]["AP"] for role in ("teacher", "twin", "student")) < 0.95
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(SHARED is None, reason="the shared data is not here")
+@pytest.mark.parametrize("name", ["coco_mini", "bccd"])
+def test_the_recipe_on_real_pictures(name, tmp_path):
+    """MKD's recipe, Mosaic and MixUp and then large-scale jitter, a few steps of each on a small canvas."""
+    root = SHARED / "data" / name
+    truth = json.loads((root / "annotations" / "instances_train.json").read_text())
+    classes = [category["name"] for category in truth["categories"]]
+    teacher = build("rtmdet_nano", len(classes))
+    start = teacher.init(jax.random.key(0))
+    weights.save(tmp_path / "teacher", teacher, *start, classes=classes, image_size=(96, 96))
+    done = train(
+        "--config=configs/distill/mkd_rtmdet.py:pico,nano",
+        f"--workdir={tmp_path / 'run'}",
+        f"--config.teacher.weights={tmp_path / 'teacher'}",
+        "--config.data.source=coco_folder",
+        f"--config.data.root={root}",
+        f"--config.data.cache={tmp_path / 'cache'}",
+        "--config.data.val_split=val",
+        "--config.data.image_size=(96, 96)",
+        "--config.batch_size=4",
+        "--config.steps=6",
+        "--config.data.stage2.start=4",
+        "--config.optimizer.warmup=2",
+        "--config.log_every=1",
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    terms = [line["student/mkd/feature"] for line in lines if line["kind"] == "train"]
+    assert len(terms) == 6 and all(0 < term < 10 for term in terms)
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert set(results) >= {"student", "twin", "teacher"}
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep memory")
