@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from kdjax import cli, data, detectors
 from kdjax.data.dataset import Split
 from kdjax.detectors import weights
+from kdjax.train import config as settings
 from kdjax.train import doctor, loop
 from kdjax.verbs.doctor import read_config
 from tests.test_configs import load
@@ -181,6 +182,13 @@ def test_a_missing_focal_prior_is_named(setup):
     )
     values, _, start = doctor.strengths(made._replace(states={"student": state._replace(params=params)}), batch)
     assert "lacks its focal prior" in faults(doctor.of_start(values, start))["student's head"]
+
+
+def test_a_random_student_with_frozen_layers_is_named():
+    assert "11 kernels" in faults(doctor.of_frozen(detectors.build("retinanet_r50", 2)))["frozen layers"]
+    free = settings.detector_options("frozen_stages=-1,frozen_norm=False,norm_eval=False")
+    assert not doctor.of_frozen(detectors.build("fcos_r18", 2, **free))
+    assert not doctor.of_frozen(detectors.build("yolox_pico", 2))
 
 
 def test_a_student_larger_than_its_teacher_is_noticed(setup):

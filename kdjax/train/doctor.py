@@ -16,6 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from kdjax import data
+from kdjax.detectors.api import Detector, flatten
 from kdjax.evals import coco, errors, size
 from kdjax.methods import api
 from kdjax.train import loop, optim
@@ -70,6 +71,8 @@ def examine(config: ConfigDict, *, pictures: int = 64) -> list[Finding]:
         findings += of_sizes(setup)
     if config.student.weights:
         findings += of_weights("student", setup.student, loop.ema(setup.states["student"]), setup, pictures)
+    else:
+        findings += of_frozen(setup.student)
     values, pulls, start = strengths(setup, batch)
     return findings + of_start(values, start) + of_terms(setup, values, pulls) + of_program(setup, batch)
 
@@ -282,6 +285,19 @@ def strengths(setup: loop.Setup, batch: dict) -> tuple[dict, dict, float]:
         grads, (values, start) = gradient(*arguments, chosen)
         pulls[name] = math.sqrt(sum(float(jnp.sum(jnp.square(g))) for g in jax.tree.leaves(grads)))
     return {name: float(value) for name, value in values.items()}, pulls, float(start)
+
+
+def of_frozen(student: Detector) -> list[Finding]:
+    """Layers that training leaves as they are, of a student that starts from random numbers."""
+    alone = flatten(student.no_decay(student.shapes[0]))  # of kernels: what is frozen
+    frozen = [path for path, is_left_alone in alone.items() if is_left_alone and path.endswith("/kernel")]
+    if not frozen:
+        return []
+    said = (
+        f"it starts from random numbers, of which {len(frozen)} kernels ({frozen[0]} first) are frozen: set "
+        "config.student.weights, or config.student.options=frozen_stages=-1,frozen_norm=False,norm_eval=False"
+    )
+    return [Finding(FAULT, "frozen layers", said)]
 
 
 def of_start(values: dict, start: float) -> list[Finding]:
