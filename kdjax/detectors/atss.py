@@ -2,6 +2,9 @@
 
 Reference: Zhang et al., Bridging the Gap Between Anchor-based and Anchor-free Detection via Adaptive Training Sample
 Selection, CVPR 2020. Peers: mmdetection 3.3.0, whose names and numbers this file keeps.
+
+Weights that load: mmdetection's names; of the backbone alone torchvision's and timm's. Reference figures: none
+reproduced, for want of the published weights; published are 39.4 and 41.5 AP (r50, r101, 12 epochs).
 """
 
 import jax

@@ -4,6 +4,9 @@ Reference: Tian et al., FCOS: Fully Convolutional One-Stage Object Detection, IC
 names and numbers this file keeps. It has the two published forms: the plain one, and the one that samples the centres
 of boxes, divides distances by the stride, has its centreness on the regression's tower and GIoU (variants
 "...-center").
+
+Weights that load: mmdetection's names; of the backbone alone torchvision's and timm's. Reference figures: none
+reproduced, for want of the published weights; published are 36.6 and 39.1 AP (r50, r101, 12 epochs).
 """
 
 import functools

@@ -2,6 +2,10 @@
 
 Reference: Li et al., Generalized Focal Loss, NeurIPS 2020. Peers: mmdetection 3.3.0, whose names and numbers this file
 keeps.
+
+Weights that load: mmdetection's names; of the backbone alone torchvision's and timm's. Reference figures: none
+reproduced, for want of the published weights; published are 40.2 and 44.7 AP (r50 in 12 epochs, r101 in 24 at several
+scales).
 """
 
 import jax

@@ -2,6 +2,9 @@
 
 Reference: Lin et al., Focal Loss for Dense Object Detection, ICCV 2017. Peers: mmdetection 3.3.0, whose names and
 numbers this file keeps (boxes by L1 on deltas, not smooth L1).
+
+Weights that load: mmdetection's names; of the backbone alone torchvision's and timm's. Reference figures: none
+reproduced, for want of the published weights; published are 36.5 and 38.5 AP (r50, r101, 12 epochs).
 """
 
 import jax

@@ -4,6 +4,9 @@ Reference: Lyu et al., RTMDet: An Empirical Study of Designing Real-Time Object 
 mmdetection 3.3.0, whose names and numbers this file keeps. It departs from them in one place: without the exponential,
 the distances' bias starts at 1 (as in mmdetection's RTMDet-Ins) instead of 0, so that first boxes are two cells wide
 instead of empty; with the exponential both are the same.
+
+Weights that load: mmdetection's and mmyolo's names, and a distiller of mmrazor's. Reference figures: none reproduced,
+for want of the published weights; published are 41.1, 44.6, 49.4, 51.5 and 52.8 AP (tiny to x).
 """
 
 import functools
