@@ -24,6 +24,7 @@ class Targets(NamedTuple):
     valid: Array  # bool[B, M]
     image_size: Array  # i32[B, 2], height and width of the picture on the canvas: boxes are clipped to it
     pad_size: Array  # i32[B, 2], height and width within which priors are valid; kdjax's own batches have (H, W)
+    masks: Array | None = None  # bool[B, M, H, W], the objects on the canvas; no detector and no loader has them yet
 
 
 class Assignment(NamedTuple):

@@ -35,6 +35,8 @@ class Detector:
     - `decode_boxes(output) -> f32[B, N, 4]`, `class_logits(output) -> f32[B, N, K]`: all levels in one array.
     - `priors((H, W)) -> f32[N, 4]`: NumPy; x, y, stride in x, stride in y, in pixels.
     - `no_decay(params) -> tree of bool`: True on what weight decay leaves alone: norms, biases, what is frozen.
+    - `rois(params, stats, features, boxes f32[B, R, 4]) -> DetectorOutput`: the second stage on given boxes; None
+      for the detectors of one stage, all so far.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Detector:
     class_logits: Callable
     priors: Callable
     no_decay: Callable
+    rois: Callable | None = None
 
 
 def flatten(tree: Tree, prefix: str = "") -> dict[str, Any]:
