@@ -449,7 +449,7 @@ def test_a_student_may_start_from_weights_of_other_classes(folder, teacher_folde
         detector = detectors.build("rtmdet_pico", len(classes))
         params, stats = detector.init(jax.random.PRNGKey(99))
         weights.save(tmp_path, detector, params, stats, classes=classes, image_size=(64, 64))
-        chosen = ConfigDict(dict(detector="rtmdet_pico", weights=str(tmp_path)))
+        chosen = ConfigDict(dict(detector="rtmdet_pico", options="", weights=str(tmp_path)))
         with pytest.warns(UserWarning, match="classifiers start anew"):
             started, (found, _) = loop.load_detector("student", chosen, dataset, key)
         assert started.num_classes == len(dataset.classes)
