@@ -436,13 +436,17 @@ def test_the_model_card_is_true_and_its_example_runs(made, finished, tmp_path, m
     assert cli.main(command.replace("PICTURES", "picture.jpg").split()) == 7
 
 
-def test_an_unfinished_run_is_read_from_its_checkpoint(made, finished, tmp_path, capsys):
+def test_an_unfinished_run_is_read_from_its_checkpoint(made, finished, tmp_path, capsys, monkeypatch):
     half = finished[0].parent / "half"
     loaded, given = model.load(str(half)), model.load(str(made / "model"))
-    assert loaded.detector.options == given.detector.options == {}
     assert loaded.detector.name == "rtmdet_pico" and loaded.classes == tuple(CLASSES)
     assert loaded.image_size == (64, 64)
     jax.tree.map(np.testing.assert_array_equal, loaded.variables, given.variables)
+    with monkeypatch.context() as patched:
+        note, arrays = checkpoint.arrays(half / "checkpoints", "student/ema/")
+        note["run"]["options"] = {"exp_on_reg": False}
+        patched.setattr(checkpoint, "arrays", lambda *_: (note, arrays))
+        assert model.load(str(half)).detector.options == {"exp_on_reg": False} != loaded.detector.options
     shutil.copytree(half, tmp_path / "half")
     for file in (tmp_path / "half" / "checkpoints").rglob("*"):
         if file.is_file() and file.stat().st_size > 100_000:

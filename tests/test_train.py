@@ -480,12 +480,14 @@ def test_workdir_of_another_run_is_refused(finished, folder, teacher_folder):
         loop.run(wrong(folder, teacher_folder, seed=1), finished[0])
 
 
-@pytest.mark.parametrize("changed", ["data", "teacher"])
+@pytest.mark.parametrize("changed", ["data", "teacher", "options"])
 def test_a_run_is_not_resumed_with_other_data_or_another_teacher(finished, folder, teacher_folder, tmp_path, changed):
     """Under the same settings: a folder whose content has been replaced."""
     config = wrong(folder, teacher_folder)
     if changed == "data":
         config.data.scenes_train += 1  # the workdir's config.json is not copied, so only the checkpoint knows
+    elif changed == "options":  # that change no shape
+        config.student.options = "exp_on_reg=False"
     else:
         detector, params, stats, classes = weights.load(teacher_folder)
         params = jax.tree.map(lambda leaf: leaf + 1e-3, params)

@@ -3,8 +3,8 @@
 Reference: Ge et al., YOLOX: Exceeding YOLO Series in 2021, arXiv 2107.08430. Peers: mmdetection 3.3.0, whose names and
 numbers this file keeps; the authors' weights fit as well (`kdjax.detectors.megvii`).
 
-Weights that load: mmdetection's names, those of the authors, and their .onnx. Reference figures: the published YOLOX-
-nano has 46.8 AP on 11 pictures of val2017 and 45.6 on 16 of train2017 (onnxruntime with it: 46.9, 45.4).
+Weights that load: mmdetection's names, those of the authors, and their .onnx. Reference figures: the published
+YOLOX-nano has 46.8 AP on 11 pictures of val2017 and 45.6 on 16 of train2017 (onnxruntime with it: 46.9, 45.4).
 """
 
 import functools

@@ -361,6 +361,7 @@ def identity(setup: Setup) -> dict:
     """What a checkpoint must agree on with the run that reads it: also data and teacher themselves, not their paths."""
     return {
         "student": setup.student.name,
+        "options": setup.student.options,
         "classes": list(setup.dataset.classes),
         "methods": sorted(setup.methods),
         "twin": "twin" in setup.states,
@@ -376,8 +377,9 @@ def resume(setup: Setup, checkpoints: Checkpoints) -> tuple[int, Setup]:
     note = checkpoints.note()
     if note is None:
         return 0, setup
+    written = {"options": {}} | note["run"]  # which older runs did not write
     for key, value in identity(setup).items():
-        theirs = note["run"].get(key)
+        theirs = written.get(key)
         if theirs != value:
             raise ValueError(
                 f"the checkpoint in {checkpoints.manager.directory} is of another run: its {key} is {theirs!r}, this "

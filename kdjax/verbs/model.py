@@ -65,20 +65,15 @@ def load(path: str) -> Model:
 def _unfinished(workdir: Path) -> Model:
     """The moving average of the student in the newest sound checkpoint of a run."""
     from kdjax.train import checkpoint  # Orbax takes a second
-    from kdjax.train.config import detector_options
 
     note, arrays = checkpoint.arrays(workdir / "checkpoints", "student/ema/")
     try:
         config = json.loads((workdir / "config.json").read_text())["config"]
-        name, size, student = note["run"]["student"], config["data"]["image_size"], config["student"]
-        options = detector_options(student.get("options", ""))
+        name, size = note["run"]["student"], config["data"]["image_size"]
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{workdir / 'config.json'} cannot be read as the config of a run: {error!r}.") from None
     classes = note["run"]["classes"]
-    start = Path(student["weights"]) / weights.CONFIG
-    if student["weights"] and start.is_file():
-        options = json.loads(start.read_text())["options"]
-    detector = detectors.build(name, len(classes), **options)
+    detector = detectors.build(name, len(classes), **note["run"].get("options", {}))
     tree = unflatten({path: jax.numpy.asarray(value) for path, value in arrays.items()})
     ids = range(1, len(classes) + 1)
     return Model(workdir, detector, (tree["params"], tree["stats"]), tuple(classes), tuple(ids), tuple(size))
