@@ -45,10 +45,14 @@ def spec(family: str, teacher: bool):
 
 @functools.cache
 def taps(family: str, teacher: bool):
-    """Maps of two pictures."""
+    """Maps of two pictures; distances in pixels are of two cells and more, so that objects have several priors."""
     rng = np.random.default_rng(teacher)
     draw = lambda leaf: rng.normal(0, 0.5, (BATCH, *leaf.shape[1:])).astype(np.float32)  # noqa: E731
-    return jax.tree.map(draw, spec(family, teacher))
+    drawn = jax.tree.map(draw, spec(family, teacher))
+    if family not in ("rtmdet", "fcos"):
+        return drawn
+    distances = tuple(stride * (2 + cells) for stride, cells in zip(drawn.strides, drawn.box_reg, strict=True))
+    return dataclasses.replace(drawn, box_reg=distances)
 
 
 def batch() -> dict:
