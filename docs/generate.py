@@ -73,7 +73,7 @@ MATRIX = """\
 
 Levels pair by stride, widths by adapters, priors by location. Found by trying every method with its default options
 on the smallest student of a family and the second smallest teacher; what cannot be is refused before a run starts, with
-the reason and the names of the methods that can.
+the reason and the names of the methods that can. [Run with numbers](../benchmarks/README.md#every-pair-of-families).
 """
 SIDE, OF_COCO = 640, 80  # of the pictures, and classes, for which the sizes are given
 
