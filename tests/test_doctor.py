@@ -13,8 +13,10 @@ from jax.sharding import Mesh
 from kdjax import cli, data, detectors
 from kdjax.data.dataset import Split
 from kdjax.detectors import weights
+from kdjax.methods import api
 from kdjax.train import config as settings
 from kdjax.train import doctor, loop
+from kdjax.train.step import init_adapters
 from kdjax.verbs.doctor import read_config
 from tests.test_configs import load
 from tests.test_train import tiny_config
@@ -161,11 +163,30 @@ def test_sound_terms_are_fine(setup, strengths):
     assert found == {"loss_cls", "loss_box", *(f"mkd/{t}" for t in ("feature", "multiscale", "frequency", "alignment"))}
 
 
-@pytest.mark.parametrize("factor,named", [(1000.0, "drowned"), (0.0001, "next to nothing")])
-def test_a_term_a_thousand_times_too_strong_or_too_weak_is_named(setup, strengths, factor, named):
+@pytest.mark.parametrize("factor,named", [(1000.0, "drown"), (0.001, "next to nothing")])
+@pytest.mark.parametrize("which", [["feature"], ["alignment"], None], ids=["feature", "alignment", "all"])
+def test_a_term_a_thousand_times_too_strong_or_too_weak_is_named(setup, strengths, which, factor, named):
     mkd = setup[0].methods["mkd"]
-    mkd = mkd._replace(weights={name: factor * weight for name, weight in mkd.weights.items()})
-    assert named in faults(doctor.of_terms(setup[0]._replace(methods={"mkd": mkd}), *strengths[:2]))["mkd"]
+    which = which or list(mkd.weights)
+    weights = {name: (factor if name in which else 1.0) * weight for name, weight in mkd.weights.items()}
+    found = faults(doctor.of_terms(setup[0]._replace(methods={"mkd": mkd._replace(weights=weights)}), *strengths[:2]))
+    assert any(named in said for said in found.values()), found
+    assert set(found) <= {"mkd", *(f"mkd/{name}" for name in which)}
+
+
+def test_a_method_whose_adapter_starts_near_zero_is_judged_by_what_it_grows_to(setup, strengths):
+    made, batch = setup
+    fgfi = api.build("fgfi", weight=0.3)  # the teacher is of random numbers, and its maps are small
+    specs = (loop.output_spec(detector, batch["image"].shape[1:3]) for detector in (made.student, made.teacher))
+    state = made.states["student"]
+    adapters = init_adapters({"fgfi": fgfi}, state.key, *specs)
+    state = state._replace(params=state.params | {"adapters": adapters})
+    made = made._replace(methods={"fgfi": fgfi}, states={"student": state})
+    share = [
+        doctor.shares(made, doctor.strengths(made, batch, adapters)[1])["fgfi"]
+        for adapters in (adapters, doctor.grown(made, batch))
+    ]
+    assert share[0] < doctor.NOTHING < share[1], share
 
 
 def test_a_term_that_is_not_finite_is_named(setup, strengths):

@@ -5,6 +5,7 @@ compiled step. What is judged by a rule of thumb says so.
 """
 
 import contextlib
+import dataclasses
 import math
 import os
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from ml_collections import ConfigDict
 
 from kdjax import data
@@ -25,6 +27,7 @@ from kdjax.train.step import compare, targets_of, weights_of
 FINE, LOOK, FAULT = "fine", "look", "fault"
 PRIOR = 0.1  # mean probability of a class at the start; a head with its focal prior has 0.01
 DROWNED, NOTHING = 0.97, 1e-3  # share of the gradient at the neck that a method may have
+FAR, MOST, FEW = 100, 0.5, 0.03  # a weight this many times the published one or its inverse, and the share it may have
 TINY = 4  # px on the canvas: the side of a box of half a cell of the finest level
 # Ways in which pictures reach a detector, beside its own: f(u8[B, H, W, 3] RGB, its own input) -> input.
 MISTAKES = {
@@ -74,6 +77,9 @@ def examine(config: ConfigDict, *, pictures: int = 64) -> list[Finding]:
     else:
         findings += of_frozen(setup.student)
     values, pulls, start = strengths(setup, batch)
+    adapted = [name for name, params in setup.states["student"].params["adapters"].items() if params]
+    if any(shares(setup, pulls)[name] < NOTHING for name in adapted):
+        values, pulls, start = strengths(setup, batch, grown(setup, batch))
     return findings + of_start(values, start) + of_terms(setup, values, pulls) + of_program(setup, batch)
 
 
@@ -249,16 +255,21 @@ def of_sizes(setup: loop.Setup) -> list[Finding]:
 # ------------------------------------------------------------------------------------------------- losses and terms
 
 
-def strengths(setup: loop.Setup, batch: dict) -> tuple[dict, dict, float]:
+def strengths(setup: loop.Setup, batch: dict, adapters: dict | None = None) -> tuple[dict, dict, float]:
     """Every loss and term on one batch at step 0, unweighted, and how hard it pulls at the student's neck.
+
+    Args:
+      setup, batch: of the run, with objects.
+      adapters: what the methods train beside the student, if not as it is at the start.
 
     Returns:
       (values, pulls, start): {name: value}, {name: norm of its gradient with respect to the neck's parameters}, and the
       mean probability that the student gives to a class.
     """
     student, state = setup.student, setup.states["student"]
+    adapters = adapters or state.params["adapters"]
 
-    def total(neck, state, variables, batch, chosen):
+    def total(neck, state, adapters, variables, batch, chosen):
         params = state.params["student"] | {"neck": neck}
         output, _ = student.apply(params, state.stats, student.preprocess(batch["image"]), train=True)
         values, assignment = student.loss(output, targets_of(batch))
@@ -267,7 +278,7 @@ def strengths(setup: loop.Setup, batch: dict) -> tuple[dict, dict, float]:
                 student,
                 setup.teacher,
                 setup.methods,
-                state.params["adapters"],
+                adapters,
                 variables,
                 output,
                 assignment,
@@ -278,13 +289,57 @@ def strengths(setup: loop.Setup, batch: dict) -> tuple[dict, dict, float]:
         start = jnp.mean(jax.nn.sigmoid(student.class_logits(output)))
         return jnp.dot(chosen, jnp.stack([values[name] for name in sorted(values)])), (values, start)
 
-    arguments = (state.params["student"]["neck"], state, setup.variables, loop.place(setup.mesh, batch))
+    batch = loop.place(setup.mesh, batch)
+    arguments = (state.params["student"]["neck"], state, adapters, setup.variables, batch)
     names = sorted(jax.eval_shape(total, *arguments, 0.0)[1][0])
     gradient, pulls = jax.jit(jax.grad(total, has_aux=True)), {}
     for name, chosen in zip(names, np.eye(len(names), dtype=np.float32), strict=True):
         grads, (values, start) = gradient(*arguments, chosen)
         pulls[name] = math.sqrt(sum(float(jnp.sum(jnp.square(g))) for g in jax.tree.leaves(grads)))
     return {name: float(value) for name, value in values.items()}, pulls, float(start)
+
+
+def grown(setup: loop.Setup, batch: dict) -> dict:
+    """What the methods train beside the student, after 30 steps of Adam on one batch: {method: params}.
+
+    Some adapters start near zero (FGFI, DeFeat) and let no gradient through before they have grown.
+    """
+    student, teacher, state, optimizer = setup.student, setup.teacher, setup.states["student"], optax.adam(1e-3)
+
+    @jax.jit
+    def grow(state, variables, batch):
+        output, _ = student.apply(state.params["student"], state.stats, student.preprocess(batch["image"]), train=True)
+        _, assignment = student.loss(output, targets_of(batch))
+        seen = teacher.apply(*variables, teacher.preprocess(batch["image"]), train=False)
+        fixed = dataclasses.replace(teacher, apply=lambda *_, train: seen)
+
+        def total(adapters):
+            terms = compare(student, fixed, setup.methods, adapters, variables, output, assignment, batch, 0, state.key)
+            return sum(terms.values())
+
+        def update(_, carry):
+            adapters, moments = carry
+            updates, moments = optimizer.update(jax.grad(total)(adapters), moments)
+            return optax.apply_updates(adapters, updates), moments
+
+        adapters = state.params["adapters"]
+        return jax.lax.fori_loop(0, 30, update, (adapters, optimizer.init(adapters)))[0]
+
+    return grow(state, setup.variables, loop.place(setup.mesh, batch))
+
+
+def shares(setup: loop.Setup, pulls: dict) -> dict[str, float]:
+    """The share of every loss, term and method, with its full weight, of the gradient at the student's neck.
+
+    Args:
+      setup: of the run.
+      pulls: of `strengths`.
+    """
+    weights = weights_of({name: m._replace(scale=lambda step: 1.0) for name, m in setup.methods.items()}, 0)
+    pulls = {name: float(weights.get(name, 1.0)) * pull for name, pull in pulls.items()}
+    pulls |= {method: sum(pulls[f"{method}/{term}"] for term in m.weights) for method, m in setup.methods.items()}
+    everything = sum(pulls[name] for name in pulls if name not in setup.methods)
+    return {name: pull / everything if everything else 0.0 for name, pull in pulls.items()}
 
 
 def of_frozen(student: Detector) -> list[Finding]:
@@ -316,26 +371,28 @@ def of_terms(setup: loop.Setup, values: dict, pulls: dict) -> list[Finding]:
       setup: of the run; its methods count with their full weight.
       values, pulls: of `strengths`.
     """
-    weights = weights_of({name: m._replace(scale=lambda step: 1.0) for name, m in setup.methods.items()}, 0)
-    pulls = {name: float(weights.get(name, 1.0)) * pull for name, pull in pulls.items()}
-    everything = sum(pulls.values())
-    found = []
-    for name, pull in pulls.items():
-        if not (math.isfinite(values[name]) and math.isfinite(pull)):
-            found.append(
-                Finding(FAULT, name, f"its value is {values[name]}, its gradient {pull}: it cannot be trained")
-            )
-        else:
-            share = pull / everything if everything else 0.0
-            found.append(Finding(FINE, name, f"value {values[name]:.3g}, {share:.1%} of the gradient at the neck"))
+    found, share = [], shares(setup, pulls)
+    published = {f"{name}/{term}": w for name in setup.methods for term, w in api.build(name).weights.items()}
+    weights = {f"{name}/{term}": w for name, m in setup.methods.items() for term, w in m.weights.items()}
+    times = {name: weights[name] / weight for name, weight in published.items() if weight}
+    for name, value in values.items():
+        said = f"value {value:.3g}, {share[name]:.1%} of the gradient at the neck"
+        level, far = FINE, times.get(name, 1.0)
+        if not (math.isfinite(value) and math.isfinite(pulls[name])):
+            level, said = FAULT, f"its value is {value}, its gradient {pulls[name]}: it cannot be trained"
+        elif (0 < far <= 1 / FAR and share[name] < FEW) or (far >= FAR and share[name] > MOST):
+            level, effect = FAULT, "does next to nothing" if far < 1 else "drowns the others"
+            said += f", with {far:.2g} times the published weight: it {effect}"
+        found.append(Finding(level, name, said))
     for method in setup.methods:
-        share = sum(pull for name, pull in pulls.items() if name.startswith(f"{method}/")) / (everything or 1.0)
         key = f"config.methods.{method}.weight"
-        if share < NOTHING:
-            said = f"{share:.1e} of the gradient at the neck: it does next to nothing; raise {key}, or look at its taps"
-            found.append(Finding(FAULT, method, said))
-        elif share > DROWNED:
-            said = f"{share:.1%} of the gradient at the neck: the detector's own losses are drowned; lower {key}"
+        if share[method] < NOTHING:
+            said = f"{share[method]:.1e} of the gradient at the neck: it does next to nothing; raise {key}, or look"
+            found.append(Finding(FAULT, method, f"{said} at its taps"))
+        elif share[method] > DROWNED:
+            said = (
+                f"{share[method]:.1%} of the gradient at the neck: the detector's own losses are drowned; lower {key}"
+            )
             found.append(Finding(FAULT, method, said))
     return found
 
