@@ -447,6 +447,10 @@ def test_an_unfinished_run_is_read_from_its_checkpoint(made, finished, tmp_path,
         note["run"]["options"] = {"exp_on_reg": False}
         patched.setattr(checkpoint, "arrays", lambda *_: (note, arrays))
         assert model.load(str(half)).detector.options == {"exp_on_reg": False} != loaded.detector.options
+        patched.undo()
+        patched.setattr(latency, "clock", lambda *_: dict(median=1.0, p25=1.0, p75=2.0))
+        patched.setattr(export, "missing", lambda: ["onnx"])
+        assert cli.main(["latency", f"--model={half}"]) == 0
     shutil.copytree(half, tmp_path / "half")
     for file in (tmp_path / "half" / "checkpoints").rglob("*"):
         if file.is_file() and file.stat().st_size > 100_000:

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from kdjax.detectors import weights
 from kdjax.evals import size
 from kdjax.verbs import export
 from kdjax.verbs import model as loading
@@ -86,7 +85,7 @@ def measure(path: str, model: loading.Model | None, *, threads: int, runs: int) 
     row["flops"] = size.flops(model.detector, model.image_size)
     network = jax.jit(functools.partial(export.maps, model))
     held = jnp.asarray(image)
-    stored = (model.folder / weights.WEIGHTS).stat().st_size
+    stored = sum(leaf.nbytes for leaf in jax.tree.leaves(model.variables))
     yield row | {"runtime": "XLA", "bytes": stored} | clock(lambda: jax.block_until_ready(network(held)), runs, path)
     if export.missing():
         return
