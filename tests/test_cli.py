@@ -28,7 +28,7 @@ from kdjax.detectors.api import flatten, unflatten
 from kdjax.evals import coco
 from kdjax.train import checkpoint, loop
 from kdjax.train import config as settings
-from kdjax.verbs import export, import_weights, latency, model, predict
+from kdjax.verbs import export, latency, model, predict
 from tests.data_tools import coco_json, write_folder
 from tests.shared import ROOT
 from tests.test_detectors_weights import Code, spoilt
@@ -113,10 +113,15 @@ def test_import_weights(tmp_path, capsys, state, source):
             np.testing.assert_array_equal(flatten(mine)[path], value, err_msg=path)
 
 
-def test_mmyolos_large_models_have_no_exponential(state):
-    theirs = mmyolo_names(state[1])
-    assert import_weights.options_of("rtmdet_l", theirs) == {"exp_on_reg": False}
-    assert import_weights.options_of("rtmdet_l", state[1]) == import_weights.options_of("rtmdet_s", theirs) == {}
+def test_mmyolos_large_models_have_no_exponential(tmp_path):
+    for name, options in (("rtmdet_m", {}), ("rtmdet_m", {"exp_on_reg": True}), ("rtmdet_s", {})):
+        detector = build(name, 3, widen=0.0625, deepen=0.1, **options)
+        state = convert.to_torch(detector, *detector.init(jax.random.key(3)))
+        for theirs in (False, True):
+            np.savez(tmp_path / "w.npz", **(mmyolo_names(state) if theirs else state))
+            loaded = weights.load(tmp_path / "w.npz", detector)[0]
+            told = {"exp_on_reg": False} if theirs and (name, options) == ("rtmdet_m", {}) else {}
+            assert loaded.options == detector.options | told
 
 
 def test_import_weights_refuses(tmp_path, capsys, state):

@@ -95,8 +95,8 @@ def load(
     Args:
       path: the folder (or the `model.safetensors` in it), or a `.npz`, `.safetensors` or `.pth` of PyTorch weights
         (`kdjax.detectors.convert`), or a `.onnx` of YOLOX; what follows of PyTorch holds for it too.
-      detector: needed for PyTorch weights, which do not say what they are of. For a folder: if given, name and options
-        must be the folder's; the number of classes is the folder's.
+      detector: needed for PyTorch weights, which do not say what they are of, or but little (`fitted`). For a folder:
+        if given, name and options must be the folder's; the number of classes is the folder's.
       key: for classifiers that start anew because the number of classes differs (PyTorch weights only).
       keep_classifiers: refuse PyTorch weights of another number of classes.
 
@@ -117,12 +117,26 @@ def load(
     if detector is None:
         raise ValueError(f"{path} does not say which detector it is of; name it beside the weights.")
     state, classes = convert.load_checkpoint(path)
+    detector = fitted(detector, state)
     try:
         params, stats = convert.from_torch(detector, state, key=key, keep_classifiers=keep_classifiers)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     # Names of another number of classes are those of classifiers that have just started anew.
     return detector, params, stats, classes if classes and len(classes) == detector.num_classes else None
+
+
+def fitted(detector: Detector, state: dict[str, np.ndarray]) -> Detector:
+    """The detector with what the names of a state dict tell about it: mmyolo's RTMDet has no exponential in any size.
+
+    Args:
+      detector: as its name, or the user's options, have it; an option that is set stands.
+      state: of `convert.load_checkpoint`.
+    """
+    exponential = detector.name in ("rtmdet_m", "rtmdet_l", "rtmdet_x") and "exp_on_reg" not in detector.options
+    if not (exponential and convert.is_mmyolo(state)):
+        return detector
+    return build(detector.name, detector.num_classes, **detector.options, exp_on_reg=False)
 
 
 def _load_folder(folder: Path, detector: Detector | None) -> tuple[Detector, Tree, Tree, list[str]]:

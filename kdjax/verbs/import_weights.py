@@ -43,23 +43,12 @@ def run(*, file: str, detector: str, out: str, classes: str | None, image_size: 
         )
     if len(names) != count:
         raise ValueError(f"{file} has {count} classes, but {classes or 'its meta'} names {len(names)}.")
-    built = detectors.build(detector, count, **options_of(detector, state))
+    built = weights.fitted(detectors.build(detector, count), state)
     params, stats = convert.from_torch(built, plain, keep_classifiers=True)
     extra = {"source": Path(file).name}
     weights.save(out, built, params, stats, classes=names, image_size=height_width, extra=extra)
     print(f"{out}: {detector} with {size.parameters(params):,} parameters, {count} classes: {', '.join(names)}")
     return 0
-
-
-def options_of(detector: str, state: dict) -> dict:
-    """Options of the detector that the checkpoint is of, where they are not the size's own.
-
-    Example:
-      >>> options_of("rtmdet_m", {"bbox_head.head_module.rtm_cls.0.bias": 0})
-      {'exp_on_reg': False}
-    """
-    # mmyolo's head has no exponential; where the size has none anyway, nothing is to be said.
-    return {"exp_on_reg": False} if convert.is_mmyolo(state) and detector[-2:] in ("_m", "_l", "_x") else {}
 
 
 def read_classes(path: str) -> list[str]:
