@@ -101,6 +101,8 @@ def test_a_teacher_of_other_data_is_named(shipped):
         ("configs/supervised/scenes.py", 2000),
         ("configs/distill/mkd_rtmdet.py", 118287),
         ("configs/supervised/rtmdet.py", 118287),
+        ("configs/supervised/dense.py", 118287),
+        ("configs/distill/dense.py", 118287),
     ],
 )
 def test_the_schedules_of_the_recipes_are_sound(recipe, size):
@@ -112,6 +114,7 @@ def test_the_schedules_of_the_recipes_are_sound(recipe, size):
     [
         ({"optimizer.lr": 0.08}, "learning rate", "too high"),
         ({"optimizer.lr": 0.004, "batch_size": 4096}, "learning rate", "too low"),
+        ({"optimizer.name": "sgd", "optimizer.lr": 0.04}, "learning rate", "8 times what mmdetection's 0.01 for 16"),
         ({"optimizer.lr": 0.0, "steps": 400}, "length", "too little to learn from random numbers"),
         ({"ema.ramp": 10}, "moving average", "lengthen config.ema.ramp"),
         ({"methods.mkd.stop": 10}, "mkd", "1% of its weight"),

@@ -66,7 +66,7 @@ def base() -> ConfigDict:
         dict(
             name="adamw",  # or sgd
             momentum=0.0,  # of sgd
-            lr=0.0,  # 0 takes 0.004 * batch_size / 256
+            lr=0.0,  # 0 takes 0.004 * batch_size / 256, with sgd 0.01 * batch_size / 16
             weight_decay=0.05,  # not on norms and biases
             clip_norm=0.0,  # of the whole gradient; 0 is off
             warmup=1000,  # steps of linear warm-up from 1e-5 of the rate

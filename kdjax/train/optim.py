@@ -5,15 +5,22 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-BASE_RATE, BASE_BATCH = 0.004, 256
+BASE_RATE, BASE_BATCH = 0.004, 256  # RTMDet's, with AdamW
+SGD_RATE, SGD_BATCH = 0.01, 16  # mmdetection's for detectors on ResNets
+
+
+def linear_rule(config: ConfigDict) -> float:
+    """The learning rate that `optimizer.lr=0` stands for: 0.004 for 256 pictures with AdamW, 0.01 for 16 with SGD."""
+    rate, batch = (SGD_RATE, SGD_BATCH) if config.optimizer.name == "sgd" else (BASE_RATE, BASE_BATCH)
+    return rate * config.batch_size / batch
 
 
 def learning_rate(config: ConfigDict) -> optax.Schedule:
     """Linear warm-up, flat, then cosine: RTMDet's schedule (Lyu et al. 2022, section 4.1).
 
-    rate = optimizer.lr, or 0.004 * batch_size / 256 where that is 0. It rises from 1e-5 of it over `warmup` steps,
-    stays until `flat` of the run, and falls along a cosine to `end` of it at the last step. With `drops` it stays until
-    the first of these steps and falls to a tenth at each, as in mmdetection's schedules of ResNets.
+    rate = optimizer.lr, or `linear_rule` where that is 0. It rises from 1e-5 of it over `warmup` steps, stays until
+    `flat` of the run, and falls along a cosine to `end` of it at the last step. With `drops` it stays until the first
+    of these steps and falls to a tenth at each, as in mmdetection's schedules of ResNets.
 
     Returns:
       step -> rate, f32[].
@@ -22,7 +29,7 @@ def learning_rate(config: ConfigDict) -> optax.Schedule:
       ValueError: the warm-up is longer than the flat part, or `drops` do not ascend within the run.
     """
     settings = config.optimizer
-    rate = settings.lr or BASE_RATE * config.batch_size / BASE_BATCH
+    rate = settings.lr or linear_rule(config)
     drops = list(settings.drops)
     if drops != sorted(set(drops)) or not all(settings.warmup < step < config.steps for step in drops):
         raise ValueError(
