@@ -1,5 +1,6 @@
 """The command line: what each verb writes, and that mistakes get one sentence before any compute."""
 
+import collections
 import contextlib
 import hashlib
 import io
@@ -595,6 +596,7 @@ def test_a_wrong_export_is_refused(made, exported, tmp_path, capsys, monkeypatch
 
 @pytest.mark.slow
 def test_int8_keeps_to_its_budget(made, exported, tmp_path, capsys, monkeypatch):
+    onnx = pytest.importorskip("onnx")
     monkeypatch.setattr(export, "write_onnx", lambda loaded, path, *, raw: shutil.copy(exported[0], path))
     command = ["export", f"--model={made / 'model'}", "--format=onnx", f"--data={made / 'data'}", "--dtype=int8"]
     assert cli.main([*command, f"--out={tmp_path / 'small.onnx'}", "--max-ap-loss=100"]) == 0
@@ -602,6 +604,12 @@ def test_int8_keeps_to_its_budget(made, exported, tmp_path, capsys, monkeypatch)
     assert (tmp_path / "small.onnx").stat().st_size < 0.6 * exported[0].stat().st_size
     facts = export.session(tmp_path / "small.onnx").get_modelmeta().custom_metadata_map
     assert facts["dtype"] == "int8" and "AP of this file, int8" in facts
+    nodes = onnx.load(str(tmp_path / "small.onnx")).graph.node
+    as_bytes = {name for node in nodes if node.op_type == "DequantizeLinear" for name in node.output}
+    kinds = collections.Counter(node.op_type for node in nodes if node.input and node.input[0] in as_bytes)
+    assert kinds["Conv"] == sum(node.op_type == "Conv" for node in nodes)
+    assert kinds["Sigmoid"] == kinds["Mul"] > kinds["Conv"] / 2  # SiLUs, and no score or box
+    assert kinds["Sigmoid"] < sum(node.op_type == "Sigmoid" for node in nodes)
     # A loss is made sure of, since the AP of random weights may as well rise.
     monkeypatch.setattr(export, "aps", lambda *arguments, **options: (0.40, 0.37))
     refusal = refused_at_the_end(capsys, *command, f"--out={tmp_path / 'no.onnx'}")
@@ -667,7 +675,8 @@ def test_the_clock_leaves_the_warm_up_out():
 def test_the_examples_of_the_help_run(made, state, tmp_path):
     """Word for word, in a folder with what they speak of."""
     torch, _ = (pytest.importorskip(name, reason=f"an example needs {name}") for name in ("torch", "jax2onnx"))
-    (tmp_path / "assets").symlink_to(ROOT / "assets")
+    for folder in ("assets", "configs"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
     shutil.copytree(made / "data" / "images" / "val", tmp_path / "photos")
     video = cv2.VideoWriter(str(tmp_path / "clip.mp4"), cv2.VideoWriter_fourcc(*"mp4v"), 5, (64, 48))
     video.write(np.full((48, 64, 3), 90, np.uint8))
