@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from kdjax.detectors import weights
 from kdjax.evals import size
 from kdjax.verbs import export
 from kdjax.verbs import model as loading
@@ -85,7 +86,8 @@ def measure(path: str, model: loading.Model | None, *, threads: int, runs: int) 
     row["flops"] = size.flops(model.detector, model.image_size)
     network = jax.jit(functools.partial(export.maps, model))
     held = jnp.asarray(image)
-    stored = sum(leaf.nbytes for leaf in jax.tree.leaves(model.variables))
+    file = model.folder / weights.WEIGHTS  # which an unfinished run has yet to write
+    stored = file.stat().st_size if file.exists() else sum(leaf.nbytes for leaf in jax.tree.leaves(model.variables))
     yield row | {"runtime": "XLA", "bytes": stored} | clock(lambda: jax.block_until_ready(network(held)), runs, path)
     if export.missing():
         return
