@@ -109,6 +109,13 @@ def test_the_schedules_of_the_recipes_are_sound(recipe, size):
     assert not faults(doctor.of_schedule(load(ROOT / recipe), size))
 
 
+def test_a_low_rate_is_no_fault_of_a_student_that_is_tuned(tmp_path):
+    config = load(ROOT / "configs/quickstart.py")
+    config.update_from_flattened_dict({"optimizer.lr": 2e-5, "student.weights": str(tmp_path)})
+    levels = {finding.what: finding.level for finding in doctor.of_schedule(config, 200)}
+    assert levels["learning rate"] == doctor.LOOK and "length" not in levels
+
+
 @pytest.mark.parametrize(
     "changes,what,named",
     [

@@ -132,6 +132,8 @@ def of_schedule(config: ConfigDict, size: int) -> list[Finding]:
     # With AdamW small batches bear more than the linear rule gives them.
     if rate > max(4 * rule, 0.0 if sgd else 0.012):
         found.append(Finding(FAULT, "learning rate", f"{times}: too high, config.optimizer.lr=0.0 follows the rule"))
+    elif rate < rule / 4 and config.student.weights:
+        found.append(Finding(LOOK, "learning rate", f"{times}: low, which suits fine-tuning only"))
     elif rate < rule / 4:
         found.append(Finding(FAULT, "learning rate", f"{times}: too low, config.optimizer.lr=0.0 follows the rule"))
     else:
@@ -378,7 +380,7 @@ def of_terms(setup: loop.Setup, values: dict, pulls: dict) -> list[Finding]:
             level, said = FAULT, f"its value is {value}, its gradient {pulls[name]}: it cannot be trained"
         elif (0 < far <= 1 / FAR and share[name] < FEW) or (far >= FAR and share[name] > MOST):
             level, effect = FAULT, "does next to nothing" if far < 1 else "drowns the others"
-            said += f", with {far:.2g} times the published weight: it {effect}"
+            said += f": with {far:.2g} times its published weight it {effect}, see config.methods.{name.split('/')[0]}"
         found.append(Finding(level, name, said))
     for method in setup.methods:
         key = f"config.methods.{method}.weight"
