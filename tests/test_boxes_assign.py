@@ -153,6 +153,16 @@ def test_padding_rows_change_nothing():
             np.testing.assert_array_equal(a, b, err_msg=name)
 
 
+def test_a_box_without_a_prior_inside_takes_one_however_far_away():
+    grid = priors.grid_priors((16, 1024), (8,))
+    boxes = np.array([[[3.0, 0, 60, 16], [1001, 5, 1003, 7]]], np.float32)  # the second lies between the cells' corners
+    whole, labels = np.array([[16, 1024]]), np.array([[0, 1]])
+    targets = Targets(boxes=boxes, labels=labels, valid=labels >= 0, image_size=whole, pad_size=whole)
+    spread = coding.distance_to_boxes(grid[:, :2], np.full((1, len(grid), 4), 4.0, np.float32))
+    found = assign.dynamic_soft_label(np.zeros((1, len(grid), 2), np.float32), spread, grid, targets)
+    assert int((found.matched == 1).sum()) == 1 <= int((found.matched == 0).sum())
+
+
 def test_pictures_without_boxes_are_background():
     logits, boxes, targets = some_batch(6)
     got = assigner(logits, boxes, targets._replace(valid=np.zeros_like(targets.valid)))

@@ -200,8 +200,8 @@ def dynamic_soft_label(
     class_cost = jnp.sum(negative, axis=-1)[:, None, :] - true_negative + positive
     iou_cost = -jnp.log(iou + 1e-7) * iou_weight
     distance = jnp.sqrt((x - (x1 + x2) / 2) ** 2 + (y - (y1 + y2) / 2) ** 2) / stride
-    centre_cost = 10.0 ** (distance - radius)
-    cost = jnp.where(usable, class_cost + iou_cost + centre_cost, jnp.inf)
+    centre_cost = 10.0 ** (distance - radius)  # beyond float32 from 41 strides on, and still to be taken
+    cost = jnp.where(usable, jnp.minimum(class_cost + iou_cost + centre_cost, 3e38), jnp.inf)
 
     matched = _cheapest(cost, iou, topk)
     return _assignment(matched, ~padded, _of_matched(iou, matched), num_classes, targets)
