@@ -163,6 +163,23 @@ def test_a_box_without_a_prior_inside_takes_one_however_far_away():
     assert int((found.matched == 1).sum()) == 1 <= int((found.matched == 0).sum())
 
 
+def test_equal_overlaps_stay_equal_when_compiled():
+    """In `max_iou` they decide; every product is rounded by itself, as where each operation is a program."""
+    anchors = priors.grid_anchors((96, 128), [8, 16, 32], ratios=[0.5, 1.0, 2.0], scales=[4.0])
+    full = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}  # what users get
+    compiled = jax.jit(assign.max_iou, static_argnames="num_classes", compiler_options=full)
+    options = dict(num_classes=1, positive_iou=0.5, negative_iou=0.4, ignored_boxes=np.zeros((1, 1, 4), np.float32))
+    rng, whole = np.random.default_rng(0), np.array([[96, 128]])
+    for _ in range(10):
+        centres, sizes = rng.uniform(8, 88, (1, 4, 2)), rng.uniform(1, 10, (1, 4, 2))
+        boxes = np.concatenate([centres - sizes / 2, centres + sizes / 2], -1).astype(np.float32)
+        all_of_one = dict(labels=np.zeros((1, 4), np.int32), valid=np.ones((1, 4), bool))
+        targets = Targets(boxes=boxes, image_size=whole, pad_size=whole, **all_of_one)
+        with jax.disable_jit():
+            wanted = assign.max_iou(anchors, targets, **options)
+        np.testing.assert_array_equal(compiled(anchors, targets, **options).matched, wanted.matched)
+
+
 def test_pictures_without_boxes_are_background():
     logits, boxes, targets = some_batch(6)
     got = assigner(logits, boxes, targets._replace(valid=np.zeros_like(targets.valid)))

@@ -4,6 +4,7 @@ What they compute is compared with the peers by the golden replay (`tests/golden
 """
 
 import functools
+import inspect
 
 import chex
 import jax
@@ -287,6 +288,26 @@ def test_bins_of_gfl_are_read_and_written():
     state["bbox_head.integral.project"] = np.arange(17) / 2
     with pytest.raises(ValueError, match="bbox_head.integral.project are not the whole numbers from 0 on"):
         convert.from_torch(detector, state)
+
+
+def test_the_two_forms_of_fcos_have_their_own_colours_and_suppression():
+    black = np.zeros((1, 1, 1, 3), np.uint8)
+    for variant, blue, threshold in (("", 102.9801, 0.5), ("-center", 103.53, 0.6)):
+        detector = build(f"fcos_r18{variant}", 3)
+        np.testing.assert_allclose(detector.preprocess(black)[0, 0, 0, 0], -blue, rtol=1e-6)
+        assert inspect.signature(detector.decode).parameters["iou_threshold"].default == threshold
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_bare_resnet_of_another_form_is_told():
+    options = dict(base_channels=4, neck_channels=8, head_channels=8, stacked_convs=1, groups=4)
+    for style in ("caffe", "pytorch"):
+        detector = build("fcos_r18", 3, style=style, **options)
+        state = convert.to_torch(detector, *detector.init(jax.random.key(1)))
+        bare = {n.removeprefix("backbone."): v for n, v in state.items() if n.startswith("backbone.")}
+        with pytest.warns(UserWarning) as told:
+            convert.from_torch(detector, bare)
+        assert ("set style=pytorch" in str(told[0].message)) == (style == "caffe")
 
 
 def test_a_bare_resnet_fills_the_backbone():

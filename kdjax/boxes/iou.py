@@ -65,6 +65,8 @@ def box_iou(a: Array, b: Array, *, mode: Mode = "iou", eps: float = 1e-6) -> Arr
     width = _positive_part(jnp.minimum(ax2, bx2) - jnp.maximum(ax1, bx1))
     height = _positive_part(jnp.minimum(ay2, by2) - jnp.maximum(ay1, by1))
     overlap = width * height
+    # Each product rounded by itself, as the peers do: fused with the sums below, equal overlaps would come out unequal.
+    area_a, area_b, overlap = (jnp.where(x == x, x, jnp.nan) for x in (area_a, area_b, overlap))
     if mode == "iof":
         return overlap / jnp.maximum(area_a, eps)
     union = area_a + area_b - overlap

@@ -184,7 +184,12 @@ def _from_backbone(
     whole = to_torch(detector, params, stats)
     rest = {name: value for name, value in whole.items() if not name.startswith("backbone.")}
     own = {f"backbone.{name}": value for name, value in state.items() if not name.startswith("fc.")}
-    warnings.warn(f"The weights are those of a bare ResNet: neck and head of {detector.name} start anew.", stacklevel=3)
+    said = f"The weights are those of a bare ResNet: neck and head of {detector.name} start anew."
+    if np.abs(detector.preprocess(np.zeros((1, 1, 1, 3), np.uint8))).max() > 10:
+        said += (
+            " Its form is Caffe's (BGR, not divided by the deviation): for torchvision's or timm's set style=pytorch."
+        )
+    warnings.warn(said, stacklevel=3)
     return from_torch(detector, rest | own)
 
 

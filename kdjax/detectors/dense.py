@@ -137,11 +137,11 @@ class Family:
     branches: Callable  # options -> {prediction: the tower that it hangs on}
     relu: bool  # whether the pyramid's P6 is rectified before P7
     loss: Callable  # options -> `loss` of `Detector`
-    decode: Callable
     decode_boxes: Callable
     priors: Callable
+    iou_threshold: Callable  # options -> that of the published suppression
     anchors: int = 1  # priors of a cell
-    bgr_mean: tuple[float, float, float] = resnet.BGR_MEAN  # of the style "caffe"
+    bgr_mean: Callable = lambda options: resnet.BGR_MEAN  # options -> what the style "caffe" takes out
 
 
 def detector(family: Family, variant: str, num_classes: int, overrides: dict) -> Detector:
@@ -185,11 +185,11 @@ def detector(family: Family, variant: str, num_classes: int, overrides: dict) ->
         pad_value=PAD_VALUE,
         shapes=module.shapes,
         init=module.init,
-        preprocess=functools.partial(resnet.preprocess, style=options["style"], bgr_mean=family.bgr_mean),
+        preprocess=functools.partial(resnet.preprocess, style=options["style"], bgr_mean=family.bgr_mean(options)),
         apply=apply,
         head=head,
         loss=family.loss(options),
-        decode=family.decode,
+        decode=decoder(family.decode_boxes, iou_threshold=family.iou_threshold(options)),
         decode_boxes=family.decode_boxes,
         class_logits=levels.class_logits,
         priors=family.priors,

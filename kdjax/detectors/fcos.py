@@ -5,7 +5,8 @@ names and numbers this file keeps. It has the two published forms: the plain one
 of boxes, divides distances by the stride, has its centreness on the regression's tower and GIoU (variants
 "...-center").
 
-Weights that load: mmdetection's names; of the backbone alone torchvision's and timm's. Reference figures: none
+Weights that load: mmdetection's names; of the backbone alone torchvision's and timm's, with the option style="pytorch"
+(the published detectors start from Caffe's). Reference figures: none
 reproduced, for want of the published weights; published are 36.6 and 39.1 AP (r50, r101, 12 epochs).
 """
 
@@ -17,7 +18,7 @@ import numpy as np
 from flax import nnx
 
 from kdjax.boxes import assign, coding, priors
-from kdjax.detectors import dense, levels
+from kdjax.detectors import dense, levels, resnet
 from kdjax.detectors.api import Detector
 from kdjax.detectors.layers import FOCAL_BIAS, Scale
 from kdjax.losses import box, classification
@@ -160,7 +161,7 @@ def prior_losses(output: DetectorOutput, assignment: Assignment, *, box_loss: st
     central = coding.centreness(coding.boxes_to_distance(_points(output)[:, :2], assignment.boxes))
     central = jnp.where(positive, central, 0.0)
     focal = jnp.sum(classification.sigmoid_focal(levels.class_logits(output), assignment.labels), -1)
-    boxes = decode_boxes(output)
+    boxes = jnp.where(positive[..., None], decode_boxes(output), 0.0)
     apart = box.iou(boxes, assignment.boxes) if box_loss == "iou" else box.giou(boxes, assignment.boxes)
     entropy = classification.soft_binary_cross_entropy(levels.join(output.quality, 1)[..., 0], central)
     return {
@@ -185,8 +186,8 @@ _FAMILY = dense.Family(
     branches=lambda options: {"cls": "cls", "reg": "reg", "quality": "reg" if options["centerness_on_reg"] else "cls"},
     relu=True,
     loss=_loss,
-    decode=dense.decoder(decode_boxes, iou_threshold=0.5),
+    iou_threshold=lambda options: 0.6 if options["norm_on_bbox"] else 0.5,
     decode_boxes=decode_boxes,
     priors=grid_priors,
-    bgr_mean=(102.9801, 115.9465, 122.7717),
+    bgr_mean=lambda options: resnet.BGR_MEAN if options["norm_on_bbox"] else (102.9801, 115.9465, 122.7717),
 )

@@ -143,7 +143,7 @@ _FAMILY = dense.Family(
     branches=lambda options: {"cls": "cls", "reg": "reg"},
     relu=False,
     loss=lambda options: loss,
-    decode=dense.decoder(decode_boxes, iou_threshold=0.6),
+    iou_threshold=lambda options: 0.6,
     decode_boxes=decode_boxes,
     priors=grid_priors,
 )

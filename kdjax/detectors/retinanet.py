@@ -141,7 +141,7 @@ _FAMILY = dense.Family(
     relu=False,
     anchors=ANCHORS,
     loss=lambda options: loss,
-    decode=dense.decoder(decode_boxes, iou_threshold=0.5),
+    iou_threshold=lambda options: 0.5,
     decode_boxes=decode_boxes,
     priors=grid_priors,
 )

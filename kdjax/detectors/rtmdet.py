@@ -301,7 +301,7 @@ def prior_losses(logits: Array, boxes: Array, assignment: Assignment) -> tuple[A
     quality = jnp.where(assignment.positive, assignment.quality, 0.0)
     normalizer = jnp.maximum(jnp.sum(quality), 1.0)
     focal = classification.quality_focal(logits, assignment.labels, quality)
-    giou = box.giou(boxes, assignment.boxes)
+    giou = box.giou(jnp.where(assignment.positive[..., None], boxes, 0.0), assignment.boxes)
     return jnp.where(assignment.ignore, 0.0, focal) / normalizer, 2.0 * quality * giou / normalizer
 
 

@@ -267,7 +267,8 @@ def prior_losses(output: DetectorOutput, assignment: Assignment) -> dict[str, Ar
     logits = levels.class_logits(output)
     label = jax.nn.one_hot(assignment.labels, logits.shape[-1]) * assignment.quality[..., None]
     entropy = jnp.sum(classification.soft_binary_cross_entropy(logits, label), -1)
-    apart = box.iou(decode_boxes(output), assignment.boxes, form="square")
+    decoded = jnp.where(positive[..., None], decode_boxes(output), 0.0)
+    apart = box.iou(decoded, assignment.boxes, form="square")
     presence = classification.soft_binary_cross_entropy(_objectness(output), positive.astype(jnp.float32))
     # A background prior has no box: its own cell stands in.
     boxes = jnp.where(positive[..., None], assignment.boxes, coding.cells_to_boxes(points, jnp.zeros((len(points), 4))))
