@@ -359,3 +359,24 @@ def test_bfloat16_maps_with_everything_else_in_float32():
     a, b = (np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)]) for tree in (gradient, near_gradient))
     cosine = np.dot(a, b) / np.linalg.norm(a) / np.linalg.norm(b)
     assert cosine > 0.9  # the deepest norms see 32 cells here, which amplifies the rounding
+
+
+def test_a_background_prior_far_off_leaves_the_box_loss_alone():
+    near, far = [0.0, 0, 10, 10], [-1e30, -1e30, 1e30, 1e30]
+    positive = np.array([[True, False]])
+    assignment = Assignment(
+        matched=np.array([[0, -1]]),
+        positive=positive,
+        ignore=~positive & False,
+        labels=np.array([[0, CLASSES]]),
+        boxes=np.array([[[0.0, 0, 10, 20], [0, 0, 0, 0]]], np.float32),
+        quality=positive.astype(np.float32),
+    )
+    logits = np.zeros((1, 2, CLASSES), np.float32)
+
+    def box_loss(boxes):
+        return jnp.sum(rtmdet.prior_losses(logits, boxes, assignment)[1])
+
+    value, slope = jax.value_and_grad(box_loss)(jnp.array([[near, far]]))
+    np.testing.assert_allclose(value, 2 * 0.5, rtol=1e-6)
+    assert np.isfinite(slope).all() and np.any(slope[0, 0]) and not np.any(slope[0, 1])
