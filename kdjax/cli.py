@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 DESCRIPTION = "What comes after training (python train.py) and before it: `kdjax VERB --help` tells more."
-MODEL = "a run's student/ folder or workdir, or a folder of import-weights"
+MODEL = "a run's student/ folder, workdir or checkpoints/STEP, or a folder of import-weights"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -68,6 +68,12 @@ def _parser() -> argparse.ArgumentParser:
         made.error = functools.partial(_fail, command=f"kdjax {name}")
         return made
 
+    def part_of_data(one: argparse.ArgumentParser) -> None:
+        one.add_argument("--split", default="val", help="of the folder (val): annotations/instances_SPLIT.json")
+        one.add_argument("--annotations", default="", metavar="FILE", help="the json, if it lies elsewhere in DIR")
+        one.add_argument("--images", default="", metavar="DIR", help="the pictures, if they lie elsewhere in DIR")
+        one.add_argument("--limit", type=int, default=0, metavar="N", help="only the first N pictures")
+
     one = verb(
         "doctor",
         "Look at a run for a minute before it is started: input, class map, schedule, terms, memory.",
@@ -97,10 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--data", required=True, metavar="DIR", help="a folder in COCO layout, or scenes (the quickstart's)"
     )
-    one.add_argument("--split", default="val", help="of the folder (val): annotations/instances_SPLIT.json")
-    one.add_argument("--annotations", default="", metavar="FILE", help="the json, if it lies elsewhere in DIR")
-    one.add_argument("--images", default="", metavar="DIR", help="the pictures, if they lie elsewhere in DIR")
-    one.add_argument("--limit", type=int, default=0, metavar="N", help="only the first N pictures")
+    part_of_data(one)
     one.add_argument("--out", metavar="DIR", help="gets evaluation.json, detections.json and report.html")
 
     one = verb(
@@ -129,8 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--format", required=True, choices=("onnx", "stablehlo"), help="onnx needs kdjax[export]")
     one.add_argument("--out", required=True, metavar="FILE", help="the file to write")
     one.add_argument("--data", metavar="DIR", help="to check and measure on: as for evaluate")
-    one.add_argument("--split", default="val", help="of the folder (val)")
-    one.add_argument("--limit", type=int, default=0, metavar="N", help="only the first N pictures")
+    part_of_data(one)
     one.add_argument("--dtype", choices=("float32", "int8"), default="float32", help="int8: static quantisation, ONNX")
     one.add_argument("--raw", action="store_true", help="the head's maps, without decoding and suppression")
     one.add_argument(

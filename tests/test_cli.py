@@ -29,7 +29,7 @@ from kdjax.detectors.api import flatten, unflatten
 from kdjax.evals import coco
 from kdjax.train import checkpoint, loop
 from kdjax.train import config as settings
-from kdjax.verbs import export, latency, model, predict
+from kdjax.verbs import evaluate, export, latency, model, predict
 from tests.data_tools import coco_json, write_folder
 from tests.shared import ROOT
 from tests.test_detectors_weights import Code, spoilt
@@ -189,12 +189,62 @@ def test_a_spoilt_model_is_refused_by_every_verb(made, tmp_path, capsys, monkeyp
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
+def test_a_spoilt_config_of_a_model_is_refused(made, tmp_path, capsys):
+    shutil.copytree(made / "model", tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    whole = read(file)
+    for change, told in (
+        ({"image_size": [0, 0]}, "image_size is [0, 0]"),
+        ({"extra": {"category_ids": [1, 2]}}, "category_ids is [1, 2], not a number for each of the classes"),
+        ({"extra": {"category_ids": [1, 1, 2, 3, 4, 5]}}, "not a number for each"),
+        ({"extra": {"category_ids": [[1], 1, 2, 3, 4, 5]}}, "not a number for each"),
+        ({"extra": {"category_ids": "123456"}}, "not a number for each"),
+    ):
+        file.write_text(json.dumps(whole | change))
+        assert told in refused(capsys, "evaluate", "--data=scenes", f"--model={tmp_path / 'model'}"), change
+
+
 def test_a_spoilt_onnx_file_is_refused(tmp_path, capsys):
     pytest.importorskip("onnxruntime", reason="ONNX needs kdjax[export]")
     for content in (b"", b"no graph", pickle.dumps({"code": Code(tmp_path / "executed")})):
         (tmp_path / "x.onnx").write_bytes(content)
         assert "x.onnx cannot be read by onnxruntime" in refused(capsys, "latency", f"--model={tmp_path / 'x.onnx'}")
     assert not (tmp_path / "executed").exists()
+
+
+def test_onnx_files_of_others(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("onnxruntime", reason="ONNX needs kdjax[export]")
+    onnx = pytest.importorskip("onnx")
+    monkeypatch.setattr(latency, "clock", lambda call, runs, name: dict(median=1.0 if call() else 0, p25=1.0, p75=2.0))
+    command = ("latency", f"--model={tmp_path / 'x.onnx'}")
+
+    def write(*shapes):
+        values = [onnx.helper.make_tensor_value_info(f"x{i}", 1, shape) for i, shape in enumerate(shapes)]
+        outputs = [onnx.helper.make_tensor_value_info(f"y{i}", 1, None) for i in range(len(shapes))]
+        nodes = [onnx.helper.make_node("Relu", [f"x{i}"], [f"y{i}"]) for i in range(len(shapes))]
+        graph = onnx.helper.make_graph(nodes, "g", values, outputs)
+        opset = onnx.helper.make_opsetid("", 19)
+        onnx.save(onnx.helper.make_model(graph, opset_imports=[opset], ir_version=9), str(tmp_path / "x.onnx"))
+
+    write((1, 2), ("N", 3, 32, 64))
+    assert cli.main(command) == 0 and "32x64" in capsys.readouterr().out
+    write((7,))
+    assert "takes no picture" in refused(capsys, *command)
+    write((1, 3, "h", "w"))
+    assert "leaves the size of x0 free ([1, 3, 'h', 'w'])" in refused(capsys, *command)
+    write((1, 3, 32, 32))
+    monkeypatch.setattr(export, "session", lambda path, real=export.session, **rest: _Deaf(real(path, **rest)))
+    assert "does not run: no" in refused(capsys, *command)
+
+
+class _Deaf:
+    """A session that cannot be run."""
+
+    def __init__(self, session):
+        self.get_inputs = session.get_inputs
+
+    def run(self, *_):
+        raise RuntimeError("no\nat all")
 
 
 def test_pth_tells_its_classes(tmp_path, state):
@@ -303,12 +353,15 @@ def test_predict_names_what_cannot_be_read_and_goes_on(made, tmp_path, capsys):
         video.write(good[:48, :64])
     video.release()
     (folder / "broken.mp4").write_bytes(b"no video")
-    assert cli.main(["predict", str(folder), f"--model={made / 'model'}", f"--out={folder / 'out'}"]) == 2
+    (tmp_path / "x.gif").write_bytes(b"GIF89a")
+    paths = [str(folder), str(tmp_path / "x.gif")]
+    assert cli.main(["predict", *paths, f"--model={made / 'model'}", f"--out={folder / 'out'}"]) == 2
     told = [
         line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line.strip().startswith("kdjax:")
     ]
-    assert len(told) == 5
+    assert len(told) == 6
     for file, why in (
+        ("x.gif", "neither a picture nor a video that is known"),
         ("empty.png", "it is empty"),
         ("text.jpg", "cannot be read as a picture"),
         ("cut.jpg", "truncated"),
@@ -334,18 +387,40 @@ def test_predict_names_what_cannot_be_read_and_goes_on(made, tmp_path, capsys):
     assert len(predict.find([str(folder)], folder / "out")) == 11
 
 
+@pytest.mark.parametrize("share", [0.3, 0.7])
+def test_a_video_that_is_cut_short_is_told(tmp_path, share):
+    video = cv2.VideoWriter(str(tmp_path / "clip.avi"), cv2.VideoWriter_fourcc(*"MJPG"), 5, (64, 48))
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        video.write(rng.integers(0, 255, (48, 64, 3), np.uint8))
+    video.release()
+    whole = (tmp_path / "clip.avi").read_bytes()
+    assert len(list(predict.frames(tmp_path / "clip.avi"))) == 20
+    (tmp_path / "clip.avi").write_bytes(whole[: int(share * len(whole))])
+    seen = []
+    with pytest.raises(ValueError, match=r"clip.avi is broken: only \d+ of its 20 pictures can be read"):
+        seen += [1 for _ in predict.frames(tmp_path / "clip.avi")]
+
+
 def test_mistakes_get_one_sentence_before_any_compute(made, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(model, "program", lambda detector: pytest.fail("computed"))
     one, out = f"--model={made / 'model'}", f"--out={tmp_path / 'o'}"
     given = f"--data={made / 'data'}"
     picture = str(made / "data" / "images" / "val" / "val_00000.png")
     (tmp_path / "void").mkdir()
+    (tmp_path / "mine").mkdir()
+    shutil.copy(picture, tmp_path / "mine")
     (tmp_path / "x.gif").write_bytes(b"")
     (tmp_path / "model.pth").write_bytes(b"")
     for arguments, why in (
         (("predict", "nowhere.png", one, out), "no file or folder nowhere.png"),
         (("predict", str(tmp_path / "void"), one, out), "holds no pictures"),
         (("predict", str(tmp_path / "x.gif"), one, out), "neither a picture nor a video"),
+        (("predict", str(tmp_path / "mine"), one, f"--out={tmp_path / 'mine'}"), "outside of --out"),
+        (("evaluate", one, "--data=scenes", "--split=train"), "scenes has no --split"),
+        (("export", one, "--format=onnx", f"--out={tmp_path / 'x'}", "--data=scenes", "--images=a"), "has no --split"),
+        (("latency", one, f"--out={tmp_path}"), "is a folder"),
+        (("latency", one, f"--out={picture}/x.json"), "cannot be made"),
         (("predict", picture, "--model=nowhere", out), "there is no such folder"),
         (("predict", picture, f"--model={tmp_path / 'model.pth'}", out), "import-weights"),
         (("predict", picture, f"--model={tmp_path / 'void'}", out), "holds no config.json"),
@@ -385,6 +460,22 @@ def test_evaluate_refuses_other_classes_and_broken_pictures(made, tmp_path, caps
     assert "val_00003.png cannot be read" in refused_at_the_end(capsys, "evaluate", one, f"--data={tmp_path / 'data'}")
 
 
+def test_evaluate_tells_what_is_left_out(made, tmp_path, capsys):
+    shutil.copytree(made / "data", tmp_path / "data")
+    file = tmp_path / "data" / "annotations" / "instances_val.json"
+    truth = read(file)
+    first, last = truth["images"][0]["id"], truth["images"][-1]["id"]
+    common = {"category_id": truth["categories"][0]["id"], "area": 9, "iscrowd": 0}
+    bad = [(first, [1, 1, 0, 3]), (first, [500, 500, 3, 3]), (first, [1, 1, 3, 0]), (last, [1, 1, 0, 3])]
+    bad = [common | {"id": 900 + i, "image_id": key, "bbox": bbox} for i, (key, bbox) in enumerate(bad)]
+    repaired = common | {"id": 1, "image_id": first, "bbox": [1, 1, 9, 9], "area": -1}
+    file.write_text(json.dumps(truth | {"annotations": [repaired, *truth["annotations"], *bad]}))
+    evaluate.open_data(str(tmp_path / "data"), "val", "", "", 2)
+    [line] = capsys.readouterr().out.splitlines()
+    assert line.endswith("left out, as in training: box without extent (2), box outside the picture (1)")
+    assert line.startswith("3 boxes of ")
+
+
 def test_classes_are_matched_by_name(made, tmp_path):
     """The same data with categories in another order gives the same figures."""
     shutil.copytree(made / "data", tmp_path / "data")
@@ -417,7 +508,8 @@ def finished(made, tmp_path_factory):
         setup = loop.prepare(config, data.open_dataset(config.data))
         (folder / "work").mkdir()
         saved = checkpoint.Checkpoints(folder / "half" / "checkpoints", keep=2)
-        saved.save(1, setup.states, {"next_batch": 1, "run": loop.identity(setup)})
+        note = {"next_batch": 1, "run": loop.identity(setup), "category_ids": [2, 3, 5, 7, 11, 13]}
+        saved.save(1, setup.states, note)
         saved.close()
         loop.write_config(config, folder / "half")
         with loop.Log(folder / "work", 0) as log:
@@ -446,12 +538,18 @@ def test_an_unfinished_run_is_read_from_its_checkpoint(made, finished, tmp_path,
     half = finished[0].parent / "half"
     loaded, given = model.load(str(half)), model.load(str(made / "model"))
     assert loaded.detector.name == "rtmdet_pico" and loaded.classes == tuple(CLASSES)
-    assert loaded.image_size == (64, 64)
+    assert loaded.image_size == (64, 64) and loaded.category_ids == (2, 3, 5, 7, 11, 13)
     jax.tree.map(np.testing.assert_array_equal, loaded.variables, given.variables)
+    for path in (half / "checkpoints", half / "checkpoints" / "1"):
+        again = model.load(str(path))
+        jax.tree.map(np.testing.assert_array_equal, again.variables, given.variables)
+        assert again.folder == half
+    told = refused(capsys, "latency", f"--model={half / 'checkpoints' / '7'}")
+    assert "there is no such folder" in told
     with monkeypatch.context() as patched:
         note, arrays = checkpoint.arrays(half / "checkpoints", "student/ema/")
         note["run"]["options"] = {"exp_on_reg": False}
-        patched.setattr(checkpoint, "arrays", lambda *_: (note, arrays))
+        patched.setattr(checkpoint, "arrays", lambda *_, **__: (note, arrays))
         assert model.load(str(half)).detector.options == {"exp_on_reg": False} != loaded.detector.options
         patched.undo()
         patched.setattr(latency, "clock", lambda *_: dict(median=1.0, p25=1.0, p75=2.0))
@@ -465,6 +563,8 @@ def test_an_unfinished_run_is_read_from_its_checkpoint(made, finished, tmp_path,
             file.write_bytes(content)
     told = refused(capsys, "evaluate", f"--model={tmp_path / 'half'}", "--data=scenes")
     assert "no checkpoint in" in told and "can be used" in told
+    told = refused(capsys, "evaluate", f"--model={tmp_path / 'half' / 'checkpoints' / '1'}", "--data=scenes")
+    assert "the checkpoint 1 in" in told and "cannot be used" in told
 
 
 @pytest.mark.parametrize("what", ["student", "."])
@@ -591,6 +691,19 @@ def test_a_wrong_export_is_refused(made, exported, tmp_path, capsys, monkeypatch
     monkeypatch.setattr(export, "write_onnx", lambda loaded, path, *, raw: shutil.copy(exported[0], path))
     command = ["export", f"--model={made / 'other'}", "--format=onnx", f"--out={tmp_path / 'x.onnx'}"]
     assert "differ from the JAX model's by" in refused_at_the_end(capsys, *command)
+    command[1] = f"--model={made / 'model'}"
+    running = export.onnx_runner(exported[0])
+
+    def runner(change):
+        return lambda path: lambda *inputs: [change(value) for value in running(*inputs)]
+
+    for change, told in (
+        (lambda value: value + 2e-3 * (value.dtype == np.float32), "differ from the JAX model's by 0.002"),
+        (lambda value: value * np.nan if value.ndim == 2 else value, "hold numbers that are not finite"),
+        (lambda value: value[::2], "are other objects than the JAX model's"),
+    ):
+        monkeypatch.setattr(export, "onnx_runner", runner(change))
+        assert told in refused_at_the_end(capsys, *command)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from kdjax import cli, data, detectors
 from kdjax.data.dataset import Split
-from kdjax.detectors import weights
+from kdjax.detectors import convert, weights
 from kdjax.methods import api
 from kdjax.train import config as settings
 from kdjax.train import doctor, loop
@@ -107,6 +107,16 @@ def test_a_teacher_of_other_data_is_named(shipped):
 )
 def test_the_schedules_of_the_recipes_are_sound(recipe, size):
     assert not faults(doctor.of_schedule(load(ROOT / recipe), size))
+
+
+def test_a_rate_that_is_not_scaled_to_the_batch_is_noticed():
+    config = load(ROOT / "configs/distill/mkd_rtmdet.py")
+    for batch, level in ((256, doctor.FINE), (16, doctor.LOOK), (4096, doctor.FAULT)):
+        config.update_from_flattened_dict({"batch_size": batch, "optimizer.lr": 0.004})
+        [finding] = [one for one in doctor.of_schedule(config, 118287) if one.what == "learning rate"]
+        assert finding.level == level, finding
+        if batch == 16:
+            assert "16 times what RTMDet's 0.004 for 256 pictures is for 16" in finding.said
 
 
 def test_a_low_rate_is_no_fault_of_a_student_that_is_tuned(tmp_path):
@@ -263,7 +273,94 @@ def test_what_a_run_would_refuse_is_a_fault(setup):
     made, _ = setup
     config = made.config.copy_and_resolve_references()
     config.batch_size = -1
-    assert "config.batch_size is -1" in faults(doctor.examine(config))["start"]
+    [finding] = doctor.examine(config)
+    assert finding.level == doctor.FAULT and "config.batch_size is -1" in finding.said
+
+
+@pytest.fixture(scope="module")
+def others(setup, tmp_path_factory):
+    """Weights of the student's shapes but for their classes, which are other ones."""
+    folder = tmp_path_factory.mktemp("others")
+    detector = detectors.build("rtmdet_pico", 2)
+    params, stats = detector.init(jax.random.PRNGKey(5))
+    weights.save(folder, detector, params, stats, classes=["cat", "dog"], image_size=(64, 64))
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore:The weights are for 2 other classes")
+def test_a_whole_examination(setup, others, strengths, monkeypatch):
+    """Of a student that starts from weights of other classes, which is no fault; its teacher is of random numbers."""
+    monkeypatch.setattr(doctor, "strengths", lambda *_: strengths)  # which takes longest, and is tested above
+    config = setup[0].config.copy_and_resolve_references()
+    config.student.weights = str(others)
+    config.optimizer.lr = 0.0
+    found = list(doctor.examine(config, pictures=8))
+    kinds = [finding.what for finding in found]
+    assert kinds == [
+        "train data", "val data", "small objects", "learning rate", "moving average", "teacher's class map", "teacher",
+        "sizes", "mkd's taps", "student's class map", "memory", "programs", "student's head", "loss_box", "loss_cls",
+        "mkd/alignment", "mkd/feature", "mkd/frequency", "mkd/multiscale",
+    ]  # fmt: skip
+    assert set(faults(found)) <= {"teacher", "moving average"}
+    said = {finding.what: finding.said for finding in found}
+    names = ", ".join(setup[0].dataset.classes)
+    assert said["teacher's class map"] == f"the weights' are, in the same order, the data's 6: {names}"
+    assert said["student's class map"].startswith(f"its classifiers start anew for the data's 6: {names}; ")
+    assert "the weights' 2, cat, dog, are not used" in said["student's class map"]
+
+
+def test_nothing_is_computed_that_would_not_fit(setup, monkeypatch):
+    monkeypatch.setattr(doctor, "of_weights", lambda *_: [])
+    monkeypatch.setattr(doctor, "of_program", lambda *_: [doctor.Finding(doctor.FAULT, "memory", "none")])
+    monkeypatch.setattr(doctor, "strengths", lambda *_: pytest.fail("computed"))
+    assert list(doctor.examine(setup[0].config))[-1].what == "memory"
+
+
+def test_the_class_map_of_weights(setup, others, tmp_path):
+    made, _ = setup
+    [finding, kept] = doctor.of_classes("teacher", made.config.teacher, made.dataset)
+    assert kept and finding.level == doctor.FINE
+    config = made.config.copy_and_resolve_references()
+    for count, named in ((6, None), (6, "meta"), (2, None)):
+        detector = detectors.build("rtmdet_pico", count)
+        state = convert.to_torch(detector, *detector.init(jax.random.PRNGKey(5)))
+        np.savez(tmp_path / "w.npz", **state)
+        config.student.weights = str(tmp_path / "w.npz")
+        with pytest.MonkeyPatch.context() as patched:
+            if named:  # as of a .pth of mmengine
+                patched.setattr(convert, "load_checkpoint", lambda path, state=state: (state, list("abcdef")))
+            finding, kept = doctor.of_classes("student", config.student, made.dataset)
+        assert kept == (count == 6 and not named)
+        if named:
+            assert "the weights' 6, a, b, c, d, e, f, are not used" in finding.said
+        elif kept:
+            assert "do not name their classes" in finding.said
+        else:
+            assert "start anew" in finding.said and "those of the weights, are not used" in finding.said
+
+
+def test_taps_and_their_shapes(setup):
+    made, _ = setup
+    [finding] = doctor.of_taps(made)
+    assert finding.what == "mkd's taps"
+    assert finding.said == (
+        "student neck (8: 8x8x32, 16: 4x4x32, 32: 2x2x32), teacher neck (8: 8x8x32, 16: 4x4x32, 32: 2x2x32)"
+    )
+    [finding] = doctor.of_taps(made._replace(student=detectors.build("fcos_r18", 6)))
+    assert finding.said.endswith("; 64, 128 have no partner and are left out")
+
+
+def test_memory_is_that_of_the_machine_and_its_container(tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor, "MEMORY", tmp_path / "meminfo")
+    monkeypatch.setattr(doctor, "GROUP", tmp_path / "max")
+    count = jax.local_device_count()
+    everything = doctor.available()
+    assert everything * count > 2**30 * 0.5
+    doctor.MEMORY.write_text("MemTotal:  9000 kB\nMemFree:  1000 kB\nMemAvailable:  8000 kB\n")
+    assert doctor.available() == 8000 * 1024 // count
+    for limit, wanted in (("max", 8000 * 1024), ("4096000", 4096000), ("99999999999", 8000 * 1024)):
+        doctor.GROUP.write_text(f"{limit}\n")
+        assert doctor.available() == wanted // count
 
 
 @pytest.mark.filterwarnings("ignore:the load_module")  # of ml_collections
@@ -274,7 +371,7 @@ def test_the_verb_examines_the_run_of_its_flags(monkeypatch, capsys):
         found = [doctor.Finding(doctor.FINE, "sizes", "well"), doctor.Finding(level, "mkd", "see start")]
         monkeypatch.setattr(doctor, "examine", lambda config, found=found: seen.append(config) or found)
         assert cli.main(command) == code
-        assert f"mkd    see start\n{code} faults, {1 - code} to look at, 1 fine" in capsys.readouterr().out
+        assert f"mkd{' ' * 19}see start\n{code} faults, {1 - code} to look at, 1 fine" in capsys.readouterr().out
     assert list(seen[0].methods) == ["ssim"] and seen[0].optimizer.lr == 0.25
     for wrong, told in (
         ("--config=configs/nix.py", "No such file or directory: 'configs/nix.py'"),

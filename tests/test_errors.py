@@ -50,6 +50,13 @@ def test_kinds(objects, found, expected):
     assert kinds(objects, found) == expected
 
 
+def test_what_lies_in_a_crowd_does_not_count():
+    objects = [(10, SQUARE, True), (10, [0, 0, 20, 20]), (20, FAR)]
+    found = [(10, QUARTER, 0.9), (10, [20, 20, 20, 20], 0.8), (20, [20, 20, 20, 20], 0.7), (10, FAR, 0.6)]
+    truth, rows = case(objects, found)
+    assert errors.counted(truth, rows) == [rows[0], rows[2], rows[3]]
+
+
 def test_counts_and_what_is_missed():
     objects = [(10, SQUARE), (10, FAR), (20, [300, 0, 40, 40]), (20, [0, 300, 40, 40])]
     found = [(10, SQUARE, 0.9), (10, [300, 0, 40, 40], 0.8), (10, FAR, 0.1), (10, [500, 500, 9, 9], 0.7)]
@@ -100,7 +107,15 @@ def test_best_thresholds():
     best = errors.best_thresholds(errors.outcomes(truth, rows))
     # Three of four found by the first four: F1 = 2 * 3 / (4 + 4).
     assert best == [pytest.approx({"score": 0.4, "precision": 0.75, "recall": 0.75, "F1": 0.75}), None]
-    assert [row["score"] for row in errors.keep(truth, rows, best)] == [0.9, 0.6, 0.5, 0.4]
+    # Of class 20 nothing is found: it takes the best of both together, 0.4 as well.
+    assert [row["score"] for row in errors.keep(truth, rows, best)] == [0.9, 0.6, 0.5, 0.4, 0.9]
+
+
+def test_classes_that_are_swapped_throughout_are_seen():
+    truth, rows = case([(10, SQUARE), (20, FAR)], [(20, SQUARE, 0.9), (10, FAR, 0.9), (10, [500, 500, 9, 9], 0.2)])
+    kept = errors.keep(truth, rows, errors.best_thresholds(errors.outcomes(truth, rows)))
+    assert errors.confusion(truth, kept).tolist() == [[0, 1, 0], [1, 0, 0], [0, 0, 0]]
+    assert errors.counts(errors.outcomes(truth, kept))["class"] == 2
 
 
 def test_equal_scores_come_in_together():

@@ -210,7 +210,7 @@ def stream(pictures: list[Picture], folder: Path, name: str, log: list[dict]) ->
 
     Adds to `log` what that drops or repairs.
     """
-    paths = [_located(picture.file_name, folder) for picture in pictures]
+    paths = [located(picture.file_name, folder) for picture in pictures]
     missing = [p.file_name for p, path in zip(pictures, paths, strict=True) if path is None]
     if missing:
         rest = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -232,8 +232,8 @@ def stream(pictures: list[Picture], folder: Path, name: str, log: list[dict]) ->
                 yield picture, encoded
 
 
-def _located(file_name: str, folder: Path) -> Path | None:
-    # Some tools write names that begin with the folder of the split.
+def located(file_name: str, folder: Path) -> Path | None:
+    """Where a picture lies; some tools write names that begin with the folder of the split."""
     return next((p for p in (folder / file_name, folder.parent / file_name) if p.is_file()), None)
 
 

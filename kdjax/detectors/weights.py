@@ -153,7 +153,7 @@ def _load_folder(folder: Path, detector: Detector | None) -> tuple[Detector, Tre
         if len(classes) != num_classes:
             raise ValueError(f"{len(classes)} names for {num_classes} classes")
         height, width = config["image_size"]
-        if not (isinstance(height, int) and isinstance(width, int)):
+        if not (isinstance(height, int) and isinstance(width, int) and min(height, width) > 0):
             raise TypeError(f"image_size is {config['image_size']!r}")
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{folder / CONFIG} cannot be read as the config of weights: {error!r}.") from error

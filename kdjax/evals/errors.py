@@ -4,6 +4,7 @@ Everything is at an IoU of 0.5, with COCO's rules for crowd regions (what lies i
 for the number of detections (100 a picture and class).
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from kdjax.evals import pictures
 
+USUAL = 0.3  # score from which a detection counts where nothing says more
 IOU, TOUCH = 0.5, 0.1  # of a hit; under this a detection has nothing to do with an object
 MAX_DETECTIONS = 100
 KINDS = ("class", "place", "class and place", "double", "background", "missed")
@@ -37,6 +39,7 @@ class _Picture(NamedTuple):
     found_boxes: np.ndarray  # f64[n, 4], of the detections, best score first
     found_labels: np.ndarray  # i64[n]
     scores: np.ndarray  # f64[n]
+    rows: list  # n detections as they were given
 
 
 def outcomes(ground_truth: Mapping[str, Any], detections: Sequence[Mapping[str, Any]]) -> Outcomes:
@@ -115,27 +118,48 @@ def best_thresholds(seen: Outcomes) -> list[dict[str, float] | None]:
     best = []
     for label in range(seen.num_classes):
         mine = seen.labels == label
-        order = np.argsort(-seen.scores[mine], kind="stable")
-        scores, hits = seen.scores[mine][order], np.cumsum(seen.kinds[mine][order] == HIT)
-        wanted = int((seen.object_labels == label).sum())
-        if not len(hits) or not hits[-1]:
-            best.append(None)
-            continue
-        f1 = 2 * hits / (np.arange(1, len(hits) + 1) + wanted)
-        f1[:-1][scores[:-1] == scores[1:]] = 0  # equal scores come in together
-        at = int(np.argmax(f1))
-        figures = {"score": scores[at], "precision": hits[at] / (at + 1), "recall": hits[at] / wanted, "F1": f1[at]}
-        best.append({name: float(value) for name, value in figures.items()})
+        best.append(_best_threshold(seen.scores[mine], seen.kinds[mine], int((seen.object_labels == label).sum())))
     return best
+
+
+def _best_threshold(scores: np.ndarray, kinds: np.ndarray, wanted: int) -> dict[str, float] | None:
+    order = np.argsort(-scores, kind="stable")
+    scores, hits = scores[order], np.cumsum(kinds[order] == HIT)
+    if not len(hits) or not hits[-1]:
+        return None
+    f1 = 2 * hits / (np.arange(1, len(hits) + 1) + wanted)
+    f1[:-1][scores[:-1] == scores[1:]] = 0  # equal scores come in together
+    at = int(np.argmax(f1))
+    figures = {"score": scores[at], "precision": hits[at] / (at + 1), "recall": hits[at] / wanted, "F1": f1[at]}
+    return {name: float(value) for name, value in figures.items()}
 
 
 def keep(
     ground_truth: Mapping[str, Any], detections: Sequence[Mapping[str, Any]], best: Sequence[Mapping | None]
 ) -> list[Mapping[str, Any]]:
-    """The detections that score at least the best threshold of their class."""
+    """The detections that score at least the best threshold of their class.
+
+    A class of which nothing is ever found has none: that of all classes together counts, or `USUAL` if that is none.
+    """
     ids = sorted(category["id"] for category in ground_truth["categories"])
-    least = {k: np.inf if one is None else one["score"] for k, one in zip(ids, best, strict=True)}
+    common = USUAL
+    if None in best:
+        seen = outcomes(ground_truth, detections)
+        together = _best_threshold(seen.scores, seen.kinds, len(seen.object_labels))
+        common = together["score"] if together else USUAL
+    least = {k: one["score"] if one else common for k, one in zip(ids, best, strict=True)}
     return [row for row in detections if row["score"] >= least[row["category_id"]]]
+
+
+def counted(ground_truth: Mapping[str, Any], detections: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The detections that count: without those in a crowd region of their class that hit nothing else."""
+    rows = []
+    for picture in _pictures(ground_truth, detections):
+        real = ~picture.crowd
+        found = (picture.found_boxes, picture.found_labels, picture.scores)
+        hit, _ = pictures.match(picture.boxes[real], picture.labels[real], *found, iou_threshold=IOU)
+        rows += itertools.compress(picture.rows, hit | ~_in_crowd(picture))
+    return rows
 
 
 def confusion(ground_truth: Mapping[str, Any], detections: Sequence[Mapping[str, Any]]) -> np.ndarray:
@@ -276,5 +300,5 @@ def _pictures(ground_truth: Mapping[str, Any], detections: Sequence[Mapping[str,
             columns += [boxes, np.array([label[row["category_id"]] for row in some], np.int64)]
         crowd = np.array([bool(row.get("iscrowd", 0)) for row in objects[image]], bool)
         scores = np.array([row["score"] for row in best], np.float64)
-        made.append(_Picture(columns[0], columns[1], crowd, columns[2], columns[3], scores))
+        made.append(_Picture(columns[0], columns[1], crowd, columns[2], columns[3], scores, best))
     return made

@@ -94,31 +94,33 @@ class Checkpoints:
         self.manager.close()
 
 
-def arrays(directory: Path, prefix: str) -> tuple[dict, dict]:
-    """Arrays of the newest trustworthy step, without a tree to fit them into; nothing in the directory is changed.
+def arrays(directory: Path, prefix: str, *, step: int | None = None) -> tuple[dict, dict]:
+    """Arrays of one step, without a tree to fit them into; nothing in the directory is changed.
 
     Args:
       directory: of `Checkpoints`.
       prefix: which arrays, by the beginning of their names.
+      step: which one; None is the newest that can be trusted.
 
     Returns:
       The note, and name without the prefix -> array.
 
     Raises:
-      ValueError: there is no step that can be trusted.
+      ValueError: there is no such step that can be trusted.
     """
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     options = ocp.CheckpointManagerOptions(read_only=True)
     with ocp.CheckpointManager(Path(directory).absolute(), options=options) as manager:
-        for step in sorted(manager.all_steps(), reverse=True):
+        for at in sorted(manager.all_steps(), reverse=True) if step is None else [step]:
             with contextlib.suppress(Exception):  # whatever Orbax raises for a damaged file means the same to us
                 both = ocp.args.Composite(state=ocp.args.StandardRestore(), note=ocp.args.JsonRestore())
-                restored = manager.restore(step, args=both)
+                restored = manager.restore(at, args=both)
                 named = {name: np.asarray(value) for name, value in restored.state.items()}
                 if all(digest(value) == restored.note["sha256"][name] for name, value in named.items()):
                     chosen = {name: value for name, value in named.items() if name.startswith(prefix)}
                     return restored.note, {name.removeprefix(prefix): value for name, value in chosen.items()}
-    raise ValueError(f"no checkpoint in {directory} can be used.")
+    what = "no checkpoint" if step is None else f"the checkpoint {step}"
+    raise ValueError(f"{what} in {directory} can{'not' * (step is not None)} be used.")
 
 
 def flat(tree, *, copy: bool = True) -> dict:

@@ -8,7 +8,9 @@ import contextlib
 import dataclasses
 import math
 import os
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -18,6 +20,7 @@ import optax
 from ml_collections import ConfigDict
 
 from kdjax import data
+from kdjax.detectors import weights
 from kdjax.detectors.api import Detector, flatten
 from kdjax.evals import coco, errors, size
 from kdjax.methods import api
@@ -28,6 +31,8 @@ FINE, LOOK, FAULT = "fine", "look", "fault"
 PRIOR = 0.1  # mean probability of a class at the start; a head with its focal prior has 0.01
 DROWNED, NOTHING = 0.97, 1e-3  # share of the gradient at the neck that a method may have
 FAR, MOST, FEW = 100, 0.5, 0.03  # a weight this many times the published one or its inverse, and the share it may have
+# Where Linux tells the memory that is left, and the limit of a container.
+MEMORY, GROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
 TINY = 4  # px on the canvas: the side of a box of half a cell of the finest level
 # Ways in which pictures reach a detector, beside its own: f(u8[B, H, W, 3] RGB, its own input) -> input.
 MISTAKES = {
@@ -48,15 +53,16 @@ class Finding(NamedTuple):
     said: str  # a sentence with the figures, and what to do unless all is fine
 
 
-def examine(config: ConfigDict, *, pictures: int = 64) -> list[Finding]:
+def examine(config: ConfigDict, *, pictures: int = 64) -> Iterator[Finding]:
     """Everything that can be known before the first step of a run.
 
     Args:
       config: of the run.
       pictures: of the validation split, on which a detector with weights is tried.
 
-    Returns:
-      The findings, in the order in which a run meets their causes; of a run that would be refused that alone.
+    Yields:
+      The findings, as they come; of a run that would be refused that alone, and nothing on its losses if they would not
+      fit.
     """
     try:
         loop.check_settings(config)
@@ -67,20 +73,32 @@ def examine(config: ConfigDict, *, pictures: int = 64) -> list[Finding]:
         setup = loop.prepare(config, dataset)
         batch = loop.first_batch_with_objects(setup)
     except (ValueError, OSError) as error:
-        return [Finding(FAULT, "start", f"the run would be refused: {error}")]
-    findings = [*of_data(setup), *of_schedule(config, dataset.splits["train"].size)]
+        yield Finding(FAULT, "start", f"the run would be refused: {error}")
+        return
+    yield from of_data(setup)
+    yield from of_schedule(config, dataset.splits["train"].size)
     if setup.teacher:
-        findings += of_weights("teacher", setup.teacher, setup.variables, setup, pictures)
-        findings += of_sizes(setup)
+        yield of_classes("teacher", config.teacher, dataset)[0]
+        yield from of_weights("teacher", setup.teacher, setup.variables, setup, pictures)
+        yield from of_sizes(setup)
+        yield from of_taps(setup)
     if config.student.weights:
-        findings += of_weights("student", setup.student, loop.ema(setup.states["student"]), setup, pictures)
+        finding, kept = of_classes("student", config.student, dataset)
+        yield finding
+        if kept:
+            yield from of_weights("student", setup.student, loop.ema(setup.states["student"]), setup, pictures)
     else:
-        findings += of_frozen(setup.student)
+        yield from of_frozen(setup.student)
+    program = of_program(setup, batch)
+    yield from program
+    if any(finding.level == FAULT for finding in program):
+        return  # what follows needs as much memory
     values, pulls, start = strengths(setup, batch)
     adapted = [name for name, params in setup.states["student"].params["adapters"].items() if params]
     if any(shares(setup, pulls)[name] < NOTHING for name in adapted):
         values, pulls, start = strengths(setup, batch, grown(setup, batch))
-    return findings + of_start(values, start) + of_terms(setup, values, pulls) + of_program(setup, batch)
+    yield from of_start(values, start)
+    yield from of_terms(setup, values, pulls)
 
 
 # ------------------------------------------------------------------------------------------------ data and schedule
@@ -132,6 +150,9 @@ def of_schedule(config: ConfigDict, size: int) -> list[Finding]:
     # With AdamW small batches bear more than the linear rule gives them.
     if rate > max(4 * rule, 0.0 if sgd else 0.012):
         found.append(Finding(FAULT, "learning rate", f"{times}: too high, config.optimizer.lr=0.0 follows the rule"))
+    elif rate > 4 * rule:
+        said = f"{times}: small models that start from random numbers bear it; config.optimizer.lr=0.0 follows the rule"
+        found.append(Finding(LOOK, "learning rate", said))
     elif rate < rule / 4 and config.student.weights:
         found.append(Finding(LOOK, "learning rate", f"{times}: low, which suits fine-tuning only"))
     elif rate < rule / 4:
@@ -241,6 +262,37 @@ def _confusions(truth: dict, found: list[dict], dataset) -> list[str]:
     ]
 
 
+def of_classes(role: str, chosen: ConfigDict, dataset) -> tuple[Finding, bool]:
+    """The class map of a detector with weights beside that of the data.
+
+    Args:
+      role: "teacher" or "student".
+      chosen: `config.teacher` or `config.student`; `loop.prepare` has found nothing against it.
+      dataset: of the run.
+
+    Returns:
+      The finding, and whether the weights' classifiers are used: a student's may start anew.
+    """
+    named = loop.named_detector(chosen, len(dataset.classes)) if chosen.detector else None
+    with warnings.catch_warnings(record=True) as told:  # where classifiers start anew
+        warnings.simplefilter("always")
+        theirs = weights.load(chosen.weights, named)[3]
+    mine = f"the data's {len(dataset.classes)}: {_listed(dataset.classes)}"
+    kept = not told if theirs is None else list(theirs) == list(dataset.classes)
+    if not kept:
+        others = f"the weights' {len(theirs)}, {_listed(theirs)}" if theirs else "those of the weights"
+        said = f"its classifiers start anew for {mine}; {others}, are not used"
+    elif theirs is None:
+        said = f"the weights do not name their classes, which are taken for {mine}"
+    else:
+        said = f"the weights' are, in the same order, {mine}"
+    return Finding(FINE, f"{role}'s class map", said), kept
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
+
+
 def of_sizes(setup: loop.Setup) -> list[Finding]:
     """A teacher is larger than its student."""
     counts = [size.parameters(detector.shapes[0]) for detector in (setup.teacher, setup.student)]
@@ -248,6 +300,25 @@ def of_sizes(setup: loop.Setup) -> list[Finding]:
     if counts[0] <= counts[1]:
         return [Finding(LOOK, "sizes", f"{said}: have they changed places?")]
     return [Finding(FINE, "sizes", said)]
+
+
+def of_taps(setup: loop.Setup) -> list[Finding]:
+    """Which maps each method compares, with their shapes by stride; those that do not fit have been refused."""
+    hw = tuple(setup.config.data.image_size)
+    specs = {role: loop.output_spec(getattr(setup, role), hw) for role in ("student", "teacher")}
+    found = []
+    for name, options in setup.config.methods.items():
+        options = api.options(name) | options.to_dict()
+        sides, strides = [], []
+        for role, spec in specs.items():
+            maps = api.tap(spec, options[role]) if options[role] in api.taps(spec) else {}
+            shapes = ", ".join(f"{stride}: {m.shape[1]}x{m.shape[2]}x{m.shape[3]}" for stride, m in maps.items())
+            sides.append(f"{role} {options[role]}" + f" ({shapes})" * bool(shapes))
+            strides.append(set(maps))
+        alone = sorted(strides[0] ^ strides[1])
+        said = ", ".join(sides) + f"; {', '.join(map(str, alone))} have no partner and are left out" * bool(alone)
+        found.append(Finding(FINE, f"{name}'s taps", said))
+    return found
 
 
 # ------------------------------------------------------------------------------------------------- losses and terms
@@ -403,7 +474,8 @@ def of_program(setup: loop.Setup, batch: dict) -> list[Finding]:
     step = setup.steps["student"].lower(setup.states["student"], setup.variables, loop.place(setup.mesh, batch))
     analysis = step.compile().memory_analysis()
     states = sum(leaf.nbytes for leaf in jax.tree.leaves((setup.states, setup.variables)))
-    need = (analysis.temp_size_in_bytes + analysis.output_size_in_bytes + states) / 2**30
+    new = analysis.output_size_in_bytes - analysis.alias_size_in_bytes  # the state is written where it was
+    need = (analysis.temp_size_in_bytes + new + states) / 2**30
     have = available() / 2**30
     said = f"a step needs about {need:.2f} GiB of the {have:.1f} GiB of a device"
     if need > have:
@@ -415,12 +487,18 @@ def of_program(setup: loop.Setup, batch: dict) -> list[Finding]:
 
 
 def available() -> int:
-    """Bytes of memory of the first device: an accelerator's own, or its share of what this machine has free."""
+    """Bytes of memory of the first device: an accelerator's own, or its share of what this machine can give."""
     device = jax.local_devices()[0]
     limit = (device.memory_stats() or {}).get("bytes_limit")
     if limit:
         return limit
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // jax.local_device_count()
+    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if MEMORY.exists():
+        lines = dict(line.split(":") for line in MEMORY.read_text().splitlines())
+        free = int(lines["MemAvailable"].split()[0]) * 1024
+    if GROUP.exists() and (limit := GROUP.read_text().strip()).isdigit():
+        free = min(free, int(limit))
+    return free // jax.local_device_count()
 
 
 def _normalised(images):

@@ -490,9 +490,9 @@ def train(setup: Setup, start: int, checkpoints: Checkpoints, log: "Log") -> dic
     )
 
     def save(step):
-        checkpoints.save(step, states, {"next_batch": step, "run": mine})
+        checkpoints.save(step, states, {"next_batch": step, "run": mine, "category_ids": ids})
 
-    mine = identity(setup)
+    mine, ids = identity(setup), list(setup.dataset.category_ids)
     pending, window = collections.deque(), []
     waited, since, decoded = 0.0, time.perf_counter(), 0
     bar = tqdm(total=config.steps, initial=start, desc="train", unit="step", disable=jax.process_index() > 0)

@@ -10,6 +10,7 @@ from kdjax.train import config as settings
 from kdjax.train import doctor
 
 SIGNS = {doctor.FINE: " fine  ", doctor.LOOK: " look  ", doctor.FAULT: " FAULT "}
+WIDTH = 20  # of the column that says what was looked at
 
 
 def run(*, config: str, changes: list[str]) -> int:
@@ -26,12 +27,12 @@ def run(*, config: str, changes: list[str]) -> int:
       ValueError: there is no such config or setting.
     """
     logging.set_verbosity(logging.WARNING)
-    findings = doctor.examine(read_config(config, changes))
-    width = max(len(finding.what) for finding in findings)
-    for finding in findings:
-        print(f"{SIGNS[finding.level]}{finding.what.ljust(width)}  {finding.said}")
-    faults, looks = (sum(finding.level == level for finding in findings) for level in (doctor.FAULT, doctor.LOOK))
-    print(f"{faults} faults, {looks} to look at, {len(findings) - faults - looks} fine")
+    levels = []
+    for finding in doctor.examine(read_config(config, changes)):
+        levels.append(finding.level)
+        print(f"{SIGNS[finding.level]}{finding.what:<{WIDTH}}  {finding.said}", flush=True)
+    faults, looks, fine = (levels.count(level) for level in (doctor.FAULT, doctor.LOOK, doctor.FINE))
+    print(f"{faults} faults, {looks} to look at, {fine} fine")
     return 1 if faults else 0
 
 

@@ -1,8 +1,8 @@
 """`kdjax evaluate`: what a model finds and what it gets wrong, and the difference of two models."""
 
-import functools
+import collections
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +24,11 @@ class Data(NamedTuple):
 
     name: str
     truth: dict  # COCO instances
-    stream: Callable[[], Iterator[tuple[int, np.ndarray]]]  # (image id, u8[h, w, 3] RGB), in order
+    read: Callable[[], Iterator[tuple[int, bytes]]]  # (image id, encoded picture), in order
+
+    def stream(self, only: Container[int] | None = None) -> Iterator[tuple[int, np.ndarray]]:
+        """(image id, u8[h, w, 3] RGB) of all pictures in order, or of some ids."""
+        return ((i, records.decode(encoded)) for i, encoded in self.read() if only is None or i in only)
 
 
 def run(
@@ -73,7 +77,9 @@ def run(
         models.write_json(folder / "evaluation.json", {"data": given.name, "split": split} | results)
         for name, rows in found.items():
             models.write_json(folder / f"detections{'' if name == 'model' else '_against'}.json", rows)
-        kept = {name: errors.keep(given.truth, rows, thresholds(results[name])) for name, rows in found.items()}
+        kept = {}
+        for name, rows in found.items():
+            kept[name] = errors.counted(given.truth, errors.keep(given.truth, rows, thresholds(results[name])))
         (folder / "report.html").write_text(page(results, given, kept), encoding="utf-8", errors="replace")
         print(f"\n{folder / 'report.html'}")
     return 0
@@ -93,16 +99,18 @@ def open_data(data: str, split: str, annotations: str, images: str, limit: int) 
     if limit < 0:
         raise ValueError(f"--limit={limit} must be a number of pictures, or 0 for all.")
     if data == "scenes":
-        pairs = functools.partial(scenes.stream, "val", min(limit, SCENES) if limit else SCENES)
-        categories, count, log = dict(enumerate(scenes.CLASSES, start=1)), limit or SCENES, []
+        if split != "val" or annotations or images:
+            raise ValueError("--data=scenes has no --split, --annotations or --images: it is the split val.")
+        count = min(limit or SCENES, SCENES)
+        pairs, categories, log = scenes.stream("val", count), dict(enumerate(scenes.CLASSES, start=1)), []
     else:
         if not Path(data).expanduser().is_dir():
             raise ValueError(f"--data={data}: there is no such folder (a folder in COCO layout, or the word scenes).")
         json_path, folder = folders.find(data, split, annotations=annotations, images=images)
         listed, categories, log = folders.check(folders.read(json_path), json_path.name)
         listed = listed[: limit or None]
-        pairs, count = functools.partial(folders.stream, listed, folder, json_path.name, log), len(listed)
-    seen = [picture for picture, _ in tqdm(pairs(), total=count, desc=f"read {data}", unit="picture")]
+        pairs, count = folders.stream(listed, folder, json_path.name, log), len(listed)
+    seen = [picture for picture, _ in tqdm(pairs, total=count, desc=f"read {data}", unit="picture")]
     truth = {
         "images": [{"id": p.id, "file_name": p.file_name, "width": p.width, "height": p.height} for p in seen],
         "annotations": [row for p in seen for row in p.annotations],
@@ -110,9 +118,15 @@ def open_data(data: str, split: str, annotations: str, images: str, limit: int) 
     }
     if all(row["iscrowd"] for row in truth["annotations"]):
         raise ValueError(f"--data={data}: its {len(seen)} pictures hold no object, so nothing can be measured.")
-    if dropped := sum(entry["action"] == "dropped" for entry in log):
-        print(f"{dropped} boxes of {data} are left out, as in training: {log[0]['reason']}, …")
-    return Data(data, truth, lambda: ((picture.id, records.decode(encoded)) for picture, encoded in pairs()))
+    files = {picture.file_name for picture in seen}
+    dropped = [entry["reason"] for entry in log if entry["action"] == "dropped" and entry["file"] in files]
+    if dropped:
+        reasons = ", ".join(f"{reason} ({count})" for reason, count in collections.Counter(dropped).most_common())
+        print(f"{len(dropped)} boxes of {data} are left out, as in training: {reasons}")
+    if data == "scenes":
+        return Data(data, truth, lambda: ((picture.id, encoded) for picture, encoded in scenes.stream("val", count)))
+    paths = {picture.id: folders.located(picture.file_name, folder) for picture in seen}
+    return Data(data, truth, lambda: ((key, path.read_bytes()) for key, path in paths.items()))
 
 
 def fitted(model: models.Model, data: Data) -> models.Model:
@@ -190,7 +204,8 @@ def table(results: Mapping[str, Mapping]) -> str:
             figures += [_points(best.get(key)) for key in ("precision", "recall")]
             rows.append([label, str(entry["objects"]), *figures])
         text.append((f"{one['path']}\n" if two else "") + models.aligned(rows))
-    rows = [["kind of error"] + [word for _ in results for word in ("costs AP50", "times")]]
+    names = [f"{one['path']} " * two for one in results.values()]
+    rows = [["kind of error"] + [f"{name}{word}" for name in names for word in ("costs AP50", "times")]]
     for kind in errors.KINDS:
         costs = [(_points(one["errors"][kind]["AP50"]), str(one["errors"][kind]["count"])) for one in results.values()]
         rows.append([kind, *itertools.chain(*costs)])
@@ -217,7 +232,7 @@ def page(results: Mapping[str, Mapping], data: Data, kept: Mapping[str, Sequence
     Args:
       results: "model", and perhaps "other", from `analyse`.
       data: what was evaluated on.
-      kept: the detections of each that count at the best thresholds of its classes.
+      kept: the detections of each that count, at the best thresholds of its classes.
 
     Returns:
       html.
@@ -235,7 +250,7 @@ def page(results: Mapping[str, Mapping], data: Data, kept: Mapping[str, Sequence
     label = {k: i for i, k in enumerate(sorted(entry["id"] for entry in data.truth["categories"]))}
     examples = [_example(data, kept, image_id, image, label) for image_id, image in _chosen(data, kept)]
     what = "the two models differ most" if "other" in results else "there are most false and missed"
-    note = f"Pictures where {what}; detections from the best score of their class on."
+    note = f"Pictures where {what}; detections from the best score of their class on, but for those in crowd regions."
     sections = [
         ("Figures", report.figures_table(figures)),
         ("AP by class", report.bars(by_class, heading="class")),
@@ -326,7 +341,7 @@ def _chosen(data: Data, kept: Mapping[str, Sequence[Mapping]]) -> list[tuple[int
     else:
         weight = {i: (~found).sum() + false for i, (found, false) in marks["model"].items()}
     best = sorted(weight, key=lambda i: -weight[i])[:EXAMPLES]
-    images = {image_id: image for image_id, image in data.stream() if image_id in best}
+    images = dict(data.stream(best))
     return [(image_id, images[image_id]) for image_id in best]
 
 

@@ -43,6 +43,8 @@ def run(
     out: str,
     data: str | None,
     split: str,
+    annotations: str,
+    images: str,
     limit: int,
     dtype: str,
     raw: bool,
@@ -54,7 +56,8 @@ def run(
       model: see `kdjax.verbs.model.load`.
       format: "onnx" or "stablehlo".
       out: the file.
-      data, split: as for `kdjax evaluate`, to compare and measure on; None compares outputs on the embedded scenes.
+      data, split, annotations, images: as for `kdjax evaluate`, to compare and measure on; without data outputs are
+        compared on the embedded scenes.
       limit: only the first pictures; 0 takes all.
       dtype: "float32", or "int8" (ONNX; calibrated on pictures of the split train, if the folder has one).
       raw: the head's maps instead of detections.
@@ -77,7 +80,7 @@ def run(
         check_installed()
     loaded = models.load(model)
     models.check_out(str(target.parent))
-    given = evaluate.open_data(data, split, "", "", limit) if data else None
+    given = evaluate.open_data(data, split, annotations, images, limit) if data else None
     if given:
         loaded = evaluate.fitted(loaded, given)
         samples = [image for _, image in itertools.islice(given.stream(), SAMPLES)]
@@ -93,7 +96,10 @@ def run(
             write_onnx(loaded, made, raw=raw)
             call = onnx_runner(made)
         worst = largest_difference(loaded, call, samples, raw=raw)
-        if not worst <= TOLERANCE:
+        if not np.isfinite(worst):
+            what = "hold numbers that are not finite" if np.isnan(worst) else "are other objects than the JAX model's"
+            raise ValueError(f"the exported outputs {what}.")
+        if worst > TOLERANCE:
             raise ValueError(
                 f"the exported outputs differ from the JAX model's by {worst:.2g}, more than {TOLERANCE:g}."
             )
@@ -516,11 +522,11 @@ def largest_difference(model: models.Model, call, pictures: Iterable[np.ndarray]
             away = np.where(wanted.labels[wanted.valid][:, None] == labels, away, np.inf).min(1, initial=np.inf)
             if wanted.valid.all():  # which of equals take the last places is chance
                 away = away[mine[:, 4] > mine[-1, 4] + TOLERANCE]
-            worst = max(worst, float(np.quantile(away, 0.98, method="lower")) if len(away) else 0.0)
+            worst = np.maximum(worst, np.quantile(away, 0.98, method="lower") if len(away) else 0.0)
             continue
         for mine, theirs in zip(map(np.asarray, network(canvas)), call(canvas), strict=True):
-            worst = max(worst, float((np.abs(mine - theirs) / np.maximum(np.abs(mine), 1)).max()))
-    return worst
+            worst = np.maximum(worst, (np.abs(mine - theirs) / np.maximum(np.abs(mine), 1)).max())
+    return float(worst)  # NaN if any output is
 
 
 def aps(model: models.Model, call, data: evaluate.Data, *, raw: bool) -> tuple[float, float]:

@@ -39,22 +39,27 @@ def run(*, models: list[str], threads: int | None, runs: int, out: str | None) -
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if runs < 1 or not 1 <= (cores if threads is None else threads) <= cores:
         raise ValueError(f"--runs={runs} must be at least 1, and --threads={threads} in 1 .. {cores}.")
-    threads = threads or cores
+    threads, target = threads or cores, Path(out).expanduser() if out else None
+    if target and target.is_dir():
+        raise ValueError(f"--out={out} is a folder, but names the file to write.")
+    if target:
+        loading.check_out(str(target.parent))
     with only(threads):  # before the first array: XLA starts its threads then
         files = {path: None if path.endswith(".onnx") else loading.load(path) for path in models}
         for path, loaded in files.items():
             if loaded is None:
                 export.check_installed(("onnxruntime",))
-                export.session(Path(path))
+                runnable(Path(path))
         rows = [row for path, loaded in files.items() for row in measure(path, loaded, threads=threads, runs=runs)]
     print(table(rows))
     print(
-        f"\nOne picture, {threads} {'thread' if threads == 1 else 'threads'}, {runs} runs after {WARM_UP} to warm up."
+        f"\nOne picture, {threads} {'thread' if threads == 1 else 'threads'}, {runs} runs after {WARM_UP} to warm up; "
+        "a folder's network without decoding, .onnx files as they are."
     )
     if missing := export.missing():
         print(f"Without onnxruntime's times, for want of {', '.join(missing)}: pip install 'kdjax[export]'.")
-    if out:
-        loading.write_json(Path(out), {"threads": threads, "runs": runs, "warm_up": WARM_UP, "rows": rows})
+    if target:
+        loading.write_json(target, {"threads": threads, "runs": runs, "warm_up": WARM_UP, "rows": rows})
     return 0
 
 
@@ -68,10 +73,9 @@ def measure(path: str, model: loading.Model | None, *, threads: int, runs: int) 
       runs: that are timed.
     """
     if model is None:
-        session = export.session(Path(path), threads=threads)
+        session, feed = runnable(Path(path), threads=threads)
         facts = session.get_modelmeta().custom_metadata_map
-        feed = {entry.name: _something(entry) for entry in session.get_inputs()}
-        shape = feed[session.get_inputs()[0].name].shape  # of a picture, its channels last as in ours, or first
+        shape = next(value.shape for value in feed.values() if value.ndim == 4)  # channels last as in ours, or first
         yield {
             "model": path,
             "runtime": "onnxruntime",
@@ -138,8 +142,33 @@ def only(threads: int) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-def _something(entry) -> np.ndarray:
-    """An input of the kind that a session asks for; of an unknown extent 1, of a picture's size its own."""
-    shape = [side if isinstance(side, int) else 1 for side in entry.shape]
-    kinds = {"tensor(uint8)": np.uint8, "tensor(int32)": np.int32, "tensor(int64)": np.int64}
-    return np.full(shape, 100, kinds.get(entry.type, np.float32))
+def runnable(path: Path, *, threads: int = 0):
+    """A session of an ONNX file and inputs of the kinds that it asks for, on which it has been run once.
+
+    Args:
+      path: the file; a first extent that is free is taken for the batch, 1.
+      threads: see `export.session`.
+
+    Returns:
+      The session, and {name: input}.
+
+    Raises:
+      ValueError: the file cannot be read, takes no picture, leaves its size free, or does not run.
+    """
+    session = export.session(path, threads=threads)
+    shapes = {entry.name: list(entry.shape) for entry in session.get_inputs()}
+    for shape in shapes.values():
+        shape[:1] = [side if isinstance(side, int) else 1 for side in shape[:1]]  # the batch
+    if not any(len(shape) == 4 for shape in shapes.values()):
+        raise ValueError(f"--model={path} takes no picture: none of its inputs has four extents ({shapes}).")
+    if free := [name for name, shape in shapes.items() if not all(isinstance(side, int) for side in shape)]:
+        what = f"the size of {free[0]} free ({shapes[free[0]]})"
+        raise ValueError(f"--model={path} leaves {what}: export it with a fixed one.")
+    kinds = {entry.name: entry.type for entry in session.get_inputs()}
+    numbers = {"tensor(uint8)": np.uint8, "tensor(int32)": np.int32, "tensor(int64)": np.int64}
+    feed = {name: np.full(shape, 100, numbers.get(kinds[name], np.float32)) for name, shape in shapes.items()}
+    try:
+        session.run(None, feed)
+    except Exception as error:  # whatever its bindings raise
+        raise ValueError(f"--model={path} does not run: {str(error).splitlines()[0]}") from error
+    return session, feed

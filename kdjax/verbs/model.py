@@ -17,6 +17,7 @@ from kdjax.detectors.api import unflatten
 from kdjax.evals import coco
 
 BATCH = 8  # pictures that are computed together, at most
+CHECKPOINTS = "checkpoints"  # the folder of a run
 
 
 class Model(NamedTuple):
@@ -34,8 +35,8 @@ def load(path: str) -> Model:
     """Reads `--model`.
 
     Args:
-      path: a folder of weights (a run's `student/`, or of import-weights), or the workdir of a run: its `student/`, or,
-        before its end, the newest checkpoint that is sound.
+      path: a folder of weights (a run's `student/`, or of import-weights); or the workdir of a run: its `student/`, or,
+        before its end, the newest checkpoint that is sound; or a run's `checkpoints/` or `checkpoints/STEP`.
 
     Returns:
       The model.
@@ -52,21 +53,28 @@ def load(path: str) -> Model:
     if folder.is_file() and folder.name != weights.WEIGHTS:
         raise ValueError(f"--model={path} is a file: `kdjax import-weights` makes a folder of a checkpoint.")
     folder = folder.parent if folder.is_file() else folder
+    if folder.name == CHECKPOINTS:
+        return _of_checkpoint(folder.parent)
+    if folder.parent.name == CHECKPOINTS and folder.name.isdigit():
+        return _of_checkpoint(folder.parent.parent, step=int(folder.name))
     if not (folder / weights.WEIGHTS).exists() and (folder / "student").is_dir():
         folder = folder / "student"
-    if not (folder / weights.WEIGHTS).exists() and (folder / "checkpoints").is_dir():
-        return _unfinished(folder)
+    if not (folder / weights.WEIGHTS).exists() and (folder / CHECKPOINTS).is_dir():
+        return _of_checkpoint(folder)
     detector, params, stats, classes = weights.load(folder)
     config = json.loads((folder / weights.CONFIG).read_text())
-    ids = config.get("extra", {}).get("category_ids") or range(1, len(classes) + 1)
+    ids = config["extra"].get("category_ids") or list(range(1, len(classes) + 1))
+    whole = isinstance(ids, list) and all(isinstance(k, int) for k in ids)
+    if not whole or len(ids) != len(classes) or len(set(ids)) != len(ids):
+        raise ValueError(f"{folder / weights.CONFIG}: category_ids is {ids!r}, not a number for each of the classes.")
     return Model(folder, detector, (params, stats), tuple(classes), tuple(ids), tuple(config["image_size"]))
 
 
-def _unfinished(workdir: Path) -> Model:
-    """The moving average of the student in the newest sound checkpoint of a run."""
+def _of_checkpoint(workdir: Path, step: int | None = None) -> Model:
+    """The moving average of the student in one checkpoint of a run, the newest that is sound if none is named."""
     from kdjax.train import checkpoint  # Orbax takes a second
 
-    note, arrays = checkpoint.arrays(workdir / "checkpoints", "student/ema/")
+    note, arrays = checkpoint.arrays(workdir / CHECKPOINTS, "student/ema/", step=step)
     try:
         config = json.loads((workdir / "config.json").read_text())["config"]
         name, size = note["run"]["student"], config["data"]["image_size"]
@@ -75,7 +83,7 @@ def _unfinished(workdir: Path) -> Model:
     classes = note["run"]["classes"]
     detector = detectors.build(name, len(classes), **note["run"].get("options", {}))
     tree = unflatten({path: jax.numpy.asarray(value) for path, value in arrays.items()})
-    ids = range(1, len(classes) + 1)
+    ids = note.get("category_ids") or range(1, len(classes) + 1)  # which older runs did not write
     return Model(workdir, detector, (tree["params"], tree["stats"]), tuple(classes), tuple(ids), tuple(size))
 
 

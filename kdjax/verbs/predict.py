@@ -16,6 +16,7 @@ from kdjax.evals import pictures
 from kdjax.verbs import model as models
 
 VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
+_KNOWN = coco.SUFFIXES + VIDEOS
 _ORIENTATION = 274  # EXIF's tag
 
 
@@ -37,6 +38,7 @@ def run(*, paths: list[str], model: str, out: str, threshold: float) -> int:
 
     Raises:
       ValueError: before any compute: a path is missing, there is no picture, or no such model.
+      OSError: what was drawn cannot be written.
     """
     if not 0 <= threshold <= 1:
         raise ValueError(f"--threshold={threshold} must be a score in 0 .. 1.")
@@ -73,12 +75,15 @@ def run(*, paths: list[str], model: str, out: str, threshold: float) -> int:
             target = folder / "drawn" / name
             target.parent.mkdir(parents=True, exist_ok=True)
             if not is_video(file):
-                cv2.imwrite(str(target), drawn[:, :, ::-1])
+                if not cv2.imwrite(str(target), drawn[:, :, ::-1]):
+                    raise OSError(f"{target} could not be written: is the disk full?")
                 continue
             if target not in writers:
                 rate = cv2.VideoCapture(str(file)).get(cv2.CAP_PROP_FPS) or 25
                 size = drawn.shape[1::-1]
                 writers[target] = cv2.VideoWriter(str(target), cv2.VideoWriter_fourcc(*"mp4v"), rate, size)
+                if not writers[target].isOpened():
+                    raise OSError(f"{target} could not be written: OpenCV has no mp4 here, or the disk is full.")
                 videos.callback(writers[target].release)
             writers[target].write(drawn[:, :, ::-1])
     if not images:
@@ -102,23 +107,22 @@ def find(paths: list[str], out: Path) -> list[tuple[Path, str]]:
       (file, name) pairs; the names differ from each other.
 
     Raises:
-      ValueError: a path is missing, a folder holds nothing to read, or a file is of no known kind.
+      ValueError: a path is missing, a folder holds nothing to read, or no file is of a known kind.
     """
-    known = coco.SUFFIXES + VIDEOS
     found: list[tuple[Path, Path]] = []
     for path in (Path(given).expanduser() for given in paths):
         if path.is_dir():
-            inside = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in known and p.is_file()]
+            inside = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in _KNOWN and p.is_file()]
             inside = [p for p in inside if not p.resolve().is_relative_to(out.resolve())]
             if not inside:
-                raise ValueError(f"{path} holds no pictures ({', '.join(known)}).")
+                raise ValueError(f"{path} holds no pictures ({', '.join(_KNOWN)}) outside of --out.")
             found += [(p, p.relative_to(path)) for p in inside]
         elif not path.is_file():
             raise ValueError(f"there is no file or folder {path}.")
-        elif path.suffix.lower() not in known:
-            raise ValueError(f"{path} is neither a picture nor a video that is known ({', '.join(known)}).")
         else:
             found.append((path, Path(path.name)))
+    if not any(file.suffix.lower() in _KNOWN for file, _ in found):
+        raise ValueError(_strange(found[0][0]))
     taken, named = set(), []
     for file, name in found:
         name = name.with_suffix(".mp4" if is_video(file) else ".jpg")
@@ -127,6 +131,10 @@ def find(paths: list[str], out: Path) -> list[tuple[Path, str]]:
         taken.add(name)
         named.append((file, str(name)))
     return named
+
+
+def _strange(file: Path) -> str:
+    return f"{file} is neither a picture nor a video that is known ({', '.join(_KNOWN)})."
 
 
 def is_video(file: Path) -> bool:
@@ -140,17 +148,21 @@ def frames(file: Path) -> Iterator[np.ndarray]:
     Raises:
       ValueError: it cannot be read, or only in part; one sentence.
     """
+    if file.suffix.lower() not in _KNOWN:
+        raise ValueError(_strange(file))
     if not is_video(file):
         yield read_picture(file)
         return
     video = cv2.VideoCapture(str(file))
-    number = 0
+    told, number = video.get(cv2.CAP_PROP_FRAME_COUNT), 0
     while (frame := video.read())[0]:
         yield np.ascontiguousarray(frame[1][:, :, ::-1])
         number += 1
     video.release()
     if not number:
         raise ValueError(f"{file} cannot be read as a video by OpenCV.")
+    if number < 0.95 * told:  # of some kinds OpenCV estimates the number
+        raise ValueError(f"{file} is broken: only {number} of its {told:.0f} pictures can be read.")
 
 
 def read_picture(file: Path) -> np.ndarray:
