@@ -117,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         dest="models",
         metavar="DIR",
-        help=f"{MODEL}, or an .onnx file; again for more",
+        help=f"{MODEL}, or an .onnx or .tflite file; again for more",
     )
     one.add_argument("--threads", type=int, metavar="N", help="cores to compute on (all that the process may use)")
     one.add_argument("--runs", type=int, default=100, metavar="N", help="timed runs, after 20 that are not timed (100)")
@@ -125,11 +125,12 @@ def _parser() -> argparse.ArgumentParser:
 
     one = verb(
         "export",
-        "Write a model as ONNX or StableHLO, checked against the JAX model, with its AP before and after.",
+        "Write a model as ONNX, LiteRT or StableHLO, checked against the JAX model, with its AP before and after.",
         "kdjax export --model=assets/quickstart_teacher --format=onnx --out=teacher.onnx --data=scenes --limit=40",
     )
     one.add_argument("--model", required=True, metavar="DIR", help=MODEL)
-    one.add_argument("--format", required=True, choices=("onnx", "stablehlo"), help="onnx needs kdjax[export]")
+    needs = "onnx needs kdjax[export], litert kdjax[litert]"
+    one.add_argument("--format", required=True, choices=("onnx", "litert", "stablehlo"), help=needs)
     one.add_argument("--out", required=True, metavar="FILE", help="the file to write")
     one.add_argument("--data", metavar="DIR", help="to check and measure on: as for evaluate")
     part_of_data(one)

@@ -241,7 +241,7 @@ class _Deaf:
     """A session that cannot be run."""
 
     def __init__(self, session):
-        self.get_inputs = session.get_inputs
+        self.get_inputs, self.get_modelmeta = session.get_inputs, session.get_modelmeta
 
     def run(self, *_):
         raise RuntimeError("no\nat all")
@@ -651,10 +651,10 @@ def test_candidates_of_onnx_are_those_of_decode(name, monkeypatch):
         for what, spread, shift in (("cls_logits", 2, 2), ("box_reg", 8 if bins else 1, -1), ("quality", 2, 0))
         for level in getattr(export._spec(loaded), what)
     ]
-    monkeypatch.setattr(export, "_onnx_maps", lambda model, images: maps)
+    monkeypatch.setattr(export, "_portable_maps", lambda model, images: maps)
     assert len(export._names(loaded)) == len(maps)
     limits, size = {}, np.array([[64, 48]])
-    compared, scores, boxes = export._onnx_candidates(loaded, limits, None, size)
+    compared, scores, boxes = export._portable_candidates(loaded, limits, None, size)
     mine = greedy(np.asarray(compared[0]), np.asarray(scores[0]), **limits)
     wanted = detector.decode(export._output(loaded, maps), size)
     assert len(mine) == int(wanted.valid.sum()) > 10
@@ -663,22 +663,69 @@ def test_candidates_of_onnx_are_those_of_decode(name, monkeypatch):
     np.testing.assert_allclose(np.asarray(boxes)[0, [row[2] for row in mine]], wanted.boxes[0][: len(mine)], atol=1e-4)
 
 
+def save_noisy(name: str, folder: Path) -> None:
+    """Weights of another family that find something."""
+    detector = build(name, 6, **OTHERS[name])
+    params, stats = detector.init(jax.random.key(0))
+    rng = np.random.default_rng(0)
+    noisy = flatten(params)
+    for path, value in noisy.items():
+        if "bbox_head" in path:  # and the focal prior taken back
+            noisy[path] = value + rng.normal(size=value.shape, scale=0.3).astype(np.float32) + 4 * (value < -4)
+    weights.save(folder, detector, unflatten(noisy), stats, classes=CLASSES, image_size=(64, 64))
+
+
 @pytest.mark.parametrize("name", ["fcos_r18", "yolox_pico"])
 def test_onnx_of_other_families(name, tmp_path, capsys):
     pytest.importorskip("jax2onnx", reason="ONNX needs kdjax[export]")
     pytest.importorskip("onnxruntime", reason="ONNX needs kdjax[export]")
-    detector = build(name, 6, **OTHERS[name])
-    params, stats = detector.init(jax.random.key(0))
-    rng = np.random.default_rng(0)
-    noisy = {
-        path: value + rng.normal(size=value.shape, scale=0.3).astype(np.float32) if "bbox_head" in path else value
-        for path, value in flatten(params).items()
-    }
-    weights.save(tmp_path / "m", detector, unflatten(noisy), stats, classes=CLASSES, image_size=(64, 64))
+    save_noisy(name, tmp_path / "m")
     command = ["export", f"--model={tmp_path / 'm'}", "--format=onnx", f"--out={tmp_path / 'm.onnx'}", "--raw"]
     assert cli.main(command) == 0 and re.search(r"difference from the JAX model \S+e-0[5-9]", capsys.readouterr().out)
     found = [entry.name for entry in export.session(tmp_path / "m.onnx").get_outputs()]
     assert found[0] == "cls_logits_8" and found[-1].startswith("quality_")
+
+
+@pytest.mark.parametrize("raw", [[], ["--raw"]], ids=["decoded", "raw"])
+@pytest.mark.parametrize("name", ["rtmdet_pico", *OTHERS])
+def test_litert_is_the_jax_model(made, name, raw, tmp_path, capsys, monkeypatch):
+    for package in export.LITERT:
+        pytest.importorskip(package, reason="LiteRT needs kdjax[litert]")
+    if name in OTHERS:
+        save_noisy(name, tmp_path / "m")
+    folder, file = made / "model" if name not in OTHERS else tmp_path / "m", tmp_path / "m.tflite"
+    command = ["export", f"--model={folder}", "--format=litert", f"--out={file}", f"--data={made / 'data'}", *raw]
+    assert cli.main(command) == 0
+    told = capsys.readouterr().out
+    assert re.search(r"difference from the JAX model \S+e-0[5-9]", told) and "(+0.00)" in told
+    facts = read(tmp_path / "m.tflite.json")
+    assert facts["detector"] == name and ("boxes f32[1, N, 4]" in facts["output"]) == (not raw)
+    reader = export.interpreter(file).get_signature_runner()
+    assert list(reader.get_input_details()) == ["image", "image_size"][: 1 if raw else 2]
+    names = export._names(model.load(str(folder))) if raw else ["boxes", "scores"]
+    assert sorted(reader.get_output_details()) == sorted(names)
+    monkeypatch.setattr(latency, "clock", lambda call, runs, name: dict(median=1.0, p25=1.0, p75=2.0 + bool(call())))
+    assert cli.main(["latency", f"--model={file}", "--threads=1"]) == 0
+    [row] = [line.split() for line in capsys.readouterr().out.splitlines() if "LiteRT" in line]
+    assert row[1:3] == ["LiteRT", "64x64"] and float(row[3]) == round(int(facts["parameters"]) / 1e6, 3)
+
+
+def test_a_spoilt_litert_file_is_refused(tmp_path, capsys):
+    pytest.importorskip("ai_edge_litert", reason="LiteRT needs kdjax[litert]")
+    for content in (b"", b"no graph", pickle.dumps({"code": Code(tmp_path / "executed")})):
+        (tmp_path / "x.tflite").write_bytes(content)
+        assert "x.tflite cannot be read by LiteRT" in refused(capsys, "latency", f"--model={tmp_path / 'x.tflite'}")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_what_a_format_needs_is_told(made, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(export, "missing", lambda packages: list(packages))
+    for format, told in (
+        ("onnx", "ONNX needs jax2onnx, onnx, onnxruntime: pip install 'kdjax[export]'"),
+        ("litert", "LiteRT needs litert_converter, ai_edge_litert: pip install 'kdjax[litert]'"),
+    ):
+        command = ("export", f"--model={made / 'model'}", f"--format={format}", f"--out={tmp_path / 'x'}")
+        assert told in refused(capsys, *command)
 
 
 def test_nothing_found_is_no_box(exported):

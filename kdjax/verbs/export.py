@@ -1,4 +1,4 @@
-"""`kdjax export`: a model as ONNX (float32 or int8) or StableHLO, held against the JAX model before it is given out."""
+"""`kdjax export`: a model as ONNX (float32, int8), LiteRT or StableHLO, held against JAX's before it is given out."""
 
 import contextlib
 import dataclasses
@@ -11,7 +11,7 @@ import logging
 import tempfile
 import types
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 import kdjax
 from kdjax import nn
+from kdjax.boxes import nms
 from kdjax.boxes.convert import clip
 from kdjax.data import records, scenes
 from kdjax.evals import coco, size
@@ -33,6 +34,9 @@ SAMPLES = 8  # pictures on which outputs are compared
 CALIBRATION = 64  # pictures that int8 is calibrated on
 TOLERANCE = 1e-4  # of an output, relative where it is larger than 1
 BUDGET = {"float32": 0.1, "int8": 1.0}  # points of AP
+ONNX, LITERT = ("jax2onnx", "onnx", "onnxruntime"), ("litert_converter", "ai_edge_litert")  # what they need
+PRE_NMS = 30000  # candidates of a LiteRT file that enter the suppression when it is measured
+_INPUTS = ["image", "image_size"]
 _PREDICTIONS = ("cls_logits", "box_reg", "quality")
 
 
@@ -54,7 +58,7 @@ def run(
 
     Args:
       model: see `kdjax.verbs.model.load`.
-      format: "onnx" or "stablehlo".
+      format: "onnx", "litert" or "stablehlo".
       out: the file.
       data, split, annotations, images: as for `kdjax evaluate`, to compare and measure on; without data outputs are
         compared on the embedded scenes.
@@ -77,7 +81,9 @@ def run(
     if target.is_dir():
         raise ValueError(f"--out={out} is a folder, but names the file to write.")
     if format == "onnx":
-        check_installed()
+        check_installed(ONNX)
+    if format == "litert":
+        check_installed(LITERT)
     loaded = models.load(model)
     models.check_out(str(target.parent))
     given = evaluate.open_data(data, split, annotations, images, limit) if data else None
@@ -88,10 +94,13 @@ def run(
         samples = [records.decode(encoded) for _, encoded in scenes.stream("val", SAMPLES)]
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as folder:
         made = Path(folder) / target.name
-        facts = describe(loaded, raw=raw)
+        facts = describe(loaded, raw=raw, suppressed=format != "litert")
         if format == "stablehlo":
             made.write_bytes(to_stablehlo(loaded, raw=raw))
             call = stablehlo_runner(made)
+        elif format == "litert":
+            made.write_bytes(to_litert(loaded, raw=raw))
+            call = litert_runner(made, loaded, raw=raw)
         else:
             write_onnx(loaded, made, raw=raw)
             call = onnx_runner(made)
@@ -128,23 +137,31 @@ def run(
     return 0
 
 
-def missing(packages: Iterable[str] = ("jax2onnx", "onnx", "onnxruntime")) -> list[str]:
-    """Which of the packages that ONNX needs are not there."""
+def missing(packages: Iterable[str] = ONNX) -> list[str]:
+    """Which of the packages that a format needs are not there."""
     return [name for name in packages if importlib.util.find_spec(name) is None]
 
 
-def check_installed(packages: Iterable[str] = ("jax2onnx", "onnx", "onnxruntime")) -> None:
-    """Raises ValueError if one of the packages is not there."""
+def check_installed(packages: Sequence[str]) -> None:
+    """Raises ValueError if one of the packages is not there; all are of `ONNX` or of `LITERT`."""
     if absent := missing(packages):
-        raise ValueError(f"ONNX needs {', '.join(absent)}: pip install 'kdjax[export]'.")
+        name, extra = ("LiteRT", "litert") if packages[0] in LITERT else ("ONNX", "export")
+        raise ValueError(f"{name} needs {', '.join(absent)}: pip install 'kdjax[{extra}]'.")
 
 
-def describe(model: models.Model, *, raw: bool) -> dict[str, str]:
+def describe(model: models.Model, *, raw: bool, suppressed: bool = True) -> dict[str, str]:
     """What whoever runs the file must know, as text by name."""
     height, width = model.image_size
     fit = "scaled to fit, fractions of a pixel cut off" if model.detector.round_down else "scaled to fit"
     image = f"image u8[1, {height}, {width}, 3], RGB, {fit}, at the top left, the rest {model.detector.pad_value}"
     outputs = "boxes f32[n, 4] x1 y1 x2 y2 in pixels of the canvas, scores f32[n], labels i64[n], best first"
+    if not suppressed:
+        limits = _limits(model)
+        outputs = (
+            "boxes f32[1, N, 4] x1 y1 x2 y2 in pixels of the canvas, scores f32[1, N, K], 0 where a class does not "
+            f"count; left to do: suppression by class over an IoU of {limits['iou_threshold']:g}, the best "
+            f"{limits['max_detections']}, clipping to image_size"
+        )
     if raw:
         outputs = f"{', '.join(_names(model))}: f32[1, H, W, C] as in kdjax.structs.DetectorOutput"
     return {
@@ -186,8 +203,8 @@ def maps(model: models.Model, images) -> tuple:
     return _maps(model, model.detector.preprocess(images))
 
 
-def _onnx_maps(model: models.Model, images) -> tuple:
-    """The same with the normalisation as a convolution, which onnxruntime does in a tenth of the time."""
+def _portable_maps(model: models.Model, images) -> tuple:
+    """The same with the normalisation as a convolution, which other runtimes do in a tenth of the time."""
     kernel, offset = _affine(model)
     return _maps(model, nn.conv2d(images.astype(jnp.float32), jnp.asarray(kernel)[None, None], jnp.asarray(offset)))
 
@@ -215,8 +232,8 @@ def _output(model: models.Model, found) -> DetectorOutput:
     return dataclasses.replace(spec, **{what: tuple(next(found) for _ in getattr(spec, what)) for what in _PREDICTIONS})
 
 
-def _onnx_candidates(model: models.Model, settings: dict, images, image_size):
-    """What ONNX's suppression takes, instead of `boxes.nms.select`.
+def _portable_candidates(model: models.Model, settings: dict, images, image_size):
+    """What a suppression takes that is not `boxes.nms.select`.
 
     Args:
       model: from `load`.
@@ -237,15 +254,24 @@ def _onnx_candidates(model: models.Model, settings: dict, images, image_size):
         if pre_nms < 100 * rest["max_detections"]:  # a larger number changes nothing among the best
             ends = list(itertools.accumulate(level_sizes))
             pairs = [scores[:, end - size : end].reshape(1, -1) for size, end in zip(level_sizes, ends, strict=True)]
-            least = [jax.lax.top_k(level, min(pre_nms, level.shape[1]))[0][:, -1:, None] for level in pairs]
+            # By its index, since LiteRT's converter makes a sort of a top_k whose indices nobody wants.
+            last = [jax.lax.top_k(level, min(pre_nms, level.shape[1]))[1][:, -1:] for level in pairs]
+            least = [jnp.take_along_axis(level, at, 1)[..., None] for level, at in zip(pairs, last, strict=True)]
             least = [jnp.broadcast_to(one, (1, size, 1)) for one, size in zip(least, level_sizes, strict=True)]
             takes_part &= scores >= jnp.concatenate(least, 1)
         scores = jnp.where(takes_part, scores if quality is None else scores * quality[..., None], 0.0)
         compared.extend((boxes, scores))
         return Detections(boxes, scores, None, None)
 
-    model.detector.decode(_output(model, _onnx_maps(model, images)), image_size, select=select)
+    model.detector.decode(_output(model, _portable_maps(model, images)), image_size, select=select)
     return compared[0], jnp.swapaxes(compared[1], 1, 2), clip(compared[0], image_size)
+
+
+def _limits(model: models.Model) -> dict:
+    """The settings of a detector's suppression."""
+    settings = {}
+    jax.eval_shape(functools.partial(_portable_candidates, model, settings), *_specs(model, False))
+    return settings
 
 
 def _specs(model: models.Model, raw: bool) -> list[jax.ShapeDtypeStruct]:
@@ -272,13 +298,15 @@ def write_onnx(model: models.Model, path: Path, *, raw: bool) -> None:
         import onnx
 
         settings = {}
-        function = functools.partial(_onnx_maps, model) if raw else functools.partial(_onnx_candidates, model, settings)
+        function = functools.partial(_portable_candidates, model, settings)
+        if raw:
+            function = functools.partial(_portable_maps, model)
         with nn.portable():
             graph = jax2onnx.to_onnx(
                 function,
                 _specs(model, raw),
                 opset=OPSET,
-                input_names=["image"] if raw else ["image", "image_size"],
+                input_names=_INPUTS[: 1 if raw else 2],
                 output_names=_names(model) if raw else ["candidates", "candidate_scores", "candidate_boxes"],
             )
         _simplify_upsampling(graph)
@@ -311,7 +339,7 @@ def _simplify_upsampling(graph) -> None:
 
 
 def _append_suppression(graph, *, iou_threshold: float, max_detections: int) -> None:
-    """Replaces the outputs of `_onnx_candidates` by boxes, scores and labels of what is left of them."""
+    """Replaces the outputs of `_portable_candidates` by boxes, scores and labels of what is left of them."""
     from onnx import TensorProto, helper, numpy_helper
 
     constants = {
@@ -457,6 +485,75 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
+# ------------------------------------------------------------------------------------------------------------ LiteRT
+
+
+def to_litert(model: models.Model, *, raw: bool) -> bytes:
+    """The model as a LiteRT (TensorFlow Lite) file in float32 for one picture, by way of StableHLO.
+
+    Its outputs are, by name, the head's maps, or `boxes` f32[1, N, 4] and `scores` f32[1, N, K] of all priors: LiteRT's
+    converter has no place for a suppression (it leaves the bodies of loops where its own writer cannot take them).
+    """
+    from litert_converter import converter_api_ext as converter
+    from litert_converter.mlir import ir, passmanager
+
+    def candidates(images, image_size):
+        boxes, scores, _ = _portable_candidates(model, {}, images, image_size)
+        return boxes, jnp.swapaxes(scores, 1, 2)
+
+    function = functools.partial(_portable_maps, model) if raw else candidates
+    with nn.portable():
+        program = jax.jit(function).trace(*_specs(model, raw)).lower(lowering_platforms=("cpu",))
+    context = ir.Context()
+    converter.prepare_mlir_context(context)
+    with context:
+        module = ir.Module.parse(program.as_text())  # the portable artifact has a sort for top_k, which LiteRT lacks
+        names = _names(model) if raw else ["boxes", "scores"]
+        converter.set_signature(module.operation, "serving_default", _INPUTS[: 1 if raw else 2], names)
+        settings = converter.ConvertToTFLConfig()
+        converter.run_convert_to_tfl_passes(module, passmanager.PassManager(), settings)
+        return converter.export_flatbuffer_to_bytes(module.operation)
+
+
+def interpreter(path: Path, *, threads: int = 1):
+    """LiteRT's interpreter of a file, on the CPU.
+
+    Raises:
+      ValueError: it cannot be read.
+    """
+    from ai_edge_litert.interpreter import Interpreter
+
+    try:
+        made = Interpreter(model_path=str(path), num_threads=threads)
+        made.allocate_tensors()
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{path} cannot be read by LiteRT: {str(error).splitlines()[0]}") from error
+    return made
+
+
+def litert_runner(path: Path, model: models.Model, *, raw: bool):
+    """A function of the inputs, in order, that gives the outputs of a LiteRT file, suppressed unless they are maps."""
+    running = interpreter(path).get_signature_runner()
+    if raw:
+        names = _names(model)
+        return lambda image: list(map(running(image=image).get, names))
+    limits = _limits(model)
+
+    @jax.jit
+    def suppress(boxes, scores, image_size):
+        found = nms.select(
+            boxes, scores, level_sizes=boxes.shape[1:2], image_size=None, score_threshold=0.0, pre_nms=PRE_NMS, **limits
+        )
+        return found._replace(boxes=clip(found.boxes, image_size))
+
+    def call(image, image_size):
+        outputs = running(image=image, image_size=image_size)
+        *found, valid = (np.asarray(value)[0] for value in suppress(outputs["boxes"], outputs["scores"], image_size))
+        return [value[valid] for value in found]
+
+    return call
+
+
 # --------------------------------------------------------------------------------------------------------- StableHLO
 
 
@@ -504,7 +601,7 @@ def largest_difference(model: models.Model, call, pictures: Iterable[np.ndarray]
 
     Args:
       model: the JAX model.
-      call: the exported one, from `onnx_runner` or `stablehlo_runner`.
+      call: the exported one, from `onnx_runner`, `litert_runner` or `stablehlo_runner`.
       pictures: u8[h, w, 3] RGB.
       raw: whether the outputs are maps.
     """

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 import os
 import tempfile
 import time
@@ -25,7 +26,7 @@ def run(*, models: list[str], threads: int | None, runs: int, out: str | None) -
     """Times the network, from the normalisation to the head's maps, on one picture at a time.
 
     Args:
-      models: each as `kdjax.verbs.model.load` takes it, or an ONNX file, which is timed as it is.
+      models: each as `kdjax.verbs.model.load` takes it, or an ONNX or LiteRT file, which is timed as it is.
       threads: cores that are used; None: all that this process may use.
       runs: that are timed.
       out: a json file to write, or None.
@@ -45,16 +46,15 @@ def run(*, models: list[str], threads: int | None, runs: int, out: str | None) -
     if target:
         loading.check_out(str(target.parent))
     with only(threads):  # before the first array: XLA starts its threads then
-        files = {path: None if path.endswith(".onnx") else loading.load(path) for path in models}
+        files = {path: None if path.endswith((".onnx", ".tflite")) else loading.load(path) for path in models}
         for path, loaded in files.items():
             if loaded is None:
-                export.check_installed(("onnxruntime",))
-                runnable(Path(path))
+                file_of_others(Path(path))
         rows = [row for path, loaded in files.items() for row in measure(path, loaded, threads=threads, runs=runs)]
     print(table(rows))
     print(
         f"\nOne picture, {threads} {'thread' if threads == 1 else 'threads'}, {runs} runs after {WARM_UP} to warm up; "
-        "a folder's network without decoding, .onnx files as they are."
+        "a folder's network without decoding, files as they are."
     )
     if missing := export.missing():
         print(f"Without onnxruntime's times, for want of {', '.join(missing)}: pip install 'kdjax[export]'.")
@@ -67,23 +67,21 @@ def measure(path: str, model: loading.Model | None, *, threads: int, runs: int) 
     """The rows of a model: model, runtime, height, width, params, flops, bytes, and milliseconds median, p25, p75.
 
     Args:
-      path: its name in the table; an ONNX file if `model` is None.
+      path: its name in the table; an ONNX or LiteRT file if `model` is None.
       model: what is timed in XLA, and, where the converter is there, in onnxruntime.
       threads: of onnxruntime; XLA takes the cores that the process has.
       runs: that are timed.
     """
     if model is None:
-        session, feed = runnable(Path(path), threads=threads)
-        facts = session.get_modelmeta().custom_metadata_map
-        shape = next(value.shape for value in feed.values() if value.ndim == 4)  # channels last as in ours, or first
+        runtime, call, shape, facts = file_of_others(Path(path), threads=threads)
         yield {
             "model": path,
-            "runtime": "onnxruntime",
-            "image_size": list(shape[2:] if shape[1] == 3 else shape[1:3]),
+            "runtime": runtime,
+            "image_size": shape[2:] if shape[1] == 3 else shape[1:3],  # channels last as in ours, or first
             "params": int(facts["parameters"]) if "parameters" in facts else None,
             "flops": int(facts["flops"]) if "flops" in facts else None,
             "bytes": Path(path).stat().st_size,
-        } | clock(lambda: session.run(None, feed), runs, path)
+        } | clock(call, runs, path)
         return
     image = np.full((1, *model.image_size, 3), 100, np.uint8)
     row = {"model": path, "image_size": list(model.image_size), "params": size.parameters(model.variables[0])}
@@ -142,33 +140,56 @@ def only(threads: int) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-def runnable(path: Path, *, threads: int = 0):
-    """A session of an ONNX file and inputs of the kinds that it asks for, on which it has been run once.
+def file_of_others(path: Path, *, threads: int = 1) -> tuple[str, Callable, list[int], dict]:
+    """An ONNX or LiteRT file, which has been run once.
 
     Args:
-      path: the file; a first extent that is free is taken for the batch, 1.
-      threads: see `export.session`.
+      path: the file; the first extent of an input is the batch, 1 where it is free.
+      threads: that compute an operator.
 
     Returns:
-      The session, and {name: input}.
+      (runtime, call, shape of the picture, facts that `kdjax export` wrote).
 
     Raises:
       ValueError: the file cannot be read, takes no picture, leaves its size free, or does not run.
     """
-    session = export.session(path, threads=threads)
-    shapes = {entry.name: list(entry.shape) for entry in session.get_inputs()}
-    for shape in shapes.values():
-        shape[:1] = [side if isinstance(side, int) else 1 for side in shape[:1]]  # the batch
+    runtime, load = ("LiteRT", _litert) if path.suffix == ".tflite" else ("onnxruntime", _onnx)
+    inputs, run, facts = load(path, threads)
+    shapes = {name: shape for name, (shape, _) in inputs.items()}
     if not any(len(shape) == 4 for shape in shapes.values()):
         raise ValueError(f"--model={path} takes no picture: none of its inputs has four extents ({shapes}).")
-    if free := [name for name, shape in shapes.items() if not all(isinstance(side, int) for side in shape)]:
+    if free := [name for name, shape in shapes.items() if not all(isinstance(side, int) for side in shape[1:])]:
         what = f"the size of {free[0]} free ({shapes[free[0]]})"
         raise ValueError(f"--model={path} leaves {what}: export it with a fixed one.")
-    kinds = {entry.name: entry.type for entry in session.get_inputs()}
-    numbers = {"tensor(uint8)": np.uint8, "tensor(int32)": np.int32, "tensor(int64)": np.int64}
-    feed = {name: np.full(shape, 100, numbers.get(kinds[name], np.float32)) for name, shape in shapes.items()}
+    shapes = {name: [side if isinstance(side, int) else 1 for side in shape] for name, shape in shapes.items()}
+    call = functools.partial(run, {name: np.full(shape, 100, inputs[name][1]) for name, shape in shapes.items()})
     try:
-        session.run(None, feed)
+        call()
     except Exception as error:  # whatever its bindings raise
         raise ValueError(f"--model={path} does not run: {str(error).splitlines()[0]}") from error
-    return session, feed
+    return runtime, call, next(shape for shape in shapes.values() if len(shape) == 4), facts
+
+
+def _onnx(path: Path, threads: int) -> tuple[dict, Callable, dict]:
+    """{input: (shape, dtype)}, a function of {input: array}, and the facts."""
+    export.check_installed(("onnxruntime",))
+    session = export.session(path, threads=threads)
+    kinds = {"tensor(uint8)": np.uint8, "tensor(int32)": np.int32, "tensor(int64)": np.int64}
+    inputs = {entry.name: (list(entry.shape), kinds.get(entry.type, np.float32)) for entry in session.get_inputs()}
+    return inputs, functools.partial(session.run, None), session.get_modelmeta().custom_metadata_map
+
+
+def _litert(path: Path, threads: int) -> tuple[dict, Callable, dict]:
+    """As `_onnx`; the facts lie beside the file."""
+    export.check_installed(("ai_edge_litert",))
+    interpreter = export.interpreter(path, threads=threads)
+    inputs = {entry["name"]: entry for entry in interpreter.get_input_details()}
+
+    def run(feed: dict) -> None:
+        for name, value in feed.items():
+            interpreter.set_tensor(inputs[name]["index"], value)
+        interpreter.invoke()
+
+    beside = path.with_name(f"{path.name}.json")
+    shapes = {name: (entry["shape"].tolist(), entry["dtype"]) for name, entry in inputs.items()}
+    return shapes, run, json.loads(beside.read_text()) if beside.exists() else {}
