@@ -418,7 +418,10 @@ def test_mistakes_get_one_sentence_before_any_compute(made, tmp_path, capsys, mo
         (("predict", str(tmp_path / "x.gif"), one, out), "neither a picture nor a video"),
         (("predict", str(tmp_path / "mine"), one, f"--out={tmp_path / 'mine'}"), "outside of --out"),
         (("evaluate", one, "--data=scenes", "--split=train"), "scenes has no --split"),
-        (("export", one, "--format=onnx", f"--out={tmp_path / 'x'}", "--data=scenes", "--images=a"), "has no --split"),
+        (
+            ("export", one, "--format=stablehlo", f"--out={tmp_path / 'x'}", "--data=scenes", "--images=a"),
+            "has no --split",
+        ),
         (("latency", one, f"--out={tmp_path}"), "is a folder"),
         (("latency", one, f"--out={picture}/x.json"), "cannot be made"),
         (("predict", picture, "--model=nowhere", out), "there is no such folder"),
