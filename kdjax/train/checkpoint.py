@@ -119,8 +119,9 @@ def arrays(directory: Path, prefix: str, *, step: int | None = None) -> tuple[di
                 if all(digest(value) == restored.note["sha256"][name] for name, value in named.items()):
                     chosen = {name: value for name, value in named.items() if name.startswith(prefix)}
                     return restored.note, {name.removeprefix(prefix): value for name, value in chosen.items()}
-    what = "no checkpoint" if step is None else f"the checkpoint {step}"
-    raise ValueError(f"{what} in {directory} can{'not' * (step is not None)} be used.")
+    if step is None:
+        raise ValueError(f"no checkpoint in {directory} can be used.")
+    raise ValueError(f"the checkpoint {step} in {directory} cannot be used.")
 
 
 def flat(tree, *, copy: bool = True) -> dict:
