@@ -264,6 +264,11 @@ def test_taps_pair_by_stride():
     assert [p.stride for p in api.pair(fine, coarse, "neck")] == [16, 32]
     assert [p.stride for p in api.pair(fine, fine, "backbone.1")] == [16]
     assert [p.student.shape[-1] for p in api.pair(fine, fine, "cls_tower.1", "cls_logits")] == [4] * 3
+    assert [p.stride for p in api.pair(fine, fine, "neck.0:2")] == [8, 16]
+    assert [p.stride for p in api.pair(fine, fine, "neck", "backbone.1:3")] == [16, 32]
+    for wrong in ("neck.1:1", "neck.0:4", "neck.:2", "cls_tower.0:1", "neck.0:2:3"):
+        with pytest.raises(ValueError, match="there is no tap"):
+            api.tap(fine, wrong)
     with pytest.raises(ValueError, match="no stride in common"):
         api.pair(fine, DetectorOutput(strides=(64,), neck=fine.neck[:1]), "neck")
     with pytest.raises(ValueError, match="factor of 2"):

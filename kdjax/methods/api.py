@@ -162,13 +162,18 @@ def tap(output: DetectorOutput, name: str) -> dict[int, Array]:
     Args:
       output: arrays or shape specs.
       name: a field of `DetectorOutput` that runs over levels ("neck", "cls_logits"), a tower with the number of its
-        convolution from 0 ("cls_tower.1"), or one level of a field, counted fine to coarse ("backbone.2").
+        convolution from 0 ("cls_tower.1"), or levels of a field, counted fine to coarse: one ("backbone.2"), or those from
+        one to before another ("neck.0:3", the first three).
 
     Raises:
       ValueError: no such tap; the valid ones are listed.
     """
     field, _, index = name.partition(".")
-    valid = taps(output)
+    valid, (first, several, last) = taps(output), index.partition(":")
+    if several and first.isdigit() and last.isdigit() and field in valid:
+        parts = [f"{field}.{i}" for i in range(int(first), int(last))]
+        if parts and set(parts) <= set(valid):
+            return {stride: level for part in parts for stride, level in tap(output, part).items()}
     if name not in valid:
         raise ValueError(f"there is no tap {name!r} on this detector; its taps are: {', '.join(valid)}")
     strides = output.backbone_strides if field == "backbone" else output.strides
@@ -181,7 +186,7 @@ def tap(output: DetectorOutput, name: str) -> dict[int, Array]:
 
 
 def taps(output: DetectorOutput) -> list[str]:
-    """Every name that `tap` understands for this output."""
+    """Every name that `tap` understands for this output, but for those of several levels."""
     found = []
     for field in ("backbone", "neck", "neck_conv", "cls_logits", "box_reg", "quality"):
         levels = getattr(output, field)
