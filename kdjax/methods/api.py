@@ -162,8 +162,8 @@ def tap(output: DetectorOutput, name: str) -> dict[int, Array]:
     Args:
       output: arrays or shape specs.
       name: a field of `DetectorOutput` that runs over levels ("neck", "cls_logits"), a tower with the number of its
-        convolution from 0 ("cls_tower.1"), or levels of a field, counted fine to coarse: one ("backbone.2"), or those from
-        one to before another ("neck.0:3", the first three).
+        convolution from 0 ("cls_tower.1"), or levels of a field, counted fine to coarse: one ("backbone.2"), or those
+        from one to before another ("neck.0:3", the first three).
 
     Raises:
       ValueError: no such tap; the valid ones are listed.
