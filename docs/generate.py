@@ -51,7 +51,8 @@ last `decay` (0) steps before `stop` (0: never) it falls linearly to zero. These
 
 A tap names a place of the detector: `neck`, one level of it (`backbone.2`) or several (`neck.0:3`, the first three), or
 a convolution of a head's tower (`cls_tower.1`). Levels of student and teacher pair by stride. Where channels differ,
-most methods bring the student's to the teacher's by a convolution that is trained beside the student and not handed out.
+most methods bring the student's to the teacher's by a convolution that is trained beside the student and not handed
+out.
 
 Status:
 
