@@ -294,10 +294,10 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def of_sizes(setup: loop.Setup) -> list[Finding]:
-    """A teacher is larger than its student."""
+    """A teacher is not smaller than its student."""
     counts = [size.parameters(detector.shapes[0]) for detector in (setup.teacher, setup.student)]
     said = f"the teacher has {counts[0] / 1e6:.2f} million parameters, the student {counts[1] / 1e6:.2f}"
-    if counts[0] <= counts[1]:
+    if counts[0] < counts[1]:
         return [Finding(LOOK, "sizes", f"{said}: have they changed places?")]
     return [Finding(FINE, "sizes", said)]
 
