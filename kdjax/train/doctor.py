@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
 from kdjax import data
 from kdjax.detectors import weights
@@ -231,7 +232,8 @@ def of_weights(role: str, detector, variables, setup: loop.Setup, pictures: int)
     measured = f"AP {100 * ap:.1f}, AP50 {100 * ap50:.1f} on {len(truth['images'])} validation pictures"
     if min(ap50, loose["AP50"]) < 0:
         return [Finding(LOOK, role, f"the first {pictures} validation pictures hold no object to try it on")]
-    others = {way: coco.coco_figures(truth, detections(change))["AP50"] for way, change in MISTAKES.items()}
+    ways = tqdm(MISTAKES.items(), desc=f"try the {role}'s input otherwise", unit="way", leave=False)
+    others = {way: coco.coco_figures(truth, detections(change))["AP50"] for way, change in ways}
     way = max(others, key=others.get)
     wrong = _confusions(truth, own, dataset)
     explained = others[way] > max(ap50 + 0.05, 1.1 * ap50)
@@ -364,7 +366,8 @@ def strengths(setup: loop.Setup, batch: dict, adapters: dict | None = None) -> t
     arguments = (state.params["student"]["neck"], state, adapters, setup.variables, batch)
     names = sorted(jax.eval_shape(total, *arguments, 0.0)[1][0])
     gradient, pulls = jax.jit(jax.grad(total, has_aux=True)), {}
-    for name, chosen in zip(names, np.eye(len(names), dtype=np.float32), strict=True):
+    bar = tqdm(names, desc="losses and terms", unit="term", leave=False)
+    for name, chosen in zip(bar, np.eye(len(names), dtype=np.float32), strict=True):
         grads, (values, start) = gradient(*arguments, chosen)
         pulls[name] = math.sqrt(sum(float(jnp.sum(jnp.square(g))) for g in jax.tree.leaves(grads)))
     return {name: float(value) for name, value in values.items()}, pulls, float(start)
