@@ -183,7 +183,7 @@ def read_picture(file: Path) -> np.ndarray:
     except UnidentifiedImageError:
         pass  # OpenCV reads some kinds that Pillow does not
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow raises this and that
-        raise ValueError(f"{file} is broken: {error}.") from None
+        raise ValueError(f"{file} is broken: {str(error).rstrip('.')}.") from None
     image = records.decode(encoded)
     if image is None:
         raise ValueError(f"{file} cannot be read as a picture{': it is empty' if not encoded else ''}.")
