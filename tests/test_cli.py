@@ -339,6 +339,7 @@ def test_predict_names_what_cannot_be_read_and_goes_on(made, tmp_path, capsys):
     Image.fromarray(good).save(folder / "a.jpg")
     Image.fromarray(good).save(folder / "a.png")
     cv2.imwrite(str(folder / "deep.png"), good[:, :, ::-1].astype(np.uint16) * 257)
+    cv2.imwrite(str(folder / "deep.tif"), good[:, :, ::-1].astype(np.uint16) * 16)  # 12 bits, as of a microscope
     Image.fromarray(good).convert("L").save(folder / "grey.png")
     Image.fromarray(good).convert("CMYK").save(folder / "cmyk.jpg")
     turned = Image.Exif()
@@ -353,25 +354,29 @@ def test_predict_names_what_cannot_be_read_and_goes_on(made, tmp_path, capsys):
         video.write(good[:48, :64])
     video.release()
     (folder / "broken.mp4").write_bytes(b"no video")
+    (folder / "moving.gif").write_bytes(b"GIF89a")
     (tmp_path / "x.gif").write_bytes(b"GIF89a")
     paths = [str(folder), str(tmp_path / "x.gif")]
     assert cli.main(["predict", *paths, f"--model={made / 'model'}", f"--out={folder / 'out'}"]) == 2
     told = [
         line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line.strip().startswith("kdjax:")
     ]
-    assert len(told) == 6
+    assert len(told) == 8
     for file, why in (
+        ("moving.gif", "neither a picture nor a video that is known"),
         ("x.gif", "neither a picture nor a video that is known"),
         ("empty.png", "it is empty"),
         ("text.jpg", "cannot be read as a picture"),
         ("cut.jpg", "truncated"),
         ("broken.mp4", "cannot be read as a video"),
         ("turned.jpg", "EXIF orientation 6"),
+        ("deep.tif", "fills less than an eighth"),
     ):
         assert any(file in line and why in line for line in told), (file, told)
     images = read(folder / "out" / "images.json")
     assert [Path(entry["file_name"]).name for entry in images["images"]] == [
-        "a.jpg", "a.png", "clip.avi#0", "clip.avi#1", "clip.avi#2", "cmyk.jpg", "deep.png", "grey.png", "turned.jpg",
+        "a.jpg", "a.png", "clip.avi#0", "clip.avi#1", "clip.avi#2", "cmyk.jpg", "deep.png", "deep.tif", "grey.png",
+        "turned.jpg",
     ]  # fmt: skip
     assert [entry["name"] for entry in images["categories"]] == CLASSES
     found = {}
@@ -380,11 +385,11 @@ def test_predict_names_what_cannot_be_read_and_goes_on(made, tmp_path, capsys):
     assert found[2][:5] == pytest.approx(found[7][:5], rel=1e-3)  # 16 bits hold the same picture as 8
     drawn = folder / "out" / "drawn"
     assert sorted(path.name for path in drawn.iterdir()) == [
-        "a.jpg", "a_.jpg", "clip.mp4", "cmyk.jpg", "deep.jpg", "grey.jpg", "turned.jpg",
+        "a.jpg", "a_.jpg", "clip.mp4", "cmyk.jpg", "deep.jpg", "deep_.jpg", "grey.jpg", "turned.jpg",
     ]  # fmt: skip
     assert int(cv2.VideoCapture(str(drawn / "clip.mp4")).get(cv2.CAP_PROP_FRAME_COUNT)) == 3
     # A second time, what the first wrote is not read.
-    assert len(predict.find([str(folder)], folder / "out")) == 11
+    assert len(predict.find([str(folder)], folder / "out")) == 13
 
 
 @pytest.mark.parametrize("share", [0.3, 0.7])

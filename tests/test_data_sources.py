@@ -219,6 +219,7 @@ def broken(changes):
         (lambda t: t["annotations"][1].update(image_id=99), "annotation 2 is of image 99"),
         (lambda t: t["annotations"][1].update(category_id=4), "annotation 2 has the category 4"),
         (lambda t: t["annotations"][0].pop("image_id"), "annotation 1 is of image None"),
+        (lambda t: [a.update(bbox=[0.1, 0.2, 0.5, 1]) for a in t["annotations"]], "as if they were fractions"),
         (lambda t: t["images"][1].update(id=10), "image id 10 appears twice"),
         (lambda t: t["images"][1].update(file_name="a.png"), "a.png is listed as two images"),
         (lambda t: t["images"][1].update(id="x"), "image id 'x' is not an integer"),

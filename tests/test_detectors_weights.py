@@ -282,6 +282,18 @@ def test_pytorch_weights_need_a_detector(tmp_path, detector, variables, state):
         weights.load(tmp_path / "weights.npz")
 
 
+def test_weights_that_are_not_finite_are_refused(tmp_path, detector, variables, state):
+    broken = jax.tree.map(np.array, variables[0])
+    broken["backbone"]["stage1"]["0"]["bn"]["bias"][3] = np.nan
+    weights.save(tmp_path / "w", detector, broken, variables[1], classes=CLASSES, image_size=(64, 64))
+    with pytest.raises(ValueError, match="w: params/backbone/stage1/0/bn/bias holds numbers that are not finite"):
+        weights.load(tmp_path / "w")
+    name = next(name for name in state if name.endswith("running_var"))
+    np.savez(tmp_path / "w.npz", **state | {name: np.full_like(state[name], np.inf)})
+    with pytest.raises(ValueError, match="w.npz: stats/.* holds numbers that are not finite"):
+        weights.load(tmp_path / "w.npz", detector)
+
+
 def test_save_errors(tmp_path, detector, variables):
     def save(params=variables[0], **options):
         options = {"classes": CLASSES, "image_size": (64, 64)} | options

@@ -258,6 +258,30 @@ def test_lost_and_tiny_objects_and_absent_classes_are_noticed(setup):
     assert "100% of the objects are under 4 px" in said["small objects"]
     assert f"no training picture holds {made.dataset.classes[0]}" in said["classes"]
     assert not faults(doctor.of_data(made))
+    for share, level in ((0.02, doctor.FINE), (0.3, doctor.LOOK), (0.7, doctor.FAULT)):
+        times = int(share * len(truth["annotations"])) + 1
+        object.__setattr__(
+            spoiled, "log", times * [dict(log[0], action="repaired", reason="box clipped to the picture")]
+        )
+        seen = {finding.what: finding for finding in doctor.of_data(made._replace(dataset=dataset))}["train data"]
+        assert seen.level == level and f"{times} clipped to the picture" in seen.said
+        assert ("x, y, width, height in pixels" in seen.said) == (level != doctor.FINE)
+
+
+def test_what_was_dropped_is_told_where_no_object_is_left(setup):
+    made, _ = setup
+    split = made.dataset.splits["val"]
+
+    class Empty(Split):
+        truth, log = {**split.truth, "annotations": []}, None
+
+    empty = Empty(split.name, split.size, split.records, split.folder, split.role)
+    object.__setattr__(empty, "log", [dict(file="a", annotation=i, action="dropped", reason="far off") for i in (1, 2)])
+    dataset = dataclasses.replace(made.dataset, splits=made.dataset.splits | {"val": empty})
+    with pytest.raises(
+        ValueError, match=r"holds no object in its \d+ pictures \(2 were dropped: far off\), so nothing"
+    ):
+        loop.check_truth(dataset)
 
 
 def test_too_little_memory_is_named(setup, monkeypatch):

@@ -12,6 +12,7 @@ from kdjax.data import records
 from kdjax.data.records import Picture
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+CLIPPED = "box clipped to the picture"  # a reason in the log
 _CLIP = 0.01  # px: a box that sticks out by less is clipped without a word (rounding in the json)
 
 
@@ -105,10 +106,10 @@ def check(data: dict, name: str) -> tuple[list[Picture], dict[int, str], list[di
     """Pictures with their annotations in json order, categories by id, and the list of what was dropped or repaired.
 
     What cannot be meant is refused (`ValueError`): an annotation of an unknown image or category, ids twice or not
-    integer. What merely cannot be used is dropped or repaired and listed: boxes that are not four finite numbers, have
-    no extent or lie outside the picture are dropped, boxes that stick out are clipped (for training; the ground truth
-    keeps them as they are), missing or double annotation ids are replaced. Nothing is said where `iscrowd` (then 0) or
-    `area` (then that of the box) is missing.
+    integer, boxes as fractions of the picture. What merely cannot be used is dropped or repaired and listed: boxes that
+    are not four finite numbers, have no extent or lie outside the picture are dropped, boxes that stick out are clipped
+    (for training; the ground truth keeps them as they are), missing or double annotation ids are replaced. Nothing is
+    said where `iscrowd` (then 0) or `area` (then that of the box) is missing.
 
     Args:
       data: from `read`.
@@ -182,6 +183,9 @@ def check(data: dict, name: str) -> tuple[list[Picture], dict[int, str], list[di
                 note("repaired", "area is no number of at least 0: that of the box taken")
             entry["area"] = bbox[2] * bbox[3]
         picture.annotations.append(entry)
+    numbers = [value for picture in pictures.values() for entry in picture.annotations for value in entry["bbox"]]
+    if numbers and max(numbers) <= 1:
+        raise ValueError(f"{name}: no number of its boxes is above 1, as if they were fractions; they must be pixels.")
     return list(pictures.values()), categories, log
 
 
@@ -258,6 +262,6 @@ def _fit(picture: Picture, shape: tuple[int, ...], name: str, log: list[dict]) -
             log.append({**note, "action": "dropped", "reason": "box outside the picture"})
             continue
         if max(x0 - x, y0 - y, x + w - x1, y + h - y1) > _CLIP:
-            log.append({**note, "action": "repaired", "reason": "box clipped to the picture"})
+            log.append({**note, "action": "repaired", "reason": CLIPPED})
         kept.append(annotation)
     picture.annotations = kept

@@ -111,7 +111,7 @@ def load(
     if path.is_file() and path.name == WEIGHTS and (path.parent / CONFIG).is_file():
         path = path.parent
     if path.is_dir():
-        return _load_folder(path, detector)
+        return _sound(path, *_load_folder(path, detector))
     if not path.exists():
         raise ValueError(f"There are no weights at {path}.")
     if detector is None:
@@ -123,7 +123,17 @@ def load(
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     # Names of another number of classes are those of classifiers that have just started anew.
-    return detector, params, stats, classes if classes and len(classes) == detector.num_classes else None
+    return _sound(path, detector, params, stats, classes if classes and len(classes) == detector.num_classes else None)
+
+
+def _sound(path: Path, detector: Detector, params: Tree, stats: Tree, classes: list[str] | None):
+    """What `load` returns, if all numbers are finite."""
+    for name, value in flatten({"params": params, "stats": stats}).items():
+        if not np.isfinite(value).all():
+            raise ValueError(
+                f"{path}: {name} holds numbers that are not finite: the weights are of a run that went astray."
+            )
+    return detector, params, stats, classes
 
 
 def fitted(detector: Detector, state: dict[str, np.ndarray]) -> Detector:

@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from kdjax import data
+from kdjax.data.coco import CLIPPED
 from kdjax.detectors import weights
 from kdjax.detectors.api import Detector, flatten
 from kdjax.evals import coco, errors, size
@@ -114,11 +115,15 @@ def of_data(setup: loop.Setup) -> list[Finding]:
     for role, split in dataset.splits.items():
         dropped = sum(entry["action"] == "dropped" for entry in split.log)
         total = len(data.ground_truth(dataset, role)["annotations"]) + dropped
-        level = FAULT if dropped > 0.2 * total else LOOK if dropped > 0.05 * total else FINE
-        advice = "" if level == FINE else ": --config.data.check=True lists them with their reasons"
-        found.append(
-            Finding(level, f"{role} data", f"{split.size} pictures, {dropped} of {total} objects dropped{advice}")
-        )
+        clipped = sum(entry["reason"] == CLIPPED for entry in split.log)
+        lost = max(dropped, clipped / 2)
+        level = FAULT if lost > 0.2 * total else LOOK if lost > 0.05 * total else FINE
+        said = f"{split.size} pictures, {dropped} of {total} objects dropped, {clipped} clipped to the picture"
+        if level != FINE:
+            said += (
+                ": --config.data.check=True lists them, and draws boxes, which must be x, y, width, height in pixels"
+            )
+        found.append(Finding(level, f"{role} data", said))
     canvas = np.array(setup.config.data.image_size)
     sides = [
         min(entry["bbox"][2:])
@@ -245,7 +250,10 @@ def of_weights(role: str, detector, variables, setup: loop.Setup, pictures: int)
         said = f"{measured}, but AP50 {100 * loose['AP50']:.1f} if classes are not told apart: the class map is wrong"
         return [Finding(FAULT, f"{role}'s classes", f"{said} ({'; '.join(wrong)})")]
     if ap50 < 0.1:
-        said = f"{measured}: it does not know these pictures; its weights are of other data, or not trained"
+        said = (
+            f"{measured}: it does not know these pictures; its weights are of other data, or not trained, or the boxes"
+        )
+        said += " are not where the objects are (--config.data.check=True draws them)"
         return [Finding(FAULT if role == "teacher" else LOOK, role, said)]
     return [Finding(LOOK if ap50 < 0.3 else FINE, role, measured)]
 

@@ -175,9 +175,15 @@ def check_truth(dataset) -> None:
     if all(entry["iscrowd"] for entry in data.ground_truth(dataset, "val")["annotations"]):
         split = dataset.splits["val"]
         raise ValueError(
-            f"the validation split '{split.name}' of {dataset.name} holds no object in its {split.size} pictures, so "
-            "nothing could be measured"
+            f"the validation split '{split.name}' of {dataset.name} holds no object in its {split.size} pictures"
+            f"{dropped_from(split)}, so nothing could be measured"
         )
+
+
+def dropped_from(split) -> str:
+    """A clause on the objects that a split has lost, or ""."""
+    reasons = [entry["reason"] for entry in split.log if entry["action"] == "dropped"]
+    return f" ({len(reasons)} were dropped: {', '.join(sorted(set(reasons)))})" if reasons else ""
 
 
 def prepare_process(folder: str) -> None:
@@ -402,7 +408,10 @@ def first_batch_with_objects(setup: Setup) -> dict:
             batch = next(batches)
             if batch["valid"].any():
                 return batch
-    raise ValueError("the first 100 batches of the training data hold no object, so there is nothing to learn from")
+    lost = dropped_from(setup.dataset.splits["train"])
+    raise ValueError(
+        f"the first 100 batches of the training data hold no object{lost}, so there is nothing to learn from"
+    )
 
 
 def check_terms(setup: Setup, batch: dict) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import mimetypes
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,7 +61,7 @@ def run(*, paths: list[str], model: str, out: str, threshold: float) -> int:
                     yield len(images), image
             except ValueError as error:
                 unread += 1
-                tqdm.write(f"kdjax: {error}", file=sys.stderr)
+                _tell(str(error))
 
     moving = any(is_video(file) for file, _ in files)
     with contextlib.ExitStack() as videos:
@@ -112,7 +113,7 @@ def find(paths: list[str], out: Path) -> list[tuple[Path, str]]:
     found: list[tuple[Path, Path]] = []
     for path in (Path(given).expanduser() for given in paths):
         if path.is_dir():
-            inside = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in _KNOWN and p.is_file()]
+            inside = [p for p in sorted(path.rglob("*")) if _is_meant(p) and p.is_file()]
             inside = [p for p in inside if not p.resolve().is_relative_to(out.resolve())]
             if not inside:
                 raise ValueError(f"{path} holds no pictures ({', '.join(_KNOWN)}) outside of --out.")
@@ -131,6 +132,12 @@ def find(paths: list[str], out: Path) -> list[tuple[Path, str]]:
         taken.add(name)
         named.append((file, str(name)))
     return named
+
+
+def _is_meant(file: Path) -> bool:
+    """Whether a file of a folder is a picture or a video, be it of a kind that cannot be read: that is to be told."""
+    kind = mimetypes.guess_type(file.name)[0] or ""
+    return file.suffix.lower() in _KNOWN or kind.startswith(("image/", "video/"))
 
 
 def _strange(file: Path) -> str:
@@ -166,7 +173,9 @@ def frames(file: Path) -> Iterator[np.ndarray]:
 
 
 def read_picture(file: Path) -> np.ndarray:
-    """u8[h, w, 3] RGB, the stored pixels, as in training and evaluation: EXIF's orientation is not applied, but told.
+    """u8[h, w, 3] RGB, the stored pixels, as in training and evaluation.
+
+    EXIF's orientation is not applied, but told; and so are 16 bits that are hardly used.
 
     Raises:
       ValueError: it cannot be read, or only in part; one sentence.
@@ -188,11 +197,14 @@ def read_picture(file: Path) -> np.ndarray:
     if image is None:
         raise ValueError(f"{file} cannot be read as a picture{': it is empty' if not encoded else ''}.")
     if orientation != 1:
-        message = (
-            f"kdjax: {file} is stored turned (EXIF orientation {orientation}): boxes are those of the stored pixels."
-        )
-        tqdm.write(message, file=sys.stderr)
+        _tell(f"{file} is stored turned (EXIF orientation {orientation}): boxes are those of the stored pixels.")
+    if image.max() < 32 and cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_UNCHANGED).dtype == np.uint16:
+        _tell(f"{file} has 16 bits and fills less than an eighth of their range: it is taken for nearly black.")
     return image
+
+
+def _tell(message: str) -> None:
+    tqdm.write(f"kdjax: {message}", file=sys.stderr)
 
 
 def draw(image: np.ndarray, found: list[dict], model: models.Model, threshold: float) -> np.ndarray:
