@@ -5,7 +5,7 @@ python benchmarks/compare_methods.py --workdir=runs/compare --methods=mkd,rtmdet
 
 import sys
 
-from kdjax import study
+from kdjax.commands import study
 
 if __name__ == "__main__":
     study.main(["methods", *sys.argv[1:]])

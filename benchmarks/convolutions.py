@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 from method_cost import timed
 
-from kdjax import nn, study
+from kdjax import nn
+from kdjax.commands import study
 from kdjax.train import loop
 
 # Side of the map, channels, outputs, side of the kernel, stride, groups.

@@ -1,4 +1,4 @@
-"""How fast is a forward pass, one picture at a time? In XLA and, where kdjax[export] is there, in onnxruntime.
+"""How fast is a forward pass, one image at a time? In XLA and, where kdjax[export] is there, in onnxruntime.
 
     python benchmarks/inference.py --detector=rtmdet_tiny --sizes=320,640
     python benchmarks/inference.py --detector=rtmdet_tiny --sizes=320 --onnx=FILE    # beside another's network
@@ -13,15 +13,14 @@ from pathlib import Path
 
 import jax
 
-from kdjax import detectors, study
-from kdjax.detectors import weights
-from kdjax.verbs import latency
+from kdjax import detectors, weights
+from kdjax.commands import latency, study
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--detector", default="rtmdet_tiny", choices=detectors.names())
-    parser.add_argument("--sizes", type=study.words, default=["320", "640"], help="sides of the pictures in pixels")
+    parser.add_argument("--sizes", type=study.words, default=["320", "640"], help="sides of the images in pixels")
     parser.add_argument("--onnx", type=study.words, default=[], help="files that are timed as they are")
     parser.add_argument("--threads", type=int, help="all cores by default")
     parser.add_argument("--runs", type=int, default=100)

@@ -1,8 +1,8 @@
-"""What the input side gives: pictures/s decoded by one core, and images/s of batches, plain and with Mosaic and MixUp.
+"""What the input side gives: images/s decoded by one core, and images/s of batches, plain and with Mosaic and MixUp.
 
     python benchmarks/loader.py --root=DIR    # a folder in COCO layout; without it the embedded scenes
 
-Batches are made with 0, 1 and 2 worker processes, and Mosaic and MixUp also without keeping late pictures in memory.
+Batches are made with 0, 1 and 2 worker processes, and Mosaic and MixUp also without keeping late images in memory.
 Variants take turns, so that other work on the machine hits all alike; of each the median over the rounds counts. How
 long a run really waits for its batches is `wait_share` in its metrics.jsonl.
 """
@@ -20,9 +20,9 @@ from kdjax.train import config as settings
 
 MIXED = dict(mosaic=True, mixup=1.0, scale=(0.1, 2.0))
 VARIANTS = {  # name: settings of augment, workers, whether anything is kept
-    "single pictures": ({}, 0, True),
-    "single pictures, 1 worker": ({}, 1, True),
-    "single pictures, 2 workers": ({}, 2, True),
+    "single images": ({}, 0, True),
+    "single images, 1 worker": ({}, 1, True),
+    "single images, 2 workers": ({}, 2, True),
     "Mosaic and MixUp, kept": (MIXED, 0, True),
     "Mosaic and MixUp, kept, 2 workers": (MIXED, 2, True),
     "Mosaic and MixUp, nothing kept": (MIXED, 0, False),
@@ -51,7 +51,7 @@ def main():
                 taken = measure(config, args.batch, args.batches, kept)
                 seconds[name].append(taken[0] / args.batches / args.batch)
                 decoded[name] += taken[1] / args.rounds / args.batches / args.batch
-    base = statistics.median(seconds["single pictures"])
+    base = statistics.median(seconds["single images"])
     print(f"{args.root or 'scenes'}, canvas {args.size}, batches of {args.batch}")
     print(f"{'':36}{'decoded a sample':>18}{'images/s':>10}{'of single':>11}")
     print(f"{'decoding alone, one core':36}{1:>18.2f}{statistics.median(alone):>10.1f}")
@@ -61,7 +61,7 @@ def main():
 
 
 def decode(config, count: int = 100) -> float:
-    """Pictures/s that one thread decodes, the first `count` of the split over and over."""
+    """Images/s that one thread decodes, the first `count` of the split over and over."""
     stored = data.open_dataset(config).splits["train"].records
     encoded = [stored.raw(i % len(stored))["image"] for i in range(count)]
     start = time.perf_counter()
@@ -71,13 +71,13 @@ def decode(config, count: int = 100) -> float:
 
 
 def measure(config, batch: int, count: int, kept: bool) -> tuple[float, int]:
-    """Seconds and decoded pictures of `count` batches, after those that fill the memory and those made ahead."""
+    """Seconds and decoded images of `count` batches, after those that fill the memory and those made ahead."""
     dataset = data.open_dataset(config)
     before = 4
     if kept and config.augment.mosaic:
         before += config.augment.cache * 3 // 2 // loader.STREAM
     with contextlib.ExitStack() as stack:
-        # As with a large data set, the pictures do not all fit into memory.
+        # As with a large data set, the images do not all fit into memory.
         stack.enter_context(mock.patch.object(loader, "_KEEP", 0))
         if not kept:
             stack.enter_context(mock.patch.object(loader, "_last", lambda count, function: function))

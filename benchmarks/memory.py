@@ -1,4 +1,4 @@
-"""How much memory does a step need, and how does it grow with the boxes of a picture?
+"""How much memory does a step need, and how does it grow with the boxes of an image?
 
     python benchmarks/memory.py --detector=rtmdet_tiny --batch=8 --size=640
 
@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from kdjax import study
+from kdjax.commands import study
 from kdjax.train import loop
 
 
@@ -33,7 +33,7 @@ def main():
         print(f"{boxes} boxes: {rows[-1][1]} MB planned", flush=True)
     study.publish(
         " ".join(["python benchmarks/memory.py", *flags]),
-        [study.table(["boxes a picture", "planned MB", "peak MB", "s a step"], rows), study.facts(loop.environment())],
+        [study.table(["boxes an image", "planned MB", "peak MB", "s a step"], rows), study.facts(loop.environment())],
         {"rows": found},
         args.log,
     )

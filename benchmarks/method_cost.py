@@ -17,7 +17,7 @@ Memory is what the compiler has planned for the distillation step: its temporari
 optimiser state of the student, weights of the teacher) and results, those in the arguments' place counted once. It is
 not measured while the program runs.
 
-Pictures, boxes and weights are random: the time does not depend on them. Compiled programs are kept on disk as train.py
+Images, boxes and weights are random: the time does not depend on them. Compiled programs are kept on disk as train.py
 keeps them. The last lines are a table and one JSON object; `--log FILE` appends both, with the versions, to a Markdown
 file.
 """
@@ -33,13 +33,14 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from kdjax import detectors, study
+from kdjax import detectors
+from kdjax.commands import study
 from kdjax.methods import api
 from kdjax.train import config as settings
 from kdjax.train import loop, optim
 from kdjax.train.step import Teacher, compare, init_adapters, init_state, make_step, targets_of
 
-BOXES = 16  # padded boxes a picture
+BOXES = 16  # padded boxes an image
 WARM = 2  # rounds that are not counted
 
 
@@ -47,7 +48,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--student", default="rtmdet_nano")
     parser.add_argument("--teacher", default="rtmdet_tiny")
-    parser.add_argument("--size", type=int, default=320, help="side of the pictures in pixels")
+    parser.add_argument("--size", type=int, default=320, help="side of the images in pixels")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--classes", type=int, default=80)
     parser.add_argument("--methods", default=",".join(api.names()), help="names, separated by commas; all by default")
@@ -144,7 +145,7 @@ class Bench:
 
 
 def made_up_batch(batch: int, size: int, classes: int, boxes: int = BOXES) -> dict:
-    """Random pictures with random boxes, a quarter of the rows padding, as the loader gives them."""
+    """Random images with random boxes, a quarter of the rows padding, as the loader gives them."""
     rng = np.random.default_rng(0)
     corner = rng.uniform(0, 0.7 * size, (batch, boxes, 2))
     corners = np.concatenate([corner, corner + rng.uniform(0.05 * size, 0.3 * size, corner.shape)], -1)

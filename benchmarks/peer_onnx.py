@@ -4,7 +4,7 @@
     python benchmarks/inference.py --detector=rtmdet_tiny --sizes=320 --onnx=peer_320.onnx
 
 PEER is an environment with torch, mmdet, onnx and onnxscript; the folder --bench holds `oracle_common.py`, which builds
-the peer's models. Input is a normalised picture f32[1, 3, size, size], outputs are the head's maps.
+the peer's models. Input is a normalised image f32[1, 3, size, size], outputs are the head's maps.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def main():
 
     config = peer.mmdet_cfg(f"rtmdet/rtmdet_{args.detector}_8xb32-300e_coco.py").model
     model = peer.MODELS.build(peer.drop_init(peer.sync_to_bn(config))).eval()
-    picture = torch.randn(1, 3, args.size, args.size)
+    image = torch.randn(1, 3, args.size, args.size)
 
     class Network(torch.nn.Module):
         def __init__(self):
@@ -39,7 +39,7 @@ def main():
 
     told = dict(opset_version=18, input_names=["image"], dynamo=True, external_data=False)
     with torch.no_grad():
-        torch.onnx.export(Network(), (picture,), args.out, **told)
+        torch.onnx.export(Network(), (image,), args.out, **told)
     print(f"wrote {args.out}")
 
 

@@ -1,4 +1,4 @@
-"""Do checkpoints of mmdetection load in full size? Random weights, saved as .pth by it, and what it makes of a picture.
+"""Do checkpoints of mmdetection load in full size? Random weights, saved as .pth by it, and what it makes of an image.
 
     OMP_NUM_THREADS=2 PEER/bin/python benchmarks/peer_weights.py --bench=../shared/bench --folder=DIR
     python benchmarks/peer_weights.py --folder=DIR
@@ -46,7 +46,7 @@ def main():
     parser.add_argument("--folder", type=Path, required=True)
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
-    # The normalised picture, channels last.
+    # The normalised image, channels last.
     x = np.random.default_rng(0).normal(size=(1, 96, 128, 3)).astype(np.float32)
     write(args.folder, args.bench, x) if args.bench else compare(args.folder, x)
 
@@ -79,8 +79,8 @@ def compare(folder: Path, x: np.ndarray):
     """Ours."""
     import jax
 
-    from kdjax import detectors, study
-    from kdjax.detectors import weights
+    from kdjax import detectors, weights
+    from kdjax.commands import study
 
     rows = []
     for name in CONFIGS:

@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from kdjax import study
+from kdjax.commands import study
 from kdjax.train import loop
 
 

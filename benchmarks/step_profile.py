@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import step_time
 from jax.profiler import ProfileData
 
-from kdjax import study
-from kdjax.evals import size
+from kdjax.commands import study
+from kdjax.evals import complexity
 from kdjax.train import loop
 
 DEAREST = 10
@@ -108,7 +108,7 @@ def profile(built: step_time.Built, count: int) -> tuple[list[float], collection
 def roofline(built: step_time.Built, args, median: float) -> str:
     """Achieved operations a second beside those of the largest matrix product."""
     hw = (args.size, args.size)
-    flops = 3 * size.flops(built.student, hw) + (size.flops(built.teacher, hw) if built.teacher else 0)
+    flops = 3 * complexity.flops(built.student, hw) + (complexity.flops(built.teacher, hw) if built.teacher else 0)
     achieved = args.batch * 2 * flops / median / 1e9
     matrix = jnp.ones((SIDE, SIDE), args.dtype)
     product = jax.jit(jnp.matmul)

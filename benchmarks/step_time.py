@@ -1,10 +1,10 @@
-"""How long is a training step? One detector alone, or distilled from a teacher by a method; pictures are random.
+"""How long is a training step? One detector alone, or distilled from a teacher by a method; images are random.
 
     python benchmarks/step_time.py --detector=rtmdet_tiny --batch=8 --size=320
     python benchmarks/step_time.py --detector=rtmdet_tiny --teacher=rtmdet_s --method=cwd --dtype=bfloat16
 
 It times the program that train.py runs, after compilation and two warm steps, and prints a line for people; the last
-line is one JSON object with the median, the quartiles and the least time in seconds, pictures/s at the median, the
+line is one JSON object with the median, the quartiles and the least time in seconds, images/s at the median, the
 memory that the compiler has planned for the step, and the most that the process has held.
 """
 
@@ -51,7 +51,7 @@ def main(arguments=None):
         "memory_mb": round(megabytes(built.program), 1),
         "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3, 1),
     }
-    print(f"{title(args)}: {1000 * middle:.0f} ms a step, {found['images_per_s']:.1f} pictures/s")
+    print(f"{title(args)}: {1000 * middle:.0f} ms a step, {found['images_per_s']:.1f} images/s")
     print(json.dumps(vars(args) | found | loop.environment()))
 
 
@@ -63,9 +63,9 @@ def parser_of(text: str) -> argparse.ArgumentParser:
     parser.add_argument("--method", default="", choices=["", *api.names()])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--size", type=int, default=320, help="side of the pictures in pixels")
+    parser.add_argument("--size", type=int, default=320, help="side of the images in pixels")
     parser.add_argument("--classes", type=int, default=80)
-    parser.add_argument("--boxes", type=int, default=BOXES, help="rows of ground truth of a picture")
+    parser.add_argument("--boxes", type=int, default=BOXES, help="rows of ground truth of an image")
     return parser
 
 
@@ -83,7 +83,7 @@ def title(args) -> str:
 
 
 def build(args) -> Built:
-    """The program that train.py would run, with random weights and pictures."""
+    """The program that train.py would run, with random weights and images."""
     student = detectors.build(args.detector, args.classes)
     teacher = detectors.build(args.teacher, args.classes) if args.teacher else None
     methods = {args.method: api.build(args.method)} if args.method else {}

@@ -1,6 +1,6 @@
 """The embedded default: MKD distils rtmdet_nano into rtmdet_pico on scenes made on the spot, minutes on two CPU cores.
 
-The teacher was trained on 2000 of the scenes; the student has 200 of them, as one has with pictures of one's own.
+The teacher was trained on 2000 of the scenes; the student has 200 of them, as one has with images of one's own.
 
 make quickstart
 python train.py --config=configs/quickstart.py --workdir=runs/quickstart

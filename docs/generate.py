@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from kdjax import detectors
-from kdjax.evals import size
+from kdjax.evals import complexity
 from kdjax.methods import api
 
 FOLDER = Path(__file__).parent
@@ -35,7 +35,7 @@ STATUSES = {
 }
 # How a proof names reference files (tests/golden/README.md).
 GOLDEN = re.compile(r"\b(?:coco|kd|loss|model|ops|tables)/[\w*]+(?:\.\w+)?")
-SIZE, CLASSES = 320, 20  # of the pictures and detectors on which methods are tried
+SIZE, CLASSES = 320, 20  # of the images and detectors on which methods are tried
 INTRO = """\
 # Methods
 
@@ -67,7 +67,7 @@ ZOO = """\
 <!-- Written by `python docs/generate.py` from the files in kdjax/detectors; change those, not this page. -->
 
 Parameters are those of {classes} classes, GFLOPs count a multiply-add once, at {side}x{side}. A family is one file in
-`kdjax/detectors`; what its docstring says of published weights and figures stands above its table.
+`kdjax/detectors`; what its docstring says of published weights and metrics stands above its table.
 """
 MATRIX = """\
 ## Student, teacher, method
@@ -76,7 +76,7 @@ Levels pair by stride, widths by adapters, priors by location. Found by trying e
 on the smallest student of a family and the second smallest teacher; what cannot be is refused before a run starts, with
 the reason and the names of the methods that can. [Run with numbers](../benchmarks/README.md#every-pair-of-families).
 """
-SIDE, OF_COCO = 640, 80  # of the pictures, and classes, for which the sizes are given
+SIDE, OF_COCO = 640, 80  # of the images, and classes, for which the sizes are given
 
 
 class Method(NamedTuple):
@@ -213,7 +213,7 @@ def pair_of(family: str) -> tuple[str, str]:
 
 @functools.cache
 def specs(name: str):
-    """Shapes of everything that a detector returns for a picture."""
+    """Shapes of everything that a detector returns for an image."""
     detector = detectors.build(name, CLASSES)
     image = jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), jnp.float32)
     return jax.eval_shape(lambda variables, x: detector.apply(*variables, x, train=False)[0], detector.shapes, image)
@@ -252,7 +252,7 @@ def zoo() -> str:
 def row_of(name: str) -> tuple[str, ...]:
     """A variant's line: name, parameters, operations."""
     detector = detectors.build(name, OF_COCO)
-    counts = (size.parameters(detector.shapes[0]) / 1e6, size.flops(detector, (SIDE, SIDE)) / 1e9)
+    counts = (complexity.parameters(detector.shapes[0]) / 1e6, complexity.flops(detector, (SIDE, SIDE)) / 1e9)
     return f"`{name}`", *(f"{count:.2f}" for count in counts)
 
 

@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chosen["changes"] = rest
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    run = importlib.import_module(f"kdjax.verbs.{chosen.pop('verb').replace('-', '_')}").run
+    run = importlib.import_module(f"kdjax.commands.{chosen.pop('verb').replace('-', '_')}").run
     try:
         return run(**chosen)
     except KeyboardInterrupt:
@@ -71,8 +71,8 @@ def _parser() -> argparse.ArgumentParser:
     def part_of_data(one: argparse.ArgumentParser) -> None:
         one.add_argument("--split", default="val", help="of the folder (val): annotations/instances_SPLIT.json")
         one.add_argument("--annotations", default="", metavar="FILE", help="the json, if it lies elsewhere in DIR")
-        one.add_argument("--images", default="", metavar="DIR", help="the pictures, if they lie elsewhere in DIR")
-        one.add_argument("--limit", type=int, default=0, metavar="N", help="only the first N pictures")
+        one.add_argument("--images", default="", metavar="DIR", help="the images, if they lie elsewhere in DIR")
+        one.add_argument("--limit", type=int, default=0, metavar="N", help="only the first N images")
 
     one = verb(
         "doctor",
@@ -85,10 +85,10 @@ def _parser() -> argparse.ArgumentParser:
 
     one = verb(
         "predict",
-        "Detect objects in pictures, folders and videos: drawn boxes, and COCO's json.",
+        "Detect objects in images, folders and videos: drawn boxes, and COCO's json.",
         "kdjax predict photos/ clip.mp4 --model=assets/quickstart_teacher --out=predicted",
     )
-    one.add_argument("paths", nargs="+", metavar="PATH", help="pictures, videos, folders of them")
+    one.add_argument("paths", nargs="+", metavar="PATH", help="images, videos, folders of them")
     one.add_argument("--model", required=True, metavar="DIR", help=MODEL)
     one.add_argument("--out", required=True, metavar="DIR", help="gets detections.json, images.json and drawn/")
     one.add_argument("--threshold", type=float, default=0.3, metavar="S", help="smallest score that is drawn (0.3)")
@@ -108,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
 
     one = verb(
         "latency",
-        "Measure models: parameters, FLOPs, size of the file, and time for one picture in XLA and onnxruntime.",
+        "Measure models: parameters, FLOPs, size of the file, and time for one image in XLA and onnxruntime.",
         "kdjax latency --model=assets/quickstart_teacher --threads=1",
     )
     one.add_argument(

@@ -14,7 +14,7 @@ Array = jax.Array
 
 
 class Targets(NamedTuple):
-    """Ground truth of a batch, padded to M boxes a picture.
+    """Ground truth of a batch, padded to M boxes an image.
 
     Rows whose `valid` is False are padding: they hold zeros and change nothing.
     """
@@ -22,7 +22,7 @@ class Targets(NamedTuple):
     boxes: Array  # f32[B, M, 4], pixels of the network input
     labels: Array  # i32[B, M], 0 .. K-1
     valid: Array  # bool[B, M]
-    image_size: Array  # i32[B, 2], height and width of the picture on the canvas: boxes are clipped to it
+    image_size: Array  # i32[B, 2], height and width of the image on the canvas: boxes are clipped to it
     pad_size: Array  # i32[B, 2], height and width within which priors are valid; kdjax's own batches have (H, W)
     masks: Array | None = None  # bool[B, M, H, W], the objects on the canvas; no detector and no loader has them yet
 
@@ -32,14 +32,14 @@ class Assignment(NamedTuple):
 
     matched: Array  # i32[B, N], index 0 .. M-1 of the matched box, -1 for background
     positive: Array  # bool[B, N], foreground
-    ignore: Array  # bool[B, N], not scored: outside the padded picture, or left out by the assigner
+    ignore: Array  # bool[B, N], not scored: outside the padded image, or left out by the assigner
     labels: Array  # i32[B, N], class of the matched box, K for background
     boxes: Array  # f32[B, N, 4], the matched box, zeros for background
     quality: Array  # f32[B, N], soft label in 0 .. 1: the IoU for RTMDet, 1 for hard labels, 0 for background
 
 
 class Detections(NamedTuple):
-    """A fixed number D of detections a picture, best score first; rows whose `valid` is False hold zeros."""
+    """A fixed number D of detections an image, best score first; rows whose `valid` is False hold zeros."""
 
     boxes: Array  # f32[B, D, 4], pixels of the network input
     scores: Array  # f32[B, D], 0 .. 1

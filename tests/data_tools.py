@@ -7,11 +7,11 @@ import cv2
 import numpy as np
 from ml_collections import ConfigDict
 
-COLOURS = ((250, 20, 20), (20, 250, 20), (30, 30, 250), (250, 240, 20))  # of the boxes of a painted picture
+COLOURS = ((250, 20, 20), (20, 250, 20), (30, 30, 250), (250, 240, 20))  # of the boxes of a painted image
 
 
 def paint(height: int, width: int, boxes) -> np.ndarray:
-    """A dark picture with one filled rectangle a box (x1 y1 x2 y2, whole numbers), each in its own colour."""
+    """A dark image with one filled rectangle a box (x1 y1 x2 y2, whole numbers), each in its own colour."""
     image = np.full((height, width, 3), 15, np.uint8)
     for (x0, y0, x1, y1), colour in zip(boxes, COLOURS, strict=False):
         image[y0:y1, x0:x1] = colour
@@ -38,31 +38,31 @@ def coco_json(sizes, annotations, categories=((3, "cat"), (11, "dog"))) -> dict:
     }
 
 
-def write_folder(root: Path, splits: dict[str, dict], pictures: dict[str, np.ndarray], *, images="images/{}") -> Path:
-    """A folder in COCO layout; `pictures` by file name are written for every split that lists them."""
+def write_folder(root: Path, splits: dict[str, dict], pixels: dict[str, np.ndarray], *, images="images/{}") -> Path:
+    """A folder in COCO layout; `pixels` by file name are written for every split that lists them."""
     (root / "annotations").mkdir(parents=True, exist_ok=True)
     for split, truth in splits.items():
         (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(truth))
         folder = root / images.format(split)
         folder.mkdir(parents=True, exist_ok=True)
-        for name in {entry.get("file_name") for entry in truth["images"]} & set(pictures):
+        for name in {entry.get("file_name") for entry in truth["images"]} & set(pixels):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            assert cv2.imwrite(str(folder / name), pictures[name][:, :, ::-1])
+            assert cv2.imwrite(str(folder / name), pixels[name][:, :, ::-1])
     return root
 
 
 def small_folder(root: Path, *, count: int = 11) -> Path:
-    """`count` painted pictures in train, 3 in val; picture i is (40 + i) x (60 - i) with i % 4 boxes."""
-    pictures, sizes, annotations = {}, {}, []
+    """`count` painted images in train, 3 in val; image i is (40 + i) x (60 - i) with i % 4 boxes."""
+    pixels, sizes, annotations = {}, {}, []
     for i in range(count):
         boxes = [(2 + 14 * j, 5 + i, 12 + 14 * j, 25 + i) for j in range(i % 4)]
         name = f"p{i}.png"
-        pictures[name] = paint(40 + i, 60 - i, boxes)
+        pixels[name] = paint(40 + i, 60 - i, boxes)
         sizes[name] = (40 + i, 60 - i)
         annotations += [(i, (3, 11)[j % 2], [x0, y0, x1 - x0, y1 - y0], {}) for j, (x0, y0, x1, y1) in enumerate(boxes)]
     train = coco_json(sizes, annotations)
     val = coco_json(dict(list(sizes.items())[:3]), [a for a in annotations if a[0] < 3])
-    return write_folder(root, {"train": train, "val": val}, pictures)
+    return write_folder(root, {"train": train, "val": val}, pixels)
 
 
 def settings(cache: Path, **changes) -> ConfigDict:

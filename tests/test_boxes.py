@@ -121,7 +121,7 @@ def test_encoding_is_cut_below_the_last_bin():
     np.testing.assert_allclose(got, [0, 5, 15.9, 3], rtol=1e-6)
 
 
-def test_clip_takes_a_size_for_each_picture():
+def test_clip_takes_a_size_for_each_image():
     boxes = np.array([[[-4.0, -2, 50, 60]], [[10, 10, 20, 20]]], np.float32)
     got = jax.jit(convert.clip)(boxes, np.array([[32, 40], [15, 12]]))
     np.testing.assert_array_equal(got, [[[0, 0, 40, 32]], [[10, 10, 12, 15]]])

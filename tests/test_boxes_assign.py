@@ -21,7 +21,7 @@ assigner = jax.jit(lambda logits, boxes, targets: assign.dynamic_soft_label(logi
 
 
 def some_batch(seed: int, batch: int = 3):
-    """Predictions near the truth and pictures of 0 .. ROWS boxes, among them tiny and equal ones."""
+    """Predictions near the truth and images of 0 .. ROWS boxes, among them tiny and equal ones."""
     rng = np.random.default_rng(seed)
     height, width = HW
     counts = rng.integers(0, ROWS + 1, batch)
@@ -45,7 +45,7 @@ def some_batch(seed: int, batch: int = 3):
 
 
 def slow_assigner(logits, boxes, targets: Targets, row: int, topk=13):
-    """One picture, prior by prior and box by box, in float64; also how close the decisions were."""
+    """One image, prior by prior and box by box, in float64; also how close the decisions were."""
     logits, boxes = np.float64(logits[row]), np.float64(boxes[row])
     truth = np.float64(targets.boxes[row][targets.valid[row]])
     labels = targets.labels[row][targets.valid[row]]
@@ -180,7 +180,7 @@ def test_equal_overlaps_stay_equal_when_compiled():
         np.testing.assert_array_equal(compiled(anchors, targets, **options).matched, wanted.matched)
 
 
-def test_pictures_without_boxes_are_background():
+def test_images_without_boxes_are_background():
     logits, boxes, targets = some_batch(6)
     got = assigner(logits, boxes, targets._replace(valid=np.zeros_like(targets.valid)))
     assert not np.any(got.positive) and np.all(np.isfinite(got.quality))
@@ -188,7 +188,7 @@ def test_pictures_without_boxes_are_background():
 
 
 def slow_sim_ota(probs, boxes, points, targets: Targets, row: int, topk=10):
-    """YOLOX's assigner on one picture in float64: matched box and IoU of every prior."""
+    """YOLOX's assigner on one image in float64: matched box and IoU of every prior."""
     truth, labels = (np.asarray(x[row])[targets.valid[row]] for x in (targets.boxes, targets.labels))
     truth, probs = np.float64(truth), np.clip(np.float64(probs), 1e-9, 1 - 1e-9)
     padded_height, padded_width = targets.pad_size[row]
@@ -317,7 +317,7 @@ def test_no_gradient_and_bfloat16():
     assert got.quality.dtype == jnp.float32 and np.all(np.isfinite(got.quality)) and np.any(got.positive)
 
 
-def test_sharded_batch_gives_the_same_without_moving_pictures():
+def test_sharded_batch_gives_the_same_without_moving_images():
     logits, boxes, targets = some_batch(8, batch=8)
     sharding = NamedSharding(Mesh(np.array(jax.devices()[:8]), ("data",)), PartitionSpec("data"))
     arguments = jax.device_put((logits, boxes, targets), sharding)

@@ -24,7 +24,7 @@ selects = {
 
 
 def some_predictions(seed: int):
-    """Overlapping boxes, some outside the picture; scores with two decimals, so that many are equal."""
+    """Overlapping boxes, some outside the image; scores with two decimals, so that many are equal."""
     rng = np.random.default_rng(seed)
     centres = rng.choice(rng.uniform(0, 70, (6, 2)), (BATCH, sum(LEVELS))) + rng.normal(0, 3, (BATCH, sum(LEVELS), 2))
     sizes = rng.uniform(5, 30, (BATCH, sum(LEVELS), 2))
@@ -84,7 +84,7 @@ def test_empty_places_hold_zeros():
     assert not np.any(none.valid) and not np.any(none.boxes) and not np.any(none.scores)
 
 
-def test_picture_does_not_depend_on_its_neighbours():
+def test_image_does_not_depend_on_its_neighbours():
     boxes, scores = some_predictions(1)
     both = selects[False](boxes, scores, image_size=IMAGE_SIZE)
     scores[1] = 0

@@ -17,7 +17,7 @@ def pyramid(seed: int = 0, channels: int = 3) -> list[np.ndarray]:
 
 
 def some_boxes(seed: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes inside, across and outside the 48 x 72 picture, one without area, one upside down; and a level each."""
+    """Boxes inside, across and outside the 48 x 72 image, one without area, one upside down; and a level each."""
     rng = np.random.default_rng(seed)
     boxes = np.sort(rng.uniform(-20, 90, (2, 8, 2, 2)), 2).reshape(2, 8, 4).astype(np.float32)
     boxes[0, 0], boxes[0, 1], boxes[1, 0] = (5, 5, 5, 30), (200, 200, 240, 240), (40, 30, 20, 10)

@@ -21,15 +21,17 @@ from jax.sharding import Mesh
 from PIL import Image
 from safetensors.numpy import save_file
 
-from kdjax import cli, data, nn
+from kdjax import cli, data, nn, weights
 from kdjax.boxes.iou import pairwise
+from kdjax.commands import evaluate, export, latency, predict
 from kdjax.data import records, scenes
-from kdjax.detectors import build, convert, layers, weights
+from kdjax.detectors import build, layers
 from kdjax.detectors.api import flatten, unflatten
 from kdjax.evals import coco
+from kdjax.inference import model
 from kdjax.train import checkpoint, loop
 from kdjax.train import config as settings
-from kdjax.verbs import evaluate, export, latency, model, predict
+from kdjax.weights import convert
 from tests.data_tools import coco_json, write_folder
 from tests.shared import ROOT
 from tests.test_detectors_weights import Code, spoilt
@@ -229,7 +231,7 @@ def test_onnx_files_of_others(tmp_path, capsys, monkeypatch):
     write((1, 2), ("N", 3, 32, 64))
     assert cli.main(command) == 0 and "32x64" in capsys.readouterr().out
     write((7,))
-    assert "takes no picture" in refused(capsys, *command)
+    assert "takes no image" in refused(capsys, *command)
     write((1, 3, "h", "w"))
     assert "leaves the size of x0 free ([1, 3, 'h', 'w'])" in refused(capsys, *command)
     write((1, 3, 32, 32))
@@ -275,10 +277,10 @@ def made(tmp_path_factory):
         params, stats = detector.init(jax.random.key(seed))
         weights.save(root / name, detector, lively(params, seed), stats, classes=CLASSES, image_size=(64, 64))
     sizes, annotations, images = {}, [], {}
-    for i, (picture, encoded) in enumerate(scenes.stream("val", 6)):
-        sizes[picture.file_name] = (128, 128)
-        images[picture.file_name] = records.decode(encoded)
-        annotations += [(i, 5 * row["category_id"], row["bbox"], {}) for row in picture.annotations]
+    for i, (image, encoded) in enumerate(scenes.stream("val", 6)):
+        sizes[image.file_name] = (128, 128)
+        images[image.file_name] = records.decode(encoded)
+        annotations += [(i, 5 * row["category_id"], row["bbox"], {}) for row in image.annotations]
     categories = [(5 * (i + 1), name) for i, name in enumerate(CLASSES)]
     write_folder(root / "data", {"val": coco_json(sizes, annotations, categories)}, images)
     return root
@@ -312,7 +314,7 @@ def test_predict_finds_what_evaluate_measures(made, tmp_path, capsys):
 
     written = read(tmp_path / "e" / "evaluation.json")
     detections = read(tmp_path / "e" / "detections.json")
-    assert written["model"]["figures"] == coco.coco_figures(truth, detections) != written["other"]["figures"]
+    assert written["model"]["metrics"] == coco.coco_metrics(truth, detections) != written["other"]["metrics"]
     assert written["model"]["params"] == 550_882
     for entry in written["model"]["classes"].values():
         if entry["objects"]:
@@ -325,7 +327,7 @@ def test_predict_finds_what_evaluate_measures(made, tmp_path, capsys):
         assert word in told
     page = Page((tmp_path / "e" / "report.html").read_text())
     assert len(page.all("img")) == 6 * 3 and len(page.all("svg")) == sum(n > 0 for n in objects)
-    for figure in coco.FIGURES:
+    for figure in coco.METRICS:
         assert any(row and row[0].startswith(figure) for row in page.rows)
     again = rows(tmp_path / "e" / "detections_against.json", lambda i: i, 1)
     assert again.shape != theirs.shape or (again != theirs).any()
@@ -346,7 +348,7 @@ def test_predict_names_what_cannot_be_read_and_goes_on(made, tmp_path, capsys):
     turned[274] = 6
     Image.fromarray(good).save(folder / "turned.jpg", exif=turned)
     (folder / "empty.png").write_bytes(b"")
-    (folder / "text.jpg").write_text("no picture\n" * 20)
+    (folder / "text.jpg").write_text("no image\n" * 20)
     (folder / "cut.jpg").write_bytes((folder / "a.jpg").read_bytes()[:1500])
     (folder / "notes.txt").write_text("left out")
     video = cv2.VideoWriter(str(folder / "clip.avi"), cv2.VideoWriter_fourcc(*"MJPG"), 5, (64, 48))
@@ -363,10 +365,10 @@ def test_predict_names_what_cannot_be_read_and_goes_on(made, tmp_path, capsys):
     ]
     assert len(told) == 8
     for file, why in (
-        ("moving.gif", "neither a picture nor a video that is known"),
-        ("x.gif", "neither a picture nor a video that is known"),
+        ("moving.gif", "neither an image nor a video that is known"),
+        ("x.gif", "neither an image nor a video that is known"),
         ("empty.png", "it is empty"),
-        ("text.jpg", "cannot be read as a picture"),
+        ("text.jpg", "cannot be read as an image"),
         ("cut.jpg", "truncated"),
         ("broken.mp4", "cannot be read as a video"),
         ("turned.jpg", "EXIF orientation 6"),
@@ -382,7 +384,7 @@ def test_predict_names_what_cannot_be_read_and_goes_on(made, tmp_path, capsys):
     found = {}
     for row in read(folder / "out" / "detections.json"):
         found.setdefault(row["image_id"], []).append(row["score"])
-    assert found[2][:5] == pytest.approx(found[7][:5], rel=1e-3)  # 16 bits hold the same picture as 8
+    assert found[2][:5] == pytest.approx(found[7][:5], rel=1e-3)  # 16 bits hold the same image as 8
     drawn = folder / "out" / "drawn"
     assert sorted(path.name for path in drawn.iterdir()) == [
         "a.jpg", "a_.jpg", "clip.mp4", "cmyk.jpg", "deep.jpg", "deep_.jpg", "grey.jpg", "turned.jpg",
@@ -403,7 +405,7 @@ def test_a_video_that_is_cut_short_is_told(tmp_path, share):
     assert len(list(predict.frames(tmp_path / "clip.avi"))) == 20
     (tmp_path / "clip.avi").write_bytes(whole[: int(share * len(whole))])
     seen = []
-    with pytest.raises(ValueError, match=r"clip.avi is broken: only \d+ of its 20 pictures can be read"):
+    with pytest.raises(ValueError, match=r"clip.avi is broken: only \d+ of its 20 images can be read"):
         seen += [1 for _ in predict.frames(tmp_path / "clip.avi")]
 
 
@@ -411,16 +413,16 @@ def test_mistakes_get_one_sentence_before_any_compute(made, tmp_path, capsys, mo
     monkeypatch.setattr(model, "program", lambda detector: pytest.fail("computed"))
     one, out = f"--model={made / 'model'}", f"--out={tmp_path / 'o'}"
     given = f"--data={made / 'data'}"
-    picture = str(made / "data" / "images" / "val" / "val_00000.png")
+    image = str(made / "data" / "images" / "val" / "val_00000.png")
     (tmp_path / "void").mkdir()
     (tmp_path / "mine").mkdir()
-    shutil.copy(picture, tmp_path / "mine")
+    shutil.copy(image, tmp_path / "mine")
     (tmp_path / "x.gif").write_bytes(b"")
     (tmp_path / "model.pth").write_bytes(b"")
     for arguments, why in (
         (("predict", "nowhere.png", one, out), "no file or folder nowhere.png"),
-        (("predict", str(tmp_path / "void"), one, out), "holds no pictures"),
-        (("predict", str(tmp_path / "x.gif"), one, out), "neither a picture nor a video"),
+        (("predict", str(tmp_path / "void"), one, out), "holds no images"),
+        (("predict", str(tmp_path / "x.gif"), one, out), "neither an image nor a video"),
         (("predict", str(tmp_path / "mine"), one, f"--out={tmp_path / 'mine'}"), "outside of --out"),
         (("evaluate", one, "--data=scenes", "--split=train"), "scenes has no --split"),
         (
@@ -428,16 +430,16 @@ def test_mistakes_get_one_sentence_before_any_compute(made, tmp_path, capsys, mo
             "has no --split",
         ),
         (("latency", one, f"--out={tmp_path}"), "is a folder"),
-        (("latency", one, f"--out={picture}/x.json"), "cannot be made"),
-        (("predict", picture, "--model=nowhere", out), "there is no such folder"),
-        (("predict", picture, f"--model={tmp_path / 'model.pth'}", out), "import-weights"),
-        (("predict", picture, f"--model={tmp_path / 'void'}", out), "holds no config.json"),
-        (("predict", picture, one, out, "--threshold=3"), "a score in 0 .. 1"),
-        (("predict", picture, one, f"--out={picture}"), "cannot be made"),
-        (("predict", picture, one), "required: --out"),
+        (("latency", one, f"--out={image}/x.json"), "cannot be made"),
+        (("predict", image, "--model=nowhere", out), "there is no such folder"),
+        (("predict", image, f"--model={tmp_path / 'model.pth'}", out), "import-weights"),
+        (("predict", image, f"--model={tmp_path / 'void'}", out), "holds no config.json"),
+        (("predict", image, one, out, "--threshold=3"), "a score in 0 .. 1"),
+        (("predict", image, one, f"--out={image}"), "cannot be made"),
+        (("predict", image, one), "required: --out"),
         (("evaluate", one, "--data=nowhere"), "no such folder"),
         (("evaluate", one, given, "--split=test"), "split 'test' has no instances json"),
-        (("evaluate", one, given, "--limit=-1"), "number of pictures"),
+        (("evaluate", one, given, "--limit=-1"), "number of images"),
         (("export", one, "--format=onnx", f"--out={tmp_path}"), "is a folder"),
         (("export", one, "--format=onnx", f"--out={tmp_path / 'x'}", "--max-ap-loss=1"), "needs --data"),
         (
@@ -452,7 +454,7 @@ def test_mistakes_get_one_sentence_before_any_compute(made, tmp_path, capsys, mo
         assert why in refused(capsys, *arguments), arguments
 
 
-def test_evaluate_refuses_other_classes_and_broken_pictures(made, tmp_path, capsys, monkeypatch):
+def test_evaluate_refuses_other_classes_and_broken_images(made, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(model, "program", lambda detector: pytest.fail("computed"))
     one = f"--model={made / 'model'}"
     shutil.copytree(made / "data", tmp_path / "data")
@@ -480,12 +482,12 @@ def test_evaluate_tells_what_is_left_out(made, tmp_path, capsys):
     file.write_text(json.dumps(truth | {"annotations": [repaired, *truth["annotations"], *bad]}))
     evaluate.open_data(str(tmp_path / "data"), "val", "", "", 2)
     [line] = capsys.readouterr().out.splitlines()
-    assert line.endswith("left out, as in training: box without extent (2), box outside the picture (1)")
+    assert line.endswith("left out, as in training: box without extent (2), box outside the image (1)")
     assert line.startswith("3 boxes of ")
 
 
 def test_classes_are_matched_by_name(made, tmp_path):
-    """The same data with categories in another order gives the same figures."""
+    """The same data with categories in another order gives the same metrics."""
     shutil.copytree(made / "data", tmp_path / "data")
     file = tmp_path / "data" / "annotations" / "instances_val.json"
     truth = read(file)
@@ -493,13 +495,13 @@ def test_classes_are_matched_by_name(made, tmp_path):
         "categories": [entry | {"id": 100 - entry["id"]} for entry in truth["categories"]],
         "annotations": [row | {"category_id": 100 - row["category_id"]} for row in truth["annotations"]],
     }))  # fmt: skip
-    figures = []
+    metrics = []
     for folder in (made / "data", tmp_path / "data"):
         out = tmp_path / folder.parent.name
         assert cli.main(["evaluate", f"--model={made / 'model'}", f"--data={folder}", f"--out={out}"]) == 0
         written = read(out / "evaluation.json")["model"]
-        figures.append({name: entry["AP50"] for name, entry in written["classes"].items()} | written["figures"])
-    assert figures[0] == pytest.approx(figures[1])
+        metrics.append({name: entry["AP50"] for name, entry in written["classes"].items()} | written["metrics"])
+    assert metrics[0] == pytest.approx(metrics[1])
 
 
 @pytest.fixture(scope="session")
@@ -529,7 +531,7 @@ def test_the_model_card_is_true_and_its_example_runs(made, finished, tmp_path, m
     text = (finished[0] / "student" / "README.md").read_text()
     assert f"start: weights `{made / 'model'}`" in text and "without a teacher" in text and "gain" not in text
     shutil.copytree(finished[0] / "student", tmp_path / "student")
-    Image.fromarray(records.decode(next(scenes.stream("val", 1))[1])).save(tmp_path / "picture.jpg", quality=95)
+    Image.fromarray(records.decode(next(scenes.stream("val", 1))[1])).save(tmp_path / "image.jpg", quality=95)
     monkeypatch.chdir(tmp_path)
     [block] = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     exec(block, {})
@@ -539,7 +541,7 @@ def test_the_model_card_is_true_and_its_example_runs(made, finished, tmp_path, m
     monkeypatch.setattr(
         predict, "run", lambda *, paths, model, **rest: 7 * (Path(paths[0]).exists() and model == "student")
     )
-    assert cli.main(command.replace("PICTURES", "picture.jpg").split()) == 7
+    assert cli.main(command.replace("IMAGES", "image.jpg").split()) == 7
 
 
 def test_an_unfinished_run_is_read_from_its_checkpoint(made, finished, tmp_path, capsys, monkeypatch):
@@ -576,12 +578,12 @@ def test_an_unfinished_run_is_read_from_its_checkpoint(made, finished, tmp_path,
 
 
 @pytest.mark.parametrize("what", ["student", "."])
-def test_evaluate_gives_the_figures_of_the_run(finished, tmp_path, what):
+def test_evaluate_gives_the_metrics_of_the_run(finished, tmp_path, what):
     workdir, results = finished
     command = ["evaluate", f"--model={workdir / what}", "--data=scenes", "--limit=10", f"--out={tmp_path}"]
     assert cli.main(command) == 0
     got = read(tmp_path / "evaluation.json")["model"]
-    assert got["figures"] == pytest.approx({name: results["student"][name] for name in coco.FIGURES}, abs=1e-6)
+    assert got["metrics"] == pytest.approx({name: results["student"][name] for name in coco.METRICS}, abs=1e-6)
     assert {name: got[name] for name in ("params", "flops")} == {
         name: results["student"][name] for name in ("params", "flops")
     }
@@ -610,7 +612,7 @@ def test_onnx_is_the_jax_model(made, exported):
     facts = session.get_modelmeta().custom_metadata_map
     assert json.loads(facts["classes"]) == CLASSES and json.loads(facts["image_size"]) == [64, 64]
     assert facts["normalisation"].endswith("BGR, minus 103.53 116.28 123.675, divided by 57.375 57.12 58.395")
-    assert facts["AP of JAX"] == facts["AP of this file, float32"] and "6 pictures" in facts["AP measured on"]
+    assert facts["AP of JAX"] == facts["AP of this file, float32"] and "6 images" in facts["AP measured on"]
     assert [entry.name for entry in session.get_outputs()] == ["boxes", "scores", "labels"]
     # By another way than the export's own check: as a user of the file would, against `kdjax predict`'s functions.
     loaded = model.load(str(made / "model"))
@@ -768,7 +770,7 @@ def test_int8_keeps_to_its_budget(made, exported, tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(export, "write_onnx", lambda loaded, path, *, raw: shutil.copy(exported[0], path))
     command = ["export", f"--model={made / 'model'}", "--format=onnx", f"--data={made / 'data'}", "--dtype=int8"]
     assert cli.main([*command, f"--out={tmp_path / 'small.onnx'}", "--max-ap-loss=100"]) == 0
-    assert "calibrated on the pictures of val itself" in capsys.readouterr().out
+    assert "calibrated on the images of val itself" in capsys.readouterr().out
     assert (tmp_path / "small.onnx").stat().st_size < 0.6 * exported[0].stat().st_size
     facts = export.session(tmp_path / "small.onnx").get_modelmeta().custom_metadata_map
     assert facts["dtype"] == "int8" and "AP of this file, int8" in facts

@@ -1,4 +1,4 @@
-"""COCO's figures: equal to pycocotools on random data sets, and from a batch to results."""
+"""COCO's metrics: equal to pycocotools on random data sets, and from a batch to results."""
 
 import contextlib
 import copy
@@ -26,7 +26,7 @@ def mask_of(box) -> dict:
 
 
 def some_data(seed: int, *, images: int = 8, classes: int = 3, crowded: bool = False):
-    """Objects of all sizes and detections near them: ties, crowds, empty pictures, (crowded) over 100 in a picture."""
+    """Objects of all sizes and detections near them: ties, crowds, empty images, (crowded) over 100 in an image."""
     rng = np.random.default_rng(seed)
     category_ids = sorted(rng.choice(np.arange(1, 20), classes, replace=False).tolist())
     truth = {
@@ -37,7 +37,7 @@ def some_data(seed: int, *, images: int = 8, classes: int = 3, crowded: bool = F
     detections = []
     for i, image in enumerate(truth["images"]):
         boxes = []
-        for _ in range(rng.integers(1, 9) if i % 3 else 0):  # every third picture is empty
+        for _ in range(rng.integers(1, 9) if i % 3 else 0):  # every third image is empty
             size = np.exp(rng.uniform(np.log(6), np.log(150), 2))
             start = rng.uniform(0, SIDE - size)
             boxes.append([*start.round(2).tolist(), *size.round(2).tolist()])
@@ -97,7 +97,7 @@ def test_equals_pycocotools(seed, iou_type):
     for use_categories in (True, False):
         want = by_pycocotools(truth, detections, iou_type, use_categories)
         got = coco.curves(truth, detections, iou_type=iou_type, use_categories=use_categories)
-        np.testing.assert_allclose(list(coco.figures(got).values()), want.stats, rtol=0, atol=1e-12)
+        np.testing.assert_allclose(list(coco.metrics(got).values()), want.stats, rtol=0, atol=1e-12)
         np.testing.assert_allclose(got.precision, want.eval["precision"], rtol=0, atol=1e-12)
         np.testing.assert_allclose(got.recall, want.eval["recall"], rtol=0, atol=1e-12)
     assert (truth, detections) == before
@@ -106,7 +106,7 @@ def test_equals_pycocotools(seed, iou_type):
 def test_masks_with_boxes_count_the_area_of_the_box():
     truth, detections = some_data(11)
     want = by_pycocotools(truth, detections, "segm").stats
-    got = coco.coco_figures(truth, detections, iou_type="segm")
+    got = coco.coco_metrics(truth, detections, iou_type="segm")
     np.testing.assert_allclose(list(got.values()), want, rtol=0, atol=1e-12)
     assert list(got) == ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
 
@@ -115,8 +115,8 @@ def test_perfect_detections():
     truth, _ = some_data(12)
     solid = [{**row, "iscrowd": 0} for row in truth["annotations"]]
     found = [{key: row[key] for key in ("image_id", "category_id", "bbox")} | {"score": 0.5} for row in solid]
-    figures = coco.coco_figures({**truth, "annotations": solid}, found)
-    assert figures["AP"] == pytest.approx(1) and figures["AR100"] == pytest.approx(1)
+    metrics = coco.coco_metrics({**truth, "annotations": solid}, found)
+    assert metrics["AP"] == pytest.approx(1) and metrics["AR100"] == pytest.approx(1)
     classes = coco.per_class({**truth, "annotations": solid}, found)
     assert list(classes) == [category["name"] for category in truth["categories"]]
     assert list(classes.values())[-1] == -1 and list(classes.values())[0] == pytest.approx(1)
@@ -124,9 +124,9 @@ def test_perfect_detections():
 
 def test_no_detections_no_objects_and_missing_fields():
     truth, detections = some_data(13)
-    none = coco.coco_figures(truth, [])
+    none = coco.coco_metrics(truth, [])
     assert none["AP"] == none["AR100"] == 0
-    nothing = coco.coco_figures({**truth, "annotations": []}, without(detections, "segmentation"))
+    nothing = coco.coco_metrics({**truth, "annotations": []}, without(detections, "segmentation"))
     assert set(nothing.values()) == {-1.0}
     bare = [{key: row[key] for key in ("image_id", "category_id", "bbox")} for row in truth["annotations"]]
     full = [{**row, "id": i + 1, "iscrowd": 0, "area": row["bbox"][2] * row["bbox"][3]} for i, row in enumerate(bare)]
@@ -134,18 +134,18 @@ def test_no_detections_no_objects_and_missing_fields():
     want = by_pycocotools({**truth, "annotations": full}, boxes, "bbox").stats
     # Annotation ids that begin at 0 confuse pycocotools; here they are not read.
     for rows in (bare, [{**row, "id": i} for i, row in enumerate(full)]):
-        got = coco.coco_figures({**truth, "annotations": rows}, boxes)
+        got = coco.coco_metrics({**truth, "annotations": rows}, boxes)
         np.testing.assert_allclose(list(got.values()), want, rtol=0, atol=1e-12)
 
 
 def test_unknown_image_or_category_is_named():
     truth, detections = some_data(14)
     with pytest.raises(ValueError, match="detection of image 5000"):
-        coco.coco_figures(truth, [{**detections[0], "image_id": 5000}])
+        coco.coco_metrics(truth, [{**detections[0], "image_id": 5000}])
     with pytest.raises(ValueError, match="detection of category 99"):
-        coco.coco_figures(truth, [{**detections[0], "category_id": 99}])
+        coco.coco_metrics(truth, [{**detections[0], "category_id": 99}])
     with pytest.raises(ValueError, match="annotation of category 99"):
-        coco.coco_figures({**truth, "annotations": [{**truth["annotations"][0], "category_id": 99}]}, [])
+        coco.coco_metrics({**truth, "annotations": [{**truth["annotations"][0], "category_id": 99}]}, [])
 
 
 def test_classes_of_one_name_stay_apart():

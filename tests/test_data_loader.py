@@ -76,7 +76,7 @@ def test_shapes_and_types(dataset, cfg):
     }
 
 
-def test_what_is_not_valid_is_zero_and_off_the_picture_is_grey(dataset, cfg):
+def test_what_is_not_valid_is_zero_and_off_the_image_is_grey(dataset, cfg):
     for batch in train(dataset, cfg, 6):
         assert not batch["boxes"][~batch["valid"]].any() and not batch["labels"][~batch["valid"]].any()
         for row, (height, width) in enumerate(batch["image_size"]):
@@ -86,11 +86,11 @@ def test_what_is_not_valid_is_zero_and_off_the_picture_is_grey(dataset, cfg):
             assert (batch["image"][row, height:] == 114).all() and (batch["image"][row, :, width:] == 114).all()
 
 
-def test_an_epoch_is_every_picture_once_in_a_new_order(dataset, cfg):
-    # 11 pictures in batches of 4: epochs end inside batches.
+def test_an_epoch_is_every_image_once_in_a_new_order(dataset, cfg):
+    # 11 images in batches of 4: epochs end inside batches.
     order = [tuple(size) for batch in train(dataset, plain(cfg), 11) for size in batch["image_size"]]
     sizes = {transforms.fitted((40 + i, 60 - i), (48, 64))[1] for i in range(11)}
-    assert len(sizes) == 11, "the size tells the pictures apart"
+    assert len(sizes) == 11, "the size tells the images apart"
     epochs = [order[start : start + 11] for start in range(0, 44, 11)]
     assert all(set(epoch) == sizes for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
@@ -105,7 +105,7 @@ def test_batches_depend_on_the_seed_and_the_step_alone(dataset, cfg, augment):
         same(whole[start:], train(dataset, cfg, 9 - start, start_step=start))
     others = train(dataset, cfg, 9, seed=8)
     assert not any(np.array_equal(a["image"], b["image"]) for a in whole for b in others)
-    # A picture is augmented differently whenever it comes.
+    # An image is augmented differently whenever it comes.
     assert len({row.tobytes() for batch in whole for row in batch["image"]}) > 30
 
 
@@ -118,18 +118,18 @@ def test_shards_put_together_are_the_whole_batch(dataset, cfg, count, augment):
     same(whole, joined)
 
 
-def test_keeping_pictures_in_memory_changes_nothing(dataset, cfg, monkeypatch):
+def test_keeping_images_in_memory_changes_nothing(dataset, cfg, monkeypatch):
     kept = train(dataset, cfg, 8)
     monkeypatch.setattr(loader, "_KEEP", 0)
     same(kept, train(dataset, cfg, 8))
-    pictures = loader.Pictures(dataset.splits["train"])
-    assert pictures[3] is not pictures[3]
+    images = loader.Images(dataset.splits["train"])
+    assert images[3] is not images[3]
 
 
 # Mosaic, MixUp and the second stage
 
 
-def test_mixup_shows_the_mean_with_a_late_picture_of_its_stream(cfg):
+def test_mixup_shows_the_mean_with_a_late_image_of_its_stream(cfg):
     rows, cache = (0, 4, 8, 10), 6  # streams of batches of 10: rows 0-3, 4-7, 8-9
     cfg = varied(cfg, mosaic=True, mixup=0.7, cache=cache)
     cfg.max_boxes = 64
@@ -145,7 +145,7 @@ def test_mixup_shows_the_mean_with_a_late_picture_of_its_stream(cfg):
                 np.testing.assert_array_equal(at["boxes"], own["boxes"])
                 share.append(0)
                 continue
-            # Whose picture is in it? All that may be are tried; a dark one can look like another.
+            # Whose image is in it? All that may be are tried; a dark one can look like another.
             first, end = next((a, b) for a, b in zip(rows, rows[1:], strict=False) if a <= row < b)
             stream = [(s, r) for s in range(8) for r in range(first, end)]
             place = stream.index((step, row))
@@ -177,7 +177,7 @@ def test_partners_are_the_last_of_the_same_stream():
     [stage] = loader._stages(dict(augment=dict(mosaic=True, mixup=1.0, cache=7)))[0]
     plans = loader._TrainPlans(
         order=range(10**6), seed=3, batch=10, rows=range(10), stages=(stage,), starts=(0,)
-    )  # the picture is the position
+    )  # the image is the position
     streams = [[10 * step + row for step in range(40) for row in rows] for rows in ([0, 1, 2, 3], [8, 9])]
     for stream in streams:
         ages = set()
@@ -185,10 +185,10 @@ def test_partners_are_the_last_of_the_same_stream():
             if row.position not in stream:
                 continue
             place = stream.index(row.position)
-            assert row.pictures[0] == row.position and len(row.pictures) == 4
+            assert row.images[0] == row.position and len(row.images) == 4
             allowed = stream[max(0, place - 7) : place] or [row.position]
-            assert set(row.pictures[1:]) <= set(allowed)
-            ages |= {place - stream.index(p) for p in row.pictures[1:]}
+            assert set(row.images[1:]) <= set(allowed)
+            ages |= {place - stream.index(p) for p in row.images[1:]}
             partner = row.partner
             assert partner.position in (stream[max(0, place - 3) : place] or [row.position])
             before = plans[partner.position // 10][partner.position % 10]
@@ -212,12 +212,12 @@ def test_boxes_of_a_mosaic_lie_on_what_is_painted(dataset, cfg):
     assert seen > 60
 
 
-def test_a_mosaic_needs_one_decoded_picture_a_sample(tmp_path, monkeypatch):
+def test_a_mosaic_needs_one_decoded_image_a_sample(tmp_path, monkeypatch):
     monkeypatch.setattr(loader, "_KEEP", 0)
     cfg = settings(tmp_path, source="scenes", scenes_train=150, image_size=(64, 64))
     cfg.augment.update(mosaic=True, mixup=1.0, cache=8)
     dataset = data.open_dataset(cfg)
-    assert dataset.max_boxes > 20  # more than any picture has
+    assert dataset.max_boxes > 20  # more than any image has
     for start, most in ((0, 1.0), (40, 1.2)):
         batches = data.train_batches(dataset, cfg, batch_size=8, seed=0, start_step=start)
         valid = [next(batches)["valid"].sum(-1) for _ in range(36)]
@@ -374,7 +374,7 @@ next(data.train_batches(data.open_dataset(cfg), cfg, batch_size=4, seed=7))
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_evaluation_shows_every_picture_once_in_order(dataset, cfg):
+def test_evaluation_shows_every_image_once_in_order(dataset, cfg):
     truth = data.ground_truth(dataset, "train")
     batches = list(data.eval_batches(dataset, "train", cfg, batch_size=4))
     assert len(batches) == 3
@@ -396,7 +396,7 @@ def test_evaluation_shows_every_picture_once_in_order(dataset, cfg):
     assert not joined["valid"][11].any() and (joined["image"][11] == 114).all() and joined["image_id"][11] == -1
 
 
-def test_evaluation_of_the_first_pictures(dataset, cfg):
+def test_evaluation_of_the_first_images(dataset, cfg):
     batches = list(data.eval_batches(dataset, "train", cfg, batch_size=4, limit=5))
     ids = np.concatenate([batch["image_id"][batch["real"]] for batch in batches])
     assert ids.tolist() == [image["id"] for image in data.ground_truth(dataset, "train", limit=5)["images"]]
@@ -421,7 +421,7 @@ def test_of_too_many_boxes_the_largest_are_kept(tmp_path):
     assert dataset.max_boxes == 2
     [batch] = train(dataset, cfg, 1, batch_size=1)
     np.testing.assert_array_equal(batch["boxes"][0], [boxes[1], boxes[3]])
-    assert "1 pictures have more than max_boxes=2 boxes" in data.summary(dataset, cfg)
+    assert "1 images have more than max_boxes=2 boxes" in data.summary(dataset, cfg)
 
 
 def test_settings_that_cannot_be_are_refused(dataset, cfg):

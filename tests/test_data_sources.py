@@ -23,7 +23,7 @@ from pycocotools.cocoeval import COCOeval
 
 from kdjax import data
 from kdjax.data import cache, prepare, scenes
-from kdjax.evals.voc import voc_figures
+from kdjax.evals.voc import voc_metrics
 from tests.data_tools import COLOURS, coco_json, paint, read_off, settings, small_folder, write_folder
 from tests.shared import SHARED
 
@@ -34,13 +34,13 @@ def opened(root, tmp_path, **changes):
     return data.open_dataset(settings(tmp_path / "cache", root=root, **changes))
 
 
-def one_split(root, truth, pictures, **kwargs):
+def one_split(root, truth, images, **kwargs):
     """A folder whose train and val are the same."""
-    return write_folder(root, {"train": truth, "val": truth}, pictures, **kwargs)
+    return write_folder(root, {"train": truth, "val": truth}, images, **kwargs)
 
 
 def by_image(truth: dict) -> list[dict]:
-    """The annotations in the order of their pictures."""
+    """The annotations in the order of their images."""
     place = {image["id"]: position for position, image in enumerate(truth["images"])}
     return sorted(truth["annotations"], key=lambda a: place[a["image_id"]])
 
@@ -94,7 +94,7 @@ def test_a_folder_comes_back_as_it_is(tmp_path):
         assert dataset.splits["train"].records.raw(index)["image"] == path.read_bytes()
 
 
-def test_limit_takes_the_first_pictures(tmp_path):
+def test_limit_takes_the_first_images(tmp_path):
     root = small_folder(tmp_path / "set")
     dataset = opened(root, tmp_path, limit=2)
     assert [s.size for s in dataset.splits.values()] == [2, 2]
@@ -176,9 +176,9 @@ def test_what_cannot_be_used_is_dropped_or_repaired_and_told(tmp_path):
         ("a.png", 2**70, "repaired", "annotation id missing, double or below 1"),
         ("a.png", 12, "repaired", "iscrowd is neither 0 nor 1"),
         ("a.png", 12, "repaired", "area is no number of at least 0"),
-        ("a.png", 4, "dropped", "box outside the picture"),
-        ("a.png", 5, "repaired", "box clipped to the picture"),
-        ("c.png", None, "repaired", "width and height taken from the picture"),
+        ("a.png", 4, "dropped", "box outside the image"),
+        ("a.png", 5, "repaired", "box clipped to the image"),
+        ("c.png", None, "repaired", "width and height taken from the image"),
     ]
     ours = data.ground_truth(dataset, "train")
     ids = [a["id"] for a in ours["annotations"]]
@@ -193,9 +193,9 @@ def test_what_cannot_be_used_is_dropped_or_repaired_and_told(tmp_path):
     np.testing.assert_allclose(first["boxes"], [square, [0, 0, 6, 8], *[square] * 4])
     assert second["boxes"].shape == (0, 4)
     text = data.summary(dataset, settings(tmp_path, image_size=(48, 64)))
-    for part in ("3 pictures, 2 without objects, 6 boxes", "1 crowd region", "canvas 48x64", "2 dropped: box without"):
+    for part in ("3 images, 2 without objects, 6 boxes", "1 crowd region", "canvas 48x64", "2 dropped: box without"):
         assert part in text, text
-    assert "a.png annotation 5: repaired, box clipped to the picture" in text
+    assert "a.png annotation 5: repaired, box clipped to the image" in text
 
 
 def test_the_dry_run_says_where_the_whole_list_is(tmp_path):
@@ -237,14 +237,14 @@ def broken(changes):
 )
 def test_what_cannot_be_meant_is_refused(tmp_path, changes, words):
     truth = broken(changes)
-    pictures = dict.fromkeys(("a.png", "b.png"), paint(40, 50, []))
-    root = one_split(tmp_path / "set", truth, pictures) if "images" in truth else tmp_path
+    images = dict.fromkeys(("a.png", "b.png"), paint(40, 50, []))
+    root = one_split(tmp_path / "set", truth, images) if "images" in truth else tmp_path
     with pytest.raises((ValueError, FileNotFoundError), match=words):
         opened(root, tmp_path)
     assert not list((tmp_path / "cache").glob("data/folder*")), "nothing half-made stays behind"
 
 
-def test_messages_for_a_wrong_root_json_or_picture(tmp_path):
+def test_messages_for_a_wrong_root_json_or_image(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no folder .*nowhere"):
         opened(tmp_path / "nowhere", tmp_path)
     with pytest.raises(ValueError, match="config.data.root is empty"):
@@ -253,10 +253,10 @@ def test_messages_for_a_wrong_root_json_or_picture(tmp_path):
     with pytest.raises(FileNotFoundError, match="split 'test' has no instances json: looked for .*instances_test.json"):
         opened(root, tmp_path, val_split="test")
     (root / "annotations" / "instances_test.json").write_text("{}")
-    with pytest.raises(FileNotFoundError, match="split 'test' has no folder of pictures"):
-        shutil.move(root / "images", root / "pictures")
-        opened(root, tmp_path, val_split="test", train_images="pictures/train")
-    shutil.move(root / "pictures", root / "images")
+    with pytest.raises(FileNotFoundError, match="split 'test' has no folder of images"):
+        shutil.move(root / "images", root / "images")
+        opened(root, tmp_path, val_split="test", train_images="images/train")
+    shutil.move(root / "images", root / "images")
     for spoilt in ("", '{"images": [', "[" * 100_000):
         (root / "annotations" / "instances_test.json").write_text(spoilt)
         with pytest.raises(ValueError, match="instances_test.json does not parse as json"):
@@ -268,22 +268,22 @@ def test_messages_for_a_wrong_root_json_or_picture(tmp_path):
     huge = bytearray(whole)
     huge[16:24] = struct.pack(">II", 60_000, 60_000)
     huge[29:33] = struct.pack(">I", zlib.crc32(huge[12:29]))
-    for spoilt in (b"", b"no picture", whole[: len(whole) // 2], bytes(huge)):
+    for spoilt in (b"", b"no image", whole[: len(whole) // 2], bytes(huge)):
         (root / "images" / "train" / "p1.png").write_bytes(spoilt)
-        with pytest.raises(ValueError, match="p1.png cannot be read as a picture"):
+        with pytest.raises(ValueError, match="p1.png cannot be read as an image"):
             opened(root, tmp_path)
     with pytest.raises(ValueError, match="source is 'coco', but must be one of coco_folder, scenes, tfds"):
         opened(root, tmp_path, source="coco")
 
 
 def test_val_may_not_have_more_categories_than_train(tmp_path):
-    picture = {"a.png": paint(20, 30, [])}
+    image = {"a.png": paint(20, 30, [])}
     train, val = coco_json({"a.png": (20, 30)}, [], [(1, "cat")]), coco_json({"a.png": (20, 30)}, [], [(1, "dog")])
     with pytest.raises(ValueError, match="category 1 'dog', which instances_train.json calls 'cat'"):
-        opened(write_folder(tmp_path / "set", {"train": train, "val": val}, picture), tmp_path)
+        opened(write_folder(tmp_path / "set", {"train": train, "val": val}, image), tmp_path)
 
 
-def test_every_kind_of_picture_becomes_rgb(tmp_path):
+def test_every_kind_of_image_becomes_rgb(tmp_path):
     from PIL import Image
 
     folder = tmp_path / "set" / "images"
@@ -524,11 +524,11 @@ class BadCoco(tfds.core.GeneratorBasedBuilder):
     """The spec of coco/2017 with boxes that TFDS's own feature would not take."""
 
     VERSION = tfds.core.Version("1.1.0")
-    BOXES = {  # y1 x1 y2 x2 of a picture of 50 x 40 px (height x width), and what becomes of it
+    BOXES = {  # y1 x1 y2 x2 of an image of 50 x 40 px (height x width), and what becomes of it
         (0.2, 0.1, 0.6, 0.5): None,
         (-0.2, 0.1, 0.6, 1.5): "repaired",
         (0.2, 0.1, 0.6, 1.0 + 1e-4): None,  # rounding
-        (0.2, 1.1, 0.6, 1.5): "dropped: box outside the picture",
+        (0.2, 1.1, 0.6, 1.5): "dropped: box outside the image",
         (0.2, 0.5, 0.6, 0.5): "dropped: box without extent",
         (0.6, 0.1, 0.2, 0.5): "dropped: box without extent",
         (0.2, float("nan"), 0.6, 0.5): "dropped: bbox is not four finite numbers",
@@ -586,7 +586,7 @@ def test_what_cannot_be_used_of_a_stock_directory_is_dropped_or_repaired_and_tol
 
 
 class Voc(tfds.core.GeneratorBasedBuilder):
-    """The feature spec of TFDS's voc. Picture i has i % 4 painted boxes, the second is difficult."""
+    """The feature spec of TFDS's voc. Image i has i % 4 painted boxes, the second is difficult."""
 
     NAMES = ("bird", "cat", "dog")
     SPLITS = {"2007": {"train": 3, "validation": 2, "test": 4}, "2012": {"train": 2, "validation": 3, "test": 1}}
@@ -680,7 +680,7 @@ def test_voc_of_two_years_is_read(voc, tmp_path):
                 assert a["area"] == pytest.approx((x1 - x0) * (y1 - y0), rel=1e-5)
     truth = data.ground_truth(dataset, "val")
     found = [a | {"score": 1.0} for a in truth["annotations"]]
-    assert voc_figures(truth, found) == {"AP50": 1.0, "AP50_11point": 1.0}
+    assert voc_metrics(truth, found) == {"AP50": 1.0, "AP50_11point": 1.0}
     assert perfect_ap(truth) == pytest.approx(1)
     batches = data.train_batches(dataset, settings(tmp_path), batch_size=4, seed=0)
     assert next(batches)["image"].shape == (4, 48, 64, 3)

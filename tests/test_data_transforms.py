@@ -1,4 +1,4 @@
-"""Augmentations against painted pictures and slow references."""
+"""Augmentations against painted images and slow references."""
 
 import colorsys
 
@@ -111,7 +111,7 @@ def test_colour_jitter_can_be_off():
     assert transforms.draw_shifts(np.random.default_rng(0), (0, 0, 0)) == (0, 0, 0)
 
 
-def test_pad_puts_the_picture_at_the_top_left():
+def test_pad_puts_the_image_at_the_top_left():
     padded = transforms.pad(sample(), (70, 96))
     assert padded.image.shape == (70, 96, 3) and padded.image.dtype == np.uint8
     np.testing.assert_array_equal(padded.image[:64, :80], painted())
@@ -159,7 +159,7 @@ def test_without_crop_everything_stays_in_view():
         assert len(out.boxes) == 3 and abs(out.image.shape[1] / out.image.shape[0] - 80 / 64) < 0.05
 
 
-def test_the_source_picture_is_left_alone():
+def test_the_source_image_is_left_alone():
     image = painted()
     image.flags.writeable = False
     boxes = BOXES.copy()
@@ -170,7 +170,7 @@ def test_the_source_picture_is_left_alone():
     np.testing.assert_array_equal(image, painted())
 
 
-def test_empty_pictures_pass():
+def test_empty_images_pass():
     options = dict(canvas=(48, 64), flip_share=1.0, scale=(0.5, 2.0), random_crop=True, hsv=(5, 30, 30))
     none = sample(boxes=BOXES[:0], labels=LABELS[:0], polygons=(), masks=np.zeros((0, 64, 80), np.uint8))
     out = transforms.augment(none, np.random.default_rng(0), **options)
@@ -216,7 +216,7 @@ def test_large_scale_jitter_equals_a_slow_loop(seed):
 
 
 def tiles():
-    """Four pictures of sizes of their own, each with one box in a colour of its own."""
+    """Four images of sizes of their own, each with one box in a colour of its own."""
     sizes, boxes = (
         [(30, 40), (25, 44), (40, 40), (13, 9)],
         [(5, 4, 30, 20), (4, 3, 41, 21), (8, 10, 30, 38), (1, 1, 8, 12)],
@@ -291,7 +291,7 @@ def drawn(polygons, size):
 
 
 def outlined(*chosen):
-    """A picture in which the chosen objects are painted, with their polygons, masks and boxes."""
+    """An image in which the chosen objects are painted, with their polygons, masks and boxes."""
     polygons = tuple(tuple(np.array(ring, np.float32) for ring in OUTLINES[i]) for i in chosen)
     masks = drawn(polygons, (96, 110))
     image = np.full((96, 110, 3), 15, np.uint8)

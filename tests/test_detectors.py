@@ -215,7 +215,7 @@ def test_step_with_objects():
     (total, (losses, assignment, _)), gradients = compiled_step()(*variables(), images(), targets())
     assert np.isfinite(total) and all(v > 0 for v in losses.values())
     positive = np.asarray(assignment.positive).sum(1)
-    assert positive[0] == 0 and (positive[1:] > 0).all()  # the first picture is empty
+    assert positive[0] == 0 and (positive[1:] > 0).all()  # the first image is empty
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
     # A level without a positive prior teaches its regression nothing.
     regression = ("bbox_head/reg_convs/2", "bbox_head/rtm_reg/2")
@@ -271,7 +271,7 @@ def test_padding_rows_change_no_loss():
 
 
 def small_output():
-    """One picture of 32 x 32: 16 + 4 + 1 priors, two classes, boxes of 8 px around each prior."""
+    """One image of 32 x 32: 16 + 4 + 1 priors, two classes, boxes of 8 px around each prior."""
     maps = [(4, 8.0), (2, 16.0), (1, 32.0)]
     return DetectorOutput(
         strides=(8, 16, 32),

@@ -12,9 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kdjax.detectors import build, convert, resnet, weights
+from kdjax import weights
+from kdjax.detectors import build, resnet
 from kdjax.detectors.api import flatten
 from kdjax.structs import DetectorOutput, Targets
+from kdjax.weights import convert
 
 NAMES = ("retinanet_r18", "fcos_r18", "fcos_r18-center", "gfl_r18", "atss_r18")
 ANCHORS = {"retinanet_r18": 9}
@@ -166,7 +168,7 @@ def test_preprocess_follows_the_style():
 
 
 def random_output(detector):
-    """Predictions of pictures of 64 x 64, and the function that puts such maps into an output."""
+    """Predictions of images of 64 x 64, and the function that puts such maps into an output."""
     spec, _ = specs(detector, (SIDE, SIDE))
     rng = np.random.default_rng(0)
     shapes = {f: [(BATCH, *m.shape[1:]) for m in getattr(spec, f)] for f in ("cls_logits", "box_reg", "quality")}
@@ -177,14 +179,14 @@ def random_output(detector):
 
 
 def truth(valid: np.ndarray) -> Targets:
-    """One object in the second picture, two in the third, in the rows that `valid` [4] says; nothing in the first."""
+    """One object in the second image, two in the third, in the rows that `valid` [4] says; nothing in the first."""
     boxes = np.zeros((BATCH, 4, 4), np.float32)
     labels, mask = np.zeros((BATCH, 4), np.int32), np.zeros((BATCH, 4), bool)
     objects = [(1, (2, 3, 60, 58), 1), (2, (0, 0, 42, 44), 2), (2, (20, 18, 62, 60), 0)]
     rows = {1: list(np.flatnonzero(valid)), 2: list(np.flatnonzero(valid))}
-    for picture, box, label in objects if valid.any() else ():
-        row = rows[picture].pop(0)
-        boxes[picture, row], labels[picture, row], mask[picture, row] = box, label, True
+    for image, box, label in objects if valid.any() else ():
+        row = rows[image].pop(0)
+        boxes[image, row], labels[image, row], mask[image, row] = box, label, True
     size = np.full((BATCH, 2), SIDE, np.int32)
     return Targets(boxes, labels, mask, size, size)
 
@@ -224,7 +226,7 @@ def test_priors_outside_the_padding_are_not_scored(name, ignored):
     targets = truth(np.ones(4, bool))._replace(pad_size=np.full((BATCH, 2), 32, np.int32))
     maps, output_of = random_output(tiny(name))
     assign = jax.jit(lambda maps: tiny(name).loss(output_of(maps), targets)[1], compiler_options=QUICK)
-    assert assign(maps).ignore[0].sum() == ignored  # the picture without objects
+    assert assign(maps).ignore[0].sum() == ignored  # the image without objects
 
 
 def boxes_in_cell(name):

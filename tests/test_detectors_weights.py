@@ -14,8 +14,10 @@ import pytest
 from safetensors.numpy import load_file as load_safetensors
 from safetensors.numpy import save_file as save_safetensors
 
-from kdjax.detectors import build, convert, weights
+from kdjax import weights
+from kdjax.detectors import build
 from kdjax.detectors.api import flatten
+from kdjax.weights import convert
 
 CLASSES = ["ant", "bee", "cat"]
 

@@ -11,14 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kdjax import weights
+from kdjax.commands import import_weights
 from kdjax.data import records
-from kdjax.detectors import build, convert, cspdarknet, megvii, weights, yolox
+from kdjax.detectors import build, cspdarknet, yolox
 from kdjax.detectors.api import flatten, pure, unflatten
 from kdjax.detectors.layers import BatchNorm
-from kdjax.evals import coco, size
+from kdjax.evals import coco, complexity
+from kdjax.inference import model as models
 from kdjax.structs import DetectorOutput, Targets
-from kdjax.verbs import import_weights
-from kdjax.verbs import model as models
+from kdjax.weights import convert
+from kdjax.weights import yolox as yolox_names
 from tests.shared import SHARED
 from tests.test_boxes_assign import slow_sim_ota
 
@@ -56,7 +59,7 @@ def images():
 
 
 def targets(valid=True):
-    """Nothing in the first picture, two objects in the second."""
+    """Nothing in the first image, two objects in the second."""
     boxes, labels = np.zeros((BATCH, 4, 4), np.float32), np.zeros((BATCH, 4), np.int32)
     mask = np.zeros((BATCH, 4), bool)
     if valid:
@@ -124,7 +127,7 @@ def test_maps_may_be_bfloat16_and_predictions_are_float32():
     ("variant", "millions"), [("nano", 0.91), ("tiny", 5.06), ("s", 8.97), ("m", 25.3), ("l", 54.2), ("x", 99.1)]
 )
 def test_published_sizes(variant, millions):
-    count = size.parameters(build(f"yolox_{variant}", 80).shapes[0])
+    count = complexity.parameters(build(f"yolox_{variant}", 80).shapes[0])
     assert count / 1e6 == pytest.approx(millions, abs=0.005 if millions < 10 else 0.05)
 
 
@@ -214,7 +217,7 @@ def test_steps_reduce_the_loss():
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
         if len(values) == 1:
             positive = np.asarray(assignment.positive).sum(1)
-            assert positive[0] == 0 and positive[1] > 0  # the first picture is empty
+            assert positive[0] == 0 and positive[1] > 0  # the first image is empty
             unreached = {p for p, leaf in flatten(gradient).items() if not np.abs(leaf).max()}
             # A level without a positive prior teaches its boxes and classes nothing.
             assert all(path.split("/")[1] in ("multi_level_cls_convs", "multi_level_conv_cls", "multi_level_conv_reg")
@@ -314,7 +317,7 @@ def test_priors_outside_the_padding_are_not_scored():
 
 
 def small_output():
-    """One picture of 32 x 32: 16 + 4 + 1 priors, two classes, boxes of one cell around each prior."""
+    """One image of 32 x 32: 16 + 4 + 1 priors, two classes, boxes of one cell around each prior."""
     sides = (4, 2, 1)
     return {
         "cls_logits": [np.full((1, s, s, 2), -20.0, np.float32) for s in sides],
@@ -326,7 +329,7 @@ def small_output():
 def test_decode():
     maps = small_output()
     maps["cls_logits"][0][0, 1, 1] = [3.0, 2.0]
-    maps["cls_logits"][0][0, 0, 3, 1] = 1.0  # a third is right of the picture, the half above it
+    maps["cls_logits"][0][0, 0, 3, 1] = 1.0  # a third is right of the image, the half above it
     maps["box_reg"][1][0, 1, 1] = [-0.25, 0.5, math.log(0.5), math.log(2)]
     maps["cls_logits"][1][0, 1, 1, 0] = 4.0
     maps["quality"][1][0, 1, 1] = -1.0
@@ -400,8 +403,8 @@ def test_names_are_mmdetections_and_the_authors(variant, blocks):
         assert name in ours, name
     authors = authors_convs(blocks=blocks, depthwise=depthwise)
     leaves = [f"{name}.weight" for name in authors]
-    renamed = megvii.renamed(dict.fromkeys(leaves))
-    assert [f"{name}.weight" for name in megvii._in_order(detector)] == list(renamed)
+    renamed = yolox_names.renamed(dict.fromkeys(leaves))
+    assert [f"{name}.weight" for name in yolox_names._in_order(detector)] == list(renamed)
     assert {*renamed} == {n for n in ours if n.endswith("weight") and not n.endswith("bn.weight")}
 
 
@@ -411,7 +414,7 @@ def authors_state(state):
     leaves = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
     before = {name.removesuffix("conv.weight") for name in names if name.endswith("conv.weight")}
     names |= {f"{name}bn.{leaf}" for name in before for leaf in leaves}
-    table = {megvii._renamed(name): name for name in names}
+    table = {yolox_names._renamed(name): name for name in names}
     return {table[name]: value for name, value in state.items()}
 
 
@@ -435,7 +438,7 @@ def folded():
     """The weights of `variables` as an ONNX file holds them."""
     state = convert.to_torch(tiny(), *variables())
     held = {}
-    for number, module in enumerate(megvii._in_order(tiny())):
+    for number, module in enumerate(yolox_names._in_order(tiny())):
         kernel = state[f"{module}.weight"]
         if f"{module}.bias" in state:
             what, level = module.removeprefix("bbox_head.multi_level_conv_").split(".")
@@ -482,7 +485,7 @@ def test_an_onnx_file_is_read(tmp_path, monkeypatch):
     onnx.save(onnx.helper.make_model(graph), str(file))
     state, classes = convert.load_checkpoint(file)
     assert list(state) == ["onnx.0.weight", "onnx.0.bias", "head.cls_preds.0.weight", "head.cls_preds.0.bias"]
-    assert classes is None and megvii.is_folded(state)
+    assert classes is None and yolox_names.is_folded(state)
     np.testing.assert_array_equal(state["onnx.0.weight"], kernel)
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(ValueError, match="net.onnx cannot be read"):
@@ -525,20 +528,20 @@ def corners(rows, factor=1.0, edge=np.inf):
 
 @pytest.mark.parametrize("split", ["val", pytest.param("train", marks=pytest.mark.slow)])
 def test_published_weights_find_what_is_stored(nano, split):
-    """Weights, preprocessing, decoding, suppression and figures together, on real photographs."""
+    """Weights, preprocessing, decoding, suppression and metrics together, on real photographs."""
     data = SHARED / "data" / "coco_mini"
     truth = json.loads((data / "annotations" / f"instances_{split}.json").read_text())
     stored = json.loads((SHARED / "weights" / f"yolox_nano_coco_mini_{split}.json").read_text())
-    figures = coco.coco_figures(truth, stored)
-    assert (figures["AP"], figures["AP50"]) == pytest.approx(README[split], abs=1e-4)
+    metrics = coco.coco_metrics(truth, stored)
+    assert (metrics["AP"], metrics["AP50"]) == pytest.approx(README[split], abs=1e-4)
 
     given = nano._replace(category_ids=tuple(sorted(entry["id"] for entry in truth["categories"])))
     files = ((entry["id"], data / "images" / split / entry["file_name"]) for entry in truth["images"])
-    pictures = ((image_id, records.decode(file.read_bytes())) for image_id, file in files)
+    images = ((image_id, records.decode(file.read_bytes())) for image_id, file in files)
     sizes = {entry["id"]: np.array([entry["width"], entry["height"]] * 2) for entry in truth["images"]}
     found, best = [], []
-    for (image_id, _), rows in models.detect(given, pictures):
-        found, best = found + rows, best + rows[:100]  # as many as are stored of a picture at most
+    for (image_id, _), rows in models.detect(given, images):
+        found, best = found + rows, best + rows[:100]  # as many as are stored of an image at most
         mine, theirs = rows[:100], [row for row in stored if row["image_id"] == image_id]
         assert len(mine) == len(theirs)
         # The stored boxes are those of the canvas over one ratio, ours over the true ratio of each axis, and clipped.
@@ -552,15 +555,15 @@ def test_published_weights_find_what_is_stored(nano, split):
         same = (away < 0.1) & (np.abs(scores[:, None] - their_scores) < 1e-4) & (ids[:, None] == their_ids)
         assert same.any(0).all() and same.any(1).all(), image_id
     for rows in (found, best):
-        mine = coco.coco_figures(truth, rows)
+        mine = coco.coco_metrics(truth, rows)
         assert mine["AP"] == pytest.approx(README[split][0], abs=0.005)
     assert mine["AP50"] == pytest.approx(README[split][1], abs=0.005)
 
 
 def test_maps_equal_onnxruntimes(nano):
     runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
-    picture = next((SHARED / "data" / "coco_mini" / "images" / "val").glob("*.jpg"))
-    canvas, _ = models.on_canvas(records.decode(picture.read_bytes()), (416, 416), round_down=True)
+    image = next((SHARED / "data" / "coco_mini" / "images" / "val").glob("*.jpg"))
+    canvas, _ = models.on_canvas(records.decode(image.read_bytes()), (416, 416), round_down=True)
     x = nano.detector.preprocess(canvas[None])
     session = runtime.InferenceSession(str(SHARED / "weights" / "yolox_nano.onnx"), providers=["CPUExecutionProvider"])
     (theirs,) = session.run(None, {"images": np.asarray(x).transpose(0, 3, 1, 2)})

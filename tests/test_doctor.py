@@ -10,19 +10,20 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from kdjax import cli, data, detectors
+from kdjax import cli, data, detectors, weights
+from kdjax.commands.doctor import read_config
 from kdjax.data.dataset import Split
-from kdjax.detectors import convert, weights
+from kdjax.doctor import examine
 from kdjax.methods import api
 from kdjax.train import config as settings
-from kdjax.train import doctor, loop
+from kdjax.train import loop
 from kdjax.train.step import init_adapters
-from kdjax.verbs.doctor import read_config
+from kdjax.weights import convert
 from tests.test_configs import load
 from tests.test_train import tiny_config
 
 ROOT = Path(__file__).resolve().parents[1]
-PICTURES = 16
+IMAGES = 16
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -32,8 +33,8 @@ def one_device():
         yield
 
 
-def faults(findings: list[doctor.Finding]) -> dict[str, str]:
-    return {finding.what: finding.said for finding in findings if finding.level == doctor.FAULT}
+def faults(findings: list[examine.Finding]) -> dict[str, str]:
+    return {finding.what: finding.said for finding in findings if finding.level == examine.FAULT}
 
 
 # ---------------------------------------------------------------------------------------------- a detector with weights
@@ -43,7 +44,7 @@ def faults(findings: list[doctor.Finding]) -> dict[str, str]:
 def shipped(tmp_path_factory):
     """The quickstart's teacher with its data: (Setup without a student, detector, variables)."""
     config = load(ROOT / "configs/quickstart.py")
-    config.data.update(dict(cache=str(tmp_path_factory.mktemp("doctor")), scenes_train=4, scenes_val=PICTURES))
+    config.data.update(dict(cache=str(tmp_path_factory.mktemp("doctor")), scenes_train=4, scenes_val=IMAGES))
     dataset = data.open_dataset(config.data)
     detector, params, stats, _ = weights.load(ROOT / config.teacher.weights)
     empty = dict.fromkeys(loop.Setup._fields)
@@ -52,12 +53,12 @@ def shipped(tmp_path_factory):
 
 def of_teacher(shipped, *, detector=None, variables=None):
     setup, sound, trained = shipped
-    return doctor.of_weights("teacher", detector or sound, variables or trained, setup, PICTURES)
+    return examine.of_weights("teacher", detector or sound, variables or trained, setup, IMAGES)
 
 
 def test_a_sound_teacher_is_fine(shipped):
     [finding] = of_teacher(shipped)
-    assert finding.level == doctor.FINE and "AP50 " in finding.said
+    assert finding.level == examine.FINE and "AP50 " in finding.said
 
 
 @pytest.mark.parametrize(
@@ -106,24 +107,24 @@ def test_a_teacher_of_other_data_is_named(shipped):
     ],
 )
 def test_the_schedules_of_the_recipes_are_sound(recipe, size):
-    assert not faults(doctor.of_schedule(load(ROOT / recipe), size))
+    assert not faults(examine.of_schedule(load(ROOT / recipe), size))
 
 
 def test_a_rate_that_is_not_scaled_to_the_batch_is_noticed():
     config = load(ROOT / "configs/distill/mkd_rtmdet.py")
-    for batch, level in ((256, doctor.FINE), (16, doctor.LOOK), (4096, doctor.FAULT)):
+    for batch, level in ((256, examine.FINE), (16, examine.LOOK), (4096, examine.FAULT)):
         config.update_from_flattened_dict({"batch_size": batch, "optimizer.lr": 0.004})
-        [finding] = [one for one in doctor.of_schedule(config, 118287) if one.what == "learning rate"]
+        [finding] = [one for one in examine.of_schedule(config, 118287) if one.what == "learning rate"]
         assert finding.level == level, finding
         if batch == 16:
-            assert "16 times what RTMDet's 0.004 for 256 pictures is for 16" in finding.said
+            assert "16 times what RTMDet's 0.004 for 256 images is for 16" in finding.said
 
 
 def test_a_low_rate_is_no_fault_of_a_student_that_is_tuned(tmp_path):
     config = load(ROOT / "configs/quickstart.py")
     config.update_from_flattened_dict({"optimizer.lr": 2e-5, "student.weights": str(tmp_path)})
-    levels = {finding.what: finding.level for finding in doctor.of_schedule(config, 200)}
-    assert levels["learning rate"] == doctor.LOOK and "length" not in levels
+    levels = {finding.what: finding.level for finding in examine.of_schedule(config, 200)}
+    assert levels["learning rate"] == examine.LOOK and "length" not in levels
 
 
 @pytest.mark.parametrize(
@@ -142,7 +143,7 @@ def test_a_low_rate_is_no_fault_of_a_student_that_is_tuned(tmp_path):
 def test_a_wrong_schedule_is_named(changes, what, named):
     config = load(ROOT / "configs/quickstart.py")
     config.update_from_flattened_dict(changes)
-    assert named in faults(doctor.of_schedule(config, 200))[what]
+    assert named in faults(examine.of_schedule(config, 200))[what]
 
 
 @pytest.mark.filterwarnings("ignore:the load_module")  # of ml_collections
@@ -173,13 +174,13 @@ def setup(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def strengths(setup):
-    return doctor.strengths(*setup)
+    return examine.strengths(*setup)
 
 
 def test_sound_terms_are_fine(setup, strengths):
     values, pulls, start = strengths
-    assert not faults([*doctor.of_start(values, start), *doctor.of_terms(setup[0], values, pulls)])
-    found = {finding.what for finding in doctor.of_terms(setup[0], values, pulls)}
+    assert not faults([*examine.of_start(values, start), *examine.of_terms(setup[0], values, pulls)])
+    found = {finding.what for finding in examine.of_terms(setup[0], values, pulls)}
     assert found == {"loss_cls", "loss_box", *(f"mkd/{t}" for t in ("feature", "multiscale", "frequency", "alignment"))}
 
 
@@ -189,7 +190,7 @@ def test_a_term_a_thousand_times_too_strong_or_too_weak_is_named(setup, strength
     mkd = setup[0].methods["mkd"]
     which = which or list(mkd.weights)
     weights = {name: (factor if name in which else 1.0) * weight for name, weight in mkd.weights.items()}
-    found = faults(doctor.of_terms(setup[0]._replace(methods={"mkd": mkd._replace(weights=weights)}), *strengths[:2]))
+    found = faults(examine.of_terms(setup[0]._replace(methods={"mkd": mkd._replace(weights=weights)}), *strengths[:2]))
     assert any(named in said for said in found.values()), found
     assert set(found) <= {"mkd", *(f"mkd/{name}" for name in which)}
 
@@ -203,15 +204,15 @@ def test_a_method_whose_adapter_starts_near_zero_is_judged_by_what_it_grows_to(s
     state = state._replace(params=state.params | {"adapters": adapters})
     made = made._replace(methods={"fgfi": fgfi}, states={"student": state})
     share = [
-        doctor.shares(made, doctor.strengths(made, batch, adapters)[1])["fgfi"]
-        for adapters in (adapters, doctor.grown(made, batch))
+        examine.shares(made, examine.strengths(made, batch, adapters)[1])["fgfi"]
+        for adapters in (adapters, examine.grown(made, batch))
     ]
-    assert share[0] < doctor.NOTHING < share[1], share
+    assert share[0] < examine.NOTHING < share[1], share
 
 
 def test_a_term_that_is_not_finite_is_named(setup, strengths):
     values, pulls, _ = strengths
-    found = faults(doctor.of_terms(setup[0], values | {"mkd/feature": np.nan}, pulls))
+    found = faults(examine.of_terms(setup[0], values | {"mkd/feature": np.nan}, pulls))
     assert "cannot be trained" in found["mkd/feature"]
 
 
@@ -221,22 +222,22 @@ def test_a_missing_focal_prior_is_named(setup):
     params = jax.tree_util.tree_map_with_path(
         lambda path, leaf: jnp.zeros_like(leaf) if "rtm_cls" in str(path) and leaf.ndim == 1 else leaf, state.params
     )
-    values, _, start = doctor.strengths(made._replace(states={"student": state._replace(params=params)}), batch)
-    assert "lacks its focal prior" in faults(doctor.of_start(values, start))["student's head"]
+    values, _, start = examine.strengths(made._replace(states={"student": state._replace(params=params)}), batch)
+    assert "lacks its focal prior" in faults(examine.of_start(values, start))["student's head"]
 
 
 def test_a_random_student_with_frozen_layers_is_named():
-    assert "11 kernels" in faults(doctor.of_frozen(detectors.build("retinanet_r50", 2)))["frozen layers"]
+    assert "11 kernels" in faults(examine.of_frozen(detectors.build("retinanet_r50", 2)))["frozen layers"]
     free = settings.detector_options("frozen_stages=-1,frozen_norm=False,norm_eval=False")
-    assert not doctor.of_frozen(detectors.build("fcos_r18", 2, **free))
-    assert not doctor.of_frozen(detectors.build("yolox_pico", 2))
+    assert not examine.of_frozen(detectors.build("fcos_r18", 2, **free))
+    assert not examine.of_frozen(detectors.build("yolox_pico", 2))
 
 
 def test_a_student_larger_than_its_teacher_is_noticed(setup):
     made, _ = setup
     larger = made._replace(student=detectors.build("rtmdet_tiny", made.student.num_classes))
-    [finding] = doctor.of_sizes(larger)
-    assert finding.level == doctor.LOOK and "changed places" in finding.said
+    [finding] = examine.of_sizes(larger)
+    assert finding.level == examine.LOOK and "changed places" in finding.said
 
 
 def test_lost_and_tiny_objects_and_absent_classes_are_noticed(setup):
@@ -252,20 +253,18 @@ def test_lost_and_tiny_objects_and_absent_classes_are_noticed(setup):
     spoiled = Damaged(split.name, split.size, split.records, split.folder, split.role)
     object.__setattr__(spoiled, "log", log)
     dataset = dataclasses.replace(made.dataset, splits=made.dataset.splits | {"train": spoiled})
-    found = doctor.of_data(made._replace(dataset=dataset))
+    found = examine.of_data(made._replace(dataset=dataset))
     assert "--config.data.check=True lists them" in faults(found)["train data"]
-    said = {finding.what: finding.said for finding in found if finding.level == doctor.LOOK}
+    said = {finding.what: finding.said for finding in found if finding.level == examine.LOOK}
     assert "100% of the objects are under 4 px" in said["small objects"]
-    assert f"no training picture holds {made.dataset.classes[0]}" in said["classes"]
-    assert not faults(doctor.of_data(made))
-    for share, level in ((0.02, doctor.FINE), (0.3, doctor.LOOK), (0.7, doctor.FAULT)):
+    assert f"no training image holds {made.dataset.classes[0]}" in said["classes"]
+    assert not faults(examine.of_data(made))
+    for share, level in ((0.02, examine.FINE), (0.3, examine.LOOK), (0.7, examine.FAULT)):
         times = int(share * len(truth["annotations"])) + 1
-        object.__setattr__(
-            spoiled, "log", times * [dict(log[0], action="repaired", reason="box clipped to the picture")]
-        )
-        seen = {finding.what: finding for finding in doctor.of_data(made._replace(dataset=dataset))}["train data"]
-        assert seen.level == level and f"{times} clipped to the picture" in seen.said
-        assert ("x, y, width, height in pixels" in seen.said) == (level != doctor.FINE)
+        object.__setattr__(spoiled, "log", times * [dict(log[0], action="repaired", reason="box clipped to the image")])
+        seen = {finding.what: finding for finding in examine.of_data(made._replace(dataset=dataset))}["train data"]
+        assert seen.level == level and f"{times} clipped to the image" in seen.said
+        assert ("x, y, width, height in pixels" in seen.said) == (level != examine.FINE)
 
 
 def test_what_was_dropped_is_told_where_no_object_is_left(setup):
@@ -278,9 +277,7 @@ def test_what_was_dropped_is_told_where_no_object_is_left(setup):
     empty = Empty(split.name, split.size, split.records, split.folder, split.role)
     object.__setattr__(empty, "log", [dict(file="a", annotation=i, action="dropped", reason="far off") for i in (1, 2)])
     dataset = dataclasses.replace(made.dataset, splits=made.dataset.splits | {"val": empty})
-    with pytest.raises(
-        ValueError, match=r"holds no object in its \d+ pictures \(2 were dropped: far off\), so nothing"
-    ):
+    with pytest.raises(ValueError, match=r"holds no object in its \d+ images \(2 were dropped: far off\), so nothing"):
         loop.check_truth(dataset)
 
 
@@ -288,17 +285,17 @@ def test_too_little_memory_is_named(setup, monkeypatch):
     made, batch = setup
     step = jax.jit(lambda state, variables, batch: (state, jnp.sum(jnp.outer(batch["boxes"], batch["boxes"]))))
     made = made._replace(steps=made.steps | {"student": step})
-    assert not faults(doctor.of_program(made, batch))
-    monkeypatch.setattr(doctor, "available", lambda: 2**20)
-    assert "lower config.batch_size" in faults(doctor.of_program(made, batch))["memory"]
+    assert not faults(examine.of_program(made, batch))
+    monkeypatch.setattr(examine, "available", lambda: 2**20)
+    assert "lower config.batch_size" in faults(examine.of_program(made, batch))["memory"]
 
 
 def test_what_a_run_would_refuse_is_a_fault(setup):
     made, _ = setup
     config = made.config.copy_and_resolve_references()
     config.batch_size = -1
-    [finding] = doctor.examine(config)
-    assert finding.level == doctor.FAULT and "config.batch_size is -1" in finding.said
+    [finding] = examine.examine(config)
+    assert finding.level == examine.FAULT and "config.batch_size is -1" in finding.said
 
 
 @pytest.fixture(scope="module")
@@ -314,11 +311,11 @@ def others(setup, tmp_path_factory):
 @pytest.mark.filterwarnings("ignore:The weights are for 2 other classes")
 def test_a_whole_examination(setup, others, strengths, monkeypatch):
     """Of a student that starts from weights of other classes, which is no fault; its teacher is of random numbers."""
-    monkeypatch.setattr(doctor, "strengths", lambda *_: strengths)  # which takes longest, and is tested above
+    monkeypatch.setattr(examine, "strengths", lambda *_: strengths)  # which takes longest, and is tested above
     config = setup[0].config.copy_and_resolve_references()
     config.student.weights = str(others)
     config.optimizer.lr = 0.0
-    found = list(doctor.examine(config, pictures=8))
+    found = list(examine.examine(config, image_count=8))
     kinds = [finding.what for finding in found]
     assert kinds == [
         "train data", "val data", "small objects", "learning rate", "moving average", "teacher's class map", "teacher",
@@ -334,16 +331,16 @@ def test_a_whole_examination(setup, others, strengths, monkeypatch):
 
 
 def test_nothing_is_computed_that_would_not_fit(setup, monkeypatch):
-    monkeypatch.setattr(doctor, "of_weights", lambda *_: [])
-    monkeypatch.setattr(doctor, "of_program", lambda *_: [doctor.Finding(doctor.FAULT, "memory", "none")])
-    monkeypatch.setattr(doctor, "strengths", lambda *_: pytest.fail("computed"))
-    assert list(doctor.examine(setup[0].config))[-1].what == "memory"
+    monkeypatch.setattr(examine, "of_weights", lambda *_: [])
+    monkeypatch.setattr(examine, "of_program", lambda *_: [examine.Finding(examine.FAULT, "memory", "none")])
+    monkeypatch.setattr(examine, "strengths", lambda *_: pytest.fail("computed"))
+    assert list(examine.examine(setup[0].config))[-1].what == "memory"
 
 
 def test_the_class_map_of_weights(setup, others, tmp_path):
     made, _ = setup
-    [finding, kept] = doctor.of_classes("teacher", made.config.teacher, made.dataset)
-    assert kept and finding.level == doctor.FINE
+    [finding, kept] = examine.of_classes("teacher", made.config.teacher, made.dataset)
+    assert kept and finding.level == examine.FINE
     config = made.config.copy_and_resolve_references()
     for count, named in ((6, None), (6, "meta"), (2, None)):
         detector = detectors.build("rtmdet_pico", count)
@@ -353,7 +350,7 @@ def test_the_class_map_of_weights(setup, others, tmp_path):
         with pytest.MonkeyPatch.context() as patched:
             if named:  # as of a .pth of mmengine
                 patched.setattr(convert, "load_checkpoint", lambda path, state=state: (state, list("abcdef")))
-            finding, kept = doctor.of_classes("student", config.student, made.dataset)
+            finding, kept = examine.of_classes("student", config.student, made.dataset)
         assert kept == (count == 6 and not named)
         if named:
             assert "the weights' 6, a, b, c, d, e, f, are not used" in finding.said
@@ -365,35 +362,35 @@ def test_the_class_map_of_weights(setup, others, tmp_path):
 
 def test_taps_and_their_shapes(setup):
     made, _ = setup
-    [finding] = doctor.of_taps(made)
+    [finding] = examine.of_taps(made)
     assert finding.what == "mkd's taps"
     assert finding.said == (
         "student neck (8: 8x8x32, 16: 4x4x32, 32: 2x2x32), teacher neck (8: 8x8x32, 16: 4x4x32, 32: 2x2x32)"
     )
-    [finding] = doctor.of_taps(made._replace(student=detectors.build("fcos_r18", 6)))
+    [finding] = examine.of_taps(made._replace(student=detectors.build("fcos_r18", 6)))
     assert finding.said.endswith("; 64, 128 have no partner and are left out")
 
 
 def test_memory_is_that_of_the_machine_and_its_container(tmp_path, monkeypatch):
-    monkeypatch.setattr(doctor, "MEMORY", tmp_path / "meminfo")
-    monkeypatch.setattr(doctor, "GROUP", tmp_path / "max")
+    monkeypatch.setattr(examine, "MEMORY", tmp_path / "meminfo")
+    monkeypatch.setattr(examine, "GROUP", tmp_path / "max")
     count = jax.local_device_count()
-    everything = doctor.available()
+    everything = examine.available()
     assert everything * count > 2**30 * 0.5
-    doctor.MEMORY.write_text("MemTotal:  9000 kB\nMemFree:  1000 kB\nMemAvailable:  8000 kB\n")
-    assert doctor.available() == 8000 * 1024 // count
+    examine.MEMORY.write_text("MemTotal:  9000 kB\nMemFree:  1000 kB\nMemAvailable:  8000 kB\n")
+    assert examine.available() == 8000 * 1024 // count
     for limit, wanted in (("max", 8000 * 1024), ("4096000", 4096000), ("99999999999", 8000 * 1024)):
-        doctor.GROUP.write_text(f"{limit}\n")
-        assert doctor.available() == wanted // count
+        examine.GROUP.write_text(f"{limit}\n")
+        assert examine.available() == wanted // count
 
 
 @pytest.mark.filterwarnings("ignore:the load_module")  # of ml_collections
 def test_the_verb_examines_the_run_of_its_flags(monkeypatch, capsys):
     seen = []
     command = ["doctor", f"--config={ROOT / 'configs/quickstart.py'}:ssim", "--config.optimizer.lr=0.25"]
-    for level, code in ((doctor.LOOK, 0), (doctor.FAULT, 1)):
-        found = [doctor.Finding(doctor.FINE, "sizes", "well"), doctor.Finding(level, "mkd", "see start")]
-        monkeypatch.setattr(doctor, "examine", lambda config, found=found: seen.append(config) or found)
+    for level, code in ((examine.LOOK, 0), (examine.FAULT, 1)):
+        found = [examine.Finding(examine.FINE, "sizes", "well"), examine.Finding(level, "mkd", "see start")]
+        monkeypatch.setattr(examine, "examine", lambda config, found=found: seen.append(config) or found)
         assert cli.main(command) == code
         assert f"mkd{' ' * 19}see start\n{code} faults, {1 - code} to look at, 1 fine" in capsys.readouterr().out
     assert list(seen[0].methods) == ["ssim"] and seen[0].optimizer.lr == 0.25

@@ -11,7 +11,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from kdjax.detectors import build, weights
+from kdjax import weights
+from kdjax.detectors import build
 from tests.shared import ROOT, SHARED
 
 
@@ -55,7 +56,7 @@ def test_the_dry_run_prints_and_trains_nothing(tmp_path):
                  "--config.data.scenes_train=16", "--config.data.scenes_val=8")  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert "disc" in done.stdout and "16" in done.stdout
-    [sheet] = re.findall(r"pictures of batch 0 .*: (.*\.png)", done.stdout)
+    [sheet] = re.findall(r"images of batch 0 .*: (.*\.png)", done.stdout)
     assert Path(sheet).read_bytes().startswith(b"\x89PNG")
 
 
@@ -72,7 +73,7 @@ def test_the_quickstart_as_it_stands(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(SHARED is None, reason="the shared data is not here")
 @pytest.mark.parametrize("name", ["coco_mini", "bccd"])
-def test_the_recipe_on_real_pictures(name, tmp_path):
+def test_the_recipe_on_real_images(name, tmp_path):
     """MKD's recipe, Mosaic and MixUp and then large-scale jitter, a few steps of each on a small canvas."""
     root = SHARED / "data" / name
     truth = json.loads((root / "annotations" / "instances_train.json").read_text())

@@ -15,19 +15,27 @@ import kdjax
 from kdjax.methods import api
 
 ROOT = Path(kdjax.__file__).parent
+CORE = {"errors", "structs", "nn", "boxes", "losses", "distill"}
 ALLOWED = {
+    "errors": set(),
     "structs": set(),
-    "nn": {"structs"},
-    "boxes": {"structs", "nn"},
-    "losses": {"structs", "nn", "boxes"},
-    "methods": {"structs", "nn", "boxes", "losses"},
-    "detectors": {"structs", "nn", "boxes", "losses"},
-    "data": set(),
-    "evals": {"structs", "nn", "boxes", "losses"},
-    "train": {"structs", "nn", "boxes", "losses", "methods", "detectors", "data", "evals"},
-    "study": {"methods", "detectors"},
-    "verbs": {"structs", "nn", "boxes", "losses", "detectors", "data", "evals", "train"},
+    "nn": {"errors", "structs"},
+    "boxes": {"errors", "structs", "nn"},
+    "losses": {"errors", "structs", "nn", "boxes"},
+    "distill": {"errors", "structs", "nn", "boxes", "losses"},
+    "methods": CORE,
+    "detectors": CORE - {"distill"},
+    "data": {"errors"},
+    "evals": CORE - {"distill"},
+    "weights": CORE | {"detectors"},
+    "inference": CORE | {"detectors", "weights", "data", "evals"},
+    "report": CORE | {"detectors", "weights", "data", "evals", "inference"},
+    "export": CORE | {"detectors", "weights", "data", "evals", "inference"},
+    "train": CORE | {"methods", "detectors", "data", "evals", "weights", "inference", "report"},
+    "doctor": CORE | {"methods", "detectors", "data", "evals", "weights", "inference", "train"},
 }
+# The commands may import everything.
+ALLOWED["commands"] = set(ALLOWED) - {"commands"}
 
 
 def imported(path: Path) -> set[str]:

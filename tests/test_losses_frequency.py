@@ -55,7 +55,7 @@ def test_apply_mask_is_the_complex_transform(size, hermitian):
 
 
 @pytest.mark.parametrize(("height", "width"), SIZES)
-def test_hermitian_mask_is_symmetric_and_one_per_picture(height, width):
+def test_hermitian_mask_is_symmetric_and_one_per_image(height, width):
     mask = draw(jax.random.key(height), (3, height, width), 0.5)
     chex.assert_shape(mask, (3, height, width, 1))
     mask = np.asarray(mask)

@@ -43,7 +43,7 @@ def test_focal_masks_equal_a_slow_loop(seed):
     np.testing.assert_allclose(found[1][0, ..., 0], background, rtol=1e-5)
 
 
-def test_focal_masks_of_special_pictures():
+def test_focal_masks_of_special_images():
     boxes, valid = np.array([[[9.0, 9, 30, 22], [0, 0, 0, 0]]], np.float32), np.array([[True, False]])
     one, _ = focal(boxes, valid)
     np.testing.assert_allclose(one.sum(), 1, rtol=1e-6)  # one box inside the map
@@ -67,7 +67,7 @@ def test_focal_masks_on_the_border_of_a_cell():
     np.testing.assert_array_equal(np.argwhere(foreground[0, ..., 0])[-1], [4, 4])
 
 
-def test_focal_masks_take_a_size_for_each_picture():
+def test_focal_masks_take_a_size_for_each_image():
     boxes, valid = np.repeat([[[8.0, 8, 20, 20]]], 2, 0), np.ones((2, 1), bool)
     masks = quick_jit(lambda b, v, size: regions.focal_masks(b, v, size, (HEIGHT, WIDTH)))
     both, _ = masks(boxes, valid, np.array([[40, 56], [20, 28]]))
@@ -256,7 +256,7 @@ def test_relation_equals_a_slow_loop():
 
 
 @pytest.mark.parametrize("count", [0, 1])
-def test_masks_of_pictures_with_few_rows(count):
+def test_masks_of_images_with_few_rows(count):
     """No row of ground truth at all is possible too."""
     boxes, valid = np.zeros((2, count, 4), np.float32), np.zeros((2, count), bool)
     foreground, background = regions.focal_masks(boxes, valid, np.array([16, 16]), (2, 2))

@@ -47,7 +47,7 @@ def boxes_of(x):
 
 
 def per_image(student, teacher):
-    """Losses that look at one picture at a time: a dict of arrays with the batch first."""
+    """Losses that look at one image at a time: a dict of arrays with the batch first."""
     s, t = flat(student), flat(teacher)
     batch, priors = s.shape[:2]
     labels = jnp.broadcast_to(jnp.arange(priors) % 4, (batch, priors))

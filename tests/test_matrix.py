@@ -45,7 +45,7 @@ def spec(family: str, teacher: bool):
 
 @functools.cache
 def taps(family: str, teacher: bool):
-    """Maps of two pictures; distances in pixels are of two cells and more, so that objects have several priors."""
+    """Maps of two images; distances in pixels are of two cells and more, so that objects have several priors."""
     rng = np.random.default_rng(teacher)
     draw = lambda leaf: rng.normal(0, 0.5, (BATCH, *leaf.shape[1:])).astype(np.float32)  # noqa: E731
     drawn = jax.tree.map(draw, spec(family, teacher))

@@ -49,7 +49,7 @@ def output(
 
 
 def ground(size: int, *, objects: bool = True, batch: int = 2) -> tuple[Targets, Assignment, np.ndarray]:
-    """Two boxes a picture, with the priors nearest to their centres as positives; or none."""
+    """Two boxes an image, with the priors nearest to their centres as positives; or none."""
     cells = [max(size // stride, 1) for stride in STRIDES]
     priors = np.concatenate(
         [[(x * s, y * s, s, s) for y in range(n) for x in range(n)] for n, s in zip(cells, STRIDES, strict=True)]
@@ -164,7 +164,7 @@ def prepared(name: str) -> Made:
 
 
 def evaluation(method: api.Method, size: int) -> Callable:
-    """The `evaluate` of `Made` for pictures of this size."""
+    """The `evaluate` of `Made` for images of this size."""
 
     def loss(params, student, teacher, seed, truth):
         # The trainer stops the teacher's gradient in one place; here the same is done, and the rest must not undo it.

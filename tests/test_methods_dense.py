@@ -37,7 +37,7 @@ def networks(name: str):
 
 def batch() -> dict:
     boxes = np.zeros((BATCH, 3, 4), np.float32)
-    boxes[0, :2] = [[2, 3, 60, 58], [0, 0, 42, 44]]  # the second picture is empty
+    boxes[0, :2] = [[2, 3, 60, 58], [0, 0, 42, 44]]  # the second image is empty
     return {
         "image": np.random.default_rng(0).integers(0, 255, (BATCH, SIDE, SIDE, 3)).astype(np.uint8),
         "boxes": boxes,
@@ -83,7 +83,7 @@ def test_methods_teach_dense_heads(name):
 
     values, pulled, at_teacher = run(params, step.Teacher(*teacher.init(jax.random.PRNGKey(2))))
     assert all(np.isfinite(v) for v in values.values()) and at_teacher == 0
-    # GID relates three instances or more of a picture; how many there are is not up to the test.
+    # GID relates three instances or more of an image; how many there are is not up to the test.
     silent = {term for term, pull in pulled.items() if not (np.isfinite(pull) and pull > 0)}
     assert silent <= {"gid/relation"}, silent
 

@@ -134,15 +134,15 @@ def test_pkd():
     assert {label: found["correlation"] for label, found in got.items()} == pytest.approx(want, rel=1e-4)
 
 
-def test_pkd_sees_neither_scale_nor_shift_of_a_channel_but_of_a_picture():
+def test_pkd_sees_neither_scale_nor_shift_of_a_channel_but_of_a_image():
     student, teacher = detector(0), detector(1)
     rng = np.random.default_rng(3)
     by_channel = with_neck(student, lambda x: x * rng.uniform(0.5, 2, 4) + rng.normal(size=4))
-    by_picture = with_neck(student, lambda x: x * np.array([1, 3]).reshape(2, 1, 1, 1))
+    by_image = with_neck(student, lambda x: x * np.array([1, 3]).reshape(2, 1, 1, 1))
     method = api.build("pkd")
     value = quick_jit(lambda student: method.apply({}, context(student, teacher))["correlation"])
     assert float(value(by_channel)) == pytest.approx(float(value(student)), rel=1e-4)
-    assert float(value(by_picture)) != pytest.approx(float(value(student)), rel=1e-3)
+    assert float(value(by_image)) != pytest.approx(float(value(student)), rel=1e-3)
 
 
 def test_cwd():
@@ -226,7 +226,7 @@ def test_ssim_sees_no_positive_affine_map_of_what_it_rescales():
     student, teacher = detector(0), detector(1)
     of_map = with_neck(student, lambda x: 3 * x + 5)
     of_channel = with_neck(student, lambda x: x * np.array([1, 2, 3, 4]) + np.array([0, 1, 0, 2]))
-    of_picture = with_neck(student, lambda x: x * np.array([1, 3]).reshape(2, 1, 1, 1))
+    of_image = with_neck(student, lambda x: x * np.array([1, 3]).reshape(2, 1, 1, 1))
     choices = {scope: dict(scope=scope) for scope in ("image", "channel", "batch")}
     methods = {label: api.build("ssim", **options) for label, options in choices.items()}
 
@@ -235,7 +235,7 @@ def test_ssim_sees_no_positive_affine_map_of_what_it_rescales():
         return {label: method.apply({}, context(student, teacher))["structural"] for label, method in methods.items()}
 
     plain = values(student)
-    for changed, blind in ((of_map, "image channel batch"), (of_channel, "channel"), (of_picture, "image channel")):
+    for changed, blind in ((of_map, "image channel batch"), (of_channel, "channel"), (of_image, "image channel")):
         same = {k for k, v in values(changed).items() if float(v) == pytest.approx(float(plain[k]), rel=1e-3)}
         assert same == set(blind.split())
 

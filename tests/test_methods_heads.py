@@ -36,7 +36,7 @@ def output(seed: int, channels: int, bins: int = 1):
 
 @functools.cache
 def scene(*, bins: int = 1, channels: int = 4) -> api.Context:
-    """Two pictures; in the second one object has no positive prior, and some priors are ignored."""
+    """Two images; in the second one object has no positive prior, and some priors are ignored."""
     context = made.context(output(0, 4, bins), output(1, channels, bins), size=SIZE)
     kept = jnp.ones_like(context.assignment.positive).at[1].set(context.assignment.matched[1] != 1)
     assignment = context.assignment._replace(

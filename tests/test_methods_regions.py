@@ -326,12 +326,12 @@ def test_the_size_of_the_batch_changes_nothing(name):
     assert b["plain"] == pytest.approx(a["plain"], rel=1e-4)
     if name == "fkd":
         assert b["parity"] == pytest.approx({k: 2**0.5 * v for k, v in a["parity"].items()}, rel=1e-4)
-    if name == "gid":  # a picture's instances are related to those of its copy too
+    if name == "gid":  # an image's instances are related to those of its copy too
         assert changed(b["parity"], a["parity"]) >= {"relation"}
 
 
 def test_devices_change_nothing():
-    """GID, which gathers and sorts: eight pictures on one device, and on eight devices with one each."""
+    """GID, which gathers and sorts: eight images on one device, and on eight devices with one each."""
     student, teacher = (drawn(i, c, 32, batch=8) for i, c in ((4, 4), (5, 6)))
     ctx, params = context(student, teacher, size=32), shaken("gid")
     total = quick_jit(lambda s, t: api.build("gid").apply(params, ctx._replace(student=s, teacher=t)))
@@ -348,7 +348,7 @@ def test_a_weight_of_zero_takes_its_term_away():
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_pictures_without_objects(name):
+def test_images_without_objects(name):
     ctx = scene()
     ctx = ctx._replace(targets=ctx.targets._replace(valid=jnp.zeros_like(ctx.targets.valid)))
     terms = variants(name, shaken(name), {"plain": {}}, ctx)["plain"]

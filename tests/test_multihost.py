@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kdjax.detectors import weights
+from kdjax import weights
 from kdjax.train import checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]

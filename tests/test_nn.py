@@ -82,7 +82,7 @@ def test_conv_under_transformations(name):
 
     # Eager.
     chex.assert_trees_all_close(ours(x, kernel), theirs(x, kernel), rtol=1e-4, atol=1e-4)
-    # vmap over pictures, over kernels, and over the gradient.
+    # vmap over images, over kernels, and over the gradient.
     kernels = jnp.stack([kernel, 2 * kernel])
     chex.assert_trees_all_close(
         jax.jit(jax.vmap(ours, (None, 0)))(x, kernels), jnp.stack([theirs(x, k) for k in kernels]), rtol=1e-4, atol=1e-4
@@ -90,7 +90,7 @@ def test_conv_under_transformations(name):
     gradient, expected = (jax.grad(loss_of(form), (0, 1)) for form in (ours, theirs))
     each = jax.jit(jax.vmap(expected, (0, None)))(images, kernel)
     chex.assert_trees_all_close(jax.jit(jax.vmap(gradient, (0, None)))(images, kernel), each, rtol=1e-4, atol=1e-4)
-    # One picture a device.
+    # One image a device.
     chex.assert_trees_all_close(jax.pmap(gradient, in_axes=(0, None))(images, kernel), each, rtol=1e-4, atol=1e-4)
     # A batch over eight devices; the kernel's gradient is summed over them.
     devices = Mesh(np.array(jax.devices()), ("data",))

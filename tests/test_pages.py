@@ -17,10 +17,10 @@ import yaml
 from jax.sharding import Mesh
 
 from kdjax import cli
+from kdjax.commands import export
+from kdjax.commands.doctor import read_config
 from kdjax.train import config as settings
 from kdjax.train import loop
-from kdjax.verbs import export
-from kdjax.verbs.doctor import read_config
 from tests.shared import ROOT
 
 DOCS = ROOT / "docs"
@@ -102,7 +102,7 @@ def resolved(arguments: list[str]):
 @pytest.mark.parametrize("line", verbs())
 def test_a_verb_understands_its_documented_command(line, monkeypatch):
     _, verb, *rest = shlex.split(line, comments=True)
-    name = f"kdjax.verbs.{verb.replace('-', '_')}"
+    name = f"kdjax.commands.{verb.replace('-', '_')}"
     asked = inspect.signature(importlib.import_module(name).run)
     taken = {}
     monkeypatch.setattr(f"{name}.run", lambda **arguments: taken.update(asked.bind(**arguments).arguments) or 0)
@@ -114,7 +114,7 @@ def test_a_verb_understands_its_documented_command(line, monkeypatch):
 @pytest.mark.filterwarnings("ignore:the load_module")
 def test_the_tutorials_commands_are_understood_and_fit_together():
     """Also without the run below: each config resolves, and what a command reads, one before it has written."""
-    there = {"pictures", "pictures/images/val"}
+    there = {"images", "images/images/val"}
     for line in tutorial():
         program, *rest = shlex.split(line)
         assert (program, rest[0]) == ("python", "train.py") or (program in ("kdjax",) and line in verbs()), line
@@ -143,7 +143,7 @@ TINY = [
 ]
 SHORT = {"train.py": TINY, "doctor": TINY, "evaluate": ["--limit=6"], "latency": ["--runs=2", "--threads=1"]}
 SHORT["export"] = ["--limit=6", "--max-ap-loss=100"]
-PICTURES = {'("train", 200)': '("train", 12)', '("val", 100)': '("val", 6)'}
+IMAGES = {'("train", 200)': '("train", 12)', '("val", 100)': '("val", 6)'}
 
 
 @pytest.mark.slow
@@ -152,7 +152,7 @@ def test_the_tutorial_runs(tmp_path):
     for name in ("train.py", "configs"):
         (tmp_path / name).symlink_to(ROOT / name)
     [makes] = re.findall(r"^```python\n(.*?)^```$", TUTORIAL, re.MULTILINE | re.DOTALL)
-    for old, new in PICTURES.items():
+    for old, new in IMAGES.items():
         assert makes.count(old) == 1
         makes = makes.replace(old, new)
     caches = {"KDJAX_CACHE": str(tmp_path / "cache"), "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax")}
@@ -171,7 +171,7 @@ def test_the_tutorial_runs(tmp_path):
         # An untrained teacher is a fault, which the doctor names.
         assert done.returncode in ((0, 1) if rest[0] == "doctor" else (0,)), (line, done.stderr[-2000:])
         told[line] = done.stdout
-    assert "12 pictures" in told[tutorial()[0]]
+    assert "12 images" in told[tutorial()[0]]
     assert "faults" in next(text for line, text in told.items() if "doctor" in line)
     assert set(json.loads((tmp_path / "runs" / "mkd" / "results.json").read_text())["gain"]) > {"AP", "AP50"}
     made = ["runs/mkd/report.html", "runs/mkd/student/README.md", "evaluated/report.html", "predicted/detections.json"]

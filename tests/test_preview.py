@@ -6,8 +6,8 @@ import cv2
 import numpy as np
 
 from kdjax import data
-from kdjax.evals import pictures
 from kdjax.methods import api
+from kdjax.report import drawing
 from kdjax.train import config as settings
 from kdjax.train import loop, optim, preview
 from kdjax.train.step import weights_of
@@ -28,13 +28,13 @@ def test_a_sheet_of_every_stage(tmp_path, capsys):
     with contextlib.closing(batches):
         batch = next(batches)
     boxes, labels = ([batch[name][row][batch["valid"][row]] for row in range(8)] for name in ("boxes", "labels"))
-    expected = pictures.contact_sheet(list(batch["image"][:8]), boxes, labels, dataset.classes, 4)
+    expected = drawing.contact_sheet(list(batch["image"][:8]), boxes, labels, dataset.classes, 4)
     np.testing.assert_array_equal(cv2.imread(str(tmp_path / "run" / "batch_000006.png"))[:, :, ::-1], expected)
     assert sum(map(len, boxes)) > 0
 
     config.data.stage2.start = 0
     assert loop.run(config, None) is None
-    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("pictures of batch 6")]
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("images of batch 6")]
     assert cv2.imread(line.split(": ")[1]).shape == (2 * 213 + 8, 4 * 320 + 3 * 8, 3)
 
 

@@ -1,4 +1,4 @@
-"""The report: what stands in the page, that it needs nothing but itself, and that odd figures do not break it."""
+"""The report: what stands in the page, that it needs nothing but itself, and that odd metrics do not break it."""
 
 import base64
 import doctest
@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kdjax.evals import pictures, report
+from kdjax.report import drawing as drawing
+from kdjax.report import run_report
 
 KEYS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -53,7 +54,7 @@ class Page(HTMLParser):
         return [attrs for name, attrs in self.tags if name == tag]
 
 
-def figures(ap, **changes):
+def metrics(ap, **changes):
     return {key: ap * (1 + 0.01 * i) for i, key in enumerate(KEYS)} | {"params": 4_873_000, "flops": 8.09e9} | changes
 
 
@@ -75,7 +76,7 @@ def rows(count, *, twin=True):
     return lines
 
 
-def examples(count=2, shape=(40, 60), models=report.MODELS, seed=0):
+def examples(count=2, shape=(40, 60), models=run_report.MODELS, seed=0):
     draws = np.random.default_rng(seed)
     made = []
     for _ in range(count):
@@ -83,23 +84,23 @@ def examples(count=2, shape=(40, 60), models=report.MODELS, seed=0):
         boxes, labels = np.concatenate([corner, corner + 15], axis=1), draws.integers(0, 2, 3)
         example = {"image": draws.integers(0, 256, (*shape, 3), np.uint8), "truth": {"boxes": boxes, "labels": labels}}
         found = {"boxes": boxes + 1, "labels": labels, "scores": np.array([0.9, 0.5, 0.1])}
-        made.append(example | {model: found if model in models else None for model in report.MODELS})
+        made.append(example | {model: found if model in models else None for model in run_report.MODELS})
     return made
 
 
 def write(tmp_path, **changes):
     given = {
         "title": "tiny on cells",
-        "results": {"teacher": figures(0.48), "twin": figures(0.389), "student": figures(0.412), "gain": None},
+        "results": {"teacher": metrics(0.48), "twin": metrics(0.389), "student": metrics(0.412), "gain": None},
         "rows": rows(20),
-        "per_class": {m: {"cell": a, "plate": 0.3} for m, a in zip(report.MODELS, (0.5, 0.4, 0.45), strict=True)},
+        "per_class": {m: {"cell": a, "plate": 0.3} for m, a in zip(run_report.MODELS, (0.5, 0.4, 0.45), strict=True)},
         "examples": examples(),
         "classes": ["cell", "plate"],
         "config_text": '{"seed": 0}',
         "notes": ["Not chosen by result.", "jax: 0.10.2"],
     } | changes
     path = tmp_path / "report.html"
-    report.write_report(path, **given)
+    run_report.write_report(path, **given)
     assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
     text = path.read_text(encoding="utf-8")
     return Page(text), text
@@ -158,7 +159,7 @@ def test_the_same_run_gives_the_same_page(tmp_path):
 def test_a_supervised_run_has_no_columns_for_others(tmp_path):
     page, _ = write(
         tmp_path,
-        results={"teacher": None, "twin": None, "student": figures(0.412), "gain": None},
+        results={"teacher": None, "twin": None, "student": metrics(0.412), "gain": None},
         rows=rows(20, twin=False),
         per_class={"student": {"cell": 0.4}},
         examples=examples(models=("student",)),
@@ -171,19 +172,19 @@ def test_a_supervised_run_has_no_columns_for_others(tmp_path):
 
 
 @pytest.mark.parametrize("missing", ["teacher", "twin"])
-def test_a_run_without_teacher_figures_or_without_twin(tmp_path, missing):
-    results = {"teacher": figures(0.48), "twin": figures(0.389), "student": figures(0.412)} | {missing: None}
+def test_a_run_without_teacher_metrics_or_without_twin(tmp_path, missing):
+    results = {"teacher": metrics(0.48), "twin": metrics(0.389), "student": metrics(0.412)} | {missing: None}
     page, _ = write(tmp_path, results=results, per_class={"student": {"cell": 0.1}}, examples=[])
     assert len(table(page)["AP"]) == 2 + (missing == "teacher")
     assert ("gain" in [row[-1] for row in page.rows]) == (missing == "teacher")
     assert not page.all("img")
 
 
-def test_undefined_figures_are_dashes(tmp_path):
+def test_undefined_metrics_are_dashes(tmp_path):
     undefined = {"APl": -1, "ARl": -1.0, "AP75": math.nan, "AR1": None}
     page, _ = write(
         tmp_path,
-        results={"teacher": figures(0.5), "twin": figures(0.3, **undefined), "student": figures(0.4, **undefined)},
+        results={"teacher": metrics(0.5), "twin": metrics(0.3, **undefined), "student": metrics(0.4, **undefined)},
         per_class={"teacher": {"cell": 0.5}, "twin": {"cell": -1}, "student": {"cell": -1}},
     )
     for key in undefined:
@@ -223,9 +224,9 @@ def test_undefined_figures_are_dashes(tmp_path):
         (0.48, -1, 0.412, "does not say what distillation added"),
     ],
 )
-def test_the_verdict_says_no_more_than_the_figures(teacher, twin, student, words):
+def test_the_verdict_says_no_more_than_the_metrics(teacher, twin, student, words):
     values = {"teacher": teacher, "twin": twin, "student": student}
-    text = report.verdict({name: None if ap is None else {"AP": ap} for name, ap in values.items()})
+    text = run_report.verdict({name: None if ap is None else {"AP": ap} for name, ap in values.items()})
     assert words in text
     share = re.search(r"closed (\d+) %", text)
     assert bool(share) == ("closed" in words) and (not share or share[1] == "25")
@@ -264,9 +265,9 @@ def test_losses_that_are_not_finite_are_told(tmp_path):
 def test_the_last_line_of_a_step_counts():
     lines = [{"step": s, "kind": "train", "lr": v} for s, v in ((10, 1.0), (20, 9.0), (30, 9.0), (20, 2.0), (30, 3.0))]
     lines += [{"step": 20, "kind": "eval", "student/AP": 0.1}, {"step": 20, "kind": "eval", "twin/AP": 0.2}]
-    steps, values = report._read(lines, "train")["lr"]
+    steps, values = run_report._read(lines, "train")["lr"]
     assert steps.tolist() == [10, 20, 30] and values.tolist() == [1, 2, 3]
-    assert set(report._read(lines, "eval")) == {"student/AP", "twin/AP"}
+    assert set(run_report._read(lines, "eval")) == {"student/AP", "twin/AP"}
 
 
 @pytest.mark.parametrize("count", [0, 1, 10_000])
@@ -281,46 +282,46 @@ def test_any_number_of_rows(tmp_path, count):
 
 def test_a_scale_is_logarithmic_where_values_span_decades():
     steps = np.arange(5.0)
-    wide = report.line_chart({"student": (steps, 10.0**-steps)}, title="x")
-    narrow = report.line_chart({"student": (steps, 1 + steps)}, title="x")
+    wide = run_report.line_chart({"student": (steps, 10.0**-steps)}, title="x")
+    narrow = run_report.line_chart({"student": (steps, 1 + steps)}, title="x")
     assert "log scale" in wide and "log scale" not in narrow
-    assert "log scale" not in report.line_chart({"student": (steps, 10.0**-steps - 1e-4)}, title="x")
-    assert "log scale" not in report.line_chart({"run": (steps, 10.0**-steps)}, title="x", log=False)
-    assert report.line_chart({"student": (steps[:0], steps[:0])}, title="x") == ""
+    assert "log scale" not in run_report.line_chart({"student": (steps, 10.0**-steps - 1e-4)}, title="x")
+    assert "log scale" not in run_report.line_chart({"run": (steps, 10.0**-steps)}, title="x", log=False)
+    assert run_report.line_chart({"student": (steps[:0], steps[:0])}, title="x") == ""
 
 
 def test_thinned_curves_keep_their_extremes():
     steps = np.arange(10_000.0)
     values = np.ones(10_000)
     values[[1234, 7777]] = 50, -50
-    at, mean, low, high = report._thin(steps, values)
-    assert len(at) == report.MAX_POINTS and high.max() == 50 and low.min() == -50
+    at, mean, low, high = run_report._thin(steps, values)
+    assert len(at) == run_report.MAX_POINTS and high.max() == 50 and low.min() == -50
     assert np.isclose(np.average(mean), 1, atol=0.01) and (np.diff(at) > 0).all()
 
 
 def test_many_classes_are_a_table_of_numbers(tmp_path):
     names = [f"class number {i}" for i in range(40)]
-    page, text = write(tmp_path, per_class={m: {n: i / 100 for i, n in enumerate(names)} for m in report.MODELS})
+    page, text = write(tmp_path, per_class={m: {n: i / 100 for i, n in enumerate(names)} for m in run_report.MODELS})
     assert all(name in page.text for name in names) and "long" in text
     assert len(text.split("By size")[0].split("By class")[1].split('class="bar"')) == 1
     gains = {"a": (0.1, 0.3), "b": (0.1, 0.4), "c": (-1, 0.9), "d": (0.3, 0.1)}
     rows = {name: {"twin": twin, "student": student} for name, (twin, student) in gains.items()}
-    page = Page(report._class_and_size({}, {m: {n: rows[n][m] for n in rows} for m in ("twin", "student")}))
+    page = Page(run_report._class_and_size({}, {m: {n: rows[n][m] for n in rows} for m in ("twin", "student")}))
     assert [row[0] for row in page.rows[1:]] == ["b", "a", "d", "c"]
 
 
-def test_eight_noisy_pictures_stay_under_three_megabytes(tmp_path):
+def test_eight_noisy_images_stay_under_three_megabytes(tmp_path):
     _, text = write(tmp_path, examples=examples(8, shape=(360, 480)))
     assert len(text) < 3_000_000
 
 
-# -------------------------------------------------------------------------------------------------------- pictures
+# -------------------------------------------------------------------------------------------------------- images
 
 GREY = np.full((40, 80, 3), 128, np.uint8)
 BOX = np.array([[8.0, 8, 30, 30]])
 
 
-def test_small_pictures_grow_and_large_ones_shrink():
+def test_small_images_grow_and_large_ones_shrink():
     for shape, drawn in {
         (40, 80): (160, 320),
         (300, 400): (300, 400),
@@ -328,64 +329,64 @@ def test_small_pictures_grow_and_large_ones_shrink():
         (4000, 100): (960, 24),
         (1, 1): (320, 320),
     }.items():
-        assert pictures.draw(np.zeros((*shape, 3), np.uint8), [], [], [], []).shape[:2] == drawn
-    assert pictures.draw(GREY, BOX, [0], [0.9], ["a"], width=None).shape == GREY.shape
+        assert drawing.draw(np.zeros((*shape, 3), np.uint8), [], [], [], []).shape[:2] == drawn
+    assert drawing.draw(GREY, BOX, [0], [0.9], ["a"], width=None).shape == GREY.shape
 
 
 def test_draw_leaves_its_input_alone_and_is_deterministic():
     image = GREY.copy()
-    first = pictures.draw(image, BOX, [0], [0.9], ["a"])
-    assert (image == GREY).all() and (first == pictures.draw(image, BOX, [0], [0.9], ["a"])).all()
-    assert first.dtype == np.uint8 and (first[32, 32:36] == pictures.class_color(0)).all(axis=-1).any()
+    first = drawing.draw(image, BOX, [0], [0.9], ["a"])
+    assert (image == GREY).all() and (first == drawing.draw(image, BOX, [0], [0.9], ["a"])).all()
+    assert first.dtype == np.uint8 and (first[32, 32:36] == drawing.class_color(0)).all(axis=-1).any()
 
 
 def test_what_is_under_the_threshold_or_not_finite_is_not_drawn():
-    plain = pictures.draw(GREY, [], [], [], ["a"])
-    assert (pictures.draw(GREY, BOX, [0], [0.29], ["a"]) == plain).all()
-    assert (pictures.draw(GREY, BOX, [0], [np.nan], ["a"]) == plain).all()
-    assert (pictures.draw(GREY, BOX * np.nan, [0], [0.9], ["a"]) == plain).all()
-    assert (pictures.draw(GREY, BOX, [0], None, ["a"]) != plain).any()
+    plain = drawing.draw(GREY, [], [], [], ["a"])
+    assert (drawing.draw(GREY, BOX, [0], [0.29], ["a"]) == plain).all()
+    assert (drawing.draw(GREY, BOX, [0], [np.nan], ["a"]) == plain).all()
+    assert (drawing.draw(GREY, BOX * np.nan, [0], [0.9], ["a"]) == plain).all()
+    assert (drawing.draw(GREY, BOX, [0], None, ["a"]) != plain).any()
 
 
 @pytest.mark.parametrize("box", [[-50, -50, 500, 500], [100, 100, 120, 130], [20, 20, 20, 20], [30, 30, 10, 10]])
-@pytest.mark.parametrize("outcome", [pictures.HIT, pictures.FALSE, pictures.MISSED, None])
+@pytest.mark.parametrize("outcome", [drawing.HIT, drawing.FALSE, drawing.MISSED, None])
 def test_odd_boxes_can_be_drawn(box, outcome):
     outcomes = None if outcome is None else [outcome]
-    assert pictures.draw(GREY, [box], [7], [1.0], ["a"], outcome=outcomes).shape == (160, 320, 3)
+    assert drawing.draw(GREY, [box], [7], [1.0], ["a"], outcome=outcomes).shape == (160, 320, 3)
 
 
 def test_names_that_the_font_lacks_are_told_by_number():
     names = ["café", "Клетка", "細胞", "a\nb", "", "x" * 50]
-    told = [pictures.class_name(i, names) for i in range(-1, 7)]
+    told = [drawing.class_name(i, names) for i in range(-1, 7)]
     assert told == ["class -1", "café", "Клетка", "class 2", "class 3", "class 4", "x" * 21 + "…", "class 6"]
-    pictures.draw(GREY, np.repeat(BOX, 6, 0), range(6), np.ones(6), names)
-    assert "細胞 (class 2)" in report.picture_rows(
+    drawing.draw(GREY, np.repeat(BOX, 6, 0), range(6), np.ones(6), names)
+    assert "細胞 (class 2)" in run_report.image_rows(
         [{"image": GREY, "truth": {"boxes": BOX, "labels": [2]}}], ["a", "b", "細胞"]
     )
 
 
 def test_neighbouring_classes_have_colours_far_apart():
-    colors = np.array([pictures.class_color(k) for k in range(80)], float)
+    colors = np.array([drawing.class_color(k) for k in range(80)], float)
     assert len(np.unique(colors, axis=0)) == 80
     assert (np.abs(np.diff(colors, axis=0)).sum(axis=1) > 100).all()
 
 
-def test_wrong_pictures_are_refused_in_one_sentence():
+def test_wrong_images_are_refused_in_one_sentence():
     for image in (GREY[..., 0], GREY.astype(np.float32), GREY[:0]):
         with pytest.raises(ValueError, match=r"uint8\[h, w, 3\]"):
-            pictures.draw(image, [], [], [], [])
+            drawing.draw(image, [], [], [], [])
     with pytest.raises(ValueError, match="1 boxes, 2 labels"):
-        pictures.draw(GREY, BOX, [0, 1], [1.0], ["a"])
+        drawing.draw(GREY, BOX, [0, 1], [1.0], ["a"])
 
 
 def test_match_is_greedy_by_score_and_within_a_class():
     truth = np.array([[0, 0, 10, 10], [100, 0, 110, 10], [200, 0, 210, 10.0]])
     boxes = np.array([[0, 0, 10, 9], [0, 0, 10, 10], [100, 0, 110, 10], [200, 0, 210, 4], [5, 5, 5, 5.0]])
     scores = np.array([0.9, 0.8, 0.7, 0.9, 0.9])
-    hit, found = pictures.match(truth, np.array([0, 1, 0]), boxes, np.array([0, 0, 0, 0, 0]), scores)
+    hit, found = drawing.match(truth, np.array([0, 1, 0]), boxes, np.array([0, 0, 0, 0, 0]), scores)
     assert hit.tolist() == [True, False, False, False, False] and found.tolist() == [True, False, False]
     for n, m in ((0, 2), (2, 0), (0, 0)):
-        hit, found = pictures.match(truth[:n], np.zeros(n), boxes[:m], np.zeros(m), scores[:m])
+        hit, found = drawing.match(truth[:n], np.zeros(n), boxes[:m], np.zeros(m), scores[:m])
         assert (len(hit), len(found), hit.any(), found.any()) == (m, n, False, False)
 
 
@@ -405,39 +406,39 @@ def test_match_agrees_with_a_slow_loop():
                 if own[i] == labels[j] and shared / union >= best:
                     best, choice = shared / union, j
             found |= {choice} - {None}
-        assert set(np.flatnonzero(pictures.match(truth, labels, boxes, own, scores, iou_threshold=0.3)[1])) == found
+        assert set(np.flatnonzero(drawing.match(truth, labels, boxes, own, scores, iou_threshold=0.3)[1])) == found
 
 
 def test_panels_count_what_they_show():
     empty = {"boxes": np.zeros((0, 4)), "labels": np.zeros(0), "scores": np.zeros(0)}
     example = examples(1)[0] | {"twin": empty, "teacher": None}
-    truth, twin, student = pictures.panels(example, ["a", "b"])
+    truth, twin, student = drawing.panels(example, ["a", "b"])
     assert [panel.name for panel in (truth, twin, student)] == ["truth", "twin", "student"]
     assert (twin.found, twin.false, twin.missed) == (0, 0, 3)
     assert (student.found, student.false, student.missed) == (2, 0, 1)  # the third has the score 0.1
-    assert pictures.summary(truth) == "3 objects" and truth.image.shape == twin.image.shape
-    nothing = pictures.panels({"image": GREY, "truth": {"boxes": [], "labels": []}, "student": empty}, ["a"])
-    assert [pictures.summary(panel) for panel in nothing] == ["no object", "0 found, 0 false, 0 missed"]
+    assert drawing.summary(truth) == "3 objects" and truth.image.shape == twin.image.shape
+    nothing = drawing.panels({"image": GREY, "truth": {"boxes": [], "labels": []}, "student": empty}, ["a"])
+    assert [drawing.summary(panel) for panel in nothing] == ["no object", "0 found, 0 false, 0 missed"]
 
 
 def test_compare_puts_panels_side_by_side():
-    drawn = pictures.compare(examples(1)[0], ["a", "b"])
+    drawn = drawing.compare(examples(1)[0], ["a", "b"])
     assert drawn.shape[1] == 4 * 320 + 3 * 8 and drawn.dtype == np.uint8
-    assert pictures.compare(examples(1, models=("student",))[0], ["a", "b"]).shape[1] == 2 * 320 + 8
+    assert drawing.compare(examples(1, models=("student",))[0], ["a", "b"]).shape[1] == 2 * 320 + 8
 
 
 def test_contact_sheet():
     images = [GREY, np.zeros((30, 30, 3), np.uint8), np.zeros((64, 32, 3), np.uint8)]
     boxes, labels = [BOX, np.zeros((0, 4)), BOX / 4], [[0], [], [1]]
-    sheet = pictures.contact_sheet(images, boxes, labels, ["a", "b"], 2, width=100)
+    sheet = drawing.contact_sheet(images, boxes, labels, ["a", "b"], 2, width=100)
     assert sheet.shape == (2 * 200 + 8, 2 * 100 + 8, 3) and sheet.dtype == np.uint8
     assert (sheet[:10] == 255).all() and (sheet[60:, 50] != 255).any()
-    assert pictures.contact_sheet(images[:1], boxes[:1], labels[:1], ["a"], 4, width=100).shape == (50, 100, 3)
+    assert drawing.contact_sheet(images[:1], boxes[:1], labels[:1], ["a"], 4, width=100).shape == (50, 100, 3)
     for bad in (([], [], [], [], 2), (images, boxes, labels, ["a"], 0), (images, boxes[:1], labels, ["a"], 2)):
         with pytest.raises(ValueError, match="contact_sheet"):
-            pictures.contact_sheet(*bad)
+            drawing.contact_sheet(*bad)
 
 
-@pytest.mark.parametrize("module", [pictures, report])
+@pytest.mark.parametrize("module", [drawing, run_report])
 def test_docstring_examples(module):
     assert not doctest.testmod(module).failed

@@ -1,4 +1,4 @@
-"""Studies: their runs and twins, what failed or finished runs leave, tables and pictures; trained are stand-ins."""
+"""Studies: their runs and twins, what failed or finished runs leave, tables and images; trained are stand-ins."""
 
 import json
 import shutil
@@ -7,7 +7,7 @@ import sys
 import cv2
 import pytest
 
-from kdjax import study
+from kdjax.commands import study
 from tests.shared import ROOT
 from tests.test_configs import load
 
@@ -90,13 +90,13 @@ def trained(monkeypatch):
         ap = 0.1 + 0.1 * int(said[".seed"])
         ap += {"": 0.0, "mkd": -0.01 if said[".seed"] == "0" else 0.0, "cwd": 0.02 * ap / 0.1, "pkd": 0.01}[method]
         ap += 0.1 * (said.get(".student.detector") == "rtmdet_nano") + 0.01 * ("mkd.weight" in " ".join(flags))
-        figures = {"AP": ap, "AP50": ap + 0.1, "params": 10, "flops": 2e6}
+        metrics = {"AP": ap, "AP50": ap + 0.1, "params": 10, "flops": 2e6}
         if not workdir.exists():
             run = FACTS | {"command": [*flags, f"--workdir={workdir}"]}
             workdir.mkdir(parents=True)
             (workdir / "config.json").write_text(json.dumps({"config": {}, "runs": [run]}))
             shutil.copytree(TEACHER, workdir / "student")
-        return {"student": figures, "teacher": figures | {"AP": 0.9} if method else None}
+        return {"student": metrics, "teacher": metrics | {"AP": 0.9} if method else None}
 
     monkeypatch.setattr(study, "train", train)
     return folders

@@ -19,13 +19,14 @@ import yaml
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from kdjax import data, detectors
-from kdjax.detectors import convert, weights
+from kdjax import data, detectors, weights
 from kdjax.detectors.api import flatten
 from kdjax.methods import api
-from kdjax.train import card, checkpoint, loop, optim
+from kdjax.report import model_card
+from kdjax.train import checkpoint, loop, optim
 from kdjax.train import config as settings
 from kdjax.train import step as steps
+from kdjax.weights import convert
 from tests.data_tools import small_folder
 from tests.test_detectors_weights import spoilt
 
@@ -102,11 +103,11 @@ def test_workdir_holds_what_a_user_takes_away(finished):
         == {"teacher", "twin", "student", "gain"}
         == set(json.loads((workdir / "results.json").read_text()))
     )
-    figures = {"AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"}
+    metrics = {"AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"}
     for role in ("teacher", "twin", "student"):
-        assert set(results[role]) == figures | {"params", "flops"}
-        assert all(-1 <= results[role][name] <= 1 for name in figures)
-    assert set(results["gain"]) == figures
+        assert set(results[role]) == metrics | {"params", "flops"}
+        assert all(-1 <= results[role][name] <= 1 for name in metrics)
+    assert set(results["gain"]) == metrics
     assert results["student"]["params"] == results["twin"]["params"] > 100_000
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     trained = [row for row in rows if row["kind"] == "train"]
@@ -134,8 +135,8 @@ def test_a_model_card_says_where_the_weights_come_from(finished, teacher_folder)
         _, params, stats, classes = weights.load(workdir / role)
         assert f"hash of its arrays: {checkpoint.fingerprint(steps.Teacher(params, stats))}" in body
         assert f"classes: {', '.join(classes)}" in body and f"- jax: {jax.__version__}" in body
-        assert "data, train: scenes, split `train`: 24 pictures" in body and "seed 0" in body
-        assert "20 steps of 8 pictures" in body and "claims no rights" in body
+        assert "data, train: scenes, split `train`: 24 images" in body and "seed 0" in body
+        assert "20 steps of 8 images" in body and "claims no rights" in body
     student = texts["student"]
     rows = dict(re.findall(r"^\| (\w+) \| (.*) \|$", student, re.MULTILINE))
     assert rows["AP"].split(" | ") == [
@@ -152,9 +153,9 @@ def test_a_model_card_says_where_the_weights_come_from(finished, teacher_folder)
 def test_the_card_names_the_licences_that_the_data_names():
     config = settings.base()
     config.data.source = "coco_folder"
-    told = card._licence(types.SimpleNamespace(licenses=("CC BY 4.0, https://example.org",)), None, config)
+    told = model_card._licence(types.SimpleNamespace(licenses=("CC BY 4.0, https://example.org",)), None, config)
     assert "- CC BY 4.0, https://example.org\n" in told and "teacher" not in told
-    assert "names no licence" in card._licence(types.SimpleNamespace(licenses=()), None, config)
+    assert "names no licence" in model_card._licence(types.SimpleNamespace(licenses=()), None, config)
 
 
 def test_five_steps_and_the_rest_equal_all_at_once_to_the_bit(finished, folder, teacher_folder, monkeypatch):
@@ -180,7 +181,7 @@ def test_five_steps_and_the_rest_equal_all_at_once_to_the_bit(finished, folder, 
 
 
 def test_twin_is_a_supervised_run_to_the_bit(finished, folder, monkeypatch):
-    """On the way it shows that no state is saved before the figures of its steps have been looked at."""
+    """On the way it shows that no state is saved before the metrics of its steps have been looked at."""
     check_finite, save, seen, saved = loop.check_finite, checkpoint.Checkpoints.save, [], []
 
     def check(step, metrics):

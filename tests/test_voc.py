@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from kdjax.evals.voc import average_precision, voc_figures
+from kdjax.evals.voc import average_precision, voc_metrics
 
 
 def truth(*objects, categories=(1,), images=3):
@@ -45,7 +45,7 @@ def test_average_precision_by_hand(recall, precision, area, points):
     [
         ([(0, 1, A)], [], 0),
         ([(0, 1, A)], [(0, 1, A, 0.9)], 1),
-        ([(0, 1, A)], [(1, 1, A, 0.9)], 0),  # another picture
+        ([(0, 1, A)], [(1, 1, A, 0.9)], 0),  # another image
         ([(0, 1, A)], [(0, 1, FAR, 0.9), (0, 1, A, 0.8)], 0.5),
         ([(0, 1, A)], [(0, 1, A, 0.9), (0, 1, A, 0.8)], 1),  # the second is false, but behind full recall
         ([(0, 1, A), (0, 1, B)], [(0, 1, A, 0.9), (0, 1, A, 0.8), (0, 1, B, 0.7)], 0.5 + 0.5 * 2 / 3),
@@ -56,19 +56,19 @@ def test_average_precision_by_hand(recall, precision, area, points):
         ([(0, 1, A), (0, 1, [0, 0, 10, 9])], [(0, 1, A, 0.9), (0, 1, A, 0.8)], 0.5),
     ],
 )
-def test_figures_by_hand(objects, detections, area):
-    assert voc_figures(truth(*objects), found(*detections))["AP50"] == pytest.approx(area)
+def test_metrics_by_hand(objects, detections, area):
+    assert voc_metrics(truth(*objects), found(*detections))["AP50"] == pytest.approx(area)
 
 
 def test_mean_over_the_classes_that_have_objects():
     objects = truth((0, 1, A), (0, 2, B), (1, 3, A, True), categories=(1, 2, 3, 4))
-    figures = voc_figures(objects, found((0, 1, A, 0.9), (0, 3, A, 0.9)))
-    assert figures == {"AP50": 0.5, "AP50_11point": 0.5}
-    assert voc_figures(truth((0, 1, A, True)), []) == {"AP50": -1, "AP50_11point": -1}
-    assert list(voc_figures(truth((0, 1, A)), [], iou_threshold=0.75)) == ["AP75", "AP75_11point"]
+    metrics = voc_metrics(objects, found((0, 1, A, 0.9), (0, 3, A, 0.9)))
+    assert metrics == {"AP50": 0.5, "AP50_11point": 0.5}
+    assert voc_metrics(truth((0, 1, A, True)), []) == {"AP50": -1, "AP50_11point": -1}
+    assert list(voc_metrics(truth((0, 1, A)), [], iou_threshold=0.75)) == ["AP75", "AP75_11point"]
 
 
-def test_figures_equal_a_slow_reading_of_the_rules():
+def test_metrics_equal_a_slow_reading_of_the_rules():
     rng = np.random.default_rng(0)
 
     def boxes(count):
@@ -94,7 +94,7 @@ def test_figures_equal_a_slow_reading_of_the_rules():
     steps = np.arange(100_000) / 100_000
     area = np.mean([max((p for r, p in curve if r > s), default=0) for s in steps[::50]])
     points = np.mean([max((p for r, p in curve if r >= k / 10 - 1e-12), default=0) for k in range(11)])
-    figures = voc_figures(truth(*objects), found(*detections))
+    metrics = voc_metrics(truth(*objects), found(*detections))
     assert 0.05 < area < 0.95
-    assert figures["AP50"] == pytest.approx(area, abs=1e-3)
-    assert figures["AP50_11point"] == pytest.approx(points)
+    assert metrics["AP50"] == pytest.approx(area, abs=1e-3)
+    assert metrics["AP50_11point"] == pytest.approx(points)

@@ -1,5 +1,5 @@
 """FGD on RTMDet, with the authors' weights for YOLOX, the nearest to it of their detectors (YOLOX-l -> m 45.9 -> 46.6
-AP), and their clipping of gradients. The MKD paper's RTMDet figures: tiny 41.1 -> 41.4, s 44.6 -> 44.9, m 49.4 ->
+AP), and their clipping of gradients. The MKD paper's RTMDet metrics: tiny 41.1 -> 41.4, s 44.6 -> 44.9, m 49.4 ->
 49.6.
 
     python train.py --config=configs/distill/fgd.py --config.data.root=DIR \\

@@ -1,5 +1,5 @@
 """MGD on RTMDet: alpha 2e-5 and lambda 0.65 as for one-stage detectors, gradients clipped as by the authors.
-Published: RetinaNet X101 -> R50 37.4 -> 41.0 AP; the MKD paper's RTMDet figures: tiny 41.1 -> 41.8, s 44.6 -> 45.2,
+Published: RetinaNet X101 -> R50 37.4 -> 41.0 AP; the MKD paper's RTMDet metrics: tiny 41.1 -> 41.8, s 44.6 -> 45.2,
 m 49.4 -> 49.8.
 
     python train.py --config=configs/distill/mgd.py --config.data.root=DIR \\

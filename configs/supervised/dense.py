@@ -8,12 +8,12 @@ of the backbone, from which the published ones start as well, but for FCOS: its 
 --config.student.options= is right. DETECTOR,24 trains for 24 epochs, the 2x schedule.
 
 Published (mmdetection), R50 and R101: RetinaNet 36.5, 38.5 (2x: 37.4, 38.9), FCOS 36.6, 39.1, GFL 40.2, 44.7 (the
-latter 2x with several scales), ATSS 39.4, 41.5. There pictures have 800 px on the short and at most 1333 on the long
-side; the canvas here is fixed, so upright pictures are smaller. There norms and biases decay as well, and FCOS's biases
+latter 2x with several scales), ATSS 39.4, 41.5. There images have 800 px on the short and at most 1333 on the long
+side; the canvas here is fixed, so upright images are smaller. There norms and biases decay as well, and FCOS's biases
 have twice the rate and no decay; here no norm or bias decays, and all have one rate.
 """
 
-from configs.supervised.rtmdet import PICTURES
+from configs.supervised.rtmdet import IMAGES
 from kdjax.train.config import augment, base
 
 BATCH = 16
@@ -40,4 +40,4 @@ def get_config(chosen: str = "retinanet_r50"):
 
 
 def steps(epochs: float) -> int:
-    return round(epochs * PICTURES / BATCH)
+    return round(epochs * IMAGES / BATCH)

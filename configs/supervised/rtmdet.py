@@ -15,12 +15,12 @@ Published: tiny 41.1 AP, s 44.6, m 49.4, l 51.5, x 52.8; the backbones of tiny a
 
 from kdjax.train.config import augment, base
 
-PICTURES = 118287  # of COCO train2017
+IMAGES = 118287  # of COCO train2017
 BATCH = 256
 
 
 def steps(epochs: int) -> int:
-    return round(epochs * PICTURES / BATCH)
+    return round(epochs * IMAGES / BATCH)
 
 
 def get_config(size: str = "tiny"):

@@ -2,7 +2,7 @@
 
     python train.py --config=configs/supervised/scenes.py:rtmdet_nano --workdir=runs/scenes_teacher
 
-assets/README.md has the figures and the command that stores its weights as float16.
+assets/README.md has the metrics and the command that stores its weights as float16.
 """
 
 from kdjax.train.config import base

@@ -10,7 +10,7 @@ from kdjax.structs import Array, Assignment, Targets
 
 
 def inside_padding(priors: Array, pad_size: Array) -> Array:
-    """Which priors belong to the padded picture: those whose cell starts inside it.
+    """Which priors belong to the padded image: those whose cell starts inside it.
 
     Args:
       priors: f32[N, 4], `x y stride_w stride_h` in pixels, offset 0 .. 1 (exclusive).
@@ -19,7 +19,7 @@ def inside_padding(priors: Array, pad_size: Array) -> Array:
     Returns:
       bool[B, N].
 
-    Scope: each picture on its own.
+    Scope: each image on its own.
 
     Peers: mmdetection's `MlvlPointGenerator.valid_flags`.
 
@@ -141,7 +141,7 @@ def dynamic_soft_label(
 ) -> Assignment:
     """RTMDet's assigner: every box takes the k priors that would cost it least, k from the overlaps themselves.
 
-    Candidates are the priors inside the padded picture and strictly inside any box. The cost of prior n for box m of
+    Candidates are the priors inside the padded image and strictly inside any box. The cost of prior n for box m of
     class c, with v their IoU, p = sigmoid(logits) and t the vector with v at c and 0 elsewhere, is
 
       sum_j (t_j - p_j)^2 BCE(p_j, t_j)  -  iou_weight log(v + 1e-7)  +  10^(|x_n - centre_m| / stride_n - radius)
@@ -161,9 +161,9 @@ def dynamic_soft_label(
 
     Returns:
       Assignment. `quality` is the IoU of the predicted box with the matched one; `ignore` marks priors outside the
-      padded picture. A picture without boxes is all background.
+      padded image. An image without boxes is all background.
 
-    Scope: each picture on its own.
+    Scope: each image on its own.
 
     Peers: mmdetection's `DynamicSoftLabelAssigner`; the prior's distance is measured in its horizontal stride.
 
@@ -220,7 +220,7 @@ def sim_ota(
 ) -> Assignment:
     """YOLOX's assigner: every box takes the k priors that would cost it least, near its centre if there are such.
 
-    Candidates are the priors inside the padded picture that are strictly inside any box or any box's centre region (the
+    Candidates are the priors inside the padded image that are strictly inside any box or any box's centre region (the
     square of `radius` strides around its centre). The cost of prior n for box m of class c, with v their IoU, is
 
       class_weight sum_j BCE(p_j, [j = c])  -  iou_weight log(v + 1e-7)  +  1e5 unless n is in box m and its region
@@ -239,9 +239,9 @@ def sim_ota(
 
     Returns:
       Assignment. `quality` is the IoU of the predicted box with the matched one; `ignore` marks priors outside the
-      padded picture. A picture without boxes is all background.
+      padded image. An image without boxes is all background.
 
-    Scope: each picture on its own.
+    Scope: each image on its own.
 
     Peers: mmdetection's `SimOTAAssigner`.
 
@@ -311,9 +311,9 @@ def max_iou(
       ignore_iof: anchors that lie in an ignored box by more than this share of their area are ignored; None: none are.
 
     Returns:
-      Assignment with `quality` 1 at matches. A picture without boxes is all background.
+      Assignment with `quality` 1 at matches. An image without boxes is all background.
 
-    Scope: each picture on its own.
+    Scope: each image on its own.
 
     Peers: mmdetection's `MaxIoUAssigner`. Exactly equal IoUs may fall out otherwise there, by rounding.
 
@@ -371,10 +371,10 @@ def atss(
       inside: bool[B, N], which anchors take part (`inside_padding`); None: all.
 
     Returns:
-      Assignment with `quality` 1 at matches; `ignore` marks anchors that do not take part. A picture without boxes is
+      Assignment with `quality` 1 at matches; `ignore` marks anchors that do not take part. An image without boxes is
       all background.
 
-    Scope: each picture on its own.
+    Scope: each image on its own.
 
     Peers: mmdetection's `ATSSAssigner`.
 
@@ -436,10 +436,10 @@ def smallest_box(
       radius: half the side of the centre region, in strides; None: the whole box.
 
     Returns:
-      Assignment with `quality` 1 at matches; nothing is ignored, as points outside the padded picture are background. A
-      picture without boxes is all background.
+      Assignment with `quality` 1 at matches; nothing is ignored, as points outside the padded image are background. A
+      image without boxes is all background.
 
-    Scope: each picture on its own.
+    Scope: each image on its own.
 
     Peers: mmdetection's `FCOSHead.get_targets`, with `center_sampling` where there is a radius.
 

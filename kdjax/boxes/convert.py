@@ -44,14 +44,14 @@ def from_xywh(boxes: Array) -> Array:
 
 
 def clip(boxes: Array, image_size: Array) -> Array:
-    """Boxes cut to their picture: x to `0 .. width`, y to `0 .. height`.
+    """Boxes cut to their image: x to `0 .. width`, y to `0 .. height`.
 
     Args:
       boxes: f32[..., N, 4], pixels.
-      image_size: i32[..., 2], height and width of the picture in pixels; its leading axes are those of `boxes`.
+      image_size: i32[..., 2], height and width of the image in pixels; its leading axes are those of `boxes`.
 
     Returns:
-      f32[..., N, 4], pixels. A box outside the picture keeps no area.
+      f32[..., N, 4], pixels. A box outside the image keeps no area.
 
     Scope: each box on its own.
 

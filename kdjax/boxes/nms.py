@@ -25,7 +25,7 @@ def suppress(
       (i32[B, D] indices into the candidates, best score first, equal scores in the order of the candidates;
       bool[B, D] whether there is such a box). Where there is none, the index is 0.
 
-    Scope: each picture on its own.
+    Scope: each image on its own.
 
     Peers: torchvision's `nms` and mmcv's `batched_nms` (which moves the classes apart instead of comparing labels).
 
@@ -92,14 +92,14 @@ def select(
       score_threshold: pairs count only if they score more.
       iou_threshold: a box is dropped if its IoU with a better one is above it.
       pre_nms: how many pairs of a level go on.
-      max_detections: D, the number of places for detections of a picture.
+      max_detections: D, the number of places for detections of an image.
       class_agnostic: suppress over classes as well.
       quality: f32[B, N], 0 .. 1; the scores of the pairs that go on are multiplied by it. None: they are not.
 
     Returns:
       Detections, best first, with boxes of zero width or height (after clipping) left out.
 
-    Scope: each picture on its own.
+    Scope: each image on its own.
 
     Peers: mmdetection's dense heads (`filter_scores_and_topk`, then `batched_nms`).
 

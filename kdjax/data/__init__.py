@@ -1,4 +1,4 @@
-"""Pictures and boxes for the trainer: NumPy arrays only, never jax (see `docs/architecture.md`)."""
+"""Images and boxes for the trainer: NumPy arrays only, never jax (see `docs/architecture.md`)."""
 
 from kdjax.data.dataset import Dataset, Split, ground_truth, open_dataset
 from kdjax.data.loader import check_settings, eval_batches, train_batches

@@ -1,4 +1,4 @@
-"""Folders in COCO layout: finding their files, checking and repairing their json, streaming their pictures."""
+"""Folders in COCO layout: finding their files, checking and repairing their json, streaming their images."""
 
 import concurrent.futures
 import hashlib
@@ -9,15 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kdjax.data import records
-from kdjax.data.records import Picture
+from kdjax.data.records import ImageRecord
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
-CLIPPED = "box clipped to the picture"  # a reason in the log
+CLIPPED = "box clipped to the image"  # a reason in the log
 _CLIP = 0.01  # px: a box that sticks out by less is clipped without a word (rounding in the json)
 
 
 def find(root: str, split: str, *, annotations: str = "", images: str = "") -> tuple[Path, Path]:
-    """The json and the folder of pictures of a split.
+    """The json and the folder of images of a split.
 
     Tried under `root`: annotations/instances_{split}.json, annotations/{split}.json, {split}/_annotations.coco.json;
     images/{split}/, {split}/, images/. Explicit paths count from `root`, or are absolute.
@@ -27,7 +27,7 @@ def find(root: str, split: str, *, annotations: str = "", images: str = "") -> t
     folders = [base / Path(images).expanduser()] if images else [base / "images" / split, base / split, base / "images"]
     folder = next((p for p in folders if p.is_dir()), None)
     if folder is None:
-        raise FileNotFoundError(f"split '{split}' has no folder of pictures: looked for {_listed(folders)}.")
+        raise FileNotFoundError(f"split '{split}' has no folder of images: looked for {_listed(folders)}.")
     return json_path, folder
 
 
@@ -56,7 +56,7 @@ def _listed(paths) -> str:
 
 
 def fingerprint(json_path: Path, folder: Path) -> dict:
-    """What the preparation depends on: the json's content; name, size and time of every picture."""
+    """What the preparation depends on: the json's content; name, size and time of every image."""
     seen = hashlib.sha256()
     for where, subfolders, names in os.walk(folder):
         subfolders.sort()
@@ -64,7 +64,7 @@ def fingerprint(json_path: Path, folder: Path) -> dict:
             if name.lower().endswith(SUFFIXES):
                 stat = os.stat(os.path.join(where, name))
                 seen.update(f"{os.path.relpath(where, folder)}/{name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    return {"json": digest(json_path), "pictures": seen.hexdigest()}
+    return {"json": digest(json_path), "images": seen.hexdigest()}
 
 
 def digest(path: Path) -> str:
@@ -102,12 +102,12 @@ def licenses(data: dict) -> list[str]:
     return list(dict.fromkeys(filter(None, told)))
 
 
-def check(data: dict, name: str) -> tuple[list[Picture], dict[int, str], list[dict]]:
-    """Pictures with their annotations in json order, categories by id, and the list of what was dropped or repaired.
+def check(data: dict, name: str) -> tuple[list[ImageRecord], dict[int, str], list[dict]]:
+    """Images with their annotations in json order, categories by id, and the list of what was dropped or repaired.
 
     What cannot be meant is refused (`ValueError`): an annotation of an unknown image or category, ids twice or not
-    integer, boxes as fractions of the picture. What merely cannot be used is dropped or repaired and listed: boxes that
-    are not four finite numbers, have no extent or lie outside the picture are dropped, boxes that stick out are clipped
+    integer, boxes as fractions of the image. What merely cannot be used is dropped or repaired and listed: boxes that
+    are not four finite numbers, have no extent or lie outside the image are dropped, boxes that stick out are clipped
     (for training; the ground truth keeps them as they are), missing or double annotation ids are replaced. Nothing is
     said where `iscrowd` (then 0) or `area` (then that of the box) is missing.
 
@@ -128,10 +128,10 @@ def check(data: dict, name: str) -> tuple[list[Picture], dict[int, str], list[di
     if not categories:
         raise ValueError(f"{name} has no categories.")
 
-    pictures, files = {}, set()
+    image_records, files = {}, set()
     for entry in data["images"]:
         key = _identity(entry, name, "image")
-        if key in pictures:
+        if key in image_records:
             raise ValueError(f"{name}: image id {key} appears twice.")
         if not isinstance(entry.get("file_name"), str) or not entry["file_name"]:
             raise ValueError(f"{name}: image {key} has no file_name.")
@@ -139,10 +139,10 @@ def check(data: dict, name: str) -> tuple[list[Picture], dict[int, str], list[di
             raise ValueError(f"{name}: {entry['file_name']} is listed as two images.")
         files.add(entry["file_name"])
         sides = [entry.get(side) for side in ("width", "height")]
-        # 0 stands for unknown: the size is then taken from the picture itself.
+        # 0 stands for unknown: the size is then taken from the image itself.
         width, height = (int(s) if _finite(s) and s > 0 else 0 for s in sides)
-        pictures[key] = Picture(id=key, file_name=entry["file_name"], width=width, height=height)
-    if not pictures:
+        image_records[key] = ImageRecord(id=key, file_name=entry["file_name"], width=width, height=height)
+    if not image_records:
         raise ValueError(f"{name} lists no images.")
 
     log = []
@@ -150,8 +150,8 @@ def check(data: dict, name: str) -> tuple[list[Picture], dict[int, str], list[di
     spare = itertools.count(1 + max((a["id"] for a in data["annotations"] if _whole(a.get("id"))), default=0))
     for entry in data["annotations"]:
         what = f"annotation {entry.get('id')}"
-        picture = pictures.get(_hashable(entry.get("image_id")))
-        if picture is None:
+        record = image_records.get(_hashable(entry.get("image_id")))
+        if record is None:
             raise ValueError(f"{name}: {what} is of image {entry.get('image_id')!r}, which is not among the images.")
         if _hashable(entry.get("category_id")) not in categories:
             raise ValueError(
@@ -159,8 +159,8 @@ def check(data: dict, name: str) -> tuple[list[Picture], dict[int, str], list[di
             )
         entry = dict(entry)
 
-        def note(action, reason, picture=picture, entry=entry):
-            log.append({"file": picture.file_name, "annotation": entry.get("id"), "action": action, "reason": reason})
+        def note(action, reason, record=record, entry=entry):
+            log.append({"file": record.file_name, "annotation": entry.get("id"), "action": action, "reason": reason})
 
         bbox = entry.get("bbox")
         if not isinstance(bbox, list) or len(bbox) != 4 or not all(_finite(v) for v in bbox):
@@ -182,11 +182,11 @@ def check(data: dict, name: str) -> tuple[list[Picture], dict[int, str], list[di
             if area is not None:
                 note("repaired", "area is no number of at least 0: that of the box taken")
             entry["area"] = bbox[2] * bbox[3]
-        picture.annotations.append(entry)
-    numbers = [value for picture in pictures.values() for entry in picture.annotations for value in entry["bbox"]]
+        record.annotations.append(entry)
+    numbers = [value for record in image_records.values() for entry in record.annotations for value in entry["bbox"]]
     if numbers and max(numbers) <= 1:
         raise ValueError(f"{name}: no number of its boxes is above 1, as if they were fractions; they must be pixels.")
-    return list(pictures.values()), categories, log
+    return list(image_records.values()), categories, log
 
 
 def _identity(entry: dict, name: str, kind: str) -> int:
@@ -209,13 +209,15 @@ def _hashable(value):
     return value if _whole(value) else None
 
 
-def stream(pictures: list[Picture], folder: Path, name: str, log: list[dict]) -> Iterator[tuple[Picture, bytes]]:
-    """Every picture with its encoded bytes, really decoded once; boxes are held against the picture's true size.
+def stream(
+    image_records: list[ImageRecord], folder: Path, name: str, log: list[dict]
+) -> Iterator[tuple[ImageRecord, bytes]]:
+    """Every image with its encoded bytes, really decoded once; boxes are held against the image's true size.
 
     Adds to `log` what that drops or repairs.
     """
-    paths = [located(picture.file_name, folder) for picture in pictures]
-    missing = [p.file_name for p, path in zip(pictures, paths, strict=True) if path is None]
+    paths = [located(record.file_name, folder) for record in image_records]
+    missing = [p.file_name for p, path in zip(image_records, paths, strict=True) if path is None]
     if missing:
         rest = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise FileNotFoundError(f"{name} lists {missing[0]}{rest}, which is not in {folder}.")
@@ -227,41 +229,41 @@ def stream(pictures: list[Picture], folder: Path, name: str, log: list[dict]) ->
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         # In portions, so that a large data set is never in memory as a whole.
-        for start in range(0, len(pictures), 64):
+        for start in range(0, len(image_records), 64):
             loaded = pool.map(load, paths[start : start + 64])
-            for picture, path, (encoded, shape) in zip(pictures[start:], paths[start:], loaded, strict=False):
+            for record, path, (encoded, shape) in zip(image_records[start:], paths[start:], loaded, strict=False):
                 if shape is None:
-                    raise ValueError(f"{path} cannot be read as a picture.")
-                _fit(picture, shape, name, log)
-                yield picture, encoded
+                    raise ValueError(f"{path} cannot be read as an image.")
+                _fit(record, shape, name, log)
+                yield record, encoded
 
 
 def located(file_name: str, folder: Path) -> Path | None:
-    """Where a picture lies; some tools write names that begin with the folder of the split."""
+    """Where an image lies; some tools write names that begin with the folder of the split."""
     return next((p for p in (folder / file_name, folder.parent / file_name) if p.is_file()), None)
 
 
-def _fit(picture: Picture, shape: tuple[int, ...], name: str, log: list[dict]) -> None:
-    """Hold the picture's entry against its true size; drop and note what cannot be seen."""
+def _fit(record: ImageRecord, shape: tuple[int, ...], name: str, log: list[dict]) -> None:
+    """Hold the image's entry against its true size; drop and note what cannot be seen."""
     height, width = shape[:2]
-    if not (picture.width and picture.height):
-        reason = "width and height taken from the picture"
-        log.append({"file": picture.file_name, "annotation": None, "action": "repaired", "reason": reason})
-    elif (picture.width, picture.height) != (width, height):
-        turned = " (EXIF orientation is not applied)" if (picture.height, picture.width) == (width, height) else ""
+    if not (record.width and record.height):
+        reason = "width and height taken from the image"
+        log.append({"file": record.file_name, "annotation": None, "action": "repaired", "reason": reason})
+    elif (record.width, record.height) != (width, height):
+        turned = " (EXIF orientation is not applied)" if (record.height, record.width) == (width, height) else ""
         raise ValueError(
-            f"{picture.file_name} is {width}x{height}, but {name} says {picture.width}x{picture.height}{turned}."
+            f"{record.file_name} is {width}x{height}, but {name} says {record.width}x{record.height}{turned}."
         )
-    picture.width, picture.height = width, height
+    record.width, record.height = width, height
     kept = []
-    for annotation in picture.annotations:
+    for annotation in record.annotations:
         x, y, w, h = annotation["bbox"]
         x0, y0, x1, y1 = records.clipped(annotation["bbox"], width, height)
-        note = {"file": picture.file_name, "annotation": annotation["id"]}
+        note = {"file": record.file_name, "annotation": annotation["id"]}
         if x1 <= x0 or y1 <= y0:
-            log.append({**note, "action": "dropped", "reason": "box outside the picture"})
+            log.append({**note, "action": "dropped", "reason": "box outside the image"})
             continue
         if max(x0 - x, y0 - y, x + w - x1, y + h - y1) > _CLIP:
             log.append({**note, "action": "repaired", "reason": CLIPPED})
         kept.append(annotation)
-    picture.annotations = kept
+    record.annotations = kept

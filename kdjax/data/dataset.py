@@ -12,8 +12,8 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-from kdjax.data import cache, coco, records, scenes, stock
-from kdjax.data.records import Picture, Reader
+from kdjax.data import cache, coco, records, scenes, tfds
+from kdjax.data.records import ImageRecord, Reader
 
 LOG = "log.json"  # {role: everything that was dropped or repaired}
 
@@ -23,14 +23,14 @@ class Split:
     """One split of a data set."""
 
     name: str  # as in the source: 'train', 'val', 'train2017', …
-    size: int  # pictures
+    size: int  # images
     records: Reader  # random access by position
     folder: Path  # holds {role}.json, the ground truth, and LOG
     role: str  # 'train' or 'val'
 
     @functools.cached_property
     def truth(self) -> dict:
-        """COCO instances dict of the first `size` pictures."""
+        """COCO instances dict of the first `size` images."""
         truth = _stored(self.folder / f"{self.role}.json")
         if len(truth["images"]) > self.size:
             truth["images"] = truth["images"][: self.size]
@@ -46,18 +46,18 @@ class Split:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """What the trainer knows of its data; pictures come from `train_batches` and `eval_batches`."""
+    """What the trainer knows of its data; images come from `train_batches` and `eval_batches`."""
 
     name: str
     classes: tuple[str, ...]
     category_ids: tuple[int, ...]  # label i stands for category_ids[i]; ascending
     max_boxes: int  # M of every batch
     splits: dict[str, Split]  # 'train' and 'val'
-    licenses: tuple[str, ...] = ()  # of the pictures, as the jsons list them
+    licenses: tuple[str, ...] = ()  # of the images, as the jsons list them
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Changes with the pictures, boxes and classes that the ground truths list; not with where they lie."""
+        """Changes with the images, boxes and classes that the ground truths list; not with where they lie."""
         parts = {role: (coco.digest(split.folder / f"{role}.json"), split.size) for role, split in self.splits.items()}
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -67,8 +67,8 @@ def open_dataset(cfg: Mapping) -> Dataset:
 
     Args:
       cfg: `config.data`. Read here: source ('scenes', 'coco_folder' or 'tfds'), root, train_split, val_split, cache,
-        limit (first pictures of each split, 0 for all), max_boxes (0: from the data), augment and stage2 (whether a
-        training picture is made of several); for folders train_annotations, val_annotations, train_images, val_images
+        limit (first images of each split, 0 for all), max_boxes (0: from the data), augment and stage2 (whether a
+        training image is made of several); for folders train_annotations, val_annotations, train_images, val_images
         (explicit paths); for scenes scenes_train, scenes_val.
 
     Returns:
@@ -116,17 +116,17 @@ def _damaged(path: Path | str, folder: Path) -> ValueError:
 
 
 def _box_rows(splits: Mapping, cfg: Mapping) -> int:
-    """Rows that hold the boxes of every picture, and of pictures made of several those of nearly all.
+    """Rows that hold the boxes of every image, and of images made of several those of nearly all.
 
-    The latter is mean + 3 standard deviations of the sum over as many training pictures as Mosaic and MixUp combine.
+    The latter is mean + 3 standard deviations of the sum over as many training images as Mosaic and MixUp combine.
     """
-    most = max(len(split["pictures_by_boxes"]) - 1 for split in splits.values())
+    most = max(len(split["images_by_boxes"]) - 1 for split in splits.values())
     stages = [cfg.get("augment", {})]
     if cfg.get("stage2", {}).get("start", 0):
         stages.append(cfg["stage2"].get("augment", {}))
     together = max((4 if stage.get("mosaic") else 1) * (2 if stage.get("mixup") else 1) for stage in stages)
-    pictures = np.array(splits["train"]["pictures_by_boxes"], float)
-    share, boxes = pictures / max(pictures.sum(), 1), np.arange(len(pictures))
+    image_records = np.array(splits["train"]["images_by_boxes"], float)
+    share, boxes = image_records / max(image_records.sum(), 1), np.arange(len(image_records))
     mean = share @ boxes
     usual = together * mean + 3 * (together * (share @ (boxes - mean) ** 2)) ** 0.5
     rows = math.ceil(max(most, min(usual, together * most)))
@@ -136,8 +136,8 @@ def _box_rows(splits: Mapping, cfg: Mapping) -> int:
 def ground_truth(dataset: Dataset, split: str, *, limit: int | None = None) -> dict:
     """COCO instances dict of a split ('train' or 'val') for evaluation: original pixels, original category ids.
 
-    It holds the boxes that are trained on and the crowd regions; a box that sticks out of its picture is as in the
-    json. With `limit`, only the first pictures, as `eval_batches(limit=…)` gives them.
+    It holds the boxes that are trained on and the crowd regions; a box that sticks out of its image is as in the
+    json. With `limit`, only the first images, as `eval_batches(limit=…)` gives them.
     """
     chosen = dataset.splits[split]
     if limit is not None:
@@ -173,8 +173,8 @@ def _open_folder(cfg: Mapping) -> Path:
         for role, (json_path, images) in files.items():
             given = coco.read(json_path)
             licenses += coco.licenses(given)
-            pictures, categories[role], logs[role] = coco.check(given, json_path.name)
-            streams[role] = (len(pictures), coco.stream(pictures, images, json_path.name, logs[role]))
+            image_records, categories[role], logs[role] = coco.check(given, json_path.name)
+            streams[role] = (len(image_records), coco.stream(image_records, images, json_path.name, logs[role]))
         for key, label in categories["val"].items():
             if categories["train"].get(key) != label:
                 raise ValueError(
@@ -195,7 +195,7 @@ def _open_folder(cfg: Mapping) -> Path:
 
 
 def _open_scenes(cfg: Mapping) -> Path:
-    """Prepare the generated pictures."""
+    """Prepare the generated images."""
     counts = {role: int(cfg.get(f"scenes_{role}", default)) for role, default in (("train", 2000), ("val", 400))}
     print_of = {"builder": records.VERSION, "scenes": scenes.fingerprint(), "counts": counts}
     names = {"train": "train", "val": "val"}
@@ -212,7 +212,7 @@ def _open_scenes(cfg: Mapping) -> Path:
 def _open_stock(cfg: Mapping) -> Path:
     """Index prepared TFDS directories; the records stay where they are."""
     names = _names(cfg)
-    name, classes, readers = stock.describe(cfg.get("root", ""), names)
+    name, classes, readers = tfds.describe(cfg.get("root", ""), names)
     directories = sorted({directory for reader in readers.values() for directory, _ in reader.parts})
     jsons = {role: cfg.get(f"{role}_annotations", "") for role in names}
     jsons = {role: coco.find_json(cfg["root"], names[role], path) for role, path in jsons.items() if path}
@@ -220,12 +220,12 @@ def _open_stock(cfg: Mapping) -> Path:
         "builder": records.VERSION,
         "splits": names,
         "records": {role: reader.parts for role, reader in readers.items()},
-        "files": [stock.fingerprint(directory) for directory in directories],
+        "files": [tfds.fingerprint(directory) for directory in directories],
         "json": {role: coco.digest(path) for role, path in jsons.items()},
     }
 
     def write(folder: Path) -> None:
-        logs, pictures, given, licenses = {role: [] for role in names}, {}, {}, []
+        logs, image_records, given, licenses = {role: [] for role in names}, {}, {}, []
         # The records only know labels 0 .. K-1; without a json their ids are taken to be 1 .. K.
         categories = dict(enumerate(classes, start=1))
         for role, path in jsons.items():
@@ -237,18 +237,18 @@ def _open_stock(cfg: Mapping) -> Path:
                     f"the categories of {path.name}, by ascending id, are not the classes of {', '.join(directories)}."
                 )
         for role, reader in readers.items():
-            scanned = stock.scan(reader, sorted(categories), logs[role])
+            scanned = tfds.scan(reader, sorted(categories), logs[role])
             scanned = tqdm(scanned, total=len(reader), desc=f"checking {name} {role}", unit="img", disable=None)
-            pictures[role] = list(scanned)
+            image_records[role] = list(scanned)
             if role in given:
-                pictures[role] = stock.match(pictures[role], given[role], jsons[role].name)
+                image_records[role] = tfds.match(image_records[role], given[role], jsons[role].name)
         _save_index(
             folder,
             name=name,
             names=names,
             parts={role: reader.parts for role, reader in readers.items()},
             categories=categories,
-            pictures=pictures,
+            image_records=image_records,
             logs=logs,
             licenses=licenses,
         )
@@ -265,13 +265,13 @@ def _write(
     """Write records, ground truths, log and meta of both splits into `folder`."""
     seen = {role: [] for role in streams}
 
-    def tee(role: str, count: int, stream: Iterable[tuple[Picture, bytes]]):
+    def tee(role: str, count: int, stream: Iterable[tuple[ImageRecord, bytes]]):
         # Without a terminal no bar is drawn.
-        for picture, encoded in tqdm(stream, total=count, desc=f"preparing {name} {role}", unit="img", disable=None):
-            seen[role].append(picture)
-            yield picture, encoded
+        for record, encoded in tqdm(stream, total=count, desc=f"preparing {name} {role}", unit="img", disable=None):
+            seen[role].append(record)
+            yield record, encoded
 
-    logging.info("Preparing %s: %s pictures.", name, {role: count for role, (count, _) in streams.items()})
+    logging.info("Preparing %s: %s images.", name, {role: count for role, (count, _) in streams.items()})
     category_ids = sorted(categories)
     directory = records.write(
         folder,
@@ -285,7 +285,7 @@ def _write(
         names=names,
         parts={role: [(str(directory.relative_to(folder)), role)] for role in streams},
         categories=categories,
-        pictures=seen,
+        image_records=seen,
         logs=logs,
         licenses=licenses,
     )
@@ -298,7 +298,7 @@ def _save_index(
     names: dict[str, str],
     parts: dict[str, Iterable[tuple[str, str]]],
     categories: dict[int, str],
-    pictures: dict[str, list[Picture]],
+    image_records: dict[str, list[ImageRecord]],
     logs: dict[str, list[dict]],
     licenses: Iterable[str],
 ) -> None:
@@ -311,7 +311,7 @@ def _save_index(
         "licenses": list(dict.fromkeys(licenses)),
         "splits": {},
     }
-    for role, entries in pictures.items():
+    for role, entries in image_records.items():
         truth = {
             "images": [dict(id=p.id, file_name=p.file_name, width=p.width, height=p.height) for p in entries],
             "annotations": [annotation for p in entries for annotation in p.annotations],
@@ -323,7 +323,7 @@ def _save_index(
             "name": names[role],
             "records": list(parts[role]),  # TFDS directory and split, several one after the other
             "size": len(entries),
-            "pictures_by_boxes": np.bincount(boxes, minlength=1).tolist(),
+            "images_by_boxes": np.bincount(boxes, minlength=1).tolist(),
         }
     (folder / LOG).write_text(json.dumps(logs))
     (folder / "meta.json").write_text(json.dumps(meta))

@@ -26,11 +26,11 @@ from kdjax.data.dataset import Dataset, Split
 from kdjax.data.transforms import Sample
 
 STREAM = 4  # neighbouring rows of a batch that make a virtual stream: 64 streams for a batch of 256
-CENTRE = (0.5, 1.5)  # where the four pictures of a Mosaic may meet, of the canvas' sides; the Mosaic is twice as large
-_KEEP = 400 * 2**20  # bytes of decoded pictures that are kept in memory, so that a small split is decoded once
+CENTRE = (0.5, 1.5)  # where the four images of a Mosaic may meet, of the canvas' sides; the Mosaic is twice as large
+_KEEP = 400 * 2**20  # bytes of decoded images that are kept in memory, so that a small split is decoded once
 
 
-class Pictures:
+class Images:
     """Decoded examples of a split by position; keeps those of small splits in memory."""
 
     def __init__(self, split: Split):
@@ -39,7 +39,7 @@ class Pictures:
         self._own = threading.local()
 
     def __reduce__(self):
-        return Pictures, (self._split,)  # a worker process decodes for itself
+        return Images, (self._split,)  # a worker process decodes for itself
 
     def __getitem__(self, index: int) -> dict:
         example = self._kept.get(index)
@@ -53,7 +53,7 @@ class Pictures:
         return example
 
     def newly_decoded(self) -> int:
-        """How many pictures the calling thread has decoded since it last asked."""
+        """How many images the calling thread has decoded since it last asked."""
         count, self._own.decoded = getattr(self._own, "decoded", 0), 0
         return count
 
@@ -70,9 +70,9 @@ class _Stage(NamedTuple):
 class _Row(NamedTuple):
     """All that decides what a row of a training batch shows, apart from the draws of `transforms.augment`."""
 
-    position: int  # in the endless stream of pictures; seeds those draws
+    position: int  # in the endless stream of images; seeds those draws
     stage: int
-    pictures: tuple[int, ...]  # one, or the four of a Mosaic
+    images: tuple[int, ...]  # one, or the four of a Mosaic
     centre: tuple[float, float] = (1.0, 1.0)  # y, x of a Mosaic, of the canvas' sides
     partner: "_Row | None" = None  # what MixUp adds, itself without partner
     mirrored: bool = False  # whether the partner is, once more
@@ -82,7 +82,7 @@ class _Row(NamedTuple):
 class _TrainPlans:
     """What goes where: element k lists this host's rows of batch k."""
 
-    order: Sequence[int]  # picture at every position
+    order: Sequence[int]  # image at every position
     seed: int
     batch: int  # rows of the global batch
     rows: range  # those of this host
@@ -106,13 +106,13 @@ class _TrainPlans:
         return row._replace(partner=self._single(partner, stage), mirrored=mirrored) if chosen else row
 
     def _single(self, position: int, stage: int) -> _Row:
-        pictures, centre = [int(self.order[position])], (1.0, 1.0)
+        images, centre = [int(self.order[position])], (1.0, 1.0)
         if self.stages[stage].mosaic:
             rng = np.random.default_rng((self.seed, position, 1))
             centre = tuple(rng.uniform(*CENTRE, 2).tolist())
             earlier = self._earlier(position, self.stages[stage].cache, rng, 3)
-            pictures += [int(self.order[p]) for p in earlier]
-        return _Row(position, stage, tuple(pictures), centre)
+            images += [int(self.order[p]) for p in earlier]
+        return _Row(position, stage, tuple(images), centre)
 
     def _earlier(self, position: int, reach: int, rng: np.random.Generator, count: int) -> list[int]:
         """`count` of the last `reach` positions before this one in its stream; itself where the stream begins."""
@@ -130,7 +130,7 @@ class _TrainPlans:
 class _TrainBuilder:
     """Makes the rows of a batch of their plan."""
 
-    pictures: Pictures
+    images: Images
     seed: int
     canvas: tuple[int, int]
     max_boxes: int
@@ -155,21 +155,21 @@ class _TrainBuilder:
         if options.mosaic:
             centre = tuple(int(share * side) for share, side in zip(row.centre, self.canvas, strict=True))
             twice = (2 * self.canvas[0], 2 * self.canvas[1])
-            sample = transforms.mosaic([self._tile(picture) for picture in row.pictures], centre, twice)
+            sample = transforms.mosaic([self._tile(image) for image in row.images], centre, twice)
             # The scale is relative to what a Mosaic is made for, which is twice the canvas.
             single = options.single | {"scale": tuple(2 * factor for factor in options.single["scale"])}
         else:
-            sample, single = _sample(self.pictures[row.pictures[0]]), options.single
+            sample, single = _sample(self.images[row.images[0]]), options.single
         return transforms.augment(
             sample, np.random.default_rng((self.seed, row.position)), canvas=self.canvas, **single
         )
 
     @functools.cached_property
     def _tile(self) -> Callable[[int], Sample]:
-        """The picture of a Mosaic, as large as fits the canvas; the last ones are kept."""
+        """The image of a Mosaic, as large as fits the canvas; the last ones are kept."""
 
-        def tile(picture):
-            sample = _sample(self.pictures[picture])
+        def tile(image):
+            sample = _sample(self.images[image])
             return transforms.resize(sample, transforms.fitted(sample.image.shape[:2], self.canvas)[1])
 
         # A partner of MixUp looks back from its own place.
@@ -181,7 +181,7 @@ class _TrainBuilder:
 
         def single(row):
             sample = self._single(row)
-            return sample._replace(image=sample.image.copy())  # a window would keep all of its picture in memory
+            return sample._replace(image=sample.image.copy())  # a window would keep all of its image in memory
 
         return _last(self.streams * (self._cache // 2 + 2 * STREAM), single)
 
@@ -192,7 +192,7 @@ class _TrainBuilder:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _EvalPlans:
-    """The pictures in order: element k lists those of batch k, None for a row that only fills the last batch."""
+    """The images in order: element k lists those of batch k, None for a row that only fills the last batch."""
 
     size: int
     batch: int
@@ -208,26 +208,26 @@ class _EvalPlans:
 class _EvalBuilder:
     """Makes the rows of a batch of their plan."""
 
-    pictures: Pictures
+    images: Images
     canvas: tuple[int, int]
     max_boxes: int
     round_down: bool
 
     def __call__(self, plan: list[int | None]) -> list[dict[str, np.ndarray]]:
-        return [self._row(picture) for picture in plan]
+        return [self._row(image) for image in plan]
 
-    def _row(self, picture: int | None) -> dict[str, np.ndarray]:
-        if picture is None:
+    def _row(self, image: int | None) -> dict[str, np.ndarray]:
+        if image is None:
             example = dict(image=np.full((*self.canvas, 3), transforms.PAD, np.uint8), image_id=-1)
             example |= dict(boxes=np.zeros((0, 4), np.float32), labels=np.zeros(0, np.int32))
         else:
-            example = self.pictures[picture]
+            example = self.images[image]
         original = example["image"].shape[:2]
         _, size = transforms.fitted(original, self.canvas, round_down=self.round_down)
         return _padded(transforms.resize(_sample(example), size), self.canvas, self.max_boxes) | {
             "image_id": np.int64(example["image_id"]),
             "original_size": np.array(original, np.int32),
-            "real": np.bool_(picture is not None),
+            "real": np.bool_(image is not None),
         }
 
 
@@ -295,7 +295,7 @@ def _stage(options: Mapping, name: str) -> _Stage:
         if not 0 <= share <= 1:
             raise ValueError(f"{name}.{key} is {share}, but must be a probability in 0 .. 1.")
     if cache < 1:
-        raise ValueError(f"{name}.cache is {cache}, but must be at least 1 picture.")
+        raise ValueError(f"{name}.cache is {cache}, but must be at least 1 image.")
     single = dict(flip_share=flip, scale=scale, random_crop=bool(options.get("crop", True)), hsv=hsv)
     return _Stage(bool(options.get("mosaic", False)), mixup, cache, single)
 
@@ -335,7 +335,7 @@ def train_batches(
 
     Returns:
       An iterator with `close()` of dicts: image u8[B, H, W, 3] RGB, boxes f32[B, M, 4] px of the canvas, labels
-      i32[B, M], valid bool[B, M], image_size i32[B, 2] (height, width of the picture at the canvas' top left).
+      i32[B, M], valid bool[B, M], image_size i32[B, 2] (height, width of the image at the canvas' top left).
     """
     index, count = shard
     if batch_size < 1 or batch_size % count:
@@ -360,7 +360,7 @@ def train_batches(
         starts=starts,
     )
     builder = _TrainBuilder(
-        pictures=Pictures(split),
+        images=Images(split),
         seed=seed,
         canvas=canvas_of(cfg),
         max_boxes=dataset.max_boxes,
@@ -375,7 +375,7 @@ def train_batches(
 def eval_batches(
     dataset: Dataset, split: str, cfg: Mapping, *, batch_size: int, limit: int | None = None, round_down: bool = False
 ) -> "Batches":
-    """The pictures of a split once, in order, resized to fit the canvas (`transforms.fitted`).
+    """The images of a split once, in order, resized to fit the canvas (`transforms.fitted`).
 
     Returns:
       An iterator with `close()` of the dicts of `train_batches` and image_id i64[B], original_size i32[B, 2] (height,
@@ -387,7 +387,7 @@ def eval_batches(
     size = chosen.size if limit is None else min(limit, chosen.size)
     plans = _EvalPlans(size=size, batch=batch_size)
     builder = _EvalBuilder(
-        pictures=Pictures(chosen), canvas=canvas_of(cfg), max_boxes=dataset.max_boxes, round_down=round_down
+        images=Images(chosen), canvas=canvas_of(cfg), max_boxes=dataset.max_boxes, round_down=round_down
     )
     return Batches(grain.MapDataset.source(plans), builder, workers=int(cfg.get("workers", 0)))
 
@@ -395,7 +395,7 @@ def eval_batches(
 class Batches:
     """Iterator over the batches that `builder` makes of Grain's `plans`, ahead of time in threads or worker processes.
 
-    `decoded` is the number of pictures that were decoded for the batches handed out so far.
+    `decoded` is the number of images that were decoded for the batches handed out so far.
 
     The workers are processes of our own, each with the same part of every batch. Neighbouring rows, `together` of them,
     stay in one worker, and without workers in one thread if they are more than one: they share what the builder keeps.
@@ -445,8 +445,8 @@ class Batches:
 
 
 def _here(builder: Callable, plan: list) -> tuple[dict[str, np.ndarray], int]:
-    """The batch of a plan, and how many pictures were decoded for it."""
-    return _stack(builder(plan)), builder.pictures.newly_decoded()
+    """The batch of a plan, and how many images were decoded for it."""
+    return _stack(builder(plan)), builder.images.newly_decoded()
 
 
 def _remotely(pools: list[concurrent.futures.Executor], together: int, plan: list) -> tuple[dict, int]:
@@ -477,4 +477,4 @@ def _end_with_parent() -> None:
 
 
 def _build(plan: list) -> tuple[list[dict[str, np.ndarray]], int]:
-    return _builder(plan), _builder.pictures.newly_decoded()
+    return _builder(plan), _builder.images.newly_decoded()

@@ -1,4 +1,4 @@
-"""Prepared data on disk: encoded pictures in array_record files, written and read by TFDS without TensorFlow.
+"""Prepared data on disk: encoded images in array_record files, written and read by TFDS without TensorFlow.
 
 Our own builder writes the feature spec of TFDS's `coco/2017`, so that one reader serves our own records and a prepared
 stock directory alike.
@@ -19,14 +19,14 @@ import cv2
 import numpy as np
 import tensorflow_datasets as tfds
 
-VERSION = "1.2.0"  # of what the builder writes; part of every cache key
+VERSION = "1.3.0"  # of what the builder writes; part of every cache key
 
 _DECODE = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION  # boxes refer to the stored pixels, not to EXIF's view
 
 
 @dataclasses.dataclass(kw_only=True)
-class Picture:
-    """One picture of a data set: what a record holds apart from the encoded bytes."""
+class ImageRecord:
+    """One image of a data set: what a record holds apart from the encoded bytes."""
 
     id: int
     file_name: str
@@ -37,7 +37,7 @@ class Picture:
 
 
 class Kdjax(tfds.core.GeneratorBasedBuilder):
-    """Writes (picture, encoded bytes) streams as array_record files."""
+    """Writes (image, encoded bytes) streams as array_record files."""
 
     RELEASE_NOTES = {VERSION: "The licences that a json lists are kept."}
     VERSION = tfds.core.Version(VERSION)
@@ -63,7 +63,7 @@ class Kdjax(tfds.core.GeneratorBasedBuilder):
                 }
             ),
         }
-        # Records stay in the order of the json: `limit` then means the first pictures of the file.
+        # Records stay in the order of the json: `limit` then means the first images of the file.
         return tfds.core.DatasetInfo(
             builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
         )
@@ -72,18 +72,18 @@ class Kdjax(tfds.core.GeneratorBasedBuilder):
         return {name: self._generate_examples(stream) for name, stream in self._streams.items()}
 
     def _generate_examples(self, stream):
-        for index, (picture, encoded) in enumerate(stream):
+        for index, (image, encoded) in enumerate(stream):
             objects = []
-            for annotation in picture.annotations:
-                x0, y0, x1, y1 = clipped(annotation["bbox"], picture.width, picture.height)
+            for annotation in image.annotations:
+                x0, y0, x1, y1 = clipped(annotation["bbox"], image.width, image.height)
                 objects.append(
                     {
                         "area": float(annotation["area"]),
                         "bbox": tfds.features.BBox(
-                            ymin=y0 / picture.height,
-                            xmin=x0 / picture.width,
-                            ymax=y1 / picture.height,
-                            xmax=x1 / picture.width,
+                            ymin=y0 / image.height,
+                            xmin=x0 / image.width,
+                            ymax=y1 / image.height,
+                            xmax=x1 / image.width,
                         ),
                         "id": annotation["id"],
                         "is_crowd": bool(annotation["iscrowd"]),
@@ -94,21 +94,21 @@ class Kdjax(tfds.core.GeneratorBasedBuilder):
                 index,
                 {
                     "image": io.BytesIO(encoded),
-                    "image/filename": picture.file_name,
-                    "image/id": picture.id,
+                    "image/filename": image.file_name,
+                    "image/id": image.id,
                     "objects": objects,
                 },
             )
 
 
 def clipped(bbox: list[float], width: int, height: int) -> tuple[float, float, float, float]:
-    """Corners x1 y1 x2 y2 of a COCO box x y w h, clipped to the picture."""
+    """Corners x1 y1 x2 y2 of a COCO box x y w h, clipped to the image."""
     x, y, w, h = (float(v) for v in bbox)
     return min(max(x, 0.0), width), min(max(y, 0.0), height), min(max(x + w, 0.0), width), min(max(y + h, 0.0), height)
 
 
 def write(directory: Path, *, classes: list[str], category_ids: list[int], streams: dict[str, Iterable]) -> Path:
-    """Write streams of (Picture, encoded bytes) under `directory`; returns the TFDS directory of the records."""
+    """Write streams of (ImageRecord, encoded bytes) under `directory`; returns the TFDS directory of the records."""
     tfds.disable_progress_bar()  # the streams show a bar of their own
     with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces itself with print
         builder = Kdjax(
@@ -125,7 +125,7 @@ def write(directory: Path, *, classes: list[str], category_ids: list[int], strea
 
 
 def decode(encoded: bytes) -> np.ndarray | None:
-    """u8[h, w, 3] RGB of an encoded picture (grey, CMYK and 16-bit ones too); None if it cannot be read."""
+    """u8[h, w, 3] RGB of an encoded image (grey, CMYK and 16-bit ones too); None if it cannot be read."""
     try:
         return cv2.imdecode(np.frombuffer(encoded, np.uint8), _DECODE)
     except cv2.error:  # no bytes, or a header with an impossible size
@@ -167,7 +167,7 @@ class Reader:
         return self._ends[-1]
 
     def raw(self, index: int) -> dict:
-        """The record as TFDS gives it, the picture still encoded; VOC's, which have no id, are numbered from 1."""
+        """The record as TFDS gives it, the image still encoded; VOC's, which have no id, are numbered from 1."""
         part = bisect.bisect(self._ends, index)
         try:
             record = self._sources[part][index - (self._ends[part - 1] if part else 0)]
@@ -187,7 +187,7 @@ class Reader:
         image = decode(record["image"])
         if image is None:
             name, directory = record["image/filename"].decode(), self.parts[bisect.bisect(self._ends, index)][0]
-            raise Damaged(f"picture {name} of {directory} cannot be decoded any more; prepare it anew.")
+            raise Damaged(f"image {name} of {directory} cannot be decoded any more; prepare it anew.")
         height, width = image.shape[:2]
         boxes, labels, crowd = objects_of(record, height, width)
         keep = ~crowd & (labels >= 0) & (labels < self._classes) & np.isfinite(boxes).all(-1)
@@ -202,7 +202,7 @@ class Reader:
 
 
 def objects_of(record: dict, height: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All objects of a record of a picture of that size, with whatever is wrong about them.
+    """All objects of a record of an image of that size, with whatever is wrong about them.
 
     VOC counts pixels from 1 and its boxes hold their last pixel: x1 and y1 are one less here.
 

@@ -1,6 +1,6 @@
-"""The embedded data set: small generated pictures of textured, overlapping shapes in clutter.
+"""The embedded data set: small generated images of textured, overlapping shapes in clutter.
 
-Picture `index` of a split is a pure function of (SEED, split, index). Some classes differ in a small part (disc and
+Image `index` of a split is a pure function of (SEED, split, index). Some classes differ in a small part (disc and
 wedge) or in texture alone (striped and checked), so that there is something to learn for a detector of every capacity;
 every other shape carries any texture. A class has a usual colour, which most of its objects have, and no clutter
 avoids: a first cue, which alone misleads.
@@ -14,7 +14,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from kdjax.data.records import Picture
+from kdjax.data.records import ImageRecord
 
 # The classes and their usual colours, RGB of 1.
 COLOURS = {
@@ -27,17 +27,17 @@ COLOURS = {
 }
 CLASSES = tuple(COLOURS)
 
-# Everything that sets how hard the pictures are.
+# Everything that sets how hard the images are.
 SEED = 20240607
 SIDE = 128  # px, height and width
-EMPTY = 0.04  # share of pictures without objects
+EMPTY = 0.04  # share of images without objects
 OBJECTS = (1, 6)  # objects in the others
 SIZES = (12.0, 104.0)  # px, across; the logarithm is uniform
 OVERLAP = 0.35  # largest share of an object that others may hide
 CONTRAST = (0.18, 0.55)  # distance of an object's colour from what is behind it, of 1
 TEXTURE = (0.14, 0.45)  # distance between the two colours of a texture
 CLUTTER = (2, 8)  # fragments behind the objects
-BARS = 0.25  # share of pictures with thin bars in front of the objects
+BARS = 0.25  # share of images with thin bars in front of the objects
 SQUEEZE = (0.65, 1.0)  # smaller over larger axis of an object
 NOISE = (0.0, 0.035)  # standard deviation of the sensor noise, of 1
 BLUR = (0.0, 0.6)  # px, standard deviation
@@ -48,26 +48,26 @@ SHADE = 0.2  # largest distance from the usual colour, of 1
 
 
 def fingerprint() -> str:
-    """Changes with every change of this file: prepared pictures are then made anew."""
+    """Changes with every change of this file: prepared images are then made anew."""
     return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
 
-def stream(split: str, count: int) -> Iterator[tuple[Picture, bytes]]:
-    """Pictures 0 .. count-1 of a split with their PNG bytes (lossless, so the same wherever NumPy and OpenCV agree)."""
+def stream(split: str, count: int) -> Iterator[tuple[ImageRecord, bytes]]:
+    """Images 0 .. count-1 of a split with their PNG bytes (lossless, so the same wherever NumPy and OpenCV agree)."""
     annotation_id = 0
     for index in range(count):
         image, objects = render(split, index)
-        picture = Picture(id=index + 1, file_name=f"{split}_{index:05d}.png", width=SIDE, height=SIDE)
+        record = ImageRecord(id=index + 1, file_name=f"{split}_{index:05d}.png", width=SIDE, height=SIDE)
         for label, bbox, area in objects:
             annotation_id += 1
-            entry = dict(id=annotation_id, image_id=picture.id, category_id=label + 1, bbox=bbox, area=area, iscrowd=0)
-            picture.annotations.append(entry)
+            entry = dict(id=annotation_id, image_id=record.id, category_id=label + 1, bbox=bbox, area=area, iscrowd=0)
+            record.annotations.append(entry)
         encoded = cv2.imencode(".png", image[:, :, ::-1])[1]
-        yield picture, encoded.tobytes()
+        yield record, encoded.tobytes()
 
 
 def render(split: str, index: int) -> tuple[np.ndarray, list[tuple[int, list[float], float]]]:
-    """One picture and its objects.
+    """One image and its objects.
 
     Returns:
       u8[SIDE, SIDE, 3] RGB and for every object (label, [x, y, w, h] of its visible pixels, visible pixels).
@@ -168,7 +168,7 @@ def _fragment(rng) -> list[np.ndarray]:
 
 
 def _mask(outline, rng, size, centre) -> tuple[np.ndarray, tuple[int, int]]:
-    """Coverage f32[h, w] in 0 .. 1 of the turned and squeezed outline, and its corner (top, left) in the picture."""
+    """Coverage f32[h, w] in 0 .. 1 of the turned and squeezed outline, and its corner (top, left) in the image."""
     turn, squeeze, skew = rng.uniform(0, 2 * math.pi), rng.uniform(*SQUEEZE), rng.uniform(0, 2 * math.pi)
     transform = _rotation(skew) @ np.diag([1.0, squeeze]) @ _rotation(turn) * (size / 2)
     points = [o @ transform.T + centre for o in outline]
@@ -218,7 +218,7 @@ def _texture(kind: str, shape, rng, size) -> np.ndarray:
 
 
 def _paint(image, mask, corner, rng, texture, size, usual=None) -> None:
-    """Blend a textured shape into the picture, in colours that stand out from what is there by what CONTRAST allows."""
+    """Blend a textured shape into the image, in colours that stand out from what is there by what CONTRAST allows."""
     top, left = corner
     window = image[top : top + mask.shape[0], left : left + mask.shape[1]]
     weight = mask.sum()

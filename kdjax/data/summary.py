@@ -13,7 +13,7 @@ _SMALL, _LARGE = 32**2, 96**2  # px², COCO's bounds of small and large
 
 
 def summary(dataset: Dataset, cfg: Mapping) -> str:
-    """What `--config.data.check=True` prints: pictures, boxes by class and size, what was dropped or repaired and why.
+    """What `--config.data.check=True` prints: images, boxes by class and size, what was dropped or repaired and why.
 
     Args:
       dataset: from `open_dataset`.
@@ -25,12 +25,12 @@ def summary(dataset: Dataset, cfg: Mapping) -> str:
     height, width = canvas_of(cfg)
     lines = [
         f"{dataset.name}: {len(dataset.classes)} classes, canvas {height}x{width} px (height x width), "
-        f"{dataset.max_boxes} box rows a picture",
+        f"{dataset.max_boxes} box rows an image",
     ]
     truths = {role: ground_truth(dataset, role) for role in dataset.splits}
     for role, split in dataset.splits.items():
         lines += _split(role, split.name, truths[role], dataset.max_boxes)
-    lines.append(f"an epoch is {dataset.splits['train'].size} pictures, each once, in a new order every epoch")
+    lines.append(f"an epoch is {dataset.splits['train'].size} images, each once, in a new order every epoch")
     lines += ["", *_table(dataset, truths), ""]
     for role, split in dataset.splits.items():
         lines += _log(role, split)
@@ -40,14 +40,14 @@ def summary(dataset: Dataset, cfg: Mapping) -> str:
 def _split(role: str, name: str, truth: dict, max_boxes: int) -> list[str]:
     boxes = collections.Counter(a["image_id"] for a in truth["annotations"] if not a["iscrowd"])
     crowd = sum(a["iscrowd"] for a in truth["annotations"])
-    line = f"{role} ('{name}'): {len(truth['images'])} pictures, {len(truth['images']) - len(boxes)} without objects, "
-    line += f"{sum(boxes.values())} boxes, at most {max(boxes.values(), default=0)} a picture"
+    line = f"{role} ('{name}'): {len(truth['images'])} images, {len(truth['images']) - len(boxes)} without objects, "
+    line += f"{sum(boxes.values())} boxes, at most {max(boxes.values(), default=0)} an image"
     if crowd:
         line += f", {crowd} crowd regions or difficult objects (kept for evaluation, not trained on)"
     lines = [line]
     over = sum(count > max_boxes for count in boxes.values())
     if over:
-        lines.append(f"  {over} pictures have more than max_boxes={max_boxes} boxes: their smallest are left out")
+        lines.append(f"  {over} images have more than max_boxes={max_boxes} boxes: their smallest are left out")
     return lines
 
 

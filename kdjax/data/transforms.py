@@ -1,6 +1,6 @@
-"""Geometry and colour of training and evaluation pictures; everything that marks an object moves with the pixels.
+"""Geometry and colour of training and evaluation images; everything that marks an object moves with the pixels.
 
-Pixels are continuous: a picture spans 0 .. w. Objects end where their picture is cut, and one of which too little is
+Pixels are continuous: an image spans 0 .. w. Objects end where their image is cut, and one of which too little is
 left is dropped (`crop`). The steps are those of RTMDet (Lyu et al. 2022, arXiv 2212.07784).
 """
 
@@ -10,13 +10,13 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-PAD = 114  # grey level of the canvas outside the picture
+PAD = 114  # grey level of the canvas outside the image
 MIN_SIZE = 1.0  # px: a box whose side is shorter after a crop is dropped
 MIN_VISIBLE = 0.1  # a box of whose area a crop leaves less is dropped
 
 
 class Sample(NamedTuple):
-    """A picture with its n objects, all in pixels of that picture."""
+    """An image with its n objects, all in pixels of that image."""
 
     image: np.ndarray  # u8[h, w, 3] RGB
     boxes: np.ndarray  # f32[n, 4] x1 y1 x2 y2
@@ -46,7 +46,7 @@ def resize(sample: Sample, size: tuple[int, int]) -> Sample:
 def fitted(
     image_size: tuple[int, int], canvas: tuple[int, int], *, round_down: bool = False
 ) -> tuple[float, tuple[int, int]]:
-    """The factor that fits a picture (h, w) into the canvas (h, w) keeping its aspect ratio, and the size it gets.
+    """The factor that fits an image (h, w) into the canvas (h, w) keeping its aspect ratio, and the size it gets.
 
     The size is rounded half up, or down, in whole pixels, at least 1.
 
@@ -68,7 +68,7 @@ def scaled(image_size: tuple[int, int], factor: float) -> tuple[int, int]:
 
 
 def crop(sample: Sample, top: int, left: int, size: tuple[int, int]) -> Sample:
-    """The window of `size` (h, w) px at (top, left) inside the picture, as far as the picture reaches.
+    """The window of `size` (h, w) px at (top, left) inside the image, as far as the image reaches.
 
     Returns:
       The window with the objects that remain, clipped to it: a box keeps its place if its sides are at least `MIN_SIZE`
@@ -116,7 +116,7 @@ def flip(sample: Sample) -> Sample:
 
 
 def pad(sample: Sample, canvas: tuple[int, int]) -> Sample:
-    """The picture at the top left of a grey canvas (h, w) px that is at least as large."""
+    """The image at the top left of a grey canvas (h, w) px that is at least as large."""
     height, width = sample.image.shape[:2]
     if (height, width) == tuple(canvas):
         return sample
@@ -126,7 +126,7 @@ def pad(sample: Sample, canvas: tuple[int, int]) -> Sample:
 
 
 def mosaic(tiles: Sequence[Sample], centre: tuple[int, int], canvas: tuple[int, int]) -> Sample:
-    """Four pictures around a point, each with one corner there; what does not fit on the canvas is cut off.
+    """Four images around a point, each with one corner there; what does not fit on the canvas is cut off.
 
     Args:
       tiles: at the top left, top right, bottom left and bottom right of the point, as large as they shall be.
@@ -134,7 +134,7 @@ def mosaic(tiles: Sequence[Sample], centre: tuple[int, int], canvas: tuple[int, 
       canvas: (height, width) px.
 
     Returns:
-      The canvas, grey where no picture lies, with the objects of all four in their order.
+      The canvas, grey where no image lies, with the objects of all four in their order.
 
     Reference: YOLOv4 (Bochkovskiy et al. 2020, arXiv 2004.10934); the layout is that of YOLOX and RTMDet.
     """
@@ -153,7 +153,7 @@ def mosaic(tiles: Sequence[Sample], centre: tuple[int, int], canvas: tuple[int, 
 
 
 def mixup(first: Sample, second: Sample) -> Sample:
-    """The mean of two pictures of one size, with the objects of both.
+    """The mean of two images of one size, with the objects of both.
 
     Reference: Zhang et al. 2018 (arXiv 1710.09412), for detectors with equal shares as in YOLOX and RTMDet.
     """
@@ -191,14 +191,14 @@ def augment(
     random_crop: bool,
     hsv: tuple[float, float, float],
 ) -> Sample:
-    """One training picture: random resize, random crop to the canvas, flip, colour; not yet padded.
+    """One training image: random resize, random crop to the canvas, flip, colour; not yet padded.
 
-    The factor is drawn uniformly from `scale`, relative to the size at which the picture just fits the canvas; (0.1, 2)
+    The factor is drawn uniformly from `scale`, relative to the size at which the image just fits the canvas; (0.1, 2)
     is large-scale jitter (Ghiasi et al. 2021, arXiv 2012.07177). Without `random_crop` it is at most 1, so that
-    everything stays in view. The number of draws does not depend on the picture.
+    everything stays in view. The number of draws does not depend on the image.
 
     Returns:
-      A picture of at most `canvas` (h, w) px with the objects that remain.
+      An image of at most `canvas` (h, w) px with the objects that remain.
     """
     factor, top, left, mirrored = rng.uniform(*scale), rng.uniform(), rng.uniform(), rng.uniform() < flip_share
     shifts = draw_shifts(rng, hsv)
@@ -221,7 +221,7 @@ def _each(polygons: tuple | None, function: Callable) -> tuple | None:
 
 
 def _moved(sample: Sample, top: int, left: int, canvas: tuple[int, int]) -> Sample:
-    """The objects of a picture that is put at (top, left) of a canvas; the image is left for the caller to draw."""
+    """The objects of an image that is put at (top, left) of a canvas; the image is left for the caller to draw."""
     masks = sample.masks
     if masks is not None:
         height, width = masks.shape[1:]
@@ -235,7 +235,7 @@ def _moved(sample: Sample, top: int, left: int, canvas: tuple[int, int]) -> Samp
 
 
 def _joined(image: np.ndarray, samples: Sequence[Sample]) -> Sample:
-    """One picture with the objects of several; polygons and masks only if all have them."""
+    """One image with the objects of several; polygons and masks only if all have them."""
     polygons, masks = [s.polygons for s in samples], [s.masks for s in samples]
     return Sample(
         image,

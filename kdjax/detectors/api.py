@@ -44,8 +44,8 @@ class Detector:
     options: dict[str, Any]  # JSON-able overrides: build(name, num_classes, **options) gives this detector again
     strides: tuple[int, ...]
     size_divisor: int  # sides of the network input divide by it
-    pad_value: int  # grey level of the canvas around a picture
-    round_down: bool = False  # in evaluations a picture fitted to the canvas loses the fraction of a pixel
+    pad_value: int  # grey level of the canvas around an image
+    round_down: bool = False  # in evaluations an image fitted to the canvas loses the fraction of a pixel
     shapes: tuple[Tree, Tree]  # (params, stats) as trees of jax.ShapeDtypeStruct
     init: Callable
     preprocess: Callable

@@ -3,7 +3,7 @@
 Reference: Zhang et al., Bridging the Gap Between Anchor-based and Anchor-free Detection via Adaptive Training Sample
 Selection, CVPR 2020. Peers: mmdetection 3.3.0, whose names and numbers this file keeps.
 
-Weights that load: mmdetection's names; of the backbone alone torchvision's and timm's. Reference figures: none
+Weights that load: mmdetection's names; of the backbone alone torchvision's and timm's. Reference metrics: none
 reproduced, for want of the published weights; published are 39.4 and 41.5 AP (r50, r101, 12 epochs).
 """
 
@@ -85,7 +85,7 @@ def loss(
 ) -> tuple[dict[str, Array], Assignment]:
     """ATSS's three losses over the global batch.
 
-    With c the centreness of a positive anchor's middle in its box, P = sum over pictures of max(positives, 1) and
+    With c the centreness of a positive anchor's middle in its box, P = sum over images of max(positives, 1) and
     C = max(sum c, 1): loss_cls = sum focal(logits, label) / P, loss_box = 2 sum c (1 - GIoU) / C, loss_quality = sum
     over the positives of BCE(quality, c) / P.
 
@@ -110,7 +110,7 @@ def loss(
 
 def prior_losses(output: DetectorOutput, assignment: Assignment) -> dict[str, Array]:
     """The losses of `loss` before the sum: f32[B, N] each, weighted and divided by the global normalizers."""
-    positive, count = assignment.positive, dense.positives_of_pictures(assignment)
+    positive, count = assignment.positive, dense.positives_of_images(assignment)
     central = coding.centreness(coding.boxes_to_distance(levels.grid(output)[:, :2], assignment.boxes))
     central = jnp.where(positive, central, 0.0)
     focal = jnp.sum(classification.sigmoid_focal(levels.class_logits(output), assignment.labels), -1)

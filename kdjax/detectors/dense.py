@@ -230,8 +230,8 @@ def assign_atss(output: DetectorOutput, targets: Targets) -> Assignment:
     )
 
 
-def positives_of_pictures(assignment: Assignment) -> Array:
-    """The sum over the pictures of the global batch of max(positive priors, 1), f32[]."""
+def positives_of_images(assignment: Assignment) -> Array:
+    """The sum over the images of the global batch of max(positive priors, 1), f32[]."""
     return jnp.sum(jnp.maximum(jnp.sum(assignment.positive, 1), 1)).astype(jnp.float32)
 
 
@@ -267,9 +267,9 @@ def decoder(decode_boxes: Callable, *, iou_threshold: float) -> Callable:
           select: what chooses among boxes and scores, with the arguments of `boxes.nms.select`.
 
         Returns:
-          D detections a picture, padded.
+          D detections an image, padded.
 
-        Scope: one picture.
+        Scope: one image.
 
         Peers: mmdetection 3.3.0 BaseDenseHead.predict_by_feat without rescaling.
         """

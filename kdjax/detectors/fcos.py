@@ -6,7 +6,7 @@ of boxes, divides distances by the stride, has its centreness on the regression'
 "...-center").
 
 Weights that load: mmdetection's names; of the backbone alone torchvision's and timm's, with the option style="pytorch"
-(the published detectors start from Caffe's). Reference figures: none
+(the published detectors start from Caffe's). Reference metrics: none
 reproduced, for want of the published weights; published are 36.6 and 39.1 AP (r50, r101, 12 epochs).
 """
 

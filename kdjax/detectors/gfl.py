@@ -3,7 +3,7 @@
 Reference: Li et al., Generalized Focal Loss, NeurIPS 2020. Peers: mmdetection 3.3.0, whose names and numbers this file
 keeps.
 
-Weights that load: mmdetection's names; of the backbone alone torchvision's and timm's. Reference figures: none
+Weights that load: mmdetection's names; of the backbone alone torchvision's and timm's. Reference metrics: none
 reproduced, for want of the published weights; published are 40.2 and 44.7 AP (r50 in 12 epochs, r101 in 24 at several
 scales).
 """
@@ -90,7 +90,7 @@ def loss(
     """GFL's three losses over the global batch.
 
     With q the IoU of a positive prior's box with its target (else 0), w = max_k sigmoid(logits) at positives (both
-    without gradient), P = sum over pictures of max(positives, 1) and W = max(sum w, 1):
+    without gradient), P = sum over images of max(positives, 1) and W = max(sum w, 1):
     loss_cls = sum quality_focal(logits, label, q) / P, loss_box = 2 sum w (1 - GIoU) / W,
     loss_dfl = 1/4 sum w (mean over the sides of the distribution focal loss) / W.
 
@@ -115,7 +115,7 @@ def loss(
 
 def prior_losses(output: DetectorOutput, assignment: Assignment) -> dict[str, Array]:
     """The losses of `loss` before the sum: f32[B, N] each, weighted and divided by the global normalizers."""
-    positive, count = assignment.positive, dense.positives_of_pictures(assignment)
+    positive, count = assignment.positive, dense.positives_of_images(assignment)
     logits, boxes, bins = levels.class_logits(output), decode_boxes(output), _bins(output)
     quality, confidence = jax.lax.stop_gradient(
         (iou.box_iou(boxes, assignment.boxes), jnp.max(jax.nn.sigmoid(logits), -1))

@@ -3,7 +3,7 @@
 Reference: Lin et al., Focal Loss for Dense Object Detection, ICCV 2017. Peers: mmdetection 3.3.0, whose names and
 numbers this file keeps (boxes by L1 on deltas, not smooth L1).
 
-Weights that load: mmdetection's names; of the backbone alone torchvision's and timm's. Reference figures: none
+Weights that load: mmdetection's names; of the backbone alone torchvision's and timm's. Reference metrics: none
 reproduced, for want of the published weights; published are 36.5 and 38.5 AP (r50, r101, 12 epochs).
 """
 
@@ -90,7 +90,7 @@ def loss(
 ) -> tuple[dict[str, Array], Assignment]:
     """RetinaNet's two losses over the global batch.
 
-    With P = sum over pictures of max(positives, 1): loss_cls = sum focal(logits, label) / P over all priors that are
+    With P = sum over images of max(positives, 1): loss_cls = sum focal(logits, label) / P over all priors that are
     not ignored, loss_box = sum |deltas - deltas of the box| / P over the positives.
 
     Args:
@@ -122,7 +122,7 @@ def loss(
 
 def prior_losses(output: DetectorOutput, assignment: Assignment) -> dict[str, Array]:
     """The losses of `loss` before the sum: f32[B, N] each, divided by the global normalizer."""
-    positive, count = assignment.positive, dense.positives_of_pictures(assignment)
+    positive, count = assignment.positive, dense.positives_of_images(assignment)
     focal = jnp.sum(classification.sigmoid_focal(levels.class_logits(output), assignment.labels), -1)
     boxes = jnp.where(positive[..., None], assignment.boxes, anchors(output))
     apart = jnp.sum(box.l1(levels.join(output.box_reg, 4), coding.boxes_to_deltas(anchors(output), boxes)), -1)

@@ -5,7 +5,7 @@ mmdetection 3.3.0, whose names and numbers this file keeps. It departs from them
 the distances' bias starts at 1 (as in mmdetection's RTMDet-Ins) instead of 0, so that first boxes are two cells wide
 instead of empty; with the exponential both are the same.
 
-Weights that load: mmdetection's and mmyolo's names, and a distiller of mmrazor's. Reference figures: none reproduced,
+Weights that load: mmdetection's and mmyolo's names, and a distiller of mmrazor's. Reference metrics: none reproduced,
 for want of the published weights; published are 41.1, 44.6, 49.4, 51.5 and 52.8 AP (tiny to x).
 """
 
@@ -327,9 +327,9 @@ def decode(
       select: what chooses among boxes and scores, with the arguments of `boxes.nms.select`.
 
     Returns:
-      D detections a picture, padded.
+      D detections an image, padded.
 
-    Scope: one picture.
+    Scope: one image.
 
     Peers: mmdetection 3.3.0 RTMDetHead.predict_by_feat without rescaling.
     """

@@ -1,10 +1,10 @@
 """YOLOX: CSPDarknet, PAFPN and a head whose two towers and three predictors every level has for itself.
 
 Reference: Ge et al., YOLOX: Exceeding YOLO Series in 2021, arXiv 2107.08430. Peers: mmdetection 3.3.0, whose names and
-numbers this file keeps; the authors' weights fit as well (`kdjax.detectors.megvii`).
+numbers this file keeps; the authors' weights fit as well (`kdjax.weights.yolox`).
 
-Weights that load: mmdetection's names, those of the authors, and their .onnx. Reference figures: the published
-YOLOX-nano has 46.8 AP on 11 pictures of val2017 and 45.6 on 16 of train2017 (onnxruntime with it: 46.9, 45.4).
+Weights that load: mmdetection's names, those of the authors, and their .onnx. Reference metrics: the published
+YOLOX-nano has 46.8 AP on 11 images of val2017 and 45.6 on 16 of train2017 (onnxruntime with it: 46.9, 45.4).
 """
 
 import functools
@@ -242,7 +242,7 @@ def loss(
 
     Scope: the global batch, all levels.
 
-    Peers: mmdetection 3.3.0 YOLOXHead.loss_by_feat on one device. The middles of cells outside the padded picture are
+    Peers: mmdetection 3.3.0 YOLOXHead.loss_by_feat on one device. The middles of cells outside the padded image are
       background there, and are not scored here; in kdjax's own batches there are none.
 
     Reference: arXiv 2107.08430, section 2.1.
@@ -294,7 +294,7 @@ def decode(
     """Turns predictions into detections by class-wise non-maximum suppression.
 
     Scores are sigmoid(logit) sigmoid(objectness). Boxes are suppressed as they are and clipped afterwards; those that
-    lie outside the picture are left out.
+    lie outside the image are left out.
 
     Args:
       output: of `apply`.
@@ -306,9 +306,9 @@ def decode(
       select: what chooses among boxes and scores, with the arguments of `boxes.nms.select`.
 
     Returns:
-      D detections a picture, padded.
+      D detections an image, padded.
 
-    Scope: one picture.
+    Scope: one image.
 
     Peers: mmdetection 3.3.0 YOLOXHead.predict_by_feat without rescaling, which looks at the best class of a prior alone
       and does not clip.

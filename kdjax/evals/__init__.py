@@ -1,1 +1,1 @@
-"""Detections to figures, tables and pictures."""
+"""Detections to metrics, tables and images."""

@@ -1,4 +1,4 @@
-"""Detections to COCO's figures."""
+"""Detections to COCO's metrics."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -10,14 +10,14 @@ from faster_coco_eval import COCO, COCOeval_faster
 from kdjax.structs import Detections
 
 IouType = Literal["bbox", "segm"]
-FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 THRESHOLDS = np.linspace(0.5, 0.95, 10)  # T, of the IoU
 AREAS = ("all", "small", "medium", "large")  # A, limits at 32^2 and 96^2 px^2
-MAX_DETECTIONS = (1, 10, 100)  # D, a picture and a class
+MAX_DETECTIONS = (1, 10, 100)  # D, an image and a class
 
 
 class Curves(NamedTuple):
-    """What COCO's figures are means of; -1 where a class has no object (of that size)."""
+    """What COCO's metrics are means of; -1 where a class has no object (of that size)."""
 
     precision: np.ndarray  # f64[T, 101, K, A, D] at the recalls 0, 0.01 .. 1
     recall: np.ndarray  # f64[T, K, A, D]
@@ -43,12 +43,12 @@ def curves(
     iou_type: IouType = "bbox",
     use_categories: bool = True,
 ) -> Curves:
-    """Match detections with the ground truth as COCO does; the figures are means of what this returns.
+    """Match detections with the ground truth as COCO does; the metrics are means of what this returns.
 
     Args:
       ground_truth: COCO instances: `images`, `annotations`, `categories`. A missing `iscrowd` is 0, a missing `area`
         that of the box; ids of annotations are not read.
-      detections: COCO results: `image_id`, `category_id`, `score`, and `bbox` (x y w h in pixels of the picture) or
+      detections: COCO results: `image_id`, `category_id`, `score`, and `bbox` (x y w h in pixels of the image) or
         `segmentation`. May be empty.
       iou_type: `bbox` or `segm`.
       use_categories: False: every detection may match every object.
@@ -94,8 +94,8 @@ def _mean(values: np.ndarray) -> float:
     return float(np.mean(defined)) if defined.size else -1.0
 
 
-def figures(curves: Curves) -> dict[str, float]:
-    """COCO's twelve figures: means of precision or recall over IoU thresholds 0.50 .. 0.95, recalls and classes.
+def metrics(curves: Curves) -> dict[str, float]:
+    """COCO's twelve metrics: means of precision or recall over IoU thresholds 0.50 .. 0.95, recalls and classes.
 
     Args:
       curves: from `curves`.
@@ -114,10 +114,10 @@ def figures(curves: Curves) -> dict[str, float]:
     values += [_mean(precision[..., area]) for area in range(1, len(AREAS))]
     values += [_mean(recall[:, :, 0, limit]) for limit in range(len(MAX_DETECTIONS))]
     values += [_mean(recall[:, :, area, -1]) for area in range(1, len(AREAS))]
-    return dict(zip(FIGURES, values, strict=True))
+    return dict(zip(METRICS, values, strict=True))
 
 
-def class_figures(curves: Curves, *, threshold: float | None = None) -> dict[str, float]:
+def class_metrics(curves: Curves, *, threshold: float | None = None) -> dict[str, float]:
     """Average precision of each class.
 
     Args:
@@ -138,14 +138,14 @@ def class_figures(curves: Curves, *, threshold: float | None = None) -> dict[str
     return result
 
 
-def coco_figures(
+def coco_metrics(
     ground_truth: Mapping[str, Any],
     detections: Sequence[Mapping[str, Any]],
     *,
     iou_type: IouType = "bbox",
     use_categories: bool = True,
 ) -> dict[str, float]:
-    """COCO's twelve figures of detections: `figures(curves(...))`.
+    """COCO's twelve metrics of detections: `metrics(curves(...))`.
 
     Args:
       ground_truth: COCO instances, see `curves`.
@@ -166,17 +166,17 @@ def coco_figures(
     Example:
       >>> box = {"image_id": 1, "category_id": 3, "bbox": [0, 0, 40, 40]}
       >>> truth = {"images": [{"id": 1}], "categories": [{"id": 3, "name": "cat"}], "annotations": [box]}
-      >>> result = coco_figures(truth, [{**box, "score": 0.9}])
+      >>> result = coco_metrics(truth, [{**box, "score": 0.9}])
       >>> round(result["AP"], 3), result["APs"]
       (1.0, -1.0)
     """
-    return figures(curves(ground_truth, detections, iou_type=iou_type, use_categories=use_categories))
+    return metrics(curves(ground_truth, detections, iou_type=iou_type, use_categories=use_categories))
 
 
 def per_class(
     ground_truth: Mapping[str, Any], detections: Sequence[Mapping[str, Any]], *, iou_type: IouType = "bbox"
 ) -> dict[str, float]:
-    """Average precision of each class: `class_figures(curves(...))`.
+    """Average precision of each class: `class_metrics(curves(...))`.
 
     Args:
       ground_truth: COCO instances, see `curves`.
@@ -197,13 +197,13 @@ def per_class(
       >>> per_class(truth, [])
       {'cat': 0.0}
     """
-    return class_figures(curves(ground_truth, detections, iou_type=iou_type))
+    return class_metrics(curves(ground_truth, detections, iou_type=iou_type))
 
 
 def to_coco(
     batch: Mapping[str, np.ndarray], detections: Detections, category_ids: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """Detections of a batch as COCO results, in pixels of the original pictures.
+    """Detections of a batch as COCO results, in pixels of the original images.
 
     Args:
       batch: an evaluation batch; read are `image_id` i64[B], `image_size` and `original_size` i32[B, 2] (height, width
@@ -212,10 +212,10 @@ def to_coco(
       category_ids: id of each label's category.
 
     Returns:
-      One entry a valid detection of a real row: `image_id`, `category_id`, `bbox` (x y w h, cut to the picture) and
+      One entry a valid detection of a real row: `image_id`, `category_id`, `bbox` (x y w h, cut to the image) and
       `score`.
 
-    Scope: each picture on its own.
+    Scope: each image on its own.
 
     Example:
       >>> batch = {"image_id": np.array([7]), "image_size": np.array([[10, 15]]),

@@ -34,12 +34,12 @@ def average_precision(recall: np.ndarray, precision: np.ndarray) -> tuple[float,
     return area, float(np.append(best, 0.0)[first].mean())
 
 
-def voc_figures(
+def voc_metrics(
     ground_truth: Mapping[str, Any], detections: Sequence[Mapping[str, Any]], *, iou_threshold: float = 0.5
 ) -> dict[str, float]:
-    """VOC's figures of detections: means over the classes of `average_precision`.
+    """VOC's metrics of detections: means over the classes of `average_precision`.
 
-    Detections of a class, best score first, each look at the object of the class with the largest IoU in their picture:
+    Detections of a class, best score first, each look at the object of the class with the largest IoU in their image:
     under the threshold they are false, at a difficult object they do not count, at an object for the first time they
     are true, and after that false. Difficult objects are not asked for.
 
@@ -60,7 +60,7 @@ def voc_figures(
     Example:
       >>> box = {"image_id": 1, "category_id": 3, "bbox": [0, 0, 40, 40]}
       >>> truth = {"images": [{"id": 1}], "categories": [{"id": 3, "name": "cat"}], "annotations": [box]}
-      >>> voc_figures(truth, [{**box, "score": 0.9}])
+      >>> voc_metrics(truth, [{**box, "score": 0.9}])
       {'AP50': 1.0, 'AP50_11point': 1.0}
     """
     objects: dict[tuple, list] = {}

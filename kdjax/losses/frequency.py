@@ -25,7 +25,7 @@ def frequency_mask(
       keep_dc: always keep the bin [0, 0], the channel mean.
 
     Returns:
-      f32[B, H, W, 1] of 0 and 1: one mask a picture, shared over channels.
+      f32[B, H, W, 1] of 0 and 1: one mask an image, shared over channels.
 
     Scope: image.
     Peers: no public original.

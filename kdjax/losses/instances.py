@@ -27,7 +27,7 @@ def general_instances(
       teacher_logits: f32[B, N, K].
       student_boxes: f32[B, N, 4], x1 y1 x2 y2 in pixels.
       teacher_boxes: f32[B, N, 4].
-      count: how many instances a picture.
+      count: how many instances an image.
       iou_threshold: of the suppression.
 
     Returns:
@@ -57,7 +57,7 @@ def general_instances(
 
 
 def relation(student: Array, teacher: Array, valid: Array, *, eps: float = 1e-6) -> Array:
-    """Smooth L1 distance of the pairwise distances among a picture's instances, each net's divided by their mean.
+    """Smooth L1 distance of the pairwise distances among an image's instances, each net's divided by their mean.
 
     Args:
       student: f32[B, R, D], one feature vector an instance.

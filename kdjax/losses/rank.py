@@ -42,7 +42,7 @@ def rank_kl(
       teacher: f32[B, N], on the same priors.
       matched: i32[B, N], index of the object of each prior, 0 .. boxes-1 where `positive`.
       positive: bool[B, N], the priors that belong to an object.
-      boxes: M, the number of (padded) objects a picture.
+      boxes: M, the number of (padded) objects an image.
       theta: temperature, > 0; below 1 it sharpens what is nearly flat for scores in 0 .. 1.
 
     Returns:
@@ -94,6 +94,6 @@ def has_positives(matched: Array, positive: Array, *, boxes: int) -> Array:
 
 
 def _segments(matched: Array, positive: Array, boxes: int) -> Array:
-    """One number an object of the batch; the priors of no object share the last one of their picture."""
-    picture = jnp.arange(matched.shape[0])[:, None]
-    return picture * (boxes + 1) + jnp.where(positive, matched, boxes)
+    """One number an object of the batch; the priors of no object share the last one of their image."""
+    image = jnp.arange(matched.shape[0])[:, None]
+    return image * (boxes + 1) + jnp.where(positive, matched, boxes)

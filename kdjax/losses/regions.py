@@ -18,18 +18,18 @@ def focal_masks(boxes: Array, valid: Array, image_size: Array, map_size: tuple[i
     """FGD's foreground and background weights of the cells of a map.
 
     A box covers the cells floor(x1 / W_in * W) .. ceil(x2 / W_in * W), both included, and y alike. A foreground cell
-    weighs 1 / (number of cells of its box), the smallest box wins; the background cells of a picture share weight 1.
+    weighs 1 / (number of cells of its box), the smallest box wins; the background cells of an image share weight 1.
     Cells beyond the map are cut off, but still count in a box's number of cells.
 
     Args:
       boxes: f32[B, M, 4], x1 y1 x2 y2 in pixels of the network input.
       valid: bool[B, M], False on padding.
       image_size: i32[B, 2] or i32[2], height and width in pixels of the network input (the padded canvas). The official
-        code gives the size of the unpadded picture here, which shifts the boxes on padded batches.
+        code gives the size of the unpadded image here, which shifts the boxes on padded batches.
       map_size: (H, W) of the map.
 
     Returns:
-      foreground f32[B, H, W, 1] in 0 .. 1 and background f32[B, H, W, 1], which sums to 1 a picture (0 without
+      foreground f32[B, H, W, 1] in 0 .. 1 and background f32[B, H, W, 1], which sums to 1 an image (0 without
       background). Without boxes the foreground is 0 and the background 1 / (H W).
 
     Scope: image.

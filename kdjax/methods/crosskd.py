@@ -6,7 +6,7 @@
     boxes:   L = box_weight * sum_i c_i (1 - GIoU(d^_i, d_i^T)) / P,   c_i = l_i max_k sigmoid(p_ik^T)
              with distributions: box_weight * sum_i c_i 1/4 sum over edges of KL(softmax q^T || softmax q^) / sum_i c_i
     quality: L = quality_weight * sum_{i positive} BCE(o^_i, sigmoid(o_i^T)) / P,   o^ the centreness of the same head
-    l_i = 0 on ignored priors else 1;  P = sum over pictures of max(positives of the picture, 1)
+    l_i = 0 on ignored priors else 1;  P = sum over images of max(positives of the image, 1)
 
 Paper: Wang et al., "CrossKD: Cross-Head Knowledge Distillation for Object Detection", CVPR 2024.
 Taps: cls_tower and reg_tower, the output of a convolution before its activation (any head of both sides with the same

@@ -8,9 +8,9 @@
     Mfg = 1 / (cells of the smallest box there),  Mbg = 1 / (background cells),  R(X) = X + W2 relu(LN(W1 context(X)))
 
 Paper: Yang et al., "Focal and Global Knowledge Distillation for Detectors", CVPR 2022, Eqs. 2-3, 8, 9, 12.
-Taps: neck (any detector). Needs the boxes of the ground truth; a picture without any counts as background. Trains a
+Taps: neck (any detector). Needs the boxes of the ground truth; an image without any counts as background. Trains a
   1x1 adapter A where channels differ and a context block R for each net and level, which are the identity at first.
-Open: the official code scales boxes by the size of the unpadded picture onto the map of the padded batch, which shifts
+Open: the official code scales boxes by the size of the unpadded image onto the map of the padded batch, which shifts
   them where there is padding; here it is the padded size (`unpadded=True` is the code). The cells at a box's right and
   lower border count as foreground, as in the code. The four weights differ by detector: the defaults are FCOS's with
   tau 0.8; with tau 0.5, RepPoints has the same, RetinaNet and GFL have 1e-3, 5e-4, 5e-4, 5e-6, YOLOX 2e-3, 1e-3, 1e-3,
@@ -49,7 +49,7 @@ def make(
       attention_weight: gamma, 8e-4 (FCOS).
       relation_weight: lambda, 8e-6 (FCOS).
       temperature: tau of the attentions; 0.8 for FCOS, 0.5 for all others.
-      unpadded: scales boxes by the size of the picture without its padding, as the official code does.
+      unpadded: scales boxes by the size of the image without its padding, as the official code does.
 
     Raises:
       ValueError: a temperature not above 0.

@@ -1,10 +1,10 @@
 """GID: general instance distillation, of the features, relations and predictions of the places where the nets differ.
 
     score of a prior = max_k |sigmoid(z_T) - sigmoid(z_S)|, its box that of the surer net; suppressed at IoU 0.3, the
-        best 10 of a picture are its instances;  R = RoIAlign of an instance, 10 x 10 cells, on the level of its size
+        best 10 of an image are its instances;  R = RoIAlign of an instance, 10 x 10 cells, on the level of its size
     L = weight * (
             feature_weight * mean over instances and cells of sum_c (R(A(S)) - R(T))^2
-            + relation_weight * mean over pictures and pairs of smoothL1(d_S - d_T),  d = |R_i - R_j| / their mean
+            + relation_weight * mean over images and pairs of smoothL1(d_S - d_T),  d = |R_i - R_j| / their mean
             + class_weight / P * sum_{priors} sum_k KL(sigmoid(z_T) || sigmoid(z_S))
             + box_weight / P * sum_{priors} |box_S - box_T|_1 / stride )
     priors: the P that the student's assigner gives to the instances, taken as ground truth
@@ -14,10 +14,10 @@ Taps: neck; also reads class logits and decoded boxes (dense heads, the same pri
   the student's assigner. Needs no ground truth. Trains one 3x3 convolution A, shared by the levels.
 Open: the only public code is a third-party port, whose weights and reductions are the defaults; the paper is said to
   have 5e-4, 40 and 0.1, 1. The port never applies its adapter and so needs equal widths; here it is applied. It
-  relates the instances of all pictures of a device to each other, which depends on the batch (`parity=True`); here a
-  picture's own. It takes binary cross-entropy, whose slope is that of the divergence here and which does not vanish
+  relates the instances of all images of a device to each other, which depends on the batch (`parity=True`); here a
+  image's own. It takes binary cross-entropy, whose slope is that of the divergence here and which does not vanish
   for equal nets. It compares the regressed numbers of the box; in strides, that is the same for heads that regress
-  distances. It leaves out boxes of less than 10 pixels and cuts them at the picture; here nothing is left out.
+  distances. It leaves out boxes of less than 10 pixels and cuts them at the image; here nothing is left out.
 Proof: none: no public original; the parts equal loops over the formulas, RoIAlign and its levels model/faster_* and
   model/mask_* (mmdetection): largest relative error 2e-6.
 Status: formula
@@ -43,7 +43,7 @@ def make(
     iou_threshold: float = 0.3,
     parity: bool = False,
 ) -> api.Method:
-    """Distances of the features, the mutual distances and the predictions of a fixed number of instances a picture.
+    """Distances of the features, the mutual distances and the predictions of a fixed number of instances an image.
 
     Args:
       weight: of everything; 1.
@@ -52,9 +52,9 @@ def make(
       relation_weight: 40 in the port.
       class_weight: 0.1 in the port.
       box_weight: 0.1 in the port.
-      count: instances a picture, at least 1; 10. Relations need three.
+      count: instances an image, at least 1; 10. Relations need three.
       iou_threshold: of the suppression, 0 .. 1; 0.3.
-      parity: relates the instances of the whole batch to each other, not those of a picture.
+      parity: relates the instances of the whole batch to each other, not those of an image.
 
     Raises:
       ValueError: `count` below 1, or `iou_threshold` outside 0 .. 1.

@@ -8,7 +8,7 @@ Taps: neck (any detector). Needs nothing else. Trains a 1x1 adapter A where chan
 Open: the weight and the share of holes are published by task: one-stage detectors 2e-5 and 0.65 (the defaults),
   two-stage ones 5e-7 and 0.45, segmentation 0.75; classification masks channels instead of cells (`mask="channels"`,
   7e-5 and 0.15). What is kept is not scaled up. As a sum over H, W and C, the loss grows with the size and the width
-  of the maps, and the weight belongs to the authors': 256 channels, pictures of 800 x 1333. It does not vanish for a
+  of the maps, and the weight belongs to the authors': 256 channels, images of 800 x 1333. It does not vanish for a
   student that equals its teacher. Within a family the authors start the student's neck and head from the teacher's,
   which is not possible where widths differ.
 Proof: kd/mgd_* (the authors' code) with their mask, and the gradients of the generator: largest relative error 5.7e-7.

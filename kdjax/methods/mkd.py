@@ -7,11 +7,11 @@
     frequency  = mean_bhwc (Re IDFT(M DFT(S')) - T)^2                                       (Eqs. 2-4)
     alignment  = tau^2/(B C) sum_bc KL(softmax_hw T/tau || softmax_hw S'/tau)               (Eq. 5)
 
-    M is a random binary mask over the frequencies of a picture and level, shared over channels, 0 with probability zeta
+    M is a random binary mask over the frequencies of an image and level, shared over channels, 0 with probability zeta
 
 Paper: "Multi-Knowledge Distillation for Real-Time Object Detection on Edge Devices", ACML 2024, Eqs. 1-6.
 Taps: neck (any detector). Needs nothing else. A is a 1x1 convolution where channels differ; the teacher is the next
-  larger detector (for tiny the paper says so, for the others it is the reading that fits its figures).
+  larger detector (for tiny the paper says so, for the others it is the reading that fits its metrics).
 Open: no public code exists, and the paper leaves open much of what a program must know:
   - The taps: neck outputs, strides 8, 16, 32 (`student`, `teacher`), behind adapters, which it does not mention.
   - Weights of parts and levels: only alpha = 1 is given (`weight`). Parts count alike (`feature_weight`,
@@ -29,7 +29,7 @@ Open: no public code exists, and the paper leaves open much of what a program mu
   - L_fea is named beside the three parts, whose sum the abstract calls the loss: it is counted (`feature_weight=0`).
   - The scale of features against each other: as they are (`normalize="pkd"` standardises both).
   - The frequency term has a floor of about zeta * mean T^2 and does not reach zero.
-  - The paper's main AP figures equal those of an earlier public recipe to the printed digit, so they do not separate
+  - The paper's main AP metrics equal those of an earlier public recipe to the printed digit, so they do not separate
     MKD from it; measure against `rtmdet_cwd`.
 Proof: kd/feature_misc_* (multi-scale pooling, the transform under a given mask): largest relative error 8.2e-7;
   kd/cwd_* (the alignment): 1.8e-6. The method as a whole has no public original.

@@ -9,8 +9,8 @@ Taps: neck, any maps of the grid of the class predictions, and cls_logits (dense
     both sides). S' is the student's map behind a 1x1 convolution where the channels differ.
 Open: space of the predictions: logits (the only one that the published weight fits) or space="probs". Scale of P: as it
     is; normalize_guide=True divides it by its mean over the level, which is advised for heads other than RetinaNet's.
-    Reduction: the mean of P F, or form="norm", the Euclidean norm of P F over the cells of a picture divided by their
-    number, mean over pictures; a square of the product, which notes on the paper mention, is in no code and not here.
+    Reduction: the mean of P F, or form="norm", the Euclidean norm of P F over the cells of an image divided by their
+    number, mean over images; a square of the product, which notes on the paper mention, is in no code and not here.
     All codes let the gradient through P, so PFI also pulls at the predictions; detach_guide=True stops it.
 Proof: none: no public original (unofficial ports).
 Status: formula

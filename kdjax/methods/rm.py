@@ -8,7 +8,7 @@ Paper: Li et al., "Knowledge Distillation for Object Detection via Rank Mimickin
 Taps: cls_logits (dense heads with sigmoid scores, the same priors and classes on both sides). It needs the student's
     assignment; with an IoU in the score also the decoded boxes.
 Open: the public codes disagree. One sorts the scores of both sides first, which loses the pairing and charges nothing
-    for a reversed ranking: not followed. One averages over the objects of each picture before the pictures:
+    for a reversed ranking: not followed. One averages over the objects of each image before the images:
     per_image=True; the default pools the objects of the batch. Some put a softmax over classes first or add a term on
     negatives: not here. What is ranked is the class score; notes on the paper report that score times localisation
     quality is best: quality="cls*iou". Assigners that look at predictions: the student's assignment serves both sides.
@@ -41,7 +41,7 @@ def make(
         0 .. 1.
       quality: what is ranked: "cls", the score of the object's class; "iou", the IoU of the decoded box with the
         object; "cls*iou", their product.
-      per_image: the mean over the objects of each picture, then over pictures, instead of over all objects.
+      per_image: the mean over the objects of each image, then over images, instead of over all objects.
 
     Raises:
       ValueError: unknown `quality`, or `theta` not above 0.

@@ -6,7 +6,7 @@
 Paper: de Rijk et al., "Structural Knowledge Distillation for Object Detection", NeurIPS 2022.
 Taps: neck (any detector), all levels. Needs nothing else.
 Open: read were the abstract, notes on the paper and the operator that it names (kornia's), no official code exists.
-  What minimum and maximum of psi run over is unstated: H, W and C of each picture, which keeps the relative strength
+  What minimum and maximum of psi run over is unstated: H, W and C of each image, which keeps the relative strength
   of channels and does not depend on the batch (`scope="channel"`, `scope="batch"`); the gradient flows through the
   student's. Small maps: the window is the largest odd number within 11, H and W, and a level where that is 1 is left
   out. Exponents other than 1 count a negative variance and a negative structure as 0. The adapter is 1x1 where
@@ -39,7 +39,7 @@ def make(
     Args:
       weight: lambda of the sum over levels; 4 (2 is as good).
       student, teacher: taps.
-      scope: what minimum and maximum of the rescaling run over: "image" (H, W and C of a picture), "channel" (H and W)
+      scope: what minimum and maximum of the rescaling run over: "image" (H, W and C of an image), "channel" (H and W)
         or "batch" (everything).
       window: side of the Gaussian window in cells, odd, at least 3; its deviation is always 1.5 cells. 11.
       exponents: of luminance, contrast and structure, >= 0; 0 leaves a factor out. 1, 1, 1.

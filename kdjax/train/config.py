@@ -48,13 +48,13 @@ def base() -> ConfigDict:
             train_images="",
             val_images="",
             cache="",  # where prepared data goes; "" is ~/.cache/kdjax or $KDJAX_CACHE
-            scenes_train=2000,  # pictures of the embedded default
+            scenes_train=2000,  # images of the embedded default
             scenes_val=400,
             image_size=(640, 640),  # height, width of the canvas
-            max_boxes=0,  # padded boxes a picture; 0: the largest number in the data, more with Mosaic and MixUp
+            max_boxes=0,  # padded boxes an image; 0: the largest number in the data, more with Mosaic and MixUp
             workers=0,  # processes that decode; 0 decodes in a thread of this process
-            limit=0,  # only the first pictures of each split; 0 takes all
-            check=False,  # print what would be trained, write pictures of its batches, and stop
+            limit=0,  # only the first images of each split; 0 takes all
+            check=False,  # print what would be trained, write images of its batches, and stop
             augment=augment(),
             stage2=dict(
                 start=0,  # from this step on (batch number, from 0) batches are augmented as here; 0 is never
@@ -85,7 +85,7 @@ def base() -> ConfigDict:
         dict(
             every=0,  # steps between evaluations; 0 evaluates at the end alone
             batch_size=16,
-            limit=0,  # validation pictures of the evaluations on the way; the last one takes all
+            limit=0,  # validation images of the evaluations on the way; the last one takes all
         )
     )
     config.log_every = 20  # steps between lines of metrics.jsonl
@@ -214,14 +214,14 @@ def unknown_keys(config: ConfigDict, reference: ConfigDict | None = None, prefix
 
 
 def augment(**changes) -> dict:
-    """How training pictures are varied; `changes` to the defaults. RTMDet's: configs/supervised/rtmdet.py."""
+    """How training images are varied; `changes` to the defaults. RTMDet's: configs/supervised/rtmdet.py."""
     defaults = dict(
-        mosaic=False,  # four pictures around a point, on twice the canvas; three are of the last `cache` before
+        mosaic=False,  # four images around a point, on twice the canvas; three are of the last `cache` before
         mixup=0.0,  # probability of being averaged with one of the last `cache` / 2 before
-        cache=40,  # pictures of the same virtual stream (kdjax/data/loader.py) that are kept in memory for these
+        cache=40,  # images of the same virtual stream (kdjax/data/loader.py) that are kept in memory for these
         flip=0.5,  # probability of a horizontal flip
         scale=(0.5, 2.0),  # random resize relative to the canvas, of a Mosaic to its own; (1, 1) is the plain resize
-        crop=True,  # random crop where the resized picture is larger than the canvas
+        crop=True,  # random crop where the resized image is larger than the canvas
         hsv=(5.0, 30.0, 30.0),  # largest change of hue, saturation, value (of 255); zeros switch it off
     )
     return defaults | changes

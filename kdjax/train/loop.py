@@ -27,12 +27,12 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 import kdjax
-from kdjax import data, detectors
-from kdjax.detectors import convert, weights
-from kdjax.evals import coco, report, size, voc
+from kdjax import data, detectors, weights
+from kdjax.evals import coco, complexity, voc
 from kdjax.methods import api
-from kdjax.train import card, optim, preview
+from kdjax.report import model_card, run_report
 from kdjax.train import config as settings
+from kdjax.train import optim, preview
 from kdjax.train.checkpoint import Checkpoints, fingerprint
 from kdjax.train.step import (
     Teacher,
@@ -44,10 +44,11 @@ from kdjax.train.step import (
     targets_of,
     weights_of,
 )
+from kdjax.weights import convert
 
 # What may differ between a run and its resumption: nothing that enters the numbers.
 FREE_KEYS = {"log_every", "checkpoint", "compile_cache", "data.workers", "data.cache", "data.root", "eval"}
-EXAMPLES = 8  # pictures in the report
+EXAMPLES = 8  # images in the report
 # glibc's mallopt: one heap for all threads (M_ARENA_MAX), nothing mapped by itself (M_MMAP_MAX), never trimmed
 # (M_TRIM_THRESHOLD).
 MALLOC = {-8: 1, -4: 0, -1: -1}
@@ -83,7 +84,7 @@ def run(config: ConfigDict, workdir: str) -> dict | None:
     Args:
       config: see `kdjax.train.config.base`.
       workdir: gets config.json, metrics.jsonl, tensorboard/, checkpoints/, student/, twin/, detections/,
-        per_class.json, results.json and report.html.
+        per_class.json, results.json and run_report.html.
 
     Returns:
       The content of results.json; None for a dry run (`config.data.check`).
@@ -175,7 +176,7 @@ def check_truth(dataset) -> None:
     if all(entry["iscrowd"] for entry in data.ground_truth(dataset, "val")["annotations"]):
         split = dataset.splits["val"]
         raise ValueError(
-            f"the validation split '{split.name}' of {dataset.name} holds no object in its {split.size} pictures"
+            f"the validation split '{split.name}' of {dataset.name} holds no object in its {split.size} images"
             f"{dropped_from(split)}, so nothing could be measured"
         )
 
@@ -311,7 +312,7 @@ def prepare(config: ConfigDict, dataset) -> Setup:
 
 
 def in_precision(detector, dtype: str):
-    """The detector with its pictures, and so all its maps up to the predictions, in another precision; None stays."""
+    """The detector with its images, and so all its maps up to the predictions, in another precision; None stays."""
     if detector is None or dtype == "float32":
         return detector
     return dataclasses.replace(detector, preprocess=lambda images: detector.preprocess(images).astype(dtype))
@@ -323,7 +324,7 @@ def make_mesh() -> Mesh:
 
 
 def output_spec(detector, hw: tuple[int, int]):
-    """Shapes of all that a detector returns for one picture, without computing anything."""
+    """Shapes of all that a detector returns for one image, without computing anything."""
     image = jax.ShapeDtypeStruct((1, *hw, 3), jnp.float32)
     return jax.eval_shape(lambda variables, x: detector.apply(*variables, x, train=False)[0], detector.shapes, image)
 
@@ -519,7 +520,7 @@ def train(setup: Setup, start: int, checkpoints: Checkpoints, log: "Log") -> dic
             pending.append((step, metrics))
             last = step == config.steps or agreed(signals.stop, step, config.log_every)
             logs, saves = last or step % config.log_every == 0, last or step % config.checkpoint.every == 0
-            # One step behind, so that the device always has its next step before the host waits for figures; but what
+            # One step behind, so that the device always has its next step before the host waits for metrics; but what
             # is written has been looked at.
             while len(pending) > (0 if logs or saves else 1):
                 window.append(check_finite(*pending.popleft()))
@@ -545,8 +546,8 @@ def train(setup: Setup, start: int, checkpoints: Checkpoints, log: "Log") -> dic
             if config.eval.every and step % config.eval.every == 0 and step < config.steps:
                 begun = time.perf_counter()
                 for role, state in states.items():
-                    figures = evaluate(setup, role, ema(state), limit=config.eval.limit).figures
-                    log.write(step, "eval", {f"{role}/{name}": value for name, value in figures.items()})
+                    measured = evaluate(setup, role, ema(state), limit=config.eval.limit).metrics
+                    log.write(step, "eval", {f"{role}/{name}": value for name, value in measured.items()})
                 since += time.perf_counter() - begun
             if last and step < config.steps:
                 checkpoints.close()
@@ -571,7 +572,7 @@ def compile_steps(setup: Setup, states: dict[str, TrainState], batch: dict) -> N
 
 
 def check_finite(step: int, metrics: dict) -> dict:
-    """The figures of a step on the host.
+    """The metrics of a step on the host.
 
     Raises:
       FloatingPointError: names the first figure that is not finite.
@@ -662,10 +663,10 @@ class Log:
 
 
 class Evaluation(NamedTuple):
-    figures: dict  # the 12 figures of COCO
+    metrics: dict  # the 12 metrics of COCO
     per_class: dict  # class -> AP
     detections: list  # COCO results
-    examples: list  # detections of the first pictures with objects, on the canvas
+    examples: list  # detections of the first images with objects, on the canvas
 
 
 def ema(state: TrainState) -> tuple:
@@ -674,7 +675,7 @@ def ema(state: TrainState) -> tuple:
 
 
 def evaluate(setup: Setup, role: str, variables, *, limit: int = 0) -> Evaluation:
-    """COCO's figures on the validation split; the host works on a batch while the device computes the next."""
+    """COCO's metrics on the validation split; the host works on a batch while the device computes the next."""
     config, dataset = setup.config, setup.dataset
     here = jax.local_devices()[0]
     variables = jax.tree.map(lambda leaf: jax.device_put(leaf.addressable_data(0), here), tuple(variables))
@@ -703,11 +704,11 @@ def evaluate(setup: Setup, role: str, variables, *, limit: int = 0) -> Evaluatio
     while pending:
         fetch()
     curves = coco.curves(data.ground_truth(dataset, "val", limit=limit or None), found)
-    return Evaluation(coco.figures(curves), coco.class_figures(curves), found, examples)
+    return Evaluation(coco.metrics(curves), coco.class_metrics(curves), found, examples)
 
 
 def example(batch: dict, output, row: int) -> dict:
-    """One picture with its truth and detections, cut out of the canvas."""
+    """One image with its truth and detections, cut out of the canvas."""
     height, width = batch["image_size"][row]
     valid, kept = batch["valid"][row], output.valid[row]
     return {
@@ -733,19 +734,19 @@ def finish(setup: Setup, workdir: Path, log: Log) -> dict:
     for role in variables:
         detector = setup.teacher if role == "teacher" else setup.student
         evaluations[role] = evaluate(setup, role, variables[role])
-        counts = {"params": size.parameters(variables[role][0]), "flops": size.flops(detector, hw)}
-        results[role] = evaluations[role].figures | counts
-        log.write(config.steps, "eval", {f"{role}/{k}": v for k, v in evaluations[role].figures.items()})
+        counts = {"params": complexity.parameters(variables[role][0]), "flops": complexity.flops(detector, hw)}
+        results[role] = evaluations[role].metrics | counts
+        log.write(config.steps, "eval", {f"{role}/{k}": v for k, v in evaluations[role].metrics.items()})
     check_programs(setup)
     if dataset.name == "voc":
         truth = data.ground_truth(dataset, "val")
-        results["voc"] = {role: voc.voc_figures(truth, one.detections) for role, one in evaluations.items()}
+        results["voc"] = {role: voc.voc_metrics(truth, one.detections) for role, one in evaluations.items()}
     if results["twin"]:
         results["gain"] = {
             name: results["student"][name] - results["twin"][name]
             if -1 not in (results["student"][name], results["twin"][name])
             else -1
-            for name in evaluations["student"].figures
+            for name in evaluations["student"].metrics
         }
     if jax.process_index():
         return results
@@ -753,11 +754,11 @@ def finish(setup: Setup, workdir: Path, log: Log) -> dict:
     about["category_ids"] = list(dataset.category_ids)
     for role in setup.states:
         params, stats = jax.device_get(variables[role])
-        extra = about | {"figures": evaluations[role].figures} | ({"methods": []} if role == "twin" else {})
+        extra = about | {"metrics": evaluations[role].metrics} | ({"methods": []} if role == "twin" else {})
         weights.save(
             workdir / role, setup.student, params, stats, classes=list(dataset.classes), image_size=hw, extra=extra
         )
-        text = card.card(role, setup, results, (params, stats), environment())
+        text = model_card.card(role, setup, results, (params, stats), environment())
         (workdir / role / "README.md").write_text(text, encoding="utf-8", errors="replace")
     (workdir / "detections").mkdir(exist_ok=True)
     for role, evaluation in evaluations.items():
@@ -770,7 +771,7 @@ def finish(setup: Setup, workdir: Path, log: Log) -> dict:
         for i, one in enumerate(evaluations["student"].examples)
     ]
     method = " + ".join(setup.methods) or "no teacher"
-    report.write_report(
+    run_report.write_report(
         workdir / "report.html",
         title=f"{setup.student.name} on {dataset.name}, {method}",
         results=results,
@@ -790,13 +791,13 @@ def notes(setup: Setup, rows: list[dict]) -> list[str]:
     config = setup.config
     seconds = sum({row["step"]: row["seconds"] for row in rows if row["kind"] == "train"}.values())
     lines = [
-        f"Pictures: the first {EXAMPLES} of the validation split that hold objects, not chosen by result.",
-        "Figures: moving-average weights, on the whole validation split, by COCO's rules.",
+        f"Images: the first {EXAMPLES} of the validation split that hold objects, not chosen by result.",
+        "Metrics: moving-average weights, on the whole validation split, by COCO's rules.",
     ]
     if "twin" in setup.states:
         lines.append("The twin is the same student from the same start on the same batches, without the teacher.")
     if config.eval.every and config.eval.limit:
-        lines.append(f"AP on the way is of the first {config.eval.limit} validation pictures, the last of all of them.")
+        lines.append(f"AP on the way is of the first {config.eval.limit} validation images, the last of all of them.")
     facts = {"seed": str(config.seed), "training": f"{seconds / 60:.1f} min"} | environment()
     return lines + [f"{name}: {value}" for name, value in facts.items() if value]
 

@@ -10,7 +10,7 @@ SGD_RATE, SGD_BATCH = 0.01, 16  # mmdetection's for detectors on ResNets
 
 
 def linear_rule(config: ConfigDict) -> float:
-    """The learning rate that `optimizer.lr=0` stands for: 0.004 for 256 pictures with AdamW, 0.01 for 16 with SGD."""
+    """The learning rate that `optimizer.lr=0` stands for: 0.004 for 256 images with AdamW, 0.01 for 16 with SGD."""
     rate, batch = (SGD_RATE, SGD_BATCH) if config.optimizer.name == "sgd" else (BASE_RATE, BASE_BATCH)
     return rate * config.batch_size / batch
 

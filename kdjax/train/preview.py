@@ -12,25 +12,25 @@ from PIL import Image
 
 from kdjax import data
 from kdjax.data import cache
-from kdjax.evals import pictures
 from kdjax.methods import api
+from kdjax.report import drawing
 from kdjax.train import optim
 from kdjax.train.step import weights_of
 
-PICTURES = 8  # at most, of a batch
+IMAGES = 8  # at most, of a batch
 POINTS = 2000  # at most, of a curve
 
 
 def save(dataset: data.Dataset, config: ConfigDict, workdir: str | Path | None) -> dict[str, Path]:
-    """Writes a contact sheet of a batch of every stage, and a picture of the schedule.
+    """Writes a contact sheet of a batch of every stage, and an image of the schedule.
 
-    The pictures are rows of the very batch that the run would train on. Of a stage with Mosaic or MixUp it is a batch
-    that has as many pictures before it as partners may come from.
+    The images are rows of the very batch that the run would train on. Of a stage with Mosaic or MixUp it is a batch
+    that has as many images before it as partners may come from.
 
     Args:
       dataset: from `open_dataset`.
       config: of the run.
-      workdir: where the pictures go; None: a folder of the cache.
+      workdir: where the images go; None: a folder of the cache.
 
     Returns:
       {what it shows: file}.
@@ -39,7 +39,7 @@ def save(dataset: data.Dataset, config: ConfigDict, workdir: str | Path | None) 
     folder.mkdir(parents=True, exist_ok=True)
     files = {}
     for step in _steps(config):
-        file = files[f"pictures of batch {step} as they are trained on"] = folder / f"batch_{step:06d}.png"
+        file = files[f"images of batch {step} as they are trained on"] = folder / f"batch_{step:06d}.png"
         Image.fromarray(sheet(dataset, config, step)).save(file)
     file = files["learning rate, moving average and weights over the steps"] = folder / "schedule.png"
     draw_schedule(config).savefig(file)
@@ -94,8 +94,8 @@ def draw_schedule(config: ConfigDict) -> Figure:
 
 
 def sheet(dataset: data.Dataset, config: ConfigDict, step: int) -> np.ndarray:
-    """u8[H, W, 3]: up to `PICTURES` rows of the batch of a step on their whole canvas, boxes drawn."""
-    rows = max(n for n in range(1, PICTURES + 1) if config.batch_size % n == 0)
+    """u8[H, W, 3]: up to `IMAGES` rows of the batch of a step on their whole canvas, boxes drawn."""
+    rows = max(n for n in range(1, IMAGES + 1) if config.batch_size % n == 0)
     shard = (0, config.batch_size // rows)
     settings = config.data.copy_and_resolve_references()
     settings.workers = 0
@@ -109,7 +109,7 @@ def sheet(dataset: data.Dataset, config: ConfigDict, step: int) -> np.ndarray:
         [values[valid] for values, valid in zip(batch[name], batch["valid"], strict=True)]
         for name in ("boxes", "labels")
     )
-    return pictures.contact_sheet(list(batch["image"]), boxes, labels, dataset.classes, min(rows, 4))
+    return drawing.contact_sheet(list(batch["image"]), boxes, labels, dataset.classes, min(rows, 4))
 
 
 def _steps(config: ConfigDict) -> list[int]:

@@ -72,7 +72,7 @@ def targets_of(batch: dict) -> Targets:
 
 
 def compare(student, teacher, methods, params, variables: Teacher, output, assignment, batch, step, key):
-    """All terms of all methods, unweighted: {"method/term": f32[]}. The teacher looks at the same pictures."""
+    """All terms of all methods, unweighted: {"method/term": f32[]}. The teacher looks at the same images."""
     seen, _ = teacher.apply(*variables, teacher.preprocess(batch["image"]), train=False)
     variables, seen = jax.lax.stop_gradient((variables, seen))
     whole, (output, seen) = output, api.shared_levels(output, seen)

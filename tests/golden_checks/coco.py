@@ -1,4 +1,4 @@
-"""`coco/*/`: COCO's figures for boxes and masks, against pycocotools."""
+"""`coco/*/`: COCO's metrics for boxes and masks, against pycocotools."""
 
 import json
 from pathlib import Path
@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from kdjax.evals.coco import class_figures, curves, figures
+from kdjax.evals.coco import class_metrics, curves, metrics
 from tests.golden_checks.api import Check, Checks, UnknownCase, failure
 
 TOLERANCE = 1e-9
 ROUNDED = 5e-11  # the recalls are written with ten decimals
-# Whose figures `expected.json` holds beside them, and what they depend on.
+# Whose metrics `expected.json` holds beside them, and what they depend on.
 ABOUT = {"pycocotools", "seed"}
 COUNTS = {"n_gt", "n_dt", "n_crowd", "n_by_area"}
 
@@ -37,7 +37,7 @@ def difference(got: Any, want: Any) -> float:
     return float(np.abs(got - want).max()) if want.size else 0.0
 
 
-def check_figures(folder: Path, part: str, want: dict[str, Any]) -> Checks:
+def check_metrics(folder: Path, part: str, want: dict[str, Any]) -> Checks:
     truth = read(folder / "gt.json")
     if part == "bbox":
         got = curves(truth, read(folder / "dt_bbox.json"))
@@ -53,12 +53,12 @@ def check_figures(folder: Path, part: str, want: dict[str, Any]) -> Checks:
         raise UnknownCase(f"no check for {part!r}")
     for key, value in want.items():
         if key == "stats":
-            yield Check(f"{part} stats", difference(list(figures(got).values()), value), TOLERANCE)
+            yield Check(f"{part} stats", difference(list(metrics(got).values()), value), TOLERANCE)
         elif key == "per_category":
             ids = [str(identity) for identity in got.category_ids]
             if set(ids) != set(value):
                 raise ValueError(f"categories {', '.join(ids)} instead of {', '.join(value)}")
-            means, halves = class_figures(got).values(), class_figures(got, threshold=0.5).values()
+            means, halves = class_metrics(got).values(), class_metrics(got, threshold=0.5).values()
             rows = [[value[i]["AP"], value[i]["AP50"]] for i in ids]
             got_rows = [[mean, half] for mean, half in zip(means, halves, strict=True)]
             yield Check(f"{part} per category", difference(got_rows, rows), TOLERANCE)
@@ -69,18 +69,18 @@ def check_figures(folder: Path, part: str, want: dict[str, Any]) -> Checks:
 
 
 def expected(path: Path) -> Checks:
-    """All figures of a folder."""
+    """All metrics of a folder."""
     for part, want in read(path).items():
         if part in ABOUT | COUNTS:
             continue
         try:
-            yield from check_figures(path.parent, part, want)
+            yield from check_metrics(path.parent, part, want)
         except Exception as error:  # the other parts go on
             yield failure(part, error)
 
 
 def ground_truth(path: Path) -> Checks:
-    """That the objects are those of which the figures speak."""
+    """That the objects are those of which the metrics speak."""
     rows, want = read(path)["annotations"], read(path.parent / "expected.json")
     areas = np.array([row["area"] for row in rows])
     sizes = [np.sum(areas < 32**2), np.sum((areas >= 32**2) & (areas < 96**2)), np.sum(areas >= 96**2)]
@@ -90,7 +90,7 @@ def ground_truth(path: Path) -> Checks:
 
 
 def detections(path: Path) -> Checks:
-    """That the detections are those of which the figures speak."""
+    """That the detections are those of which the metrics speak."""
     yield Check("number of detections", difference(len(read(path)), read(path.parent / "expected.json")["n_dt"]), 0)
 
 

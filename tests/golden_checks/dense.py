@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from kdjax.boxes import coding
-from kdjax.detectors import api, build, convert, dense
+from kdjax.detectors import api, build, dense
 from kdjax.structs import Assignment, DetectorOutput, Targets
+from kdjax.weights import convert
 from tests.golden_checks.api import Check, Checks, below, load, mismatches, relative_error
 from tests.golden_checks.model import (
     QUICK,
@@ -173,7 +174,7 @@ def expect_one(field: str, value: Any, known: list) -> None:
 
 
 def rows_of(arrays: dict[str, np.ndarray], prefix: str, batch: int, width: int | None = None) -> np.ndarray:
-    """The targets of all levels, [B, N] or [B, N, width]; FCOS has the pictures of a level behind each other."""
+    """The targets of all levels, [B, N] or [B, N, width]; FCOS has the images of a level behind each other."""
     found = below(arrays, prefix)
     shape = (batch, -1) if width is None else (batch, -1, width)
     return np.concatenate([found[str(level)].reshape(shape) for level in range(len(found))], 1)
@@ -371,7 +372,7 @@ def assignments(case: Case, got: Assignment) -> Checks:
     if case.family == "FCOS":
         return
     count = arrays["targets/4" if case.family == "RetinaNet" else "targets/5"]
-    yield Check("number of positives", mismatches(dense.positives_of_pictures(stored), count), 0)
+    yield Check("number of positives", mismatches(dense.positives_of_images(stored), count), 0)
     if case.family == "RetinaNet":
         anchors = np.concatenate([arrays[f"anchors/{level}"] for level in range(5)])
         deltas = coding.boxes_to_deltas(anchors, np.where(stored.positive[..., None], stored.boxes, anchors))

@@ -191,7 +191,7 @@ def ssim(what: str, params: Params, arrays: Arrays) -> Checks:
     student, teacher = nhwc(arrays["student"]), nhwc(arrays["teacher"])
     if "ssim_per_image" in arrays:
         by_image = jnp.mean(structural.ssim(student, teacher, window=window, sigma=sigma, **options), (1, 2, 3))
-        yield Check("by picture", relative_error(by_image, arrays["ssim_per_image"]), VALUE)
+        yield Check("by image", relative_error(by_image, arrays["ssim_per_image"]), VALUE)
     if "skimage_gauss_per_channel" in arrays:  # its window is always 11 x 11, its sigma 1.5
         by_channel = jnp.mean(structural.ssim(student, teacher, **options), (1, 2))
         yield Check("scikit-image by channel", relative_error(by_channel, arrays["skimage_gauss_per_channel"]), VALUE)
@@ -310,7 +310,7 @@ def fgd(what: str, params: Params, arrays: Arrays) -> Checks:
         return found | ({"align": convolution(arrays, f"{prefix}/align")} if align else {})
 
     student, teacher = jnp.asarray(nhwc(arrays["student"])), jnp.asarray(nhwc(arrays["teacher"]))
-    # The file holds the size of the unpadded picture: what the official code scales boxes with.
+    # The file holds the size of the unpadded image: what the official code scales boxes with.
     foreground, background = regions.focal_masks(boxes, valid, arrays["img_shape"], teacher.shape[1:3])
 
     def terms(student, w):

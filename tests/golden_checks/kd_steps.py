@@ -1,7 +1,7 @@
 """Replays `kd/crosskd_*.npz` and `kd/ld_*.npz`: what stored tensors show of the losses and methods of whole steps.
 
 Heads, anchors and box codes are written out here, next to the losses and methods that are under test; the detectors
-themselves are in `whole_steps.py`, which begins at the pictures.
+themselves are in `whole_steps.py`, which begins at the images.
 """
 
 import functools
@@ -35,14 +35,14 @@ def rows(maps: list[np.ndarray], width: int) -> np.ndarray:
 
 
 def by_level(x, counts: list[int]) -> np.ndarray:
-    """Sums over pictures and priors of [B, N, ...], one a level."""
+    """Sums over images and priors of [B, N, ...], one a level."""
     parts = np.split(np.asarray(x, np.float64), np.cumsum(counts)[:-1], axis=1)
     return np.array([part.sum() for part in parts])
 
 
-def padded_ground_truth(arrays, pictures: int) -> tuple[np.ndarray, np.ndarray]:
-    found = [arrays[f"gt/{i}/bboxes"] for i in range(pictures)]
-    boxes = np.zeros((pictures, max(map(len, found)) + 1, 4), np.float32)
+def padded_ground_truth(arrays, images: int) -> tuple[np.ndarray, np.ndarray]:
+    found = [arrays[f"gt/{i}/bboxes"] for i in range(images)]
+    boxes = np.zeros((images, max(map(len, found)) + 1, 4), np.float32)
     valid = np.zeros(boxes.shape[:2], bool)
     for i, rows_ in enumerate(found):
         boxes[i, : len(rows_)], valid[i, : len(rows_)] = rows_, True
@@ -79,8 +79,8 @@ def atss_positives(anchors: list[np.ndarray], boxes, valid, topk: int) -> np.nda
     inside = np.minimum(centre - boxes[:, :, None, :2], boxes[:, :, None, 2:] - centre).min(-1) > 0.01
     chosen = (np.asarray(overlap) >= np.asarray(threshold)[..., None]) & inside & valid[..., None]
     positive = np.zeros((len(boxes), len(flat)), bool)
-    for picture, *_ in np.argwhere(chosen)[:, :1]:
-        positive[picture, np.asarray(index)[picture][chosen[picture]]] = True
+    for image, *_ in np.argwhere(chosen)[:, :1]:
+        positive[image, np.asarray(index)[image][chosen[image]]] = True
     return positive
 
 
@@ -276,7 +276,7 @@ def context_of(student, teacher, boxes, valid, positive, ignore, priors) -> meth
 
 
 def crosskd_heads(kind: str, head: dict, kd: dict, meta: dict, arrays, args, stored) -> Checks:
-    pictures, classes = len(arrays["input"]), head["num_classes"]
+    images, classes = len(arrays["input"]), head["num_classes"]
     sizes = [x.shape[1:3] for x in args["teacher cls"]]
     cls = rows(args["reused cls"], classes), rows(args["teacher cls"], classes)
     beta = kd["loss_cls_kd"]["beta"]
@@ -289,12 +289,12 @@ def crosskd_heads(kind: str, head: dict, kd: dict, meta: dict, arrays, args, sto
     if kind == "FCOS":
         points = fcos_points(head["strides"], sizes)
         reg = [coding.distance_to_boxes(points, rows(args[f"{who} reg"], 4)) for who in ("reused", "teacher")]
-        count = fcos_centreness(points, [h * w for h, w in sizes], *padded_ground_truth(arrays, pictures)).sum()
+        count = fcos_centreness(points, [h * w for h, w in sizes], *padded_ground_truth(arrays, images)).sum()
         box_term = weight * np.sum(confidence * box_losses[kd["loss_reg_kd"]["type"]](*reg))
         yield Check("class term", relative_error(np.sum(classification) / count, stored["loss_cls_kd"]), LOSS)
         yield Check("box term", relative_error(box_term / count, stored["loss_reg_kd"]), LOSS)
         return
-    boxes, valid = padded_ground_truth(arrays, pictures)
+    boxes, valid = padded_ground_truth(arrays, images)
     anchors = anchors_of(head["anchor_generator"], sizes)
     counts = [len(a) for a in anchors]
     assigner = meta["student_cfg"]["train_cfg"]["assigner"]
@@ -312,7 +312,7 @@ def crosskd_heads(kind: str, head: dict, kd: dict, meta: dict, arrays, args, sto
 
     if kind == "GFL":
         bins = head["reg_max"] + 1
-        reg = [rows(args[f"{who} reg"], 4 * bins).reshape(pictures, -1, 4, bins) for who in ("reused", "teacher")]
+        reg = [rows(args[f"{who} reg"], 4 * bins).reshape(images, -1, 4, bins) for who in ("reused", "teacher")]
         options = {"temperature": kd["loss_reg_kd"]["T"], "class_reduction": kd["loss_reg_kd"]["class_reduction"]}
         distance = jax.jit(lambda s, t: jnp.mean(logits.softmax_kl(s, t, **options), -1))(*reg)
         count_boxes = confidence.sum()
@@ -358,11 +358,11 @@ def ld(path: Path) -> Checks:
     head, config = meta["student_cfg"]["bbox_head"], meta["loss_ld"]
     if meta["student_cfg"]["type"] != "GFL":
         raise UnknownCase(f"no check for a step of {meta['student_cfg']['type']!r}")
-    bins, pictures = head["reg_max"] + 1, len(arrays["input"])
+    bins, images = head["reg_max"] + 1, len(arrays["input"])
     cls = levels(arrays, "student_out/cls")
     reg = [rows(levels(arrays, f"{who}_out/reg"), 4 * bins) for who in ("student", "teacher")]
-    edges = [x.reshape(pictures, -1, 4, bins) for x in reg]
-    boxes, valid = padded_ground_truth(arrays, pictures)
+    edges = [x.reshape(images, -1, 4, bins) for x in reg]
+    boxes, valid = padded_ground_truth(arrays, images)
     anchors = anchors_of(head["anchor_generator"], [x.shape[1:3] for x in cls])
     positive = atss_positives(anchors, boxes, valid, meta["student_cfg"]["train_cfg"]["assigner"]["topk"])
     confidence = jax.nn.sigmoid(rows(cls, head["num_classes"])).max(-1)

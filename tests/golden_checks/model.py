@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from kdjax.boxes import assign, coding
-from kdjax.detectors import api, convert, rtmdet
+from kdjax.detectors import api, rtmdet
 from kdjax.detectors.levels import class_logits
 from kdjax.structs import Assignment, DetectorOutput, Targets
+from kdjax.weights import convert
 from tests.golden_checks.api import Check, Checks, UnknownCase, below, load, mismatches, relative_error
 
 # Fields of a model's configuration that mean something here, and the option of `rtmdet.make` that they set.
@@ -187,7 +188,7 @@ def replay_rtmdet(path: Path) -> Checks:
             yield levels(f"{mode}/{name}", getattr(output, field), maps_of(arrays, f"{mode}/{name}"), tolerance)
     for name, field in (("cls", "cls_logits"), ("reg", "box_reg")):
         yield levels(f"head entered behind {name} conv 1", reentered[name], getattr(evaluated, field), 1e-5)
-    # The file has the first picture's priors, with zeros outside its padding.
+    # The file has the first image's priors, with zeros outside its padding.
     inside = np.asarray(assign.inside_padding(priors, targets.pad_size[:1]))[0, :, None]
     yield Check("priors", relative_error(priors * inside, arrays["priors"]), 1e-5)
     decoded = coding.distance_to_boxes(priors[:, :2], join(maps_of(arrays, "train/reg")))
@@ -264,7 +265,7 @@ def _assignments(arrays, targets: Targets, stored: Assignment, priors, end_to_en
     for field in ("boxes", "quality"):
         yield Check(f"assign {field}, stored inputs", relative_error(getattr(got, field), getattr(stored, field)), 1e-5)
     differ = np.asarray((end_to_end.labels != stored.labels) | (end_to_end.matched != stored.matched)).sum(1)
-    yield Check("assign, end to end: priors a picture", float(differ.max()), 1)
+    yield Check("assign, end to end: priors an image", float(differ.max()), 1)
 
 
 def _losses(arrays, trained: DetectorOutput, losses, end_to_end) -> Checks:

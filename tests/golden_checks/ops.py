@@ -24,7 +24,7 @@ from tests.golden_checks.api import (
 Arrays = Mapping[str, np.ndarray]
 VALUE = 1e-5
 NEAR_THRESHOLD = 1e-4
-FAR = 10**6  # a picture so large that it cuts nothing
+FAR = 10**6  # an image so large that it cuts nothing
 
 dynamic_soft_label = jax.jit(assign.dynamic_soft_label, static_argnames="topk")
 sim_ota = jax.jit(assign.sim_ota, static_argnames="topk")
@@ -112,7 +112,7 @@ def coders(what: str, params: Mapping[str, Any], arrays: Arrays) -> Checks:
 
 
 def padded_targets(arrays: Arrays, places: int = 8) -> Targets:
-    """One picture's ground truth with rows of padding behind it, as kdjax's batches have."""
+    """One image's ground truth with rows of padding behind it, as kdjax's batches have."""
     count = len(arrays["gt_bboxes"])
     places = math.ceil((count + 1) / places) * places
     boxes, labels = np.zeros((1, places, 4), np.float32), np.zeros((1, places), np.int32)

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from kdjax.detectors import convert, layers, rtmdet
+from kdjax.detectors import layers, rtmdet
 from kdjax.detectors.api import Detector, flatten
-from kdjax.evals import size
+from kdjax.evals import complexity
 from kdjax.train import config, optim
+from kdjax.weights import convert
 from tests.golden_checks.api import LATER_MASKS, Check, Checks, UnknownCase, failure, relative_error
 from tests.golden_checks.model import options_of
 
@@ -57,9 +58,9 @@ def _model(name: str, row: dict) -> Checks:
         int(np.prod(leaf.shape)) * len(copies) for leaf, copies in zip(flatten(params).values(), names, strict=True)
     )
     known = {
-        **{part: size.parameters(tree) for part, tree in parts.items()},
+        **{part: complexity.parameters(tree) for part, tree in parts.items()},
         "params_with_shared_counted_again": again,
-        "flops_640_mmengine": size.flops(detector, (640, 640)),
+        "flops_640_mmengine": complexity.flops(detector, (640, 640)),
         "bn_eps": layers.EPS,
         "bn_momentum": layers.MOMENTUM,
         "bn_eps_momentum_seen": [[layers.EPS, layers.MOMENTUM]],

@@ -1,4 +1,4 @@
-"""Replays `kd/crosskd_*.npz` and `kd/ld_*.npz` from the pictures on: both networks, the method, losses and gradients.
+"""Replays `kd/crosskd_*.npz` and `kd/ld_*.npz` from the images on: both networks, the method, losses and gradients.
 
 The terms come out of the trainer's own `compare`.
 """
@@ -12,16 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from kdjax.boxes import coding
-from kdjax.detectors import api, build, convert, dense
+from kdjax.detectors import api, build, dense
 from kdjax.methods import api as methods
 from kdjax.train import step
+from kdjax.weights import convert
 from tests.golden_checks.api import Check, Checks, below, load, relative_error
 from tests.golden_checks.dense import LOSSES, in_torch, options_of
 from tests.golden_checks.model import QUICK, nhwc, targets_of
 
 
 def detector_of(config: dict) -> api.Detector:
-    """The detector of a configuration; the pictures of these files are normalised already."""
+    """The detector of a configuration; the images of these files are normalised already."""
     name, classes, options = options_of(config)
     return dataclasses.replace(build(name, classes, **options), preprocess=lambda x: x)
 
@@ -81,7 +82,7 @@ def whole_step(arrays, meta, chosen: dict, terms: dict[str, str], *, by_centrene
             found = step.compare(*networks, output, assignment, batch, jnp.int32(0), key)
             weights = step.weights_of(chosen, 0)
             values = {terms[name]: weights[name] * value for name, value in found.items()}
-            positives = dense.positives_of_pictures(assignment)
+            positives = dense.positives_of_images(assignment)
             if by_centreness:
                 central = coding.centreness(coding.boxes_to_distance(points, assignment.boxes))
                 ratio = positives / jnp.sum(jnp.where(assignment.positive, central, 0.0))

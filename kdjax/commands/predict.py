@@ -1,4 +1,4 @@
-"""`kdjax predict`: pictures, folders and videos to drawn boxes and COCO results."""
+"""`kdjax predict`: images, folders and videos to drawn boxes and COCO results."""
 
 import contextlib
 import io
@@ -13,8 +13,8 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from kdjax.data import coco, records
-from kdjax.evals import pictures
-from kdjax.verbs import model as models
+from kdjax.inference import model as models
+from kdjax.report import drawing
 
 VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
 _KNOWN = coco.SUFFIXES + VIDEOS
@@ -24,13 +24,13 @@ _ORIENTATION = 274  # EXIF's tag
 def run(*, paths: list[str], model: str, out: str, threshold: float) -> int:
     """Detects objects and writes what was found.
 
-    Writes `detections.json` (COCO results with everything over a score of 0.001, in pixels of the picture),
-    `images.json` (what the ids in it stand for: COCO's `images` and `categories`) and `drawn/`, with the pictures and
+    Writes `detections.json` (COCO results with everything over a score of 0.001, in pixels of the image),
+    `images.json` (what the ids in it stand for: COCO's `images` and `categories`) and `drawn/`, with the images and
     videos as they are and the boxes on them. A file that cannot be read gets a sentence on stderr; the rest goes on.
 
     Args:
-      paths: pictures, videos, and folders of pictures (with those below them).
-      model: see `kdjax.verbs.model.load`.
+      paths: images, videos, and folders of images (with those below them).
+      model: see `kdjax.inference.model.load`.
       out: the folder to write.
       threshold: smallest score of a box that is drawn, 0 .. 1.
 
@@ -38,7 +38,7 @@ def run(*, paths: list[str], model: str, out: str, threshold: float) -> int:
       Exit code: 0, or 2 if anything could not be read.
 
     Raises:
-      ValueError: before any compute: a path is missing, there is no picture, or no such model.
+      ValueError: before any compute: a path is missing, there is no image, or no such model.
       OSError: what was drawn cannot be written.
     """
     if not 0 <= threshold <= 1:
@@ -67,9 +67,7 @@ def run(*, paths: list[str], model: str, out: str, threshold: float) -> int:
     with contextlib.ExitStack() as videos:
         writers = {}
         found = models.detect(loaded, read(), batch=models.BATCH if moving else min(models.BATCH, len(files)))
-        for (image_id, image), rows in tqdm(
-            found, desc="predict", total=None if moving else len(files), unit="picture"
-        ):
+        for (image_id, image), rows in tqdm(found, desc="predict", total=None if moving else len(files), unit="image"):
             results += rows
             file, name = names[image_id - 1]
             drawn = draw(image, rows, loaded, threshold)
@@ -93,7 +91,7 @@ def run(*, paths: list[str], model: str, out: str, threshold: float) -> int:
     models.write_json(folder / "detections.json", results)
     models.write_json(folder / "images.json", {"images": images, "categories": categories})
     strong = sum(row["score"] >= threshold for row in results)
-    print(f"{out}: {len(images)} pictures, {strong} objects with a score of at least {threshold:g}")
+    print(f"{out}: {len(images)} images, {strong} objects with a score of at least {threshold:g}")
     return 2 if unread else 0
 
 
@@ -101,7 +99,7 @@ def find(paths: list[str], out: Path) -> list[tuple[Path, str]]:
     """The files to read, and the name of each under `drawn/`: what lies in `out` is left out.
 
     Args:
-      paths: of files, and of folders, which are searched for pictures and videos.
+      paths: of files, and of folders, which are searched for images and videos.
       out: the folder that is written.
 
     Returns:
@@ -116,7 +114,7 @@ def find(paths: list[str], out: Path) -> list[tuple[Path, str]]:
             inside = [p for p in sorted(path.rglob("*")) if _is_meant(p) and p.is_file()]
             inside = [p for p in inside if not p.resolve().is_relative_to(out.resolve())]
             if not inside:
-                raise ValueError(f"{path} holds no pictures ({', '.join(_KNOWN)}) outside of --out.")
+                raise ValueError(f"{path} holds no images ({', '.join(_KNOWN)}) outside of --out.")
             found += [(p, p.relative_to(path)) for p in inside]
         elif not path.is_file():
             raise ValueError(f"there is no file or folder {path}.")
@@ -135,13 +133,13 @@ def find(paths: list[str], out: Path) -> list[tuple[Path, str]]:
 
 
 def _is_meant(file: Path) -> bool:
-    """Whether a file of a folder is a picture or a video, be it of a kind that cannot be read: that is to be told."""
+    """Whether a file of a folder is an image or a video, be it of a kind that cannot be read: that is to be told."""
     kind = mimetypes.guess_type(file.name)[0] or ""
     return file.suffix.lower() in _KNOWN or kind.startswith(("image/", "video/"))
 
 
 def _strange(file: Path) -> str:
-    return f"{file} is neither a picture nor a video that is known ({', '.join(_KNOWN)})."
+    return f"{file} is neither an image nor a video that is known ({', '.join(_KNOWN)})."
 
 
 def is_video(file: Path) -> bool:
@@ -150,7 +148,7 @@ def is_video(file: Path) -> bool:
 
 
 def frames(file: Path) -> Iterator[np.ndarray]:
-    """The picture of a file, or the pictures of a video, u8[h, w, 3] RGB.
+    """The image of a file, or the images of a video, u8[h, w, 3] RGB.
 
     Raises:
       ValueError: it cannot be read, or only in part; one sentence.
@@ -158,7 +156,7 @@ def frames(file: Path) -> Iterator[np.ndarray]:
     if file.suffix.lower() not in _KNOWN:
         raise ValueError(_strange(file))
     if not is_video(file):
-        yield read_picture(file)
+        yield read_image(file)
         return
     video = cv2.VideoCapture(str(file))
     told, number = video.get(cv2.CAP_PROP_FRAME_COUNT), 0
@@ -169,10 +167,10 @@ def frames(file: Path) -> Iterator[np.ndarray]:
     if not number:
         raise ValueError(f"{file} cannot be read as a video by OpenCV.")
     if number < 0.95 * told:  # of some kinds OpenCV estimates the number
-        raise ValueError(f"{file} is broken: only {number} of its {told:.0f} pictures can be read.")
+        raise ValueError(f"{file} is broken: only {number} of its {told:.0f} images can be read.")
 
 
-def read_picture(file: Path) -> np.ndarray:
+def read_image(file: Path) -> np.ndarray:
     """u8[h, w, 3] RGB, the stored pixels, as in training and evaluation.
 
     EXIF's orientation is not applied, but told; and so are 16 bits that are hardly used.
@@ -186,16 +184,16 @@ def read_picture(file: Path) -> np.ndarray:
         raise ValueError(f"{file} cannot be read: {error.strerror}.") from None
     orientation = 1
     try:
-        with Image.open(io.BytesIO(encoded)) as picture:
-            picture.load()
-            orientation = picture.getexif().get(_ORIENTATION, 1)
+        with Image.open(io.BytesIO(encoded)) as opened:
+            opened.load()
+            orientation = opened.getexif().get(_ORIENTATION, 1)
     except UnidentifiedImageError:
         pass  # OpenCV reads some kinds that Pillow does not
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow raises this and that
         raise ValueError(f"{file} is broken: {str(error).rstrip('.')}.") from None
     image = records.decode(encoded)
     if image is None:
-        raise ValueError(f"{file} cannot be read as a picture{': it is empty' if not encoded else ''}.")
+        raise ValueError(f"{file} cannot be read as an image{': it is empty' if not encoded else ''}.")
     if orientation != 1:
         _tell(f"{file} is stored turned (EXIF orientation {orientation}): boxes are those of the stored pixels.")
     if image.max() < 32 and cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_UNCHANGED).dtype == np.uint16:
@@ -208,9 +206,9 @@ def _tell(message: str) -> None:
 
 
 def draw(image: np.ndarray, found: list[dict], model: models.Model, threshold: float) -> np.ndarray:
-    """The picture u8[h, w, 3] in its own size with the boxes of COCO results that score at least `threshold`."""
+    """The image u8[h, w, 3] in its own size with the boxes of COCO results that score at least `threshold`."""
     boxes = np.array([row["bbox"] for row in found]).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
     labels = np.array([model.category_ids.index(row["category_id"]) for row in found], int)
     scores = np.array([row["score"] for row in found])
-    return pictures.draw(image, boxes, labels, scores, model.classes, threshold=threshold, width=None)
+    return drawing.draw(image, boxes, labels, scores, model.classes, threshold=threshold, width=None)

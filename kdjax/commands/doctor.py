@@ -6,10 +6,10 @@ import sys
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from kdjax.doctor import examine
 from kdjax.train import config as settings
-from kdjax.train import doctor
 
-SIGNS = {doctor.FINE: " fine  ", doctor.LOOK: " look  ", doctor.FAULT: " FAULT "}
+SIGNS = {examine.FINE: " fine  ", examine.LOOK: " look  ", examine.FAULT: " FAULT "}
 WIDTH = 20  # of the column that says what was looked at
 
 
@@ -28,10 +28,10 @@ def run(*, config: str, changes: list[str]) -> int:
     """
     logging.set_verbosity(logging.WARNING)
     levels = []
-    for finding in doctor.examine(read_config(config, changes)):
+    for finding in examine.examine(read_config(config, changes)):
         levels.append(finding.level)
         print(f"{SIGNS[finding.level]}{finding.what:<{WIDTH}}  {finding.said}", flush=True)
-    faults, looks, fine = (levels.count(level) for level in (doctor.FAULT, doctor.LOOK, doctor.FINE))
+    faults, looks, fine = (levels.count(level) for level in (examine.FAULT, examine.LOOK, examine.FINE))
     print(f"{faults} faults, {looks} to look at, {fine} fine")
     return 1 if faults else 0
 

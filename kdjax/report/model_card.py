@@ -2,13 +2,14 @@
 
 import json
 
-from kdjax.evals import coco, report
+from kdjax.evals import coco
 from kdjax.methods import api
+from kdjax.report import run_report
 from kdjax.train.checkpoint import fingerprint
 from kdjax.train.step import Teacher
 
 _USE = """\
-    kdjax predict PICTURES --model={role} --out=predicted
+    kdjax predict IMAGES --model={role} --out=predicted
 
 (`--model` is this folder; `evaluate`, `export` and `latency` take it too.) In Python:
 
@@ -16,11 +17,11 @@ _USE = """\
 import numpy as np
 from PIL import Image
 
-from kdjax.verbs import model
+from kdjax.commands import model
 
 detector = model.load("{role}")  # this folder
-picture = np.asarray(Image.open("picture.jpg").convert("RGB"))
-[(_, found)] = model.detect(detector, [(1, picture)])
+image = np.asarray(Image.open("image.jpg").convert("RGB"))
+[(_, found)] = model.detect(detector, [(1, image)])
 for one in found:  # best first; the box is x, y, width, height in pixels
     print(detector.classes[detector.category_ids.index(one["category_id"])], one["score"], one["bbox"])
 ```
@@ -47,8 +48,8 @@ def card(role: str, setup, results: dict, variables: tuple, versions: dict) -> s
             _first_words(role, results) + "\n",
             "## Use\n",
             _USE.format(role=role),
-            "## Figures\n",
-            _figures(role, results, config),
+            "## Metrics\n",
+            _metrics(role, results, config),
             "## How it was made\n",
             _list(_data(dataset) | _training(role, setup) | {"hash of its arrays": fingerprint(Teacher(*variables))}),
             _list({name: value for name, value in versions.items() if value}),
@@ -71,19 +72,19 @@ def _header(name: str, data: str, ap: float, *, distilled: bool) -> str:
 
 def _first_words(role: str, results: dict) -> str:
     if role == "student":
-        return report.verdict(results)
+        return run_report.verdict(results)
     return (
         "This is the twin of `student/`: the same detector from the same start on the same batches, without the "
-        f"teacher. {report.verdict({'student': results['twin']})}"
+        f"teacher. {run_report.verdict({'student': results['twin']})}"
     )
 
 
-def _figures(role: str, results: dict, config) -> str:
-    """The 12 figures in points; the student beside its teacher and twin."""
+def _metrics(role: str, results: dict, config) -> str:
+    """The 12 metrics in points; the student beside its teacher and twin."""
     shown = ("teacher", "twin", "student", "gain") if role == "student" else (role,)
     shown = [one for one in shown if results.get(one)]
     lines = ["| | " + " | ".join(shown) + " |", "|---|" + "---|" * len(shown)]
-    for figure in coco.FIGURES:
+    for figure in coco.METRICS:
         cells = []
         for one in shown:
             value, sign = results[one][figure], "+" if one == "gain" else ""
@@ -94,8 +95,8 @@ def _figures(role: str, results: dict, config) -> str:
         lines.append(f"| {count} | {' | '.join(cells)} |")
     height, width = config.data.image_size
     lines.append(
-        "\nCOCO's figures in points of 100 (– is undefined), of moving-average weights, on the validation pictures "
-        f"below; FLOPs are multiply-adds of one picture on a canvas of {height}x{width}."
+        "\nCOCO's metrics in points of 100 (– is undefined), of moving-average weights, on the validation images "
+        f"below; FLOPs are multiply-adds of one image on a canvas of {height}x{width}."
     )
     return "\n".join(lines) + "\n"
 
@@ -104,7 +105,7 @@ def _data(dataset) -> dict[str, str]:
     found = {}
     for role, split in dataset.splits.items():
         boxes = sum(not entry["iscrowd"] for entry in split.truth["annotations"])
-        found[f"data, {role}"] = f"{dataset.name}, split `{split.name}`: {split.size} pictures, {boxes} boxes"
+        found[f"data, {role}"] = f"{dataset.name}, split `{split.name}`: {split.size} images, {boxes} boxes"
     return found | {"classes": ", ".join(dataset.classes)}
 
 
@@ -121,7 +122,7 @@ def _training(role: str, setup) -> dict[str, str]:
     start = f"weights `{config.student.weights}`" if config.student.weights else "random numbers"
     return found | {
         "start": start,
-        "training": f"{config.steps} steps of {config.batch_size} pictures, {config.dtype}, seed {config.seed}",
+        "training": f"{config.steps} steps of {config.batch_size} images, {config.dtype}, seed {config.seed}",
     }
 
 
@@ -131,18 +132,18 @@ def _list(facts: dict[str, str]) -> str:
 
 def _licence(dataset, teacher, config) -> str:
     """What is known; kdjax does not choose a licence for others."""
-    sources = ["the pictures"] + ["the teacher's weights"] * bool(teacher)
+    sources = ["the images"] + ["the teacher's weights"] * bool(teacher)
     sources += ["the weights it started from"] * bool(config.student.weights)
     text = (
         "kdjax claims no rights in these weights, and gives none. What may be done with them depends on the terms of "
         f"{' and of '.join(sources)}. "
     )
     if config.data.source == "scenes":
-        return text + "The pictures are made by kdjax, which is under Apache-2.0.\n"
+        return text + "The images are made by kdjax, which is under Apache-2.0.\n"
     if dataset.licenses:
         return (
             text
-            + "The json of the data lists these licences of pictures:\n\n"
+            + "The json of the data lists these licences of images:\n\n"
             + "".join(f"- {' '.join(one.split())}\n" for one in dataset.licenses)
         )
     return text + "The data as it was read names no licence: fill it in here before you hand this on.\n"

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from kdjax import detectors
+from kdjax import detectors, weights
 from kdjax.data import coco
-from kdjax.detectors import convert, weights
-from kdjax.evals import size
+from kdjax.evals import complexity
+from kdjax.weights import convert
 
 
 def run(*, file: str, detector: str, out: str, classes: str | None, image_size: str, network: str) -> int:
@@ -47,7 +47,7 @@ def run(*, file: str, detector: str, out: str, classes: str | None, image_size: 
     params, stats = convert.from_torch(built, plain, keep_classifiers=True)
     extra = {"source": Path(file).name}
     weights.save(out, built, params, stats, classes=names, image_size=height_width, extra=extra)
-    print(f"{out}: {detector} with {size.parameters(params):,} parameters, {count} classes: {', '.join(names)}")
+    print(f"{out}: {detector} with {complexity.parameters(params):,} parameters, {count} classes: {', '.join(names)}")
     return 0
 
 

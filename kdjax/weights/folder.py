@@ -15,8 +15,9 @@ from safetensors.numpy import load as deserialize
 from safetensors.numpy import save as serialize
 
 import kdjax
-from kdjax.detectors import build, convert
+from kdjax.detectors import build
 from kdjax.detectors.api import Detector, Tree, flatten, unflatten
+from kdjax.weights import convert
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 _DTYPES = ("float32", "float16")
@@ -94,7 +95,7 @@ def load(
 
     Args:
       path: the folder (or the `model.safetensors` in it), or a `.npz`, `.safetensors` or `.pth` of PyTorch weights
-        (`kdjax.detectors.convert`), or a `.onnx` of YOLOX; what follows of PyTorch holds for it too.
+        (`kdjax.weights.convert`), or a `.onnx` of YOLOX; what follows of PyTorch holds for it too.
       detector: needed for PyTorch weights, which do not say what they are of, or but little (`fitted`). For a folder:
         if given, name and options must be the folder's; the number of classes is the folder's.
       key: for classifiers that start anew because the number of classes differs (PyTorch weights only).
@@ -192,7 +193,7 @@ def _load_folder(folder: Path, detector: Detector | None) -> tuple[Detector, Tre
 
 
 def main() -> None:
-    """`python -m kdjax.detectors.weights IN OUT --dtype=float16`: stores a folder of weights anew."""
+    """`python -m kdjax.weights.folder IN OUT --dtype=float16`: stores a folder of weights anew."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("source", help="a kdjax folder")
     parser.add_argument("target")

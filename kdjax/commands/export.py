@@ -23,15 +23,15 @@ import kdjax
 from kdjax import nn
 from kdjax.boxes import nms
 from kdjax.boxes.convert import clip
+from kdjax.commands import evaluate
 from kdjax.data import records, scenes
-from kdjax.evals import coco, size
+from kdjax.evals import coco, complexity
+from kdjax.inference import model as models
 from kdjax.structs import Detections, DetectorOutput
-from kdjax.verbs import evaluate
-from kdjax.verbs import model as models
 
 OPSET = 19
-SAMPLES = 8  # pictures on which outputs are compared
-CALIBRATION = 64  # pictures that int8 is calibrated on
+SAMPLES = 8  # images on which outputs are compared
+CALIBRATION = 64  # images that int8 is calibrated on
 TOLERANCE = 1e-4  # of an output, relative where it is larger than 1
 BUDGET = {"float32": 0.1, "int8": 1.0}  # points of AP
 ONNX, LITERT = ("jax2onnx", "onnx", "onnxruntime"), ("litert_converter", "ai_edge_litert")  # what they need
@@ -57,13 +57,13 @@ def run(
     """Exports a model; the file appears only if it passes.
 
     Args:
-      model: see `kdjax.verbs.model.load`.
+      model: see `kdjax.inference.model.load`.
       format: "onnx", "litert" or "stablehlo".
       out: the file.
       data, split, annotations, images: as for `kdjax evaluate`, to compare and measure on; without data outputs are
         compared on the embedded scenes.
-      limit: only the first pictures; 0 takes all.
-      dtype: "float32", or "int8" (ONNX; calibrated on pictures of the split train, if the folder has one).
+      limit: only the first images; 0 takes all.
+      dtype: "float32", or "int8" (ONNX; calibrated on images of the split train, if the folder has one).
       raw: the head's maps instead of detections.
       max_ap_loss: points of AP that may be lost; None is `BUDGET`.
 
@@ -113,7 +113,7 @@ def run(
                 f"the exported outputs differ from the JAX model's by {worst:.2g}, more than {TOLERANCE:g}."
             )
         facts["largest difference from JAX, float32"] = f"{worst:.2g}"
-        print(f"outputs: largest difference from the JAX model {worst:.2g} (float32, {len(samples)} pictures)")
+        print(f"outputs: largest difference from the JAX model {worst:.2g} (float32, {len(samples)} images)")
         if dtype == "int8":
             quantise(made, loaded, calibration(data, split, given))
             call = onnx_runner(made)
@@ -121,7 +121,7 @@ def run(
             before, after = (100 * ap for ap in aps(loaded, call, given, raw=raw))
             budget = BUDGET[dtype] if max_ap_loss is None else max_ap_loss
             facts |= {"AP of JAX": f"{before:.2f}", f"AP of this file, {dtype}": f"{after:.2f}"}
-            facts["AP measured on"] = f"{given.name}, {split}, {len(given.truth['images'])} pictures"
+            facts["AP measured on"] = f"{given.name}, {split}, {len(given.truth['images'])} images"
             print(f"AP: {before:.2f} in JAX, {after:.2f} in the file ({round(after - before, 2) + 0.0:+.2f})")
             if before - after > budget:
                 raise ValueError(
@@ -170,11 +170,11 @@ def describe(model: models.Model, *, raw: bool, suppressed: bool = True) -> dict
         "classes": json.dumps(model.classes),
         "category_ids": json.dumps(model.category_ids),
         "image_size": json.dumps(model.image_size),
-        "input": image if raw else f"{image}; image_size i32[1, 2], height and width of the picture on it",
+        "input": image if raw else f"{image}; image_size i32[1, 2], height and width of the image on it",
         "normalisation": _normalisation(model),
         "output": outputs,
-        "parameters": str(size.parameters(model.variables[0])),
-        "flops": str(size.flops(model.detector, model.image_size)),
+        "parameters": str(complexity.parameters(model.variables[0])),
+        "flops": str(complexity.flops(model.detector, model.image_size)),
     }
 
 
@@ -199,7 +199,7 @@ def _affine(model: models.Model) -> tuple[np.ndarray, np.ndarray]:
 
 
 def maps(model: models.Model, images) -> tuple:
-    """The head's maps of pictures u8[B, H, W, 3]: class logits fine to coarse, then box regressions."""
+    """The head's maps of images u8[B, H, W, 3]: class logits fine to coarse, then box regressions."""
     return _maps(model, model.detector.preprocess(images))
 
 
@@ -283,7 +283,7 @@ def _specs(model: models.Model, raw: bool) -> list[jax.ShapeDtypeStruct]:
 
 
 def write_onnx(model: models.Model, path: Path, *, raw: bool) -> None:
-    """Writes the model as an ONNX file in float32 for one picture.
+    """Writes the model as an ONNX file in float32 for one image.
 
     The batch norms are folded into the convolutions and the transpositions cancelled by onnxruntime's own basic
     optimisations, which stay inside the standard's operators.
@@ -414,7 +414,7 @@ def add_metadata(path: Path, facts: dict[str, str]) -> None:
     onnx.save(graph, str(path))
 
 
-def quantise(path: Path, model: models.Model, pictures: Iterable[np.ndarray]) -> None:
+def quantise(path: Path, model: models.Model, images: Iterable[np.ndarray]) -> None:
     """Makes an ONNX file int8, in place: onnxruntime's static quantisation, weights by channel, maps as bytes.
 
     Convolutions are quantised, and the SiLUs between them, which in float would cost what the convolutions win; not
@@ -423,7 +423,7 @@ def quantise(path: Path, model: models.Model, pictures: Iterable[np.ndarray]) ->
     Args:
       path: of `write_onnx`.
       model: whose file it is.
-      pictures: u8[h, w, 3] RGB, from which the ranges of the maps are taken.
+      images: u8[h, w, 3] RGB, from which the ranges of the maps are taken.
     """
     import onnx
     from onnxruntime import quantization
@@ -431,7 +431,7 @@ def quantise(path: Path, model: models.Model, pictures: Iterable[np.ndarray]) ->
     nodes = onnx.load(str(path)).graph.node
     chosen = [node for node in nodes if node.op_type == "Conv"] + _silus(nodes)
     names = [entry.name for entry in session(path).get_inputs()]
-    feeds = (dict(zip(names, inputs, strict=False)) for inputs in _inputs(model, pictures))
+    feeds = (dict(zip(names, inputs, strict=False)) for inputs in _inputs(model, images))
     reader = types.SimpleNamespace(get_next=lambda: next(feeds, None))
     made = path.with_suffix(".int8")
     with _quiet():
@@ -461,14 +461,14 @@ def _silus(nodes) -> list:
 
 
 def calibration(data: str, split: str, given: evaluate.Data) -> Iterator[np.ndarray]:
-    """Pictures of the training split, or, where the folder has none, of the one that is measured on."""
+    """Images of the training split, or, where the folder has none, of the one that is measured on."""
     if data == "scenes":
         return (records.decode(encoded) for _, encoded in scenes.stream("train", CALIBRATION))
     try:
         train = evaluate.open_data(data, "train", "", "", CALIBRATION)
     except (ValueError, FileNotFoundError):
         train = given
-        print(f"calibrated on the pictures of {split} itself: {data} has no split train that can be used")
+        print(f"calibrated on the images of {split} itself: {data} has no split train that can be used")
     return (image for _, image in itertools.islice(train.stream(), CALIBRATION))
 
 
@@ -489,7 +489,7 @@ def _quiet() -> Iterator[None]:
 
 
 def to_litert(model: models.Model, *, raw: bool) -> bytes:
-    """The model as a LiteRT (TensorFlow Lite) file in float32 for one picture, by way of StableHLO.
+    """The model as a LiteRT (TensorFlow Lite) file in float32 for one image, by way of StableHLO.
 
     Its outputs are, by name, the head's maps, or `boxes` f32[1, N, 4] and `scores` f32[1, N, K] of all priors: LiteRT's
     converter has no place for a suppression (it leaves the bodies of loops where its own writer cannot take them).
@@ -558,7 +558,7 @@ def litert_runner(path: Path, model: models.Model, *, raw: bool):
 
 
 def to_stablehlo(model: models.Model, *, raw: bool) -> bytes:
-    """The model as a portable program of `jax.export` for CPU, GPU and TPU, for one picture.
+    """The model as a portable program of `jax.export` for CPU, GPU and TPU, for one image.
 
     Its outputs are the head's maps, or boxes f32[1, D, 4], scores f32[1, D], labels i32[1, D] and valid bool[1, D].
     """
@@ -587,13 +587,13 @@ def stablehlo_runner(path: Path):
 # ------------------------------------------------------------------------------------------------------------ checks
 
 
-def _inputs(model: models.Model, pictures: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    for image in pictures:
+def _inputs(model: models.Model, images: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    for image in images:
         canvas, placed = models.on_canvas(image, model.image_size, round_down=model.detector.round_down)
         yield canvas[None], placed[None]
 
 
-def largest_difference(model: models.Model, call, pictures: Iterable[np.ndarray], *, raw: bool) -> float:
+def largest_difference(model: models.Model, call, images: Iterable[np.ndarray], *, raw: bool) -> float:
     """How far the outputs of an exported model are from the JAX model's, relative where they are larger than 1.
 
     Each detection of the JAX model is held against the nearest of its class, and of every 100 the two that are farthest
@@ -602,12 +602,12 @@ def largest_difference(model: models.Model, call, pictures: Iterable[np.ndarray]
     Args:
       model: the JAX model.
       call: the exported one, from `onnx_runner`, `litert_runner` or `stablehlo_runner`.
-      pictures: u8[h, w, 3] RGB.
+      images: u8[h, w, 3] RGB.
       raw: whether the outputs are maps.
     """
     network, program = jax.jit(functools.partial(maps, model)), models.program(model.detector)
     worst = 0.0
-    for canvas, placed in _inputs(model, pictures):
+    for canvas, placed in _inputs(model, images):
         if not raw:
             wanted = jax.tree.map(lambda value: np.asarray(value)[0], program(model.variables, canvas, placed))
             boxes, scores, labels = call(canvas, placed)
@@ -629,7 +629,7 @@ def largest_difference(model: models.Model, call, pictures: Iterable[np.ndarray]
 def aps(model: models.Model, call, data: evaluate.Data, *, raw: bool) -> tuple[float, float]:
     """AP, fractions, of the JAX model and of the exported one."""
     count = len(data.truth["images"])
-    bar = functools.partial(tqdm, total=count, unit="picture")
+    bar = functools.partial(tqdm, total=count, unit="image")
     mine = [row for _, rows in bar(models.detect(model, data.stream()), desc="JAX") for row in rows]
     decode = jax.jit(lambda found, image_size: model.detector.decode(_output(model, found), image_size))
     theirs = []
@@ -642,5 +642,5 @@ def aps(model: models.Model, call, data: evaluate.Data, *, raw: bool) -> tuple[f
             found = Detections(boxes, scores, labels, np.ones(scores.shape, bool))
         rows = {"image_id": [image_id], "image_size": placed[None], "original_size": np.array([image.shape[:2]])}
         theirs += coco.to_coco(rows | {"real": np.array([True])}, found, model.category_ids)
-    before, after = (coco.coco_figures(data.truth, rows)["AP"] for rows in (mine, theirs))
+    before, after = (coco.coco_metrics(data.truth, rows)["AP"] for rows in (mine, theirs))
     return before, after

@@ -12,22 +12,23 @@ from tqdm import tqdm
 
 from kdjax.data import coco as folders
 from kdjax.data import records, scenes
-from kdjax.evals import coco, errors, pictures, report, size
-from kdjax.verbs import model as models
+from kdjax.evals import coco, complexity, tide
+from kdjax.inference import model as models
+from kdjax.report import drawing, run_report
 
-SCENES = 400  # pictures of the embedded validation split, as in a run
-EXAMPLES = 8  # pictures on the page
+SCENES = 400  # images of the embedded validation split, as in a run
+EXAMPLES = 8  # images on the page
 
 
 class Data(NamedTuple):
-    """Pictures with boxes."""
+    """Images with boxes."""
 
     name: str
     truth: dict  # COCO instances
-    read: Callable[[], Iterator[tuple[int, bytes]]]  # (image id, encoded picture), in order
+    read: Callable[[], Iterator[tuple[int, bytes]]]  # (image id, encoded image), in order
 
     def stream(self, only: Container[int] | None = None) -> Iterator[tuple[int, np.ndarray]]:
-        """(image id, u8[h, w, 3] RGB) of all pictures in order, or of some ids."""
+        """(image id, u8[h, w, 3] RGB) of all images in order, or of some ids."""
         return ((i, records.decode(encoded)) for i, encoded in self.read() if only is None or i in only)
 
 
@@ -45,18 +46,18 @@ def run(
     """Evaluates a model and prints tables; with `out`, writes them as json and as a page, and the detections.
 
     Args:
-      model: see `kdjax.verbs.model.load`.
+      model: see `kdjax.inference.model.load`.
       against: another one, or None.
       data, split, annotations, images: see `open_data`.
-      limit: only the first pictures; 0 takes all.
-      out: a folder for evaluation.json, report.html, detections.json (COCO results) and, of the other model,
+      limit: only the first images; 0 takes all.
+      out: a folder for evaluation.json, run_report.html, detections.json (COCO results) and, of the other model,
         detections_against.json; or None.
 
     Returns:
       Exit code 0.
 
     Raises:
-      ValueError, FileNotFoundError: before any compute: no such model or data, a broken picture, another class map.
+      ValueError, FileNotFoundError: before any compute: no such model or data, a broken image, another class map.
     """
     loaded = {"model": models.load(model)} | ({"other": models.load(against)} if against else {})
     folder = models.check_out(out) if out else None
@@ -65,12 +66,12 @@ def run(
     found, results = {}, {}
     for name, one in loaded.items():
         pairs = models.detect(one, given.stream())
-        bar = tqdm(pairs, total=len(given.truth["images"]), desc=f"evaluate {one.folder}", unit="picture")
+        bar = tqdm(pairs, total=len(given.truth["images"]), desc=f"evaluate {one.folder}", unit="image")
         found[name] = [row for _, rows in bar for row in rows]
         results[name] = analyse(given.truth, found[name]) | {
             "path": str(one.folder),
-            "params": size.parameters(one.variables[0]),
-            "flops": size.flops(one.detector, one.image_size),
+            "params": complexity.parameters(one.variables[0]),
+            "flops": complexity.flops(one.detector, one.image_size),
         }
     print(table(results))
     if folder:
@@ -79,25 +80,25 @@ def run(
             models.write_json(folder / f"detections{'' if name == 'model' else '_against'}.json", rows)
         kept = {}
         for name, rows in found.items():
-            kept[name] = errors.counted(given.truth, errors.keep(given.truth, rows, thresholds(results[name])))
+            kept[name] = tide.counted(given.truth, tide.keep(given.truth, rows, thresholds(results[name])))
         (folder / "report.html").write_text(page(results, given, kept), encoding="utf-8", errors="replace")
         print(f"\n{folder / 'report.html'}")
     return 0
 
 
 def open_data(data: str, split: str, annotations: str, images: str, limit: int) -> Data:
-    """Finds, reads and checks pictures and boxes; every picture is decoded once.
+    """Finds, reads and checks images and boxes; every image is decoded once.
 
     Args:
       data: "scenes", or a folder in COCO layout.
       split, annotations, images: as `config.data.val_split`, `val_annotations`, `val_images` of a run.
-      limit: only the first pictures; 0 takes all.
+      limit: only the first images; 0 takes all.
 
     Raises:
       ValueError, FileNotFoundError: one sentence on what is wrong.
     """
     if limit < 0:
-        raise ValueError(f"--limit={limit} must be a number of pictures, or 0 for all.")
+        raise ValueError(f"--limit={limit} must be a number of images, or 0 for all.")
     if data == "scenes":
         if split != "val" or annotations or images:
             raise ValueError("--data=scenes has no --split, --annotations or --images: it is the split val.")
@@ -110,22 +111,22 @@ def open_data(data: str, split: str, annotations: str, images: str, limit: int) 
         listed, categories, log = folders.check(folders.read(json_path), json_path.name)
         listed = listed[: limit or None]
         pairs, count = folders.stream(listed, folder, json_path.name, log), len(listed)
-    seen = [picture for picture, _ in tqdm(pairs, total=count, desc=f"read {data}", unit="picture")]
+    seen = [image for image, _ in tqdm(pairs, total=count, desc=f"read {data}", unit="image")]
     truth = {
         "images": [{"id": p.id, "file_name": p.file_name, "width": p.width, "height": p.height} for p in seen],
         "annotations": [row for p in seen for row in p.annotations],
         "categories": [{"id": k, "name": categories[k]} for k in sorted(categories)],
     }
     if all(row["iscrowd"] for row in truth["annotations"]):
-        raise ValueError(f"--data={data}: its {len(seen)} pictures hold no object, so nothing can be measured.")
-    files = {picture.file_name for picture in seen}
+        raise ValueError(f"--data={data}: its {len(seen)} images hold no object, so nothing can be measured.")
+    files = {image.file_name for image in seen}
     dropped = [entry["reason"] for entry in log if entry["action"] == "dropped" and entry["file"] in files]
     if dropped:
         reasons = ", ".join(f"{reason} ({count})" for reason, count in collections.Counter(dropped).most_common())
         print(f"{len(dropped)} boxes of {data} are left out, as in training: {reasons}")
     if data == "scenes":
-        return Data(data, truth, lambda: ((picture.id, encoded) for picture, encoded in scenes.stream("val", count)))
-    paths = {picture.id: folders.located(picture.file_name, folder) for picture in seen}
+        return Data(data, truth, lambda: ((image.id, encoded) for image, encoded in scenes.stream("val", count)))
+    paths = {image.id: folders.located(image.file_name, folder) for image in seen}
     return Data(data, truth, lambda: ((key, path.read_bytes()) for key, path in paths.items()))
 
 
@@ -153,32 +154,32 @@ def analyse(truth: Mapping, detections: Sequence[Mapping]) -> dict:
       detections: COCO results.
 
     Returns:
-      figures: COCO's 12; classes: {name: AP, AP50, objects, threshold (see `errors.best_thresholds`), precision f[101]
+      metrics: COCO's 12; classes: {name: AP, AP50, objects, threshold (see `tide.best_thresholds`), precision f[101]
       at IoU .5 and the recalls 0, 0.01 .. 1, or None without objects}; errors: {kind: {AP50: loss, count: at the best
       thresholds}}; confusion: at the best thresholds, rows and columns in the order of the classes, then background.
     """
     curves = coco.curves(truth, detections)
-    seen = errors.outcomes(truth, detections)
-    best = errors.best_thresholds(seen)
-    kept = errors.keep(truth, detections, best)
-    ap, ap50 = coco.class_figures(curves), coco.class_figures(curves, threshold=0.5)
+    seen = tide.outcomes(truth, detections)
+    best = tide.best_thresholds(seen)
+    kept = tide.keep(truth, detections, best)
+    ap, ap50 = coco.class_metrics(curves), coco.class_metrics(curves, threshold=0.5)
     objects = np.bincount(seen.object_labels, minlength=seen.num_classes)
     classes = {}
     for k, name in enumerate(ap):
         line = curves.precision[0, :, k, 0, -1].tolist() if objects[k] else None
         classes[name] = {"AP": ap[name], "AP50": ap50[name], "objects": int(objects[k]), "threshold": best[k]}
         classes[name]["precision"] = line
-    losses, counts = errors.losses(seen), errors.counts(errors.outcomes(truth, kept))
+    losses, counts = tide.losses(seen), tide.counts(tide.outcomes(truth, kept))
     return {
-        "figures": coco.figures(curves),
+        "metrics": coco.metrics(curves),
         "classes": classes,
-        "errors": {kind: {"AP50": losses[kind], "count": counts[kind]} for kind in errors.KINDS},
-        "confusion": errors.confusion(truth, kept).tolist(),
+        "errors": {kind: {"AP50": losses[kind], "count": counts[kind]} for kind in tide.KINDS},
+        "confusion": tide.confusion(truth, kept).tolist(),
     }
 
 
 def thresholds(result: Mapping) -> list[dict | None]:
-    """The best thresholds of the classes, as `errors.keep` takes them."""
+    """The best thresholds of the classes, as `tide.keep` takes them."""
     return [entry["threshold"] for entry in result["classes"].values()]
 
 
@@ -186,12 +187,12 @@ def thresholds(result: Mapping) -> list[dict | None]:
 
 
 def table(results: Mapping[str, Mapping]) -> str:
-    """The figures as text for a terminal, in points of 100."""
+    """The metrics as text for a terminal, in points of 100."""
     two = len(results) > 1
     head = ["AP in points of 100", *(Path(one["path"]).as_posix() for one in results.values())]
     rows = [head + ["difference"] * two]
-    for name in coco.FIGURES:
-        rows.append([name, *_beside([one["figures"][name] for one in results.values()])])
+    for name in coco.METRICS:
+        rows.append([name, *_beside([one["metrics"][name] for one in results.values()])])
     for name in ("params", "flops"):
         rows.append([name, *(f"{one[name]:,}" for one in results.values())] + [""] * two)
     text = [models.aligned(rows)]
@@ -200,13 +201,13 @@ def table(results: Mapping[str, Mapping]) -> str:
         for label, entry in one["classes"].items():
             best = entry["threshold"] or {}
             at = f"{best['score']:.2f}" if best else "–"
-            figures = [_points(entry["AP"]), _points(entry["AP50"]), at]
-            figures += [_points(best.get(key)) for key in ("precision", "recall")]
-            rows.append([label, str(entry["objects"]), *figures])
+            metrics = [_points(entry["AP"]), _points(entry["AP50"]), at]
+            metrics += [_points(best.get(key)) for key in ("precision", "recall")]
+            rows.append([label, str(entry["objects"]), *metrics])
         text.append((f"{one['path']}\n" if two else "") + models.aligned(rows))
     names = [f"{one['path']} " * two for one in results.values()]
     rows = [["kind of error"] + [f"{name}{word}" for name in names for word in ("costs AP50", "times")]]
-    for kind in errors.KINDS:
+    for kind in tide.KINDS:
         costs = [(_points(one["errors"][kind]["AP50"]), str(one["errors"][kind]["count"])) for one in results.values()]
         rows.append([kind, *itertools.chain(*costs)])
     return "\n\n".join([*text, models.aligned(rows)])
@@ -238,29 +239,29 @@ def page(results: Mapping[str, Mapping], data: Data, kept: Mapping[str, Sequence
       html.
     """
     names = list(next(iter(results.values()))["classes"])
-    figures = {name: one["figures"] | {k: one[k] for k in ("params", "flops")} for name, one in results.items()}
+    metrics = {name: one["metrics"] | {k: one[k] for k in ("params", "flops")} for name, one in results.items()}
     order = ("other", "model") if "other" in results else ("model",)
-    figures = {name: figures[name] for name in order}
+    metrics = {name: metrics[name] for name in order}
     by_class = {k: {name: results[name]["classes"][k]["AP"] for name in order} for k in names}
     title = f"{results['model']['path']} on {data.name}"
-    lead = f"AP {_points(results['model']['figures']['AP'])}"
+    lead = f"AP {_points(results['model']['metrics']['AP'])}"
     if "other" in results:
-        lead += f"; the other, {results['other']['path']}, has {_points(results['other']['figures']['AP'])}"
+        lead += f"; the other, {results['other']['path']}, has {_points(results['other']['metrics']['AP'])}"
         title += f", against {results['other']['path']}"
     label = {k: i for i, k in enumerate(sorted(entry["id"] for entry in data.truth["categories"]))}
     examples = [_example(data, kept, image_id, image, label) for image_id, image in _chosen(data, kept)]
     what = "the two models differ most" if "other" in results else "there are most false and missed"
-    note = f"Pictures where {what}; detections from the best score of their class on, but for those in crowd regions."
+    note = f"Images where {what}; detections from the best score of their class on, but for those in crowd regions."
     sections = [
-        ("Figures", report.figures_table(figures)),
-        ("AP by class", report.bars(by_class, heading="class")),
+        ("Metrics", run_report.metrics_table(metrics)),
+        ("AP by class", run_report.bars(by_class, heading="class")),
         ("Thresholds", "".join(_threshold_table(results, name) for name in results)),
         ("Precision and recall", _curves(results, names)),
         ("Kinds of error", _error_table(results)),
         ("Confusion", "".join(_confusion_table(results, name, names) for name in results)),
-        ("Pictures", report.picture_rows(examples, names, threshold=0.0, note=note)),
+        ("Images", run_report.image_rows(examples, names, threshold=0.0, note=note)),
     ]
-    return report.page(title, f'<p class="verdict">{escape(lead)}.</p>', sections)
+    return run_report.page(title, f'<p class="verdict">{escape(lead)}.</p>', sections)
 
 
 def _html_table(rows: Sequence[Sequence[str]], *, caption: str = "") -> str:
@@ -269,7 +270,7 @@ def _html_table(rows: Sequence[Sequence[str]], *, caption: str = "") -> str:
     for first, *rest in body:
         text += f'<tr><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in rest)}</tr>'
     heading = f"<h3>{escape(caption)}</h3>" if caption else ""
-    long = ' long" tabindex="0" role="region" aria-label="table' if len(body) > report.MAX_BARS + 1 else ""
+    long = ' long" tabindex="0" role="region" aria-label="table' if len(body) > run_report.MAX_BARS + 1 else ""
     return f'{heading}<div class="scroll{long}"><table>{text}</tbody></table></div>'
 
 
@@ -287,13 +288,15 @@ def _threshold_table(results: Mapping[str, Mapping], name: str) -> str:
 def _curves(results: Mapping[str, Mapping], names: list[str]) -> str:
     """Precision over recall; of many classes those with most objects."""
     of = results["model"]["classes"]
-    shown = sorted((k for k in names if of[k]["objects"]), key=lambda k: -of[k]["objects"])[: report.MAX_BARS]
+    shown = sorted((k for k in names if of[k]["objects"]), key=lambda k: -of[k]["objects"])[: run_report.MAX_BARS]
     recall = np.arange(101.0)
     charts = []
     for k in shown:
         lines = {name: (recall, 100 * np.array(one["classes"][k]["precision"])) for name, one in results.items()}
         lines = dict(reversed(lines.items()))  # the model on top
-        charts.append(report.line_chart(lines, title=k, unit="precision over recall, %", log=False, across="recall"))
+        charts.append(
+            run_report.line_chart(lines, title=k, unit="precision over recall, %", log=False, across="recall")
+        )
     return f'<p class="small">At an IoU of .5.</p><div class="charts">{"".join(charts)}</div>'
 
 
@@ -321,9 +324,9 @@ def _confusion_table(results: Mapping[str, Mapping], name: str, names: list[str]
     matrix = results[name]["confusion"]
     columns = [*names, "missed"]
     keep = range(len(names))
-    if len(names) > report.MAX_BARS:  # of many classes those that are confused with others
+    if len(names) > run_report.MAX_BARS:  # of many classes those that are confused with others
         wrong = [sum(row) - row[i] for i, row in enumerate(matrix[:-1])]
-        keep = sorted(sorted(keep, key=lambda i: -wrong[i])[: report.MAX_BARS])
+        keep = sorted(sorted(keep, key=lambda i: -wrong[i])[: run_report.MAX_BARS])
     at = [*keep, len(names)]
     rows = [["object is … found as", *(columns[j] for j in at)]]
     for i in at:
@@ -333,7 +336,7 @@ def _confusion_table(results: Mapping[str, Mapping], name: str, names: list[str]
 
 
 def _chosen(data: Data, kept: Mapping[str, Sequence[Mapping]]) -> list[tuple[int, np.ndarray]]:
-    """Pictures that teach most: where the models differ, or where one goes wrong."""
+    """Images that teach most: where the models differ, or where one goes wrong."""
     marks = {name: _marks(data, rows) for name, rows in kept.items()}
     if len(marks) > 1:
         mine, other = marks["model"], marks["other"]
@@ -346,18 +349,18 @@ def _chosen(data: Data, kept: Mapping[str, Sequence[Mapping]]) -> list[tuple[int
 
 
 def _marks(data: Data, rows: Sequence[Mapping]) -> dict[int, tuple[np.ndarray, int]]:
-    """For each picture: which objects were found, and the number of false detections."""
-    truth, found = _by_picture(data, data.truth["annotations"]), _by_picture(data, rows)
+    """For each image: which objects were found, and the number of false detections."""
+    truth, found = _by_image(data, data.truth["annotations"]), _by_image(data, rows)
     marks = {}
     for image_id, objects in truth.items():
         objects = [row for row in objects if not row["iscrowd"]]
         scores = np.array([row["score"] for row in found[image_id]])
-        hit, seen = pictures.match(*_boxes(objects), *_boxes(found[image_id]), scores)
+        hit, seen = drawing.match(*_boxes(objects), *_boxes(found[image_id]), scores)
         marks[image_id] = seen, int((~hit).sum())
     return marks
 
 
-def _by_picture(data: Data, rows: Sequence[Mapping]) -> dict[int, list]:
+def _by_image(data: Data, rows: Sequence[Mapping]) -> dict[int, list]:
     groups: dict[int, list] = {image["id"]: [] for image in data.truth["images"]}
     for row in rows:
         groups[row["image_id"]].append(row)
@@ -372,7 +375,7 @@ def _boxes(rows: Sequence[Mapping]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _example(data: Data, kept: Mapping[str, Sequence], image_id: int, image: np.ndarray, label: Mapping) -> dict:
-    """A picture as `evals.pictures.panels` takes it."""
+    """An image as `report.drawing.panels` takes it."""
 
     def of(rows: Sequence[Mapping]) -> dict:
         rows = [row for row in rows if row["image_id"] == image_id and not row.get("iscrowd")]

@@ -1,4 +1,4 @@
-"""Pictures with drawn boxes, for the report, for previews and for predictions: NumPy in, NumPy out, no file is touched.
+"""Images with drawn boxes, for the report, for previews and for predictions: NumPy in, NumPy out, no file is touched.
 
 Ground truth and plain predictions are drawn in one colour per class. Where predictions are compared with the ground
 truth, the outline says what became of a box (see `match`), by line style and mark as well as by colour: a solid green
@@ -27,7 +27,7 @@ _PAPER = (255, 255, 255)
 
 
 class Panel(NamedTuple):
-    """One picture of a comparison, with what became of its boxes."""
+    """One image of a comparison, with what became of its boxes."""
 
     name: str  # 'truth', 'teacher', 'twin' or 'student'
     image: np.ndarray  # u8[h, w, 3], RGB, boxes drawn
@@ -37,7 +37,7 @@ class Panel(NamedTuple):
 
 
 def class_color(label: int) -> tuple[int, int, int]:
-    """Colour of a class, the same in every picture: neighbouring labels get hues that lie far apart.
+    """Colour of a class, the same in every image: neighbouring labels get hues that lie far apart.
 
     Args:
       label: int, 0 .. K-1.
@@ -128,7 +128,7 @@ def draw(
     outcome: np.ndarray | None = None,
     width: tuple[int, int] | None = (320, 480),
 ) -> np.ndarray:
-    """Draws boxes with class names and scores on a picture, which is scaled first so that the writing stays legible.
+    """Draws boxes with class names and scores on an image, which is scaled first so that the writing stays legible.
 
     Args:
       image: u8[h, w, 3], RGB.
@@ -139,7 +139,7 @@ def draw(
       threshold: boxes with a smaller score are left out.
       outcome: None for colours by class, or i32[n] of HIT, FALSE, MISSED for colours by what became of a box; a
         missed box shows no score.
-      width: the smallest and largest width of the drawn picture in pixels; None leaves the size as it is.
+      width: the smallest and largest width of the drawn image in pixels; None leaves the size as it is.
 
     Returns:
       u8[h', w', 3], RGB; `image` itself is not changed.
@@ -165,16 +165,16 @@ def draw(
     height, breadth = image.shape[:2]
     scale = 1.0 if width is None else float(np.clip(breadth, *width)) / breadth
     if width is not None and height * scale > 2 * width[1]:
-        scale = 2 * width[1] / height  # a tall picture must not fill a page
+        scale = 2 * width[1] / height  # a tall image must not fill a page
     size = (max(1, round(breadth * scale)), max(1, round(height * scale)))
-    picture = Image.fromarray(image)
-    if picture.size != size:
-        picture = picture.resize(size, Image.Resampling.BICUBIC if scale > 1 else Image.Resampling.BOX)
+    canvas = Image.fromarray(image)
+    if canvas.size != size:
+        canvas = canvas.resize(size, Image.Resampling.BICUBIC if scale > 1 else Image.Resampling.BOX)
     scales = np.array([size[0] / breadth, size[1] / height] * 2)
 
     shown = [i for i in range(len(boxes)) if np.isfinite(boxes[i]).all() and values[i] >= threshold]
     shown.sort(key=lambda i: (values[i], -i))  # the best last, on top
-    pen = ImageDraw.Draw(picture, "RGBA")
+    pen = ImageDraw.Draw(canvas, "RGBA")
     line = max(2, round(min(size[0], 2 * size[1]) / 160))
     edges = np.array([0, 0, size[0] - 1, size[1] - 1])
     placed: list[tuple[float, ...]] = []
@@ -193,7 +193,7 @@ def draw(
             text += f" {min(values[i], 1):.2f}"
         color = OUTCOME_COLORS.get(int(outcomes[i])) or class_color(int(labels[i]))
         _tag(pen, frames[i], text, color, font, size, placed)
-    return np.asarray(picture)
+    return np.asarray(canvas)
 
 
 def panels(
@@ -204,7 +204,7 @@ def panels(
     iou_threshold: float = 0.5,
     width: tuple[int, int] = (320, 480),
 ) -> list[Panel]:
-    """Draws the ground truth of a picture and what each model made of it.
+    """Draws the ground truth of an image and what each model made of it.
 
     Args:
       example: `image` u8[h, w, 3] RGB; `truth` {boxes f32[n, 4] in pixels of the image, labels i32[n]}; for each of
@@ -213,7 +213,7 @@ def panels(
       classes: K names.
       threshold: smallest score of a detection that is drawn and counted.
       iou_threshold: smallest IoU at which a detection hits an object of its class.
-      width: the smallest and largest width of a drawn picture in pixels.
+      width: the smallest and largest width of a drawn image in pixels.
 
     Returns:
       Panels of one size, the truth first, then the models that are there.
@@ -255,7 +255,7 @@ def panels(
 
 
 def summary(panel: Panel) -> str:
-    """Says in words what a panel shows, as the heading of its picture and for those who cannot see it.
+    """Says in words what a panel shows, as the heading of its image and for those who cannot see it.
 
     Example:
       >>> summary(Panel("student", np.zeros((1, 1, 3), np.uint8), found=3, false=1, missed=2))
@@ -274,7 +274,7 @@ def compare(
     iou_threshold: float = 0.5,
     width: tuple[int, int] = (320, 480),
 ) -> np.ndarray:
-    """Puts ground truth, teacher, twin and student side by side in one picture, under headings with their counts.
+    """Puts ground truth, teacher, twin and student side by side in one image, under headings with their counts.
 
     Args:
       example, classes, threshold, iou_threshold, width: as for `panels`.
@@ -301,21 +301,21 @@ def contact_sheet(
     *,
     width: int = 320,
 ) -> np.ndarray:
-    """Puts pictures with their boxes on one sheet, row by row: a look at the data, or at what augmentation makes of it.
+    """Puts images with their boxes on one sheet, row by row: a look at the data, or at what augmentation makes of it.
 
     Args:
-      images: pictures u8[h, w, 3] RGB, of any sizes.
-      boxes: for each picture f32[n, 4], x1 y1 x2 y2 in its pixels; padding rows taken out.
-      labels: for each picture i32[n].
+      images: images u8[h, w, 3] RGB, of any sizes.
+      boxes: for each image f32[n, 4], x1 y1 x2 y2 in its pixels; padding rows taken out.
+      labels: for each image i32[n].
       classes: K names.
-      columns: pictures in a row.
-      width: width of each picture on the sheet, in pixels.
+      columns: images in a row.
+      width: width of each image on the sheet, in pixels.
 
     Returns:
-      u8[H, W, 3], RGB; smaller pictures lie in the middle of their cell.
+      u8[H, W, 3], RGB; smaller images lie in the middle of their cell.
 
     Raises:
-      ValueError: there is no picture, no column, or the lists differ in length.
+      ValueError: there is no image, no column, or the lists differ in length.
 
     Example:
       >>> grey = np.full((40, 40, 3), 128, np.uint8)
@@ -328,7 +328,7 @@ def contact_sheet(
             "their numbers must be equal"
         )
     if not len(images) or columns < 1:
-        raise ValueError(f"contact_sheet needs a picture and a column, but got {len(images)} and {columns}")
+        raise ValueError(f"contact_sheet needs an image and a column, but got {len(images)} and {columns}")
     drawn = [
         draw(image, own, names, None, classes, width=(width, width))
         for image, own, names in zip(images, boxes, labels, strict=True)
@@ -339,7 +339,7 @@ def contact_sheet(
 def _grid(drawn: list[np.ndarray], columns: int, *, headings: list[str] | None = None, gap: int = 8) -> np.ndarray:
     columns = min(columns, len(drawn))
     rows = -(-len(drawn) // columns)
-    height, width = (max(picture.shape[axis] for picture in drawn) for axis in (0, 1))
+    height, width = (max(canvas.shape[axis] for canvas in drawn) for axis in (0, 1))
     font = _font(max(12, round(width / 26)))
     if headings is not None:
         width = max(width, *(round(font.getlength(heading)) + 4 for heading in headings))
@@ -348,12 +348,12 @@ def _grid(drawn: list[np.ndarray], columns: int, *, headings: list[str] | None =
         "RGB", (columns * width + (columns - 1) * gap, rows * (height + strip) + (rows - 1) * gap), _PAPER
     )
     pen = ImageDraw.Draw(sheet)
-    for i, picture in enumerate(drawn):
+    for i, canvas in enumerate(drawn):
         x, y = i % columns * (width + gap), i // columns * (height + strip + gap)
         if headings is not None:
             pen.text((x + 2, y + font.size // 2), headings[i], fill=_INK, font=font)
-        left, top = (width - picture.shape[1]) // 2, (height - picture.shape[0]) // 2
-        sheet.paste(Image.fromarray(picture), (x + left, y + strip + top))
+        left, top = (width - canvas.shape[1]) // 2, (height - canvas.shape[0]) // 2
+        sheet.paste(Image.fromarray(canvas), (x + left, y + strip + top))
     return np.asarray(sheet)
 
 
@@ -408,14 +408,14 @@ def _tag(pen, frame: tuple, text: str, color: tuple, font, size: tuple[int, int]
 def _checked(image: np.ndarray) -> np.ndarray:
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-        raise ValueError(f"a picture to draw on must be uint8[h, w, 3] in RGB, but this is {image.dtype}{image.shape}")
+        raise ValueError(f"an image to draw on must be uint8[h, w, 3] in RGB, but this is {image.dtype}{image.shape}")
     return np.ascontiguousarray(image)
 
 
 def iou(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
     """IoU f64[m, n] of boxes f64[m, 4] with others f64[n, 4], `x1 y1 x2 y2`; of empty boxes it is 0.
 
-    In NumPy, because to draw pictures must not start an accelerator.
+    In NumPy, because to draw images must not start an accelerator.
     """
     top, bottom = (
         np.maximum(boxes[:, None, :2], others[None, :, :2]),

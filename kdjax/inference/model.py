@@ -10,13 +10,12 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from kdjax import detectors
+from kdjax import detectors, weights
 from kdjax.data import cache, transforms
-from kdjax.detectors import weights
 from kdjax.detectors.api import unflatten
 from kdjax.evals import coco
 
-BATCH = 8  # pictures that are computed together, at most
+BATCH = 8  # images that are computed together, at most
 CHECKPOINTS = "checkpoints"  # the folder of a run
 
 
@@ -120,7 +119,7 @@ def aligned(rows: list[list[str]]) -> str:
 
 
 def on_canvas(image: np.ndarray, canvas: tuple[int, int], *, round_down: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """A picture as a detector gets it in every evaluation.
+    """An image as a detector gets it in every evaluation.
 
     Args:
       image: u8[h, w, 3], RGB.
@@ -128,7 +127,7 @@ def on_canvas(image: np.ndarray, canvas: tuple[int, int], *, round_down: bool = 
       round_down: `Detector.round_down`.
 
     Returns:
-      The canvas u8[H, W, 3], the picture fitted to its top left, and the picture's size on it, i32[2].
+      The canvas u8[H, W, 3], the image fitted to its top left, and the image's size on it, i32[2].
     """
     size = transforms.fitted(image.shape[:2], canvas, round_down=round_down)[1]
     sample = transforms.Sample(image, np.zeros((0, 4), np.float32), np.zeros(0, np.int32))
@@ -138,15 +137,15 @@ def on_canvas(image: np.ndarray, canvas: tuple[int, int], *, round_down: bool = 
 def detect(
     model: Model, images: Iterable[tuple[int, np.ndarray]], *, batch: int = BATCH
 ) -> Iterator[tuple[tuple[int, np.ndarray], list[dict]]]:
-    """Detects the objects of pictures, some at a time in one program.
+    """Detects the objects of images, some at a time in one program.
 
     Args:
       model: from `load`.
       images: (image id, u8[h, w, 3] RGB) of each; read as they are needed.
-      batch: pictures that are computed together; the last batch is filled up.
+      batch: images that are computed together; the last batch is filled up.
 
     Returns:
-      Each of `images` with its COCO results in pixels of the picture, best score first (`evals.coco.to_coco`).
+      Each of `images` with its COCO results in pixels of the image, best score first (`evals.coco.to_coco`).
     """
     images = iter(images)
     while chunk := list(itertools.islice(images, batch)):

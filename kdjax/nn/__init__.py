@@ -3,7 +3,7 @@
 Convolution takes the form that suits the platform, chosen when the program is lowered: XLA on the CPU has no fast path
 for grouped convolution and a slow one for 1x1, so there a depthwise convolution is a sum of shifted products, a 1x1
 convolution is a matrix product, and all others have the built-in operation with gradients written otherwise. GPU and
-TPU keep the built-in operation and its gradients. (Figures: "The forms of convolution" in benchmarks/README.md.) All
+TPU keep the built-in operation and its gradients. (Metrics: "The forms of convolution" in benchmarks/README.md.) All
 have a gradient rule of their own, so they can be differentiated in reverse mode any number of times, but not in
 forward mode.
 """
@@ -264,7 +264,7 @@ def _depthwise_backward(
         spread = lax.pad(gradient, jnp.zeros((), gradient.dtype), [*config, (0, 0, 0)])
         dx = _depthwise_shifted(spread, kernel[::-1, ::-1], stride=1, pads=(0, 0))
         # With respect to the kernel: one pass that keeps one row of accumulators per cell of the kernel. (XLA collects
-        # a spread batch on every device for it. A row for every picture would not need that and is faster on large
+        # a spread batch on every device for it. A row for every image would not need that and is faster on large
         # maps, but then 8 devices and 1 part by 1.5e-5 on jax 0.12.)
         views = _shifts(_pad(x, pads), kernel.shape[:2], gradient.shape[1:3], stride)
         products = [_wide(view) * gradient for _, _, view in views]

@@ -14,19 +14,19 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from kdjax.detectors import weights
-from kdjax.evals import size
-from kdjax.verbs import export
-from kdjax.verbs import model as loading
+from kdjax import weights
+from kdjax.commands import export
+from kdjax.evals import complexity
+from kdjax.inference import model as loading
 
 WARM_UP = 20  # runs
 
 
 def run(*, models: list[str], threads: int | None, runs: int, out: str | None) -> int:
-    """Times the network, from the normalisation to the head's maps, on one picture at a time.
+    """Times the network, from the normalisation to the head's maps, on one image at a time.
 
     Args:
-      models: each as `kdjax.verbs.model.load` takes it, or an ONNX or LiteRT file, which is timed as it is.
+      models: each as `kdjax.inference.model.load` takes it, or an ONNX or LiteRT file, which is timed as it is.
       threads: cores that are used; None: all that this process may use.
       runs: that are timed.
       out: a json file to write, or None.
@@ -53,7 +53,7 @@ def run(*, models: list[str], threads: int | None, runs: int, out: str | None) -
         rows = [row for path, loaded in files.items() for row in measure(path, loaded, threads=threads, runs=runs)]
     print(table(rows))
     print(
-        f"\nOne picture, {threads} {'thread' if threads == 1 else 'threads'}, {runs} runs after {WARM_UP} to warm up; "
+        f"\nOne image, {threads} {'thread' if threads == 1 else 'threads'}, {runs} runs after {WARM_UP} to warm up; "
         "a folder's network without decoding, files as they are."
     )
     if missing := export.missing():
@@ -84,8 +84,8 @@ def measure(path: str, model: loading.Model | None, *, threads: int, runs: int) 
         } | clock(call, runs, path)
         return
     image = np.full((1, *model.image_size, 3), 100, np.uint8)
-    row = {"model": path, "image_size": list(model.image_size), "params": size.parameters(model.variables[0])}
-    row["flops"] = size.flops(model.detector, model.image_size)
+    row = {"model": path, "image_size": list(model.image_size), "params": complexity.parameters(model.variables[0])}
+    row["flops"] = complexity.flops(model.detector, model.image_size)
     network = jax.jit(functools.partial(export.maps, model))
     held = jnp.asarray(image)
     file = model.folder / weights.WEIGHTS  # which an unfinished run has yet to write
@@ -148,16 +148,16 @@ def file_of_others(path: Path, *, threads: int = 1) -> tuple[str, Callable, list
       threads: that compute an operator.
 
     Returns:
-      (runtime, call, shape of the picture, facts that `kdjax export` wrote).
+      (runtime, call, shape of the image, facts that `kdjax export` wrote).
 
     Raises:
-      ValueError: the file cannot be read, takes no picture, leaves its size free, or does not run.
+      ValueError: the file cannot be read, takes no image, leaves its size free, or does not run.
     """
     runtime, load = ("LiteRT", _litert) if path.suffix == ".tflite" else ("onnxruntime", _onnx)
     inputs, run, facts = load(path, threads)
     shapes = {name: shape for name, (shape, _) in inputs.items()}
     if not any(len(shape) == 4 for shape in shapes.values()):
-        raise ValueError(f"--model={path} takes no picture: none of its inputs has four extents ({shapes}).")
+        raise ValueError(f"--model={path} takes no image: none of its inputs has four extents ({shapes}).")
     if free := [name for name, shape in shapes.items() if not all(isinstance(side, int) for side in shape[1:])]:
         what = f"the size of {free[0]} free ({shapes[free[0]]})"
         raise ValueError(f"--model={path} leaves {what}: export it with a fixed one.")

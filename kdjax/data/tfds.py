@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from kdjax.data import records
-from kdjax.data.records import Picture, Reader
+from kdjax.data.records import ImageRecord, Reader
 
 CLIP = 0.01  # px: a box that sticks out by less is clipped without a word (rounding)
 _ALIASES = {"val": ("val", "validation"), "train": ("train",)}  # TFDS calls COCO's val2017 'validation'
@@ -91,8 +91,8 @@ def fingerprint(directory: str) -> list:
     return sorted([e.name, e.stat().st_size, e.stat().st_mtime_ns] for e in os.scandir(directory) if e.is_file())
 
 
-def scan(reader: Reader, category_ids: list[int], log: list[dict]) -> Iterator[Picture]:
-    """What every record holds, its picture really decoded once; adds to `log` what is dropped or repaired.
+def scan(reader: Reader, category_ids: list[int], log: list[dict]) -> Iterator[ImageRecord]:
+    """What every record holds, its image really decoded once; adds to `log` what is dropped or repaired.
 
     Boxes are back in pixels, as TFDS keeps them: float32 shares of the sides; areas are whole numbers in stock `coco`.
     VOC's objects are numbered from 1, the difficult ones are crowd regions.
@@ -109,17 +109,17 @@ def scan(reader: Reader, category_ids: list[int], log: list[dict]) -> Iterator[P
             for record, shape in pool.map(load, range(start, min(start + 64, len(reader)))):
                 name = record["image/filename"].decode()
                 if shape is None:
-                    raise ValueError(f"{name} cannot be read as a picture ({', '.join(d for d, _ in reader.parts)}).")
-                yield _picture(record, name, shape, category_ids, number, log)
+                    raise ValueError(f"{name} cannot be read as an image ({', '.join(d for d, _ in reader.parts)}).")
+                yield _image(record, name, shape, category_ids, number, log)
                 number += len(record["objects"]["label"])
 
 
-def _picture(
+def _image(
     record: dict, name: str, shape: tuple[int, int], category_ids: list[int], number: int, log: list[dict]
-) -> Picture:
+) -> ImageRecord:
     """The entry of a record; its objects are numbered from `number` + 1 if they have no ids."""
     height, width = shape
-    picture = Picture(id=int(record["image/id"]), file_name=name, width=width, height=height)
+    record = ImageRecord(id=int(record["image/id"]), file_name=name, width=width, height=height)
     boxes, labels, crowds = records.objects_of(record, height, width)
     objects = record["objects"]
     for index, (box, label, crowd) in enumerate(zip(boxes.astype(float), labels, crowds, strict=True)):
@@ -136,31 +136,31 @@ def _picture(
         elif min(size) <= 0:
             note("dropped", "box without extent")
         elif (inside[2:] <= inside[:2]).any():
-            note("dropped", "box outside the picture")
+            note("dropped", "box outside the image")
         elif not 0 <= label < len(category_ids):
             note("dropped", "the label is none of the classes")
         else:
             if np.abs(inside - box).max() > CLIP:
-                note("repaired", "box clipped to the picture")
+                note("repaired", "box clipped to the image")
             area = float(objects["area"][index]) if "area" in objects else size[0] * size[1]
-            entry = dict(id=identity, image_id=picture.id, category_id=category_ids[label], bbox=[x0, y0, *size])
-            picture.annotations.append(entry | dict(area=area, iscrowd=int(crowd)))
-    return picture
+            entry = dict(id=identity, image_id=record.id, category_id=category_ids[label], bbox=[x0, y0, *size])
+            record.annotations.append(entry | dict(area=area, iscrowd=int(crowd)))
+    return record
 
 
-def match(scanned: list[Picture], given: list[Picture], name: str) -> list[Picture]:
-    """The json's entries of the scanned pictures, in the records' order; what is trained on must be what is scored."""
-    by_id = {picture.id: picture for picture in given}
+def match(scanned: list[ImageRecord], given: list[ImageRecord], name: str) -> list[ImageRecord]:
+    """The json's entries of the scanned images, in the records' order; what is trained on must be what is scored."""
+    by_id = {record.id: record for record in given}
     missing = [p for p in scanned if p.id not in by_id]
     if missing:
         raise ValueError(f"{name} does not list image {missing[0].id} ({missing[0].file_name}), as the records do.")
     matched = []
-    for picture in scanned:
-        entry = by_id[picture.id]
-        ours = sorted((a["id"], a["category_id"]) for a in picture.annotations)
+    for record in scanned:
+        entry = by_id[record.id]
+        ours = sorted((a["id"], a["category_id"]) for a in record.annotations)
         theirs = sorted((a["id"], a["category_id"]) for a in entry.annotations)
         if ours != theirs:
-            raise ValueError(f"{name} and the records differ in the objects of image {picture.id} ({entry.file_name}).")
-        entry.width, entry.height = picture.width, picture.height
+            raise ValueError(f"{name} and the records differ in the objects of image {record.id} ({entry.file_name}).")
+        entry.width, entry.height = record.width, record.height
         matched.append(entry)
     return matched

@@ -1,7 +1,7 @@
 """What goes wrong: best thresholds, the confusion of classes, and what each kind of error costs.
 
 Everything is at an IoU of 0.5, with COCO's rules for crowd regions (what lies in one of its class does not count) and
-for the number of detections (100 a picture and class).
+for the number of detections (100 an image and class).
 """
 
 import itertools
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kdjax.evals import pictures
+from kdjax.report import drawing
 
 USUAL = 0.3  # score from which a detection counts where nothing says more
 IOU, TOUCH = 0.5, 0.1  # of a hit; under this a detection has nothing to do with an object
@@ -21,7 +21,7 @@ _CLASS, _PLACE, _BOTH, _DOUBLE, _BACKGROUND, _MISSED = range(len(KINDS))
 
 
 class Outcomes(NamedTuple):
-    """What became of n detections and of m objects; those of one picture stand together, pictures by ascending id."""
+    """What became of n detections and of m objects; those of one image stand together, images by ascending id."""
 
     labels: np.ndarray  # i64[n], position of the category among those by ascending id
     scores: np.ndarray  # f64[n]
@@ -32,7 +32,7 @@ class Outcomes(NamedTuple):
     num_classes: int
 
 
-class _Picture(NamedTuple):
+class _Image(NamedTuple):
     boxes: np.ndarray  # f64[m, 4], x1 y1 x2 y2 of the objects
     labels: np.ndarray  # i64[m]
     crowd: np.ndarray  # bool[m]
@@ -67,16 +67,16 @@ def outcomes(ground_truth: Mapping[str, Any], detections: Sequence[Mapping[str, 
       (['hit', 'place'], [True])
     """
     parts, objects = [], 0
-    for picture in _pictures(ground_truth, detections):
-        real = ~picture.crowd
-        iou = pictures.iou(picture.found_boxes, picture.boxes[real])
-        same = picture.found_labels[:, None] == picture.labels[real][None, :]
-        hit, found = pictures.match(
-            picture.boxes[real],
-            picture.labels[real],
-            picture.found_boxes,
-            picture.found_labels,
-            picture.scores,
+    for image in _images(ground_truth, detections):
+        real = ~image.crowd
+        iou = drawing.iou(image.found_boxes, image.boxes[real])
+        same = image.found_labels[:, None] == image.labels[real][None, :]
+        hit, found = drawing.match(
+            image.boxes[real],
+            image.labels[real],
+            image.found_boxes,
+            image.found_labels,
+            image.scores,
             iou_threshold=IOU,
         )
         own, other = np.where(same, iou, 0.0), np.where(same, 0.0, iou)
@@ -90,14 +90,14 @@ def outcomes(ground_truth: Mapping[str, Any], detections: Sequence[Mapping[str, 
         for kind, side in ((_PLACE, own), (_CLASS, other)):
             chosen = kinds == kind
             targets[chosen] = objects + side[chosen].argmax(1) if chosen.any() else 0
-        counts = hit | ~_in_crowd(picture)
+        counts = hit | ~_in_crowd(image)
         parts.append(
             (
-                picture.found_labels[counts],
-                picture.scores[counts],
+                image.found_labels[counts],
+                image.scores[counts],
                 kinds[counts],
                 targets[counts],
-                picture.labels[real],
+                image.labels[real],
                 found,
             )
         )
@@ -130,8 +130,8 @@ def _best_threshold(scores: np.ndarray, kinds: np.ndarray, wanted: int) -> dict[
     f1 = 2 * hits / (np.arange(1, len(hits) + 1) + wanted)
     f1[:-1][scores[:-1] == scores[1:]] = 0  # equal scores come in together
     at = int(np.argmax(f1))
-    figures = {"score": scores[at], "precision": hits[at] / (at + 1), "recall": hits[at] / wanted, "F1": f1[at]}
-    return {name: float(value) for name, value in figures.items()}
+    metrics = {"score": scores[at], "precision": hits[at] / (at + 1), "recall": hits[at] / wanted, "F1": f1[at]}
+    return {name: float(value) for name, value in metrics.items()}
 
 
 def keep(
@@ -154,11 +154,11 @@ def keep(
 def counted(ground_truth: Mapping[str, Any], detections: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The detections that count: without those in a crowd region of their class that hit nothing else."""
     rows = []
-    for picture in _pictures(ground_truth, detections):
-        real = ~picture.crowd
-        found = (picture.found_boxes, picture.found_labels, picture.scores)
-        hit, _ = pictures.match(picture.boxes[real], picture.labels[real], *found, iou_threshold=IOU)
-        rows += itertools.compress(picture.rows, hit | ~_in_crowd(picture))
+    for image in _images(ground_truth, detections):
+        real = ~image.crowd
+        found = (image.found_boxes, image.found_labels, image.scores)
+        hit, _ = drawing.match(image.boxes[real], image.labels[real], *found, iou_threshold=IOU)
+        rows += itertools.compress(image.rows, hit | ~_in_crowd(image))
     return rows
 
 
@@ -178,15 +178,15 @@ def confusion(ground_truth: Mapping[str, Any], detections: Sequence[Mapping[str,
     """
     count = len(ground_truth["categories"])
     matrix = np.zeros((count + 1, count + 1), np.int64)
-    for picture in _pictures(ground_truth, detections):
-        real = ~picture.crowd
-        boxes, labels = picture.boxes[real], picture.labels[real]
-        found = (picture.found_boxes, picture.found_labels, picture.scores)
-        hit, seen = pictures.match(boxes, labels, *found, iou_threshold=IOU)
+    for image in _images(ground_truth, detections):
+        real = ~image.crowd
+        boxes, labels = image.boxes[real], image.labels[real]
+        found = (image.found_boxes, image.found_labels, image.scores)
+        hit, seen = drawing.match(boxes, labels, *found, iou_threshold=IOU)
         np.add.at(matrix, (labels[seen], labels[seen]), 1)
-        left = ~hit & ~_in_crowd(picture)
-        iou = pictures.iou(picture.found_boxes[left], boxes)
-        for row, label in zip(iou, picture.found_labels[left], strict=True):
+        left = ~hit & ~_in_crowd(image)
+        iou = drawing.iou(image.found_boxes[left], boxes)
+        for row, label in zip(iou, image.found_labels[left], strict=True):
             row = np.where(seen, -1.0, row)
             best = int(row.argmax()) if len(row) else 0
             if len(row) and row[best] >= IOU:
@@ -265,18 +265,18 @@ def _average_precision(scores: np.ndarray, hits: np.ndarray, wanted: int) -> flo
     return float(best[np.searchsorted(true / wanted, np.linspace(0, 1, 101))].mean())
 
 
-def _in_crowd(picture: _Picture) -> np.ndarray:
+def _in_crowd(image: _Image) -> np.ndarray:
     """bool[n]: which detections lie by half or more in a crowd region of their class."""
-    crowd = picture.boxes[picture.crowd]
-    low = np.maximum(picture.found_boxes[:, None, :2], crowd[None, :, :2])
-    high = np.minimum(picture.found_boxes[:, None, 2:], crowd[None, :, 2:])
-    area = (picture.found_boxes[:, 2:] - picture.found_boxes[:, :2]).prod(-1)
+    crowd = image.boxes[image.crowd]
+    low = np.maximum(image.found_boxes[:, None, :2], crowd[None, :, :2])
+    high = np.minimum(image.found_boxes[:, None, 2:], crowd[None, :, 2:])
+    area = (image.found_boxes[:, 2:] - image.found_boxes[:, :2]).prod(-1)
     share = np.clip(high - low, 0, None).prod(-1) / np.maximum(area, 1e-12)[:, None]
-    return ((share >= IOU) & (picture.found_labels[:, None] == picture.labels[picture.crowd][None, :])).any(1)
+    return ((share >= IOU) & (image.found_labels[:, None] == image.labels[image.crowd][None, :])).any(1)
 
 
-def _pictures(ground_truth: Mapping[str, Any], detections: Sequence[Mapping[str, Any]]) -> list[_Picture]:
-    """Every picture by ascending id, of its detections the best of each class."""
+def _images(ground_truth: Mapping[str, Any], detections: Sequence[Mapping[str, Any]]) -> list[_Image]:
+    """Every image by ascending id, of its detections the best of each class."""
     label = {k: i for i, k in enumerate(sorted(category["id"] for category in ground_truth["categories"]))}
     objects: dict[int, list] = {image["id"]: [] for image in ground_truth["images"]}
     found: dict[int, list] = {image["id"]: [] for image in ground_truth["images"]}
@@ -300,5 +300,5 @@ def _pictures(ground_truth: Mapping[str, Any], detections: Sequence[Mapping[str,
             columns += [boxes, np.array([label[row["category_id"]] for row in some], np.int64)]
         crowd = np.array([bool(row.get("iscrowd", 0)) for row in objects[image]], bool)
         scores = np.array([row["score"] for row in best], np.float64)
-        made.append(_Picture(columns[0], columns[1], crowd, columns[2], columns[3], scores, best))
+        made.append(_Image(columns[0], columns[1], crowd, columns[2], columns[3], scores, best))
     return made

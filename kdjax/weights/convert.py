@@ -12,8 +12,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file as load_safetensors
 
-from kdjax.detectors import megvii
 from kdjax.detectors.api import Detector, Tree, flatten, unflatten
+from kdjax.weights import yolox
 
 # Our paths follow mmdetection's module names (those of torchvision and timm in a ResNet); only the leaves are renamed.
 _LEAVES = {
@@ -114,8 +114,8 @@ def from_torch(
     Peers: mmdetection 3.3.0, mmengine 0.10, mmrazor 1.0; torchvision's and timm's ResNet; YOLOX 0.3.0.
     """
     state = {name: value for name, value in plain(state, network).items() if not name.endswith(_COUNTERS)}
-    if megvii.is_folded(state):
-        state = megvii.unfolded(detector, state)
+    if yolox.is_folded(state):
+        state = yolox.unfolded(detector, state)
         if not keep_classifiers:
             warnings.warn(
                 f"The norms of these weights are folded into the convolutions: as a teacher {detector.name} computes "
@@ -177,7 +177,7 @@ def from_torch(
 def _from_backbone(
     detector: Detector, state: dict[str, np.ndarray], key: jax.Array | None, keep_classifiers: bool
 ) -> tuple[Tree, Tree]:
-    """Fills the backbone from the state dict of a bare ResNet; its classifier of pictures is left out."""
+    """Fills the backbone from the state dict of a bare ResNet; its classifier of images is left out."""
     if keep_classifiers:
         raise ValueError(f"The weights are those of a bare ResNet: {detector.name} as a whole is needed.")
     params, stats = detector.init(jax.random.key(0) if key is None else key)
@@ -265,7 +265,7 @@ def plain(state: dict[str, np.ndarray], network: str = "student") -> dict[str, n
       >>> list(plain({"architecture.bbox_head.head_module.rtm_cls.0.bias": np.zeros(3)}))
       ['bbox_head.rtm_cls.0.bias']
     """
-    state = megvii.renamed(_unwrapped(state, network))
+    state = yolox.renamed(_unwrapped(state, network))
     if not is_mmyolo(state):
         return state
 
@@ -338,7 +338,7 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, np.ndarray], list[str] 
             return _unwrap(load_safetensors(path)), None
     except (OSError, ValueError, KeyError, EOFError, SafetensorError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"The weights in {path} cannot be read: {error}.") from error
-    return (megvii.load_onnx(path), None) if path.suffix == ".onnx" else _load_pth(path)
+    return (yolox.load_onnx(path), None) if path.suffix == ".onnx" else _load_pth(path)
 
 
 def _load_pth(path: Path) -> tuple[dict, list[str] | None]:

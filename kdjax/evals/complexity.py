@@ -27,7 +27,7 @@ def parameters(params) -> int:
 
 
 def flops(detector, hw: tuple[int, int]) -> int:
-    """Counts the operations of one picture through a detector in evaluation mode; nothing is computed.
+    """Counts the operations of one image through a detector in evaluation mode; nothing is computed.
 
     Multiply-adds of convolutions count one (`kdjax.nn.count` has the whole rule); decoding is free.
 

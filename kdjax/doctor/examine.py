@@ -20,11 +20,10 @@ import optax
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from kdjax import data
+from kdjax import data, weights
 from kdjax.data.coco import CLIPPED
-from kdjax.detectors import weights
 from kdjax.detectors.api import Detector, flatten
-from kdjax.evals import coco, errors, size
+from kdjax.evals import coco, complexity, tide
 from kdjax.methods import api
 from kdjax.train import loop, optim
 from kdjax.train.step import compare, targets_of, weights_of
@@ -36,7 +35,7 @@ FAR, MOST, FEW = 100, 0.5, 0.03  # a weight this many times the published one or
 # Where Linux tells the memory that is left, and the limit of a container.
 MEMORY, GROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
 TINY = 4  # px on the canvas: the side of a box of half a cell of the finest level
-# Ways in which pictures reach a detector, beside its own: f(u8[B, H, W, 3] RGB, its own input) -> input.
+# Ways in which images reach a detector, beside its own: f(u8[B, H, W, 3] RGB, its own input) -> input.
 MISTAKES = {
     "its red and blue channels are swapped": lambda images, own: own[..., ::-1],
     "it wants pixels of 0 .. 255 as they are, RGB": lambda images, own: images.astype(jnp.float32),
@@ -52,15 +51,15 @@ class Finding(NamedTuple):
 
     level: str  # FINE, LOOK (worth a thought) or FAULT
     what: str  # a word or two
-    said: str  # a sentence with the figures, and what to do unless all is fine
+    said: str  # a sentence with the metrics, and what to do unless all is fine
 
 
-def examine(config: ConfigDict, *, pictures: int = 64) -> Iterator[Finding]:
+def examine(config: ConfigDict, *, image_count: int = 64) -> Iterator[Finding]:
     """Everything that can be known before the first step of a run.
 
     Args:
       config: of the run.
-      pictures: of the validation split, on which a detector with weights is tried.
+      image_count: of the validation split, on which a detector with weights is tried.
 
     Yields:
       The findings, as they come; of a run that would be refused that alone, and nothing on its losses if they would not
@@ -81,14 +80,14 @@ def examine(config: ConfigDict, *, pictures: int = 64) -> Iterator[Finding]:
     yield from of_schedule(config, dataset.splits["train"].size)
     if setup.teacher:
         yield of_classes("teacher", config.teacher, dataset)[0]
-        yield from of_weights("teacher", setup.teacher, setup.variables, setup, pictures)
+        yield from of_weights("teacher", setup.teacher, setup.variables, setup, image_count)
         yield from of_sizes(setup)
         yield from of_taps(setup)
     if config.student.weights:
         finding, kept = of_classes("student", config.student, dataset)
         yield finding
         if kept:
-            yield from of_weights("student", setup.student, loop.ema(setup.states["student"]), setup, pictures)
+            yield from of_weights("student", setup.student, loop.ema(setup.states["student"]), setup, image_count)
     else:
         yield from of_frozen(setup.student)
     program = of_program(setup, batch)
@@ -110,7 +109,7 @@ def of_data(setup: loop.Setup) -> list[Finding]:
     """What was dropped, objects too small for the canvas, classes without objects."""
     dataset, found = setup.dataset, []
     truth = data.ground_truth(dataset, "train")
-    pictures = {image["id"]: image for image in truth["images"]}
+    by_id = {image["id"]: image for image in truth["images"]}
     objects = [entry for entry in truth["annotations"] if not entry["iscrowd"]]
     for role, split in dataset.splits.items():
         dropped = sum(entry["action"] == "dropped" for entry in split.log)
@@ -118,7 +117,7 @@ def of_data(setup: loop.Setup) -> list[Finding]:
         clipped = sum(entry["reason"] == CLIPPED for entry in split.log)
         lost = max(dropped, clipped / 2)
         level = FAULT if lost > 0.2 * total else LOOK if lost > 0.05 * total else FINE
-        said = f"{split.size} pictures, {dropped} of {total} objects dropped, {clipped} clipped to the picture"
+        said = f"{split.size} images, {dropped} of {total} objects dropped, {clipped} clipped to the image"
         if level != FINE:
             said += (
                 ": --config.data.check=True lists them, and draws boxes, which must be x, y, width, height in pixels"
@@ -126,8 +125,7 @@ def of_data(setup: loop.Setup) -> list[Finding]:
         found.append(Finding(level, f"{role} data", said))
     canvas = np.array(setup.config.data.image_size)
     sides = [
-        min(entry["bbox"][2:])
-        * min(canvas / (pictures[entry["image_id"]]["height"], pictures[entry["image_id"]]["width"]))
+        min(entry["bbox"][2:]) * min(canvas / (by_id[entry["image_id"]]["height"], by_id[entry["image_id"]]["width"]))
         for entry in objects
     ]
     tiny = float(np.mean(np.array(sides) < TINY)) if sides else 0.0
@@ -137,7 +135,7 @@ def of_data(setup: loop.Setup) -> list[Finding]:
     seen = {entry["category_id"] for entry in objects}
     absent = [n for n, key in zip(dataset.classes, dataset.category_ids, strict=True) if key not in seen]
     if absent:
-        found.append(Finding(LOOK, "classes", f"no training picture holds {', '.join(absent)}: it cannot be learned"))
+        found.append(Finding(LOOK, "classes", f"no training image holds {', '.join(absent)}: it cannot be learned"))
     return found
 
 
@@ -146,13 +144,13 @@ def of_schedule(config: ConfigDict, size: int) -> list[Finding]:
 
     Args:
       config: of the run.
-      size: training pictures.
+      size: training images.
     """
     found = []
     rule = optim.linear_rule(config)
     rate, steps, sgd = config.optimizer.lr or rule, config.steps, config.optimizer.name == "sgd"
     norm = "mmdetection's 0.01 for 16" if sgd else "RTMDet's 0.004 for 256"
-    times = f"{rate:.2g}, {rate / rule:.2g} times what {norm} pictures is for {config.batch_size}"
+    times = f"{rate:.2g}, {rate / rule:.2g} times what {norm} images is for {config.batch_size}"
     # With AdamW small batches bear more than the linear rule gives them.
     if rate > max(4 * rule, 0.0 if sgd else 0.012):
         found.append(Finding(FAULT, "learning rate", f"{times}: too high, config.optimizer.lr=0.0 follows the rule"))
@@ -174,7 +172,7 @@ def of_schedule(config: ConfigDict, size: int) -> list[Finding]:
         found.append(Finding(FAULT, "length", said))
     rounds = steps * config.batch_size / size
     if rounds < 2:
-        said = f"{steps} steps of {config.batch_size} show each of the {size} pictures {rounds:.1f} times: train longer"
+        said = f"{steps} steps of {config.batch_size} show each of the {size} images {rounds:.1f} times: train longer"
         found.append(Finding(LOOK, "rounds", said))
     old = _age(config)
     if old > 0.5:
@@ -202,10 +200,10 @@ def _age(config: ConfigDict) -> float:
 # ------------------------------------------------------------------------------------------------ models with weights
 
 
-def of_weights(role: str, detector, variables, setup: loop.Setup, pictures: int) -> list[Finding]:
-    """A detector with weights, tried on the user's pictures: as it is, with its input changed, and without classes."""
+def of_weights(role: str, detector, variables, setup: loop.Setup, image_count: int) -> list[Finding]:
+    """A detector with weights, tried on the user's images: as it is, with its input changed, and without classes."""
     dataset = setup.dataset
-    truth = data.ground_truth(dataset, "val", limit=pictures)
+    truth = data.ground_truth(dataset, "val", limit=image_count)
     ids = list(dataset.category_ids)
     here = jax.local_devices()[0]
     variables = jax.tree.map(lambda leaf: jax.device_put(leaf.addressable_data(0), here), tuple(variables))
@@ -221,7 +219,7 @@ def of_weights(role: str, detector, variables, setup: loop.Setup, pictures: int)
             "val",
             setup.config.data,
             batch_size=setup.config.eval.batch_size,
-            limit=pictures,
+            limit=image_count,
             round_down=detector.round_down,
         )
         with contextlib.closing(batches):
@@ -232,13 +230,13 @@ def of_weights(role: str, detector, variables, setup: loop.Setup, pictures: int)
         return found
 
     own = detections(lambda images, own: own)
-    figures, loose = coco.coco_figures(truth, own), coco.coco_figures(truth, own, use_categories=False)
-    ap, ap50 = figures["AP"], figures["AP50"]
-    measured = f"AP {100 * ap:.1f}, AP50 {100 * ap50:.1f} on {len(truth['images'])} validation pictures"
+    metrics, loose = coco.coco_metrics(truth, own), coco.coco_metrics(truth, own, use_categories=False)
+    ap, ap50 = metrics["AP"], metrics["AP50"]
+    measured = f"AP {100 * ap:.1f}, AP50 {100 * ap50:.1f} on {len(truth['images'])} validation images"
     if min(ap50, loose["AP50"]) < 0:
-        return [Finding(LOOK, role, f"the first {pictures} validation pictures hold no object to try it on")]
+        return [Finding(LOOK, role, f"the first {image_count} validation images hold no object to try it on")]
     ways = tqdm(MISTAKES.items(), desc=f"try the {role}'s input otherwise", unit="way", leave=False)
-    others = {way: coco.coco_figures(truth, detections(change))["AP50"] for way, change in ways}
+    others = {way: coco.coco_metrics(truth, detections(change))["AP50"] for way, change in ways}
     way = max(others, key=others.get)
     wrong = _confusions(truth, own, dataset)
     explained = others[way] > max(ap50 + 0.05, 1.1 * ap50)
@@ -250,21 +248,19 @@ def of_weights(role: str, detector, variables, setup: loop.Setup, pictures: int)
         said = f"{measured}, but AP50 {100 * loose['AP50']:.1f} if classes are not told apart: the class map is wrong"
         return [Finding(FAULT, f"{role}'s classes", f"{said} ({'; '.join(wrong)})")]
     if ap50 < 0.1:
-        said = (
-            f"{measured}: it does not know these pictures; its weights are of other data, or not trained, or the boxes"
-        )
+        said = f"{measured}: it does not know these images; its weights are of other data, or not trained, or the boxes"
         said += " are not where the objects are (--config.data.check=True draws them)"
         return [Finding(FAULT if role == "teacher" else LOOK, role, said)]
     return [Finding(LOOK if ap50 < 0.3 else FINE, role, measured)]
 
 
 def _confusions(truth: dict, found: list[dict], dataset) -> list[str]:
-    """The classes whose detections mostly lie on objects of another; each picture's best count, as many as objects."""
+    """The classes whose detections mostly lie on objects of another; each image's best count, as many as objects."""
     kept = []
     for image in truth["images"]:
         objects = sum(a["image_id"] == image["id"] and not a["iscrowd"] for a in truth["annotations"])
         kept += sorted((d for d in found if d["image_id"] == image["id"]), key=lambda d: -d["score"])[:objects]
-    of_objects = errors.confusion(truth, kept)[:-1, :-1].T  # a row for each class of the detector
+    of_objects = tide.confusion(truth, kept)[:-1, :-1].T  # a row for each class of the detector
     most = of_objects.argmax(1)
     return [
         f"what it calls {dataset.classes[label]!r} is {dataset.classes[most[label]]!r}"
@@ -305,7 +301,7 @@ def _listed(names: Sequence[str]) -> str:
 
 def of_sizes(setup: loop.Setup) -> list[Finding]:
     """A teacher is not smaller than its student."""
-    counts = [size.parameters(detector.shapes[0]) for detector in (setup.teacher, setup.student)]
+    counts = [complexity.parameters(detector.shapes[0]) for detector in (setup.teacher, setup.student)]
     said = f"the teacher has {counts[0] / 1e6:.2f} million parameters, the student {counts[1] / 1e6:.2f}"
     if counts[0] < counts[1]:
         return [Finding(LOOK, "sizes", f"{said}: have they changed places?")]

@@ -1,8 +1,8 @@
 """The report of a run: one html file that holds everything, with its verdict first.
 
 The page needs no network, no script and no other file, follows the reader's light or dark setting and is laid out for
-wide and narrow screens. `write_report` puts it together; the parts (`verdict`, `figures_table`, `bars`, `line_chart`,
-`picture_rows`, `page`) are pure functions from figures to html that other pages can use. All text is escaped here.
+wide and narrow screens. `write_report` puts it together; the parts (`verdict`, `metrics_table`, `bars`, `line_chart`,
+`image_rows`, `page`) are pure functions from metrics to html that other pages can use. All text is escaped here.
 """
 
 import base64
@@ -20,18 +20,18 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from PIL import Image
 
-from kdjax.evals import pictures
+from kdjax.report import drawing
 
-MODELS = pictures.MODELS
-PAIRS = (("student", "twin"), pictures.EVALUATED[::-1])  # of which the difference is told, the first minus the second
-FIGURES = {
+MODELS = drawing.MODELS
+PAIRS = (("student", "twin"), drawing.EVALUATED[::-1])  # of which the difference is told, the first minus the second
+METRICS = {
     "AP": "mean over IoU .50 to .95",
     "AP50": "IoU .50",
     "AP75": "IoU .75",
     "APs": "small objects, under 32² pixels",
     "APm": "medium objects",
     "APl": "large objects, over 96² pixels",
-    "AR1": "recall, 1 detection a picture",
+    "AR1": "recall, 1 detection an image",
     "AR10": "recall, 10 detections",
     "AR100": "recall, 100 detections",
     "ARs": "recall, small objects",
@@ -41,7 +41,7 @@ FIGURES = {
 SIZES = {"APs": "small", "APm": "medium", "APl": "large"}
 MAX_BARS = 30  # classes; more are told by numbers alone
 MAX_POINTS = 240  # of a curve
-PICTURE_BYTES = 2_000_000  # of all pictures together, as base64
+IMAGE_BYTES = 2_000_000  # of all images together, as base64
 
 Series = tuple[np.ndarray, np.ndarray]  # steps f64[n], values f64[n]
 
@@ -63,12 +63,12 @@ def write_report(
     Args:
       path: the file.
       title: what was run, in a few words.
-      results: `teacher`, `twin`, `student`, each None or COCO's 12 figures as fractions (-1 where undefined) with
+      results: `teacher`, `twin`, `student`, each None or COCO's 12 metrics as fractions (-1 where undefined) with
         `params` and `flops`; further keys, such as `gain`, are computed here and not read.
       rows: lines of metrics.jsonl: `step`, `kind` ("train" or "eval") and values by name, those of a model under
         "student/NAME" or "twin/NAME"; lines of one step add up, and of a repeated value the last counts.
       per_class: for each model, AP by class as fractions.
-      examples: pictures, as `pictures.panels` takes them; an optional `name` says which picture it is.
+      examples: images, as `drawing.panels` takes them; an optional `name` says which image it is.
       classes: K names.
       config_text: the resolved config.
       notes: facts about the run; "name: value" goes into a table.
@@ -85,11 +85,11 @@ def write_report(
     models = [name for name in MODELS if results.get(name)]
     results = {name: results[name] for name in models}
     sections = [
-        ("Figures", figures_table(results)),
+        ("Metrics", metrics_table(results)),
         ("AP over training", _ap_curves(rows, results)),
         ("Losses", _loss_curves(rows)),
         ("AP by class and size", _class_and_size(results, per_class)),
-        ("Pictures", picture_rows(examples, classes)),
+        ("Images", image_rows(examples, classes)),
         ("The run", _facts(notes, config_text)),
     ]
     lead = f'<p class="verdict">{escape(verdict(results))}</p>{_tiles(results)}'
@@ -102,7 +102,7 @@ def write_report(
 
 
 def verdict(results: Mapping[str, Mapping[str, float] | None]) -> str:
-    """Says in plain words, from the figures alone, what the run shows and what it does not.
+    """Says in plain words, from the metrics alone, what the run shows and what it does not.
 
     Args:
       results: as for `write_report`.
@@ -116,7 +116,7 @@ def verdict(results: Mapping[str, Mapping[str, float] | None]) -> str:
 48.0, so distillation closed 25 % of the gap.'
     """
     results = {name: results[name] for name in MODELS if results.get(name)}
-    ap = {name: 100 * figures["AP"] for name, figures in results.items() if _defined(figures.get("AP"))}
+    ap = {name: 100 * metrics["AP"] for name, metrics in results.items() if _defined(metrics.get("AP"))}
     if "student" not in ap:
         return "AP of the student is undefined: there was nothing to evaluate it on."
     student, twin, teacher = ap["student"], ap.get("twin"), ap.get("teacher")
@@ -151,17 +151,17 @@ def verdict(results: Mapping[str, Mapping[str, float] | None]) -> str:
     )
 
 
-def figures_table(results: Mapping[str, Mapping[str, float]]) -> str:
-    """The table of COCO's 12 figures, parameters and FLOPs: a column a model, and the gain of the student on its twin.
+def metrics_table(results: Mapping[str, Mapping[str, float]]) -> str:
+    """The table of COCO's 12 metrics, parameters and FLOPs: a column a model, and the gain of the student on its twin.
 
     Args:
-      results: model -> figures, as for `write_report`; models that are not there have no column.
+      results: model -> metrics, as for `write_report`; models that are not there have no column.
 
     Returns:
       html.
 
     Example:
-      >>> "<td>41.2</td>" in figures_table({"student": {"AP": 0.412}})
+      >>> "<td>41.2</td>" in metrics_table({"student": {"AP": 0.412}})
       True
     """
     if not results:
@@ -169,20 +169,20 @@ def figures_table(results: Mapping[str, Mapping[str, float]]) -> str:
     pair = _pair(results)
     head = "".join(f'<th scope="col"><i class="dot {name}"></i>{name}</th>' for name in results)
     lines = []
-    for key, meaning in FIGURES.items():
-        values = {name: figures.get(key) for name, figures in results.items()}
+    for key, meaning in METRICS.items():
+        values = {name: metrics.get(key) for name, metrics in results.items()}
         cells = "".join(f"<td>{_points(value)}</td>" for value in values.values())
         gain = _gain(values, pair) if pair else ""
         lines.append(f'<tr><th scope="row">{key} <small>{meaning}</small></th>{cells}{gain}</tr>')
     for key, label, meaning in (
         ("params", "Parameters", "trainable"),
-        ("flops", "FLOPs", "multiply-adds for one picture"),
+        ("flops", "FLOPs", "multiply-adds for one image"),
     ):
-        cells = "".join(f"<td>{_human(figures.get(key))}</td>" for figures in results.values())
+        cells = "".join(f"<td>{_human(metrics.get(key))}</td>" for metrics in results.values())
         blank = "<td></td>" if pair else ""
         lines.append(f'<tr><th scope="row">{label} <small>{meaning}</small></th>{cells}{blank}</tr>')
     head += f'<th scope="col">{_word(pair)}</th>' if pair else ""
-    text = "COCO’s figures in points, 0 to 100. “–” is undefined: there is no object of that kind. "
+    text = "COCO’s metrics in points, 0 to 100. “–” is undefined: there is no object of that kind. "
     text += _saving(results)
     if pair == PAIRS[0]:
         text += (
@@ -190,7 +190,7 @@ def figures_table(results: Mapping[str, Mapping[str, float]]) -> str:
             "runs with several seeds can tell."
         )
     return (
-        '<div class="beside"><div class="scroll"><table class="figures"><thead><tr><th scope="col">figure</th>'
+        '<div class="beside"><div class="scroll"><table class="metrics"><thead><tr><th scope="col">figure</th>'
         f"{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div><p class=small>{text}</p></div>"
     )
 
@@ -255,7 +255,7 @@ def line_chart(
     largest. Values that are not finite are left out, marked by crosses at the foot and counted.
 
     Args:
-      lines: name -> (steps f64[n], values f64[n]), steps ascending; models (`pictures`) have their colours.
+      lines: name -> (steps f64[n], values f64[n]), steps ascending; models (`images`) have their colours.
       title: what is drawn.
       level: name and value of a horizontal line.
       log: whether the scale is logarithmic; None makes it so where all values are positive and span two decades.
@@ -300,11 +300,11 @@ def line_chart(
     )
 
 
-def picture_rows(examples: Sequence[dict], classes: Sequence[str], *, threshold: float = 0.3, note: str = "") -> str:
-    """Pictures with ground truth and detections side by side, with a legend and their counts.
+def image_rows(examples: Sequence[dict], classes: Sequence[str], *, threshold: float = 0.3, note: str = "") -> str:
+    """Images with ground truth and detections side by side, with a legend and their counts.
 
     Args:
-      examples: as `pictures.panels` takes them; an optional `name` says which picture it is.
+      examples: as `drawing.panels` takes them; an optional `name` says which image it is.
       classes: K names.
       threshold: smallest score of a detection that is drawn and counted.
       note: which detections these are; by default a sentence with the threshold.
@@ -315,18 +315,18 @@ def picture_rows(examples: Sequence[dict], classes: Sequence[str], *, threshold:
     Example:
       >>> truth = {"boxes": [[8, 8, 30, 30]], "labels": [0]}
       >>> example = {"image": np.zeros((40, 80, 3), np.uint8), "truth": truth, "student": {**truth, "scores": [0.9]}}
-      >>> 'alt="student: 1 found, 0 false, 0 missed"' in picture_rows([example], ["cell"])
+      >>> 'alt="student: 1 found, 0 false, 0 missed"' in image_rows([example], ["cell"])
       True
     """
     if not examples:
         return ""
-    drawn = [pictures.panels(example, classes, threshold=threshold) for example in examples]
+    drawn = [drawing.panels(example, classes, threshold=threshold) for example in examples]
     uris = iter(_data_uris([panel.image for panels in drawn for panel in panels]))
     html, total = [], {}
     for i, (example, panels) in enumerate(zip(examples, drawn, strict=True)):
         cells = []
         for panel in panels:
-            name, counts = ("ground truth" if panel.name == "truth" else panel.name), pictures.summary(panel)
+            name, counts = ("ground truth" if panel.name == "truth" else panel.name), drawing.summary(panel)
             about = f"{name}: {counts}"
             if panel.name == "truth" and panel.found:
                 numbers = Counter(np.asarray(example["truth"]["labels"], int).reshape(-1).tolist())
@@ -337,21 +337,21 @@ def picture_rows(examples: Sequence[dict], classes: Sequence[str], *, threshold:
                 f'<img src="{next(uris)}" width="{width}" height="{height}" alt="{escape(about, quote=True)}"></div>'
             )
             total[panel.name] = np.add(total.get(panel.name, 0), panel[2:])
-        label = str(example.get("name") or f"picture {i + 1}")
+        label = str(example.get("name") or f"image {i + 1}")
         html.append(
-            f'<figure class="pictures"><div class="row n{len(panels)}">{"".join(cells)}</div>'
+            f'<figure class="images"><div class="row n{len(panels)}">{"".join(cells)}</div>'
             f"<figcaption><small>{escape(label)}</small></figcaption></figure>"
         )
     seen = sorted({int(k) for e in examples for k in np.asarray(e["truth"]["labels"]).reshape(-1)})
     key = "".join(
-        f'<li><i class="dot" style="background:rgb{pictures.class_color(k)}"></i>{escape(_class(k, classes))}</li>'
+        f'<li><i class="dot" style="background:rgb{drawing.class_color(k)}"></i>{escape(_class(k, classes))}</li>'
         for k in seen[:MAX_BARS]
     )
     key = f'<ul class="legend"><li>Ground truth:</li>{key}</ul>' if key else ""
     counts = "; ".join(
         f"the {name} finds {found}, with {false} false" for name, (found, false, _) in total.items() if name != "truth"
     )
-    counts = f" Of {total['truth'][0]} objects in these pictures {counts}." if counts else ""
+    counts = f" Of {total['truth'][0]} objects in these images {counts}." if counts else ""
     legend = (
         '<ul class="legend"><li><i class="box hit">✓</i>found: IoU at least .5 with an object of the same class</li>'
         '<li><i class="box false">✗</i>false: no such object</li><li><i class="box missed"></i>missed object</li></ul>'
@@ -398,9 +398,9 @@ def page(title: str, lead: str, sections: Sequence[tuple[str, str]]) -> str:
 
 def _tiles(results: Mapping[str, Mapping[str, float]]) -> str:
     tiles = [
-        f'<div class="tile {name}"><span>{name}</span><b>{_points(figures.get("AP"))}</b>'
-        f"<small>AP · {_human(figures.get('params'))} parameters</small></div>"
-        for name, figures in results.items()
+        f'<div class="tile {name}"><span>{name}</span><b>{_points(metrics.get("AP"))}</b>'
+        f"<small>AP · {_human(metrics.get('params'))} parameters</small></div>"
+        for name, metrics in results.items()
     ]
     if "twin" in results and "student" in results:
         gain = _difference(results["student"].get("AP"), results["twin"].get("AP"))
@@ -410,7 +410,7 @@ def _tiles(results: Mapping[str, Mapping[str, float]]) -> str:
         )
     explained = ""
     if len(tiles) > 1:
-        words = {"teacher": "the big model", "twin": "the small model trained alone, on the same pictures"}
+        words = {"teacher": "the big model", "twin": "the small model trained alone, on the same images"}
         words["student"] = "the small model" + ", trained to imitate the teacher as well" * ("teacher" in results)
         explained = "; ".join(f"<b>{name}</b>: {words[name]}" for name in results)
         explained = f'<p class="small">{explained}. AP: average precision, COCO’s main figure, in points of 100.</p>'
@@ -533,10 +533,10 @@ def _class_and_size(results: Mapping[str, Mapping], per_class: Mapping[str, Mapp
     legend = f'<ul class="legend">{legend}</ul>' if len(models or results) > 1 else ""
     if rows:
         text += f"<h3>By class</h3>{legend}{bars(rows, heading='class')}<p class=small>{order}</p>"
-    sizes = {label: {model: figures.get(key, -1) for model, figures in results.items()} for key, label in SIZES.items()}
+    sizes = {label: {model: metrics.get(key, -1) for model, metrics in results.items()} for key, label in SIZES.items()}
     if any(_defined(value) for values in sizes.values() for value in values.values()):
         text += f"<h3>By size of the object</h3>{legend}{bars(sizes, heading='size')}"
-        text += '<p class="small">Small: under 32² pixels of area; large: over 96²; in the original pictures.</p>'
+        text += '<p class="small">Small: under 32² pixels of area; large: over 96²; in the original images.</p>'
     return text
 
 
@@ -650,14 +650,14 @@ def _finite(steps: np.ndarray, values: np.ndarray) -> Series:
 
 
 def _data_uris(images: Sequence[np.ndarray]) -> list[str]:
-    """JPEG data URIs in the best quality at which all of them together stay within PICTURE_BYTES."""
+    """JPEG data URIs in the best quality at which all of them together stay within IMAGE_BYTES."""
     for quality in (88, 75, 60, 40, 20):
         uris = []
         for image in images:
             out = io.BytesIO()
             Image.fromarray(image).save(out, "JPEG", quality=quality, subsampling=0)
             uris.append("data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode())
-        if sum(map(len, uris)) <= PICTURE_BYTES:
+        if sum(map(len, uris)) <= IMAGE_BYTES:
             break
     return uris
 
@@ -722,9 +722,9 @@ def _short(value: float) -> str:
 
 
 def _class(label: int, classes: Sequence[str]) -> str:
-    """The full name; with the number, where the pictures show the number in its place."""
+    """The full name; with the number, where the images show the number in its place."""
     name = str(classes[label]) if 0 <= label < len(classes) else f"class {label}"
-    return name if pictures.class_name(label, classes) != f"class {label}" else f"{name} (class {label})"
+    return name if drawing.class_name(label, classes) != f"class {label}" else f"{name} (class {label})"
 
 
 _STYLE = """
@@ -762,7 +762,7 @@ th,td{padding:.32rem .8rem;border-bottom:1px solid var(--grid);text-align:right;
 th:first-child{padding-left:.2rem;text-align:left}
 thead th{white-space:nowrap;font-size:.9rem}
 tbody th{min-width:5.5rem;font-weight:600;overflow-wrap:anywhere}
-.figures tbody tr:first-child td{font-weight:600}
+.metrics tbody tr:first-child td{font-weight:600}
 .beside{display:flex;flex-wrap:wrap;align-items:flex-start;gap:0 2.5rem}
 .beside>p{flex:1 1 20rem;margin:.8rem 0 .4rem}
 table.wide{width:100%;max-width:56rem}
@@ -791,7 +791,7 @@ figure{margin:0;min-width:0}
 .chart figcaption{line-height:1.3;overflow-wrap:anywhere}
 svg{display:block;width:100%;height:auto;overflow:visible;color:var(--ink)}
 svg text{font-family:inherit!important}
-.pictures{margin:0 0 1.2rem}
+.images{margin:0 0 1.2rem}
 .row{display:grid;grid-template-columns:repeat(4,1fr);gap:.6rem}
 .row.n1{grid-template-columns:minmax(0,22rem)}
 .row.n2{grid-template-columns:repeat(2,minmax(0,26rem))}
@@ -805,5 +805,5 @@ summary{margin:1rem 0 .4rem;cursor:pointer}
 .row>div{display:flex;flex-direction:column;justify-content:flex-end}
 @media (max-width:640px){.row,.row.n2,.row.n3{grid-template-columns:repeat(2,minmax(0,1fr))}
 th,td{padding:.32rem .35rem;font-size:.85rem}thead th{font-size:.8rem}tbody th small{display:block;font-size:.75rem}
-.figures .dot{display:none}table.wide thead th{white-space:normal}.bars{padding-right:2.2rem;width:60%}}
+.metrics .dot{display:none}table.wide thead th{white-space:normal}.bars{padding-right:2.2rem;width:60%}}
 """

@@ -1,10 +1,10 @@
-"""Runs of train.py compared: variants over seeds, each beside its seed's twin, ending in one table and one picture.
+"""Runs of train.py compared: variants over seeds, each beside its seed's twin, ending in one table and one image.
 
-    python -m kdjax.study methods --workdir=runs/study --methods=mkd,rtmdet_cwd,ssim --seeds=3
-    python -m kdjax.study components --workdir=runs/study
-    python -m kdjax.study weight --workdir=runs/study --weights=0.1,1,5
-    python -m kdjax.study teacher --workdir=runs/study --teachers=runs/a/student,runs/b/student
-    python -m kdjax.study sizes --workdir=runs/study --students=rtmdet_pico,rtmdet_nano
+    python -m kdjax.commands.study methods --workdir=runs/study --methods=mkd,rtmdet_cwd,ssim --seeds=3
+    python -m kdjax.commands.study components --workdir=runs/study
+    python -m kdjax.commands.study weight --workdir=runs/study --weights=0.1,1,5
+    python -m kdjax.commands.study teacher --workdir=runs/study --teachers=runs/a/student,runs/b/student
+    python -m kdjax.commands.study sizes --workdir=runs/study --students=rtmdet_pico,rtmdet_nano
 
 `methods` compares methods, with the config's teacher or with each of `--teachers`; the others are MKD's tables: its
 components taken out one by one (table 4), its weight (table 5), the size of its teacher (table 3), and parameters,
@@ -18,7 +18,7 @@ own, and studies in the same folder share it. Only the end counts: there is no e
 
 Finished runs are kept, interrupted ones resumed: run it again to go on, also with more variants or seeds. A run that
 fails is told in the table, and the others go on. The last lines are the table and one JSON object; `--log FILE` appends
-both, with the versions, to a Markdown file. The picture is WORKDIR/NAME.png.
+both, with the versions, to a Markdown file. The image is WORKDIR/NAME.png.
 
 It starts the train.py of the checkout that kdjax is installed from.
 """
@@ -40,12 +40,11 @@ import jax
 import jax.numpy as jnp
 from matplotlib.figure import Figure
 
-from kdjax import detectors
-from kdjax.detectors import weights
+from kdjax import detectors, weights
 from kdjax.methods import api
 
 ROOT = Path(__file__).resolve().parents[1]
-FIGURES = ("AP", "AP50")
+METRICS = ("AP", "AP50")
 MKD_PARTS = ("feature", "multiscale", "frequency", "alignment")
 
 
@@ -65,7 +64,7 @@ class Failed(Exception):
 def main(arguments: Sequence[str] | None = None):
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m kdjax.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m kdjax.commands.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("name", choices=sorted(STUDIES))
     parser.add_argument("--config", default="configs/quickstart.py", help="its (last) argument is the methods' names")
@@ -164,7 +163,7 @@ STUDIES = {
 
 
 def study(args, variants: list[Variant]) -> None:
-    """Trains what is missing, then prints table and summary and draws the picture."""
+    """Trains what is missing, then prints table and summary and draws the image."""
     workdir, seeds = args.workdir.absolute(), range(args.first, args.first + args.seeds)
     twins, students, failures, folders = {}, {variant.name: {} for variant in variants}, {}, {}
     for seed in seeds:
@@ -195,8 +194,8 @@ def study(args, variants: list[Variant]) -> None:
     if args.name in ("methods", "teacher"):
         rows.sort(key=lambda row: -row.get("gain AP", [-math.inf])[0])
     draw(rows, args.name).savefig(workdir / f"{args.name}.png")
-    print(f"picture: {workdir / args.name}.png")
-    command = f"python -m kdjax.study {args.name} --config={args.config} --seeds={args.seeds}"
+    print(f"image: {workdir / args.name}.png")
+    command = f"python -m kdjax.commands.study {args.name} --config={args.config} --seeds={args.seeds}"
     command += f" --first={args.first}" if args.first else ""
     for option, name in (("methods", "methods"), ("weights", "weight"), ("students", "sizes")):
         command += f" --{option}={','.join(getattr(args, option))}" if args.name == name else ""
@@ -235,7 +234,7 @@ def summarize(name: str, runs: dict[int, dict], failures: dict[int, str]) -> dic
     """A row of the table: means with their standard errors in points, over the seeds that are finished."""
     row = {"name": name, "seeds": sorted(runs), "failed": failures}
     if runs:
-        for figure in FIGURES:
+        for figure in METRICS:
             row[f"gains {figure}"] = [gain(run, figure) for run in runs.values()]
             row[f"gain {figure}"] = mean_and_error(row[f"gains {figure}"])
         for model in ("teacher", "twin", "student"):
@@ -289,7 +288,7 @@ def draw(rows: list[dict], title: str) -> Figure:
 
 
 def latency(folder: Path, repeats: int = 50) -> float:
-    """Median milliseconds from picture to boxes under XLA: first device, batch 1, the size it was trained at."""
+    """Median milliseconds from image to boxes under XLA: first device, batch 1, the size it was trained at."""
     detector, params, stats, _ = weights.load(folder, None)
     height, width = json.loads((folder / "config.json").read_text())["image_size"]
     image, hw = jnp.zeros((1, height, width, 3), jnp.uint8), jnp.array([[height, width]])

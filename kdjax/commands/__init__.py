@@ -1,0 +1,1 @@
+"""The commands of `kdjax COMMAND`, one file each."""

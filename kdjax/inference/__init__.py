@@ -1,0 +1,1 @@
+"""Prediction: loading a model and running it on images."""

@@ -1,0 +1,1 @@
+"""Reports for people: HTML pages, charts, drawn boxes, the model card."""
