@@ -34,9 +34,9 @@ def opened(root, tmp_path, **changes):
     return data.open_dataset(settings(tmp_path / "cache", root=root, **changes))
 
 
-def one_split(root, truth, images, **kwargs):
+def one_split(root, truth, pixels, **kwargs):
     """A folder whose train and val are the same."""
-    return write_folder(root, {"train": truth, "val": truth}, images, **kwargs)
+    return write_folder(root, {"train": truth, "val": truth}, pixels, **kwargs)
 
 
 def by_image(truth: dict) -> list[dict]:
@@ -254,9 +254,9 @@ def test_messages_for_a_wrong_root_json_or_image(tmp_path):
         opened(root, tmp_path, val_split="test")
     (root / "annotations" / "instances_test.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match="split 'test' has no folder of images"):
-        shutil.move(root / "images", root / "images")
+        shutil.move(root / "images", root / "moved")
         opened(root, tmp_path, val_split="test", train_images="images/train")
-    shutil.move(root / "images", root / "images")
+    shutil.move(root / "moved", root / "images")
     for spoilt in ("", '{"images": [', "[" * 100_000):
         (root / "annotations" / "instances_test.json").write_text(spoilt)
         with pytest.raises(ValueError, match="instances_test.json does not parse as json"):
@@ -387,7 +387,7 @@ def test_the_cache_goes_where_it_is_told(monkeypatch, tmp_path):
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="cannot be kept in .*file/data .Not a directory.*config.data.cache"):
+    with pytest.raises(ValueError, match="cache: cannot write to .*file/data .Not a directory.: choose another"):
         data.open_dataset(settings(tmp_path / "file", source="scenes"))
 
 

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from kdjax.data import coco as folders
 from kdjax.data import records, scenes
 from kdjax.evals import coco, complexity, tide
+from kdjax.files import write_json, write_text
 from kdjax.inference import model as models
 from kdjax.report import drawing, run_report
 
@@ -75,13 +76,13 @@ def run(
         }
     print(table(results))
     if folder:
-        models.write_json(folder / "evaluation.json", {"data": given.name, "split": split} | results)
+        write_json(folder / "evaluation.json", {"data": given.name, "split": split} | results)
         for name, rows in found.items():
-            models.write_json(folder / f"detections{'' if name == 'model' else '_against'}.json", rows)
+            write_json(folder / f"detections{'' if name == 'model' else '_against'}.json", rows)
         kept = {}
         for name, rows in found.items():
             kept[name] = tide.counted(given.truth, tide.keep(given.truth, rows, thresholds(results[name])))
-        (folder / "report.html").write_text(page(results, given, kept), encoding="utf-8", errors="replace")
+        write_text(folder / "report.html", page(results, given, kept))
         print(f"\n{folder / 'report.html'}")
     return 0
 

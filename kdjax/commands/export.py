@@ -26,6 +26,7 @@ from kdjax.boxes.convert import clip
 from kdjax.commands import evaluate
 from kdjax.data import records, scenes
 from kdjax.evals import coco, complexity
+from kdjax.files import write_json
 from kdjax.inference import model as models
 from kdjax.structs import Detections, DetectorOutput
 
@@ -131,7 +132,7 @@ def run(
         if format == "onnx":
             add_metadata(made, facts | {"dtype": dtype})
         else:
-            models.write_json(target.with_name(target.name + ".json"), facts | {"dtype": dtype})
+            write_json(target.with_name(target.name + ".json"), facts | {"dtype": dtype})
         made.replace(target)
     print(f"{out}: {target.stat().st_size:,} bytes, {facts['input']}")
     return 0

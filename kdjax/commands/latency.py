@@ -17,6 +17,7 @@ from tqdm import tqdm
 from kdjax import weights
 from kdjax.commands import export
 from kdjax.evals import complexity
+from kdjax.files import write_json
 from kdjax.inference import model as loading
 
 WARM_UP = 20  # runs
@@ -59,7 +60,7 @@ def run(*, models: list[str], threads: int | None, runs: int, out: str | None) -
     if missing := export.missing():
         print(f"Without onnxruntime's times, for want of {', '.join(missing)}: pip install 'kdjax[export]'.")
     if target:
-        loading.write_json(target, {"threads": threads, "runs": runs, "warm_up": WARM_UP, "rows": rows})
+        write_json(target, {"threads": threads, "runs": runs, "warm_up": WARM_UP, "rows": rows})
     return 0
 
 

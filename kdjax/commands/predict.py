@@ -13,6 +13,7 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from kdjax.data import coco, records
+from kdjax.files import write_json
 from kdjax.inference import model as models
 from kdjax.report import drawing
 
@@ -88,8 +89,8 @@ def run(*, paths: list[str], model: str, out: str, threshold: float) -> int:
     if not images:
         return 2
     categories = [{"id": k, "name": name} for k, name in zip(loaded.category_ids, loaded.classes, strict=True)]
-    models.write_json(folder / "detections.json", results)
-    models.write_json(folder / "images.json", {"images": images, "categories": categories})
+    write_json(folder / "detections.json", results)
+    write_json(folder / "images.json", {"images": images, "categories": categories})
     strong = sum(row["score"] >= threshold for row in results)
     print(f"{out}: {len(images)} images, {strong} objects with a score of at least {threshold:g}")
     return 2 if unread else 0

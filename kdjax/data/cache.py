@@ -1,48 +1,59 @@
-"""A folder that is written once per content and found again while nothing has changed."""
+"""A folder that is written once per content and used again while nothing has changed."""
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import filelock
 from absl import logging
+
+from kdjax import files
+from kdjax.errors import UserError
 
 
 def root(cache: str = "") -> Path:
-    """Where prepared data is kept: the config's folder, else KDJAX_CACHE, else ~/.cache/kdjax."""
-    return Path(cache or os.environ.get("KDJAX_CACHE") or Path.home() / ".cache" / "kdjax").expanduser() / "data"
+    """The folder of prepared data: `cache`/data, or data/ of `kdjax.files.cache_root()` where `cache` is empty."""
+    return (Path(cache).expanduser() if cache else files.cache_root()) / "data"
 
 
-def prepared(directory: Path, name: str, fingerprint: object, write: Callable[[Path], None]) -> Path:
-    """The folder `directory`/name-hash(fingerprint), written by `write(folder)` if it is not there yet.
+def prepared(directory: Path, name: str, fingerprint: Any, write: Callable[[Path], None]) -> Path:
+    """The folder `directory`/name-hash(fingerprint), written by `write(folder)` if it does not exist yet.
 
-    A folder appears under its name only when it is complete: it is written beside and renamed. Processes that want the
-    same folder wait for the first; what a killed one left behind is removed by the next that writes.
+    The folder is written under another name and renamed when it is complete. Processes that want the same folder wait
+    for the first one. If that one is killed, its lock is released, and the next one removes what it left and writes.
+
+    Args:
+      directory: created if it does not exist.
+      name: start of the folder's name.
+      fingerprint: what the content depends on, as a value that json can hold.
+      write: fills an empty folder.
+
+    Returns:
+      The complete folder.
 
     Raises:
-      ValueError: `directory` cannot be written; and what `write` raises.
+      UserError: `directory` cannot be written. What `write` raises is passed on.
     """
     digest = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:16]
     target = directory / f"{name}-{digest}"
     if target.is_dir():
         return target
     partial = directory / f".{target.name}.partial"
+    lock = filelock.FileLock(directory / f".{target.name}.lock")
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        lock = open(directory / f".{target.name}.lock", "w")
-    except OSError as error:
-        raise ValueError(
-            f"prepared data cannot be kept in {directory} ({error.strerror}); config.data.cache names another folder."
-        ) from None
-    with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
             logging.warning("Waiting for another process that prepares %s.", target)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            lock.acquire()
+    except OSError as error:
+        raise UserError(f"cache: cannot write to {directory} ({error.strerror}): choose another folder") from None
+    try:
         if not target.is_dir():
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
@@ -52,4 +63,6 @@ def prepared(directory: Path, name: str, fingerprint: object, write: Callable[[P
             except BaseException:
                 shutil.rmtree(partial, ignore_errors=True)
                 raise
+    finally:
+        lock.release()
     return target

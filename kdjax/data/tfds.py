@@ -119,7 +119,7 @@ def _image(
 ) -> ImageRecord:
     """The entry of a record; its objects are numbered from `number` + 1 if they have no ids."""
     height, width = shape
-    record = ImageRecord(id=int(record["image/id"]), file_name=name, width=width, height=height)
+    image = ImageRecord(id=int(record["image/id"]), file_name=name, width=width, height=height)
     boxes, labels, crowds = records.objects_of(record, height, width)
     objects = record["objects"]
     for index, (box, label, crowd) in enumerate(zip(boxes.astype(float), labels, crowds, strict=True)):
@@ -143,9 +143,9 @@ def _image(
             if np.abs(inside - box).max() > CLIP:
                 note("repaired", "box clipped to the image")
             area = float(objects["area"][index]) if "area" in objects else size[0] * size[1]
-            entry = dict(id=identity, image_id=record.id, category_id=category_ids[label], bbox=[x0, y0, *size])
-            record.annotations.append(entry | dict(area=area, iscrowd=int(crowd)))
-    return record
+            entry = dict(id=identity, image_id=image.id, category_id=category_ids[label], bbox=[x0, y0, *size])
+            image.annotations.append(entry | dict(area=area, iscrowd=int(crowd)))
+    return image
 
 
 def match(scanned: list[ImageRecord], given: list[ImageRecord], name: str) -> list[ImageRecord]:

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from kdjax import detectors, weights
-from kdjax.data import cache, transforms
+from kdjax import detectors, files, weights
+from kdjax.data import transforms
 from kdjax.detectors.api import unflatten
 from kdjax.evals import coco
 
@@ -44,7 +44,7 @@ def load(path: str) -> Model:
       ValueError: there is no such model, or it is broken; one sentence.
     """
     if not jax.config.jax_compilation_cache_dir:  # a second command starts in seconds
-        jax.config.update("jax_compilation_cache_dir", str(cache.root().parent / "jax"))
+        jax.config.update("jax_compilation_cache_dir", str(files.cache_root() / "jax"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     folder = Path(path).expanduser()
     if not folder.exists():
@@ -98,13 +98,6 @@ def check_out(path: str) -> Path:
     except OSError as error:
         raise ValueError(f"--out={path} cannot be made ({error.strerror}): choose another folder.") from None
     return folder
-
-
-def write_json(path: Path, value) -> None:
-    """Atomic: a reader sees the old file or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value) + "\n")
-    temporary.replace(path)
 
 
 def aligned(rows: list[list[str]]) -> str:

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from PIL import Image
 
+from kdjax.files import write_text
 from kdjax.report import drawing
 
 MODELS = drawing.MODELS
@@ -94,11 +95,7 @@ def write_report(
     ]
     lead = f'<p class="verdict">{escape(verdict(results))}</p>{_tiles(results)}'
     text = page(title, lead, [(name, body) for name, body in sections if body])
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    # A lone surrogate, which json lets through in a name, must not lose the page.
-    temporary.write_text(text, encoding="utf-8", errors="replace")
-    temporary.replace(path)
+    write_text(path, text)
 
 
 def verdict(results: Mapping[str, Mapping[str, float] | None]) -> str:

@@ -27,7 +27,7 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 import kdjax
-from kdjax import data, detectors, weights
+from kdjax import data, detectors, files, weights
 from kdjax.evals import coco, complexity, voc
 from kdjax.methods import api
 from kdjax.report import model_card, run_report
@@ -201,8 +201,7 @@ def prepare_process(folder: str) -> None:
             libc.mallopt(option, value)
     if folder == "off":
         return
-    home = os.environ.get("KDJAX_CACHE") or Path.home() / ".cache" / "kdjax"
-    jax.config.update("jax_compilation_cache_dir", folder or str(Path(home) / "jax"))
+    jax.config.update("jax_compilation_cache_dir", folder or str(files.cache_root() / "jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
@@ -762,9 +761,9 @@ def finish(setup: Setup, workdir: Path, log: Log) -> dict:
         (workdir / role / "README.md").write_text(text, encoding="utf-8", errors="replace")
     (workdir / "detections").mkdir(exist_ok=True)
     for role, evaluation in evaluations.items():
-        write_json(workdir / "detections" / f"{role}.json", evaluation.detections)
+        files.write_json(workdir / "detections" / f"{role}.json", evaluation.detections, indent=1)
     per_class = {role: evaluation.per_class for role, evaluation in evaluations.items()}
-    write_json(workdir / "per_class.json", per_class)
+    files.write_json(workdir / "per_class.json", per_class, indent=1)
     examples = [
         {"image": one["image"], "truth": one["truth"]}
         | {r: evaluations[r].examples[i]["found"] if r in evaluations else None for r in ("teacher", "twin", "student")}
@@ -782,7 +781,7 @@ def finish(setup: Setup, workdir: Path, log: Log) -> dict:
         config_text=config.to_json(indent=2),
         notes=notes(setup, log.rows()),
     )
-    write_json(workdir / "results.json", results)  # last: where it is, everything is
+    files.write_json(workdir / "results.json", results, indent=1)  # last: where it is, everything is
     return results
 
 
@@ -826,11 +825,4 @@ def write_config(config: ConfigDict, workdir: Path) -> None:
     path = workdir / "config.json"
     runs = json.loads(path.read_text())["runs"] if path.exists() else []
     now = environment() | {"command": sys.argv[1:], "time": time.strftime("%Y-%m-%d %H:%M:%S")}
-    write_json(path, {"config": json.loads(config.to_json()), "runs": [*runs, now]})
-
-
-def write_json(path: Path, value) -> None:
-    """Atomic: a reader sees the old file or the new one."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    temporary.replace(path)
+    files.write_json(path, {"config": json.loads(config.to_json()), "runs": [*runs, now]}, indent=1)

@@ -4,7 +4,6 @@ import argparse
 import hashlib
 import importlib.metadata
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from safetensors.numpy import save as serialize
 import kdjax
 from kdjax.detectors import build
 from kdjax.detectors.api import Detector, Tree, flatten, unflatten
+from kdjax.files import write_bytes, write_json
 from kdjax.weights import convert
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -74,14 +74,8 @@ def save(
         | {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy")},
         "extra": extra or {},
     }
-    _replace(folder / WEIGHTS, blob)
-    _replace(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)
+    write_bytes(folder / WEIGHTS, blob)
+    write_json(folder / CONFIG, config, indent=2)
 
 
 def load(
