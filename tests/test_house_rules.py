@@ -18,13 +18,14 @@ ROOT = Path(kdjax.__file__).parent
 CORE = {"errors", "structs", "nn", "boxes", "losses", "distill"}
 ALLOWED = {
     "errors": set(),
+    "plugins": set(),
     "structs": set(),
     "nn": {"errors", "structs"},
     "boxes": {"errors", "structs", "nn"},
     "losses": {"errors", "structs", "nn", "boxes"},
     "distill": {"errors", "structs", "nn", "boxes", "losses"},
-    "methods": CORE,
-    "detectors": CORE - {"distill"},
+    "methods": CORE | {"plugins"},
+    "detectors": CORE - {"distill"} | {"plugins"},
     "data": {"errors"},
     "evals": CORE - {"distill"},
     "weights": CORE | {"detectors"},
