@@ -38,7 +38,7 @@ class Assignment(NamedTuple):
     quality: Array  # f32[B, N], soft label in 0 .. 1: the IoU for RTMDet, 1 for hard labels, 0 for background
 
 
-class Detections(NamedTuple):
+class PaddedDetections(NamedTuple):
     """A fixed number D of detections an image, best score first; rows whose `valid` is False hold zeros."""
 
     boxes: Array  # f32[B, D, 4], pixels of the network input

@@ -11,7 +11,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from kdjax.evals import coco
-from kdjax.structs import Detections
+from kdjax.structs import PaddedDetections
 
 SIDE = 200
 
@@ -169,7 +169,7 @@ def test_to_coco_undoes_the_resize():
     }
     boxes = np.tile(np.array([2.0, 4, 12, 16], np.float32), (3, 2, 1))
     boxes[1, 1] = [-4, 0, 100, 62]
-    found = Detections(
+    found = PaddedDetections(
         boxes=boxes,
         scores=rng.random((3, 2)).astype(np.float32),
         labels=np.array([[0, 1], [1, 0], [0, 0]]),

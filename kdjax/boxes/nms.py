@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from kdjax.boxes.convert import clip
-from kdjax.structs import Array, Detections
+from kdjax.structs import Array, PaddedDetections
 
 
 def suppress(
@@ -81,7 +81,7 @@ def select(
     max_detections: int,
     class_agnostic: bool = False,
     quality: Array | None = None,
-) -> Detections:
+) -> PaddedDetections:
     """Detections among dense predictions: per level the best (prior, class) pairs, then suppression over all levels.
 
     Args:
@@ -97,7 +97,7 @@ def select(
       quality: f32[B, N], 0 .. 1; the scores of the pairs that go on are multiplied by it. None: they are not.
 
     Returns:
-      Detections, best first, with boxes of zero width or height (after clipping) left out.
+      PaddedDetections, best first, with boxes of zero width or height (after clipping) left out.
 
     Scope: each image on its own.
 
@@ -147,7 +147,7 @@ def select(
         iou_threshold=iou_threshold,
         max_detections=max_detections,
     )
-    return Detections(
+    return PaddedDetections(
         boxes=jnp.where(valid[..., None], jnp.take_along_axis(boxes, kept[..., None], axis=1), 0),
         scores=jnp.where(valid, jnp.take_along_axis(scores, kept, axis=1), 0),
         labels=jnp.where(valid, jnp.take_along_axis(labels, kept, axis=1), 0),

@@ -28,7 +28,7 @@ from kdjax.data import records, scenes
 from kdjax.evals import coco, complexity
 from kdjax.files import write_json
 from kdjax.inference import model as models
-from kdjax.structs import Detections, DetectorOutput
+from kdjax.structs import DetectorOutput, PaddedDetections
 
 OPSET = 19
 SAMPLES = 8  # images on which outputs are compared
@@ -262,7 +262,7 @@ def _portable_candidates(model: models.Model, settings: dict, images, image_size
             takes_part &= scores >= jnp.concatenate(least, 1)
         scores = jnp.where(takes_part, scores if quality is None else scores * quality[..., None], 0.0)
         compared.extend((boxes, scores))
-        return Detections(boxes, scores, None, None)
+        return PaddedDetections(boxes, scores, None, None)
 
     model.detector.decode(_output(model, _portable_maps(model, images)), image_size, select=select)
     return compared[0], jnp.swapaxes(compared[1], 1, 2), clip(compared[0], image_size)
@@ -640,7 +640,7 @@ def aps(model: models.Model, call, data: evaluate.Data, *, raw: bool) -> tuple[f
             found = jax.device_get(decode(call(canvas[None]), placed[None]))
         else:
             boxes, scores, labels = (value[None] for value in call(canvas[None], placed[None]))
-            found = Detections(boxes, scores, labels, np.ones(scores.shape, bool))
+            found = PaddedDetections(boxes, scores, labels, np.ones(scores.shape, bool))
         rows = {"image_id": [image_id], "image_size": placed[None], "original_size": np.array([image.shape[:2]])}
         theirs += coco.to_coco(rows | {"real": np.array([True])}, found, model.category_ids)
     before, after = (coco.coco_metrics(data.truth, rows)["AP"] for rows in (mine, theirs))

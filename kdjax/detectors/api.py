@@ -31,7 +31,7 @@ class Detector:
     - `loss(output, targets, *, assignment=None) -> ({name: f32[]}, Assignment)`: normalised over the global batch;
       assigns itself unless an assignment is given.
     - `decode(output, image_size i32[B, 2], *, score_threshold, iou_threshold, pre_nms, max_detections, select) ->
-      Detections`; `select` has the arguments of `boxes.nms.select`, which it is by default.
+      PaddedDetections`; `select` has the arguments of `boxes.nms.select`, which it is by default.
     - `decode_boxes(output) -> f32[B, N, 4]`, `class_logits(output) -> f32[B, N, K]`: all levels in one array.
     - `priors((H, W)) -> f32[N, 4]`: NumPy; x, y, stride in x, stride in y, in pixels.
     - `no_decay(params) -> tree of bool`: True on what weight decay leaves alone: norms, biases, what is frozen.

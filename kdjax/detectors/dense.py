@@ -17,7 +17,7 @@ from kdjax.detectors import levels, resnet
 from kdjax.detectors.api import Detector, Tree, check_entry, check_images, flatten, pure, unflatten
 from kdjax.detectors.fpn import FPN, SOURCES
 from kdjax.detectors.layers import Conv, GroupNorm, constant, normal
-from kdjax.structs import Assignment, Detections, DetectorOutput, Targets
+from kdjax.structs import Assignment, DetectorOutput, PaddedDetections, Targets
 
 Array = jax.Array
 
@@ -252,7 +252,7 @@ def decoder(decode_boxes: Callable, *, iou_threshold: float) -> Callable:
         pre_nms: int = 1000,
         max_detections: int = 100,
         select: Callable = nms.select,
-    ) -> Detections:
+    ) -> PaddedDetections:
         """Turns predictions into detections by class-wise non-maximum suppression.
 
         Where there is a quality, scores are multiplied by it, behind the threshold and the choice of `pre_nms`.

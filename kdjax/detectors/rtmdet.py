@@ -24,7 +24,7 @@ from kdjax.detectors.cspnext import Block, CSPNeXt
 from kdjax.detectors.layers import FOCAL_BIAS, BatchNorm, Conv, CSPLayer, constant, normal
 from kdjax.detectors.pafpn import PAFPN
 from kdjax.losses import box, classification
-from kdjax.structs import Assignment, Detections, DetectorOutput, Targets
+from kdjax.structs import Assignment, DetectorOutput, PaddedDetections, Targets
 
 Array = jax.Array
 
@@ -314,7 +314,7 @@ def decode(
     pre_nms: int = 30000,
     max_detections: int = 300,
     select: Callable = nms.select,
-) -> Detections:
+) -> PaddedDetections:
     """Turns predictions into detections by class-wise non-maximum suppression.
 
     Args:

@@ -23,7 +23,7 @@ from kdjax.detectors.cspdarknet import CSPDarknet, conv_norm, csp_layer, separab
 from kdjax.detectors.layers import FOCAL_BIAS, Conv, constant
 from kdjax.detectors.pafpn import PAFPN
 from kdjax.losses import box, classification
-from kdjax.structs import Assignment, Detections, DetectorOutput, Targets
+from kdjax.structs import Assignment, DetectorOutput, PaddedDetections, Targets
 
 Array = jax.Array
 
@@ -290,7 +290,7 @@ def decode(
     pre_nms: int = 30000,
     max_detections: int = 300,
     select: Callable = nms.select,
-) -> Detections:
+) -> PaddedDetections:
     """Turns predictions into detections by class-wise non-maximum suppression.
 
     Scores are sigmoid(logit) sigmoid(objectness). Boxes are suppressed as they are and clipped afterwards; those that

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
 
-from kdjax.structs import Detections
+from kdjax.structs import PaddedDetections
 
 IouType = Literal["bbox", "segm"]
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
@@ -201,7 +201,7 @@ def per_class(
 
 
 def to_coco(
-    batch: Mapping[str, np.ndarray], detections: Detections, category_ids: Sequence[int]
+    batch: Mapping[str, np.ndarray], detections: PaddedDetections, category_ids: Sequence[int]
 ) -> list[dict[str, Any]]:
     """Detections of a batch as COCO results, in pixels of the original images.
 
@@ -220,7 +220,7 @@ def to_coco(
     Example:
       >>> batch = {"image_id": np.array([7]), "image_size": np.array([[10, 15]]),
       ...          "original_size": np.array([[20, 30]]), "real": np.array([True])}
-      >>> found = Detections(boxes=np.array([[[1.0, 2, 5, 6]]]), scores=np.array([[0.5]]), labels=np.array([[1]]),
+      >>> found = PaddedDetections(boxes=np.array([[[1.0, 2, 5, 6]]]), scores=np.array([[0.5]]), labels=np.array([[1]]),
       ...                    valid=np.array([[True]]))
       >>> to_coco(batch, found, [3, 9])
       [{'image_id': 7, 'category_id': 9, 'bbox': [2.0, 4.0, 8.0, 8.0], 'score': 0.5}]

@@ -158,7 +158,7 @@ def detect(
 
 
 def program(detector: detectors.Detector):
-    """The jitted (variables, images u8[B, H, W, 3], image_size i32[B, 2]) -> Detections; one for equal detectors."""
+    """The jitted (variables, images u8[B, H, W, 3], image_size i32[B, 2]) -> PaddedDetections."""
     return _program(detector.name, detector.num_classes, json.dumps(detector.options, sort_keys=True))
 
 
