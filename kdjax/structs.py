@@ -9,6 +9,7 @@ import dataclasses
 from typing import NamedTuple
 
 import jax
+import numpy as np
 
 Array = jax.Array
 
@@ -45,6 +46,33 @@ class PaddedDetections(NamedTuple):
     scores: Array  # f32[B, D], 0 .. 1
     labels: Array  # i32[B, D], 0 .. K-1
     valid: Array  # bool[B, D]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Detections:
+    """The detections of one image as NumPy arrays, best score first, in pixels of the original image.
+
+    `len(detections)` is n. `detections[rows]` are the detections that a boolean mask, indices or a slice select.
+
+    Example:
+      >>> found = Detections(np.zeros((2, 4), np.float32), np.array([0.9, 0.2]), np.array([1, 0]), ("cat", "dog"))
+      >>> strong = found[found.scores >= 0.5]
+      >>> len(strong), strong.class_names[strong.labels[0]]
+      (1, 'dog')
+    """
+
+    boxes: np.ndarray  # f32[n, 4], x1 y1 x2 y2 in pixels of the original image
+    scores: np.ndarray  # f32[n], 0 .. 1
+    labels: np.ndarray  # i32[n], 0 .. K-1
+    class_names: tuple[str, ...] = ()  # K names, the same for all images; () if unknown
+    category_ids: tuple[int, ...] = ()  # K ids in COCO's json, the same for all images; () if unknown
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def __getitem__(self, rows: np.ndarray | slice) -> "Detections":
+        arrays = {name: getattr(self, name)[rows] for name in ("boxes", "scores", "labels")}
+        return dataclasses.replace(self, **arrays)
 
 
 @jax.tree_util.register_dataclass
