@@ -32,8 +32,8 @@ from kdjax.inference import model
 from kdjax.train import checkpoint, loop
 from kdjax.train import config as settings
 from kdjax.weights import convert
-from tests.data_tools import coco_json, write_folder
 from tests.shared import ROOT
+from tests.support.data import coco_json, write_folder
 from tests.test_detectors_weights import Code, spoilt
 from tests.test_report import Page
 
@@ -438,7 +438,7 @@ def test_mistakes_get_one_sentence_before_any_compute(made, tmp_path, capsys, mo
         (("predict", image, one, f"--out={image}"), "cannot be made"),
         (("predict", image, one), "required: --out"),
         (("evaluate", one, "--data=nowhere"), "no such folder"),
-        (("evaluate", one, given, "--split=test"), "split 'test' has no instances json"),
+        (("evaluate", one, given, "--split=test"), "split 'test': no instances json"),
         (("evaluate", one, given, "--limit=-1"), "number of images"),
         (("export", one, "--format=onnx", f"--out={tmp_path}"), "is a folder"),
         (("export", one, "--format=onnx", f"--out={tmp_path / 'x'}", "--max-ap-loss=1"), "needs --data"),
@@ -482,7 +482,7 @@ def test_evaluate_tells_what_is_left_out(made, tmp_path, capsys):
     file.write_text(json.dumps(truth | {"annotations": [repaired, *truth["annotations"], *bad]}))
     evaluate.open_data(str(tmp_path / "data"), "val", "", "", 2)
     [line] = capsys.readouterr().out.splitlines()
-    assert line.endswith("left out, as in training: box without extent (2), box outside the image (1)")
+    assert line.endswith("left out, as in training: box has no extent (2), box outside the image (1)")
     assert line.startswith("3 boxes of ")
 
 

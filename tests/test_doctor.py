@@ -250,7 +250,7 @@ def test_lost_and_tiny_objects_and_absent_classes_are_noticed(setup):
     class Damaged(Split):
         truth, log = gone, None
 
-    spoiled = Damaged(split.name, split.size, split.records, split.folder, split.role)
+    spoiled = Damaged(split.name, split.size, split.records, split.folder, split.categories)
     object.__setattr__(spoiled, "log", log)
     dataset = dataclasses.replace(made.dataset, splits=made.dataset.splits | {"train": spoiled})
     found = examine.of_data(made._replace(dataset=dataset))
@@ -274,7 +274,7 @@ def test_what_was_dropped_is_told_where_no_object_is_left(setup):
     class Empty(Split):
         truth, log = {**split.truth, "annotations": []}, None
 
-    empty = Empty(split.name, split.size, split.records, split.folder, split.role)
+    empty = Empty(split.name, split.size, split.records, split.folder, split.categories)
     object.__setattr__(empty, "log", [dict(file="a", annotation=i, action="dropped", reason="far off") for i in (1, 2)])
     dataset = dataclasses.replace(made.dataset, splits=made.dataset.splits | {"val": empty})
     with pytest.raises(ValueError, match=r"holds no object in its \d+ images \(2 were dropped: far off\), so nothing"):

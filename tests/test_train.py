@@ -27,7 +27,7 @@ from kdjax.train import checkpoint, loop, optim
 from kdjax.train import config as settings
 from kdjax.train import step as steps
 from kdjax.weights import convert
-from tests.data_tools import small_folder
+from tests.support.data import small_folder
 from tests.test_detectors_weights import spoilt
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -360,7 +360,7 @@ def wrong(folder, teacher_folder, **changes):
         (dict(data__max_boxes=-5), "data.max_boxes"),
         (dict(optimizer__lr=float("nan")), "optimizer.lr is nan"),
         (dict(optimizer__end=1.5), "optimizer.end is 1.5; it must be in 0 .. 1"),
-        (dict(data__image_size=(64,)), "image_size is .64,., but must be .height, width."),
+        (dict(data__image_size=(64,)), "config.data: image_size must be .height, width. .*, not .64,."),
         (dict(data__augment__flip=2.0), "augment.flip"),
         (dict(optimizer__warmup=11), "warm-up"),
         (dict(optimizer__name="adam"), "adamw"),
@@ -558,10 +558,10 @@ def test_learning_rate_and_moving_average():
 
 def test_data_that_is_damaged_while_it_trains_gets_a_sentence(folder, tmp_path, monkeypatch):
     def train(*_):
-        raise data.Damaged("record 3 of DIR cannot be read any more; prepare it anew.")
+        raise data.Damaged("DIR: record 3 cannot be read: prepare the data again")
 
     monkeypatch.setattr(loop, "train", train)
-    with pytest.raises(loop.BadInput, match="record 3 of DIR"):  # train.py prints it and exits with 2
+    with pytest.raises(loop.BadInput, match="DIR: record 3"):  # train.py prints it and exits with 2
         loop.run(tiny_config(folder, teacher=None), tmp_path / "run")
 
 

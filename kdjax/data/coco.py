@@ -1,43 +1,53 @@
-"""Folders in COCO layout: finding their files, checking and repairing their json, streaming their images."""
+"""Folders in COCO layout: finds their files, checks and repairs their json, streams their images."""
 
 import concurrent.futures
 import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from kdjax.data import records
 from kdjax.data.records import ImageRecord
+from kdjax.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 CLIPPED = "box clipped to the image"  # a reason in the log
-_CLIP = 0.01  # px: a box that sticks out by less is clipped without a word (rounding in the json)
+_CLIP = 0.01  # px: a box that extends beyond the image by less is clipped silently (rounding in the json)
 
 
 def find(root: str, split: str, *, annotations: str = "", images: str = "") -> tuple[Path, Path]:
-    """The json and the folder of images of a split.
+    """Finds the json and the folder of images of a split.
 
     Tried under `root`: annotations/instances_{split}.json, annotations/{split}.json, {split}/_annotations.coco.json;
-    images/{split}/, {split}/, images/. Explicit paths count from `root`, or are absolute.
+    images/{split}/, {split}/, images/.
+
+    Args:
+      root: the folder.
+      split: its name, as 'train' or 'val2017'.
+      annotations, images: explicit paths, absolute or relative to `root`; "" searches.
+
+    Raises:
+      UserError: there is no such folder or file.
     """
     json_path = find_json(root, split, annotations)
     base = Path(root).expanduser()
     folders = [base / Path(images).expanduser()] if images else [base / "images" / split, base / split, base / "images"]
     folder = next((p for p in folders if p.is_dir()), None)
     if folder is None:
-        raise FileNotFoundError(f"split '{split}' has no folder of images: looked for {_listed(folders)}.")
+        raise UserError(f"split '{split}': no folder of images: searched {_listed(folders)}")
     return json_path, folder
 
 
 def find_json(root: str, split: str, annotations: str = "") -> Path:
-    """The instances json of a split, as `find` looks for it."""
+    """Finds the instances json of a split, as `find` does."""
     base = Path(root).expanduser()
     if not root and not annotations:
-        raise ValueError("config.data.root is empty: it must name a folder with annotations/ and images/.")
+        raise UserError("root is empty: it must name a folder with annotations/ and images/")
     if root and not base.is_dir():
-        raise FileNotFoundError(f"config.data.root: there is no folder {base}.")
+        raise UserError(f"root: there is no folder {base}")
     paths = [
         base / "annotations" / f"instances_{split}.json",
         base / "annotations" / f"{split}.json",
@@ -47,24 +57,24 @@ def find_json(root: str, split: str, annotations: str = "") -> Path:
         paths = [base / Path(annotations).expanduser()]
     found = next((p for p in paths if p.is_file()), None)
     if found is None:
-        raise FileNotFoundError(f"split '{split}' has no instances json: looked for {_listed(paths)}.")
+        raise UserError(f"split '{split}': no instances json: searched {_listed(paths)}")
     return found
 
 
-def _listed(paths) -> str:
+def _listed(paths: Iterable[Path]) -> str:
     return ", ".join(str(p) for p in paths)
 
 
-def fingerprint(json_path: Path, folder: Path) -> dict:
-    """What the preparation depends on: the json's content; name, size and time of every image."""
-    seen = hashlib.sha256()
+def fingerprint(json_path: Path, folder: Path) -> dict[str, str]:
+    """Hashes of the json's content, and of name, size and time of every image."""
+    images = hashlib.sha256()
     for where, subfolders, names in os.walk(folder):
         subfolders.sort()
         for name in sorted(names):
             if name.lower().endswith(SUFFIXES):
                 stat = os.stat(os.path.join(where, name))
-                seen.update(f"{os.path.relpath(where, folder)}/{name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    return {"json": digest(json_path), "images": seen.hexdigest()}
+                images.update(f"{os.path.relpath(where, folder)}/{name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    return {"json": digest(json_path), "images": images.hexdigest()}
 
 
 def digest(path: Path) -> str:
@@ -73,24 +83,28 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read(json_path: Path) -> dict:
-    """The parsed json, with the three lists that COCO's layout requires."""
+def read(json_path: Path) -> dict[str, Any]:
+    """Parses an instances json, and checks that it has the three lists of COCO's layout.
+
+    Raises:
+      UserError: it is not json, or not in that layout.
+    """
     try:
-        with open(json_path, encoding="utf-8-sig") as file:  # some tools put a byte order mark in front
+        with open(json_path, encoding="utf-8-sig") as file:  # some tools write a byte order mark
             data = json.load(file)
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{json_path} does not parse as json: {error}.") from None
+        raise UserError(f"{json_path}: not valid json: {error}") from None
     if not isinstance(data, dict):
-        raise ValueError(f"{json_path} must hold a json object in COCO's layout, not a {type(data).__name__}.")
+        raise UserError(f"{json_path}: must hold a json object in COCO's layout, not a {type(data).__name__}")
     for key in ("images", "annotations", "categories"):
         value = data.get(key)
         if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
-            raise ValueError(f"{json_path} must have a list of objects under '{key}', as in COCO's layout.")
+            raise UserError(f"{json_path}: must have a list of objects under '{key}', as in COCO's layout")
     return data
 
 
-def licenses(data: dict) -> list[str]:
-    """Name and address of each licence that the json lists; made-up and empty entries are left out.
+def licenses(data: Mapping[str, Any]) -> list[str]:
+    """Name and address of each licence that the json lists; empty and malformed entries are left out.
 
     Example:
       >>> licenses({"licenses": [{"id": 1, "name": "CC BY 4.0", "url": "https://example.org"}, {"id": 2, "name": ""}]})
@@ -98,68 +112,40 @@ def licenses(data: dict) -> list[str]:
     """
     listed = data.get("licenses")
     entries = [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
-    told = [", ".join(str(entry[key]) for key in ("name", "url") if entry.get(key)) for entry in entries]
-    return list(dict.fromkeys(filter(None, told)))
+    names = [", ".join(str(entry[key]) for key in ("name", "url") if entry.get(key)) for entry in entries]
+    return list(dict.fromkeys(filter(None, names)))
 
 
-def check(data: dict, name: str) -> tuple[list[ImageRecord], dict[int, str], list[dict]]:
-    """Images with their annotations in json order, categories by id, and the list of what was dropped or repaired.
+def check(data: Mapping[str, Any], name: str) -> tuple[list[ImageRecord], dict[int, str], list[dict[str, Any]]]:
+    """Checks a json: images with their annotations in its order, categories by id, and the list of all changes.
 
-    What cannot be meant is refused (`ValueError`): an annotation of an unknown image or category, ids twice or not
-    integer, boxes as fractions of the image. What merely cannot be used is dropped or repaired and listed: boxes that
-    are not four finite numbers, have no extent or lie outside the image are dropped, boxes that stick out are clipped
-    (for training; the ground truth keeps them as they are), missing or double annotation ids are replaced. Nothing is
-    said where `iscrowd` (then 0) or `area` (then that of the box) is missing.
+    Refused is an annotation of an unknown image or category, an id that is double or not an integer, and
+    boxes as fractions of the image. Dropped or repaired, and listed, is what is unusable: boxes that are not four
+    finite numbers or have no extent are dropped, missing or double annotation ids are replaced. A missing `iscrowd`
+    (0) or `area` (that of the box) is filled in silently.
 
     Args:
       data: from `read`.
       name: the file's name, for messages.
+
+    Raises:
+      UserError: something is refused.
     """
-    categories = {}
-    for entry in data["categories"]:
-        key = _identity(entry, name, "category")
-        if key in categories:
-            raise ValueError(f"{name}: category id {key} appears twice.")
-        if not isinstance(entry.get("name"), str) or not entry["name"]:
-            raise ValueError(f"{name}: category {key} has no name.")
-        if entry["name"] in categories.values():
-            raise ValueError(f"{name}: two categories are called '{entry['name']}'.")
-        categories[key] = entry["name"]
-    if not categories:
-        raise ValueError(f"{name} has no categories.")
-
-    image_records, files = {}, set()
-    for entry in data["images"]:
-        key = _identity(entry, name, "image")
-        if key in image_records:
-            raise ValueError(f"{name}: image id {key} appears twice.")
-        if not isinstance(entry.get("file_name"), str) or not entry["file_name"]:
-            raise ValueError(f"{name}: image {key} has no file_name.")
-        if entry["file_name"] in files:
-            raise ValueError(f"{name}: {entry['file_name']} is listed as two images.")
-        files.add(entry["file_name"])
-        sides = [entry.get(side) for side in ("width", "height")]
-        # 0 stands for unknown: the size is then taken from the image itself.
-        width, height = (int(s) if _finite(s) and s > 0 else 0 for s in sides)
-        image_records[key] = ImageRecord(id=key, file_name=entry["file_name"], width=width, height=height)
-    if not image_records:
-        raise ValueError(f"{name} lists no images.")
-
-    log = []
-    used = set()
+    categories = _categories(data, name)
+    image_records = _image_records(data, name)
+    log: list[dict[str, Any]] = []
+    used: set[int] = set()
     spare = itertools.count(1 + max((a["id"] for a in data["annotations"] if _whole(a.get("id"))), default=0))
     for entry in data["annotations"]:
-        what = f"annotation {entry.get('id')}"
+        where = f"{name}: annotation {entry.get('id')}"
         record = image_records.get(_hashable(entry.get("image_id")))
         if record is None:
-            raise ValueError(f"{name}: {what} is of image {entry.get('image_id')!r}, which is not among the images.")
+            raise UserError(f"{where}: image {entry.get('image_id')!r} is not among the images")
         if _hashable(entry.get("category_id")) not in categories:
-            raise ValueError(
-                f"{name}: {what} has the category {entry.get('category_id')!r}, which is not among the categories."
-            )
+            raise UserError(f"{where}: category {entry.get('category_id')!r} is not among the categories")
         entry = dict(entry)
 
-        def note(action, reason, record=record, entry=entry):
+        def note(action: str, reason: str, record=record, entry=entry) -> None:
             log.append({"file": record.file_name, "annotation": entry.get("id"), "action": action, "reason": reason})
 
         bbox = entry.get("bbox")
@@ -167,92 +153,141 @@ def check(data: dict, name: str) -> tuple[list[ImageRecord], dict[int, str], lis
             note("dropped", "bbox is not four finite numbers")
             continue
         if bbox[2] <= 0 or bbox[3] <= 0:
-            note("dropped", "box without extent")
+            note("dropped", "box has no extent")
             continue
         if not _whole(entry.get("id")) or entry["id"] in used or entry["id"] < 1:
             # COCO's evaluation takes a match with annotation 0 for no match.
-            note("repaired", "annotation id missing, double or below 1: given a new one")
+            note("repaired", "annotation id is missing, double or below 1: replaced")
             entry["id"] = next(spare)
         used.add(entry["id"])
         if entry.get("iscrowd") not in (None, 0, 1):
-            note("repaired", "iscrowd is neither 0 nor 1: taken for 0")
+            note("repaired", "iscrowd is neither 0 nor 1: set to 0")
         entry["iscrowd"] = int(entry.get("iscrowd") == 1)
         area = entry.get("area")
         if not _finite(area) or area < 0:
             if area is not None:
-                note("repaired", "area is no number of at least 0: that of the box taken")
+                note("repaired", "area is not a number >= 0: set to the area of the box")
             entry["area"] = bbox[2] * bbox[3]
         record.annotations.append(entry)
     numbers = [value for record in image_records.values() for entry in record.annotations for value in entry["bbox"]]
     if numbers and max(numbers) <= 1:
-        raise ValueError(f"{name}: no number of its boxes is above 1, as if they were fractions; they must be pixels.")
+        raise UserError(f"{name}: all box coordinates are <= 1: they look normalised, but must be in pixels")
     return list(image_records.values()), categories, log
 
 
-def _identity(entry: dict, name: str, kind: str) -> int:
+def _categories(data: Mapping[str, Any], name: str) -> dict[int, str]:
+    """Names by id, in the json's order."""
+    categories: dict[int, str] = {}
+    for entry in data["categories"]:
+        key = _identity(entry, name, "category")
+        if key in categories:
+            raise UserError(f"{name}: category id {key} appears twice")
+        if not isinstance(entry.get("name"), str) or not entry["name"]:
+            raise UserError(f"{name}: category {key} has no name")
+        if entry["name"] in categories.values():
+            raise UserError(f"{name}: two categories have the name '{entry['name']}'")
+        categories[key] = entry["name"]
+    if not categories:
+        raise UserError(f"{name}: it has no categories")
+    return categories
+
+
+def _image_records(data: Mapping[str, Any], name: str) -> dict[int, ImageRecord]:
+    """Records without annotations by id, in the json's order."""
+    image_records: dict[int, ImageRecord] = {}
+    files = set()
+    for entry in data["images"]:
+        key = _identity(entry, name, "image")
+        if key in image_records:
+            raise UserError(f"{name}: image id {key} appears twice")
+        if not isinstance(entry.get("file_name"), str) or not entry["file_name"]:
+            raise UserError(f"{name}: image {key} has no file_name")
+        if entry["file_name"] in files:
+            raise UserError(f"{name}: file {entry['file_name']} is listed as two images")
+        files.add(entry["file_name"])
+        # 0 means unknown: the size is then taken from the image itself.
+        width, height = (int(s) if _finite(s) and s > 0 else 0 for s in (entry.get("width"), entry.get("height")))
+        image_records[key] = ImageRecord(id=key, file_name=entry["file_name"], width=width, height=height)
+    if not image_records:
+        raise UserError(f"{name}: it lists no images")
+    return image_records
+
+
+def _identity(entry: Mapping[str, Any], name: str, kind: str) -> int:
     if not _whole(entry.get("id")):
-        raise ValueError(f"{name}: the {kind} id {entry.get('id')!r} is not an integer (of 64 bits).")
+        raise UserError(f"{name}: {kind} id {entry.get('id')!r} is not an integer of 64 bits")
     return entry["id"]
 
 
-def _whole(value) -> bool:
+def _whole(value: Any) -> bool:
     """Whether it is an integer that a record can hold."""
     return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
 
 
-def _finite(value) -> bool:
+def _finite(value: Any) -> bool:
     """Whether it is a number that float32 can hold."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e38
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e38
 
 
-def _hashable(value):
+def _hashable(value: Any) -> Any:
     return value if _whole(value) else None
 
 
 def stream(
-    image_records: list[ImageRecord], folder: Path, name: str, log: list[dict]
+    image_records: list[ImageRecord], folder: Path, name: str, log: list[dict[str, Any]]
 ) -> Iterator[tuple[ImageRecord, bytes]]:
-    """Every image with its encoded bytes, really decoded once; boxes are held against the image's true size.
+    """Yields every image with its encoded bytes. Each is decoded once, to compare its boxes with its true size.
 
-    Adds to `log` what that drops or repairs.
+    Boxes outside the image are dropped. Boxes that extend beyond it are noted: they are clipped for training, and the
+    ground truth keeps them as they are.
+
+    Args:
+      image_records: from `check`.
+      folder: of the images.
+      name: the json's name, for messages.
+      log: gets what is dropped or repaired.
+
+    Raises:
+      UserError: an image is missing, cannot be read, or has another size than the json says.
     """
-    paths = [located(record.file_name, folder) for record in image_records]
-    missing = [p.file_name for p, path in zip(image_records, paths, strict=True) if path is None]
+    located_paths = [located(record.file_name, folder) for record in image_records]
+    paths = [path for path in located_paths if path is not None]
+    missing = [p.file_name for p, path in zip(image_records, located_paths, strict=True) if path is None]
     if missing:
-        rest = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise FileNotFoundError(f"{name} lists {missing[0]}{rest}, which is not in {folder}.")
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserError(f"{name}: {missing[0]}{more}: no such file in {folder}")
 
-    def load(path):
+    def load(path: Path) -> tuple[bytes, tuple[int, ...] | None]:
         encoded = path.read_bytes()
         image = records.decode(encoded)
         return encoded, None if image is None else image.shape
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        # In portions, so that a large data set is never in memory as a whole.
+        # In portions, so that a large data set is never completely in memory.
         for start in range(0, len(image_records), 64):
             loaded = pool.map(load, paths[start : start + 64])
             for record, path, (encoded, shape) in zip(image_records[start:], paths[start:], loaded, strict=False):
                 if shape is None:
-                    raise ValueError(f"{path} cannot be read as an image.")
+                    raise UserError(f"{path}: cannot be read as an image")
                 _fit(record, shape, name, log)
                 yield record, encoded
 
 
 def located(file_name: str, folder: Path) -> Path | None:
-    """Where an image lies; some tools write names that begin with the folder of the split."""
+    """The path of an image; some tools write names that begin with the folder of the split."""
     return next((p for p in (folder / file_name, folder.parent / file_name) if p.is_file()), None)
 
 
-def _fit(record: ImageRecord, shape: tuple[int, ...], name: str, log: list[dict]) -> None:
-    """Hold the image's entry against its true size; drop and note what cannot be seen."""
+def _fit(record: ImageRecord, shape: tuple[int, ...], name: str, log: list[dict[str, Any]]) -> None:
+    """Compares the image's entry with its true size; drops and notes boxes outside the image."""
     height, width = shape[:2]
     if not (record.width and record.height):
         reason = "width and height taken from the image"
         log.append({"file": record.file_name, "annotation": None, "action": "repaired", "reason": reason})
     elif (record.width, record.height) != (width, height):
-        turned = " (EXIF orientation is not applied)" if (record.height, record.width) == (width, height) else ""
-        raise ValueError(
-            f"{record.file_name} is {width}x{height}, but {name} says {record.width}x{record.height}{turned}."
+        hint = " (EXIF orientation is not applied)" if (record.height, record.width) == (width, height) else ""
+        raise UserError(
+            f"{name}: {record.file_name} is listed as {record.width}x{record.height}, but is {width}x{height}{hint}"
         )
     record.width, record.height = width, height
     kept = []

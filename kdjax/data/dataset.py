@@ -1,12 +1,13 @@
-"""Opening a data set: whatever the source, prepared records, a ground truth in COCO's layout, and the class list."""
+"""Opening a data set. Whatever the source, a split becomes prepared records with its ground truth in COCO's layout."""
 
 import dataclasses
 import functools
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from absl import logging
@@ -14,8 +15,11 @@ from tqdm import tqdm
 
 from kdjax.data import cache, coco, records, scenes, tfds
 from kdjax.data.records import ImageRecord, Reader
+from kdjax.errors import UserError
 
-LOG = "log.json"  # {role: everything that was dropped or repaired}
+LOG = "log.json"  # everything that was dropped or repaired
+TRUTH = "truth.json"  # COCO instances
+_META = "meta.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,119 +29,116 @@ class Split:
     name: str  # as in the source: 'train', 'val', 'train2017', …
     size: int  # images
     records: Reader  # random access by position
-    folder: Path  # holds {role}.json, the ground truth, and LOG
-    role: str  # 'train' or 'val'
+    folder: Path  # of the prepared split; holds TRUTH and LOG
+    categories: Mapping[int, str]  # of the data set: name by category id, ascending
 
     @functools.cached_property
-    def truth(self) -> dict:
+    def truth(self) -> dict[str, Any]:
         """COCO instances dict of the first `size` images."""
-        truth = _stored(self.folder / f"{self.role}.json")
+        truth = _stored(self.folder / TRUTH)
         if len(truth["images"]) > self.size:
             truth["images"] = truth["images"][: self.size]
             ids = {image["id"] for image in truth["images"]}
             truth["annotations"] = [a for a in truth["annotations"] if a["image_id"] in ids]
-        return truth
+        return truth | {"categories": [dict(id=key, name=name) for key, name in self.categories.items()]}
 
     @functools.cached_property
-    def log(self) -> list[dict]:
-        """Everything dropped or repaired: file, annotation, action, reason."""
-        return _stored(self.folder / LOG)[self.role]
+    def log(self) -> list[dict[str, Any]]:
+        """Everything that was dropped or repaired: file, annotation, action, reason."""
+        return _stored(self.folder / LOG)
+
+    @property
+    def image_ids(self) -> list[int]:
+        """The ids of the images, in order."""
+        return list(self._positions)
+
+    def image(self, image_id: int) -> np.ndarray:
+        """The original image u8[h, w, 3] RGB with this id, decoded on demand.
+
+        Raises:
+          KeyError: the split has no such image.
+          Damaged: the prepared data can no longer be read.
+        """
+        return self.records.image(self._positions[image_id])
+
+    @functools.cached_property
+    def _positions(self) -> dict[int, int]:
+        return {image["id"]: position for position, image in enumerate(self.truth["images"])}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """What the trainer knows of its data; images come from `train_batches` and `eval_batches`."""
+    """The facts of a data set; batches come from `train_batches` and `eval_batches`."""
 
     name: str
     classes: tuple[str, ...]
     category_ids: tuple[int, ...]  # label i stands for category_ids[i]; ascending
     max_boxes: int  # M of every batch
-    splits: dict[str, Split]  # 'train' and 'val'
+    splits: dict[str, Split]  # 'train' and 'val', as far as they were opened
     licenses: tuple[str, ...] = ()  # of the images, as the jsons list them
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Changes with the images, boxes and classes that the ground truths list; not with where they lie."""
-        parts = {role: (coco.digest(split.folder / f"{role}.json"), split.size) for role, split in self.splits.items()}
+        """Hash of the images, boxes and classes that the ground truths list; their place on disk does not matter."""
+        parts = {role: (coco.digest(split.folder / TRUTH), split.size) for role, split in self.splits.items()}
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def open_dataset(cfg: Mapping) -> Dataset:
-    """Open the data of a config, preparing it first if this content has not been prepared yet.
+def open_dataset(cfg: Mapping[str, Any], splits: Sequence[str] = ("train", "val")) -> Dataset:
+    """Opens the data of a config. A split whose content has not been prepared yet is prepared first.
+
+    Every split is prepared on its own: what trains on a folder and what evaluates on it share the same prepared data.
 
     Args:
-      cfg: `config.data`. Read here: source ('scenes', 'coco_folder' or 'tfds'), root, train_split, val_split, cache,
-        limit (first images of each split, 0 for all), max_boxes (0: from the data), augment and stage2 (whether a
-        training image is made of several); for folders train_annotations, val_annotations, train_images, val_images
-        (explicit paths); for scenes scenes_train, scenes_val.
+      cfg: `config.data`. Read here: source ('scenes', 'coco_folder' or 'tfds'), root, cache, limit (first images of
+        each split, 0 for all), max_boxes (0: from the data), augment and stage2 (whether a training image is made of
+        several); of every split {split}_split, {split}_annotations, {split}_images (explicit paths) and scenes_{split}.
+      splits: which to open; the others need not exist.
 
     Returns:
       The data set. Labels follow ascending category ids.
 
     Raises:
-      ValueError, FileNotFoundError: one sentence on what is wrong with the config or the data.
+      UserError: the config or the data cannot be used; the message says what is wrong.
     """
-    source = cfg.get("source", "scenes")
+    source = cfg["source"]
     if source not in _SOURCES:
-        raise ValueError(f"config.data.source is '{source}', but must be one of {', '.join(sorted(_SOURCES))}.")
-    folder = _SOURCES[source](cfg)
-    meta = _stored(folder / "meta.json")
-    splits = {}
-    limit = int(cfg.get("limit", 0))
-    for role, split in meta["splits"].items():
-        size = min(split["size"], limit) if limit > 0 else split["size"]
-        parts = tuple((str(folder / path), part) for path, part in split["records"])  # an absolute path stays itself
-        reader = Reader(parts)
-        splits[role] = Split(split["name"], size, reader, folder, role)
+        raise UserError(f"source must be one of {', '.join(sorted(_SOURCES))}, not {source!r}")
+    folders = _SOURCES[source](cfg, splits)
+    metas = {role: _stored(folder / _META) for role, folder in folders.items()}
+    categories = _categories(metas)
+    labels = {key: label for label, key in enumerate(categories)}
+    limit = int(cfg["limit"])
+    opened = {}
+    for role, meta in metas.items():
+        folder = folders[role]
+        parts = tuple((str(folder / path), part) for path, part in meta["records"])  # an absolute path stays itself
+        reader = Reader(parts, tuple(labels[key] for key, _ in meta["categories"]))
         try:
-            reader.raw(split["size"] - 1)
-        except Exception:  # TFDS and array_record raise this and that
+            reader.raw(meta["size"] - 1)
+        except Exception:  # TFDS and array_record raise many exception types
             raise _damaged(" or ".join(dict.fromkeys(directory for directory, _ in parts)), folder) from None
+        size = min(meta["size"], limit) if limit > 0 else meta["size"]
+        opened[role] = Split(_split_name(cfg, role), size, reader, folder, categories)
     return Dataset(
-        name=meta["name"],
-        classes=tuple(meta["classes"]),
-        category_ids=tuple(meta["category_ids"]),
-        max_boxes=int(cfg.get("max_boxes", 0)) or _box_rows(meta["splits"], cfg),
-        splits=splits,
-        licenses=tuple(meta["licenses"]),
+        name=next(iter(metas.values()))["name"],
+        classes=tuple(categories.values()),
+        category_ids=tuple(categories),
+        max_boxes=int(cfg["max_boxes"]) or _box_rows(metas, cfg),
+        splits=opened,
+        licenses=tuple(dict.fromkeys(one for meta in metas.values() for one in meta["licenses"])),
     )
 
 
-def _stored(path: Path):
-    """A json of the prepared data."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        raise _damaged(path, path.parent) from None
+def ground_truth(dataset: Dataset, split: str, *, limit: int | None = None) -> dict[str, Any]:
+    """The COCO instances dict of a split for evaluation: original pixels, original category ids.
 
+    It holds the boxes that are trained on and the crowd regions; a box that extends beyond its image is as in the json.
 
-def _damaged(path: Path | str, folder: Path) -> ValueError:
-    return ValueError(f"{path} is damaged or gone; delete {folder}, and it is prepared anew.")
-
-
-def _box_rows(splits: Mapping, cfg: Mapping) -> int:
-    """Rows that hold the boxes of every image, and of images made of several those of nearly all.
-
-    The latter is mean + 3 standard deviations of the sum over as many training images as Mosaic and MixUp combine.
-    """
-    most = max(len(split["images_by_boxes"]) - 1 for split in splits.values())
-    stages = [cfg.get("augment", {})]
-    if cfg.get("stage2", {}).get("start", 0):
-        stages.append(cfg["stage2"].get("augment", {}))
-    together = max((4 if stage.get("mosaic") else 1) * (2 if stage.get("mixup") else 1) for stage in stages)
-    image_records = np.array(splits["train"]["images_by_boxes"], float)
-    share, boxes = image_records / max(image_records.sum(), 1), np.arange(len(image_records))
-    mean = share @ boxes
-    usual = together * mean + 3 * (together * (share @ (boxes - mean) ** 2)) ** 0.5
-    rows = math.ceil(max(most, min(usual, together * most)))
-    return max(8, -(-rows // 8) * 8)
-
-
-def ground_truth(dataset: Dataset, split: str, *, limit: int | None = None) -> dict:
-    """COCO instances dict of a split ('train' or 'val') for evaluation: original pixels, original category ids.
-
-    It holds the boxes that are trained on and the crowd regions; a box that sticks out of its image is as in the
-    json. With `limit`, only the first images, as `eval_batches(limit=…)` gives them.
+    Args:
+      dataset: from `open_dataset`.
+      split: 'train' or 'val'.
+      limit: only the first images, as `eval_batches(limit=…)` gives them; None takes all.
     """
     chosen = dataset.splits[split]
     if limit is not None:
@@ -145,148 +146,181 @@ def ground_truth(dataset: Dataset, split: str, *, limit: int | None = None) -> d
     return chosen.truth
 
 
-def _names(cfg: Mapping) -> dict[str, str]:
-    return {role: cfg.get(f"{role}_split", role) for role in ("train", "val")}
+def _stored(path: Path) -> Any:
+    """A json of the prepared data."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        raise _damaged(path, path.parent) from None
 
 
-def _open_folder(cfg: Mapping) -> Path:
-    """Prepare a folder in COCO layout."""
-    names = _names(cfg)
+def _damaged(path: Path | str, folder: Path) -> UserError:
+    return UserError(f"{path}: prepared data is damaged or missing: delete {folder} to have it prepared again")
+
+
+def _split_name(cfg: Mapping[str, Any], role: str) -> str:
+    return role if cfg["source"] == "scenes" else cfg[f"{role}_split"]
+
+
+def _categories(metas: Mapping[str, Any]) -> dict[int, str]:
+    """Names by ascending category id: those of the first split, which must have all of the others'."""
+    (first, meta), *others = metas.items()
+    categories = dict(meta["categories"])
+    for role, other in others:
+        for key, name in other["categories"]:
+            if categories.get(key) != name:
+                known = f"calls it '{categories[key]}'" if key in categories else "does not have it"
+                raise UserError(f"{role} split: category {key} is '{name}': the {first} split {known}")
+    return categories
+
+
+def _box_rows(metas: Mapping[str, Any], cfg: Mapping[str, Any]) -> int:
+    """Rows that hold the boxes of every image, and the boxes of nearly every image that is made of several.
+
+    The latter is mean + 3 standard deviations of the sum over as many training images as Mosaic and MixUp combine.
+    """
+    rows = most = max(len(meta["images_by_boxes"]) - 1 for meta in metas.values())
+    if "train" in metas:
+        stages = [cfg["augment"], *([cfg["stage2"]["augment"]] if cfg["stage2"]["start"] else [])]
+        together = max((4 if stage["mosaic"] else 1) * (2 if stage["mixup"] else 1) for stage in stages)
+        counts = np.array(metas["train"]["images_by_boxes"], float)
+        share, boxes = counts / max(counts.sum(), 1), np.arange(len(counts))
+        mean = share @ boxes
+        usual = together * mean + 3 * (together * (share @ (boxes - mean) ** 2)) ** 0.5
+        rows = math.ceil(max(most, min(usual, together * most)))
+    return max(8, -(-rows // 8) * 8)
+
+
+# ------------------------------------------------------------------------- sources: folders of prepared splits by role
+
+
+def _prepare_folders(cfg: Mapping[str, Any], splits: Sequence[str]) -> dict[str, Path]:
+    """Prepares splits of a folder in COCO layout."""
     files = {
         role: coco.find(
-            cfg.get("root", ""),
-            name,
-            annotations=cfg.get(f"{role}_annotations", ""),
-            images=cfg.get(f"{role}_images", ""),
+            cfg["root"], cfg[f"{role}_split"], annotations=cfg[f"{role}_annotations"], images=cfg[f"{role}_images"]
         )
-        for role, name in names.items()
+        for role in splits
     }
-    name = Path(cfg.get("root", "")).expanduser().resolve().name or "folder"
-    print_of = {
-        "builder": records.VERSION,
-        "splits": names,
-        **{role: coco.fingerprint(*paths) for role, paths in files.items()},
-    }
+    name = Path(cfg["root"]).expanduser().resolve().name or "folder"
 
-    def write(folder: Path) -> None:
-        streams, logs, categories, licenses = {}, {}, {}, []
-        for role, (json_path, images) in files.items():
-            given = coco.read(json_path)
-            licenses += coco.licenses(given)
-            image_records, categories[role], logs[role] = coco.check(given, json_path.name)
-            streams[role] = (len(image_records), coco.stream(image_records, images, json_path.name, logs[role]))
-        for key, label in categories["val"].items():
-            if categories["train"].get(key) != label:
-                raise ValueError(
-                    f"{files['val'][0].name} has the category {key} '{label}', which {files['train'][0].name} "
-                    f"{'calls ' + repr(categories['train'][key]) if key in categories['train'] else 'does not have'}."
-                )
-        _write(
-            folder,
-            name=name,
-            names=names,
-            categories=categories["train"],
-            streams=streams,
-            logs=logs,
-            licenses=licenses,
-        )
+    def prepare(role: str, json_path: Path, images: Path) -> Path:
+        def write(folder: Path) -> None:
+            truth = coco.read(json_path)
+            image_records, categories, log = coco.check(truth, json_path.name)
+            stream = tqdm(
+                coco.stream(image_records, images, json_path.name, log), **_bar(name, role, len(image_records))
+            )
+            _write(folder, name=name, categories=categories, stream=stream, log=log, licenses=coco.licenses(truth))
 
-    return cache.prepared(cache.root(cfg.get("cache", "")), f"folder-{name}", print_of, write)
+        fingerprint = {"builder": records.VERSION} | coco.fingerprint(json_path, images)
+        return cache.prepared(cache.root(cfg["cache"]), f"folder-{name}", fingerprint, write)
+
+    return {role: prepare(role, *paths) for role, paths in files.items()}
 
 
-def _open_scenes(cfg: Mapping) -> Path:
-    """Prepare the generated images."""
-    counts = {role: int(cfg.get(f"scenes_{role}", default)) for role, default in (("train", 2000), ("val", 400))}
-    print_of = {"builder": records.VERSION, "scenes": scenes.fingerprint(), "counts": counts}
-    names = {"train": "train", "val": "val"}
+def _prepare_scenes(cfg: Mapping[str, Any], splits: Sequence[str]) -> dict[str, Path]:
+    """Prepares splits of the generated images."""
 
-    def write(folder: Path) -> None:
-        streams = {role: (count, scenes.stream(role, count)) for role, count in counts.items()}
-        categories = dict(enumerate(scenes.CLASSES, start=1))
-        logs = {"train": [], "val": []}
-        _write(folder, name="scenes", names=names, categories=categories, streams=streams, logs=logs)
+    def prepare(role: str) -> Path:
+        count = int(cfg[f"scenes_{role}"])
 
-    return cache.prepared(cache.root(cfg.get("cache", "")), "scenes", print_of, write)
+        def write(folder: Path) -> None:
+            categories = dict(enumerate(scenes.CLASSES, start=1))
+            stream = tqdm(scenes.stream(role, count), **_bar("scenes", role, count))
+            _write(folder, name="scenes", categories=categories, stream=stream, log=[])
+
+        fingerprint = {"builder": records.VERSION, "scenes": scenes.fingerprint(), "split": role, "count": count}
+        return cache.prepared(cache.root(cfg["cache"]), "scenes", fingerprint, write)
+
+    return {role: prepare(role) for role in splits}
 
 
-def _open_stock(cfg: Mapping) -> Path:
-    """Index prepared TFDS directories; the records stay where they are."""
-    names = _names(cfg)
-    name, classes, readers = tfds.describe(cfg.get("root", ""), names)
-    directories = sorted({directory for reader in readers.values() for directory, _ in reader.parts})
-    jsons = {role: cfg.get(f"{role}_annotations", "") for role in names}
+def _prepare_tfds(cfg: Mapping[str, Any], splits: Sequence[str]) -> dict[str, Path]:
+    """Indexes splits of prepared TFDS directories; the records stay where they are."""
+    names = {role: cfg[f"{role}_split"] for role in splits}
+    name, classes, readers = tfds.describe(cfg["root"], names)
+    jsons = {role: cfg[f"{role}_annotations"] for role in splits}
     jsons = {role: coco.find_json(cfg["root"], names[role], path) for role, path in jsons.items() if path}
-    print_of = {
-        "builder": records.VERSION,
-        "splits": names,
-        "records": {role: reader.parts for role, reader in readers.items()},
-        "files": [tfds.fingerprint(directory) for directory in directories],
-        "json": {role: coco.digest(path) for role, path in jsons.items()},
-    }
 
-    def write(folder: Path) -> None:
-        logs, image_records, given, licenses = {role: [] for role in names}, {}, {}, []
-        # The records only know labels 0 .. K-1; without a json their ids are taken to be 1 .. K.
-        categories = dict(enumerate(classes, start=1))
-        for role, path in jsons.items():
-            truth = coco.read(path)
-            licenses += coco.licenses(truth)
-            given[role], categories, _ = coco.check(truth, path.name)
-            if [categories[key] for key in sorted(categories)] != classes:
-                raise ValueError(
-                    f"the categories of {path.name}, by ascending id, are not the classes of {', '.join(directories)}."
-                )
-        for role, reader in readers.items():
-            scanned = tfds.scan(reader, sorted(categories), logs[role])
-            scanned = tqdm(scanned, total=len(reader), desc=f"checking {name} {role}", unit="img", disable=None)
-            image_records[role] = list(scanned)
-            if role in given:
-                image_records[role] = tfds.match(image_records[role], given[role], jsons[role].name)
-        _save_index(
-            folder,
-            name=name,
-            names=names,
-            parts={role: reader.parts for role, reader in readers.items()},
-            categories=categories,
-            image_records=image_records,
-            logs=logs,
-            licenses=licenses,
-        )
+    def prepare(role: str, reader: Reader) -> Path:
+        directories = sorted({directory for directory, _ in reader.parts})
+        # The records have labels 0 .. K-1 but no category ids: those of any json hold for all splits, else 1 .. K.
+        json_path = jsons.get(role) or next(iter(jsons.values()), None)
 
-    return cache.prepared(cache.root(cfg.get("cache", "")), f"tfds-{name}", print_of, write)
+        def write(folder: Path) -> None:
+            categories, licenses, listed, log = dict(enumerate(classes, start=1)), [], [], []
+            if json_path:
+                truth = coco.read(json_path)
+                listed, categories, _ = coco.check(truth, json_path.name)
+                if [categories[key] for key in sorted(categories)] != classes:
+                    raise UserError(
+                        f"{json_path.name}: the categories by ascending id must be the classes of "
+                        f"{', '.join(directories)}"
+                    )
+                licenses = coco.licenses(truth) if role in jsons else []
+            scanned = tfds.scan(reader, sorted(categories), log)
+            image_records = list(tqdm(scanned, **_bar(name, role, len(reader))))
+            if role in jsons:
+                image_records = tfds.match(image_records, listed, jsons[role].name)
+            _save_index(
+                folder,
+                name=name,
+                parts=reader.parts,
+                categories=categories,
+                image_records=image_records,
+                log=log,
+                licenses=licenses,
+            )
+
+        fingerprint = {
+            "builder": records.VERSION,
+            "records": reader.parts,
+            "files": [tfds.fingerprint(directory) for directory in directories],
+            "json": json_path and coco.digest(json_path),
+            "matched": role in jsons,
+        }
+        return cache.prepared(cache.root(cfg["cache"]), f"tfds-{name}", fingerprint, write)
+
+    return {role: prepare(role, reader) for role, reader in readers.items()}
 
 
-_SOURCES = {"coco_folder": _open_folder, "scenes": _open_scenes, "tfds": _open_stock}
+_SOURCES = {"coco_folder": _prepare_folders, "scenes": _prepare_scenes, "tfds": _prepare_tfds}
+
+
+def _bar(name: str, role: str, count: int) -> dict[str, Any]:
+    """Options of a progress bar; without a terminal none is drawn."""
+    logging.info("Preparing %s %s: %d images.", name, role, count)
+    return dict(total=count, desc=f"prepare {name} {role}", unit="image", disable=None)
 
 
 def _write(
-    folder: Path, *, name: str, names: dict, categories: dict, streams: dict, logs: dict, licenses: Iterable[str] = ()
+    folder: Path,
+    *,
+    name: str,
+    categories: Mapping[int, str],
+    stream: Iterable[tuple[ImageRecord, bytes]],
+    log: list[dict[str, Any]],
+    licenses: Iterable[str] = (),
 ) -> None:
-    """Write records, ground truths, log and meta of both splits into `folder`."""
-    seen = {role: [] for role in streams}
+    """Writes the records of a split into `folder`, and its index."""
+    image_records = []
 
-    def tee(role: str, count: int, stream: Iterable[tuple[ImageRecord, bytes]]):
-        # Without a terminal no bar is drawn.
-        for record, encoded in tqdm(stream, total=count, desc=f"preparing {name} {role}", unit="img", disable=None):
-            seen[role].append(record)
+    def kept() -> Iterable[tuple[ImageRecord, bytes]]:
+        for record, encoded in stream:
+            image_records.append(record)
             yield record, encoded
 
-    logging.info("Preparing %s: %s images.", name, {role: count for role, (count, _) in streams.items()})
     category_ids = sorted(categories)
-    directory = records.write(
-        folder,
-        classes=[categories[key] for key in category_ids],
-        category_ids=category_ids,
-        streams={role: tee(role, count, stream) for role, (count, stream) in streams.items()},
-    )
+    classes = [categories[key] for key in category_ids]
+    directory, part = records.write(folder, classes=classes, category_ids=category_ids, stream=kept())
     _save_index(
         folder,
         name=name,
-        names=names,
-        parts={role: [(str(directory.relative_to(folder)), role)] for role in streams},
+        parts=[(str(directory.relative_to(folder)), part)],
         categories=categories,
-        image_records=seen,
-        logs=logs,
+        image_records=image_records,
+        log=log,
         licenses=licenses,
     )
 
@@ -295,35 +329,28 @@ def _save_index(
     folder: Path,
     *,
     name: str,
-    names: dict[str, str],
-    parts: dict[str, Iterable[tuple[str, str]]],
-    categories: dict[int, str],
-    image_records: dict[str, list[ImageRecord]],
-    logs: dict[str, list[dict]],
+    parts: Iterable[tuple[str, str]],
+    categories: Mapping[int, str],
+    image_records: Sequence[ImageRecord],
+    log: list[dict[str, Any]],
     licenses: Iterable[str],
 ) -> None:
-    """Write what `open_dataset` and `ground_truth` read beside the records."""
-    category_ids = sorted(categories)
+    """Writes what `open_dataset` and `Split` read beside the records."""
+    ascending = sorted(categories.items())
+    truth = {
+        "images": [dict(id=p.id, file_name=p.file_name, width=p.width, height=p.height) for p in image_records],
+        "annotations": [annotation for p in image_records for annotation in p.annotations],
+        "categories": [dict(id=key, name=label) for key, label in ascending],
+    }
+    boxes = [sum(not a["iscrowd"] for a in p.annotations) for p in image_records]
     meta = {
         "name": name,
-        "classes": [categories[key] for key in category_ids],
-        "category_ids": category_ids,
-        "licenses": list(dict.fromkeys(licenses)),
-        "splits": {},
+        "categories": ascending,
+        "licenses": list(licenses),
+        "records": list(parts),  # TFDS directory and split, several one after the other
+        "size": len(image_records),
+        "images_by_boxes": np.bincount(boxes, minlength=1).tolist(),
     }
-    for role, entries in image_records.items():
-        truth = {
-            "images": [dict(id=p.id, file_name=p.file_name, width=p.width, height=p.height) for p in entries],
-            "annotations": [annotation for p in entries for annotation in p.annotations],
-            "categories": [dict(id=key, name=categories[key]) for key in category_ids],
-        }
-        (folder / f"{role}.json").write_text(json.dumps(truth))
-        boxes = [sum(not a["iscrowd"] for a in p.annotations) for p in entries]
-        meta["splits"][role] = {
-            "name": names[role],
-            "records": list(parts[role]),  # TFDS directory and split, several one after the other
-            "size": len(entries),
-            "images_by_boxes": np.bincount(boxes, minlength=1).tolist(),
-        }
-    (folder / LOG).write_text(json.dumps(logs))
-    (folder / "meta.json").write_text(json.dumps(meta))
+    (folder / TRUTH).write_text(json.dumps(truth))
+    (folder / LOG).write_text(json.dumps(log))
+    (folder / _META).write_text(json.dumps(meta))

@@ -1,7 +1,7 @@
 """Prepared data on disk: encoded images in array_record files, written and read by TFDS without TensorFlow.
 
-Our own builder writes the feature spec of TFDS's `coco/2017`, so that one reader serves our own records and a prepared
-stock directory alike.
+`RecordsBuilder` writes the feature spec of TFDS's `coco/2017`, so that one reader serves these records and directories
+that TFDS prepared itself.
 """
 
 import bisect
@@ -14,38 +14,47 @@ import os
 import threading
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import tensorflow_datasets as tfds
 
-VERSION = "1.3.0"  # of what the builder writes; part of every cache key
+from kdjax.errors import UserError
 
-_DECODE = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION  # boxes refer to the stored pixels, not to EXIF's view
+VERSION = "1.4.0"  # of what the builder writes; part of every cache key
+_SPLIT = "images"  # the only TFDS split that the builder writes
+
+_DECODE = (
+    cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+)  # boxes refer to the stored pixels; EXIF orientation is not applied
 
 
 @dataclasses.dataclass(kw_only=True)
 class ImageRecord:
-    """One image of a data set: what a record holds apart from the encoded bytes."""
+    """One image of a data set: the content of a record apart from the encoded bytes."""
 
     id: int
     file_name: str
     width: int
     height: int
-    # As in COCO's json, original pixels: id, category_id, bbox (x y w h), area, iscrowd, and what else the json had.
-    annotations: list[dict] = dataclasses.field(default_factory=list)
+    # As in COCO's json, in original pixels: id, category_id, bbox (x y w h), area, iscrowd, and its other fields.
+    annotations: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
 
-class Kdjax(tfds.core.GeneratorBasedBuilder):
-    """Writes (image, encoded bytes) streams as array_record files."""
+Stream = Iterable[tuple[ImageRecord, bytes]]  # with the encoded image
 
-    RELEASE_NOTES = {VERSION: "The licences that a json lists are kept."}
+
+class RecordsBuilder(tfds.core.GeneratorBasedBuilder):
+    """Writes a stream of (image record, encoded bytes) as array_record files."""
+
+    RELEASE_NOTES = {VERSION: "Every split has a folder of its own."}
     VERSION = tfds.core.Version(VERSION)
 
-    def __init__(self, *, classes: list[str], category_ids: list[int], streams: dict, **kwargs):
+    def __init__(self, *, classes: list[str], category_ids: list[int], stream: Stream, **kwargs):
         self._classes = classes
         self._label = {category: label for label, category in enumerate(category_ids)}
-        self._streams = streams
+        self._stream = stream
         super().__init__(**kwargs)
 
     def _info(self):
@@ -69,7 +78,7 @@ class Kdjax(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager):
-        return {name: self._generate_examples(stream) for name, stream in self._streams.items()}
+        return {_SPLIT: self._generate_examples(self._stream)}
 
     def _generate_examples(self, stream):
         for index, (image, encoded) in enumerate(stream):
@@ -107,33 +116,33 @@ def clipped(bbox: list[float], width: int, height: int) -> tuple[float, float, f
     return min(max(x, 0.0), width), min(max(y, 0.0), height), min(max(x + w, 0.0), width), min(max(y + h, 0.0), height)
 
 
-def write(directory: Path, *, classes: list[str], category_ids: list[int], streams: dict[str, Iterable]) -> Path:
-    """Write streams of (ImageRecord, encoded bytes) under `directory`; returns the TFDS directory of the records."""
-    tfds.disable_progress_bar()  # the streams show a bar of their own
-    with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces itself with print
-        builder = Kdjax(
+def write(directory: Path, *, classes: list[str], category_ids: list[int], stream: Stream) -> tuple[Path, str]:
+    """Writes a stream under `directory`; returns the TFDS directory of the records and its only split."""
+    tfds.disable_progress_bar()  # the stream shows a bar of its own
+    with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints what it does
+        builder = RecordsBuilder(
             classes=classes,
             category_ids=category_ids,
-            streams=streams,
+            stream=stream,
             data_dir=os.fspath(directory),
             file_format="array_record",
         )
         builder.download_and_prepare(
             download_config=tfds.download.DownloadConfig(compute_stats=tfds.download.ComputeStatsMode.SKIP)
         )
-    return Path(builder.data_dir)
+    return Path(builder.data_dir), _SPLIT
 
 
 def decode(encoded: bytes) -> np.ndarray | None:
-    """u8[h, w, 3] RGB of an encoded image (grey, CMYK and 16-bit ones too); None if it cannot be read."""
+    """Decodes an image to u8[h, w, 3] RGB, also from grey, CMYK or 16 bits; None if it cannot be read."""
     try:
         return cv2.imdecode(np.frombuffer(encoded, np.uint8), _DECODE)
     except cv2.error:  # no bytes, or a header with an impossible size
         return None
 
 
-class Damaged(ValueError):
-    """Prepared data that was whole when it was opened, but is not where it is read."""
+class Damaged(UserError):
+    """Prepared data could be opened, but a record of it cannot be read."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +150,7 @@ class Reader:
     """Random access to the records of a split; picklable, opens its files where it is used."""
 
     parts: tuple[tuple[str, str], ...]  # TFDS directory and split; several come one after the other
+    labels: tuple[int, ...] = ()  # the data set's label of every stored label; needed for decoded examples
 
     @functools.cached_property
     def _sources(self) -> list:
@@ -156,55 +166,68 @@ class Reader:
     def _ends(self) -> list[int]:
         return list(itertools.accumulate(len(source) for source in self._sources))
 
-    @functools.cached_property
-    def _classes(self) -> int:
-        return len(self._sources[0].dataset_info.features["objects"]["label"].names)
-
     def __reduce__(self):
-        return Reader, (self.parts,)
+        return Reader, (self.parts, self.labels)
 
     def __len__(self) -> int:
         return self._ends[-1]
 
-    def raw(self, index: int) -> dict:
-        """The record as TFDS gives it, the image still encoded; VOC's, which have no id, are numbered from 1."""
+    def raw(self, index: int) -> dict[str, Any]:
+        """The record as TFDS reads it, the image still encoded; VOC's images, which have no id, are numbered from 1.
+
+        Raises:
+          Damaged: it cannot be read.
+        """
         part = bisect.bisect(self._ends, index)
         try:
             record = self._sources[part][index - (self._ends[part - 1] if part else 0)]
-        except Exception:  # TFDS and array_record raise this and that
-            raise Damaged(
-                f"record {index} of {self.parts[part][0]} cannot be read any more; prepare it anew."
-            ) from None
+        except Exception:  # TFDS and array_record raise many exception types
+            raise Damaged(f"{self.parts[part][0]}: record {index} cannot be read: prepare the data again") from None
         return {"image/id": index + 1} | record
 
-    def __getitem__(self, index: int) -> dict:
-        """Decoded example: image u8[h, w, 3] RGB, image_id, boxes f32[n, 4] x1 y1 x2 y2 px, labels i32[n].
+    def image(self, index: int) -> np.ndarray:
+        """The image u8[h, w, 3] RGB at a position.
 
-        Crowd regions and VOC's difficult objects are left out: they are ground truth for evaluation, not something to
-        train on. So is what cannot be used, which our own records do not have, but a stock directory may.
+        Raises:
+          Damaged: it cannot be read or decoded.
         """
-        record = self.raw(index)
+        return self._decoded(index, self.raw(index))
+
+    def _decoded(self, index: int, record: dict[str, Any]) -> np.ndarray:
         image = decode(record["image"])
         if image is None:
             name, directory = record["image/filename"].decode(), self.parts[bisect.bisect(self._ends, index)][0]
-            raise Damaged(f"image {name} of {directory} cannot be decoded any more; prepare it anew.")
+            raise Damaged(f"{directory}: image {name} cannot be decoded: prepare the data again")
+        return image
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Decoded example: image u8[h, w, 3] RGB, image_id, boxes f32[n, 4] x1 y1 x2 y2 px, labels i32[n].
+
+        Crowd regions and VOC's difficult objects are left out: they are ground truth for evaluation only. So are boxes
+        and labels that cannot be used, which a directory that TFDS prepared may hold.
+
+        Raises:
+          Damaged: it cannot be read or decoded.
+        """
+        record = self.raw(index)
+        image = self._decoded(index, record)
         height, width = image.shape[:2]
-        boxes, labels, crowd = objects_of(record, height, width)
-        keep = ~crowd & (labels >= 0) & (labels < self._classes) & np.isfinite(boxes).all(-1)
+        boxes, labels, crowd = stored_objects(record, height, width)
+        keep = ~crowd & (labels >= 0) & (labels < len(self.labels)) & np.isfinite(boxes).all(-1)
         boxes = np.clip(boxes, 0, np.array([width, height, width, height], np.float32))
         keep &= (boxes[:, 2:] > boxes[:, :2]).all(-1)
         return {
             "image": image,
             "image_id": int(record["image/id"]),
             "boxes": boxes[keep],
-            "labels": labels[keep],
+            "labels": np.array(self.labels, np.int32)[labels[keep]],
         }
 
 
-def objects_of(record: dict, height: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All objects of a record of an image of that size, with whatever is wrong about them.
+def stored_objects(record: dict[str, Any], height: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """All objects of a record, unchecked; height and width are those of its image.
 
-    VOC counts pixels from 1 and its boxes hold their last pixel: x1 and y1 are one less here.
+    VOC counts pixels from 1 and its boxes include their last pixel: x1 and y1 are one less here.
 
     Returns:
       Boxes f32[n, 4] x1 y1 x2 y2 px, labels i32[n], and bool[n]: crowd regions of COCO, difficult objects of VOC.

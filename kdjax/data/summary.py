@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from kdjax.data.dataset import LOG, Dataset, Split, ground_truth
-from kdjax.data.loader import canvas_of
+from kdjax.data.stages import canvas_size
 
 SHOWN = 20  # entries of the list of dropped and repaired things
 _SMALL, _LARGE = 32**2, 96**2  # px², COCO's bounds of small and large
@@ -22,7 +22,7 @@ def summary(dataset: Dataset, cfg: Mapping) -> str:
     Returns:
       Several lines of text. Sizes are COCO's, by the area in original pixels: small under 32², large from 96².
     """
-    height, width = canvas_of(cfg)
+    height, width = canvas_size(cfg)
     lines = [
         f"{dataset.name}: {len(dataset.classes)} classes, canvas {height}x{width} px (height x width), "
         f"{dataset.max_boxes} box rows an image",

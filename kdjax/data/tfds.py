@@ -4,30 +4,36 @@ import concurrent.futures
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 
-from kdjax.data import records
+from kdjax.data import coco, records
 from kdjax.data.records import ImageRecord, Reader
+from kdjax.errors import UserError
 
-CLIP = 0.01  # px: a box that sticks out by less is clipped without a word (rounding)
+_CLIP = 0.01  # px: a box that extends beyond the image by less is clipped silently (rounding)
 _ALIASES = {"val": ("val", "validation"), "train": ("train",)}  # TFDS calls COCO's val2017 'validation'
 
 
 def find(root: str) -> list[Path]:
-    """The TFDS directories (they hold a features.json) at `root` or under it, up to DATA_DIR/name/config/version."""
+    """Finds the TFDS directories (they hold a features.json) at `root` or under it, up to DATA_DIR/name/config/version.
+
+    Raises:
+      UserError: there is no such folder, or none in it.
+    """
     base = Path(root).expanduser()
     if not root or not base.is_dir():
-        raise FileNotFoundError(f"config.data.root: there is no folder '{root}'.")
+        raise UserError(f"root: there is no folder '{root}'")
     found = sorted(p.parent.resolve() for depth in range(4) for p in base.glob("*/" * depth + "features.json"))
     if not found:
-        raise FileNotFoundError(f"{base} holds no prepared TFDS directory (none with a features.json).")
+        raise UserError(f"root: {base} holds no prepared TFDS directory (none with a features.json)")
     return found
 
 
 def describe(root: str, splits: dict[str, str]) -> tuple[str, list[str], dict[str, Reader]]:
-    """Name, class names and a reader for every split, after a check of the feature specs.
+    """Name, class names and a reader of every split, after a check of the feature specs.
 
     Args:
       root: see `find`.
@@ -35,43 +41,43 @@ def describe(root: str, splits: dict[str, str]) -> tuple[str, list[str], dict[st
         several of these one after the other ('2007/train+2012/train').
 
     Raises:
-      ValueError, FileNotFoundError: one sentence on what does not fit.
+      UserError: a split is missing or ambiguous, or the features or classes do not fit.
     """
-    found, opened, readers = find(root), {}, {}
+    directories, opened, readers = find(root), {}, {}
     for role, expression in splits.items():
         parts = []
         for part in expression.split("+"):
             place, _, name = part.rpartition("/")
-            fitting = [p for p in found if not place or f"/{place}/" in f"{p}/"]
+            fitting = [p for p in directories if not place or f"/{place}/" in f"{p}/"]
             if not fitting:
-                raise ValueError(f"split '{part}': no prepared TFDS directory under {root} has '{place}' in its path.")
+                raise UserError(f"split '{part}': no prepared TFDS directory under {root} has '{place}' in its path")
             if len(fitting) > 1:
-                raise ValueError(
-                    f"split '{part}' could be of any of {', '.join(map(str, fitting))}: "
-                    f"put a part of the path before it, as in '{fitting[0].parent.name}/{name}'."
+                raise UserError(
+                    f"split '{part}' is ambiguous; it exists in {', '.join(map(str, fitting))}: "
+                    f"put a part of the path before it, as in '{fitting[0].parent.name}/{name}'"
                 )
             if fitting[0] not in opened:
                 opened[fitting[0]] = _open(fitting[0])
             available = opened[fitting[0]].info.splits
             real = next((n for n in _ALIASES.get(name, (name,)) if n in available), None)
             if real is None:
-                raise ValueError(f"{fitting[0]} has no split '{name}', only {', '.join(available)}.")
+                raise UserError(f"{fitting[0]}: there is no split '{name}': it has {', '.join(available)}")
             parts.append((str(fitting[0]), real))
         readers[role] = Reader(tuple(parts))
     classes = {directory: list(b.info.features["objects"]["label"].names) for directory, b in opened.items()}
     (first, names), *others = classes.items()
     for directory, other in others:
         if other != names:
-            raise ValueError(f"{first} and {directory} do not have the same classes in the same order.")
+            raise UserError(f"{first} and {directory} must have the same classes in the same order")
     return opened[first].info.name, names, readers
 
 
-def _open(directory: Path):
-    """The directory's builder, if its records can be understood."""
+def _open(directory: Path) -> tfds.core.DatasetBuilder:
+    """The directory's builder, after a check of its features."""
     try:
         builder = tfds.builder_from_directory(str(directory))
     except Exception as error:
-        raise ValueError(f"{directory} is not a readable TFDS directory: {error}.") from None
+        raise UserError(f"{directory}: not a readable TFDS directory: {error}") from None
     features = builder.info.features
     objects = features["objects"] if "objects" in features else {}
     if "is_difficult" in objects:  # voc
@@ -80,28 +86,36 @@ def _open(directory: Path):
         top, inner = ("image", "image/filename", "image/id", "objects"), ("area", "bbox", "id", "is_crowd", "label")
     missing = [key for key in top if key not in features] + [f"objects/{key}" for key in inner if key not in objects]
     if missing:
-        raise ValueError(
-            f"{directory} lacks the features {', '.join(missing)}; understood are the specs of coco/2017 and voc."
+        raise UserError(
+            f"{directory}: the features {', '.join(missing)} are missing: they must be those of coco/2017 or voc"
         )
     return builder
 
 
-def fingerprint(directory: str) -> list:
+def fingerprint(directory: str) -> list[list[str | int]]:
     """Name, size and time of every file of the directory."""
     return sorted([e.name, e.stat().st_size, e.stat().st_mtime_ns] for e in os.scandir(directory) if e.is_file())
 
 
-def scan(reader: Reader, category_ids: list[int], log: list[dict]) -> Iterator[ImageRecord]:
-    """What every record holds, its image really decoded once; adds to `log` what is dropped or repaired.
+def scan(reader: Reader, category_ids: list[int], log: list[dict[str, Any]]) -> Iterator[ImageRecord]:
+    """Yields the content of every record apart from the image, which is decoded once to check it.
 
-    Boxes are back in pixels, as TFDS keeps them: float32 shares of the sides; areas are whole numbers in stock `coco`.
-    VOC's objects are numbered from 1, the difficult ones are crowd regions.
+    Boxes are in pixels, with the precision of TFDS, which stores float32 fractions of the sides; TFDS's `coco` rounds
+    areas to whole numbers. VOC's objects are numbered from 1, and the difficult ones become crowd regions.
+
+    Args:
+      reader: of the split.
+      category_ids: of the labels.
+      log: gets what is dropped or repaired.
+
+    Raises:
+      UserError: an image cannot be read.
     """
 
-    def load(index):
+    def load(index: int) -> tuple[dict[str, Any], tuple[int, ...] | None]:
         record = reader.raw(index)
         image = records.decode(record["image"])
-        return record, None if image is None else image.shape[:2]
+        return record, None if image is None else image.shape
 
     number = 0
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -109,18 +123,23 @@ def scan(reader: Reader, category_ids: list[int], log: list[dict]) -> Iterator[I
             for record, shape in pool.map(load, range(start, min(start + 64, len(reader)))):
                 name = record["image/filename"].decode()
                 if shape is None:
-                    raise ValueError(f"{name} cannot be read as an image ({', '.join(d for d, _ in reader.parts)}).")
-                yield _image(record, name, shape, category_ids, number, log)
+                    raise UserError(f"{', '.join(d for d, _ in reader.parts)}: {name} cannot be read as an image")
+                yield _image_record(record, name, shape[:2], category_ids, number, log)
                 number += len(record["objects"]["label"])
 
 
-def _image(
-    record: dict, name: str, shape: tuple[int, int], category_ids: list[int], number: int, log: list[dict]
+def _image_record(
+    record: dict[str, Any],
+    name: str,
+    shape: tuple[int, ...],
+    category_ids: list[int],
+    number: int,
+    log: list[dict[str, Any]],
 ) -> ImageRecord:
-    """The entry of a record; its objects are numbered from `number` + 1 if they have no ids."""
+    """The image of a record; its objects are numbered from `number` + 1 if they have no ids."""
     height, width = shape
     image = ImageRecord(id=int(record["image/id"]), file_name=name, width=width, height=height)
-    boxes, labels, crowds = records.objects_of(record, height, width)
+    boxes, labels, crowds = records.stored_objects(record, height, width)
     objects = record["objects"]
     for index, (box, label, crowd) in enumerate(zip(boxes.astype(float), labels, crowds, strict=True)):
         identity = int(objects["id"][index]) if "id" in objects else number + index + 1
@@ -128,39 +147,47 @@ def _image(
         size = x1 - x0, y1 - y0
         inside = np.clip(box, 0, [width, height, width, height])
 
-        def note(action, reason, identity=identity):
+        def note(action: str, reason: str, identity: int = identity) -> None:
             log.append({"file": name, "annotation": identity, "action": action, "reason": reason})
 
         if not np.isfinite(box).all():
             note("dropped", "bbox is not four finite numbers")
         elif min(size) <= 0:
-            note("dropped", "box without extent")
+            note("dropped", "box has no extent")
         elif (inside[2:] <= inside[:2]).any():
             note("dropped", "box outside the image")
         elif not 0 <= label < len(category_ids):
-            note("dropped", "the label is none of the classes")
+            note("dropped", "label is not a class")
         else:
-            if np.abs(inside - box).max() > CLIP:
-                note("repaired", "box clipped to the image")
+            if np.abs(inside - box).max() > _CLIP:
+                note("repaired", coco.CLIPPED)
             area = float(objects["area"][index]) if "area" in objects else size[0] * size[1]
             entry = dict(id=identity, image_id=image.id, category_id=category_ids[label], bbox=[x0, y0, *size])
             image.annotations.append(entry | dict(area=area, iscrowd=int(crowd)))
     return image
 
 
-def match(scanned: list[ImageRecord], given: list[ImageRecord], name: str) -> list[ImageRecord]:
-    """The json's entries of the scanned images, in the records' order; what is trained on must be what is scored."""
-    by_id = {record.id: record for record in given}
+def match(scanned: list[ImageRecord], listed: list[ImageRecord], name: str) -> list[ImageRecord]:
+    """The json's entries of the scanned images, in the order of the records; both must have the same objects.
+
+    Args:
+      scanned: from `scan`.
+      listed: from `kdjax.data.coco.check` of the json.
+      name: of the json, for messages.
+
+    Raises:
+      UserError: an image is missing in the json, or its objects differ.
+    """
+    by_id = {record.id: record for record in listed}
     missing = [p for p in scanned if p.id not in by_id]
     if missing:
-        raise ValueError(f"{name} does not list image {missing[0].id} ({missing[0].file_name}), as the records do.")
+        raise UserError(f"{name}: image {missing[0].id} ({missing[0].file_name}) of the records is missing")
     matched = []
     for record in scanned:
         entry = by_id[record.id]
-        ours = sorted((a["id"], a["category_id"]) for a in record.annotations)
-        theirs = sorted((a["id"], a["category_id"]) for a in entry.annotations)
-        if ours != theirs:
-            raise ValueError(f"{name} and the records differ in the objects of image {record.id} ({entry.file_name}).")
+        stored, expected = (sorted((a["id"], a["category_id"]) for a in p.annotations) for p in (record, entry))
+        if stored != expected:
+            raise UserError(f"{name}: the objects of image {record.id} ({entry.file_name}) differ from the records'")
         entry.width, entry.height = record.width, record.height
         matched.append(entry)
     return matched

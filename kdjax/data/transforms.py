@@ -4,6 +4,7 @@ Pixels are continuous: an image spans 0 .. w. Objects end where their image is c
 left is dropped (`crop`). The steps are those of RTMDet (Lyu et al. 2022, arXiv 2212.07784).
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -236,13 +237,14 @@ def _moved(sample: Sample, top: int, left: int, canvas: tuple[int, int]) -> Samp
 
 def _joined(image: np.ndarray, samples: Sequence[Sample]) -> Sample:
     """One image with the objects of several; polygons and masks only if all have them."""
-    polygons, masks = [s.polygons for s in samples], [s.masks for s in samples]
+    polygons = [s.polygons for s in samples if s.polygons is not None]
+    masks = [s.masks for s in samples if s.masks is not None]
     return Sample(
         image,
         np.concatenate([s.boxes for s in samples]),
         np.concatenate([s.labels for s in samples]),
-        None if any(p is None for p in polygons) else sum(polygons, ()),
-        None if any(m is None for m in masks) else np.concatenate(masks),
+        tuple(itertools.chain(*polygons)) if len(polygons) == len(samples) else None,
+        np.concatenate(masks) if len(masks) == len(samples) else None,
     )
 
 

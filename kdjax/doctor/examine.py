@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from kdjax import data, weights
 from kdjax.data.coco import CLIPPED
+from kdjax.errors import prefix
 from kdjax.detectors.api import Detector, flatten
 from kdjax.evals import coco, complexity, tide
 from kdjax.methods import api
@@ -68,7 +69,8 @@ def examine(config: ConfigDict, *, image_count: int = 64) -> Iterator[Finding]:
     try:
         loop.check_settings(config)
         loop.check_models(config)
-        dataset = data.open_dataset(config.data)
+        with prefix("config.data"):
+            dataset = data.open_dataset(config.data)
         loop.check_truth(dataset)
         loop.prepare_process(config.compile_cache)
         setup = loop.prepare(config, dataset)

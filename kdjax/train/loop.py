@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 import kdjax
 from kdjax import data, detectors, files, weights
+from kdjax.errors import prefix
 from kdjax.evals import coco, complexity, voc
 from kdjax.methods import api
 from kdjax.report import model_card, run_report
@@ -97,7 +98,8 @@ def run(config: ConfigDict, workdir: str) -> dict | None:
     try:
         check_settings(config)
         if config.data.check:
-            dataset = data.open_dataset(config.data)
+            with prefix("config.data"):
+                dataset = data.open_dataset(config.data)
             print(data.summary(dataset, config.data))
             for what, file in preview.save(dataset, config, workdir).items():
                 print(f"{what}: {file}")
@@ -105,7 +107,8 @@ def run(config: ConfigDict, workdir: str) -> dict | None:
         check_models(config)
         workdir = Path(workdir)
         check_workdir(config, workdir)
-        dataset = data.open_dataset(config.data)
+        with prefix("config.data"):
+            dataset = data.open_dataset(config.data)
         check_truth(dataset)
         prepare_process(config.compile_cache)
         setup = prepare(config, dataset)
@@ -138,7 +141,8 @@ def check_settings(config: ConfigDict) -> None:
     settings.check_numbers(config)
     if config.dtype not in ("float32", "bfloat16"):
         raise ValueError(f"config.dtype is {config.dtype!r}; it must be 'float32' or 'bfloat16'")
-    data.check_settings(config.data)
+    with prefix("config.data"):
+        data.check_settings(config.data)
     for name, options in config.methods.items():
         api.build(name, **options)
     devices = make_mesh().size

@@ -1,11 +1,18 @@
-"""Small data sets for the tests, painted so that the truth can be read off the pixels."""
+"""Small data sets for the tests, painted so that the true boxes can be read from the pixels."""
 
+import contextlib
+import io
 import json
 from pathlib import Path
 
 import cv2
 import numpy as np
 from ml_collections import ConfigDict
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from kdjax import data
+from kdjax.train import config
 
 COLOURS = ((250, 20, 20), (20, 250, 20), (30, 30, 250), (250, 240, 20))  # of the boxes of a painted image
 
@@ -19,7 +26,7 @@ def paint(height: int, width: int, boxes) -> np.ndarray:
 
 
 def read_off(image: np.ndarray, colour) -> np.ndarray | None:
-    """The box x1 y1 x2 y2 of the pixels that look like a colour of `COLOURS`; None if there are none."""
+    """The box x1 y1 x2 y2 around the pixels of about one of `COLOURS`; None if there are none."""
     ys, xs = np.nonzero(np.abs(image.astype(int) - colour).max(-1) < 110)
     return np.array([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]) if len(xs) else None
 
@@ -66,25 +73,38 @@ def small_folder(root: Path, *, count: int = 11) -> Path:
 
 
 def settings(cache: Path, **changes) -> ConfigDict:
-    """A `config.data` as train.py has it; `augment` replaces single entries."""
-    augment = dict(flip=0.5, scale=(0.6, 1.6), crop=True, hsv=(5.0, 30.0, 30.0)) | changes.pop("augment", {})
-    base = dict(
-        source="coco_folder",
-        root="",
-        train_split="train",
-        val_split="val",
-        train_annotations="",
-        val_annotations="",
-        train_images="",
-        val_images="",
-        cache=str(cache),
-        scenes_train=6,
-        scenes_val=3,
-        image_size=(48, 64),
-        max_boxes=0,
-        workers=0,
-        limit=0,
-        check=False,
-        augment=augment,
-    )
-    return ConfigDict(base | {key: str(v) if isinstance(v, Path) else v for key, v in changes.items()})
+    """The defaults of `config.data` with `changes`, on a small canvas; `augment` changes single entries."""
+    cfg = config.base().data
+    cfg.update(dict(source="coco_folder", cache=str(cache), scenes_train=6, scenes_val=3, image_size=(48, 64)))
+    cfg.augment.update(dict(scale=(0.6, 1.6)) | changes.pop("augment", {}))
+    cfg.update({key: str(value) if isinstance(value, Path) else value for key, value in changes.items()})
+    return cfg
+
+
+def opened(root: Path | str, tmp_path: Path, splits=("train", "val"), **changes) -> data.Dataset:
+    """The data set at `root`, prepared under `tmp_path`."""
+    return data.open_dataset(settings(tmp_path / "cache", root=root, **changes), splits)
+
+
+def one_split(root: Path, truth: dict, pixels: dict[str, np.ndarray], **kwargs) -> Path:
+    """A folder whose train and val are the same."""
+    return write_folder(root, {"train": truth, "val": truth}, pixels, **kwargs)
+
+
+def perfect_ap(truth: dict) -> float:
+    """pycocotools' AP of the ground truth given back as detections."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        ground = COCO()
+        ground.dataset = json.loads(json.dumps(truth))
+        ground.createIndex()
+        found = [
+            dict(image_id=a["image_id"], category_id=a["category_id"], bbox=a["bbox"], score=1.0)
+            for a in truth["annotations"]
+            if not a["iscrowd"]
+        ]
+        evaluation = COCOeval(ground, ground.loadRes(found), "bbox")
+        evaluation.params.maxDets = [1, 10, 1000]
+        evaluation.evaluate()
+        evaluation.accumulate()
+    precision = evaluation.eval["precision"][:, :, :, 0, 2]
+    return float(precision[precision > -1].mean())

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kdjax.data import transforms
 from kdjax.data.transforms import Sample
-from tests.data_tools import COLOURS, paint, read_off
+from tests.support.data import COLOURS, paint, read_off
 
 BOXES = np.array([[4, 6, 20, 30], [30, 10, 55, 22], [10, 40, 50, 58]], np.float32)
 LABELS = np.array([2, 0, 1], np.int32)

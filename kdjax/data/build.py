@@ -1,0 +1,187 @@
+"""Makes the rows of a batch from its plan: decodes, augments and pads.
+
+A process keeps the images that Mosaic and MixUp may need again. Nothing of that is saved: what is not in memory is made
+again, and is the same.
+"""
+
+import dataclasses
+import functools
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+from kdjax.data import transforms
+from kdjax.data.dataset import Split
+from kdjax.data.plans import STREAM, Row
+from kdjax.data.stages import Stage
+from kdjax.data.transforms import Sample
+
+KEEP_BYTES = 400 * 2**20  # of decoded images in memory, so that a small split is decoded once
+
+Arrays = dict[str, np.ndarray]
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+
+
+class Builder(Protocol):
+    """Makes the rows of a batch, or of a part of it, from their plan."""
+
+    images: "Images"
+
+    def __call__(self, plan: list[Any], /) -> list[Arrays]: ...
+
+
+class Images:
+    """Decoded examples of a split by position; keeps those of small splits in memory."""
+
+    def __init__(self, split: Split):
+        self._split = split
+        self._kept: dict[int, dict[str, Any]] = {}
+        self._thread = threading.local()
+
+    def __reduce__(self):
+        return Images, (self._split,)  # a worker process decodes for itself
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        example = self._kept.get(index)
+        if example is None:
+            example = self._split.records[index]
+            self._thread.decoded = getattr(self._thread, "decoded", 0) + 1
+            # An image is kept if all others would fit too at its size: this bounds the memory without shared counters.
+            if self._split.size * example["image"].nbytes <= KEEP_BYTES:
+                example["image"].flags.writeable = False
+                self._kept[index] = example
+        return example
+
+    def newly_decoded(self) -> int:
+        """Number of images that the calling thread has decoded since its last call."""
+        count, self._thread.decoded = getattr(self._thread, "decoded", 0), 0
+        return count
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainBuilder:
+    """Makes rows of training batches."""
+
+    images: Images
+    seed: int
+    canvas: tuple[int, int]
+    max_boxes: int
+    stages: tuple[Stage, ...]
+    streams: int  # number of virtual streams that this process has
+
+    def __call__(self, plan: list[Row], /) -> list[Arrays]:
+        return [_padded(self._mixed(row), self.canvas, self.max_boxes) for row in plan]
+
+    def _mixed(self, row: Row) -> Sample:
+        """The image of a row, after MixUp."""
+        make = self._cached_single if self.stages[row.stage].mixup else self._single
+        sample = make(row._replace(partner=None, mirrored=False))
+        if row.partner is None:
+            return sample
+        partner = transforms.pad(make(row.partner), self.canvas)
+        if row.mirrored:
+            partner = transforms.flip(partner)
+        return transforms.mixup(transforms.pad(sample, self.canvas), partner)
+
+    def _single(self, row: Row) -> Sample:
+        """The image of a row before MixUp: one image or a Mosaic, augmented."""
+        stage = self.stages[row.stage]
+        if stage.mosaic:
+            y, x = (int(share * side) for share, side in zip(row.centre, self.canvas, strict=True))
+            twice = (2 * self.canvas[0], 2 * self.canvas[1])
+            sample = transforms.mosaic([self._cached_tile(image) for image in row.images], (y, x), twice)
+            # The scale of a Mosaic is relative to its own size, which is twice the canvas.
+            options = stage.augment | {"scale": tuple(2 * factor for factor in stage.augment["scale"])}
+        else:
+            sample, options = _sample(self.images[row.images[0]]), stage.augment
+        return transforms.augment(
+            sample, np.random.default_rng((self.seed, row.position)), canvas=self.canvas, **options
+        )
+
+    @functools.cached_property
+    def _cached_tile(self) -> Callable[[int], Sample]:
+        """A tile of a Mosaic: the image, resized to fit the canvas; the last ones are kept in memory."""
+
+        def tile(image: int) -> Sample:
+            sample = _sample(self.images[image])
+            return transforms.resize(sample, transforms.fitted(sample.image.shape[:2], self.canvas)[1])
+
+        # MixUp's partner takes its own partners from its own position.
+        return memoized(tile, self.streams * (self._cache + self._cache // 2 + 2 * STREAM))
+
+    @functools.cached_property
+    def _cached_single(self) -> Callable[[Row], Sample]:
+        """`_single`; the last results are kept in memory for MixUp."""
+
+        def single(row: Row) -> Sample:
+            sample = self._single(row)
+            return sample._replace(image=sample.image.copy())  # a window would keep its whole image in memory
+
+        return memoized(single, self.streams * (self._cache // 2 + 2 * STREAM))
+
+    @property
+    def _cache(self) -> int:
+        return max(stage.cache for stage in self.stages if stage.mosaic or stage.mixup)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalBuilder:
+    """Makes rows of evaluation batches."""
+
+    images: Images
+    canvas: tuple[int, int]
+    max_boxes: int
+    round_down: bool
+
+    def __call__(self, plan: list[int | None], /) -> list[Arrays]:
+        return [self._row(index) for index in plan]
+
+    def _row(self, index: int | None) -> Arrays:
+        if index is None:
+            example = dict(image=np.full((*self.canvas, 3), transforms.PAD, np.uint8), image_id=-1)
+            example |= dict(boxes=np.zeros((0, 4), np.float32), labels=np.zeros(0, np.int32))
+        else:
+            example = self.images[index]
+        original = example["image"].shape[:2]
+        _, size = transforms.fitted(original, self.canvas, round_down=self.round_down)
+        return _padded(transforms.resize(_sample(example), size), self.canvas, self.max_boxes) | {
+            "image_id": np.array(example["image_id"], np.int64),
+            "original_size": np.array(original, np.int32),
+            "real": np.array(index is not None, np.bool_),
+        }
+
+
+def memoized(function: Callable[[Key], Value], count: int) -> Callable[[Key], Value]:
+    """The function with its last `count` results kept in memory."""
+    return functools.lru_cache(count)(function)
+
+
+def stack(rows: Sequence[Arrays]) -> Arrays:
+    """The batch of some rows."""
+    return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+
+
+def _sample(example: dict[str, Any]) -> Sample:
+    return Sample(example["image"], example["boxes"], example["labels"])
+
+
+def _padded(sample: Sample, canvas: tuple[int, int], max_boxes: int) -> Arrays:
+    """One row of a batch. Of more than `max_boxes` boxes the largest are kept, in their order."""
+    boxes, labels = sample.boxes, sample.labels
+    if len(boxes) > max_boxes:
+        areas = (boxes[:, 2:] - boxes[:, :2]).prod(-1)
+        largest = np.sort(np.argsort(-areas, kind="stable")[:max_boxes])
+        boxes, labels = boxes[largest], labels[largest]
+    count = len(boxes)
+    row = {
+        "image": transforms.pad(sample, canvas).image,
+        "boxes": np.zeros((max_boxes, 4), np.float32),
+        "labels": np.zeros(max_boxes, np.int32),
+        "valid": np.arange(max_boxes) < count,
+        "image_size": np.array(sample.image.shape[:2], np.int32),
+    }
+    row["boxes"][:count], row["labels"][:count] = boxes, labels
+    return row

@@ -1,0 +1,76 @@
+"""The settings of batches, checked: the canvas, and the augmentation of each stage of training."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from kdjax.errors import UserError
+
+
+class Stage(NamedTuple):
+    """The augmentation from one step on: `config.data.augment`, or `config.data.stage2.augment`."""
+
+    mosaic: bool
+    mixup: float  # probability
+    cache: int  # Mosaic draws its partners from so many earlier positions of the stream, MixUp from half as many
+    augment: dict[str, Any]  # keyword arguments of `transforms.augment`
+
+
+def check_settings(cfg: Mapping[str, Any]) -> None:
+    """Checks the settings of batches, before there is any data.
+
+    Args:
+      cfg: `config.data`; read here: image_size, augment, stage2.
+
+    Raises:
+      UserError: names the setting, its value and what would be right.
+    """
+    canvas_size(cfg)
+    read_stages(cfg)
+
+
+def canvas_size(cfg: Mapping[str, Any]) -> tuple[int, int]:
+    """Height and width of the canvas in pixels.
+
+    Raises:
+      UserError: `image_size` is not two positive numbers.
+    """
+    size = tuple(int(side) for side in cfg["image_size"])
+    if len(size) != 2 or min(size) < 1:
+        raise UserError(f"image_size must be (height, width) of the canvas in pixels, not {size}")
+    return size
+
+
+def read_stages(cfg: Mapping[str, Any]) -> tuple[tuple[Stage, ...], tuple[int, ...]]:
+    """The stages in order, and the first step of each.
+
+    Raises:
+      UserError: a setting is out of its range.
+    """
+    stages, starts = [_stage(cfg["augment"], "augment")], [0]
+    start = int(cfg["stage2"]["start"])
+    if start < 0:
+        raise UserError(f"stage2.start must be a step, or 0 for no second stage, not {start}")
+    if start:
+        stages.append(_stage(cfg["stage2"]["augment"], "stage2.augment"))
+        starts.append(start)
+    return tuple(stages), tuple(starts)
+
+
+def _stage(options: Mapping[str, Any], name: str) -> Stage:
+    """One stage of its options; `name` is theirs in the config."""
+    scale = tuple(float(factor) for factor in options["scale"])
+    hsv = tuple(float(gain) for gain in options["hsv"])
+    flip, mixup, cache = float(options["flip"]), float(options["mixup"]), int(options["cache"])
+    if len(scale) != 2 or not 0 < scale[0] <= scale[1] < np.inf:
+        raise UserError(f"{name}.scale must be (low, high) with 0 < low <= high, not {scale}")
+    if len(hsv) != 3 or not all(0 <= gain <= 255 for gain in hsv):
+        raise UserError(f"{name}.hsv must be three gains in 0 .. 255, not {hsv}")
+    for key, probability in (("flip", flip), ("mixup", mixup)):
+        if not 0 <= probability <= 1:
+            raise UserError(f"{name}.{key} must be a probability in 0 .. 1, not {probability}")
+    if cache < 1:
+        raise UserError(f"{name}.cache must be at least 1 image, not {cache}")
+    single = dict(flip_share=flip, scale=scale, random_crop=bool(options["crop"]), hsv=hsv)
+    return Stage(bool(options["mosaic"]), mixup, cache, single)

@@ -1,0 +1,73 @@
+"""Prepared folders: written once, locked, and never half complete."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kdjax import data
+from kdjax.data import cache
+from kdjax.errors import UserError
+from tests.support.data import opened, settings, small_folder
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_a_split_is_prepared_once_and_again_when_it_changes(tmp_path):
+    root = small_folder(tmp_path / "set", count=3)
+
+    def folders():
+        opened(root, tmp_path)
+        return {p.name: p.stat().st_mtime_ns for p in (tmp_path / "cache" / "data").iterdir() if p.is_dir()}
+
+    first = folders()
+    assert len(first) == 2 and folders() == first
+    os.utime(root / "images" / "train" / "p1.png", (1, 1))
+    second = folders()
+    assert len(second) == 3  # train alone
+    path = root / "annotations" / "instances_val.json"
+    path.write_text(path.read_text() + "\n")
+    third = folders()
+    assert len(third) == 4  # val alone
+    shutil.copy(root / "images" / "train" / "p1.png", root / "images" / "train" / "p9.png")
+    assert len(folders()) == 5
+
+
+def test_a_killed_preparation_leaves_nothing_usable(tmp_path):
+    code = """
+import sys, time
+from pathlib import Path
+from kdjax.data import cache
+def write(folder):
+    (folder / "half").write_text("x")
+    print("writing", flush=True)
+    time.sleep(60)
+cache.prepared(Path(sys.argv[1]), "set", {"a": 1}, write)
+"""
+    child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, cwd=ROOT)
+    assert child.stdout.readline() == b"writing\n"
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    child.stdout.close()
+    assert not [p for p in tmp_path.iterdir() if not p.name.startswith(".")]
+    done = cache.prepared(tmp_path, "set", {"a": 1}, lambda folder: (folder / "whole").write_text("x"))
+    assert [p.name for p in done.iterdir()] == ["whole"]
+    assert cache.prepared(tmp_path, "set", {"a": 1}, lambda folder: pytest.fail("prepared twice")) == done
+
+
+def test_place_of_the_cache(monkeypatch, tmp_path):
+    assert cache.root("x") == Path("x/data")
+    monkeypatch.setenv("KDJAX_CACHE", str(tmp_path))
+    assert cache.root() == tmp_path / "data"
+    monkeypatch.delenv("KDJAX_CACHE")
+    assert cache.root() == Path.home() / ".cache" / "kdjax" / "data"
+
+
+def test_a_cache_that_cannot_be_written_is_reported(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cache: cannot write to .*file/data .Not a directory.: choose another"):
+        data.open_dataset(settings(tmp_path / "file", source="scenes"))

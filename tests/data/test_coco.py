@@ -1,0 +1,271 @@
+"""Folders in COCO layout: layouts, broken entries, messages."""
+
+import json
+import shutil
+import struct
+import zlib
+
+import cv2
+import numpy as np
+import pytest
+
+from kdjax import data
+from kdjax.errors import UserError
+from tests.shared import SHARED
+from tests.support.data import (
+    coco_json,
+    one_split,
+    opened,
+    paint,
+    perfect_ap,
+    settings,
+    small_folder,
+    write_folder,
+)
+
+
+def by_image(truth: dict) -> list[dict]:
+    """The annotations in the order of their images."""
+    place = {image["id"]: position for position, image in enumerate(truth["images"])}
+    return sorted(truth["annotations"], key=lambda a: place[a["image_id"]])
+
+
+def test_a_folder_is_read_unchanged(tmp_path):
+    root = small_folder(tmp_path / "set")
+    path = root / "annotations" / "instances_train.json"
+    listed = [{"id": 1, "name": "CC BY 4.0", "url": "https://example.org"}, {"id": 2, "name": "", "url": ""}, "?"]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"licenses": listed}))
+    dataset = opened(root, tmp_path)
+    assert dataset.licenses == ("CC BY 4.0, https://example.org",)
+    assert dataset.name == "set" and dataset.classes == ("cat", "dog") and dataset.category_ids == (3, 11)
+    assert dataset.max_boxes == 8 and {role: s.size for role, s in dataset.splits.items()} == {"train": 11, "val": 3}
+    truth = json.loads((root / "annotations" / "instances_train.json").read_text())
+    ours = data.ground_truth(dataset, "train")
+    assert ours["images"] == truth["images"] and ours["categories"] == truth["categories"]
+    filled = [a | {"iscrowd": 0, "area": a["bbox"][2] * a["bbox"][3]} for a in truth["annotations"]]
+    assert ours["annotations"] == filled
+    for index, entry in enumerate(truth["images"]):
+        example = dataset.splits["train"].records[index]
+        path = root / "images" / "train" / entry["file_name"]
+        np.testing.assert_array_equal(example["image"], cv2.imread(str(path))[:, :, ::-1])
+        mine = [a for a in truth["annotations"] if a["image_id"] == entry["id"]]
+        boxes = np.array([[x, y, x + w, y + h] for x, y, w, h in (a["bbox"] for a in mine)]).reshape(-1, 4)
+        np.testing.assert_allclose(example["boxes"], boxes, rtol=1e-6)
+        assert example["labels"].tolist() == [dataset.category_ids.index(a["category_id"]) for a in mine]
+        assert example["image_id"] == entry["id"]
+        # Kept as they are on the disk, not encoded anew.
+        assert dataset.splits["train"].records.raw(index)["image"] == path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "images, changes",
+    [
+        ("images/{}", {}),
+        ("{}", {}),
+        ("images", {}),
+        ("elsewhere", {"train_images": "elsewhere", "val_images": "elsewhere"}),
+    ],
+)
+def test_usual_layouts(tmp_path, images, changes):
+    truth = coco_json({"a.png": (20, 30)}, [(0, 3, [2, 3, 10, 12], {})])
+    root = one_split(tmp_path / "set", truth, {"a.png": paint(20, 30, [(2, 3, 12, 15)])}, images=images)
+    dataset = opened(root, tmp_path, **changes)
+    assert dataset.splits["val"].records[0]["image"].shape == (20, 30, 3)
+
+
+def test_explicit_annotations_and_other_split_names(tmp_path):
+    truth = coco_json({"a.png": (20, 30)}, [(0, 3, [2, 3, 10, 12], {})])
+    root = write_folder(tmp_path / "set", {"fit": truth, "test": truth}, {"a.png": paint(20, 30, [])})
+    (root / "mine.json").write_text(json.dumps(truth))
+    dataset = opened(root, tmp_path, train_split="fit", val_split="test", val_annotations="mine.json")
+    assert dataset.splits["train"].name == "fit" and dataset.splits["val"].size == 1
+
+
+def test_roboflow_layout(tmp_path):
+    truth = coco_json({"a.png": (20, 30)}, [(0, 3, [2, 3, 10, 12], {})])
+    root = write_folder(tmp_path / "set", {"train": truth, "valid": truth}, {"a.png": paint(20, 30, [])}, images="{}")
+    for split in ("train", "valid"):
+        shutil.move(root / "annotations" / f"instances_{split}.json", root / split / "_annotations.coco.json")
+    assert opened(root, tmp_path, val_split="valid").splits["val"].size == 1
+
+
+def test_file_names_that_begin_with_the_split(tmp_path):
+    truth = coco_json({"train/a.png": (20, 30)}, [])
+    root = write_folder(tmp_path / "set", {"train": truth}, {"train/a.png": paint(20, 30, [])}, images="images")
+    changes = dict(val_split="train")
+    assert opened(root, tmp_path, **changes).splits["train"].size == 1
+
+
+def test_unusable_entries_are_dropped_or_repaired_and_listed(tmp_path):
+    good = [5, 5, 10, 10]
+    annotations = [
+        (0, 3, good, {}),
+        (0, 3, [5, 5, 0, 10], {}),  # no extent
+        (0, 3, [5, 5, 10, -3], {}),
+        (0, 3, [100, 5, 10, 10], {}),  # outside
+        (0, 11, [-4, -2, 10, 10], {}),  # sticks out
+        (0, 11, [1, 2, 3], {}),  # not a box
+        (0, 11, [float("nan"), 2, 3, 4], {}),
+        (0, 11, [1, 2, 10**400, 4], {}),
+        (0, 3, good, {"id": 1}),  # id twice
+        (0, 3, good, {"id": 0}),
+        (0, 3, good, {"id": 2**70}),
+        (0, 3, good, {"iscrowd": "0", "area": -1.0}),
+        (1, 3, [0, 0, 30, 30], {"iscrowd": 1, "area": 55.5, "segmentation": {"size": [40, 50], "counts": "x"}}),
+    ]
+    truth = coco_json({"a.png": (40, 50), "b.png": (40, 50), "c.png": (40, 50)}, annotations)
+    del truth["images"][2]["width"]
+    root = one_split(tmp_path / "set", truth, dict.fromkeys(("a.png", "b.png", "c.png"), paint(40, 50, [])))
+    dataset = opened(root, tmp_path)
+    log = dataset.splits["train"].log
+    assert [(e["file"], e["annotation"], e["action"], e["reason"].split(":")[0]) for e in log] == [
+        ("a.png", 2, "dropped", "box has no extent"),
+        ("a.png", 3, "dropped", "box has no extent"),
+        ("a.png", 6, "dropped", "bbox is not four finite numbers"),
+        ("a.png", 7, "dropped", "bbox is not four finite numbers"),
+        ("a.png", 8, "dropped", "bbox is not four finite numbers"),
+        ("a.png", 1, "repaired", "annotation id is missing, double or below 1"),
+        ("a.png", 0, "repaired", "annotation id is missing, double or below 1"),
+        ("a.png", 2**70, "repaired", "annotation id is missing, double or below 1"),
+        ("a.png", 12, "repaired", "iscrowd is neither 0 nor 1"),
+        ("a.png", 12, "repaired", "area is not a number >= 0"),
+        ("a.png", 4, "dropped", "box outside the image"),
+        ("a.png", 5, "repaired", "box clipped to the image"),
+        ("c.png", None, "repaired", "width and height taken from the image"),
+    ]
+    ours = data.ground_truth(dataset, "train")
+    ids = [a["id"] for a in ours["annotations"]]
+    assert len(set(ids)) == len(ids) == 7 and min(ids) > 0
+    assert ours["images"][2]["width"] == 50
+    # Evaluation sees the json's box and the crowd region, training the visible part and no crowd.
+    assert [-4, -2, 10, 10] in [a["bbox"] for a in ours["annotations"]]
+    crowd = [a for a in ours["annotations"] if a["iscrowd"]]
+    assert len(crowd) == 1 and crowd[0]["area"] == 55.5 and crowd[0]["segmentation"]["counts"] == "x"
+    first, second = (dataset.splits["train"].records[i] for i in (0, 1))
+    square = [5, 5, 15, 15]
+    np.testing.assert_allclose(first["boxes"], [square, [0, 0, 6, 8], *[square] * 4])
+    assert second["boxes"].shape == (0, 4)
+    text = data.summary(dataset, settings(tmp_path, image_size=(48, 64)))
+    for part in ("3 images, 2 without objects, 6 boxes", "1 crowd region", "canvas 48x64", "2 dropped: box has no"):
+        assert part in text, text
+    assert "a.png annotation 5: repaired, box clipped to the image" in text
+
+
+def broken(changes):
+    """A folder's json after `changes(truth)`."""
+    truth = coco_json({"a.png": (40, 50), "b.png": (40, 50)}, [(0, 3, [5, 5, 10, 10], {}), (1, 11, [1, 1, 9, 9], {})])
+    changes(truth)
+    return truth
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (lambda t: t["annotations"][1].update(image_id=99), "annotation 2: image 99 is not among"),
+        (lambda t: t["annotations"][1].update(category_id=4), "annotation 2: category 4 is not among"),
+        (lambda t: t["annotations"][0].pop("image_id"), "annotation 1: image None is not among"),
+        (
+            lambda t: [a.update(bbox=[0.1, 0.2, 0.5, 1]) for a in t["annotations"]],
+            "they look normalised",
+        ),
+        (lambda t: t["images"][1].update(id=10), "image id 10 appears twice"),
+        (lambda t: t["images"][1].update(file_name="a.png"), "file a.png is listed as two images"),
+        (lambda t: t["images"][1].update(id="x"), "image id 'x' is not an integer"),
+        (lambda t: t["images"][1].update(id=2**63), "image id 9223372036854775808 is not an integer of 64"),
+        (lambda t: t["images"][1].pop("file_name"), "image 11 has no file_name"),
+        (lambda t: t["images"][1].update(file_name="gone.png"), "gone.png: no such file in"),
+        (lambda t: t["images"][0].update(width=40, height=50), "a.png is listed as 40x50, but is 50x40 .EXIF"),
+        (lambda t: t["categories"][1].update(id=3), "category id 3 appears twice"),
+        (lambda t: t["categories"][1].update(name="cat"), "two categories have the name 'cat'"),
+        (lambda t: t["categories"][1].pop("name"), "category 11 has no name"),
+        (lambda t: t.pop("annotations"), "list of objects under 'annotations'"),
+        (lambda t: t.update(images=[], annotations=[]), "it lists no images"),
+        (lambda t: t.update(categories=[], annotations=[]), "it has no categories"),
+    ],
+)
+def test_ambiguous_entries_are_refused(tmp_path, changes, words):
+    truth = broken(changes)
+    images = dict.fromkeys(("a.png", "b.png"), paint(40, 50, []))
+    root = one_split(tmp_path / "set", truth, images) if "images" in truth else tmp_path
+    with pytest.raises(UserError, match=words):
+        opened(root, tmp_path)
+    assert not list((tmp_path / "cache").glob("data/folder*")), "nothing incomplete is left"
+
+
+def test_messages_for_a_wrong_root_json_or_image(tmp_path):
+    with pytest.raises(UserError, match="there is no folder .*nowhere"):
+        opened(tmp_path / "nowhere", tmp_path)
+    with pytest.raises(UserError, match="^root is empty"):
+        opened("", tmp_path)
+    root = small_folder(tmp_path / "set", count=3)
+    with pytest.raises(UserError, match="split 'test': no instances json: searched .*instances_test.json"):
+        opened(root, tmp_path, val_split="test")
+    (root / "annotations" / "instances_test.json").write_text("{}")
+    with pytest.raises(UserError, match="split 'test': no folder of images"):
+        shutil.move(root / "images", root / "moved")
+        opened(root, tmp_path, val_split="test", train_images="moved/train")
+    shutil.move(root / "moved", root / "images")
+    for spoilt in ("", '{"images": [', "[" * 100_000):
+        (root / "annotations" / "instances_test.json").write_text(spoilt)
+        with pytest.raises(UserError, match="instances_test.json: not valid json"):
+            opened(root, tmp_path, val_split="test", val_images="images/val")
+    whole = (root / "annotations" / "instances_val.json").read_text()
+    (root / "annotations" / "instances_test.json").write_text(whole, encoding="utf-8-sig")
+    assert opened(root, tmp_path, val_split="test", val_images="images/val").splits["val"].size == 3
+    whole = (root / "images" / "train" / "p1.png").read_bytes()
+    huge = bytearray(whole)
+    huge[16:24] = struct.pack(">II", 60_000, 60_000)
+    huge[29:33] = struct.pack(">I", zlib.crc32(huge[12:29]))
+    for spoilt in (b"", b"no image", whole[: len(whole) // 2], bytes(huge)):
+        (root / "images" / "train" / "p1.png").write_bytes(spoilt)
+        with pytest.raises(UserError, match="p1.png: cannot be read as an image"):
+            opened(root, tmp_path)
+    with pytest.raises(UserError, match="source must be one of coco_folder, scenes, tfds, not 'coco'"):
+        opened(root, tmp_path, source="coco")
+
+
+def test_every_kind_of_image_becomes_rgb(tmp_path):
+    from PIL import Image
+
+    folder = tmp_path / "set" / "images"
+    folder.mkdir(parents=True)
+    colour = np.zeros((40, 50, 3), np.uint8)
+    colour[:, :25] = (200, 40, 30)
+    Image.fromarray(colour).convert("CMYK").save(folder / "cmyk.jpg", quality=95)
+    turned = Image.Exif()
+    turned[274] = 6  # 'rotate by 90 degrees'
+    Image.fromarray(colour).save(folder / "exif.jpg", exif=turned, quality=95)
+    Image.fromarray(colour).convert("L").save(folder / "grey.png")
+    Image.fromarray(np.full((40, 50), 40000, np.uint16)).save(folder / "deep.png")
+    Image.fromarray(np.dstack([colour, np.full((40, 50), 90, np.uint8)])).save(folder / "alpha.png")
+    Image.fromarray(colour).quantize(4).save(folder / "palette.png")
+    names = ("cmyk.jpg", "exif.jpg", "grey.png", "deep.png", "alpha.png", "palette.png")
+    root = one_split(tmp_path / "set", coco_json(dict.fromkeys(names, (40, 50)), []), {}, images="images")
+    dataset = opened(root, tmp_path)
+    for index, name in enumerate(names):
+        image = dataset.splits["train"].records[index]["image"]
+        assert image.shape == (40, 50, 3) and image.dtype == np.uint8, name
+        expected = {"grey.png": (87, 87, 87), "deep.png": (156, 156, 156)}.get(name, (200, 40, 30))
+        np.testing.assert_allclose(image[20, 5], expected, atol=12, err_msg=name)
+
+
+@pytest.mark.skipif(SHARED is None, reason="needs the team's shared folder")
+@pytest.mark.parametrize("name", ["bccd", "coco_mini", "nuclei"])
+def test_real_folders_are_read_completely(name, tmp_path):
+    root = SHARED / "data" / name
+    dataset = opened(root, tmp_path)
+    for role, split in dataset.splits.items():
+        original = json.loads((root / "annotations" / f"instances_{role}.json").read_text())
+        truth = data.ground_truth(dataset, role)
+        assert split.log == [] and split.size == len(split.records) == len(original["images"])
+        for ours, theirs in zip(truth["annotations"], by_image(original), strict=True):
+            assert ours == theirs
+        if role == "val":  # train is the same code, and slow to score
+            assert perfect_ap(truth) == pytest.approx(1)
+        for index in range(0, split.size, 40):
+            example = split.records[index]
+            mine = [a["bbox"] for a in truth["annotations"] if a["image_id"] == example["image_id"]]
+            np.testing.assert_allclose(
+                example["boxes"][:, 2:] - example["boxes"][:, :2], np.reshape(mine, (-1, 4))[:, 2:], atol=0.01
+            )
+    assert dataset.splits["train"].size > 10

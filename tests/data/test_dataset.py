@@ -1,0 +1,86 @@
+"""Opening splits, limits, and prepared data that is damaged."""
+
+import cv2
+import numpy as np
+import pytest
+
+from kdjax import data
+from kdjax.errors import UserError
+from tests.support.data import coco_json, opened, paint, settings, small_folder, write_folder
+
+
+def test_limit_takes_the_first_images(tmp_path):
+    root = small_folder(tmp_path / "set")
+    dataset = opened(root, tmp_path, limit=2)
+    assert [s.size for s in dataset.splits.values()] == [2, 2]
+    truth = data.ground_truth(dataset, "train")
+    assert [i["id"] for i in truth["images"]] == [10, 11]
+    assert {a["image_id"] for a in truth["annotations"]} == {11}
+    assert len(data.ground_truth(dataset, "train", limit=1)["images"]) == 1
+
+
+def test_val_may_not_have_more_categories_than_train(tmp_path):
+    image = {"a.png": paint(20, 30, [])}
+    train, val = coco_json({"a.png": (20, 30)}, [], [(1, "cat")]), coco_json({"a.png": (20, 30)}, [], [(1, "dog")])
+    with pytest.raises(UserError, match="val split: category 1 is 'dog': the train split calls it 'cat'"):
+        opened(write_folder(tmp_path / "set", {"train": train, "val": val}, image), tmp_path)
+
+
+def test_damaged_prepared_data_is_reported(tmp_path):
+    root = small_folder(tmp_path / "set", count=3)
+    split = opened(root, tmp_path).splits["val"]
+    folder, [records] = split.folder, split.folder.rglob("*.array_record*")
+    for path in (folder / "meta.json", folder / "truth.json", folder / "log.json", records):
+        whole = path.read_bytes()
+        for spoil in (lambda path, whole: path.write_bytes(whole[: len(whole) // 2]), lambda path, _: path.unlink()):
+            spoil(path, whole)
+            with pytest.raises(UserError, match=f"is damaged or missing: delete {folder}"):
+                dataset = opened(root, tmp_path)
+                data.ground_truth(dataset, "val")
+                assert dataset.splits["val"].log == []
+        path.write_bytes(whole)
+    dataset = opened(root, tmp_path)
+    assert dataset.splits["val"].size == 3
+    # Damaged between its ends: only reading shows it.
+    records.write_bytes(whole[:200] + bytes(len(whole) - 400) + whole[-200:])
+    with pytest.raises(data.Damaged, match=f"{folder}/.* cannot be (read|decoded): prepare the data again"):
+        [dataset.splits["val"].records[index] for index in range(3)]
+    with pytest.raises(data.Damaged):
+        [dataset.splits["val"].image(image_id) for image_id in dataset.splits["val"].image_ids]
+    with pytest.raises(data.Damaged):  # the loader's threads pass it on
+        list(data.eval_batches(dataset, "val", settings(tmp_path), batch_size=2))
+
+
+def test_one_split_opens_without_the_other_and_shares_its_prepared_data(tmp_path):
+    root = small_folder(tmp_path / "set", count=5)
+    both = opened(root, tmp_path).splits["val"]
+    prepared = set((tmp_path / "cache" / "data").iterdir())
+    (root / "annotations" / "instances_train.json").unlink()
+    dataset = opened(root, tmp_path, ["val"], val_split="val")
+    [(role, split)] = dataset.splits.items()
+    assert role == "val" and set((tmp_path / "cache" / "data").iterdir()) == prepared
+    assert split.folder == both.folder and split.truth == both.truth and dataset.category_ids == (3, 11)
+    assert split.image_ids == [10, 11, 12]
+    for image_id, name in zip(split.image_ids, ("p0.png", "p1.png", "p2.png"), strict=True):
+        expected = cv2.imread(str(root / "images" / "val" / name))[:, :, ::-1]
+        np.testing.assert_array_equal(split.image(image_id), expected)
+    with pytest.raises(KeyError):
+        opened(root, tmp_path, ["val"], limit=2).splits["val"].image(12)
+    scenes = opened("", tmp_path, ["val"], source="scenes")
+    assert list(scenes.splits) == ["val"] and scenes.splits["val"].size == 3
+
+
+def test_labels_follow_the_categories_of_train(tmp_path):
+    """A val json that lists fewer categories, or in another order, gets the same labels and truth."""
+    pixels, boxes = {"a.png": paint(20, 30, [])}, [(0, 11, [1, 2, 10, 12], {}), (0, 20, [3, 4, 10, 12], {})]
+    train = coco_json({"a.png": (20, 30)}, [], [(20, "owl"), (3, "cat"), (11, "dog")])
+    val = coco_json({"a.png": (20, 30)}, boxes, [(20, "owl"), (11, "dog")])
+    root = write_folder(tmp_path / "set", {"train": train, "val": val}, pixels)
+    dataset = opened(root, tmp_path)
+    assert dataset.classes == ("cat", "dog", "owl")
+    assert dataset.splits["val"].records[0]["labels"].tolist() == [1, 2]
+    truth = data.ground_truth(dataset, "val")
+    assert [entry["id"] for entry in truth["categories"]] == [3, 11, 20]
+    assert [entry["category_id"] for entry in truth["annotations"]] == [11, 20]
+    alone = opened(root, tmp_path, ["val"])
+    assert alone.classes == ("dog", "owl") and alone.splits["val"].records[0]["labels"].tolist() == [0, 1]

@@ -1,0 +1,19 @@
+"""The command that prepares TFDS directories."""
+
+import importlib.util
+
+import pytest
+
+from kdjax.data import prepare
+
+
+def test_preparing_needs_tensorflow_and_says_so(tmp_path, capsys):
+    if importlib.util.find_spec("tensorflow"):
+        pytest.skip("it is installed")
+    for arguments, words in [
+        (["coco/2017"], "TFDS's builders need TensorFlow: pip install 'kdjax"),
+        (["coco/2014"], "invalid choice: 'coco/2014'"),
+    ]:
+        with pytest.raises(SystemExit):
+            prepare.main([f"--data_dir={tmp_path}", *arguments])
+        assert words in capsys.readouterr().err
