@@ -1,10 +1,10 @@
-"""What the input side gives: images/s decoded by one core, and images/s of batches, plain and with Mosaic and MixUp.
+"""Throughput of the input: images/s decoded by one core, and images/s of batches, plain and with Mosaic and MixUp.
 
     python benchmarks/loader.py --root=DIR    # a folder in COCO layout; without it the embedded scenes
 
-Batches are made with 0, 1 and 2 worker processes, and Mosaic and MixUp also without keeping late images in memory.
-Variants take turns, so that other work on the machine hits all alike; of each the median over the rounds counts. How
-long a run really waits for its batches is `wait_share` in its metrics.jsonl.
+Batches are made with 0, 1 and 2 worker processes, and Mosaic and MixUp also without keeping earlier images in memory.
+Variants take turns, so that other load on the machine affects all of them; the result is the median over the rounds.
+The time that a run waits for its batches is `wait_share` in its metrics.jsonl.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import time
 from unittest import mock
 
 from kdjax import data
-from kdjax.data import loader, records
+from kdjax.data import build, plans, records
 from kdjax.train import config as settings
 
 MIXED = dict(mosaic=True, mixup=1.0, scale=(0.1, 2.0))
@@ -75,13 +75,13 @@ def measure(config, batch: int, count: int, kept: bool) -> tuple[float, int]:
     dataset = data.open_dataset(config)
     before = 4
     if kept and config.augment.mosaic:
-        before += config.augment.cache * 3 // 2 // loader.STREAM
+        before += config.augment.cache * 3 // 2 // plans.STREAM
     with contextlib.ExitStack() as stack:
         # As with a large data set, the images do not all fit into memory.
-        stack.enter_context(mock.patch.object(loader, "_KEEP", 0))
+        stack.enter_context(mock.patch.object(build, "KEEP_BYTES", 0))
         if not kept:
-            stack.enter_context(mock.patch.object(loader, "_last", lambda count, function: function))
-        batches = loader.train_batches(dataset, config, batch_size=batch, seed=0)
+            stack.enter_context(mock.patch.object(build, "memoized", lambda function, count: function))
+        batches = data.train_batches(dataset, config, batch_size=batch, seed=0)
         stack.enter_context(contextlib.closing(batches))
         for _ in range(before):
             next(batches)

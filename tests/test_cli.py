@@ -467,7 +467,7 @@ def test_evaluate_refuses_other_classes_and_broken_images(made, tmp_path, capsys
     assert "hold no object" in refused_at_the_end(capsys, "evaluate", one, f"--data={tmp_path / 'data'}")
     file.write_text(json.dumps(truth))
     (tmp_path / "data" / "images" / "val" / "val_00003.png").write_text("broken")
-    assert "val_00003.png cannot be read" in refused_at_the_end(capsys, "evaluate", one, f"--data={tmp_path / 'data'}")
+    assert "val_00003.png: cannot be read" in refused_at_the_end(capsys, "evaluate", one, f"--data={tmp_path / 'data'}")
 
 
 def test_evaluate_tells_what_is_left_out(made, tmp_path, capsys):

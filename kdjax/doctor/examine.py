@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from kdjax import data, weights
 from kdjax.data.coco import CLIPPED
-from kdjax.errors import prefix
 from kdjax.detectors.api import Detector, flatten
+from kdjax.errors import prefix
 from kdjax.evals import coco, complexity, tide
 from kdjax.methods import api
 from kdjax.train import loop, optim
