@@ -28,7 +28,8 @@ Value = TypeVar("Value")
 class Builder(Protocol):
     """Makes the rows of a batch, or of a part of it, from their plan."""
 
-    images: "Images"
+    @property
+    def images(self) -> "Images": ...
 
     def __call__(self, plan: list[Any], /) -> list[Arrays]: ...
 
@@ -89,14 +90,15 @@ class TrainBuilder:
     def _single(self, row: Row) -> Sample:
         """The image of a row before MixUp: one image or a Mosaic, augmented."""
         stage = self.stages[row.stage]
+        options: dict[str, Any] = stage.augment
         if stage.mosaic:
             y, x = (int(share * side) for share, side in zip(row.centre, self.canvas, strict=True))
             twice = (2 * self.canvas[0], 2 * self.canvas[1])
             sample = transforms.mosaic([self._cached_tile(image) for image in row.images], (y, x), twice)
             # The scale of a Mosaic is relative to its own size, which is twice the canvas.
-            options = stage.augment | {"scale": tuple(2 * factor for factor in stage.augment["scale"])}
+            options = options | {"scale": tuple(2 * factor for factor in options["scale"])}
         else:
-            sample, options = _sample(self.images[row.images[0]]), stage.augment
+            sample = _sample(self.images[row.images[0]])
         return transforms.augment(
             sample, np.random.default_rng((self.seed, row.position)), canvas=self.canvas, **options
         )
@@ -141,14 +143,16 @@ class EvalBuilder:
 
     def _row(self, index: int | None) -> Arrays:
         if index is None:
-            example = dict(image=np.full((*self.canvas, 3), transforms.PAD, np.uint8), image_id=-1)
-            example |= dict(boxes=np.zeros((0, 4), np.float32), labels=np.zeros(0, np.int32))
+            image_id = -1
+            grey = np.full((*self.canvas, 3), transforms.PAD, np.uint8)
+            sample = Sample(grey, np.zeros((0, 4), np.float32), np.zeros(0, np.int32))
         else:
             example = self.images[index]
-        original = example["image"].shape[:2]
+            image_id, sample = example["image_id"], _sample(example)
+        original = sample.image.shape[:2]
         _, size = transforms.fitted(original, self.canvas, round_down=self.round_down)
-        return _padded(transforms.resize(_sample(example), size), self.canvas, self.max_boxes) | {
-            "image_id": np.array(example["image_id"], np.int64),
+        return _padded(transforms.resize(sample, size), self.canvas, self.max_boxes) | {
+            "image_id": np.array(image_id, np.int64),
             "original_size": np.array(original, np.int32),
             "real": np.array(index is not None, np.bool_),
         }

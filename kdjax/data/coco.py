@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from kdjax.data import records
 from kdjax.data.records import ImageRecord
@@ -164,7 +164,7 @@ def check(data: Mapping[str, Any], name: str) -> tuple[list[ImageRecord], dict[i
             note("repaired", "iscrowd is neither 0 nor 1: set to 0")
         entry["iscrowd"] = int(entry.get("iscrowd") == 1)
         area = entry.get("area")
-        if not _finite(area) or area < 0:
+        if not (_finite(area) and area >= 0):
             if area is not None:
                 note("repaired", "area is not a number >= 0: set to the area of the box")
             entry["area"] = bbox[2] * bbox[3]
@@ -224,7 +224,7 @@ def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
 
 
-def _finite(value: Any) -> bool:
+def _finite(value: Any) -> TypeGuard[float]:
     """Whether it is a number that float32 can hold."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e38
 

@@ -6,8 +6,7 @@ every batch are one stream. Whole streams belong to one worker, which keeps the 
 """
 
 import dataclasses
-from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -28,11 +27,19 @@ class Row(NamedTuple):
     mirrored: bool = False  # whether the partner is flipped once more
 
 
+class Order(Protocol):
+    """The image at every position of an endless stream."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainPlans:
     """An endless sequence: element k lists this host's rows of batch k."""
 
-    order: Sequence[int]  # the image at every position
+    order: Order  # the image at every position
     seed: int
     batch: int  # rows of the global batch
     rows: range  # the rows of this host
@@ -42,9 +49,9 @@ class TrainPlans:
     def __len__(self) -> int:
         return -(-len(self.order) // self.batch)
 
-    def __getitem__(self, step: int) -> list[Row]:
-        stage = sum(step >= start for start in self.starts) - 1
-        return [self._row(step * self.batch + row, stage) for row in self.rows]
+    def __getitem__(self, index: int) -> list[Row]:
+        stage = sum(index >= start for start in self.starts) - 1
+        return [self._row(index * self.batch + row, stage) for row in self.rows]
 
     def _row(self, position: int, stage: int) -> Row:
         """The row at a position, with MixUp's partner."""
@@ -89,5 +96,5 @@ class EvalPlans:
     def __len__(self) -> int:
         return -(-self.size // self.batch)
 
-    def __getitem__(self, step: int) -> list[int | None]:
-        return [p if p < self.size else None for p in range(step * self.batch, (step + 1) * self.batch)]
+    def __getitem__(self, index: int) -> list[int | None]:
+        return [p if p < self.size else None for p in range(index * self.batch, (index + 1) * self.batch)]

@@ -153,14 +153,11 @@ class Reader:
     labels: tuple[int, ...] = ()  # the data set's label of every stored label; needed for decoded examples
 
     @functools.cached_property
-    def _sources(self) -> list:
+    def _sources(self) -> list[Any]:
+        decoders = {"image": tfds.decode.SkipDecoding()}
         with _OPENING:
-            return [
-                tfds.builder_from_directory(directory).as_data_source(
-                    split=split, decoders={"image": tfds.decode.SkipDecoding()}
-                )
-                for directory, split in self.parts
-            ]
+            builders: list[tuple[Any, str]] = [(tfds.builder_from_directory(path), split) for path, split in self.parts]
+            return [builder.as_data_source(split=split, decoders=decoders) for builder, split in builders]
 
     @functools.cached_property
     def _ends(self) -> list[int]:

@@ -1,9 +1,8 @@
 """The embedded data set: small generated images of textured, overlapping shapes in clutter.
 
-Image `index` of a split is a pure function of (SEED, split, index). Some classes differ in a small part (disc and
-wedge) or in texture alone (striped and checked), so that there is something to learn for a detector of every capacity;
-every other shape carries any texture. A class has a usual colour, which most of its objects have, and no clutter
-avoids: a first cue, which alone misleads.
+Image `index` of a split is a pure function of (SEED, split, index). Some classes differ in a small part only (disc and
+wedge) or in texture only (striped and checked), so that larger detectors have more to learn; all other shapes may have
+any texture. Most objects have the usual colour of their class, and so may clutter: colour helps, but is not enough.
 """
 
 import hashlib
@@ -27,33 +26,33 @@ COLOURS = {
 }
 CLASSES = tuple(COLOURS)
 
-# Everything that sets how hard the images are.
+# The difficulty of the images.
 SEED = 20240607
 SIDE = 128  # px, height and width
-EMPTY = 0.04  # share of images without objects
-OBJECTS = (1, 6)  # objects in the others
-SIZES = (12.0, 104.0)  # px, across; the logarithm is uniform
-OVERLAP = 0.35  # largest share of an object that others may hide
-CONTRAST = (0.18, 0.55)  # distance of an object's colour from what is behind it, of 1
+EMPTY = 0.04  # probability of an image without objects
+OBJECTS = (1, 6)  # number of objects in other images
+SIZES = (12.0, 104.0)  # px, diameter of an object; the logarithm is uniform
+OVERLAP = 0.35  # largest share of an object that others may cover
+CONTRAST = (0.18, 0.55)  # distance of an object's colour from its background, of 1
 TEXTURE = (0.14, 0.45)  # distance between the two colours of a texture
-CLUTTER = (2, 8)  # fragments behind the objects
-BARS = 0.25  # share of images with thin bars in front of the objects
+CLUTTER = (2, 8)  # number of fragments behind the objects
+BARS = 0.25  # probability of thin bars in front of the objects
 SQUEEZE = (0.65, 1.0)  # smaller over larger axis of an object
 NOISE = (0.0, 0.035)  # standard deviation of the sensor noise, of 1
 BLUR = (0.0, 0.6)  # px, standard deviation
 LIGHT = (0.55, 1.0)  # darkest over brightest corner
 WEDGE = (0.55, 1.1)  # rad, opening of the wedge
-USUAL = 0.65  # share of objects in the usual colour of their class
+USUAL = 0.65  # probability of the usual colour of the class
 SHADE = 0.2  # largest distance from the usual colour, of 1
 
 
 def fingerprint() -> str:
-    """Changes with every change of this file: prepared images are then made anew."""
+    """Hash of this file, so that every change of it prepares the images again."""
     return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
 
 def stream(split: str, count: int) -> Iterator[tuple[ImageRecord, bytes]]:
-    """Images 0 .. count-1 of a split with their PNG bytes (lossless, so the same wherever NumPy and OpenCV agree)."""
+    """Yields images 0 .. count-1 of a split ('train' or 'val') with their PNG bytes."""
     annotation_id = 0
     for index in range(count):
         image, objects = render(split, index)
@@ -67,7 +66,11 @@ def stream(split: str, count: int) -> Iterator[tuple[ImageRecord, bytes]]:
 
 
 def render(split: str, index: int) -> tuple[np.ndarray, list[tuple[int, list[float], float]]]:
-    """One image and its objects.
+    """Draws one image and its objects.
+
+    Args:
+      split: 'train' or 'val'.
+      index: 0 or more.
 
     Returns:
       u8[SIDE, SIDE, 3] RGB and for every object (label, [x, y, w, h] of its visible pixels, visible pixels).
@@ -80,11 +83,11 @@ def render(split: str, index: int) -> tuple[np.ndarray, list[tuple[int, list[flo
         _paint(image, mask, corner, rng, _any_texture(rng), size)
 
     owner = np.full((SIDE, SIDE), -1, np.int16)  # which object is in front
-    labels, totals, visible = [], [], []  # of every object: label, pixels, pixels that nothing hides
-    wanted = 0 if rng.random() < EMPTY else int(rng.integers(*OBJECTS, endpoint=True))
-    for _ in range(wanted):
+    labels, totals, visible = [], [], []  # of every object: label, pixels, visible pixels
+    count = 0 if rng.random() < EMPTY else int(rng.integers(*OBJECTS, endpoint=True))
+    for _ in range(count):
         label, size = int(rng.integers(len(CLASSES))), _log_uniform(rng, *SIZES)
-        margin = 0.35 * size  # objects may stick out a little
+        margin = 0.35 * size  # objects may extend slightly beyond the image
         centre = rng.uniform(margin, SIDE - margin, 2)
         mask, corner = _mask(_outline(CLASSES[label], rng), rng, size, centre)
         window = owner[corner[0] : corner[0] + mask.shape[0], corner[1] : corner[1] + mask.shape[1]]
@@ -92,9 +95,9 @@ def render(split: str, index: int) -> tuple[np.ndarray, list[tuple[int, list[flo
         if not solid.any():
             continue
         hidden = np.bincount(window[solid] + 1, minlength=len(labels) + 1)[1:]
-        left = [seen - int(lost) for seen, lost in zip(visible, hidden, strict=True)]
+        left = [before - int(lost) for before, lost in zip(visible, hidden, strict=True)]
         if any(s < (1 - OVERLAP) * t for s, t, lost in zip(left, totals, hidden, strict=True) if lost):
-            continue  # something would vanish behind it
+            continue  # it would cover too much of another object
         window[solid] = len(labels)
         labels.append(label)
         totals.append(int(solid.sum()))
@@ -105,11 +108,11 @@ def render(split: str, index: int) -> tuple[np.ndarray, list[tuple[int, list[flo
 
     objects = []
     for number, label in enumerate(labels):
-        mine = owner == number
-        area = int(mine.sum())
+        mask = owner == number
+        area = int(mask.sum())
         if area < max((1 - OVERLAP) * totals[number] * 0.6, 12):
-            continue  # bars have taken so much that it would not be fair to ask for it
-        (top, bottom), (left, right) = (np.flatnonzero(mine.any(axis))[[0, -1]].tolist() for axis in (1, 0))
+            continue  # bars cover too much of it
+        (top, bottom), (left, right) = (np.flatnonzero(mask.any(axis))[[0, -1]].tolist() for axis in (1, 0))
         objects.append((label, [float(left), float(top), right - left + 1.0, bottom - top + 1.0], float(area)))
     return _camera(image, rng), objects
 
@@ -118,7 +121,7 @@ def _log_uniform(rng, low, high):
     return math.exp(rng.uniform(math.log(low), math.log(high)))
 
 
-# Shapes: lists of closed outlines in the unit disc; what lies inside an odd number of them is filled.
+# Shapes: lists of closed outlines in the unit disc; points inside an odd number of them are filled.
 
 
 def _circle(radius=1.0, start=0.0, stop=2 * math.pi, points=40):
@@ -149,7 +152,7 @@ def _outline(name: str, rng) -> list[np.ndarray]:
 
 
 def _fragment(rng) -> list[np.ndarray]:
-    """Clutter: things that are of no class."""
+    """The outline of clutter, which has no class."""
     kind = rng.integers(5)
     if kind == 0:  # arc
         stop = rng.uniform(1.0, 4.5)
@@ -168,7 +171,7 @@ def _fragment(rng) -> list[np.ndarray]:
 
 
 def _mask(outline, rng, size, centre) -> tuple[np.ndarray, tuple[int, int]]:
-    """Coverage f32[h, w] in 0 .. 1 of the turned and squeezed outline, and its corner (top, left) in the image."""
+    """Coverage f32[h, w] in 0 .. 1 of the rotated and squeezed outline, and its corner (top, left) in the image."""
     turn, squeeze, skew = rng.uniform(0, 2 * math.pi), rng.uniform(*SQUEEZE), rng.uniform(0, 2 * math.pi)
     transform = _rotation(skew) @ np.diag([1.0, squeeze]) @ _rotation(turn) * (size / 2)
     points = [o @ transform.T + centre for o in outline]
@@ -218,7 +221,7 @@ def _texture(kind: str, shape, rng, size) -> np.ndarray:
 
 
 def _paint(image, mask, corner, rng, texture, size, usual=None) -> None:
-    """Blend a textured shape into the image, in colours that stand out from what is there by what CONTRAST allows."""
+    """Blends a textured shape into the image, in colours that differ from the background as CONTRAST says."""
     top, left = corner
     window = image[top : top + mask.shape[0], left : left + mask.shape[1]]
     weight = mask.sum()
@@ -253,7 +256,7 @@ def _background(rng) -> np.ndarray:
 
 
 def _bars(image, owner, rng) -> None:
-    """One to three thin bars right across, in front of everything."""
+    """Draws one to three thin bars across the image, in front of everything."""
     for _ in range(rng.integers(1, 4)):
         ends = rng.uniform(0, SIDE, (2, 2))
         ends += (ends[1] - ends[0]) * np.array([[-3], [3]])
@@ -265,7 +268,7 @@ def _bars(image, owner, rng) -> None:
 
 
 def _camera(image, rng) -> np.ndarray:
-    """Light, blur, noise, eight bits."""
+    """Applies light, blur, noise and rounding to eight bits."""
     corners = rng.uniform(*LIGHT, (2, 2)).astype(np.float32)
     image = image * cv2.resize(corners, (SIDE, SIDE), interpolation=cv2.INTER_LINEAR)[..., None]
     sigma = rng.uniform(*BLUR)

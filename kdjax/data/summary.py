@@ -1,4 +1,4 @@
-"""The dry run: what would be trained, in words and numbers."""
+"""The text of the dry run: a description of the data."""
 
 import collections
 from collections.abc import Mapping
@@ -8,12 +8,12 @@ import numpy as np
 from kdjax.data.dataset import LOG, Dataset, Split, ground_truth
 from kdjax.data.stages import canvas_size
 
-SHOWN = 20  # entries of the list of dropped and repaired things
+SHOWN = 20  # entries of the list of dropped and repaired objects
 _SMALL, _LARGE = 32**2, 96**2  # px², COCO's bounds of small and large
 
 
 def summary(dataset: Dataset, cfg: Mapping) -> str:
-    """What `--config.data.check=True` prints: images, boxes by class and size, what was dropped or repaired and why.
+    """The text of `--config.data.check=True`: images, boxes by class and size, dropped and repaired objects.
 
     Args:
       dataset: from `open_dataset`.
@@ -30,7 +30,7 @@ def summary(dataset: Dataset, cfg: Mapping) -> str:
     truths = {role: ground_truth(dataset, role) for role in dataset.splits}
     for role, split in dataset.splits.items():
         lines += _split(role, split.name, truths[role], dataset.max_boxes)
-    lines.append(f"an epoch is {dataset.splits['train'].size} images, each once, in a new order every epoch")
+    lines.append(f"an epoch is {dataset.splits['train'].size} images, each once, in a new order")
     lines += ["", *_table(dataset, truths), ""]
     for role, split in dataset.splits.items():
         lines += _log(role, split)
@@ -43,11 +43,11 @@ def _split(role: str, name: str, truth: dict, max_boxes: int) -> list[str]:
     line = f"{role} ('{name}'): {len(truth['images'])} images, {len(truth['images']) - len(boxes)} without objects, "
     line += f"{sum(boxes.values())} boxes, at most {max(boxes.values(), default=0)} an image"
     if crowd:
-        line += f", {crowd} crowd regions or difficult objects (kept for evaluation, not trained on)"
+        line += f", {crowd} crowd regions or difficult objects (used in evaluation only)"
     lines = [line]
     over = sum(count > max_boxes for count in boxes.values())
     if over:
-        lines.append(f"  {over} images have more than max_boxes={max_boxes} boxes: their smallest are left out")
+        lines.append(f"  {over} images have more than max_boxes={max_boxes} boxes: the smallest are left out")
     return lines
 
 
@@ -72,7 +72,7 @@ def _table(dataset: Dataset, truths: dict[str, dict]) -> list[str]:
 
 
 def _log(role: str, split: Split) -> list[str]:
-    """Counts of everything dropped or repaired, then the first of them by name, and where to read the rest."""
+    """Counts of dropped and repaired objects by reason, the first entries, and the file with the full list."""
     log = split.log
     if not log:
         return [f"{role}: nothing dropped, nothing repaired"]
@@ -82,5 +82,5 @@ def _log(role: str, split: Split) -> list[str]:
         which = "" if entry["annotation"] is None else f" annotation {entry['annotation']}"
         lines.append(f"  {entry['file']}{which}: {entry['action']}, {entry['reason']}")
     if len(log) > SHOWN:
-        lines.append(f"  … and {len(log) - SHOWN} more, all of them in {split.folder / LOG}")
+        lines.append(f"  … and {len(log) - SHOWN} more: full list in {split.folder / LOG}")
     return lines

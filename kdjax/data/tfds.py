@@ -78,7 +78,7 @@ def _open(directory: Path) -> tfds.core.DatasetBuilder:
         builder = tfds.builder_from_directory(str(directory))
     except Exception as error:
         raise UserError(f"{directory}: not a readable TFDS directory: {error}") from None
-    features = builder.info.features
+    features: Any = builder.info.features
     objects = features["objects"] if "objects" in features else {}
     if "is_difficult" in objects:  # voc
         top, inner = ("image", "image/filename", "objects"), ("bbox", "label")

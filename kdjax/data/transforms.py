@@ -1,7 +1,7 @@
-"""Geometry and colour of training and evaluation images; everything that marks an object moves with the pixels.
+"""Geometry and colour of training and evaluation images; boxes, polygons and masks move with the pixels.
 
-Pixels are continuous: an image spans 0 .. w. Objects end where their image is cut, and one of which too little is
-left is dropped (`crop`). The steps are those of RTMDet (Lyu et al. 2022, arXiv 2212.07784).
+Coordinates are continuous: an image spans 0 .. w. Objects are clipped where their image is cropped, and dropped if too
+little is left (`crop`). The steps are those of RTMDet (Lyu et al. 2022, arXiv 2212.07784).
 """
 
 import itertools
@@ -12,8 +12,8 @@ import cv2
 import numpy as np
 
 PAD = 114  # grey level of the canvas outside the image
-MIN_SIZE = 1.0  # px: a box whose side is shorter after a crop is dropped
-MIN_VISIBLE = 0.1  # a box of whose area a crop leaves less is dropped
+MIN_SIZE = 1.0  # px: a box with a shorter side after a crop is dropped
+MIN_VISIBLE = 0.1  # a box is dropped if a crop leaves a smaller share of its area
 
 
 class Sample(NamedTuple):
@@ -27,7 +27,7 @@ class Sample(NamedTuple):
 
 
 def resize(sample: Sample, size: tuple[int, int]) -> Sample:
-    """Bilinear resize to size (h, w) px; objects are scaled by the true ratio of each axis, masks by nearest pixel."""
+    """Resizes bilinearly to size (h, w) px; boxes by the exact ratio of each axis, masks by nearest pixel."""
     height, width = sample.image.shape[:2]
     if (height, width) == tuple(size):
         return sample
@@ -47,9 +47,9 @@ def resize(sample: Sample, size: tuple[int, int]) -> Sample:
 def fitted(
     image_size: tuple[int, int], canvas: tuple[int, int], *, round_down: bool = False
 ) -> tuple[float, tuple[int, int]]:
-    """The factor that fits an image (h, w) into the canvas (h, w) keeping its aspect ratio, and the size it gets.
+    """The factor that fits an image (h, w) into the canvas (h, w) with its aspect ratio, and the resulting size.
 
-    The size is rounded half up, or down, in whole pixels, at least 1.
+    The size is rounded half up, or down, to integers of at least 1.
 
     Example:
       >>> fitted((480, 640), (320, 320))
@@ -58,8 +58,9 @@ def fitted(
       ((214, 320), (213, 320))
     """
     factor = min(canvas[0] / image_size[0], canvas[1] / image_size[1])
-    if round_down:  # a product that is whole but for its own rounding counts as whole
-        return factor, tuple(max(int(side * factor + 1e-6), 1) for side in image_size)
+    if round_down:  # the small number keeps a product that is whole but for rounding
+        height, width = (max(int(side * factor + 1e-6), 1) for side in image_size)
+        return factor, (height, width)
     return factor, scaled(image_size, factor)
 
 
@@ -69,11 +70,11 @@ def scaled(image_size: tuple[int, int], factor: float) -> tuple[int, int]:
 
 
 def crop(sample: Sample, top: int, left: int, size: tuple[int, int]) -> Sample:
-    """The window of `size` (h, w) px at (top, left) inside the image, as far as the image reaches.
+    """Crops to the window of `size` (h, w) px at (top, left), as far as the image extends.
 
     Returns:
-      The window with the objects that remain, clipped to it: a box keeps its place if its sides are at least `MIN_SIZE`
-      px and at least `MIN_VISIBLE` of its area is in view. A polygon of which nothing is in view has no rings.
+      The window with the remaining objects, clipped to it. A box remains if its sides are at least `MIN_SIZE` px and at
+      least `MIN_VISIBLE` of its area is inside. A polygon that is completely outside has no rings.
 
     Example:
       >>> box, label = np.array([[2, 2, 6, 6]], np.float32), np.array([1], np.int32)
@@ -88,18 +89,18 @@ def crop(sample: Sample, top: int, left: int, size: tuple[int, int]) -> Sample:
     inside = np.clip(moved, 0, np.array([width, height, width, height], np.float32))
     sides, before = inside[:, 2:] - inside[:, :2], moved[:, 2:] - moved[:, :2]
     keep = (sides >= MIN_SIZE).all(-1) & (sides.prod(-1) >= MIN_VISIBLE * before.prod(-1))
-    polygons = sample.polygons
-    if polygons is not None:
+    polygons = None
+    if sample.polygons is not None:
         corner = np.array([left, top], np.float32)
-        polygons = tuple(rings for rings, kept in zip(polygons, keep, strict=True) if kept)
-        polygons = _each(polygons, lambda ring: _clip(ring - corner, width, height))
-        polygons = tuple(tuple(ring for ring in rings if len(ring) > 2) for rings in polygons)
+        kept = (rings for rings, inside in zip(sample.polygons, keep, strict=True) if inside)
+        clipped = ([_clip(ring - corner, width, height) for ring in rings] for rings in kept)
+        polygons = tuple(tuple(ring for ring in rings if len(ring) > 2) for rings in clipped)
     masks = None if sample.masks is None else sample.masks[keep, rows, columns]
     return Sample(window, inside[keep], sample.labels[keep], polygons, masks)
 
 
 def flip(sample: Sample) -> Sample:
-    """Mirror left and right.
+    """Flips horizontally.
 
     Example:
       >>> box = np.array([[1, 0, 3, 4]], np.float32)
@@ -107,17 +108,18 @@ def flip(sample: Sample) -> Sample:
       array([[7., 0., 9., 4.]], dtype=float32)
     """
     width, boxes = sample.image.shape[1], sample.boxes
+    corner, sign = np.array([width, 0], np.float32), np.array([-1, 1], np.float32)
     boxes = np.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], axis=-1)
     return sample._replace(
         image=cv2.flip(sample.image, 1),
         boxes=boxes.astype(np.float32),
-        polygons=_each(sample.polygons, lambda ring: np.array([width, 0], np.float32) + ring * np.float32([-1, 1])),
+        polygons=_each(sample.polygons, lambda ring: corner + ring * sign),
         masks=None if sample.masks is None else sample.masks[:, :, ::-1],
     )
 
 
 def pad(sample: Sample, canvas: tuple[int, int]) -> Sample:
-    """The image at the top left of a grey canvas (h, w) px that is at least as large."""
+    """Pads to a canvas (h, w) px that is at least as large: the image at the top left, grey elsewhere."""
     height, width = sample.image.shape[:2]
     if (height, width) == tuple(canvas):
         return sample
@@ -127,30 +129,35 @@ def pad(sample: Sample, canvas: tuple[int, int]) -> Sample:
 
 
 def mosaic(tiles: Sequence[Sample], centre: tuple[int, int], canvas: tuple[int, int]) -> Sample:
-    """Four images around a point, each with one corner there; what does not fit on the canvas is cut off.
+    """Four images around a point, each with one corner there; parts beyond the canvas are cut off.
 
     Args:
-      tiles: at the top left, top right, bottom left and bottom right of the point, as large as they shall be.
+      tiles: top left, top right, bottom left and bottom right of the point, already resized.
       centre: the point (y, x), px of the canvas, inside it.
       canvas: (height, width) px.
 
     Returns:
-      The canvas, grey where no image lies, with the objects of all four in their order.
+      The canvas, grey where there is no image, with the objects of all four in order.
 
     Reference: YOLOv4 (Bochkovskiy et al. 2020, arXiv 2004.10934); the layout is that of YOLOX and RTMDet.
     """
     image = np.full((*canvas, 3), PAD, np.uint8)
     placed = []
     for index, tile in enumerate(tiles):
-        start, corner, seen = [], [], []  # first row and column in view of the tile; where it goes; how much it is
-        for after, middle, side, end in zip(divmod(index, 2), centre, tile.image.shape[:2], canvas, strict=True):
-            seen.append(min(side, end - middle if after else middle))
-            start.append(0 if after else side - seen[-1])
-            corner.append(middle if after else middle - seen[-1])
-        part = crop(tile, *start, tuple(seen))
-        image[corner[0] : corner[0] + seen[0], corner[1] : corner[1] + seen[1]] = part.image
-        placed.append(_moved(part, *corner, canvas))
+        (top, y, height), (left, x, width) = (
+            _visible(side, middle, end, after=bool(after))
+            for after, middle, side, end in zip(divmod(index, 2), centre, tile.image.shape[:2], canvas, strict=True)
+        )
+        part = crop(tile, top, left, (height, width))
+        image[y : y + height, x : x + width] = part.image
+        placed.append(_moved(part, y, x, canvas))
     return _joined(image, placed)
+
+
+def _visible(side: int, middle: int, end: int, *, after: bool) -> tuple[int, int, int]:
+    """Along one axis, the visible part of a tile before or after `middle`: its start, its place, its length."""
+    length = min(side, end - middle if after else middle)
+    return (0, middle, length) if after else (side - length, middle - length, length)
 
 
 def mixup(first: Sample, second: Sample) -> Sample:
@@ -162,12 +169,12 @@ def mixup(first: Sample, second: Sample) -> Sample:
 
 
 def hsv_jitter(image: np.ndarray, shifts: tuple[int, int, int]) -> np.ndarray:
-    """Shift hue (of 180, cyclic), saturation and value (of 255, clipped); YOLOX's colour augmentation."""
+    """Shifts hue (of 180, cyclic), saturation and value (of 255, clipped), as YOLOX does."""
     if not any(shifts):
         return image
     hue, saturation, value = cv2.split(cv2.cvtColor(image, cv2.COLOR_RGB2HSV))
     levels = np.arange(256)
-    tables = (
+    tables = (  # of hue, saturation and value
         ((levels + shifts[0]) % 180).astype(np.uint8),
         np.clip(levels + shifts[1], 0, 255).astype(np.uint8),
         np.clip(levels + shifts[2], 0, 255).astype(np.uint8),
@@ -177,9 +184,9 @@ def hsv_jitter(image: np.ndarray, shifts: tuple[int, int, int]) -> np.ndarray:
 
 
 def draw_shifts(rng: np.random.Generator, gains: tuple[float, float, float]) -> tuple[int, int, int]:
-    """Whole-number shifts for `hsv_jitter`: each uniform in -gain .. gain, and zero half of the time."""
-    shifts = rng.uniform(-1, 1, 3) * np.asarray(gains, float) * rng.integers(0, 2, 3)
-    return tuple(int(s) for s in shifts)
+    """Draws integer shifts for `hsv_jitter`: each uniform in -gain .. gain, and zero with probability 1/2."""
+    hue, saturation, value = rng.uniform(-1, 1, 3) * np.asarray(gains, float) * rng.integers(0, 2, 3)
+    return int(hue), int(saturation), int(value)
 
 
 def augment(
@@ -195,11 +202,20 @@ def augment(
     """One training image: random resize, random crop to the canvas, flip, colour; not yet padded.
 
     The factor is drawn uniformly from `scale`, relative to the size at which the image just fits the canvas; (0.1, 2)
-    is large-scale jitter (Ghiasi et al. 2021, arXiv 2012.07177). Without `random_crop` it is at most 1, so that
-    everything stays in view. The number of draws does not depend on the image.
+    is large-scale jitter (Ghiasi et al. 2021, arXiv 2012.07177). Without `random_crop` it is at most 1, so that nothing
+    is cut off. The number of random draws does not depend on the image.
+
+    Args:
+      sample: the image, of any size.
+      rng: generator of the draws.
+      canvas: (height, width) px.
+      flip_share: probability of a horizontal flip.
+      scale: (low, high) of the factor.
+      random_crop: whether a resized image that is larger than the canvas is cropped at random.
+      hsv: gains of `draw_shifts`.
 
     Returns:
-      An image of at most `canvas` (h, w) px with the objects that remain.
+      An image of at most `canvas` (h, w) px with the remaining objects.
     """
     factor, top, left, mirrored = rng.uniform(*scale), rng.uniform(), rng.uniform(), rng.uniform() < flip_share
     shifts = draw_shifts(rng, hsv)
@@ -207,7 +223,7 @@ def augment(
         factor = min(factor, 1.0)
     fit, _ = fitted(sample.image.shape[:2], canvas)
     size = scaled(sample.image.shape[:2], fit * factor)
-    # Enlarging only what is kept would be cheaper, but would not give the same pixels at the window's border.
+    # To enlarge only the window would be cheaper, but would change the pixels at its border.
     sample = resize(sample, size)
     spare = max(size[0] - canvas[0], 0), max(size[1] - canvas[1], 0)
     sample = crop(sample, int(top * (spare[0] + 1)), int(left * (spare[1] + 1)), canvas)
@@ -222,11 +238,11 @@ def _each(polygons: tuple | None, function: Callable) -> tuple | None:
 
 
 def _moved(sample: Sample, top: int, left: int, canvas: tuple[int, int]) -> Sample:
-    """The objects of an image that is put at (top, left) of a canvas; the image is left for the caller to draw."""
-    masks = sample.masks
-    if masks is not None:
-        height, width = masks.shape[1:]
-        masks = np.zeros((len(masks), *canvas), np.uint8)
+    """The objects of an image that is placed at (top, left) of a canvas; the caller draws the image."""
+    masks = None
+    if sample.masks is not None:
+        count, height, width = sample.masks.shape
+        masks = np.zeros((count, *canvas), np.uint8)
         masks[:, top : top + height, left : left + width] = sample.masks
     return sample._replace(
         boxes=sample.boxes + np.array([left, top, left, top], np.float32),
@@ -236,7 +252,7 @@ def _moved(sample: Sample, top: int, left: int, canvas: tuple[int, int]) -> Samp
 
 
 def _joined(image: np.ndarray, samples: Sequence[Sample]) -> Sample:
-    """One image with the objects of several; polygons and masks only if all have them."""
+    """An image with the objects of several; polygons and masks only if all have them."""
     polygons = [s.polygons for s in samples if s.polygons is not None]
     masks = [s.masks for s in samples if s.masks is not None]
     return Sample(
@@ -251,14 +267,14 @@ def _joined(image: np.ndarray, samples: Sequence[Sample]) -> Sample:
 def _clip(ring: np.ndarray, width: int, height: int) -> np.ndarray:
     """The part of a closed ring f32[k, 2] inside 0 .. width, 0 .. height (Sutherland and Hodgman 1974).
 
-    A ring that leaves the window and comes back may run along its border, where it encloses nothing.
+    A ring that leaves and reenters the window may run along its border, where it encloses nothing.
     """
     for axis, sign, limit in ((0, 1, 0), (0, -1, -width), (1, 1, 0), (1, -1, -height)):
         depth = sign * ring[:, axis] - limit  # at least 0 inside
         following, deep = np.roll(ring, -1, axis=0), np.roll(depth, -1)
         crosses = (depth >= 0) != (deep >= 0)
         share = depth / np.where(crosses, depth - deep, 1)
-        # Every edge gives its first end if that is inside, then the point where it crosses the border.
+        # Every edge contributes its first end if that is inside, then the point where it crosses the border.
         points = np.stack([ring, ring + share[:, None] * (following - ring)], axis=1)
         ring = points[np.stack([depth >= 0, crosses], axis=1)]
     return np.clip(ring, 0, np.array([width, height])).astype(np.float32)  # the crossings are rounded

@@ -38,26 +38,27 @@ def base() -> ConfigDict:
 
     config.data = ConfigDict(
         dict(
-            source="scenes",  # scenes (made on the spot), coco_folder, tfds (a prepared directory)
-            root="",
+            source="scenes",  # scenes (generated images), coco_folder, or tfds (prepared TFDS directories)
+            root="",  # folder of coco_folder or tfds
             train_split="train",
             val_split="val",
-            # coco_folder: where a split is not laid out as usual; "" finds annotations/instances_SPLIT.json and images
+            # Explicit paths of the jsons and image folders of coco_folder, absolute or relative to root; "" searches
+            # the usual layouts. With tfds, the json gives category ids and exact areas.
             train_annotations="",
             val_annotations="",
             train_images="",
             val_images="",
-            cache="",  # where prepared data goes; "" is ~/.cache/kdjax or $KDJAX_CACHE
-            scenes_train=2000,  # images of the embedded default
+            cache="",  # folder of prepared data; "" is $KDJAX_CACHE, or ~/.cache/kdjax
+            scenes_train=2000,  # number of images of scenes
             scenes_val=400,
-            image_size=(640, 640),  # height, width of the canvas
-            max_boxes=0,  # padded boxes an image; 0: the largest number in the data, more with Mosaic and MixUp
-            workers=0,  # processes that decode; 0 decodes in a thread of this process
+            image_size=(640, 640),  # height, width of the canvas, px
+            max_boxes=0,  # padded boxes per image; 0: the largest number in the data, more with Mosaic and MixUp
+            workers=0,  # worker processes that decode and augment; 0 uses threads of this process
             limit=0,  # only the first images of each split; 0 takes all
-            check=False,  # print what would be trained, write images of its batches, and stop
+            check=False,  # dry run: print a summary of the data, write example batches as images, and stop
             augment=augment(),
             stage2=dict(
-                start=0,  # from this step on (batch number, from 0) batches are augmented as here; 0 is never
+                start=0,  # first step (from 0) that is augmented as here; 0: there is no second stage
                 augment=augment(),
             ),
         )
@@ -214,14 +215,14 @@ def unknown_keys(config: ConfigDict, reference: ConfigDict | None = None, prefix
 
 
 def augment(**changes) -> dict:
-    """How training images are varied; `changes` to the defaults. RTMDet's: configs/supervised/rtmdet.py."""
+    """Settings of the augmentation: the defaults with `changes`. RTMDet's are in configs/supervised/rtmdet.py."""
     defaults = dict(
-        mosaic=False,  # four images around a point, on twice the canvas; three are of the last `cache` before
-        mixup=0.0,  # probability of being averaged with one of the last `cache` / 2 before
-        cache=40,  # images of the same virtual stream (kdjax/data/loader.py) that are kept in memory for these
+        mosaic=False,  # four images around a point on twice the canvas; three of them are among the last `cache`
+        mixup=0.0,  # probability of being averaged with one of the last `cache` / 2 images
+        cache=40,  # number of earlier images of the same virtual stream (kdjax/data/plans.py) to choose partners from
         flip=0.5,  # probability of a horizontal flip
-        scale=(0.5, 2.0),  # random resize relative to the canvas, of a Mosaic to its own; (1, 1) is the plain resize
+        scale=(0.5, 2.0),  # range of the random resize, relative to the size that fits the canvas (or the Mosaic)
         crop=True,  # random crop where the resized image is larger than the canvas
-        hsv=(5.0, 30.0, 30.0),  # largest change of hue, saturation, value (of 255); zeros switch it off
+        hsv=(5.0, 30.0, 30.0),  # largest shift of hue (of 180), saturation and value (of 255); zeros switch it off
     )
     return defaults | changes

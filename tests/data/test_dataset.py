@@ -1,5 +1,8 @@
 """Opening splits, limits, and prepared data that is damaged."""
 
+import re
+from pathlib import Path
+
 import cv2
 import numpy as np
 import pytest
@@ -84,3 +87,12 @@ def test_labels_follow_the_categories_of_train(tmp_path):
     assert [entry["category_id"] for entry in truth["annotations"]] == [11, 20]
     alone = opened(root, tmp_path, ["val"])
     assert alone.classes == ("dog", "owl") and alone.splits["val"].records[0]["labels"].tolist() == [0, 1]
+
+
+def test_the_example_of_the_page_runs(tmp_path, monkeypatch):
+    page = (Path(__file__).resolve().parents[2] / "docs" / "data.md").read_text()
+    [code] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    monkeypatch.setenv("KDJAX_CACHE", str(tmp_path / "cache"))
+    names = {}
+    exec(code.replace("DIR", str(small_folder(tmp_path / "set"))), names)
+    assert names["batch"]["image"].shape == (16, 320, 320, 3) and names["image"].shape == (40, 60, 3)

@@ -18,5 +18,5 @@ def test_the_dry_run_says_where_the_whole_list_is(tmp_path):
     truth = coco_json({"a.png": (40, 50)}, [(0, 3, [60, 5, 10, 10], {})] * 25)
     dataset = opened(one_split(tmp_path / "set", truth, {"a.png": paint(40, 50, [])}), tmp_path)
     text = data.summary(dataset, settings(tmp_path, image_size=(48, 64)))
-    path = re.search(r"and 5 more, all of them in (\S+)", text)[1]
+    path = re.search(r"and 5 more: full list in (\S+)", text)[1]
     assert len(json.loads(Path(path).read_text())) == 25
