@@ -2,7 +2,7 @@
 
 import dataclasses
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -13,9 +13,30 @@ Array = jax.Array
 Tree = dict[str, Any]  # nested dicts of arrays, keys are strings
 
 
+State = dict[str, np.ndarray]  # a PyTorch state dict as arrays
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class TorchNames:
+    """How a family's PyTorch state dicts differ from the detector's own paths, beyond the names of the leaves.
+
+    - `copies(path) -> paths`: further modules under which a state dict stores the parameter at `path` again.
+    - `rename(state) -> state`: names of other projects than the family's own, changed to its own.
+    - `infer(state) -> options`: options of the detector that the names of a state dict imply.
+    - `constants`: arrays that a state dict holds beside the weights, by name.
+    """
+
+    copies: Callable[[str], list[str]] = lambda path: []
+    rename: Callable[[State], State] = lambda state: state
+    infer: Callable[[State], dict[str, Any]] = lambda state: {}
+    constants: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Detector:
     """The pure view of one module: values and functions, no state.
+
+    Detectors are hashed and compared by identity; `kdjax.detectors.build` returns one object for equal arguments.
 
     Functions (shapes: B batch, H W input size, L levels, N priors, K classes):
 
@@ -41,12 +62,16 @@ class Detector:
 
     name: str
     num_classes: int
-    options: dict[str, Any]  # JSON-able overrides: build(name, num_classes, **options) gives this detector again
+    # JSON-able, those that differ from the defaults of `make`: build(name, num_classes, **options) gives this detector.
+    options: dict[str, Any]
     strides: tuple[int, ...]
     size_divisor: int  # sides of the network input divide by it
     pad_value: int  # grey level of the canvas around an image
     round_down: bool = False  # in evaluations an image fitted to the canvas loses the fraction of a pixel
     shapes: tuple[Tree, Tree]  # (params, stats) as trees of jax.ShapeDtypeStruct
+    # Paths of the modules whose last axis is the classes (of every anchor), such as "bbox_head/rtm_cls".
+    classifiers: tuple[str, ...] = ()
+    torch: TorchNames = TorchNames()
     init: Callable
     preprocess: Callable
     apply: Callable

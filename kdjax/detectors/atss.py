@@ -3,8 +3,8 @@
 Reference: Zhang et al., Bridging the Gap Between Anchor-based and Anchor-free Detection via Adaptive Training Sample
 Selection, CVPR 2020. Peers: mmdetection 3.3.0, whose names and numbers this file keeps.
 
-Weights that load: mmdetection's names; of the backbone alone torchvision's and timm's. Reference metrics: none
-reproduced, for want of the published weights; published are 39.4 and 41.5 AP (r50, r101, 12 epochs).
+Loads: state dicts with mmdetection's names; for the backbone alone, torchvision's and timm's ResNets. Published AP:
+39.4 and 41.5 (r50, r101, 12 epochs). Not reproduced yet (no published checkpoint was available).
 """
 
 import jax
@@ -45,21 +45,36 @@ class _Head(nnx.Module):
         return dense.run(self.cls_convs if tower == "cls" else self.reg_convs, maps, start, predict)
 
 
-def make(variant: str, num_classes: int, **overrides) -> Detector:
+def make(
+    variant: str,
+    num_classes: int,
+    *,
+    base_channels: int = 64,
+    style: str = "pytorch",
+    frozen_stages: int = 1,
+    norm_eval: bool = True,
+    frozen_norm: bool = False,
+    neck_channels: int = 256,
+    head_channels: int = 256,
+    stacked_convs: int = 4,
+    extra_convs: str = "on_output",
+    groups: int = 32,
+) -> Detector:
     """Builds ATSS.
 
     Args:
       variant: r18, r34, r50 or r101, the depth of the backbone.
       num_classes: K >= 1.
-      **overrides: any of those of `kdjax.detectors.retinanet.make` (extra_convs: "on_output"), or of
-        groups: of the group norm in the towers (32).
+      base_channels, style, frozen_stages, norm_eval, frozen_norm, neck_channels, head_channels, stacked_convs,
+        extra_convs: as in `kdjax.detectors.retinanet.make`.
+      groups: of the group norm in the towers; divides head_channels.
 
     Returns:
       The detector. `box_reg` holds the deltas of the square anchors (`boxes.coding.boxes_to_deltas`), `quality` the
       centreness logits.
 
     Raises:
-      ValueError: for an unknown variant or option, or a value out of range.
+      UserError: unknown variant, or a value out of range.
 
     Peers: mmdetection 3.3.0, configs/atss/atss_r*_fpn_1x_coco.py.
 
@@ -67,7 +82,12 @@ def make(variant: str, num_classes: int, **overrides) -> Detector:
       >>> make("r18", 5, groups=16).options
       {'groups': 16}
     """
-    return dense.detector(_FAMILY, variant, num_classes, overrides)
+    given = dict(
+        base_channels=base_channels, style=style, frozen_stages=frozen_stages, norm_eval=norm_eval,
+        frozen_norm=frozen_norm, neck_channels=neck_channels, head_channels=head_channels,
+        stacked_convs=stacked_convs, extra_convs=extra_convs, groups=groups,
+    )  # fmt: skip
+    return dense.detector(_FAMILY, make, variant, num_classes, given)
 
 
 def grid_priors(hw: tuple[int, int]):
@@ -126,7 +146,7 @@ def prior_losses(output: DetectorOutput, assignment: Assignment) -> dict[str, Ar
 _FAMILY = dense.Family(
     title="ATSS",
     variants=VARIANTS,
-    options=dense.OPTIONS | {"extra_convs": "on_output", "groups": 32},
+    classifier="atss_cls",
     head=_Head,
     branches=lambda options: {"cls": "cls", "reg": "reg", "quality": "reg"},
     relu=False,

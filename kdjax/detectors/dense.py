@@ -7,6 +7,7 @@ A family (one file) gives its head, its loss and its boxes; `detector` puts them
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,11 @@ from flax import nnx
 
 from kdjax.boxes import assign, nms, priors
 from kdjax.detectors import levels, resnet
-from kdjax.detectors.api import Detector, Tree, check_entry, check_images, flatten, pure, unflatten
+from kdjax.detectors.api import Detector, TorchNames, Tree, check_entry, check_images, flatten, pure, unflatten
 from kdjax.detectors.fpn import FPN, SOURCES
 from kdjax.detectors.layers import Conv, GroupNorm, constant, normal
+from kdjax.detectors.options import changed, own_values, resolve
+from kdjax.errors import UserError
 from kdjax.structs import Assignment, DetectorOutput, PaddedDetections, Targets
 
 Array = jax.Array
@@ -25,17 +28,6 @@ STRIDES = (8, 16, 32, 64, 128)  # P3 to P7
 # mmdetection pads with zeros behind the normalisation; this is the grey next to them.
 PAD_VALUE = 116
 
-# Options of every family, with the published values.
-OPTIONS = {
-    "base_channels": 64,
-    "style": "pytorch",
-    "frozen_stages": 1,
-    "norm_eval": True,
-    "frozen_norm": False,
-    "neck_channels": 256,
-    "head_channels": 256,
-    "stacked_convs": 4,
-}
 _OF_NETWORK = ("base_channels", "style", "frozen_stages", "norm_eval", "frozen_norm", "neck_channels", "extra_convs")
 
 
@@ -131,8 +123,8 @@ class Family:
     """What one family of detectors is; `title` is its name in messages."""
 
     title: str
-    variants: dict[str, dict]  # name -> options that differ from `options`, and the backbone's "depth"
-    options: dict  # all of them, with the published values
+    variants: dict[str, dict]  # name -> the variant's own options, and the backbone's "depth"
+    classifier: str  # name of the head's module whose outputs are the classes
     head: Callable  # (number of classes, options) -> NNX module
     branches: Callable  # options -> {prediction: the tower that it hangs on}
     relu: bool  # whether the pyramid's P6 is rectified before P7
@@ -141,21 +133,29 @@ class Family:
     priors: Callable
     iou_threshold: Callable  # options -> that of the published suppression
     anchors: int = 1  # priors of a cell
-    bgr_mean: Callable = lambda options: resnet.BGR_MEAN  # options -> what the style "caffe" takes out
+    bgr_mean: Callable = lambda options: resnet.BGR_MEAN  # options -> the mean that the style "caffe" subtracts
+    constants: Callable = lambda options: {}  # options -> `TorchNames.constants`
 
 
-def detector(family: Family, variant: str, num_classes: int, overrides: dict) -> Detector:
+def detector(
+    family: Family, make: Callable[..., Detector], variant: str, num_classes: int, given: dict[str, Any]
+) -> Detector:
     """Builds a variant of a family.
 
+    Args:
+      family: facts and functions of the family.
+      make: the family's `make`, whose defaults `Detector.options` leaves out.
+      variant: a key of `family.variants`.
+      num_classes: K >= 1.
+      given: every option of `make`; None is replaced by the variant's own value.
+
     Raises:
-      ValueError: for an unknown variant or option, or a value out of range.
+      UserError: unknown variant, or a value out of range.
     """
     title = family.title
-    if variant not in family.variants:
-        raise ValueError(f"There is no {title} {variant!r}; its sizes are {', '.join(family.variants)}.")
-    options = family.options | family.variants[variant] | overrides
-    depth = options.pop("depth")
-    _check(title, num_classes, options, sorted(set(overrides) - set(family.options)), family.options)
+    own = own_values(title, family.variants, variant)
+    depth, options = own.pop("depth"), resolve(given, own)
+    _check(title, num_classes, options)
     branches, convs = family.branches(options), options["stacked_convs"]
     of_network = {name: options[name] for name in _OF_NETWORK}
     of_network |= {"relu": family.relu, "anchors": family.anchors, "quality_tower": branches.get("quality", "")}
@@ -179,11 +179,13 @@ def detector(family: Family, variant: str, num_classes: int, overrides: dict) ->
     return Detector(
         name=f"{title.lower()}_{variant}",
         num_classes=num_classes,
-        options=overrides,
+        options=changed(make, given),
         strides=STRIDES,
         size_divisor=32,
         pad_value=PAD_VALUE,
         shapes=module.shapes,
+        classifiers=(f"bbox_head/{family.classifier}",),
+        torch=TorchNames(constants=family.constants(options)),
         init=module.init,
         preprocess=functools.partial(resnet.preprocess, style=options["style"], bgr_mean=family.bgr_mean(options)),
         apply=apply,
@@ -197,20 +199,19 @@ def detector(family: Family, variant: str, num_classes: int, overrides: dict) ->
     )
 
 
-def _check(title: str, num_classes: int, options: dict, unknown: list[str], known: dict) -> None:
-    if unknown:
-        raise ValueError(f"{title} has no option {', '.join(unknown)}; its options are {', '.join(known)}.")
+def _check(title: str, num_classes: int, options: dict[str, Any]) -> None:
     if num_classes < 1:
-        raise ValueError(f"{title} needs at least one class, not {num_classes}.")
+        raise UserError(f"num_classes of {title} must be >= 1, not {num_classes}")
     for name in ("base_channels", "neck_channels", "head_channels", "stacked_convs"):
         if options[name] < 1:
-            raise ValueError(f"{title} needs {name} >= 1, not {options[name]}.")
+            raise UserError(f"{name} of {title} must be >= 1, not {options[name]}")
     for name, values in (("style", resnet.STYLES), ("frozen_stages", (-1, 0, 1, 2, 3, 4)), ("extra_convs", SOURCES)):
         if options[name] not in values:
-            raise ValueError(f"{title} has the {name} {', '.join(map(str, values))}, not {options[name]!r}.")
+            raise UserError(f"{name} of {title} must be one of {', '.join(map(str, values))}, not {options[name]!r}")
     if options["head_channels"] % options.get("groups", 1):
-        raise ValueError(
-            f"{title} needs groups that divide head_channels, not {options['groups']} for {options['head_channels']}."
+        raise UserError(
+            f"groups of {title} must divide head_channels: {options['groups']} does not divide "
+            f"{options['head_channels']}"
         )
 
 

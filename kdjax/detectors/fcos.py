@@ -5,9 +5,9 @@ names and numbers this file keeps. It has the two published forms: the plain one
 of boxes, divides distances by the stride, has its centreness on the regression's tower and GIoU (variants
 "...-center").
 
-Weights that load: mmdetection's names; of the backbone alone torchvision's and timm's, with the option style="pytorch"
-(the published detectors start from Caffe's). Reference metrics: none
-reproduced, for want of the published weights; published are 36.6 and 39.1 AP (r50, r101, 12 epochs).
+Loads: state dicts with mmdetection's names; for the backbone alone, torchvision's and timm's ResNets, with the option
+style="pytorch" (the published detectors start from Caffe's). Published AP: 36.6 and 39.1 (r50, r101, 12 epochs). Not
+reproduced yet (no published checkpoint was available).
 """
 
 import functools
@@ -21,6 +21,7 @@ from kdjax.boxes import assign, coding, priors
 from kdjax.detectors import dense, levels, resnet
 from kdjax.detectors.api import Detector
 from kdjax.detectors.layers import FOCAL_BIAS, Scale
+from kdjax.errors import UserError
 from kdjax.losses import box, classification
 from kdjax.structs import Assignment, DetectorOutput, Targets
 
@@ -36,8 +37,11 @@ _CENTER = {
     "conv_bias": True,
     "box_loss": "giou",
 }
-VARIANTS = {f"r{depth}": {"depth": depth} for depth in (18, 34, 50, 101)} | {
-    f"r{depth}-center": {"depth": depth} | _CENTER for depth in (18, 34, 50, 101)
+_PLAIN = dict.fromkeys(_CENTER, False) | {"box_loss": "iou"}
+VARIANTS = {
+    f"r{depth}{suffix}": {"depth": depth} | own
+    for suffix, own in (("", _PLAIN), ("-center", _CENTER))
+    for depth in (18, 34, 50, 101)
 }
 
 
@@ -67,26 +71,46 @@ class _Head(nnx.Module):
         return dense.run(self.cls_convs if tower == "cls" else self.reg_convs, maps, start, predict)
 
 
-def make(variant: str, num_classes: int, **overrides) -> Detector:
+def make(
+    variant: str,
+    num_classes: int,
+    *,
+    base_channels: int = 64,
+    style: str = "caffe",
+    frozen_stages: int = 1,
+    norm_eval: bool = True,
+    frozen_norm: bool = True,
+    neck_channels: int = 256,
+    head_channels: int = 256,
+    stacked_convs: int = 4,
+    extra_convs: str = "on_output",
+    groups: int = 32,
+    center_sampling: bool | None = None,
+    norm_on_bbox: bool | None = None,
+    centerness_on_reg: bool | None = None,
+    conv_bias: bool | None = None,
+    box_loss: str | None = None,
+) -> Detector:
     """Builds FCOS.
 
     Args:
-      variant: r18, r34, r50 or r101, the depth of the backbone; r18-center and so on for the second form.
+      variant: r18, r34, r50 or r101, the depth of the backbone; "r18-center" and so on for the second form.
       num_classes: K >= 1.
-      **overrides: any of those of `kdjax.detectors.retinanet.make` (here by default style "caffe", frozen_norm True,
-        extra_convs "on_output"), or of
-        groups: of the group norm in the towers (32);
-        center_sampling: only points near the centre of a box are positive (second form: True);
-        norm_on_bbox: distances are relu(x) strides, not exponentials of pixels (True);
-        centerness_on_reg: the centreness hangs on the regression's tower, not on the classes' (True);
-        conv_bias: the towers' convolutions have a bias before the norm (True);
-        box_loss: "iou", -log of the IoU, or "giou" ("giou").
+      base_channels, style, frozen_stages, norm_eval, frozen_norm, neck_channels, head_channels, stacked_convs,
+        extra_convs: as in `kdjax.detectors.retinanet.make`.
+      groups: of the group norm in the towers; divides head_channels.
+      center_sampling: whether only points near the centre of a box are positive. None, here and below: the variant's
+        (True in the second form).
+      norm_on_bbox: whether distances are relu(x) strides, or exponentials in pixels.
+      centerness_on_reg: whether the centreness is predicted by the regression's tower, or by the classes' tower.
+      conv_bias: whether the towers' convolutions have a bias before the norm.
+      box_loss: "iou", -log of the IoU, or "giou"; None: the variant's ("giou" in the second form).
 
     Returns:
       The detector. `box_reg` holds distances left, top, right, bottom in pixels; `quality` the centreness logits.
 
     Raises:
-      ValueError: for an unknown variant or option, or a value out of range.
+      UserError: unknown variant, or a value out of range.
 
     Peers: mmdetection 3.3.0, configs/fcos/fcos_r*-caffe_fpn_gn-head*_1x_coco.py without deformable convolutions.
 
@@ -94,9 +118,16 @@ def make(variant: str, num_classes: int, **overrides) -> Detector:
       >>> make("r18-center", 5, base_channels=8).options
       {'base_channels': 8}
     """
-    if overrides.get("box_loss", "iou") not in ("iou", "giou"):
-        raise ValueError(f"FCOS has the box_loss iou or giou, not {overrides['box_loss']!r}.")
-    return dense.detector(_FAMILY, variant, num_classes, overrides)
+    if box_loss not in (None, "iou", "giou"):
+        raise UserError(f"box_loss of FCOS must be iou or giou, not {box_loss!r}")
+    given = dict(
+        base_channels=base_channels, style=style, frozen_stages=frozen_stages, norm_eval=norm_eval,
+        frozen_norm=frozen_norm, neck_channels=neck_channels, head_channels=head_channels,
+        stacked_convs=stacked_convs, extra_convs=extra_convs,
+        groups=groups, center_sampling=center_sampling, norm_on_bbox=norm_on_bbox,
+        centerness_on_reg=centerness_on_reg, conv_bias=conv_bias, box_loss=box_loss,
+    )  # fmt: skip
+    return dense.detector(_FAMILY, make, variant, num_classes, given)
 
 
 def grid_priors(hw: tuple[int, int]) -> np.ndarray:
@@ -178,10 +209,7 @@ def _loss(options: dict):
 _FAMILY = dense.Family(
     title="FCOS",
     variants=VARIANTS,
-    options=dense.OPTIONS
-    | {"style": "caffe", "frozen_norm": True, "extra_convs": "on_output", "groups": 32}
-    | dict.fromkeys(_CENTER, False)
-    | {"box_loss": "iou"},
+    classifier="conv_cls",
     head=_Head,
     branches=lambda options: {"cls": "cls", "reg": "reg", "quality": "reg" if options["centerness_on_reg"] else "cls"},
     relu=True,

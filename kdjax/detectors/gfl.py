@@ -3,19 +3,21 @@
 Reference: Li et al., Generalized Focal Loss, NeurIPS 2020. Peers: mmdetection 3.3.0, whose names and numbers this file
 keeps.
 
-Weights that load: mmdetection's names; of the backbone alone torchvision's and timm's. Reference metrics: none
-reproduced, for want of the published weights; published are 40.2 and 44.7 AP (r50 in 12 epochs, r101 in 24 at several
-scales).
+Loads: state dicts with mmdetection's names; for the backbone alone, torchvision's and timm's ResNets. Published AP:
+40.2 and 44.7 (r50 in 12 epochs, r101 in 24 at several scales). Not reproduced yet (no published checkpoint was
+available).
 """
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from kdjax.boxes import coding, iou, priors
 from kdjax.detectors import dense, levels
 from kdjax.detectors.api import Detector
 from kdjax.detectors.layers import FOCAL_BIAS, Scale
+from kdjax.errors import UserError
 from kdjax.losses import box, classification
 from kdjax.structs import Assignment, DetectorOutput, Targets
 
@@ -41,22 +43,38 @@ class _Head(nnx.Module):
         return dense.run(self.cls_convs if tower == "cls" else self.reg_convs, maps, start, predict)
 
 
-def make(variant: str, num_classes: int, **overrides) -> Detector:
+def make(
+    variant: str,
+    num_classes: int,
+    *,
+    base_channels: int = 64,
+    style: str = "pytorch",
+    frozen_stages: int = 1,
+    norm_eval: bool = True,
+    frozen_norm: bool = False,
+    neck_channels: int = 256,
+    head_channels: int = 256,
+    stacked_convs: int = 4,
+    extra_convs: str = "on_output",
+    groups: int = 32,
+    reg_max: int = 16,
+) -> Detector:
     """Builds GFL.
 
     Args:
       variant: r18, r34, r50 or r101, the depth of the backbone.
       num_classes: K >= 1.
-      **overrides: any of those of `kdjax.detectors.retinanet.make` (extra_convs: "on_output"), or of
-        groups: of the group norm in the towers (32);
-        reg_max: the last bin of a side's distribution, in strides (16).
+      base_channels, style, frozen_stages, norm_eval, frozen_norm, neck_channels, head_channels, stacked_convs,
+        extra_convs: as in `kdjax.detectors.retinanet.make`.
+      groups: of the group norm in the towers; divides head_channels.
+      reg_max: the last bin of a side's distribution, in strides, >= 1.
 
     Returns:
       The detector. `box_reg` holds the logits of the bins, f32[B, H, W, 4 (reg_max + 1)], the sides in the order left,
       top, right, bottom.
 
     Raises:
-      ValueError: for an unknown variant or option, or a value out of range.
+      UserError: unknown variant, or a value out of range.
 
     Peers: mmdetection 3.3.0, configs/gfl/gfl_r*_fpn_*_coco.py.
 
@@ -64,9 +82,14 @@ def make(variant: str, num_classes: int, **overrides) -> Detector:
       >>> make("r18", 5, reg_max=8).options
       {'reg_max': 8}
     """
-    if overrides.get("reg_max", 16) < 1:
-        raise ValueError(f"GFL needs reg_max >= 1, not {overrides['reg_max']}.")
-    return dense.detector(_FAMILY, variant, num_classes, overrides)
+    if reg_max < 1:
+        raise UserError(f"reg_max of GFL must be >= 1, not {reg_max}")
+    given = dict(
+        base_channels=base_channels, style=style, frozen_stages=frozen_stages, norm_eval=norm_eval,
+        frozen_norm=frozen_norm, neck_channels=neck_channels, head_channels=head_channels,
+        stacked_convs=stacked_convs, extra_convs=extra_convs, groups=groups, reg_max=reg_max,
+    )  # fmt: skip
+    return dense.detector(_FAMILY, make, variant, num_classes, given)
 
 
 def grid_priors(hw: tuple[int, int]):
@@ -138,8 +161,9 @@ def prior_losses(output: DetectorOutput, assignment: Assignment) -> dict[str, Ar
 _FAMILY = dense.Family(
     title="GFL",
     variants=VARIANTS,
-    options=dense.OPTIONS | {"extra_convs": "on_output", "groups": 32, "reg_max": 16},
+    classifier="gfl_cls",
     head=_Head,
+    constants=lambda options: {"bbox_head.integral.project": np.arange(options["reg_max"] + 1, dtype=np.float32)},
     branches=lambda options: {"cls": "cls", "reg": "reg"},
     relu=False,
     loss=lambda options: loss,

@@ -3,8 +3,8 @@
 Reference: Lin et al., Focal Loss for Dense Object Detection, ICCV 2017. Peers: mmdetection 3.3.0, whose names and
 numbers this file keeps (boxes by L1 on deltas, not smooth L1).
 
-Weights that load: mmdetection's names; of the backbone alone torchvision's and timm's. Reference metrics: none
-reproduced, for want of the published weights; published are 36.5 and 38.5 AP (r50, r101, 12 epochs).
+Loads: state dicts with mmdetection's names; for the backbone alone, torchvision's and timm's ResNets. Published AP:
+36.5 and 38.5 (r50, r101, 12 epochs). Not reproduced yet (no published checkpoint was available).
 """
 
 import jax
@@ -38,28 +38,41 @@ class _Head(nnx.Module):
         return dense.run(convs, maps, start, lambda level, x: {tower: conv(x).astype(jnp.float32)})
 
 
-def make(variant: str, num_classes: int, **overrides) -> Detector:
+def make(
+    variant: str,
+    num_classes: int,
+    *,
+    base_channels: int = 64,
+    style: str = "pytorch",
+    frozen_stages: int = 1,
+    norm_eval: bool = True,
+    frozen_norm: bool = False,
+    neck_channels: int = 256,
+    head_channels: int = 256,
+    stacked_convs: int = 4,
+    extra_convs: str = "on_input",
+) -> Detector:
     """Builds RetinaNet.
 
     Args:
       variant: r18, r34, r50 or r101, the depth of the backbone.
       num_classes: K >= 1.
-      **overrides: any of
-        base_channels: of the backbone's stem (64);
-        style: where bottlenecks have their stride, and the colours: "pytorch" (RGB) or "caffe" (BGR, mean alone);
-        frozen_stages: -1 nothing, 0 the stem, n the stem and n stages of the backbone are not trained (1);
-        norm_eval: the backbone's norms keep their running statistics (True), as one wants who starts from trained ones;
-        frozen_norm: no gradient reaches their scales and biases (False);
-        neck_channels, head_channels: channels of the pyramid and of the towers (256);
-        extra_convs: what P6 is made of, "on_input" C5 or "on_output" P5 ("on_input");
-        stacked_convs: convolutions of each tower (4).
+      base_channels: channels of the backbone's stem, >= 1.
+      style: "pytorch" (RGB; a bottleneck's stride in its 3x3 convolution) or "caffe" (BGR, only the mean subtracted;
+        the stride in the first 1x1 convolution).
+      frozen_stages: -1: the whole backbone is trained; 0: all but the stem; n: all but the stem and the first n stages.
+      norm_eval: whether the backbone's norms keep their running statistics, as is usual for pretrained weights.
+      frozen_norm: whether the scales and biases of these norms get no gradient.
+      neck_channels, head_channels: channels of the pyramid and of the towers, >= 1.
+      stacked_convs: convolutions of each tower, >= 1.
+      extra_convs: input of the convolution of P6: "on_input" (C5) or "on_output" (P5).
 
     Returns:
-      The detector. `box_reg` holds the deltas of nine anchors a cell (`boxes.coding.boxes_to_deltas`), by ratio, then
-      by scale; its priors stand nine times for each cell.
+      The detector. `box_reg` holds the deltas of nine anchors in each cell (`boxes.coding.boxes_to_deltas`), by ratio,
+      then by scale; its priors repeat each cell nine times.
 
     Raises:
-      ValueError: for an unknown variant or option, or a value out of range.
+      UserError: unknown variant, or a value out of range.
 
     Peers: mmdetection 3.3.0, configs/retinanet/retinanet_r*_fpn_1x_coco.py.
 
@@ -67,7 +80,12 @@ def make(variant: str, num_classes: int, **overrides) -> Detector:
       >>> make("r18", 5, base_channels=8).strides
       (8, 16, 32, 64, 128)
     """
-    return dense.detector(_FAMILY, variant, num_classes, overrides)
+    given = dict(
+        base_channels=base_channels, style=style, frozen_stages=frozen_stages, norm_eval=norm_eval,
+        frozen_norm=frozen_norm, neck_channels=neck_channels, head_channels=head_channels,
+        stacked_convs=stacked_convs, extra_convs=extra_convs,
+    )  # fmt: skip
+    return dense.detector(_FAMILY, make, variant, num_classes, given)
 
 
 def grid_priors(hw: tuple[int, int]) -> np.ndarray:
@@ -135,7 +153,7 @@ def prior_losses(output: DetectorOutput, assignment: Assignment) -> dict[str, Ar
 _FAMILY = dense.Family(
     title="RetinaNet",
     variants=VARIANTS,
-    options=dense.OPTIONS | {"extra_convs": "on_input"},
+    classifier="retina_cls",
     head=_Head,
     branches=lambda options: {"cls": "cls", "reg": "reg"},
     relu=False,

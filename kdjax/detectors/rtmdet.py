@@ -5,11 +5,12 @@ mmdetection 3.3.0, whose names and numbers this file keeps. It departs from them
 the distances' bias starts at 1 (as in mmdetection's RTMDet-Ins) instead of 0, so that first boxes are two cells wide
 instead of empty; with the exponential both are the same.
 
-Weights that load: mmdetection's and mmyolo's names, and a distiller of mmrazor's. Reference metrics: none reproduced,
-for want of the published weights; published are 41.1, 44.6, 49.4, 51.5 and 52.8 AP (tiny to x).
+Loads: state dicts with the names of mmdetection, mmyolo and mmrazor's distillers. Published AP: 41.1, 44.6, 49.4, 51.5
+and 52.8 (tiny to x). Not reproduced yet (no published checkpoint was available).
 """
 
 import functools
+import re
 from collections.abc import Callable
 
 import jax
@@ -19,10 +20,22 @@ from flax import nnx
 
 from kdjax.boxes import assign, coding, nms, priors
 from kdjax.detectors import levels
-from kdjax.detectors.api import Detector, PureModule, Tree, all_but_kernels, check_entry, check_images, pure
+from kdjax.detectors.api import (
+    Detector,
+    PureModule,
+    State,
+    TorchNames,
+    Tree,
+    all_but_kernels,
+    check_entry,
+    check_images,
+    pure,
+)
 from kdjax.detectors.cspnext import Block, CSPNeXt
 from kdjax.detectors.layers import FOCAL_BIAS, BatchNorm, Conv, CSPLayer, constant, normal
+from kdjax.detectors.options import changed, own_values, resolve
 from kdjax.detectors.pafpn import PAFPN
+from kdjax.errors import UserError
 from kdjax.losses import box, classification
 from kdjax.structs import Assignment, DetectorOutput, PaddedDetections, Targets
 
@@ -42,6 +55,20 @@ VARIANTS = {
     "l": {"widen": 1.0, "deepen": 1.0, "exp_on_reg": True},
     "x": {"widen": 1.25, "deepen": 1.33, "exp_on_reg": True},
 }
+# Towers in PyTorch: a convolution that the levels share is stored once for each level.
+_SHARED_CONV = re.compile(r"(bbox_head/(?:cls|reg)_convs)/0/(\d+/conv/kernel)")
+# mmyolo's names and mmdetection's; the modules are the same.
+_MMYOLO_HEAD = "bbox_head.head_module."
+_MMYOLO = (
+    (_MMYOLO_HEAD, "bbox_head."),
+    ("neck.reduce_layers.2.", "neck.reduce_layers.0."),
+    ("neck.top_down_layers.0.0.", "neck.top_down_blocks.0."),
+    ("neck.top_down_layers.0.1.", "neck.reduce_layers.1."),
+    ("neck.top_down_layers.1.", "neck.top_down_blocks.1."),
+    ("neck.downsample_layers.", "neck.downsamples."),
+    ("neck.bottom_up_layers.", "neck.bottom_up_blocks."),
+    ("neck.out_layers.", "neck.out_convs."),
+)
 
 
 class _TowerConv(nnx.Module):
@@ -170,27 +197,40 @@ def network(num_classes: int, **options) -> PureModule:
     return pure(lambda: RTMDet(num_classes, **options))
 
 
-def make(variant: str, num_classes: int, **overrides) -> Detector:
+def make(
+    variant: str,
+    num_classes: int,
+    *,
+    widen: float | None = None,
+    deepen: float | None = None,
+    expand_ratio: float = 0.5,
+    attention: bool = True,
+    neck_channels: int | None = None,
+    neck_blocks: int | None = None,
+    head_channels: int | None = None,
+    stacked_convs: int = 2,
+    share_conv: bool = True,
+    exp_on_reg: bool | None = None,
+) -> Detector:
     """Builds RTMDet in one of its sizes.
 
     Args:
       variant: pico, nano, tiny, s, m, l or x.
       num_classes: K >= 1.
-      **overrides: any of
-        widen, deepen: factors of channels and of blocks, > 0;
-        expand_ratio: share of a CSP layer's channels that each of its halves has (0.5);
-        attention: channel attention in the backbone (True);
-        neck_channels, head_channels: channels of the neck's maps and of the towers (256 widen);
-        neck_blocks: blocks of each CSP layer of the neck (max(round(3 deepen), 1));
-        stacked_convs: convolutions of each tower (2);
-        share_conv: whether the levels share the towers' convolutions (True);
-        exp_on_reg: whether distances are exponentials (m, l and x) or linear.
+      widen, deepen: factors of channels (>= 1/32) and of blocks (> 0); None: the variant's.
+      expand_ratio: share of a CSP layer's channels that each of its halves has.
+      attention: whether the backbone has channel attention.
+      neck_channels, head_channels: channels of the neck's maps and of the towers; None: 256 widen.
+      neck_blocks: blocks of each CSP layer of the neck; None: max(round(3 deepen), 1).
+      stacked_convs: convolutions of each tower, >= 1.
+      share_conv: whether the levels share the towers' convolutions.
+      exp_on_reg: whether distances are exponentials or linear; None: the variant's (exponentials in m, l and x).
 
     Returns:
       The detector. Its boxes are decoded from `box_reg`: distances left, top, right, bottom in pixels.
 
     Raises:
-      ValueError: for an unknown variant or option, or a value out of range.
+      UserError: unknown variant, or a value out of range.
 
     Peers: mmdetection 3.3.0, configs/rtmdet/rtmdet_*_8xb32-300e_coco.py.
 
@@ -200,13 +240,15 @@ def make(variant: str, num_classes: int, **overrides) -> Detector:
       >>> make("pico", 5, stacked_convs=1).options
       {'stacked_convs': 1}
     """
-    if variant not in VARIANTS:
-        raise ValueError(f"There is no RTMDet {variant!r}; its sizes are {', '.join(VARIANTS)}.")
-    options = dict(VARIANTS[variant], expand_ratio=0.5, attention=True, stacked_convs=2, share_conv=True) | overrides
-    options.setdefault("neck_channels", int(256 * options["widen"]))
-    options.setdefault("head_channels", int(256 * options["widen"]))
-    options.setdefault("neck_blocks", max(round(3 * options["deepen"]), 1))
-    _check(num_classes, options, overrides)
+    given = dict(
+        widen=widen, deepen=deepen, expand_ratio=expand_ratio, attention=attention, neck_channels=neck_channels,
+        neck_blocks=neck_blocks, head_channels=head_channels, stacked_convs=stacked_convs, share_conv=share_conv,
+        exp_on_reg=exp_on_reg,
+    )  # fmt: skip
+    options = resolve(given, own_values("RTMDet", VARIANTS, variant))
+    _check(num_classes, options)
+    width, depth = int(256 * options["widen"]), max(round(3 * options["deepen"]), 1)
+    options = resolve(options, {"neck_channels": width, "head_channels": width, "neck_blocks": depth})
     module = network(num_classes, **options)
 
     def apply(params: Tree, stats: Tree, x: Array, *, train: bool) -> tuple[DetectorOutput, Tree]:
@@ -214,17 +256,23 @@ def make(variant: str, num_classes: int, **overrides) -> Detector:
         return module.call(params, stats, RTMDet.__call__, x, train)
 
     def head(params: Tree, stats: Tree, features: tuple[Array, ...], *, branch: str, start: int) -> tuple[Array, ...]:
-        check_entry("RTMDet", ("cls", "reg"), options["stacked_convs"], branch, start)
+        check_entry("RTMDet", ("cls", "reg"), stacked_convs, branch, start)
         return module.call(params, stats, lambda m: m.bbox_head.branch(features, branch, start, False)[1])[0]
+
+    def infer(state: State) -> dict[str, bool]:
+        linear = exp_on_reg is None and options["exp_on_reg"] and is_mmyolo(state)
+        return {"exp_on_reg": False} if linear else {}
 
     return Detector(
         name=f"rtmdet_{variant}",
         num_classes=num_classes,
-        options=overrides,
+        options=changed(make, given),
         strides=STRIDES,
         size_divisor=32,
         pad_value=114,
         shapes=module.shapes,
+        classifiers=("bbox_head/rtm_cls",),
+        torch=TorchNames(copies=_copies if share_conv else lambda path: [], rename=_from_mmyolo, infer=infer),
         init=module.init,
         preprocess=preprocess,
         apply=apply,
@@ -238,21 +286,35 @@ def make(variant: str, num_classes: int, **overrides) -> Detector:
     )
 
 
-def _check(num_classes: int, options: dict, overrides: dict) -> None:
-    known = [
-        "widen", "deepen", "expand_ratio", "attention", "neck_channels", "neck_blocks", "head_channels",
-        "stacked_convs", "share_conv", "exp_on_reg",
-    ]  # fmt: skip
-    unknown = sorted(set(overrides) - set(known))
-    if unknown:
-        raise ValueError(f"RTMDet has no option {', '.join(unknown)}; its options are {', '.join(known)}.")
+def _check(num_classes: int, options: dict) -> None:
     if num_classes < 1:
-        raise ValueError(f"RTMDet needs at least one class, not {num_classes}.")
+        raise UserError(f"num_classes of RTMDet must be >= 1, not {num_classes}")
     if int(64 * options["widen"] // 2) < 1 or options["deepen"] <= 0 or options["stacked_convs"] < 1:
-        raise ValueError(
+        raise UserError(
             f"RTMDet needs widen >= 1/32, deepen > 0 and stacked_convs >= 1, not widen={options['widen']}, "
-            f"deepen={options['deepen']}, stacked_convs={options['stacked_convs']}."
+            f"deepen={options['deepen']}, stacked_convs={options['stacked_convs']}"
         )
+
+
+def _copies(path: str) -> list[str]:
+    shared = _SHARED_CONV.fullmatch(path)
+    return [f"{shared[1]}/{level}/{shared[2]}" for level in range(1, len(STRIDES))] if shared else []
+
+
+def is_mmyolo(state: State) -> bool:
+    """Whether the names are mmyolo's, whose RTMDet has linear distances in all sizes."""
+    return any(_MMYOLO_HEAD in name for name in state)
+
+
+def _from_mmyolo(state: State) -> State:
+    """The state under mmdetection's names; one without mmyolo's names is returned as it is."""
+    if not is_mmyolo(state):
+        return state
+
+    def renamed(name: str) -> str:
+        return next((new + name.removeprefix(old) for old, new in _MMYOLO if name.startswith(old)), name)
+
+    return {renamed(name): value for name, value in state.items()}
 
 
 def preprocess(images: Array) -> Array:

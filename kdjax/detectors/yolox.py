@@ -3,8 +3,8 @@
 Reference: Ge et al., YOLOX: Exceeding YOLO Series in 2021, arXiv 2107.08430. Peers: mmdetection 3.3.0, whose names and
 numbers this file keeps; the authors' weights fit as well (`kdjax.weights.yolox`).
 
-Weights that load: mmdetection's names, those of the authors, and their .onnx. Reference metrics: the published
-YOLOX-nano has 46.8 AP on 11 images of val2017 and 45.6 on 16 of train2017 (onnxruntime with it: 46.9, 45.4).
+Loads: state dicts with the names of mmdetection or of the authors, and the authors' .onnx. Measured: the published
+YOLOX-nano has 46.8 AP on 11 images of val2017 and 45.6 on 16 of train2017 (in onnxruntime: 46.9, 45.4).
 """
 
 import functools
@@ -21,7 +21,9 @@ from kdjax.detectors import levels
 from kdjax.detectors.api import Detector, Tree, all_but_kernels, check_entry, check_images, pure
 from kdjax.detectors.cspdarknet import CSPDarknet, conv_norm, csp_layer, separable
 from kdjax.detectors.layers import FOCAL_BIAS, Conv, constant
+from kdjax.detectors.options import changed, own_values, resolve
 from kdjax.detectors.pafpn import PAFPN
+from kdjax.errors import UserError
 from kdjax.losses import box, classification
 from kdjax.structs import Assignment, DetectorOutput, PaddedDetections, Targets
 
@@ -38,7 +40,6 @@ VARIANTS = {
     "l": {"widen": 1.0, "deepen": 1.0, "depthwise": False},
     "x": {"widen": 1.25, "deepen": 1.33, "depthwise": False},
 }
-_OPTIONS = ("widen", "deepen", "depthwise", "stacked_convs", "l1")
 # The tower of each prediction.
 _TOWERS = {"cls": "cls", "reg": "reg", "quality": "reg"}
 
@@ -124,25 +125,34 @@ class YOLOX(nnx.Module):
         )
 
 
-def make(variant: str, num_classes: int, **overrides) -> Detector:
+def make(
+    variant: str,
+    num_classes: int,
+    *,
+    widen: float | None = None,
+    deepen: float | None = None,
+    depthwise: bool | None = None,
+    stacked_convs: int = 2,
+    l1: bool = False,
+) -> Detector:
     """Builds YOLOX in one of its sizes.
 
     Args:
       variant: pico, nano, tiny, s, m, l or x.
       num_classes: K >= 1.
-      **overrides: any of
-        widen, deepen: factors of channels and of blocks, > 0;
-        depthwise: 3x3 convolutions behind the stem are depthwise ones and 1x1 (pico and nano);
-        stacked_convs: convolutions of each tower (2);
-        l1: the loss has the absolute differences of the regressed numbers too, as in the last 15 of the published 300
-        epochs (False).
+      widen, deepen: factors of channels (>= 1/64) and of blocks (> 0); None: the variant's.
+      depthwise: whether 3x3 convolutions behind the stem are depthwise ones and 1x1; None: the variant's (pico and
+        nano).
+      stacked_convs: convolutions of each tower, >= 1.
+      l1: whether the loss has the absolute differences of the regressed numbers too, as in the last 15 of the
+        published 300 epochs.
 
     Returns:
       The detector. `box_reg` holds centre and size of boxes (`boxes.coding.cells_to_boxes`), `quality` the objectness
       logits.
 
     Raises:
-      ValueError: for an unknown variant or option, or a value out of range.
+      UserError: unknown variant, or a value out of range.
 
     Peers: mmdetection 3.3.0, configs/yolox/yolox_*_8xb8-300e_coco.py.
 
@@ -152,11 +162,9 @@ def make(variant: str, num_classes: int, **overrides) -> Detector:
       >>> make("pico", 5, stacked_convs=1).options
       {'stacked_convs': 1}
     """
-    if variant not in VARIANTS:
-        raise ValueError(f"There is no YOLOX {variant!r}; its sizes are {', '.join(VARIANTS)}.")
-    options = VARIANTS[variant] | {"stacked_convs": 2, "l1": False} | overrides
+    given = dict(widen=widen, deepen=deepen, depthwise=depthwise, stacked_convs=stacked_convs)
+    options = resolve(given, own_values("YOLOX", VARIANTS, variant))
     _check(num_classes, options)
-    l1, convs = options.pop("l1"), options["stacked_convs"]
     module = pure(lambda: YOLOX(num_classes, **options))
 
     def apply(params: Tree, stats: Tree, x: Array, *, train: bool) -> tuple[DetectorOutput, Tree]:
@@ -164,19 +172,20 @@ def make(variant: str, num_classes: int, **overrides) -> Detector:
         return module.call(params, stats, YOLOX.__call__, x, train)
 
     def head(params: Tree, stats: Tree, features: tuple[Array, ...], *, branch: str, start: int) -> tuple[Array, ...]:
-        check_entry("YOLOX", _TOWERS, convs, branch, start)
+        check_entry("YOLOX", _TOWERS, stacked_convs, branch, start)
         tower = _TOWERS[branch]
         return module.call(params, stats, lambda m: m.bbox_head.branch(features, tower, start, False)[1])[0][branch]
 
     return Detector(
         name=f"yolox_{variant}",
         num_classes=num_classes,
-        options=overrides,
+        options=changed(make, given | {"l1": l1}),
         strides=STRIDES,
         size_divisor=32,
         pad_value=114,
         round_down=True,
         shapes=module.shapes,
+        classifiers=("bbox_head/multi_level_conv_cls",),
         init=module.init,
         preprocess=preprocess,
         apply=apply,
@@ -191,15 +200,12 @@ def make(variant: str, num_classes: int, **overrides) -> Detector:
 
 
 def _check(num_classes: int, options: dict) -> None:
-    unknown = sorted(set(options) - set(_OPTIONS))
-    if unknown:
-        raise ValueError(f"YOLOX has no option {', '.join(unknown)}; its options are {', '.join(_OPTIONS)}.")
     if num_classes < 1:
-        raise ValueError(f"YOLOX needs at least one class, not {num_classes}.")
+        raise UserError(f"num_classes of YOLOX must be >= 1, not {num_classes}")
     if int(64 * options["widen"]) < 1 or options["deepen"] <= 0 or options["stacked_convs"] < 1:
-        raise ValueError(
+        raise UserError(
             f"YOLOX needs widen >= 1/64, deepen > 0 and stacked_convs >= 1, not widen={options['widen']}, "
-            f"deepen={options['deepen']}, stacked_convs={options['stacked_convs']}."
+            f"deepen={options['deepen']}, stacked_convs={options['stacked_convs']}"
         )
 
 

@@ -1,5 +1,20 @@
-"""Reading and writing weights: a kdjax folder, PyTorch state dicts, ONNX files of YOLOX."""
+"""Reads and writes weights: kdjax folders, PyTorch state dicts, ONNX files of YOLOX."""
 
-from kdjax.weights.folder import CONFIG, WEIGHTS, load, save
+from kdjax.weights.fill import count_classes, from_torch, reset_classifiers, to_torch
+from kdjax.weights.folder import CONFIG, WEIGHTS, infer_options, load, save
+from kdjax.weights.read import read_checkpoint
+from kdjax.weights.torch_names import plain
 
-__all__ = ["CONFIG", "WEIGHTS", "load", "save"]
+__all__ = [
+    "CONFIG",
+    "WEIGHTS",
+    "count_classes",
+    "from_torch",
+    "infer_options",
+    "load",
+    "plain",
+    "read_checkpoint",
+    "reset_classifiers",
+    "save",
+    "to_torch",
+]

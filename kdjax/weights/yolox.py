@@ -1,17 +1,18 @@
-"""YOLOX as its authors hand it out: their names of modules, and ONNX files without norms.
+"""YOLOX as its authors publish it: their names of modules, and ONNX files without norms.
 
 Their ONNX files hold every batch norm folded into the convolution before it, and name only the predictors; the other
-convolutions are told by the order in which the network runs them.
+convolutions are identified by the order in which the network runs them.
 """
 
 from pathlib import Path
 
 import numpy as np
 
-from kdjax.detectors.api import Detector, flatten
+from kdjax.detectors.api import Detector, State, flatten
 from kdjax.detectors.cspdarknet import EPS
+from kdjax.errors import UserError
 
-# Their modules and ours (those of mmdetection), in the order in which they run.
+# The modules under the authors' and under mmdetection's names, in the order in which they run.
 _BODY = (
     ("backbone.backbone.stem", "backbone.stem"),
     *((f"backbone.backbone.dark{stage + 1}", f"backbone.stage{stage}") for stage in (1, 2, 3, 4)),
@@ -41,8 +42,8 @@ _RUNS = ("main_conv", "short_conv", "blocks", "final_conv")  # of a CSP layer
 _UNNAMED = "onnx."
 
 
-def renamed(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """A state dict under mmdetection's names; another one than the authors' YOLOX is returned as it is.
+def renamed(state: State) -> State:
+    """The state dict of an authors' YOLOX under mmdetection's names; any other is returned unchanged.
 
     Example:
       >>> list(renamed({"backbone.backbone.dark2.1.conv1.conv.weight": 0, "head.cls_preds.0.bias": 0}))
@@ -68,7 +69,7 @@ def _renamed(name: str) -> str:
     return name
 
 
-def load_onnx(path: Path) -> dict[str, np.ndarray]:
+def load_onnx(path: Path) -> State:
     """Reads the convolutions of an ONNX file.
 
     Args:
@@ -79,61 +80,62 @@ def load_onnx(path: Path) -> dict[str, np.ndarray]:
       "onnx.N.weight" and "onnx.N.bias", N counting all convolutions in the order in which they run.
 
     Raises:
-      ValueError: the file cannot be read, or the package onnx is missing.
+      UserError: the file cannot be read, or the package onnx is not installed.
     """
     try:
         import onnx
     except ImportError as error:
-        raise ValueError(f"Reading {path} needs onnx: pip install onnx, or the extra kdjax[export].") from error
+        raise UserError(f"{path}: reading it needs onnx: install the extra kdjax[export]") from error
     try:
         graph = onnx.load(str(path)).graph
         arrays = {entry.name: onnx.numpy_helper.to_array(entry) for entry in graph.initializer}
-    except Exception as error:  # whatever protobuf raises
-        raise ValueError(f"The weights in {path} cannot be read: {error}.") from error
+    except Exception as error:  # protobuf raises many types
+        raise UserError(f"{path}: the weights cannot be read: {error}") from error
     state = {}
     for number, node in enumerate(node for node in graph.node if node.op_type == "Conv"):
         absent = [name for name in node.input[1:] if name not in arrays]
         if absent:
-            raise ValueError(f"The weights in {path} cannot be read: {', '.join(absent)} of {node.name} is not stored.")
+            missing = f"{', '.join(absent)} of {node.name}"
+            raise UserError(f"{path}: the weights cannot be read: {missing} is not stored in the file")
         for name, leaf in zip(node.input[1:], ("weight", "bias"), strict=False):
             own = name if name.endswith(f".{leaf}") else f"{_UNNAMED}{number}.{leaf}"
             state[own] = arrays[name]
     return state
 
 
-def is_folded(state: dict[str, np.ndarray]) -> bool:
+def is_folded(state: State) -> bool:
     """Whether a state is one of `load_onnx`."""
     return any(name.startswith(_UNNAMED) for name in state)
 
 
-def unfolded(detector: Detector, state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Gives the convolutions of `load_onnx` their names, and each a norm that does nothing but add its bias.
+def unfolded(detector: Detector, state: State) -> State:
+    """Names the convolutions of `load_onnx`, and adds to each a norm that only adds its bias.
 
-    The norm has mean 0, variance 1 - eps and scale 1, so it computes what the file does, as long as it is not trained:
-    the statistics that were folded in cannot be told apart any more.
+    The norm has mean 0, variance 1 - eps and scale 1, so the network computes what the file does as long as it is not
+    trained: the folded statistics cannot be recovered.
 
     Args:
       detector: a YOLOX.
       state: of `load_onnx` and `renamed`.
 
     Returns:
-      A state dict under mmdetection's names. Where the number of convolutions differs, what is too many keeps its name.
+      A state dict under mmdetection's names. Where the number of convolutions differs, surplus ones keep their name.
 
     Raises:
-      ValueError: for another detector.
+      UserError: another detector.
     """
     if not detector.name.startswith("yolox_"):
-        raise ValueError(f"ONNX files are read of YOLOX alone, not of {detector.name}.")
-    found = dict(state)
+        raise UserError(f"weights in ONNX files can only be read for YOLOX, not for {detector.name}")
+    named = dict(state)
     for number, module in enumerate(_in_order(detector)):
-        kernel, bias = (found.pop(f"{_UNNAMED}{number}.{leaf}", None) for leaf in ("weight", "bias"))
+        kernel, bias = (named.pop(f"{_UNNAMED}{number}.{leaf}", None) for leaf in ("weight", "bias"))
         if kernel is None or bias is None:
             continue
         norm = module.removesuffix("conv") + "bn"
         ones = np.ones_like(bias)
-        found |= {f"{module}.weight": kernel, f"{norm}.weight": ones, f"{norm}.bias": bias}
-        found |= {f"{norm}.running_mean": 0 * ones, f"{norm}.running_var": (1 - EPS) * ones}
-    return found
+        named |= {f"{module}.weight": kernel, f"{norm}.weight": ones, f"{norm}.bias": bias}
+        named |= {f"{norm}.running_mean": 0 * ones, f"{norm}.running_var": (1 - EPS) * ones}
+    return named
 
 
 def _in_order(detector: Detector) -> list[str]:

@@ -1,0 +1,113 @@
+"""The table of names between a detector's parameters and a PyTorch state dict, and the layout of its arrays."""
+
+import numpy as np
+
+from kdjax.detectors.api import Detector, State, flatten
+from kdjax.errors import UserError
+from kdjax.weights import yolox
+
+# Paths follow mmdetection's module names (those of torchvision and timm in a ResNet); only the leaves are renamed.
+_LEAVES = {
+    "kernel": "weight",
+    "scale": "weight",
+    "factor": "scale",
+    "bias": "bias",
+    "mean": "running_mean",
+    "var": "running_var",
+}
+COUNTERS = "num_batches_tracked"  # of batch norms in PyTorch; kdjax has none
+
+
+def torch_names(detector: Detector) -> dict[str, list[str]]:
+    """The table of names: "params/path" or "stats/path" -> the names in a PyTorch state dict.
+
+    There are several where PyTorch stores a shared convolution several times.
+
+    Example:
+      >>> from kdjax.detectors import build
+      >>> torch_names(build("rtmdet_pico", 5))["stats/backbone/stem/0/bn/mean"]
+      ['backbone.stem.0.bn.running_mean']
+    """
+    params, stats = (flatten(tree) for tree in detector.shapes)
+    table = {f"params/{path}": [torch_name(copy) for copy in (path, *detector.torch.copies(path))] for path in params}
+    return table | {f"stats/{path}": [torch_name(path)] for path in stats}
+
+
+def torch_name(path: str) -> str:
+    """The name in a state dict of the array at a path of params or stats."""
+    *modules, leaf = path.split("/")
+    return ".".join([*modules, _LEAVES[leaf]])
+
+
+def torch_shape(shape: tuple[int, ...], path: str) -> tuple[int, ...]:
+    """The shape in PyTorch of the array at a path: OIHW for HWIO kernels."""
+    return tuple(shape[axis] for axis in (3, 2, 0, 1)) if path.endswith("/kernel") else tuple(shape)
+
+
+def from_torch_layout(value: np.ndarray, path: str) -> np.ndarray:
+    """The float32 array for a path from its array in PyTorch's layout."""
+    value = np.asarray(value, np.float32)
+    return value.transpose(2, 3, 1, 0) if path.endswith("/kernel") and value.ndim == 4 else value
+
+
+def to_torch_layout(value: np.ndarray, path: str) -> np.ndarray:
+    """The inverse of `from_torch_layout`."""
+    return value.transpose(3, 2, 0, 1) if path.endswith("/kernel") else value
+
+
+def is_classifier(detector: Detector, path: str) -> bool:
+    """Whether the array at a path of params belongs to a layer whose outputs are the classes.
+
+    Example:
+      >>> from kdjax.detectors import build
+      >>> is_classifier(build("rtmdet_pico", 5), "bbox_head/rtm_cls/0/kernel")
+      True
+    """
+    return path.startswith(tuple(f"{module}/" for module in detector.classifiers))
+
+
+def plain(detector: Detector, state: State, network: str = "student") -> State:
+    """The state dict of one network under the detector's names, without the prefixes of wrappers.
+
+    Args:
+      detector: of the family that the state dict is of.
+      state: name -> array.
+      network: "student" or "teacher", for the state dict of a distiller that holds both.
+
+    Returns:
+      name -> array.
+
+    Raises:
+      UserError: another network.
+
+    Example:
+      >>> from kdjax.detectors import build
+      >>> state = {"architecture.bbox_head.head_module.rtm_cls.0.bias": np.zeros(3)}
+      >>> list(plain(build("rtmdet_pico", 3), state))
+      ['bbox_head.rtm_cls.0.bias']
+    """
+    return detector.torch.rename(yolox.renamed(_unwrapped(state, network)))
+
+
+def _unwrapped(state: State, network: str) -> State:
+    prefixes = {"student": ("architecture.", "student."), "teacher": ("teacher.",)}
+    if network not in prefixes:
+        raise UserError(f"network must be student or teacher, not {network!r}")
+    # "steps" is the counter of an averaged model.
+    state = {name.removeprefix("module."): value for name, value in state.items() if name != "steps"}
+    groups = {
+        role: {
+            name.removeprefix(prefix).removeprefix("module."): value
+            for prefix in of_role
+            for name, value in state.items()
+            if name.startswith(prefix)
+        }
+        for role, of_role in prefixes.items()
+    }
+    present = [role for role, group in groups.items() if group]
+    if not present:
+        return state
+    chosen = network if network in present else present[0]
+    # The rest of a distiller (the other network, connectors) is not the detector's; anything else is kept.
+    others = [name for name in state if not name.startswith(("architecture.", "student.", "teacher.", "distiller."))]
+    return groups[chosen] | {name: state[name] for name in others}
