@@ -6,7 +6,13 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/; --config.a.b=value changes a setting.")
+CONFIG = config_flags.DEFINE_config_file(
+    "config",
+    None,
+    "A file of configs/; --config.a.b=value changes a setting.",
+    lock_config=False,  # options of a detector are no keys of the defaults; other unknown keys are refused at start
+    accept_new_attributes=True,
+)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps all it writes; run again to resume.")
 MULTIHOST = flags.DEFINE_bool("multihost", False, "Several hosts: the same command on each (jax.distributed).")
 

@@ -31,7 +31,6 @@ from kdjax.evals import coco
 from kdjax.inference import model
 from kdjax.train import checkpoint, loop
 from kdjax.train import config as settings
-from kdjax.weights import convert
 from tests.shared import ROOT
 from tests.support.data import coco_json, write_folder
 from tests.test_detectors_weights import Code, spoilt
@@ -71,7 +70,7 @@ def test_help_is_instant_and_names_every_verb():
 @pytest.fixture(scope="module")
 def state():
     detector = build("rtmdet_pico", 6)
-    return detector, convert.to_torch(detector, *detector.init(jax.random.key(3)))
+    return detector, weights.to_torch(detector, *detector.init(jax.random.key(3)))
 
 
 def mmyolo_names(state: dict) -> dict:
@@ -101,7 +100,7 @@ def test_import_weights(tmp_path, capsys, state, source):
         arrays = mmyolo_names(arrays)
         assert not set(arrays) & {name for name in state[1] if name.startswith(("neck.", "bbox_head."))}
     if source == "mmrazor":
-        other = convert.to_torch(detector, *detector.init(jax.random.key(4)))
+        other = weights.to_torch(detector, *detector.init(jax.random.key(4)))
         arrays = {f"teacher.{k}": v for k, v in other.items()} | {f"architecture.{k}": v for k, v in arrays.items()}
     save_file({f"state_dict.{name}": np.array(value) for name, value in arrays.items()}, tmp_path / "w.safetensors")
     (tmp_path / "names.txt").write_text("\n".join(CLASSES) + "\n")
@@ -119,7 +118,7 @@ def test_import_weights(tmp_path, capsys, state, source):
 def test_mmyolos_large_models_have_no_exponential(tmp_path):
     for name, options in (("rtmdet_m", {}), ("rtmdet_m", {"exp_on_reg": True}), ("rtmdet_s", {})):
         detector = build(name, 3, widen=0.0625, deepen=0.1, **options)
-        state = convert.to_torch(detector, *detector.init(jax.random.key(3)))
+        state = weights.to_torch(detector, *detector.init(jax.random.key(3)))
         for theirs in (False, True):
             np.savez(tmp_path / "w.npz", **(mmyolo_names(state) if theirs else state))
             loaded = weights.load(tmp_path / "w.npz", detector)[0]
@@ -135,13 +134,13 @@ def test_import_weights_refuses(tmp_path, capsys, state):
     assert "does not name its 6 classes" in refused(capsys, *base, "--detector=rtmdet_pico")
     names = f"--classes={tmp_path / 'names.txt'}"
     assert "has 6 classes, but" in refused(capsys, *base, "--detector=rtmdet_pico", names)
-    assert "no detector 'rtmdet_big'" in refused(capsys, *base, "--detector=rtmdet_big", names)
+    assert "unknown detector 'rtmdet_big'" in refused(capsys, *base, "--detector=rtmdet_big", names)
     assert "multiples of 32" in refused(capsys, *base, "--detector=rtmdet_pico", names, "--image-size=100,64")
     (tmp_path / "six.txt").write_text("\n".join(CLASSES))
     assert "do not fit rtmdet_nano" in refused(
         capsys, *base, "--detector=rtmdet_nano", f"--classes={tmp_path / 'six.txt'}"
     )
-    assert "There is no file" in refused(
+    assert "no.npz: there is no such file" in refused(
         capsys, "import-weights", str(tmp_path / "no.npz"), "--detector=rtmdet_pico", f"--out={tmp_path / 'm'}"
     )
     assert "required: --detector" in refused(capsys, *base)
@@ -187,7 +186,7 @@ def test_a_spoilt_model_is_refused_by_every_verb(made, tmp_path, capsys, monkeyp
                 ("latency",),
             ):
                 told = refused(capsys, *arguments, f"--model={tmp_path / 'model'}")
-                assert "model.safetensors cannot be read" in told or "its SHA-256 differs" in told
+                assert "model.safetensors: it cannot be read" in told or "its SHA-256 differs" in told
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
@@ -254,7 +253,7 @@ def test_pth_tells_its_classes(tmp_path, state):
     arrays = {name: torch.tensor(value) for name, value in state[1].items()}
     for key, meta in (("new", {"dataset_meta": {"classes": tuple(CLASSES)}}), ("old", {"CLASSES": CLASSES})):
         torch.save({"meta": meta, "state_dict": arrays}, tmp_path / f"{key}.pth")
-        assert convert.load_checkpoint(tmp_path / f"{key}.pth")[1] == CLASSES
+        assert weights.read_checkpoint(tmp_path / f"{key}.pth")[1] == CLASSES
 
 
 def lively(params, seed: int):
@@ -853,7 +852,7 @@ def test_the_examples_of_the_help_run(made, state, tmp_path):
     video.release()
     tiny = build("rtmdet_tiny", 6)
     arrays = {
-        name: torch.tensor(value) for name, value in convert.to_torch(tiny, *tiny.init(jax.random.key(0))).items()
+        name: torch.tensor(value) for name, value in weights.to_torch(tiny, *tiny.init(jax.random.key(0))).items()
     }
     torch.save({"meta": {"dataset_meta": {"classes": CLASSES}}, "state_dict": arrays}, tmp_path / "rtmdet_tiny.pth")
     for verb in ("doctor", "predict", "evaluate", "latency", "export", "import-weights"):

@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from kdjax.commands.doctor import read_config
 from kdjax.detectors import build
+from kdjax.errors import UserError
 from kdjax.methods import api
 from kdjax.train import config as settings
 from kdjax.train import loop, optim, step
@@ -172,19 +174,25 @@ def test_the_dense_recipe_says_what_its_argument_is():
 
 
 def test_options_of_a_detector():
-    words = "base_channels=32, norm_eval=False, style=caffe, frozen_stages=-1"
-    expected = {"base_channels": 32, "norm_eval": False, "style": "caffe", "frozen_stages": -1}
-    assert settings.detector_options(words) == expected and settings.detector_options("") == {}
     config = load(ROOT / "configs" / "supervised" / "coco_folder.py", "fcos_r18")
-    config.student.options = words
+    config.student.options.update(base_channels=32, norm_eval=False)
+    loop.check_settings(config)
     loop.check_models(config)
-    assert loop.named_detector(config.student, 1).options == expected
-    for wrong in ("a", "1=2", "a=b.c", "a=1;b", "**{}", "a=f()"):
-        with pytest.raises(ValueError, match="name=value pairs between commas"):
-            settings.detector_options(wrong)
-    config.student.options = "bass=1"
-    with pytest.raises(ValueError, match="bass"):
+    assert loop.named_detector(config.student, 1).options == {"base_channels": 32, "norm_eval": False}
+    config.student.detector = "rtmdet_tiny"
+    with pytest.raises(UserError, match="config.student: rtmdet_tiny has no option base_channels, norm_eval: its opti"):
         loop.check_models(config)
-    config.student.update(detector="", options="style=caffe", weights="x")
-    with pytest.raises(ValueError, match="say nothing without config.student.detector"):
+    config.student.update(detector="", weights="x")
+    with pytest.raises(UserError, match="config.student.options has no effect unless config.student.detector is set"):
         loop.check_models(config)
+
+
+def test_options_of_a_detector_are_flags():
+    flags = ["--config.student.detector=fcos_r18", "--config.student.options.style=pytorch"]
+    config = read_config("configs/quickstart.py", [*flags, "--config.student.options.frozen_stages=-1"])
+    assert loop.named_detector(config.student, 1).options == {"style": "pytorch", "frozen_stages": -1}
+    config = read_config("configs/quickstart.py", ["--config.student.options.widen=wide"])
+    with pytest.raises(UserError, match=r"config.student: rtmdet_pico: option widen must be float \| None, not 'wide'"):
+        loop.check_models(config)
+    with pytest.raises(UserError, match="no such setting: config.optimizer.lrr"):
+        read_config("configs/quickstart.py", ["--config.optimizer.lrr=1"])

@@ -11,8 +11,10 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kdjax.detectors import build, names, rtmdet
+from kdjax.detectors import options as detector_options
 from kdjax.detectors.api import flatten, pure, unflatten
 from kdjax.detectors.layers import SeparableConv
+from kdjax.errors import UserError
 from kdjax.structs import Assignment, DetectorOutput, Targets
 
 SIDE, BATCH, CLASSES = 64, 8, 3
@@ -89,7 +91,7 @@ def on_devices(count, state, batch):
 
 
 def test_names_build():
-    assert names()[:3] == ["rtmdet_pico", "rtmdet_nano", "rtmdet_tiny"]
+    assert [name for name in names() if name.startswith("rtmdet")][:3] == ["rtmdet_pico", "rtmdet_nano", "rtmdet_tiny"]
     for name in names():
         assert build(name, 2).name == name
 
@@ -97,27 +99,37 @@ def test_names_build():
 def test_options_build_the_same_again():
     one = build("rtmdet_nano", 4, stacked_convs=1, share_conv=False)
     again = build(one.name, one.num_classes, **one.options)
-    assert one.shapes == again.shapes != build("rtmdet_nano", 4).shapes
+    assert one is again and one.shapes != build("rtmdet_nano", 4).shapes
+    assert build("rtmdet_nano", 4, stacked_convs=2, widen=None) is build("rtmdet_nano", 4) != build("rtmdet_nano", 5)
+
+
+def test_options_are_listed_with_their_defaults():
+    assert detector_options("fcos_r18-center")["style"] == "caffe"
+    assert detector_options("rtmdet_tiny")["exp_on_reg"] is None  # the variant's own
+    with pytest.raises(UserError, match="unknown detector 'rtmdet'"):
+        detector_options("rtmdet")
 
 
 @pytest.mark.parametrize(
     "name, classes, options, message",
     [
-        ("rtmdet_huge", 3, {}, "no detector 'rtmdet_huge'; the detectors are rtmdet_pico"),
-        ("yolo", 3, {}, "no detector 'yolo'"),
-        ("rtmdet_pico", 0, {}, "at least one class, not 0"),
-        ("rtmdet_pico", 3, {"wide": 1}, "no option wide; its options are widen, deepen"),
+        ("rtmdet_huge", 3, {}, "unknown detector 'rtmdet_huge': the detectors are atss_r18"),
+        ("yolo", 3, {}, "unknown detector 'yolo'"),
+        ("rtmdet_pico", 0, {}, "num_classes of RTMDet must be >= 1, not 0"),
+        ("rtmdet_pico", 3, {"wide": 1}, "rtmdet_pico has no option wide: its options are widen, deepen"),
         ("rtmdet_pico", 3, {"widen": 0.01}, "widen >= 1/32"),
         ("rtmdet_pico", 3, {"stacked_convs": 0}, "stacked_convs >= 1"),
+        ("rtmdet_pico", 3, {"stacked_convs": True}, "rtmdet_pico: option stacked_convs must be int, not True"),
+        ("rtmdet_pico", 3, {"widen": "0.5"}, r"rtmdet_pico: option widen must be float \| None, not '0.5'"),
     ],
 )
 def test_build_errors(name, classes, options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         build(name, classes, **options)
 
 
 def test_make_lists_its_sizes():
-    with pytest.raises(ValueError, match="sizes are pico, nano, tiny, s, m, l, x"):
+    with pytest.raises(UserError, match="'xxl' of RTMDet: the variants are pico, nano, tiny, s, m, l, x"):
         rtmdet.make("xxl", 3)
 
 

@@ -16,7 +16,6 @@ from kdjax import weights
 from kdjax.detectors import build, resnet
 from kdjax.detectors.api import flatten
 from kdjax.structs import DetectorOutput, Targets
-from kdjax.weights import convert
 
 NAMES = ("retinanet_r18", "fcos_r18", "fcos_r18-center", "gfl_r18", "atss_r18")
 ANCHORS = {"retinanet_r18": 9}
@@ -92,7 +91,7 @@ def test_head_is_entered_by_its_branches(name):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("retinanet_r18", {"groups": 2}, "RetinaNet has no option groups; its options are base_channels"),
+        ("retinanet_r18", {"groups": 2}, "retinanet_r18 has no option groups: its options are base_channels"),
         ("gfl_r18", {"head_channels": 6, "groups": 4}, "groups that divide head_channels, not 4 for 6"),
         ("gfl_r18", {"reg_max": 0}, "reg_max >= 1, not 0"),
         ("atss_r18", {"extra_convs": "on_lateral"}, "ATSS has the extra_convs on_input, on_output, not 'on_lateral'"),
@@ -105,7 +104,7 @@ def test_head_is_entered_by_its_branches(name):
 def test_build_errors(name, options, message):
     with pytest.raises(ValueError, match=message):
         build(name, CLASSES, **options)
-    with pytest.raises(ValueError, match="at least one class, not 0"):
+    with pytest.raises(ValueError, match="must be >= 1, not 0"):
         build(name, 0)
 
 
@@ -270,26 +269,26 @@ def test_decode(name):
 def test_weights_go_there_and_back(name, tmp_path):
     detector = tiny(name)
     variables = detector.init(jax.random.key(1))
-    state = convert.to_torch(detector, *variables)
-    chex.assert_trees_all_equal(convert.from_torch(detector, state), variables)
+    state = weights.to_torch(detector, *variables)
+    chex.assert_trees_all_equal(weights.from_torch(detector, state), variables)
     weights.save(tmp_path, detector, *variables, classes=["a", "b", "c"], image_size=(64, 64))
     loaded, *again, _ = weights.load(tmp_path)
     chex.assert_trees_all_equal(tuple(again), variables)
     assert loaded.name == name and loaded.options == detector.options
     other = build(name, 5, **detector.options)
-    with pytest.warns(UserWarning, match="for 3 classes and .* has 5: its classifiers start anew"):
-        params, _ = convert.from_torch(other, state)
+    with pytest.warns(UserWarning, match="classifiers of .* are re-initialised for 5 classes"):
+        params, _ = weights.from_torch(other, state)
     assert flatten(params).keys() == flatten(other.shapes[0]).keys()
 
 
 def test_bins_of_gfl_are_read_and_written():
     detector = tiny("gfl_r18")
-    state = convert.to_torch(detector, *detector.init(jax.random.key(0)))
+    state = weights.to_torch(detector, *detector.init(jax.random.key(0)))
     np.testing.assert_array_equal(state["bbox_head.integral.project"], np.arange(17))
     assert state["bbox_head.scales.2.scale"].shape == ()
     state["bbox_head.integral.project"] = np.arange(17) / 2
-    with pytest.raises(ValueError, match="bbox_head.integral.project are not the whole numbers from 0 on"):
-        convert.from_torch(detector, state)
+    with pytest.raises(ValueError, match="bbox_head.integral.project must be 0, 1, ... 16"):
+        weights.from_torch(detector, state)
 
 
 def test_the_two_forms_of_fcos_have_their_own_colours_and_suppression():
@@ -305,26 +304,26 @@ def test_a_bare_resnet_of_another_form_is_told():
     options = dict(base_channels=4, neck_channels=8, head_channels=8, stacked_convs=1, groups=4)
     for style in ("caffe", "pytorch"):
         detector = build("fcos_r18", 3, style=style, **options)
-        state = convert.to_torch(detector, *detector.init(jax.random.key(1)))
+        state = weights.to_torch(detector, *detector.init(jax.random.key(1)))
         bare = {n.removeprefix("backbone."): v for n, v in state.items() if n.startswith("backbone.")}
         with pytest.warns(UserWarning) as told:
-            convert.from_torch(detector, bare)
-        assert ("set style=pytorch" in str(told[0].message)) == (style == "caffe")
+            weights.from_torch(detector, bare)
+        assert ("the option style=pytorch" in str(told[0].message)) == (style == "caffe")
 
 
 def test_a_bare_resnet_fills_the_backbone():
     detector = tiny("atss_r18")
     variables = detector.init(jax.random.key(1))
-    state = convert.to_torch(detector, *variables)
+    state = weights.to_torch(detector, *variables)
     bare = {n.removeprefix("backbone."): v for n, v in state.items() if n.startswith("backbone.")}
     bare |= {"fc.weight": np.zeros((1000, 16)), "fc.bias": np.zeros(1000)}
-    with pytest.warns(UserWarning, match="a bare ResNet: neck and head of atss_r18 start anew"):
-        params, stats = convert.from_torch(detector, bare, key=jax.random.key(2))
+    with pytest.warns(UserWarning, match="a bare ResNet: neck and head of atss_r18 are initialised at random"):
+        params, stats = weights.from_torch(detector, bare, key=jax.random.key(2))
     fresh = detector.init(jax.random.key(2))[0]
     chex.assert_trees_all_equal(params, fresh | {"backbone": variables[0]["backbone"]})
     chex.assert_trees_all_equal(stats, variables[1])
     del bare["layer1.0.conv1.weight"]
     with pytest.warns(UserWarning), pytest.raises(ValueError, match="backbone.layer1.0.conv1.weight is missing"):
-        convert.from_torch(detector, bare)
-    with pytest.raises(ValueError, match="atss_r18 as a whole is needed"):
-        convert.from_torch(detector, bare, keep_classifiers=True)
+        weights.from_torch(detector, bare)
+    with pytest.raises(ValueError, match="the whole atss_r18 is needed"):
+        weights.from_torch(detector, bare, keep_classifiers=True)

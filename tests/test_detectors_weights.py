@@ -17,7 +17,7 @@ from safetensors.numpy import save_file as save_safetensors
 from kdjax import weights
 from kdjax.detectors import build
 from kdjax.detectors.api import flatten
-from kdjax.weights import convert
+from kdjax.weights import read, torch_names
 
 CLASSES = ["ant", "bee", "cat"]
 
@@ -35,7 +35,7 @@ def variables(detector):
 @pytest.fixture(scope="module")
 def state(detector, variables):
     """A state dict of PyTorch."""
-    return convert.to_torch(detector, *variables)
+    return weights.to_torch(detector, *variables)
 
 
 def test_names_are_mmdetections(detector, state):
@@ -44,9 +44,9 @@ def test_names_are_mmdetections(detector, state):
     assert state["bbox_head.rtm_cls.2.bias"].shape == (3,)
     assert state["neck.out_convs.1.bn.num_batches_tracked"] == 0
     # One array that the levels share has a name for each of them.
-    names = convert.torch_names(detector)["params/bbox_head/reg_convs/0/1/conv/kernel"]
+    names = torch_names.torch_names(detector)["params/bbox_head/reg_convs/0/1/conv/kernel"]
     assert names == [f"bbox_head.reg_convs.{level}.1.conv.weight" for level in range(3)]
-    apart = convert.torch_names(build("rtmdet_pico", 3, share_conv=False))
+    apart = torch_names.torch_names(build("rtmdet_pico", 3, share_conv=False))
     assert all(len(names) == 1 for names in apart.values())
 
 
@@ -59,24 +59,24 @@ def test_layout_is_oihw(variables, state):
 def test_there_and_back(share):
     detector = build("rtmdet_pico", 2, share_conv=share)
     variables = detector.init(jax.random.key(1))
-    chex.assert_trees_all_equal(convert.from_torch(detector, convert.to_torch(detector, *variables)), variables)
+    chex.assert_trees_all_equal(weights.from_torch(detector, weights.to_torch(detector, *variables)), variables)
 
 
 @pytest.mark.parametrize("prefix", ["module.", "architecture.", "architecture.module.", "student.", "teacher."])
 def test_wrapped_networks(detector, variables, state, prefix):
     wrapped = {prefix + name: value for name, value in state.items()}
-    chex.assert_trees_all_equal(convert.from_torch(detector, wrapped), variables)
+    chex.assert_trees_all_equal(weights.from_torch(detector, wrapped), variables)
 
 
 def test_distiller_holds_two_networks(detector, variables, state):
     other = detector.init(jax.random.key(9))
     both = {f"architecture.{name}": value for name, value in state.items()}
-    both |= {f"teacher.{name}": value for name, value in convert.to_torch(detector, *other).items()}
+    both |= {f"teacher.{name}": value for name, value in weights.to_torch(detector, *other).items()}
     both["distiller.connectors.neck_s0.weight"] = np.zeros((2, 2))
-    chex.assert_trees_all_equal(convert.from_torch(detector, both), variables)
-    chex.assert_trees_all_equal(convert.from_torch(detector, both, network="teacher"), other)
-    with pytest.raises(ValueError, match="student and teacher, not 'assistant'"):
-        convert.from_torch(detector, both, network="assistant")
+    chex.assert_trees_all_equal(weights.from_torch(detector, both), variables)
+    chex.assert_trees_all_equal(weights.from_torch(detector, both, network="teacher"), other)
+    with pytest.raises(ValueError, match="student or teacher, not 'assistant'"):
+        weights.from_torch(detector, both, network="assistant")
 
 
 def test_all_differences_in_one_error(detector, state):
@@ -87,7 +87,7 @@ def test_all_differences_in_one_error(detector, state):
     broken["bbox_head.cls_convs.1.0.conv.weight"] = 0 * state["bbox_head.cls_convs.1.0.conv.weight"]
     broken["bbox_head.rtm_reg.0.weight"] = np.zeros((5, 32, 1, 1))
     with pytest.raises(ValueError) as error:
-        convert.from_torch(detector, broken)
+        weights.from_torch(detector, broken)
     for words in (
         "do not fit rtmdet_pico with 3 classes",
         "5 differences",
@@ -102,8 +102,8 @@ def test_all_differences_in_one_error(detector, state):
 
 def test_new_number_of_classes_starts_the_classifier_anew(detector, variables, state):
     wider = build("rtmdet_pico", 7)
-    with pytest.warns(UserWarning, match="for 3 classes and rtmdet_pico has 7: its classifiers start anew"):
-        params, stats = convert.from_torch(wider, state, key=jax.random.key(4))
+    with pytest.warns(UserWarning, match="classifiers of rtmdet_pico are re-initialised for 7 classes"):
+        params, stats = weights.from_torch(wider, state, key=jax.random.key(4))
     fresh, got = flatten(wider.init(jax.random.key(4))[0]), flatten(params)
     old = flatten(variables[0])
     for path in got:
@@ -118,7 +118,7 @@ def test_classifiers_must_agree(detector, state):
         mixed[f"bbox_head.rtm_cls.0.{name}"] = np.zeros(rows)
     mixed["bbox_head.rtm_cls.1.weight"] = np.zeros((6, 32, 1, 1))
     with pytest.raises(ValueError, match=r"different numbers of classes: \[3, 5, 6\]"):
-        convert.from_torch(detector, mixed)
+        weights.from_torch(detector, mixed)
 
 
 @pytest.mark.parametrize("wrapper", ["", "state_dict.", "ema_state_dict.module.", "model."])
@@ -129,33 +129,35 @@ def test_files_of_arrays(tmp_path, detector, variables, state, wrapper):
     np.savez(tmp_path / "weights.npz", **arrays)
     save_safetensors(arrays, tmp_path / "weights.safetensors")
     for file in ("weights.npz", "weights.safetensors"):
-        arrays, classes = convert.load_checkpoint(tmp_path / file)
+        arrays, classes = weights.read_checkpoint(tmp_path / file)
         assert classes is None
-        chex.assert_trees_all_equal(convert.from_torch(detector, arrays), variables)
+        chex.assert_trees_all_equal(weights.from_torch(detector, arrays), variables)
 
 
 def test_mmengine_keeps_the_average_in_state_dict():
     checkpoint = {"meta": {}, "state_dict": {"a": np.ones(1)}, "ema_state_dict": {"module.a": np.zeros(1)}}
-    assert convert._unwrap(checkpoint)["a"] == 1
+    assert read._unwrap(checkpoint)["a"] == 1
 
 
 def test_file_errors(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r"files .npz, .safetensors, .pth, .onnx, not from .*weights.h5"):
-        convert.load_checkpoint(tmp_path / "weights.h5")
-    with pytest.raises(ValueError, match="There is no file"):
-        convert.load_checkpoint(tmp_path / "weights.npz")
+    with pytest.raises(
+        ValueError, match=r"weights.h5: unknown kind of weights: the kinds are .npz, .safetensors, .pth, .onnx"
+    ):
+        weights.read_checkpoint(tmp_path / "weights.h5")
+    with pytest.raises(ValueError, match="weights.npz: there is no such file"):
+        weights.read_checkpoint(tmp_path / "weights.npz")
     for name in ("broken.npz", "broken.safetensors"):
         (tmp_path / name).write_bytes(b"not arrays at all")
-        with pytest.raises(ValueError, match=f"{name} cannot be read"):
-            convert.load_checkpoint(tmp_path / name)
+        with pytest.raises(ValueError, match=f"{name}: the weights cannot be read"):
+            weights.read_checkpoint(tmp_path / name)
     np.savez(tmp_path / "whole.npz", a=np.arange(1000))
     (tmp_path / "cut.npz").write_bytes((tmp_path / "whole.npz").read_bytes()[:2000])
-    with pytest.raises(ValueError, match="cut.npz cannot be read"):
-        convert.load_checkpoint(tmp_path / "cut.npz")
+    with pytest.raises(ValueError, match="cut.npz: the weights cannot be read"):
+        weights.read_checkpoint(tmp_path / "cut.npz")
     monkeypatch.setitem(sys.modules, "torch", None)
     (tmp_path / "weights.pth").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"needs PyTorch: install the extra kdjax\[torch\]"):
-        convert.load_checkpoint(tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match=r"weights.pth: reading it needs PyTorch: install the extra kdjax\[torch\]"):
+        weights.read_checkpoint(tmp_path / "weights.pth")
 
 
 class Code:
@@ -180,8 +182,12 @@ def spoilt(folder: Path, state: dict) -> dict[str, str]:
     np.savez(folder / "words.npz", **state | {"bbox_head.rtm_cls.0.bias": np.array(["a", "b", "c"])})
     np.save(folder / "one.npy", np.zeros(3))
     (folder / "one.npy").rename(folder / "one.npz")
-    told = {"objects.npz": "allow_pickle=False", "words.npz": "not of numbers", "one.npz": "it is no npz file"}
-    kinds = {"npz": "no npz file", "safetensors": "Error while deserializing header"}
+    told = {
+        "objects.npz": "allow_pickle=False",
+        "words.npz": "is not an array of numbers",
+        "one.npz": "it is not an npz file",
+    }
+    kinds = {"npz": "not an npz file", "safetensors": "Error while deserializing header"}
     if importlib.util.find_spec("torch"):
         import torch
 
@@ -191,7 +197,7 @@ def spoilt(folder: Path, state: dict) -> dict[str, str]:
         old = dict(_use_new_zipfile_serialization=False)
         torch.save({"state_dict": tensors, "code": Code(folder / "executed")}, folder / "old.pth", **old)
         torch.save(list(tensors.values()), folder / "list.pth")
-        told |= dict.fromkeys(("code.pth", "old.pth"), f"it asks for {os.mkdir.__module__}.mkdir")
+        told |= dict.fromkeys(("code.pth", "old.pth"), f"it needs {os.mkdir.__module__}.mkdir")
         told |= {"list.pth": "holds a list, not weights by name"}
         kinds["pth"] = "cannot be read"
     for kind, words in kinds.items():
@@ -205,7 +211,7 @@ def spoilt(folder: Path, state: dict) -> dict[str, str]:
 def test_spoilt_files_are_refused_and_nothing_in_them_runs(tmp_path, state):
     for name, words in spoilt(tmp_path, state).items():
         with pytest.raises(ValueError, match=name) as caught:
-            convert.load_checkpoint(tmp_path / name)
+            weights.read_checkpoint(tmp_path / name)
         assert words in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "executed").exists()
     with pytest.raises(FileExistsError):  # the code is really there
@@ -231,7 +237,7 @@ def test_pth_is_read_as_weights_alone(tmp_path, detector, variables, state):
     assert classes is None
     torch.save({"state_dict": {}, "code": PurePath("x")}, tmp_path / "code.pth")
     with pytest.raises(ValueError, match="cannot be read as weights alone"):
-        convert.load_checkpoint(tmp_path / "code.pth")
+        weights.read_checkpoint(tmp_path / "code.pth")
 
 
 @pytest.fixture
@@ -280,7 +286,7 @@ def test_pytorch_weights_need_a_detector(tmp_path, detector, variables, state):
     loaded, params, stats, classes = weights.load(tmp_path / "weights.npz", detector)
     assert loaded is detector and classes is None
     chex.assert_trees_all_equal((params, stats), variables)
-    with pytest.raises(ValueError, match="does not say which detector it is of"):
+    with pytest.raises(ValueError, match="the file does not name its detector"):
         weights.load(tmp_path / "weights.npz")
 
 
@@ -288,11 +294,11 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, detector, variables, 
     broken = jax.tree.map(np.array, variables[0])
     broken["backbone"]["stage1"]["0"]["bn"]["bias"][3] = np.nan
     weights.save(tmp_path / "w", detector, broken, variables[1], classes=CLASSES, image_size=(64, 64))
-    with pytest.raises(ValueError, match="w: params/backbone/stage1/0/bn/bias holds numbers that are not finite"):
+    with pytest.raises(ValueError, match="w: params/backbone/stage1/0/bn/bias contains NaN or Inf"):
         weights.load(tmp_path / "w")
     name = next(name for name in state if name.endswith("running_var"))
     np.savez(tmp_path / "w.npz", **state | {name: np.full_like(state[name], np.inf)})
-    with pytest.raises(ValueError, match="w.npz: stats/.* holds numbers that are not finite"):
+    with pytest.raises(ValueError, match="w.npz: stats/.* contains NaN or Inf"):
         weights.load(tmp_path / "w.npz", detector)
 
 
@@ -301,9 +307,9 @@ def test_save_errors(tmp_path, detector, variables):
         options = {"classes": CLASSES, "image_size": (64, 64)} | options
         weights.save(tmp_path / "w", detector, params, variables[1], **options)
 
-    with pytest.raises(ValueError, match="float32 or float16, not as 'int8'"):
+    with pytest.raises(ValueError, match="dtype must be float32 or float16, not 'int8'"):
         save(dtype="int8")
-    with pytest.raises(ValueError, match="has 3 classes, but 2 names"):
+    with pytest.raises(ValueError, match="classes must hold 3 names, not 2"):
         save(classes=["a", "b"])
     with pytest.raises(ValueError, match="backbone/stage1/0/bn/bias holds values beyond float16"):
         large = jax.tree.map(np.asarray, variables[0])
@@ -328,21 +334,24 @@ def flip_a_bit(folder):
     [
         (flip_a_bit, "its SHA-256 differs"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b""), "its SHA-256 differs"),
-        (lambda folder: (folder / "model.safetensors").unlink(), "holds no model.safetensors"),
-        (lambda folder: (folder / "config.json").unlink(), "holds no config.json"),
-        (lambda folder: (folder / "config.json").write_text("{"), "config.json cannot be read"),
-        (lambda folder: (folder / "config.json").write_text("[]"), "config.json cannot be read"),
-        (lambda folder: (folder / "config.json").write_text("{}"), "config.json cannot be read"),
-        (lambda folder: edit(folder, detector="rtmdet_huge"), "no detector 'rtmdet_huge'"),
-        (lambda folder: edit(folder, num_classes=4, classes=list("abcd")), "does not fit rtmdet_pico"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "there is no model.safetensors"),
+        (lambda folder: (folder / "config.json").unlink(), "there is no config.json"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json: it cannot be read"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "config.json: it cannot be read"),
+        (lambda folder: (folder / "config.json").write_text("{}"), "config.json: it cannot be read"),
+        (lambda folder: edit(folder, detector="rtmdet_huge"), "unknown detector 'rtmdet_huge'"),
+        (lambda folder: edit(folder, num_classes=4, classes=list("abcd")), "it does not fit rtmdet_pico"),
         (lambda folder: edit(folder, num_classes=4), "3 names for 4 classes"),
         (lambda folder: edit(folder, num_classes="3"), "num_classes is '3'"),
-        (lambda folder: edit(folder, options=["x"]), "config.json cannot be read as the config of weights.*options"),
-        (lambda folder: edit(folder, options={"depth": 1}), "RTMDet has no option depth"),
-        (lambda folder: edit(folder, image_size=None), "config.json cannot be read"),
+        (
+            lambda folder: edit(folder, options=["x"]),
+            "config.json: it cannot be read as the config of weights.*options",
+        ),
+        (lambda folder: edit(folder, options={"depth": 1}), "rtmdet_pico has no option depth"),
+        (lambda folder: edit(folder, image_size=None), "config.json: it cannot be read"),
         (lambda folder: edit(folder, image_size=["64", "64"]), "image_size is"),
         (lambda folder: edit(folder, extra=None), "extra is None"),
-        (lambda folder: edit(folder, options={"stacked_convs": 1}), "does not fit rtmdet_pico"),
+        (lambda folder: edit(folder, options={"stacked_convs": 1}), "it does not fit rtmdet_pico"),
     ],
 )
 def test_damaged_folders(folder, damage, message):
@@ -352,7 +361,7 @@ def test_damaged_folders(folder, damage, message):
 
 
 def test_folder_of_another_detector(folder, tmp_path):
-    with pytest.raises(ValueError, match=r"holds rtmdet_pico with options {}, not rtmdet_nano"):
+    with pytest.raises(ValueError, match=r"for rtmdet_pico with options {}, not for rtmdet_nano"):
         weights.load(folder, build("rtmdet_nano", 3))
-    with pytest.raises(ValueError, match="There are no weights at"):
+    with pytest.raises(ValueError, match="nowhere: there are no weights"):
         weights.load(tmp_path / "nowhere")

@@ -20,7 +20,6 @@ from kdjax.detectors.layers import BatchNorm
 from kdjax.evals import coco, complexity
 from kdjax.inference import model as models
 from kdjax.structs import DetectorOutput, Targets
-from kdjax.weights import convert
 from kdjax.weights import yolox as yolox_names
 from tests.shared import SHARED
 from tests.test_boxes_assign import slow_sim_ota
@@ -142,7 +141,7 @@ def test_published_sizes(variant, millions):
 def test_build_errors(options, message):
     with pytest.raises(ValueError, match=message):
         build("yolox_pico", CLASSES, **options)
-    with pytest.raises(ValueError, match="at least one class, not 0"):
+    with pytest.raises(ValueError, match="num_classes of YOLOX must be >= 1, not 0"):
         build("yolox_pico", 0)
     with pytest.raises(ValueError, match="its sizes are pico, nano, tiny, s, m, l, x"):
         yolox.make("xxl", 3)
@@ -381,7 +380,7 @@ def authors_convs(*, blocks, depthwise, convs=2):
 def test_names_are_mmdetections_and_the_authors(variant, blocks):
     detector = build(f"yolox_{variant}", 80)
     depthwise = variant == "nano"
-    ours = {name for names in convert.torch_names(detector).values() for name in names}
+    ours = {name for names in weights.torch_names(detector).values() for name in names}
     last = "depthwise_conv." if depthwise else ""
     for name in (
         "backbone.stem.conv.conv.weight",
@@ -421,22 +420,22 @@ def authors_state(state):
 def test_weights_go_there_and_back(tmp_path):
     detector = build("yolox_pico", CLASSES, widen=0.0625)
     given = detector.init(jax.random.key(1))
-    state = convert.to_torch(detector, *given)
-    chex.assert_trees_all_equal(convert.from_torch(detector, state), given)
-    chex.assert_trees_all_equal(convert.from_torch(detector, authors_state(state)), given)
+    state = weights.to_torch(detector, *given)
+    chex.assert_trees_all_equal(weights.from_torch(detector, state), given)
+    chex.assert_trees_all_equal(weights.from_torch(detector, authors_state(state)), given)
     weights.save(tmp_path, detector, *given, classes=["a", "b", "c"], image_size=(64, 64))
     loaded, *again, _ = weights.load(tmp_path)
     chex.assert_trees_all_equal(tuple(again), given)
     assert loaded.name == "yolox_pico" and loaded.options == detector.options
-    assert convert.count_classes(build("yolox_pico", 1, **detector.options), state) == CLASSES
-    with pytest.warns(UserWarning, match="for 3 classes and .* has 5: its classifiers start anew"):
-        params, _ = convert.from_torch(build("yolox_pico", 5, **detector.options), state)
+    assert weights.count_classes(build("yolox_pico", 1, **detector.options), state) == CLASSES
+    with pytest.warns(UserWarning, match="classifiers of yolox_pico are re-initialised for 5 classes"):
+        params, _ = weights.from_torch(build("yolox_pico", 5, **detector.options), state)
     assert params["bbox_head"]["multi_level_conv_cls"]["0"]["bias"].shape == (5,)
 
 
 def folded():
     """The weights of `variables` as an ONNX file holds them."""
-    state = convert.to_torch(tiny(), *variables())
+    state = weights.to_torch(tiny(), *variables())
     held = {}
     for number, module in enumerate(yolox_names._in_order(tiny())):
         kernel = state[f"{module}.weight"]
@@ -455,7 +454,7 @@ def folded():
 
 def test_folded_norms_are_unfolded():
     output, _ = program()[0](*variables(), images())
-    fill = functools.partial(convert.from_torch, keep_classifiers=True)
+    fill = functools.partial(weights.from_torch, keep_classifiers=True)
     again, _ = program()[0](*fill(tiny(), folded()), images())
     chex.assert_trees_all_close(again.cls_logits, output.cls_logits, rtol=1e-3, atol=1e-3)
     chex.assert_trees_all_close(again.quality, output.quality, rtol=1e-3, atol=1e-3)
@@ -468,7 +467,7 @@ def test_folded_norms_are_unfolded():
     with pytest.raises(ValueError, match="read of YOLOX alone, not of rtmdet_pico"):
         fill(build("rtmdet_pico", CLASSES), folded())
     with pytest.warns(UserWarning, match="trained from here on starts with norms of scale 1"):
-        convert.from_torch(tiny(), folded())
+        weights.from_torch(tiny(), folded())
 
 
 def test_an_onnx_file_is_read(tmp_path, monkeypatch):
@@ -483,16 +482,16 @@ def test_an_onnx_file_is_read(tmp_path, monkeypatch):
     graph = onnx.helper.make_graph(nodes, "net", [], [], stored)
     file = tmp_path / "net.onnx"
     onnx.save(onnx.helper.make_model(graph), str(file))
-    state, classes = convert.load_checkpoint(file)
+    state, classes = weights.read_checkpoint(file)
     assert list(state) == ["onnx.0.weight", "onnx.0.bias", "head.cls_preds.0.weight", "head.cls_preds.0.bias"]
     assert classes is None and yolox_names.is_folded(state)
     np.testing.assert_array_equal(state["onnx.0.weight"], kernel)
     file.write_bytes(file.read_bytes()[:-9])
-    with pytest.raises(ValueError, match="net.onnx cannot be read"):
-        convert.load_checkpoint(file)
+    with pytest.raises(ValueError, match="net.onnx: the weights cannot be read"):
+        weights.read_checkpoint(file)
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(ValueError, match=r"needs onnx: pip install onnx, or the extra kdjax\[export\]"):
-        convert.load_checkpoint(file)
+        weights.read_checkpoint(file)
 
 
 # ------------------------------------------------------------------------------------------------------- real weights

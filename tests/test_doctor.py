@@ -15,10 +15,9 @@ from kdjax.commands.doctor import read_config
 from kdjax.data.dataset import Split
 from kdjax.doctor import examine
 from kdjax.methods import api
-from kdjax.train import config as settings
 from kdjax.train import loop
 from kdjax.train.step import init_adapters
-from kdjax.weights import convert
+from kdjax.weights import folder
 from tests.test_configs import load
 from tests.test_train import tiny_config
 
@@ -228,7 +227,7 @@ def test_a_missing_focal_prior_is_named(setup):
 
 def test_a_random_student_with_frozen_layers_is_named():
     assert "11 kernels" in faults(examine.of_frozen(detectors.build("retinanet_r50", 2)))["frozen layers"]
-    free = settings.detector_options("frozen_stages=-1,frozen_norm=False,norm_eval=False")
+    free = dict(frozen_stages=-1, frozen_norm=False, norm_eval=False)
     assert not examine.of_frozen(detectors.build("fcos_r18", 2, **free))
     assert not examine.of_frozen(detectors.build("yolox_pico", 2))
 
@@ -344,12 +343,12 @@ def test_the_class_map_of_weights(setup, others, tmp_path):
     config = made.config.copy_and_resolve_references()
     for count, named in ((6, None), (6, "meta"), (2, None)):
         detector = detectors.build("rtmdet_pico", count)
-        state = convert.to_torch(detector, *detector.init(jax.random.PRNGKey(5)))
+        state = weights.to_torch(detector, *detector.init(jax.random.PRNGKey(5)))
         np.savez(tmp_path / "w.npz", **state)
         config.student.weights = str(tmp_path / "w.npz")
         with pytest.MonkeyPatch.context() as patched:
             if named:  # as of a .pth of mmengine
-                patched.setattr(convert, "load_checkpoint", lambda path, state=state: (state, list("abcdef")))
+                patched.setattr(folder, "read_checkpoint", lambda path, state=state: (state, list("abcdef")))
             finding, kept = examine.of_classes("student", config.student, made.dataset)
         assert kept == (count == 6 and not named)
         if named:
@@ -396,7 +395,7 @@ def test_the_verb_examines_the_run_of_its_flags(monkeypatch, capsys):
     assert list(seen[0].methods) == ["ssim"] and seen[0].optimizer.lr == 0.25
     for wrong, told in (
         ("--config=configs/nix.py", "No such file or directory: 'configs/nix.py'"),
-        ("--config.optimizer.lrr=1", "no such setting: lrr"),
+        ("--config.optimizer.lrr=1", "no such setting: config.optimizer.lrr"),
         ("nonsense", "'nonsense' is no flag"),
     ):
         assert cli.main([*command, wrong]) == 2

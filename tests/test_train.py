@@ -26,7 +26,6 @@ from kdjax.report import model_card
 from kdjax.train import checkpoint, loop, optim
 from kdjax.train import config as settings
 from kdjax.train import step as steps
-from kdjax.weights import convert
 from tests.support.data import small_folder
 from tests.test_detectors_weights import spoilt
 
@@ -410,7 +409,7 @@ def test_class_map_of_the_teacher_must_fit(folder, teacher_folder, tmp_path):
 def test_a_teacher_of_another_number_of_classes_is_refused(folder, teacher_folder, tmp_path):
     """A PyTorch file does not name its classes; classifiers that start anew would teach noise."""
     detector = detectors.build("rtmdet_pico", 80)
-    np.savez(tmp_path / "coco.npz", **convert.to_torch(detector, *detector.init(jax.random.PRNGKey(0))))
+    np.savez(tmp_path / "coco.npz", **weights.to_torch(detector, *detector.init(jax.random.PRNGKey(0))))
     changes = dict(teacher__weights=str(tmp_path / "coco.npz"), teacher__detector="rtmdet_pico")
     with pytest.raises(loop.BadInput, match="coco.npz: The weights are for 80 classes, but 6 are needed"):
         loop.run(wrong(folder, teacher_folder, **changes), tmp_path / "run")
@@ -428,7 +427,7 @@ def test_spoilt_weights_of_a_teacher_are_refused(folder, teacher_folder, tmp_pat
 
 def test_weights_of_another_detector_get_one_line(folder, teacher_folder, tmp_path):
     detector = detectors.build("rtmdet_nano", 6)
-    np.savez(tmp_path / "nano.npz", **convert.to_torch(detector, *detector.init(jax.random.PRNGKey(0))))
+    np.savez(tmp_path / "nano.npz", **weights.to_torch(detector, *detector.init(jax.random.PRNGKey(0))))
     changes = dict(teacher__weights=str(tmp_path / "nano.npz"), teacher__detector="rtmdet_pico")
     with pytest.raises(loop.BadInput, match="do not fit rtmdet_pico.*; and [0-9]+ more$") as caught:
         loop.run(wrong(folder, teacher_folder, **changes), tmp_path / "run")
@@ -450,8 +449,8 @@ def test_a_student_may_start_from_weights_of_other_classes(folder, teacher_folde
         detector = detectors.build("rtmdet_pico", len(classes))
         params, stats = detector.init(jax.random.PRNGKey(99))
         weights.save(tmp_path, detector, params, stats, classes=classes, image_size=(64, 64))
-        chosen = ConfigDict(dict(detector="rtmdet_pico", options="", weights=str(tmp_path)))
-        with pytest.warns(UserWarning, match="classifiers start anew"):
+        chosen = ConfigDict(dict(detector="rtmdet_pico", options={}, weights=str(tmp_path)))
+        with pytest.warns(UserWarning, match="classifiers of rtmdet_pico are re-initialised"):
             started, (found, _) = loop.load_detector("student", chosen, dataset, key)
         assert started.num_classes == len(dataset.classes)
         old = flatten(params)
@@ -488,7 +487,7 @@ def test_a_run_is_not_resumed_with_other_data_or_another_teacher(finished, folde
     if changed == "data":
         config.data.scenes_train += 1  # the workdir's config.json is not copied, so only the checkpoint knows
     elif changed == "options":  # that change no shape
-        config.student.options = "exp_on_reg=False"
+        config.student.options.exp_on_reg = False
     else:
         detector, params, stats, classes = weights.load(teacher_folder)
         params = jax.tree.map(lambda leaf: leaf + 1e-3, params)

@@ -5,7 +5,7 @@
 
 DIR/coco is what `python -m kdjax.data.prepare --data_dir=DIR coco/2017` wrote; resnet50.pth are torchvision's weights
 of the backbone, from which the published ones start as well, but for FCOS: its are Caffe's, with which
---config.student.options= is right. DETECTOR,24 trains for 24 epochs, the 2x schedule.
+--config.student.options.style=caffe is right. DETECTOR,24 trains for 24 epochs, the 2x schedule.
 
 Published (mmdetection), R50 and R101: RetinaNet 36.5, 38.5 (2x: 37.4, 38.9), FCOS 36.6, 39.1, GFL 40.2, 44.7 (the
 latter 2x with several scales), ATSS 39.4, 41.5. There images have 800 px on the short and at most 1333 on the long
@@ -27,7 +27,7 @@ def get_config(chosen: str = "retinanet_r50"):
     config.steps = steps(epochs)
     config.student.detector = detector
     if detector.startswith("fcos"):
-        config.student.options = "style=pytorch"  # of the backbone that torchvision's weights fit
+        config.student.options.style = "pytorch"  # of the backbone that torchvision's weights fit
     config.data.source = "tfds"
     config.data.val_split = "validation"
     config.data.image_size = (800, 1344)

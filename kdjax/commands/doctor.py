@@ -45,7 +45,9 @@ def read_config(config: str, changes: list[str]) -> ConfigDict:
     if os.getcwd() not in sys.path:  # configs import each other from where the command runs, as train.py's do
         sys.path.append(os.getcwd())
     values, arguments = flags.FlagValues(), ["kdjax doctor", f"--config={config}", *changes]
-    holder = config_flags.DEFINE_config_file("config", None, "", flag_values=values, sys_argv=arguments)
+    holder = config_flags.DEFINE_config_file(
+        "config", None, "", flag_values=values, sys_argv=arguments, lock_config=False, accept_new_attributes=True
+    )
     rest = settings.parse(values, arguments)[1:]
     if rest:
         raise ValueError(f"{rest[0]!r} is no flag; settings are changed with --config.a.b=value")

@@ -5,7 +5,6 @@ from pathlib import Path
 from kdjax import detectors, weights
 from kdjax.data import coco
 from kdjax.evals import complexity
-from kdjax.weights import convert
 
 
 def run(*, file: str, detector: str, out: str, classes: str | None, image_size: str, network: str) -> int:
@@ -31,10 +30,11 @@ def run(*, file: str, detector: str, out: str, classes: str | None, image_size: 
     if any(side < 1 or side % divisor for side in height_width):
         raise ValueError(f"--image-size={image_size} must be two multiples of {divisor}, as in 640,640.")
     given = read_classes(classes) if classes else None
-    state, told = convert.load_checkpoint(file)
+    state, told = weights.read_checkpoint(file)
     names = given or told
-    plain = convert.plain(state, network)
-    count = convert.count_classes(detectors.build(detector, 1), plain)
+    one_class = detectors.build(detector, 1)
+    plain = weights.plain(one_class, state, network)
+    count = weights.count_classes(one_class, plain)
     if not count:
         raise ValueError(f"{file} has no classifier of {detector} for its {network}.")
     if names is None:
@@ -43,8 +43,8 @@ def run(*, file: str, detector: str, out: str, classes: str | None, image_size: 
         )
     if len(names) != count:
         raise ValueError(f"{file} has {count} classes, but {classes or 'its meta'} names {len(names)}.")
-    built = weights.fitted(detectors.build(detector, count), state)
-    params, stats = convert.from_torch(built, plain, keep_classifiers=True)
+    built = weights.infer_options(detectors.build(detector, count), state)
+    params, stats = weights.from_torch(built, plain, keep_classifiers=True)
     extra = {"source": Path(file).name}
     weights.save(out, built, params, stats, classes=names, image_size=height_width, extra=extra)
     print(f"{out}: {detector} with {complexity.parameters(params):,} parameters, {count} classes: {', '.join(names)}")

@@ -138,7 +138,7 @@ def teachers(folders: Sequence[str]) -> list[tuple[str, tuple[str, ...]]]:
         if not (path / "config.json").is_file():
             raise ValueError(f"{folder} is no student/ folder of a run (--teachers)")
         detector = json.loads((path / "config.json").read_text())["detector"]
-        flags = ("--config.teacher.detector=", "--config.teacher.options=", f"--config.teacher.weights={path}")
+        flags = ("--config.teacher.detector=", f"--config.teacher.weights={path}")
         chosen.append((f"{detector} ({folder})", flags))
     return chosen or [("", ())]
 

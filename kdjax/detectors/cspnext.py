@@ -1,7 +1,7 @@
 """CSPNeXt, RTMDet's backbone: cross-stage partial layers of 5x5 depthwise blocks with channel attention.
 
 Reference: Lyu et al., RTMDet: An Empirical Study of Designing Real-Time Object Detectors, arXiv 2212.07784, section 3.
-Module names follow mmdetection 3.3.0, whose weights fit (`kdjax.weights.convert`).
+Module names follow mmdetection 3.3.0, whose weights fit (`kdjax.weights.from_torch`).
 """
 
 import functools

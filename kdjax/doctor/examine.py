@@ -430,7 +430,7 @@ def of_frozen(student: Detector) -> list[Finding]:
         return []
     said = (
         f"it starts from random numbers, of which {len(frozen)} kernels ({frozen[0]} first) are frozen: set "
-        "config.student.weights, or config.student.options=frozen_stages=-1,frozen_norm=False,norm_eval=False"
+        "config.student.weights, or config.student.options.frozen_stages=-1, .frozen_norm=False and .norm_eval=False"
     )
     return [Finding(FAULT, "frozen layers", said)]
 

@@ -1,10 +1,10 @@
 """Every setting of a run with its default; a config file in `configs/` starts from `base()` and changes some."""
 
-import ast
 import math
 
 from ml_collections import ConfigDict
 
+from kdjax.errors import UserError
 from kdjax.methods import api
 
 
@@ -21,14 +21,17 @@ def base() -> ConfigDict:
     config.student = ConfigDict(
         dict(
             detector="rtmdet_tiny",
-            options="",  # of the detector where they are not the published ones: "base_channels=32,norm_eval=False"
-            weights="",  # what the teacher can have, to start from, of other classes too; "": random numbers
+            # keywords of the detector (`kdjax.detectors.options(name)` lists them): --config.student.options.widen=0.25
+            options={},
+            # initial weights, in any format that `teacher.weights` accepts; the classes may differ; "": random
+            # initialisation
+            weights="",
         )
     )
     config.teacher = ConfigDict(
         dict(
             detector="",  # "" trains without a teacher; needed only if `weights` is not a kdjax folder
-            options="",  # as the student's; a kdjax folder knows its own
+            options={},  # as the student's; a kdjax folder has its own
             # a student/ folder of another run, or .safetensors, .npz or .pth with mmdetection's names, or YOLOX's .onnx
             weights="",
         )
@@ -123,7 +126,7 @@ def parse(flag_values, arguments: list[str]) -> list[str]:
       ValueError: unknown flag or setting, or whatever the config file, which is the user's code, raised.
     """
     try:
-        return flag_values(arguments)
+        rest = flag_values(arguments)
     except Exception as error:
         text = str(error).strip()
         if "Traceback" in text:  # the flags wrap what a config file raises; its last line is the sentence
@@ -131,6 +134,12 @@ def parse(flag_values, arguments: list[str]) -> list[str]:
         elif isinstance(error, (AttributeError, KeyError)):
             text = f"no such setting: {text}".replace("\\n", " ").replace("\\", "").replace("'", "")
         raise ValueError(" ".join(text.split())) from error
+    config = flag_values["config"].value
+    # The flags accept new keys, because options of a detector are no keys of the defaults.
+    unknown = unknown_keys(config) if isinstance(config, ConfigDict) else []
+    if unknown:
+        raise UserError(f"no such setting: {unknown[0]}")
+    return rest
 
 
 def sentence(error: Exception) -> str:
@@ -176,41 +185,18 @@ def methods(names: str) -> ConfigDict:
     return ConfigDict({name: api.options(name) for name in names.split("+") if name})
 
 
-def detector_options(text: str) -> dict:
-    """What `config.student.options` says, as the keyword arguments of `kdjax.detectors.build`.
-
-    Args:
-      text: `name=value` pairs between commas; a value is a Python literal or a bare word.
-
-    Raises:
-      ValueError: it is not of that form.
-
-    Example:
-      >>> detector_options("base_channels=32, norm_eval=False, style=caffe")
-      {'base_channels': 32, 'norm_eval': False, 'style': 'caffe'}
-    """
-    try:
-        call = ast.parse(f"options({text})", mode="eval").body
-        if not isinstance(call, ast.Call) or call.args or not all(word.arg for word in call.keywords):
-            raise ValueError(text)
-        values = ((word.arg, word.value) for word in call.keywords)
-        return {name: v.id if isinstance(v, ast.Name) else ast.literal_eval(v) for name, v in values}
-    except (SyntaxError, ValueError) as error:
-        raise ValueError(f"options of a detector are name=value pairs between commas, not {text!r}") from error
-
-
 def unknown_keys(config: ConfigDict, reference: ConfigDict | None = None, prefix: str = "config") -> list[str]:
-    """Keys of `config` that are no settings, with their full name; methods check their own options."""
+    """Keys of `config` that do not exist, with their full name; methods and detectors check their own options."""
     reference = base() if reference is None else reference
     found = []
     for key, value in config.items():
         if key not in reference:
             found.append(f"{prefix}.{key}")
-        elif isinstance(reference[key], ConfigDict) and key != "methods":
-            if isinstance(value, ConfigDict):
-                found += unknown_keys(value, reference[key], f"{prefix}.{key}")
-            else:
+        elif isinstance(reference[key], ConfigDict):
+            if not isinstance(value, ConfigDict):
                 found.append(f"{prefix}.{key}={value!r}")
+            elif key not in ("methods", "options"):
+                found += unknown_keys(value, reference[key], f"{prefix}.{key}")
     return found
 
 

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import kdjax
 from kdjax import data, detectors, files, weights
-from kdjax.errors import prefix
+from kdjax.errors import UserError, prefix
 from kdjax.evals import coco, complexity, voc
 from kdjax.methods import api
 from kdjax.report import model_card, run_report
@@ -45,7 +45,6 @@ from kdjax.train.step import (
     targets_of,
     weights_of,
 )
-from kdjax.weights import convert
 
 # What may differ between a run and its resumption: nothing that enters the numbers.
 FREE_KEYS = {"log_every", "checkpoint", "compile_cache", "data.workers", "data.cache", "data.root", "eval"}
@@ -168,9 +167,10 @@ def check_models(config: ConfigDict) -> None:
         raise ValueError("config.twin compares with distillation, but config.methods is empty")
     for role in ("student", "teacher"):
         if config[role].detector:
-            named_detector(config[role], 1)
+            with prefix(f"config.{role}"):
+                named_detector(config[role], 1)
         elif config[role].options:
-            raise ValueError(f"config.{role}.options say nothing without config.{role}.detector")
+            raise UserError(f"config.{role}.options has no effect unless config.{role}.detector is set")
         if config[role].weights and not Path(config[role].weights).exists():
             raise ValueError(f"there are no weights at {config[role].weights} (config.{role}.weights)")
 
@@ -211,7 +211,7 @@ def prepare_process(folder: str) -> None:
 
 def named_detector(chosen: ConfigDict, num_classes: int):
     """The detector that `config.student` or `config.teacher` names."""
-    return detectors.build(chosen.detector, num_classes, **settings.detector_options(chosen.options))
+    return detectors.build(chosen.detector, num_classes, **chosen.options.to_dict())
 
 
 def load_detector(role: str, chosen: ConfigDict, dataset, key):
@@ -224,9 +224,8 @@ def load_detector(role: str, chosen: ConfigDict, dataset, key):
     )
     if classes is not None and list(classes) != list(dataset.classes):
         if role == "student":  # fine-tuning: weights of other data are a start
-            state = convert.to_torch(detector, params, stats)
             detector = detectors.build(detector.name, len(dataset.classes), **detector.options)
-            return detector, convert.from_torch(detector, state, key=key, other_classes=True)
+            return detector, (weights.reset_classifiers(detector, params, key=key), stats)
         missing = [name for name in dataset.classes if name not in classes]
         what = f"{missing[0]!r} is unknown to the {role}" if missing else "the order or number of classes differs"
         raise ValueError(

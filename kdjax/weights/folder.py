@@ -15,7 +15,7 @@ from safetensors.numpy import save as serialize
 import kdjax
 from kdjax.detectors import build
 from kdjax.detectors.api import Detector, State, Tree, flatten, unflatten
-from kdjax.errors import UserError
+from kdjax.errors import UserError, prefix
 from kdjax.files import write_bytes, write_json
 from kdjax.weights.fill import from_torch
 from kdjax.weights.read import read_checkpoint
@@ -114,10 +114,8 @@ def load(
         raise UserError(f"{path}: the file does not name its detector: name it beside the weights")
     state, classes = read_checkpoint(path)
     detector = infer_options(detector, state)
-    try:
+    with prefix(str(path)):
         params, stats = from_torch(detector, state, key=key, keep_classifiers=keep_classifiers)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
     if classes and len(classes) != detector.num_classes:  # the names belong to classifiers that were re-initialised
         classes = None
     return _check_finite(path, detector, params, stats, classes)

@@ -13,7 +13,7 @@ import numpy as np
 from kdjax.boxes import coding
 from kdjax.detectors import api, build, dense
 from kdjax.structs import Assignment, DetectorOutput, Targets
-from kdjax.weights import convert
+from kdjax.weights import fill, torch_names
 from tests.golden_checks.api import Check, Checks, below, load, mismatches, relative_error
 from tests.golden_checks.model import (
     QUICK,
@@ -281,7 +281,7 @@ def replay(path: Path) -> Checks:
     """All checks of one file."""
     case = case_of(path)
     arrays, detector = case.arrays, case.detector
-    params, stats = convert.from_torch(detector, below(arrays, "param"))
+    params, stats = fill.from_torch(detector, below(arrays, "param"))
 
     def run(params, stats, x):
         evaluated, _ = detector.apply(params, stats, x, train=False)
@@ -309,11 +309,11 @@ def replay_head(path: Path) -> Checks:
     """The head alone on stored features of the neck: for a file without the image and the other parameters."""
     case = case_of(path)
     arrays, detector = case.arrays, case.detector
-    state = convert.to_torch(detector, *jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), detector.shapes))
+    state = fill.to_torch(detector, *jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), detector.shapes))
     stored_state = below(arrays, "param")
     if set(stored_state) != {name for name in state if name.startswith("bbox_head.")}:
         raise ValueError("the parameters are not those of a head")
-    params, stats = convert.from_torch(detector, state | stored_state)
+    params, stats = fill.from_torch(detector, state | stored_state)
     anchors = 9 if case.family == "RetinaNet" else 1
     eval_neck = maps_of(arrays, "eval/neck")
     train_neck = maps_of(arrays, "train/neck") or eval_neck  # left out where all norms are frozen
@@ -396,7 +396,7 @@ def loss_values(arrays, trained, losses, end_to_end) -> Checks:
 
 
 def in_torch(detector: api.Detector, gradient) -> dict[str, np.ndarray]:
-    return convert.to_torch(detector, gradient, jax.tree.map(lambda leaf: np.zeros(leaf.shape), detector.shapes[1]))
+    return fill.to_torch(detector, gradient, jax.tree.map(lambda leaf: np.zeros(leaf.shape), detector.shapes[1]))
 
 
 def gradients(case: Case, gradient) -> Checks:
@@ -412,7 +412,7 @@ def gradients(case: Case, gradient) -> Checks:
 def frozen_parts(case: Case, gradient) -> Checks:
     """What gets no gradient in the file gets none here and is spared by weight decay, and nothing else."""
     got, trained = in_torch(case.detector, gradient), set(map(str, case.arrays["grad_norm/names"]))
-    names = {path: names[0] for path, names in convert.torch_names(case.detector).items()}
+    names = {path: names[0] for path, names in torch_names.torch_names(case.detector).items()}
     ours = {name for path, name in names.items() if path.startswith("params/")}
     yield Check("trained parameters that are not here", float(len(trained - ours)), 0)
     frozen = [np.abs(got[name]).max() for name in ours - trained]

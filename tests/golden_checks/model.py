@@ -14,7 +14,7 @@ from kdjax.boxes import assign, coding
 from kdjax.detectors import api, rtmdet
 from kdjax.detectors.levels import class_logits
 from kdjax.structs import Assignment, DetectorOutput, Targets
-from kdjax.weights import convert
+from kdjax.weights import fill, torch_names
 from tests.golden_checks.api import Check, Checks, UnknownCase, below, load, mismatches, relative_error
 
 # Fields of a model's configuration that mean something here, and the option of `rtmdet.make` that they set.
@@ -175,7 +175,7 @@ def replay_rtmdet(path: Path) -> Checks:
     arrays, meta = load(path)
     classes, options = options_of(meta["model_cfg"])
     detector = rtmdet.make("pico", classes, **options)
-    params, stats = convert.from_torch(detector, below(arrays, "param"))
+    params, stats = fill.from_torch(detector, below(arrays, "param"))
     targets, stored = targets_of(arrays), _stored_assignment(arrays, classes)
     priors = detector.priors(arrays["input"].shape[2:])
     x = nhwc(arrays["input"])
@@ -207,11 +207,11 @@ def replay_head(path: Path) -> Checks:
     arrays, meta = load(path)
     classes, options = options_of(meta["model_cfg"])
     detector, net = rtmdet.make("pico", classes, **options), rtmdet.network(classes, **options)
-    state = convert.to_torch(detector, *jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), detector.shapes))
+    state = fill.to_torch(detector, *jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), detector.shapes))
     stored_state = below(arrays, "param")
     if set(stored_state) != {name for name in state if name.startswith("bbox_head.")}:
         raise ValueError("the parameters are not those of a head")
-    params, stats = convert.from_torch(detector, state | stored_state)
+    params, stats = fill.from_torch(detector, state | stored_state)
     arrays["input"] = np.broadcast_to(np.float32(0), meta["input_shape"])  # its shape alone is read
     targets, stored = targets_of(arrays), _stored_assignment(arrays, classes)
     priors = detector.priors(arrays["input"].shape[2:])
@@ -251,7 +251,7 @@ def join(maps: tuple[np.ndarray, ...]) -> np.ndarray:
 
 
 def running_stats(detector, new_stats, want: dict[str, np.ndarray]) -> Checks:
-    got = convert.to_torch(detector, jax.tree.map(lambda leaf: np.zeros(leaf.shape), detector.shapes[0]), new_stats)
+    got = fill.to_torch(detector, jax.tree.map(lambda leaf: np.zeros(leaf.shape), detector.shapes[0]), new_stats)
     for name, value in want.items():
         yield Check(f"after_train_forward/{name}", relative_error(got[name], value), 2e-3)
 
@@ -280,13 +280,11 @@ def _losses(arrays, trained: DetectorOutput, losses, end_to_end) -> Checks:
 
 
 def _gradients(detector, arrays, params_gradient, neck_gradient) -> Checks:
-    got = convert.to_torch(
-        detector, params_gradient, jax.tree.map(lambda leaf: np.zeros(leaf.shape), detector.shapes[1])
-    )
+    got = fill.to_torch(detector, params_gradient, jax.tree.map(lambda leaf: np.zeros(leaf.shape), detector.shapes[1]))
     for name, value in below(arrays, "grad").items():
         yield Check(f"grad/{name}", relative_error(got[name], value), 2e-2)
     norms = dict(zip(map(str, arrays["grad_norm/names"]), arrays["grad_norm/values"], strict=True))
-    ours = [names[0] for path, names in convert.torch_names(detector).items() if path.startswith("params/")]
+    ours = [names[0] for path, names in torch_names.torch_names(detector).items() if path.startswith("params/")]
     yield Check("grad_norm: names", float(len(set(ours) ^ set(norms))), 0)
     values = np.array([np.linalg.norm(np.asarray(got[name], np.float64)) for name in norms])
     yield Check("grad_norm", relative_error(values, np.array(list(norms.values()))), 2e-2)

@@ -15,7 +15,7 @@ from kdjax.boxes import coding
 from kdjax.detectors import api, build, dense
 from kdjax.methods import api as methods
 from kdjax.train import step
-from kdjax.weights import convert
+from kdjax.weights import fill
 from tests.golden_checks.api import Check, Checks, below, load, relative_error
 from tests.golden_checks.dense import LOSSES, in_torch, options_of
 from tests.golden_checks.model import QUICK, nhwc, targets_of
@@ -61,8 +61,8 @@ def ld(path: Path) -> Checks:
 def whole_step(arrays, meta, chosen: dict, terms: dict[str, str], *, by_centreness: bool = False) -> Checks:
     """`terms`: our name of a term -> the peers' loss; `by_centreness`: CrossKD's terms are divided as on FCOS."""
     student, teacher = (detector_of(meta[f"{who}_cfg"]) for who in ("student", "teacher"))
-    params, stats = convert.from_torch(student, below(arrays, "student"))
-    frozen = step.Teacher(*convert.from_torch(teacher, below(arrays, "teacher")))
+    params, stats = fill.from_torch(student, below(arrays, "student"))
+    frozen = step.Teacher(*fill.from_torch(teacher, below(arrays, "teacher")))
     batch = {"image": nhwc(arrays["input"])} | targets_of(arrays)._asdict()
     points = student.priors(arrays["input"].shape[2:])[:, :2]
     key = jax.random.key(0)
