@@ -187,6 +187,7 @@ def test_options_of_a_detector():
         loop.check_models(config)
 
 
+@pytest.mark.filterwarnings("ignore:the load_module")  # of ml_collections
 def test_options_of_a_detector_are_flags():
     flags = ["--config.student.detector=fcos_r18", "--config.student.options.style=pytorch"]
     config = read_config("configs/quickstart.py", [*flags, "--config.student.options.frozen_stages=-1"])

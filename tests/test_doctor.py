@@ -307,7 +307,7 @@ def others(setup, tmp_path_factory):
     return folder
 
 
-@pytest.mark.filterwarnings("ignore:The weights are for 2 other classes")
+@pytest.mark.filterwarnings("ignore:the classifiers of")
 def test_a_whole_examination(setup, others, strengths, monkeypatch):
     """Of a student that starts from weights of other classes, which is no fault; its teacher is of random numbers."""
     monkeypatch.setattr(examine, "strengths", lambda *_: strengths)  # which takes longest, and is tested above
