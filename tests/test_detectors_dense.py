@@ -15,6 +15,7 @@ import pytest
 from kdjax import weights
 from kdjax.detectors import build, resnet
 from kdjax.detectors.api import flatten
+from kdjax.errors import UserError
 from kdjax.structs import DetectorOutput, Targets
 
 NAMES = ("retinanet_r18", "fcos_r18", "fcos_r18-center", "gfl_r18", "atss_r18")
@@ -92,17 +93,21 @@ def test_head_is_entered_by_its_branches(name):
     ("name", "options", "message"),
     [
         ("retinanet_r18", {"groups": 2}, "retinanet_r18 has no option groups: its options are base_channels"),
-        ("gfl_r18", {"head_channels": 6, "groups": 4}, "groups that divide head_channels, not 4 for 6"),
-        ("gfl_r18", {"reg_max": 0}, "reg_max >= 1, not 0"),
-        ("atss_r18", {"extra_convs": "on_lateral"}, "ATSS has the extra_convs on_input, on_output, not 'on_lateral'"),
-        ("atss_r18", {"frozen_stages": 5}, "ATSS has the frozen_stages -1, 0, 1, 2, 3, 4, not 5"),
-        ("fcos_r18", {"style": "keras"}, "FCOS has the style pytorch, caffe, not 'keras'"),
-        ("fcos_r18", {"box_loss": "l1"}, "FCOS has the box_loss iou or giou, not 'l1'"),
-        ("fcos_r18", {"stacked_convs": 0}, "FCOS needs stacked_convs >= 1, not 0"),
+        ("gfl_r18", {"head_channels": 6, "groups": 4}, "groups of GFL must divide head_channels: 4 does not divide 6"),
+        ("gfl_r18", {"reg_max": 0}, "reg_max of GFL must be >= 1, not 0"),
+        (
+            "atss_r18",
+            {"extra_convs": "on_lateral"},
+            "extra_convs of ATSS must be one of on_input, on_output, not 'on_lateral'",
+        ),
+        ("atss_r18", {"frozen_stages": 5}, "frozen_stages of ATSS must be one of -1, 0, 1, 2, 3, 4, not 5"),
+        ("fcos_r18", {"style": "keras"}, "style of FCOS must be one of pytorch, caffe, not 'keras'"),
+        ("fcos_r18", {"box_loss": "l1"}, "box_loss of FCOS must be iou or giou, not 'l1'"),
+        ("fcos_r18", {"stacked_convs": 0}, "stacked_convs of FCOS must be >= 1, not 0"),
     ],
 )
 def test_build_errors(name, options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         build(name, CLASSES, **options)
     with pytest.raises(ValueError, match="must be >= 1, not 0"):
         build(name, 0)

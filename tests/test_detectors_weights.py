@@ -44,9 +44,9 @@ def test_names_are_mmdetections(detector, state):
     assert state["bbox_head.rtm_cls.2.bias"].shape == (3,)
     assert state["neck.out_convs.1.bn.num_batches_tracked"] == 0
     # One array that the levels share has a name for each of them.
-    names = torch_names.torch_names(detector)["params/bbox_head/reg_convs/0/1/conv/kernel"]
+    names = torch_names.table(detector)["params/bbox_head/reg_convs/0/1/conv/kernel"]
     assert names == [f"bbox_head.reg_convs.{level}.1.conv.weight" for level in range(3)]
-    apart = torch_names.torch_names(build("rtmdet_pico", 3, share_conv=False))
+    apart = torch_names.table(build("rtmdet_pico", 3, share_conv=False))
     assert all(len(names) == 1 for names in apart.values())
 
 
@@ -140,9 +140,7 @@ def test_mmengine_keeps_the_average_in_state_dict():
 
 
 def test_file_errors(tmp_path, monkeypatch):
-    with pytest.raises(
-        ValueError, match="weights.h5: unknown kind of weights: the kinds are .npz, .saf"
-    ):
+    with pytest.raises(ValueError, match="weights.h5: unknown kind of weights: the kinds are .npz, .saf"):
         weights.read_checkpoint(tmp_path / "weights.h5")
     with pytest.raises(ValueError, match="weights.npz: there is no such file"):
         weights.read_checkpoint(tmp_path / "weights.npz")

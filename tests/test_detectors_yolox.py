@@ -20,6 +20,7 @@ from kdjax.detectors.layers import BatchNorm
 from kdjax.evals import coco, complexity
 from kdjax.inference import model as models
 from kdjax.structs import DetectorOutput, Targets
+from kdjax.weights import torch_names
 from kdjax.weights import yolox as yolox_names
 from tests.shared import SHARED
 from tests.test_boxes_assign import slow_sim_ota
@@ -133,7 +134,7 @@ def test_published_sizes(variant, millions):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"wide": 1}, "no option wide; its options are widen, deepen, depthwise, stacked_convs, l1"),
+        ({"wide": 1}, "yolox_pico has no option wide: its options are widen, deepen, depthwise, stacked_convs, l1"),
         ({"widen": 0.01}, "widen >= 1/64"),
         ({"stacked_convs": 0}, "stacked_convs >= 1"),
     ],
@@ -143,7 +144,7 @@ def test_build_errors(options, message):
         build("yolox_pico", CLASSES, **options)
     with pytest.raises(ValueError, match="num_classes of YOLOX must be >= 1, not 0"):
         build("yolox_pico", 0)
-    with pytest.raises(ValueError, match="its sizes are pico, nano, tiny, s, m, l, x"):
+    with pytest.raises(ValueError, match="the variants are pico, nano, tiny, s, m, l, x"):
         yolox.make("xxl", 3)
 
 
@@ -380,7 +381,7 @@ def authors_convs(*, blocks, depthwise, convs=2):
 def test_names_are_mmdetections_and_the_authors(variant, blocks):
     detector = build(f"yolox_{variant}", 80)
     depthwise = variant == "nano"
-    ours = {name for names in weights.torch_names(detector).values() for name in names}
+    ours = {name for names in torch_names.table(detector).values() for name in names}
     last = "depthwise_conv." if depthwise else ""
     for name in (
         "backbone.stem.conv.conv.weight",
@@ -464,9 +465,9 @@ def test_folded_norms_are_unfolded():
         fill(tiny(), lacking)
     with pytest.raises(ValueError, match=r"do not fit yolox_pico .*\n.* has no place in the detector"):
         fill(tiny(), folded() | {"onnx.900.weight": np.zeros(3)})
-    with pytest.raises(ValueError, match="read of YOLOX alone, not of rtmdet_pico"):
+    with pytest.raises(ValueError, match="can only be read for YOLOX, not for rtmdet_pico"):
         fill(build("rtmdet_pico", CLASSES), folded())
-    with pytest.warns(UserWarning, match="trained from here on starts with norms of scale 1"):
+    with pytest.warns(UserWarning, match="training it further starts with norms of scale 1"):
         weights.from_torch(tiny(), folded())
 
 

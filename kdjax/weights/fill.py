@@ -13,9 +13,9 @@ from kdjax.weights.torch_names import (
     from_torch_layout,
     is_classifier,
     plain,
+    table,
     to_torch_layout,
     torch_name,
-    torch_names,
     torch_shape,
 )
 
@@ -92,7 +92,7 @@ def _match(detector: Detector, state: State) -> tuple[dict[str, np.ndarray], int
         if name in state and not np.array_equal(state[name], values):
             problems.append(f"{name} must be {values[0]:g}, {values[1]:g}, ... {values[-1]:g}")
     unused = set(state) - set(detector.torch.constants)
-    for path, names in torch_names(detector).items():
+    for path, names in table(detector).items():
         unused -= set(names)
         absent = [name for name in names if name not in state]
         if absent:
@@ -196,7 +196,7 @@ def to_torch(detector: Detector, params: Tree, stats: Tree) -> State:
     """
     values = flatten({"params": params, "stats": stats})
     state: State = {}
-    for path, names in torch_names(detector).items():
+    for path, names in table(detector).items():
         value = np.asarray(to_torch_layout(np.asarray(values[path], np.float32), path), order="C")
         state |= dict.fromkeys(names, value)
         if path.endswith("/var"):

@@ -18,19 +18,19 @@ _LEAVES = {
 COUNTERS = "num_batches_tracked"  # of batch norms in PyTorch; kdjax has none
 
 
-def torch_names(detector: Detector) -> dict[str, list[str]]:
+def table(detector: Detector) -> dict[str, list[str]]:
     """The table of names: "params/path" or "stats/path" -> the names in a PyTorch state dict.
 
     There are several where PyTorch stores a shared convolution several times.
 
     Example:
       >>> from kdjax.detectors import build
-      >>> torch_names(build("rtmdet_pico", 5))["stats/backbone/stem/0/bn/mean"]
+      >>> table(build("rtmdet_pico", 5))["stats/backbone/stem/0/bn/mean"]
       ['backbone.stem.0.bn.running_mean']
     """
     params, stats = (flatten(tree) for tree in detector.shapes)
-    table = {f"params/{path}": [torch_name(copy) for copy in (path, *detector.torch.copies(path))] for path in params}
-    return table | {f"stats/{path}": [torch_name(path)] for path in stats}
+    names = {f"params/{path}": [torch_name(copy) for copy in (path, *detector.torch.copies(path))] for path in params}
+    return names | {f"stats/{path}": [torch_name(path)] for path in stats}
 
 
 def torch_name(path: str) -> str:

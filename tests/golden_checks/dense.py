@@ -412,7 +412,7 @@ def gradients(case: Case, gradient) -> Checks:
 def frozen_parts(case: Case, gradient) -> Checks:
     """What gets no gradient in the file gets none here and is spared by weight decay, and nothing else."""
     got, trained = in_torch(case.detector, gradient), set(map(str, case.arrays["grad_norm/names"]))
-    names = {path: names[0] for path, names in torch_names.torch_names(case.detector).items()}
+    names = {path: names[0] for path, names in torch_names.table(case.detector).items()}
     ours = {name for path, name in names.items() if path.startswith("params/")}
     yield Check("trained parameters that are not here", float(len(trained - ours)), 0)
     frozen = [np.abs(got[name]).max() for name in ours - trained]

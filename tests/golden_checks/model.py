@@ -284,7 +284,7 @@ def _gradients(detector, arrays, params_gradient, neck_gradient) -> Checks:
     for name, value in below(arrays, "grad").items():
         yield Check(f"grad/{name}", relative_error(got[name], value), 2e-2)
     norms = dict(zip(map(str, arrays["grad_norm/names"]), arrays["grad_norm/values"], strict=True))
-    ours = [names[0] for path, names in torch_names.torch_names(detector).items() if path.startswith("params/")]
+    ours = [names[0] for path, names in torch_names.table(detector).items() if path.startswith("params/")]
     yield Check("grad_norm: names", float(len(set(ours) ^ set(norms))), 0)
     values = np.array([np.linalg.norm(np.asarray(got[name], np.float64)) for name in norms])
     yield Check("grad_norm", relative_error(values, np.array(list(norms.values()))), 2e-2)

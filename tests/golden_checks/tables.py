@@ -53,7 +53,7 @@ def _model(name: str, row: dict) -> Checks:
     yield from _settings(detector, row)
     parts = {"params": params, **{f"params_{part}": params[part] for part in ("backbone", "neck")}}
     parts |= {"params_by_mmengine": params, "params_head": params["bbox_head"]}
-    names = [n for path, n in torch_names.torch_names(detector).items() if path.startswith("params/")]
+    names = [n for path, n in torch_names.table(detector).items() if path.startswith("params/")]
     again = sum(
         int(np.prod(leaf.shape)) * len(copies) for leaf, copies in zip(flatten(params).values(), names, strict=True)
     )
@@ -146,7 +146,7 @@ def replay_state(path: Path) -> Checks:
     state = table["state_dict"]
     classes = state["bbox_head.rtm_cls.0.bias"][0][0]
     detector = rtmdet.make(_variant(table["name"]), classes)
-    names = torch_names.torch_names(detector)
+    names = torch_names.table(detector)
     # Counters are what a conversion leaves out.
     kinds = {"param": set(), "buffer": {name for name in state if name.endswith("num_batches_tracked")}}
     for path_, copies in names.items():
