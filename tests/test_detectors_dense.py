@@ -98,7 +98,7 @@ def test_head_is_entered_by_its_branches(name):
         (
             "atss_r18",
             {"extra_convs": "on_lateral"},
-            "extra_convs of ATSS must be one of on_input, on_output, not 'on_lateral'",
+            "extra_convs of ATSS must be one of on_input, on_output, not 'o",
         ),
         ("atss_r18", {"frozen_stages": 5}, "frozen_stages of ATSS must be one of -1, 0, 1, 2, 3, 4, not 5"),
         ("fcos_r18", {"style": "keras"}, "style of FCOS must be one of pytorch, caffe, not 'keras'"),
