@@ -1,10 +1,12 @@
 """Prepared folders: written once, locked, and never half complete."""
 
+import concurrent.futures
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,32 @@ cache.prepared(Path(sys.argv[1]), "set", {"a": 1}, write)
     done = cache.prepared(tmp_path, "set", {"a": 1}, lambda folder: (folder / "whole").write_text("x"))
     assert [p.name for p in done.iterdir()] == ["whole"]
     assert cache.prepared(tmp_path, "set", {"a": 1}, lambda folder: pytest.fail("prepared twice")) == done
+
+
+def test_the_second_waits_for_the_first(tmp_path):
+    writing, go_on, writes = threading.Event(), threading.Event(), []
+
+    def write(folder: Path) -> None:
+        writes.append(folder)
+        writing.set()
+        assert go_on.wait(30)
+        (folder / "whole").write_text("x")
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        first = pool.submit(cache.prepared, tmp_path, "set", {"a": 1}, write)
+        assert writing.wait(30)
+        second = pool.submit(cache.prepared, tmp_path, "set", {"a": 1}, write)
+        with pytest.raises(concurrent.futures.TimeoutError):
+            second.result(0.2)
+        go_on.set()
+        assert first.result(30) == second.result(30)
+    assert len(writes) == 1 and (first.result() / "whole").exists()
+
+
+def test_a_preparation_that_fails_releases_the_lock(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        cache.prepared(tmp_path, "set", {"a": 1}, lambda folder: 1 / 0)
+    assert cache.prepared(tmp_path, "set", {"a": 1}, lambda folder: None).is_dir()
 
 
 def test_place_of_the_cache(monkeypatch, tmp_path):

@@ -40,20 +40,20 @@ def test_a_folder_is_read_unchanged(tmp_path):
     assert dataset.name == "set" and dataset.classes == ("cat", "dog") and dataset.category_ids == (3, 11)
     assert dataset.max_boxes == 8 and {role: s.size for role, s in dataset.splits.items()} == {"train": 11, "val": 3}
     truth = json.loads((root / "annotations" / "instances_train.json").read_text())
-    ours = data.ground_truth(dataset, "train")
-    assert ours["images"] == truth["images"] and ours["categories"] == truth["categories"]
+    prepared = data.ground_truth(dataset, "train")
+    assert prepared["images"] == truth["images"] and prepared["categories"] == truth["categories"]
     filled = [a | {"iscrowd": 0, "area": a["bbox"][2] * a["bbox"][3]} for a in truth["annotations"]]
-    assert ours["annotations"] == filled
+    assert prepared["annotations"] == filled
     for index, entry in enumerate(truth["images"]):
         example = dataset.splits["train"].records[index]
         path = root / "images" / "train" / entry["file_name"]
         np.testing.assert_array_equal(example["image"], cv2.imread(str(path))[:, :, ::-1])
-        mine = [a for a in truth["annotations"] if a["image_id"] == entry["id"]]
-        boxes = np.array([[x, y, x + w, y + h] for x, y, w, h in (a["bbox"] for a in mine)]).reshape(-1, 4)
+        own = [a for a in truth["annotations"] if a["image_id"] == entry["id"]]
+        boxes = np.array([[x, y, x + w, y + h] for x, y, w, h in (a["bbox"] for a in own)]).reshape(-1, 4)
         np.testing.assert_allclose(example["boxes"], boxes, rtol=1e-6)
-        assert example["labels"].tolist() == [dataset.category_ids.index(a["category_id"]) for a in mine]
+        assert example["labels"].tolist() == [dataset.category_ids.index(a["category_id"]) for a in own]
         assert example["image_id"] == entry["id"]
-        # Kept as they are on the disk, not encoded anew.
+        # The bytes are those of the file.
         assert dataset.splits["train"].records.raw(index)["image"] == path.read_bytes()
 
 
@@ -76,8 +76,8 @@ def test_usual_layouts(tmp_path, images, changes):
 def test_explicit_annotations_and_other_split_names(tmp_path):
     truth = coco_json({"a.png": (20, 30)}, [(0, 3, [2, 3, 10, 12], {})])
     root = write_folder(tmp_path / "set", {"fit": truth, "test": truth}, {"a.png": paint(20, 30, [])})
-    (root / "mine.json").write_text(json.dumps(truth))
-    dataset = opened(root, tmp_path, train_split="fit", val_split="test", val_annotations="mine.json")
+    (root / "other.json").write_text(json.dumps(truth))
+    dataset = opened(root, tmp_path, train_split="fit", val_split="test", val_annotations="other.json")
     assert dataset.splits["train"].name == "fit" and dataset.splits["val"].size == 1
 
 
@@ -103,7 +103,7 @@ def test_unusable_entries_are_dropped_or_repaired_and_listed(tmp_path):
         (0, 3, [5, 5, 0, 10], {}),  # no extent
         (0, 3, [5, 5, 10, -3], {}),
         (0, 3, [100, 5, 10, 10], {}),  # outside
-        (0, 11, [-4, -2, 10, 10], {}),  # sticks out
+        (0, 11, [-4, -2, 10, 10], {}),  # extends beyond the image
         (0, 11, [1, 2, 3], {}),  # not a box
         (0, 11, [float("nan"), 2, 3, 4], {}),
         (0, 11, [1, 2, 10**400, 4], {}),
@@ -133,13 +133,13 @@ def test_unusable_entries_are_dropped_or_repaired_and_listed(tmp_path):
         ("a.png", 5, "repaired", "box clipped to the image"),
         ("c.png", None, "repaired", "width and height taken from the image"),
     ]
-    ours = data.ground_truth(dataset, "train")
-    ids = [a["id"] for a in ours["annotations"]]
+    prepared = data.ground_truth(dataset, "train")
+    ids = [a["id"] for a in prepared["annotations"]]
     assert len(set(ids)) == len(ids) == 7 and min(ids) > 0
-    assert ours["images"][2]["width"] == 50
-    # Evaluation sees the json's box and the crowd region, training the visible part and no crowd.
-    assert [-4, -2, 10, 10] in [a["bbox"] for a in ours["annotations"]]
-    crowd = [a for a in ours["annotations"] if a["iscrowd"]]
+    assert prepared["images"][2]["width"] == 50
+    # Evaluation uses the json's box and the crowd region, training the visible part and no crowd.
+    assert [-4, -2, 10, 10] in [a["bbox"] for a in prepared["annotations"]]
+    crowd = [a for a in prepared["annotations"] if a["iscrowd"]]
     assert len(crowd) == 1 and crowd[0]["area"] == 55.5 and crowd[0]["segmentation"]["counts"] == "x"
     first, second = (dataset.splits["train"].records[i] for i in (0, 1))
     square = [5, 5, 15, 15]
@@ -258,14 +258,14 @@ def test_real_folders_are_read_completely(name, tmp_path):
         original = json.loads((root / "annotations" / f"instances_{role}.json").read_text())
         truth = data.ground_truth(dataset, role)
         assert split.log == [] and split.size == len(split.records) == len(original["images"])
-        for ours, theirs in zip(truth["annotations"], by_image(original), strict=True):
-            assert ours == theirs
+        for prepared, listed in zip(truth["annotations"], by_image(original), strict=True):
+            assert prepared == listed
         if role == "val":  # train is the same code, and slow to score
             assert perfect_ap(truth) == pytest.approx(1)
         for index in range(0, split.size, 40):
             example = split.records[index]
-            mine = [a["bbox"] for a in truth["annotations"] if a["image_id"] == example["image_id"]]
+            own = [a["bbox"] for a in truth["annotations"] if a["image_id"] == example["image_id"]]
             np.testing.assert_allclose(
-                example["boxes"][:, 2:] - example["boxes"][:, :2], np.reshape(mine, (-1, 4))[:, 2:], atol=0.01
+                example["boxes"][:, 2:] - example["boxes"][:, :2], np.reshape(own, (-1, 4))[:, 2:], atol=0.01
             )
     assert dataset.splits["train"].size > 10

@@ -7,7 +7,7 @@ import pytest
 from kdjax.data import prepare
 
 
-def test_preparing_needs_tensorflow_and_says_so(tmp_path, capsys):
+def test_preparing_names_the_missing_tensorflow(tmp_path, capsys):
     if importlib.util.find_spec("tensorflow"):
         pytest.skip("it is installed")
     for arguments, words in [

@@ -12,7 +12,7 @@ def test_scenes_are_prepared_like_a_folder(tmp_path):
     dataset = opened("", tmp_path, source="scenes", scenes_train=12, scenes_val=5)
     assert dataset.classes == scenes.CLASSES and [s.size for s in dataset.splits.values()] == [12, 5]
     truth = data.ground_truth(dataset, "train")
-    seen = 0
+    count = 0
     for index in range(12):
         image, objects = scenes.render("train", index)
         example = dataset.splits["train"].records[index]
@@ -21,11 +21,11 @@ def test_scenes_are_prepared_like_a_folder(tmp_path):
         boxes = np.reshape([[x, y, x + w, y + h] for _, (x, y, w, h), _ in objects], (-1, 4))
         np.testing.assert_allclose(example["boxes"], boxes, atol=1e-4)
         assert (boxes >= 0).all() and (boxes <= scenes.SIDE).all()
-        seen += len(objects)
-    assert len(truth["annotations"]) == seen > 12 and perfect_ap(truth) == pytest.approx(1)
+        count += len(objects)
+    assert len(truth["annotations"]) == count > 12 and perfect_ap(truth) == pytest.approx(1)
 
 
-def test_a_scene_depends_on_split_and_index_alone():
+def test_a_scene_depends_on_split_and_index_only():
     image, objects = scenes.render("val", 3)
     scenes.render("val", 4)
     again, same = scenes.render("val", 3)
@@ -34,7 +34,7 @@ def test_a_scene_depends_on_split_and_index_alone():
     assert not np.array_equal(image, scenes.render("train", 3)[0])
 
 
-def test_scenes_hold_what_a_detector_needs_to_learn():
+def test_scenes_have_all_classes_and_sizes():
     drawn = [scenes.render("val", index)[1] for index in range(120)]
     labels = [label for objects in drawn for label, _, _ in objects]
     areas = np.array([area for objects in drawn for _, _, area in objects])

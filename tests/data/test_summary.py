@@ -14,7 +14,7 @@ from tests.support.data import (
 )
 
 
-def test_the_dry_run_says_where_the_whole_list_is(tmp_path):
+def test_the_summary_names_the_file_with_the_full_list(tmp_path):
     truth = coco_json({"a.png": (40, 50)}, [(0, 3, [60, 5, 10, 10], {})] * 25)
     dataset = opened(one_split(tmp_path / "set", truth, {"a.png": paint(40, 50, [])}), tmp_path)
     text = data.summary(dataset, settings(tmp_path, image_size=(48, 64)))

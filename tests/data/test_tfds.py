@@ -91,9 +91,9 @@ def test_a_directory_is_read(directory, tmp_path):
         assert i == entry["id"] and entry["file_name"] == f"{i:03}.jpg"
         expected = [[4 * j, 10, 4 * j + 12, 35] for j in range(i % 4) if j not in (1, 2)]
         np.testing.assert_allclose(example["boxes"], np.reshape(expected, (-1, 4)), atol=1e-4)
-        mine = [a for a in truth["annotations"] if a["image_id"] == i]
-        assert [a["iscrowd"] for a in mine] == [0, 1][: min(i % 4, 2)]
-        assert all(a["category_id"] == (i + a["id"] - 10 * i - 1) % 3 + 1 for a in mine)
+        own = [a for a in truth["annotations"] if a["image_id"] == i]
+        assert [a["iscrowd"] for a in own] == [0, 1][: min(i % 4, 2)]
+        assert all(a["category_id"] == (i + a["id"] - 10 * i - 1) % 3 + 1 for a in own)
     assert {(e["action"], e["reason"]) for e in dataset.splits["train"].log} == {("dropped", "box has no extent")}
     assert perfect_ap(truth) == pytest.approx(1)
     assert opened(directory / "coco" / "1.1.0", tmp_path, source="tfds").splits["train"].size == 7
@@ -118,8 +118,8 @@ def test_the_original_json_gives_category_ids_and_areas(directory, tmp_path):
     path.write_text(json.dumps(truth))
     dataset = opened(directory, tmp_path, source="tfds", val_annotations=str(path))
     assert dataset.category_ids == (5, 17, 90)
-    ours = data.ground_truth(dataset, "val")
-    assert {a["area"] for a in ours["annotations"]} == {76.54} and len(ours["annotations"]) == 5
+    prepared = data.ground_truth(dataset, "val")
+    assert {a["area"] for a in prepared["annotations"]} == {76.54} and len(prepared["annotations"]) == 5
     assert {a["category_id"] for a in data.ground_truth(dataset, "train")["annotations"]} <= {5, 17, 90}
 
     for spoil, words in [
@@ -151,10 +151,10 @@ def test_unsuitable_directories_are_refused(directory, tmp_path):
 
 
 class BadCoco(tfds.core.GeneratorBasedBuilder):
-    """The spec of coco/2017 with boxes that TFDS's own feature would not take."""
+    """The spec of coco/2017 with boxes that TFDS's own feature refuses."""
 
     VERSION = tfds.core.Version("1.1.0")
-    BOXES = {  # y1 x1 y2 x2 of an image of 50 x 40 px (height x width), and what becomes of it
+    BOXES = {  # y1 x1 y2 x2 of an image of 50 x 40 px (height x width), and the expected action
         (0.2, 0.1, 0.6, 0.5): None,
         (-0.2, 0.1, 0.6, 1.5): "repaired",
         (0.2, 0.1, 0.6, 1.0 + 1e-4): None,  # rounding
@@ -199,8 +199,8 @@ def test_unusable_objects_are_dropped_or_repaired_and_listed(tmp_path):
         BadCoco(data_dir=str(tmp_path / "tfds"), file_format="array_record").download_and_prepare()
     dataset = opened(tmp_path / "tfds", tmp_path, source="tfds", val_split="train")
     split = dataset.splits["train"]
-    said = {e["annotation"]: e["action"] + (": " + e["reason"]) * (e["action"] == "dropped") for e in split.log}
-    assert [said.get(i) for i in range(1, 10)] == list(BadCoco.BOXES.values())
+    actions = {e["annotation"]: e["action"] + (": " + e["reason"]) * (e["action"] == "dropped") for e in split.log}
+    assert [actions.get(i) for i in range(1, 10)] == list(BadCoco.BOXES.values())
     example = split.records[0]
     expected = [[4, 10, 20, 30], [4, 0, 40, 30], [4, 10, 40, 30]]
     np.testing.assert_allclose(example["boxes"], expected, atol=1e-3)
@@ -258,7 +258,7 @@ class Voc(tfds.core.GeneratorBasedBuilder):
             objects = [
                 {
                     "label": (i + j) % 3,
-                    # As in VOC's files: pixels count from 1, and the last is inside.
+                    # As in VOC's files: pixels count from 1, and the last is included.
                     "bbox": tfds.features.BBox(ymin=(y0 + 1) / 50, xmin=(x0 + 1) / 60, ymax=y1 / 50, xmax=x1 / 60),
                     "pose": 0,
                     "is_truncated": False,
@@ -303,9 +303,9 @@ def test_voc_of_two_years_is_read(voc, tmp_path):
             assert example["labels"].tolist() == [(i + j) % 3 for j in chosen]
             for box, j in zip(example["boxes"], chosen, strict=True):
                 np.testing.assert_allclose(box, read_off(example["image"], COLOURS[j]), atol=1e-4)
-            mine = [a for a in truth["annotations"] if a["image_id"] == position + 1]
-            assert [a["iscrowd"] for a in mine] == [0, 1, 0][: i % 4]
-            for a, (x0, y0, x1, y1) in zip(mine, Voc.boxes(i), strict=True):
+            own = [a for a in truth["annotations"] if a["image_id"] == position + 1]
+            assert [a["iscrowd"] for a in own] == [0, 1, 0][: i % 4]
+            for a, (x0, y0, x1, y1) in zip(own, Voc.boxes(i), strict=True):
                 np.testing.assert_allclose(a["bbox"], [x0, y0, x1 - x0, y1 - y0], atol=1e-4)
                 assert a["area"] == pytest.approx((x1 - x0) * (y1 - y0), rel=1e-5)
     truth = data.ground_truth(dataset, "val")

@@ -68,7 +68,7 @@ def test_crop_equals_a_loop_over_boxes(top, left, height, width):
     assert dict(zip(window.labels.tolist(), window.boxes.tolist(), strict=True)) == expected
 
 
-def test_a_box_that_is_hardly_seen_is_dropped():
+def test_a_box_that_is_mostly_outside_is_dropped():
     box, label = np.array([[0, 0, 20, 20]], np.float32), LABELS[:1]
     image = np.zeros((20, 40, 3), np.uint8)
     assert not len(transforms.crop(sample(image, box, label), 0, 19, (20, 20)).boxes)  # one column of twenty
@@ -89,7 +89,7 @@ def test_flip_mirrors_pixels_and_boxes():
 
 
 @pytest.mark.parametrize("shifts", [(4, 0, 0), (-5, 0, 0), (0, 25, 0), (0, 0, -30), (3, -20, 30)])
-def test_colour_jitter_equals_the_textbook(shifts):
+def test_colour_jitter_equals_colorsys(shifts):
     pixels = np.random.default_rng(1).integers(0, 256, (1, 200, 3)).astype(np.uint8)
     out = transforms.hsv_jitter(pixels, shifts)
     expected = []
@@ -128,7 +128,7 @@ def test_fitted_keeps_the_aspect_ratio():
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_boxes_stay_on_what_is_painted(seed):
+def test_boxes_stay_on_the_painted_pixels(seed):
     options = dict(canvas=(96, 120), flip_share=0.5, scale=(0.5, 2.5), random_crop=True, hsv=(0, 0, 0))
     image, boxes, labels, _, _ = transforms.augment(sample(), np.random.default_rng(seed), **options)
     assert image.dtype == np.uint8 and boxes.dtype == np.float32 and labels.dtype == np.int32
@@ -138,12 +138,12 @@ def test_boxes_stay_on_what_is_painted(seed):
     colour_of = dict(zip(LABELS.tolist(), COLOURS, strict=False))
     for box, label in zip(boxes, labels.tolist(), strict=True):
         np.testing.assert_allclose(read_off(image, colour_of.pop(label)), box, atol=1.3)
-    for colour in colour_of.values():  # what was dropped is hardly there
+    for colour in colour_of.values():  # dropped boxes are hardly visible
         seen = read_off(image, colour)
         assert seen is None or np.prod(seen[2:] - seen[:2]) < 0.2 * 25 * 25 * (2.5 * 1.5) ** 2
 
 
-def test_augment_without_chance_is_the_evaluation_resize():
+def test_augment_without_randomness_is_the_evaluation_resize():
     options = dict(canvas=(96, 96), flip_share=0.0, scale=(1.0, 1.0), random_crop=True, hsv=(0, 0, 0))
     out = transforms.augment(sample(), np.random.default_rng(0), **options)
     expected = transforms.resize(sample(), transforms.fitted((64, 80), (96, 96))[1])
@@ -152,14 +152,14 @@ def test_augment_without_chance_is_the_evaluation_resize():
     np.testing.assert_array_equal(out.labels, LABELS)
 
 
-def test_without_crop_everything_stays_in_view():
+def test_without_crop_nothing_is_cut_off():
     options = dict(canvas=(96, 96), flip_share=0.5, scale=(0.3, 3.0), random_crop=False, hsv=(0, 0, 0))
     for seed in range(8):
         out = transforms.augment(sample(), np.random.default_rng(seed), **options)
         assert len(out.boxes) == 3 and abs(out.image.shape[1] / out.image.shape[0] - 80 / 64) < 0.05
 
 
-def test_the_source_image_is_left_alone():
+def test_the_source_image_is_not_changed():
     image = painted()
     image.flags.writeable = False
     boxes = BOXES.copy()
@@ -181,7 +181,7 @@ def test_empty_images_pass():
 
 
 def test_opencv_reads_hue_in_half_degrees():
-    # hsv_jitter's tables rest on it.
+    # hsv_jitter's tables depend on it.
     green = np.array([[[0, 255, 0]]], np.uint8)
     assert cv2.cvtColor(green, cv2.COLOR_RGB2HSV)[0, 0].tolist() == [60, 255, 255]
 
@@ -216,7 +216,7 @@ def test_large_scale_jitter_equals_a_slow_loop(seed):
 
 
 def tiles():
-    """Four images of sizes of their own, each with one box in a colour of its own."""
+    """Four images of different sizes, each with one box of a different colour."""
     sizes, boxes = (
         [(30, 40), (25, 44), (40, 40), (13, 9)],
         [(5, 4, 30, 20), (4, 3, 41, 21), (8, 10, 30, 38), (1, 1, 8, 12)],
@@ -249,7 +249,7 @@ def test_mosaic_equals_a_loop_over_pixels_and_boxes(centre):
             boxes[index] = inside.tolist()
     np.testing.assert_array_equal(out.image, expected)
     assert dict(zip(out.labels.tolist(), out.boxes.tolist(), strict=True)) == boxes
-    for label, box in boxes.items():  # painted where it is said to be
+    for label, box in boxes.items():  # the pixels agree
         np.testing.assert_array_equal(read_off(out.image, COLOURS[label]), box)
     assert len(boxes) >= 3 and out.image.dtype == np.uint8 and out.boxes.dtype == np.float32
 
