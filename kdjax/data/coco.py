@@ -15,7 +15,7 @@ from kdjax.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 CLIPPED = "box clipped to the image"  # a reason in the log
-_CLIP = 0.01  # px: a box that extends beyond the image by less is clipped silently (rounding in the json)
+CLIP = 0.01  # px: a box that extends beyond the image by less is clipped silently (rounding in the json)
 
 
 def find(root: str, split: str, *, annotations: str = "", images: str = "") -> tuple[Path, Path]:
@@ -55,10 +55,10 @@ def find_json(root: str, split: str, annotations: str = "") -> Path:
     ]
     if annotations:
         paths = [base / Path(annotations).expanduser()]
-    found = next((p for p in paths if p.is_file()), None)
-    if found is None:
+    json_path = next((p for p in paths if p.is_file()), None)
+    if json_path is None:
         raise UserError(f"split '{split}': no instances json: searched {_listed(paths)}")
-    return found
+    return json_path
 
 
 def _listed(paths: Iterable[Path]) -> str:
@@ -252,7 +252,7 @@ def stream(
     """
     located_paths = [located(record.file_name, folder) for record in image_records]
     paths = [path for path in located_paths if path is not None]
-    missing = [p.file_name for p, path in zip(image_records, located_paths, strict=True) if path is None]
+    missing = [record.file_name for record, path in zip(image_records, located_paths, strict=True) if path is None]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(f"{name}: {missing[0]}{more}: no such file in {folder}")
@@ -298,7 +298,7 @@ def _fit(record: ImageRecord, shape: tuple[int, ...], name: str, log: list[dict[
         if x1 <= x0 or y1 <= y0:
             log.append({**note, "action": "dropped", "reason": "box outside the image"})
             continue
-        if max(x0 - x, y0 - y, x + w - x1, y + h - y1) > _CLIP:
+        if max(x0 - x, y0 - y, x + w - x1, y + h - y1) > CLIP:
             log.append({**note, "action": "repaired", "reason": CLIPPED})
         kept.append(annotation)
     record.annotations = kept

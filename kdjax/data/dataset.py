@@ -338,11 +338,11 @@ def _save_index(
     """Writes what `open_dataset` and `Split` read beside the records."""
     ascending = sorted(categories.items())
     truth = {
-        "images": [dict(id=p.id, file_name=p.file_name, width=p.width, height=p.height) for p in image_records],
-        "annotations": [annotation for p in image_records for annotation in p.annotations],
+        "images": [dict(id=r.id, file_name=r.file_name, width=r.width, height=r.height) for r in image_records],
+        "annotations": [annotation for record in image_records for annotation in record.annotations],
         "categories": [dict(id=key, name=label) for key, label in ascending],
     }
-    boxes = [sum(not a["iscrowd"] for a in p.annotations) for p in image_records]
+    boxes = [sum(not a["iscrowd"] for a in record.annotations) for record in image_records]
     meta = {
         "name": name,
         "categories": ascending,

@@ -13,7 +13,6 @@ from kdjax.data import coco, records
 from kdjax.data.records import ImageRecord, Reader
 from kdjax.errors import UserError
 
-_CLIP = 0.01  # px: a box that extends beyond the image by less is clipped silently (rounding)
 _ALIASES = {"val": ("val", "validation"), "train": ("train",)}  # TFDS calls COCO's val2017 'validation'
 
 
@@ -26,10 +25,10 @@ def find(root: str) -> list[Path]:
     base = Path(root).expanduser()
     if not root or not base.is_dir():
         raise UserError(f"root: there is no folder '{root}'")
-    found = sorted(p.parent.resolve() for depth in range(4) for p in base.glob("*/" * depth + "features.json"))
-    if not found:
+    directories = sorted(p.parent.resolve() for depth in range(4) for p in base.glob("*/" * depth + "features.json"))
+    if not directories:
         raise UserError(f"root: {base} holds no prepared TFDS directory (none with a features.json)")
-    return found
+    return directories
 
 
 def describe(root: str, splits: dict[str, str]) -> tuple[str, list[str], dict[str, Reader]]:
@@ -159,7 +158,7 @@ def _image_record(
         elif not 0 <= label < len(category_ids):
             note("dropped", "label is not a class")
         else:
-            if np.abs(inside - box).max() > _CLIP:
+            if np.abs(inside - box).max() > coco.CLIP:
                 note("repaired", coco.CLIPPED)
             area = float(objects["area"][index]) if "area" in objects else size[0] * size[1]
             entry = dict(id=identity, image_id=image.id, category_id=category_ids[label], bbox=[x0, y0, *size])
@@ -179,13 +178,13 @@ def match(scanned: list[ImageRecord], listed: list[ImageRecord], name: str) -> l
       UserError: an image is missing in the json, or its objects differ.
     """
     by_id = {record.id: record for record in listed}
-    missing = [p for p in scanned if p.id not in by_id]
+    missing = [record for record in scanned if record.id not in by_id]
     if missing:
         raise UserError(f"{name}: image {missing[0].id} ({missing[0].file_name}) of the records is missing")
     matched = []
     for record in scanned:
         entry = by_id[record.id]
-        stored, expected = (sorted((a["id"], a["category_id"]) for a in p.annotations) for p in (record, entry))
+        stored, expected = (sorted((a["id"], a["category_id"]) for a in image.annotations) for image in (record, entry))
         if stored != expected:
             raise UserError(f"{name}: the objects of image {record.id} ({entry.file_name}) differ from the records'")
         entry.width, entry.height = record.width, record.height
