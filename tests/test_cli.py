@@ -32,8 +32,8 @@ from kdjax.inference import model
 from kdjax.train import checkpoint, loop
 from kdjax.train import config as settings
 from tests.shared import ROOT
+from tests.support.checkpoints import Code, spoilt
 from tests.support.data import coco_json, write_folder
-from tests.test_detectors_weights import Code, spoilt
 from tests.test_report import Page
 
 CLASSES = ["disc", "wedge", "star", "cross", "striped", "checked"]

@@ -29,6 +29,7 @@ FAMILIES = {
     family: (f"{family}_r18", *({**DENSE, "groups": 2, "neck_channels": c, "head_channels": c} for c in (4, 8)))
     for family in ("fcos", "gfl", "atss")
 }
+assert set(FAMILIES) == set(detectors.families())
 PAIRS = [(student, teacher) for student in FAMILIES for teacher in FAMILIES]
 
 

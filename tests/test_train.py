@@ -26,8 +26,8 @@ from kdjax.report import model_card
 from kdjax.train import checkpoint, loop, optim
 from kdjax.train import config as settings
 from kdjax.train import step as steps
+from tests.support.checkpoints import spoilt
 from tests.support.data import small_folder
-from tests.test_detectors_weights import spoilt
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 20
