@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from kdjax.data import cache, coco, records, scenes, tfds
 from kdjax.data.records import ImageRecord, Reader
+from kdjax.data.stages import Settings
 from kdjax.errors import UserError
 
 LOG = "log.json"  # everything that was dropped or repaired
@@ -84,7 +85,7 @@ class Dataset:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def open_dataset(cfg: Mapping[str, Any], splits: Sequence[str] = ("train", "val")) -> Dataset:
+def open_dataset(cfg: Settings, splits: Sequence[str] = ("train", "val")) -> Dataset:
     """Opens the data of a config. A split whose content has not been prepared yet is prepared first.
 
     Every split is prepared on its own: what trains on a folder and what evaluates on it share the same prepared data.
@@ -158,7 +159,7 @@ def _damaged(path: Path | str, folder: Path) -> UserError:
     return UserError(f"{path}: prepared data is damaged or missing: delete {folder} to have it prepared again")
 
 
-def _split_name(cfg: Mapping[str, Any], role: str) -> str:
+def _split_name(cfg: Settings, role: str) -> str:
     return role if cfg["source"] == "scenes" else cfg[f"{role}_split"]
 
 
@@ -174,7 +175,7 @@ def _categories(metas: Mapping[str, Any]) -> dict[int, str]:
     return categories
 
 
-def _box_rows(metas: Mapping[str, Any], cfg: Mapping[str, Any]) -> int:
+def _box_rows(metas: Mapping[str, Any], cfg: Settings) -> int:
     """Rows that hold the boxes of every image, and the boxes of nearly every image that is made of several.
 
     The latter is mean + 3 standard deviations of the sum over as many training images as Mosaic and MixUp combine.
@@ -194,7 +195,7 @@ def _box_rows(metas: Mapping[str, Any], cfg: Mapping[str, Any]) -> int:
 # ------------------------------------------------------------------------- sources: folders of prepared splits by role
 
 
-def _prepare_folders(cfg: Mapping[str, Any], splits: Sequence[str]) -> dict[str, Path]:
+def _prepare_folders(cfg: Settings, splits: Sequence[str]) -> dict[str, Path]:
     """Prepares splits of a folder in COCO layout."""
     files = {
         role: coco.find(
@@ -219,7 +220,7 @@ def _prepare_folders(cfg: Mapping[str, Any], splits: Sequence[str]) -> dict[str,
     return {role: prepare(role, *paths) for role, paths in files.items()}
 
 
-def _prepare_scenes(cfg: Mapping[str, Any], splits: Sequence[str]) -> dict[str, Path]:
+def _prepare_scenes(cfg: Settings, splits: Sequence[str]) -> dict[str, Path]:
     """Prepares splits of the generated images."""
 
     def prepare(role: str) -> Path:
@@ -236,7 +237,7 @@ def _prepare_scenes(cfg: Mapping[str, Any], splits: Sequence[str]) -> dict[str, 
     return {role: prepare(role) for role in splits}
 
 
-def _prepare_tfds(cfg: Mapping[str, Any], splits: Sequence[str]) -> dict[str, Path]:
+def _prepare_tfds(cfg: Settings, splits: Sequence[str]) -> dict[str, Path]:
     """Indexes splits of prepared TFDS directories; the records stay where they are."""
     names = {role: cfg[f"{role}_split"] for role in splits}
     name, classes, readers = tfds.describe(cfg["root"], names)

@@ -4,22 +4,19 @@ Neither the number of workers or shards nor an interruption changes a batch. `pl
 shows, `build.py` makes it, and `workers.py` does so ahead of time.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 
 from kdjax.data.build import EvalBuilder, Images, TrainBuilder
 from kdjax.data.dataset import Dataset
 from kdjax.data.plans import STREAM, EvalPlans, TrainPlans
-from kdjax.data.stages import canvas_size, read_stages
+from kdjax.data.stages import Settings, canvas_size, read_stages
 from kdjax.data.workers import Batches
 from kdjax.errors import UserError
 
 
 def train_batches(
     dataset: Dataset,
-    cfg: Mapping[str, Any],
+    cfg: Settings,
     *,
     batch_size: int,
     seed: int,
@@ -83,7 +80,7 @@ def train_batches(
 def eval_batches(
     dataset: Dataset,
     split: str,
-    cfg: Mapping[str, Any],
+    cfg: Settings,
     *,
     batch_size: int,
     limit: int | None = None,

@@ -1,11 +1,16 @@
 """The settings of batches, checked: the canvas, and the augmentation of each stage of training."""
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from kdjax.errors import UserError
+
+
+class Settings(Protocol):
+    """`config.data`, or a part of it: a ConfigDict, or nested dicts with the same keys."""
+
+    def __getitem__(self, key: str, /) -> Any: ...
 
 
 class Stage(NamedTuple):
@@ -17,7 +22,7 @@ class Stage(NamedTuple):
     augment: dict[str, Any]  # keyword arguments of `transforms.augment`
 
 
-def check_settings(cfg: Mapping[str, Any]) -> None:
+def check_settings(cfg: Settings) -> None:
     """Checks the settings of batches, before there is any data.
 
     Args:
@@ -30,7 +35,7 @@ def check_settings(cfg: Mapping[str, Any]) -> None:
     read_stages(cfg)
 
 
-def canvas_size(cfg: Mapping[str, Any]) -> tuple[int, int]:
+def canvas_size(cfg: Settings) -> tuple[int, int]:
     """Height and width of the canvas in pixels.
 
     Raises:
@@ -42,7 +47,7 @@ def canvas_size(cfg: Mapping[str, Any]) -> tuple[int, int]:
     return size
 
 
-def read_stages(cfg: Mapping[str, Any]) -> tuple[tuple[Stage, ...], tuple[int, ...]]:
+def read_stages(cfg: Settings) -> tuple[tuple[Stage, ...], tuple[int, ...]]:
     """The stages in order, and the first step of each.
 
     Raises:
@@ -58,7 +63,7 @@ def read_stages(cfg: Mapping[str, Any]) -> tuple[tuple[Stage, ...], tuple[int, .
     return tuple(stages), tuple(starts)
 
 
-def _stage(options: Mapping[str, Any], name: str) -> Stage:
+def _stage(options: Settings, name: str) -> Stage:
     """One stage of its options; `name` is theirs in the config."""
     scale = tuple(float(factor) for factor in options["scale"])
     hsv = tuple(float(gain) for gain in options["hsv"])

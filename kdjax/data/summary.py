@@ -1,18 +1,18 @@
 """The text of the dry run: a description of the data."""
 
 import collections
-from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from kdjax.data.dataset import LOG, Dataset, Split, ground_truth
-from kdjax.data.stages import canvas_size
+from kdjax.data.stages import Settings, canvas_size
 
 SHOWN = 20  # entries of the list of dropped and repaired objects
 _SMALL, _LARGE = 32**2, 96**2  # px², COCO's bounds of small and large
 
 
-def summary(dataset: Dataset, cfg: Mapping) -> str:
+def summary(dataset: Dataset, cfg: Settings) -> str:
     """The text of `--config.data.check=True`: images, boxes by class and size, dropped and repaired objects.
 
     Args:
@@ -37,7 +37,7 @@ def summary(dataset: Dataset, cfg: Mapping) -> str:
     return "\n".join(lines)
 
 
-def _split(role: str, name: str, truth: dict, max_boxes: int) -> list[str]:
+def _split(role: str, name: str, truth: dict[str, Any], max_boxes: int) -> list[str]:
     boxes = collections.Counter(a["image_id"] for a in truth["annotations"] if not a["iscrowd"])
     crowd = sum(a["iscrowd"] for a in truth["annotations"])
     line = f"{role} ('{name}'): {len(truth['images'])} images, {len(truth['images']) - len(boxes)} without objects, "
@@ -51,7 +51,7 @@ def _split(role: str, name: str, truth: dict, max_boxes: int) -> list[str]:
     return lines
 
 
-def _table(dataset: Dataset, truths: dict[str, dict]) -> list[str]:
+def _table(dataset: Dataset, truths: dict[str, dict[str, Any]]) -> list[str]:
     """Boxes by class and size, one line a class."""
     label = {category: index for index, category in enumerate(dataset.category_ids)}
     counts = np.zeros((len(dataset.classes), len(truths), 3), int)
