@@ -1,19 +1,59 @@
-"""What a detector is to the rest of the house: pure functions over nested dicts of arrays, and a few facts."""
+"""What a detector is: pure functions over nested dicts of arrays, and facts about them."""
 
 import dataclasses
 import zlib
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 from flax import nnx
 
-Array = jax.Array
+from kdjax.errors import UserError
+from kdjax.structs import Array, Assignment, DetectorOutput, PaddedDetections, Targets
+
 Tree = dict[str, Any]  # nested dicts of arrays, keys are strings
 
 
 State = dict[str, np.ndarray]  # a PyTorch state dict as arrays
+
+
+class Apply(Protocol):
+    """`Detector.apply`."""
+
+    def __call__(self, params: Tree, stats: Tree, x: Array, /, *, train: bool) -> tuple[DetectorOutput, Tree]: ...
+
+
+class Head(Protocol):
+    """`Detector.head`."""
+
+    def __call__(
+        self, params: Tree, stats: Tree, features: tuple[Array, ...], /, *, branch: str, start: int
+    ) -> tuple[Array, ...]: ...
+
+
+class Loss(Protocol):
+    """`Detector.loss`."""
+
+    def __call__(
+        self, output: DetectorOutput, targets: Targets, *, assignment: Assignment | None = None
+    ) -> tuple[dict[str, Array], Assignment]: ...
+
+
+class Decode(Protocol):
+    """`Detector.decode`; the defaults are the detector's published test settings."""
+
+    def __call__(
+        self,
+        output: DetectorOutput,
+        image_size: Array,
+        *,
+        score_threshold: float = ...,
+        iou_threshold: float = ...,
+        pre_nms: int = ...,
+        max_detections: int = ...,
+        select: Callable[..., PaddedDetections] = ...,
+    ) -> PaddedDetections: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,7 +95,7 @@ class Detector:
       PaddedDetections`; `select` has the arguments of `boxes.nms.select`, which it is by default.
     - `decode_boxes(output) -> f32[B, N, 4]`, `class_logits(output) -> f32[B, N, K]`: all levels in one array.
     - `priors((H, W)) -> f32[N, 4]`: NumPy; x, y, stride in x, stride in y, in pixels.
-    - `no_decay(params) -> tree of bool`: True on what weight decay leaves alone: norms, biases, what is frozen.
+    - `no_decay(params) -> tree of bool`: True for parameters without weight decay: norms, biases, frozen ones.
     - `rois(params, stats, features, boxes f32[B, R, 4]) -> DetectorOutput`: the second stage on given boxes; None
       for the detectors of one stage, all so far.
     """
@@ -72,17 +112,17 @@ class Detector:
     # Paths of the modules whose last axis is the classes (of every anchor), such as "bbox_head/rtm_cls".
     classifiers: tuple[str, ...] = ()
     torch: TorchNames = TorchNames()
-    init: Callable
-    preprocess: Callable
-    apply: Callable
-    head: Callable
-    loss: Callable
-    decode: Callable
-    decode_boxes: Callable
-    class_logits: Callable
-    priors: Callable
-    no_decay: Callable
-    rois: Callable | None = None
+    init: Callable[[Array], tuple[Tree, Tree]]
+    preprocess: Callable[[Array], Array]
+    apply: Apply
+    head: Head
+    loss: Loss
+    decode: Decode
+    decode_boxes: Callable[[DetectorOutput], Array]
+    class_logits: Callable[[DetectorOutput], Array]
+    priors: Callable[[tuple[int, int]], np.ndarray]
+    no_decay: Callable[[Tree], Tree]
+    rois: Callable[[Tree, Tree, tuple[Array, ...], Array], DetectorOutput] | None = None
 
 
 def flatten(tree: Tree, prefix: str = "") -> dict[str, Any]:
@@ -120,8 +160,8 @@ def _to_tree(state: nnx.State) -> Tree:
     return unflatten({"/".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)})
 
 
-def _to_pure(tree: Tree) -> dict:
-    """Nested dicts as NNX wants them: indices of lists are whole numbers."""
+def _to_pure(tree: Tree) -> dict[str | int, Any]:
+    """Nested dicts in NNX's form, with integers as the indices of lists."""
     return {int(k) if k.isdigit() else k: _to_pure(v) if isinstance(v, dict) else v for k, v in tree.items()}
 
 
@@ -133,8 +173,8 @@ class PureModule:
     """
 
     shapes: tuple[Tree, Tree]
-    init: Callable  # (key) -> (params, stats)
-    call: Callable  # (params, stats, method of the module, *args) -> (result, new stats)
+    init: Callable[[Array], tuple[Tree, Tree]]  # key -> (params, stats)
+    call: Callable[..., tuple[Any, Tree]]  # (params, stats, method of the module, *args) -> (result, new stats)
 
 
 def pure(construct: Callable[[], nnx.Module]) -> PureModule:
@@ -152,17 +192,19 @@ def pure(construct: Callable[[], nnx.Module]) -> PureModule:
     shapes = (_to_tree(params), _to_tree(stats))
 
     def init(key: Array) -> tuple[Tree, Tree]:
-        words = np.asarray(jax.random.key_data(key) if jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key) else key)
+        typed = jax.numpy.issubdtype(key.dtype, jax.dtypes.prng_key)
+        words = np.asarray(jax.random.key_data(key) if typed else key)
 
-        def draw(path: str, shape: tuple[int, ...]) -> np.ndarray:
+        def draw(path: str, shape: tuple[int, ...]) -> Array:
             seed = [*words.ravel().tolist(), zlib.crc32(path.encode())]
             return jax.numpy.asarray(draws[path](np.random.default_rng(seed), shape), jax.numpy.float32)
 
-        return tuple(
+        params, stats = (
             unflatten({path: draw(path, leaf.shape) for path, leaf in flatten(tree).items()}) for tree in shapes
         )
+        return params, stats
 
-    def call(params: Tree, stats: Tree, method: Callable, *args, **kwargs):
+    def call(params: Tree, stats: Tree, method: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, Tree]:
         # The copy lets the statistics be written inside a transformed function.
         module = nnx.merge(graph, _to_pure(params), _to_pure(stats), copy=True)
         result = method(module, *args, **kwargs)
@@ -172,28 +214,35 @@ def pure(construct: Callable[[], nnx.Module]) -> PureModule:
 
 
 def check_images(family: str, x: jax.Array) -> None:
-    """Refuses what is no f32[B, H, W, 3] with sides that divide by 32.
+    """Checks that images are f32[B, H, W, 3] with sides that are multiples of 32.
 
     Raises:
-      ValueError: with the shape.
+      UserError: they are not.
     """
     if x.ndim != 4 or x.shape[1] % 32 or x.shape[2] % 32 or x.shape[3] != 3:
-        raise ValueError(f"{family} takes images f32[B, H, W, 3] whose sides divide by 32, not {x.shape}.")
+        raise UserError(f"images of {family} must be f32[B, H, W, 3], H and W multiples of 32, not {x.shape}")
 
 
 def check_entry(family: str, branches: Iterable[str], convs: int, branch: str, start: int) -> None:
-    """Refuses a place at which a head cannot be entered.
+    """Checks the arguments `branch` and `start` of `Detector.head`.
+
+    Args:
+      family: for the message.
+      branches: the branches of the head.
+      convs: number of convolutions of a tower.
+      branch: to check.
+      start: to check.
 
     Raises:
-      ValueError: with the branches and convolutions that there are.
+      UserError: no such branch or convolution.
     """
     if branch not in branches or not 0 <= start <= convs:
-        raise ValueError(
-            f"{family}'s head has the branches {', '.join(branches)} and can be entered at 0 to {convs}, not at "
-            f"{branch!r}, {start}."
+        raise UserError(
+            f"branch {branch!r}, start {start} of the head of {family}: branch must be one of {', '.join(branches)}, "
+            f"start in 0 .. {convs}"
         )
 
 
 def all_but_kernels(params: Tree) -> Tree:
-    """True on norm scales and offsets and on biases, which weight decay leaves alone."""
+    """True for the scales and biases of norms and for the biases of convolutions, which have no weight decay."""
     return unflatten({path: not path.endswith("/kernel") for path in flatten(params)})

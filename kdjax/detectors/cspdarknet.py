@@ -59,7 +59,7 @@ class CSPDarknet(nnx.Module):
         self.channels = tuple(int(stage[1] * widen) for stage in _STAGES[1:])
         for index, (inputs, outputs, blocks, identity) in enumerate(_STAGES, 1):
             inputs, outputs = int(inputs * widen), int(outputs * widen)
-            layers = [(separable if depthwise else conv_norm)(inputs, outputs, 3, stride=2)]
+            layers: list[nnx.Module] = [(separable if depthwise else conv_norm)(inputs, outputs, 3, stride=2)]
             if index == 4:
                 layers.append(SPP(outputs, outputs, conv=conv_norm))
             blocks = max(round(blocks * deepen), 1)
@@ -69,8 +69,8 @@ class CSPDarknet(nnx.Module):
     def __call__(self, x: Array, train: bool) -> tuple[Array, Array, Array]:
         x = self.stem(x, train)
         maps = []
-        for stage in (self.stage1, self.stage2, self.stage3, self.stage4):
-            for layer in stage:
+        for index in range(1, 5):
+            for layer in getattr(self, f"stage{index}"):
                 x = layer(x, train)
             maps.append(x)
         return tuple(maps[1:])

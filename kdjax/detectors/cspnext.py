@@ -40,7 +40,7 @@ class CSPNeXt(nnx.Module):
         self.channels = tuple(int(stage[1] * widen) for stage in _STAGES[1:])
         for index, (inputs, outputs, blocks, identity) in enumerate(_STAGES, 1):
             inputs, outputs = int(inputs * widen), int(outputs * widen)
-            layers = [ConvNorm(inputs, outputs, 3, stride=2)]
+            layers: list[nnx.Module] = [ConvNorm(inputs, outputs, 3, stride=2)]
             if index == 4:
                 layers.append(SPP(outputs, outputs))
             layers.append(
@@ -57,8 +57,8 @@ class CSPNeXt(nnx.Module):
 
     def __call__(self, x: Array, train: bool) -> tuple[Array, Array, Array]:
         maps = []
-        for stage in (self.stem, self.stage1, self.stage2, self.stage3, self.stage4):
-            for layer in stage:
+        for name in ("stem", "stage1", "stage2", "stage3", "stage4"):
+            for layer in getattr(self, name):
                 x = layer(x, train)
             maps.append(x)
         return tuple(maps[2:])

@@ -1,21 +1,32 @@
 """What RetinaNet, FCOS, GFL and ATSS share: ResNet, FPN on P3 to P7, two towers of convolutions, decoding.
 
-A family (one file) gives its head, its loss and its boxes; `detector` puts them together. A head is an NNX module with
-`branch(maps, tower, start)`, where `tower` is "cls" or "reg"; what it does and returns is what `run` does.
+A family (one file) has a head (`DenseHead`), a loss and boxes; `detector` combines them.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from kdjax.boxes import assign, nms, priors
 from kdjax.detectors import levels, resnet
-from kdjax.detectors.api import Detector, TorchNames, Tree, check_entry, check_images, flatten, pure, unflatten
+from kdjax.detectors.api import (
+    Decode,
+    Detector,
+    Loss,
+    TorchNames,
+    Tree,
+    check_entry,
+    check_images,
+    flatten,
+    pure,
+    unflatten,
+)
 from kdjax.detectors.fpn import FPN, SOURCES
 from kdjax.detectors.layers import Conv, GroupNorm, constant, normal
 from kdjax.detectors.options import changed, own_values, resolve
@@ -75,13 +86,21 @@ def run(
     return tuple(zip(*taps, strict=True)), {name: tuple(found[name] for found in predictions) for name in names}
 
 
+class DenseHead(Protocol):
+    """An NNX module with two towers; `tower` is "cls" or "reg", and the result is that of `run`."""
+
+    def branch(
+        self, maps: tuple[Array, ...], tower: str, start: int
+    ) -> tuple[tuple[tuple[Array, ...], ...], dict[str, tuple[Array, ...]]]: ...
+
+
 class Dense(nnx.Module):
     """The whole network; its parts carry mmdetection's names."""
 
     def __init__(
         self,
         depth: int,
-        head: Callable[[], nnx.Module],
+        head: Callable[[], DenseHead],
         *,
         neck_channels: int,
         extra_convs: str,
@@ -118,23 +137,27 @@ class Dense(nnx.Module):
         )
 
 
+Options = dict[str, Any]  # all options of a detector
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
-    """What one family of detectors is; `title` is its name in messages."""
+    """The facts and functions of one family of detectors; `title` is its name in messages."""
 
     title: str
     variants: dict[str, dict]  # name -> the variant's own options, and the backbone's "depth"
     classifier: str  # name of the head's module whose outputs are the classes
-    head: Callable  # (number of classes, options) -> NNX module
-    branches: Callable  # options -> {prediction: the tower that it hangs on}
+    head: Callable[[int, Options], DenseHead]  # of a number of classes
+    branches: Callable[[Options], dict[str, str]]  # prediction -> the tower that it is predicted from
     relu: bool  # whether the pyramid's P6 is rectified before P7
-    loss: Callable  # options -> `loss` of `Detector`
-    decode_boxes: Callable
-    priors: Callable
-    iou_threshold: Callable  # options -> that of the published suppression
+    loss: Callable[[Options], Loss]
+    decode_boxes: Callable[[DetectorOutput], Array]
+    priors: Callable[[tuple[int, int]], np.ndarray]
+    iou_threshold: Callable[[Options], float]  # of the published NMS
     anchors: int = 1  # priors of a cell
-    bgr_mean: Callable = lambda options: resnet.BGR_MEAN  # options -> the mean that the style "caffe" subtracts
-    constants: Callable = lambda options: {}  # options -> `TorchNames.constants`
+    # The mean that the style "caffe" subtracts.
+    bgr_mean: Callable[[Options], tuple[float, float, float]] = lambda options: resnet.BGR_MEAN
+    constants: Callable[[Options], dict[str, np.ndarray]] = lambda options: {}  # `TorchNames.constants`
 
 
 def detector(
@@ -241,8 +264,8 @@ def total(values: dict[str, Array]) -> dict[str, Array]:
     return {name: jnp.sum(value) for name, value in values.items()}
 
 
-def decoder(decode_boxes: Callable, *, iou_threshold: float) -> Callable:
-    """The function `decode` of a family; its defaults are the published test settings."""
+def decoder(decode_boxes: Callable[[DetectorOutput], Array], *, iou_threshold: float) -> Decode:
+    """Returns the function `decode` of a family; its defaults are the published test settings."""
 
     def decode(
         output: DetectorOutput,
@@ -252,7 +275,7 @@ def decoder(decode_boxes: Callable, *, iou_threshold: float) -> Callable:
         iou_threshold: float = iou_threshold,
         pre_nms: int = 1000,
         max_detections: int = 100,
-        select: Callable = nms.select,
+        select: Callable[..., PaddedDetections] = nms.select,
     ) -> PaddedDetections:
         """Turns predictions into detections by class-wise non-maximum suppression.
 

@@ -20,6 +20,9 @@ EPS, MOMENTUM = 1e-5, 0.1
 FOCAL_BIAS = -math.log((1 - 0.01) / 0.01)  # every class starts at a probability of 0.01
 
 
+Draw = Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]  # (rng, shape) -> initial value
+
+
 def uniform_fan_in(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     """Uniform within 1 / sqrt(fan in): PyTorch's default for a convolution (Kaiming with a = sqrt 5)."""
     bound = 1.0 / np.sqrt(np.prod(shape[:-1]))
@@ -37,12 +40,12 @@ def uniform_fans(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray
     return rng.uniform(-bound, bound, shape)
 
 
-def normal(std: float) -> Callable:
+def normal(std: float) -> Draw:
     """Normal with mean 0 and the given standard deviation."""
     return lambda rng, shape: rng.normal(0.0, std, shape)
 
 
-def constant(value: float) -> Callable:
+def constant(value: float) -> Draw:
     """The same value everywhere."""
     return lambda rng, shape: np.full(shape, value)
 
@@ -75,8 +78,8 @@ class Conv(nnx.Module):
         *,
         stride: int = 1,
         depthwise: bool = False,
-        draw: Callable = uniform_fan_in,
-        bias: Callable | None = None,
+        draw: Draw = uniform_fan_in,
+        bias: Draw | None = None,
     ):
         self.stride, self.groups = stride, inputs if depthwise else 1
         self.kernel = nnx.Param(jnp.zeros((size, size, inputs // self.groups, outputs)), draw=draw)
@@ -172,13 +175,14 @@ class ConvNorm(nnx.Module):
         return self.bn(self.conv(x), train)
 
 
-# What follows is made of convolutions with norm that `conv` makes, with the arguments of `ConvNorm`.
+# The layers below are built of convolutions with norm that `conv` makes, with the arguments of `ConvNorm`.
+MakeConv = Callable[..., ConvNorm]
 
 
 class SeparableConv(nnx.Module):
     """Depthwise convolution, then 1x1, each with norm and activation."""
 
-    def __init__(self, inputs: int, outputs: int, size: int, *, stride: int = 1, conv: Callable = ConvNorm):
+    def __init__(self, inputs: int, outputs: int, size: int, *, stride: int = 1, conv: MakeConv = ConvNorm):
         self.depthwise_conv = conv(inputs, inputs, size, stride=stride, depthwise=True)
         self.pointwise_conv = conv(inputs, outputs, 1)
 
@@ -212,10 +216,10 @@ class CSPLayer(nnx.Module):
         outputs: int,
         *,
         blocks: int,
-        block: Callable[[int], nnx.Module],
+        block: Callable[[int], Callable[[Array, bool], Array]],
         attention: bool = False,
         expand_ratio: float = 0.5,
-        conv: Callable = ConvNorm,
+        conv: MakeConv = ConvNorm,
     ):
         middle = int(outputs * expand_ratio)
         self.main_conv = conv(inputs, middle, 1)
@@ -238,7 +242,7 @@ class CSPLayer(nnx.Module):
 class SPP(nnx.Module):
     """Spatial pyramid pooling: the map beside its largest values over windows of 5, 9 and 13 cells."""
 
-    def __init__(self, inputs: int, outputs: int, *, conv: Callable = ConvNorm):
+    def __init__(self, inputs: int, outputs: int, *, conv: MakeConv = ConvNorm):
         self.conv1 = conv(inputs, inputs // 2, 1)
         self.conv2 = conv(inputs // 2 * 4, outputs, 1)
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kdjax import nn
-from kdjax.detectors.layers import ConvNorm
+from kdjax.detectors.layers import ConvNorm, SeparableConv
 
 Array = jax.Array
 
@@ -28,10 +28,10 @@ class PAFPN(nnx.Module):
         inputs: tuple[int, ...],
         outputs: int,
         *,
-        layer: Callable[[int, int], nnx.Module],
+        layer: Callable[[int, int], Callable[[Array, bool], Array]],
         size: int,
-        conv: Callable = ConvNorm,
-        down: Callable = ConvNorm,
+        conv: Callable[..., ConvNorm] = ConvNorm,
+        down: Callable[..., ConvNorm | SeparableConv] = ConvNorm,
     ):
         pairs = list(zip(inputs[:-1], inputs[1:], strict=True))  # finer, coarser
         self.reduce_layers = nnx.List([conv(coarse, fine, 1) for fine, coarse in reversed(pairs)])

@@ -106,8 +106,8 @@ class ResNet(nnx.Module):
         x = jax.nn.relu(self.bn1(self.conv1(x), train and self.frozen_stages < 0))
         x = fixed(0, max_pool(x, 3, stride=2, padding=1))
         maps = []
-        for stage, blocks in enumerate((self.layer1, self.layer2, self.layer3, self.layer4), 1):
-            for block in blocks:
+        for stage in range(1, 5):
+            for block in getattr(self, f"layer{stage}"):
                 x = block(x, train and stage > self.frozen_stages)
             x = fixed(stage, x)
             maps.append(x)

@@ -375,7 +375,7 @@ def decode(
     iou_threshold: float = 0.65,
     pre_nms: int = 30000,
     max_detections: int = 300,
-    select: Callable = nms.select,
+    select: Callable[..., PaddedDetections] = nms.select,
 ) -> PaddedDetections:
     """Turns predictions into detections by class-wise non-maximum suppression.
 

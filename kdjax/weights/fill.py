@@ -161,7 +161,7 @@ def _fill_backbone(
     rest = {name: value for name, value in whole.items() if not name.startswith("backbone.")}
     own = {f"backbone.{name}": value for name, value in state.items() if not name.startswith("fc.")}
     message = f"the weights are a bare ResNet: neck and head of {detector.name} are initialised at random"
-    if np.abs(detector.preprocess(np.zeros((1, 1, 1, 3), np.uint8))).max() > 10:
+    if np.abs(detector.preprocess(jax.numpy.zeros((1, 1, 1, 3), np.uint8))).max() > 10:
         message += (
             "; the detector expects Caffe's weights (BGR, not divided by the deviation): for torchvision's or timm's, "
             "set the option style=pytorch"

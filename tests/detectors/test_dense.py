@@ -85,7 +85,7 @@ def test_head_is_entered_by_its_branches(name):
             )
             assert [m.shape for m in got] == [m.shape for m in want]
     for wrong in ({"branch": "box", "start": 0}, {"branch": "cls", "start": 3}):
-        with pytest.raises(ValueError, match=f"branches {', '.join(fields)} and can be entered at 0 to 2, not at"):
+        with pytest.raises(ValueError, match=f"branch must be one of {', '.join(fields)}, start in 0 .. 2"):
             detector.head(*detector.shapes, output.neck, **wrong)
 
 
@@ -114,7 +114,7 @@ def test_build_errors(name, options, message):
 
 
 def test_apply_wants_sides_that_divide():
-    with pytest.raises(ValueError, match="GFL takes images .* whose sides divide by 32, not"):
+    with pytest.raises(ValueError, match="images of GFL must be .* multiples of 32, not"):
         specs(tiny("gfl_r18"), (48, 64))
 
 

@@ -213,13 +213,13 @@ def test_head_can_be_entered_anywhere():
 
 @pytest.mark.parametrize("branch, start", [("box", 0), ("cls", 3), ("reg", -1)])
 def test_head_errors(branch, start):
-    with pytest.raises(ValueError, match="can be entered at 0 to 2, not at"):
+    with pytest.raises(ValueError, match="of the head of RTMDet: branch must be one of cls, reg, start in 0 .. 2"):
         detector().head(*variables(), evaluated()[0].neck, branch=branch, start=start)
 
 
 @pytest.mark.parametrize("shape", [(1, 48, 64, 3), (1, 64, 64, 1), (64, 64, 3)])
 def test_apply_errors(shape):
-    with pytest.raises(ValueError, match="whose sides divide by 32, not"):
+    with pytest.raises(ValueError, match="images of RTMDet must be .* multiples of 32, not"):
         detector().apply(*variables(), jnp.zeros(shape), train=False)
 
 

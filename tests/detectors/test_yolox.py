@@ -149,10 +149,10 @@ def test_build_errors(options, message):
 
 
 def test_wrong_inputs_get_a_sentence():
-    with pytest.raises(ValueError, match="YOLOX takes images .* whose sides divide by 32, not"):
+    with pytest.raises(ValueError, match="images of YOLOX must be .* multiples of 32, not"):
         tiny().apply(*variables(), jnp.zeros((1, 48, 64, 3)), train=False)
     for wrong in ({"branch": "obj", "start": 0}, {"branch": "reg", "start": 3}):
-        with pytest.raises(ValueError, match="branches cls, reg, quality and can be entered at 0 to 2, not at"):
+        with pytest.raises(ValueError, match="branch must be one of cls, reg, quality, start in 0 .. 2"):
             tiny().head(*variables(), specs(tiny())[0].neck, **wrong)
 
 
