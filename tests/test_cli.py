@@ -34,7 +34,7 @@ from kdjax.train import config as settings
 from tests.shared import ROOT
 from tests.support.checkpoints import Code, spoilt
 from tests.support.data import coco_json, write_folder
-from tests.test_report import Page
+from tests.support.pages import Page
 
 CLASSES = ["disc", "wedge", "star", "cross", "striped", "checked"]
 
@@ -528,7 +528,7 @@ def finished(made, tmp_path_factory):
 
 def test_the_model_card_is_true_and_its_example_runs(made, finished, tmp_path, monkeypatch, capsys):
     text = (finished[0] / "student" / "README.md").read_text()
-    assert f"start: weights `{made / 'model'}`" in text and "without a teacher" in text and "gain" not in text
+    assert f"initial weights: `{made / 'model'}`" in text and "without a teacher" in text and "gain" not in text
     shutil.copytree(finished[0] / "student", tmp_path / "student")
     Image.fromarray(records.decode(next(scenes.stream("val", 1))[1])).save(tmp_path / "image.jpg", quality=95)
     monkeypatch.chdir(tmp_path)

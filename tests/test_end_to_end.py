@@ -56,7 +56,7 @@ def test_the_dry_run_prints_and_trains_nothing(tmp_path):
                  "--config.data.scenes_train=16", "--config.data.scenes_val=8")  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert "disc" in done.stdout and "16" in done.stdout
-    [sheet] = re.findall(r"images of batch 0 .*: (.*\.png)", done.stdout)
+    [sheet] = re.findall(r"training images of batch 0: (.*\.png)", done.stdout)
     assert Path(sheet).read_bytes().startswith(b"\x89PNG")
 
 

@@ -30,7 +30,7 @@ ALLOWED = {
     "evals": CORE - {"distill"},
     "weights": CORE | {"detectors"},
     "inference": CORE | {"detectors", "weights", "data", "evals"},
-    "report": CORE | {"detectors", "weights", "data", "evals", "inference"},
+    "report": CORE | {"methods", "detectors", "weights", "data", "evals", "inference"},
     "export": CORE | {"detectors", "weights", "data", "evals", "inference"},
     "train": CORE | {"methods", "detectors", "data", "evals", "weights", "inference", "report"},
     "doctor": CORE | {"methods", "detectors", "data", "evals", "weights", "inference", "train"},

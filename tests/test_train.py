@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import jax
@@ -132,7 +131,7 @@ def test_a_model_card_says_where_the_weights_come_from(finished, teacher_folder)
         [metric] = entry["results"][0]["metrics"]
         assert metric["value"] == pytest.approx(results[role]["AP"], abs=1e-4)
         _, params, stats, classes = weights.load(workdir / role)
-        assert f"hash of its arrays: {checkpoint.fingerprint(steps.Teacher(params, stats))}" in body
+        assert f"hash of the weights: {checkpoint.fingerprint(steps.Teacher(params, stats))}" in body
         assert f"classes: {', '.join(classes)}" in body and f"- jax: {jax.__version__}" in body
         assert "data, train: scenes, split `train`: 24 images" in body and "seed 0" in body
         assert "20 steps of 8 images" in body and "claims no rights" in body
@@ -144,17 +143,17 @@ def test_a_model_card_says_where_the_weights_come_from(finished, teacher_folder)
     ]
     assert rows["params"].split(" | ")[1] == f"{results['student']['params']:,}"
     of_teacher = checkpoint.fingerprint(steps.Teacher(*weights.load(teacher_folder)[1:3]))
-    assert f"weights `{teacher_folder}`, hash of its arrays {of_teacher}" in student
-    assert "method mkd: weight 1.0; else its defaults" in student and "the teacher's weights" in student
+    assert f"weights `{teacher_folder}`, hash {of_teacher}" in student
+    assert "method mkd: weight 1.0; other options at their defaults" in student and "the teacher's weights" in student
     assert "- teacher" not in texts["twin"] and "- method" not in texts["twin"] and "gain" not in texts["twin"]
 
 
 def test_the_card_names_the_licences_that_the_data_names():
     config = settings.base()
     config.data.source = "coco_folder"
-    told = model_card._licence(types.SimpleNamespace(licenses=("CC BY 4.0, https://example.org",)), None, config)
+    told = model_card._licence(("CC BY 4.0, https://example.org",), config, distilled=False)
     assert "- CC BY 4.0, https://example.org\n" in told and "teacher" not in told
-    assert "names no licence" in model_card._licence(types.SimpleNamespace(licenses=()), None, config)
+    assert "names no licence" in model_card._licence((), config, distilled=False)
 
 
 def test_five_steps_and_the_rest_equal_all_at_once_to_the_bit(finished, folder, teacher_folder, monkeypatch):

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kdjax.report import drawing
+from kdjax.evals.matching import box_iou, match
 
 USUAL = 0.3  # score from which a detection counts where nothing says more
 IOU, TOUCH = 0.5, 0.1  # of a hit; under this a detection has nothing to do with an object
 MAX_DETECTIONS = 100
-KINDS = ("class", "place", "class and place", "double", "background", "missed")
+KINDS = ("classification", "localization", "both", "duplicate", "background", "missed")
 HIT = -1
 _CLASS, _PLACE, _BOTH, _DOUBLE, _BACKGROUND, _MISSED = range(len(KINDS))
 
@@ -64,14 +64,14 @@ def outcomes(ground_truth: Mapping[str, Any], detections: Sequence[Mapping[str, 
       >>> truth = {"images": [{"id": 1}], "categories": [{"id": 3, "name": "cat"}], "annotations": [box]}
       >>> seen = outcomes(truth, [{**box, "score": 0.9}, {**box, "bbox": [0, 0, 40, 10], "score": 0.8}])
       >>> [KINDS[kind] if kind != HIT else "hit" for kind in seen.kinds], seen.found.tolist()
-      (['hit', 'place'], [True])
+      (['hit', 'localization'], [True])
     """
     parts, objects = [], 0
     for image in _images(ground_truth, detections):
         real = ~image.crowd
-        iou = drawing.iou(image.found_boxes, image.boxes[real])
+        iou = box_iou(image.found_boxes, image.boxes[real])
         same = image.found_labels[:, None] == image.labels[real][None, :]
-        hit, found = drawing.match(
+        hit, found = match(
             image.boxes[real],
             image.labels[real],
             image.found_boxes,
@@ -157,7 +157,7 @@ def counted(ground_truth: Mapping[str, Any], detections: Sequence[Mapping[str, A
     for image in _images(ground_truth, detections):
         real = ~image.crowd
         found = (image.found_boxes, image.found_labels, image.scores)
-        hit, _ = drawing.match(image.boxes[real], image.labels[real], *found, iou_threshold=IOU)
+        hit, _ = match(image.boxes[real], image.labels[real], *found, iou_threshold=IOU)
         rows += itertools.compress(image.rows, hit | ~_in_crowd(image))
     return rows
 
@@ -182,10 +182,10 @@ def confusion(ground_truth: Mapping[str, Any], detections: Sequence[Mapping[str,
         real = ~image.crowd
         boxes, labels = image.boxes[real], image.labels[real]
         found = (image.found_boxes, image.found_labels, image.scores)
-        hit, seen = drawing.match(boxes, labels, *found, iou_threshold=IOU)
+        hit, seen = match(boxes, labels, *found, iou_threshold=IOU)
         np.add.at(matrix, (labels[seen], labels[seen]), 1)
         left = ~hit & ~_in_crowd(image)
-        iou = drawing.iou(image.found_boxes[left], boxes)
+        iou = box_iou(image.found_boxes[left], boxes)
         for row, label in zip(iou, image.found_labels[left], strict=True):
             row = np.where(seen, -1.0, row)
             best = int(row.argmax()) if len(row) else 0

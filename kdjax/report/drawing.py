@@ -1,13 +1,13 @@
-"""Images with drawn boxes, for the report, for previews and for predictions: NumPy in, NumPy out, no file is touched.
+"""Draws boxes on images: NumPy in, NumPy out, no file is touched.
 
-Ground truth and plain predictions are drawn in one colour per class. Where predictions are compared with the ground
-truth, the outline says what became of a box (see `match`), by line style and mark as well as by colour: a solid green
-box with a tick was found, a solid red box with a cross is false, a dashed yellow box is an object that was missed.
+Ground truth and plain detections have one colour per class. Detections that are compared with the ground truth are
+marked by colour, line style and sign: a solid green box with a tick is correct, a solid red box with a cross is a false
+positive, a dashed yellow box is a missed object.
 """
 
 import colorsys
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,28 +16,40 @@ import numpy as np
 from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 
-HIT, FALSE, MISSED = 1, 2, 3
-OUTCOME_COLORS = {HIT: (46, 204, 113), FALSE: (255, 71, 71), MISSED: (255, 205, 40)}
-MODELS = ("teacher", "twin", "student")  # of a run
-EVALUATED = ("other", "model")  # of an evaluation
+from kdjax.evals.matching import match
+from kdjax.structs import Detections
 
-_MARKS = {HIT: "✓ ", FALSE: "✗ ", MISSED: ""}
+TRUTH = "ground truth"  # name of its panel
+CORRECT, FALSE, MISSED = 1, 2, 3
+OUTCOME_COLORS = {CORRECT: (46, 204, 113), FALSE: (255, 71, 71), MISSED: (255, 205, 40)}
+
+_SIGNS = {CORRECT: "✓ ", FALSE: "✗ ", MISSED: ""}
 _INK = (20, 22, 26)
 _PAPER = (255, 255, 255)
 
 
-class Panel(NamedTuple):
-    """One image of a comparison, with what became of its boxes."""
+class Example(NamedTuple):
+    """An image with its objects and what models detect in it."""
 
-    name: str  # 'truth', 'teacher', 'twin' or 'student'
+    image: np.ndarray  # u8[h, w, 3], RGB
+    boxes: np.ndarray  # f[m, 4], x1 y1 x2 y2 of the objects in pixels of `image`
+    labels: np.ndarray  # i[m], 0 .. K-1
+    detections: Mapping[str, Detections]  # by model, in the order of the panels; in pixels of `image`
+    name: str = ""
+
+
+class Panel(NamedTuple):
+    """A drawn image with its counts."""
+
+    name: str  # TRUTH or the model
     image: np.ndarray  # u8[h, w, 3], RGB, boxes drawn
-    found: int  # objects that were found; for 'truth', all objects
-    false: int  # detections that match no object of their class
-    missed: int  # objects that were not found
+    correct: int  # objects with a matching detection; for TRUTH, all objects
+    false: int  # detections without a matching object
+    missed: int  # objects without a matching detection
 
 
 def class_color(label: int) -> tuple[int, int, int]:
-    """Colour of a class, the same in every image: neighbouring labels get hues that lie far apart.
+    """Colour of a class, the same in every image; neighbouring labels have distant hues.
 
     Args:
       label: int, 0 .. K-1.
@@ -49,18 +61,18 @@ def class_color(label: int) -> tuple[int, int, int]:
       >>> class_color(0)
       (64, 156, 255)
     """
-    # Steps by the golden ratio spread any number of hues evenly; three brightness levels part hues that come close.
+    # Multiples of the golden ratio spread any number of hues evenly; three brightness levels separate close hues.
     hue = (0.5864 + 0.618034 * label) % 1.0
     saturation, value = ((0.75, 1.0), (0.6, 0.85), (0.9, 0.95))[label // 7 % 3]
     return tuple(round(255 * part) for part in colorsys.hsv_to_rgb(hue, saturation, value))
 
 
-def class_name(label: int, classes: Sequence[str]) -> str:
-    """Name of a class as the font can show it: `class 3` where the font lacks a letter, cut at 22 letters.
+def class_name(label: int, class_names: Sequence[str]) -> str:
+    """Name of a class as the font can draw it: at most 22 characters, or `class 3` if the font lacks one of them.
 
     Args:
-      label: int; a label without a name is called by its number.
-      classes: K names.
+      label: int; a label without a name is shown as its number.
+      class_names: K names.
 
     Returns:
       One line of text.
@@ -69,52 +81,10 @@ def class_name(label: int, classes: Sequence[str]) -> str:
       >>> [class_name(label, ["red cell", "細胞"]) for label in (0, 1, 2)]
       ['red cell', 'class 1', 'class 2']
     """
-    name = str(classes[label]) if 0 <= label < len(classes) else ""
-    if not name or not _letters().issuperset(map(ord, name)):
+    name = str(class_names[label]) if 0 <= label < len(class_names) else ""
+    if not name or not _characters().issuperset(map(ord, name)):
         return f"class {label}"
     return name if len(name) <= 22 else name[:21] + "…"
-
-
-def match(
-    truth_boxes: np.ndarray,
-    truth_labels: np.ndarray,
-    boxes: np.ndarray,
-    labels: np.ndarray,
-    scores: np.ndarray,
-    *,
-    iou_threshold: float = 0.5,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Says which detections hit an object and which objects were found.
-
-    As in COCO's evaluation: detections choose in the order of their scores, each takes the free object of its own
-    class with the largest IoU of at least `iou_threshold`.
-
-    Args:
-      truth_boxes: f32[n, 4], x1 y1 x2 y2 in pixels.
-      truth_labels: i32[n].
-      boxes: f32[m, 4], x1 y1 x2 y2 in pixels.
-      labels: i32[m].
-      scores: f32[m].
-      iou_threshold: 0 .. 1.
-
-    Returns:
-      hit bool[m] and found bool[n]; both hold the same number of True.
-
-    Example:
-      >>> square = np.array([[0, 0, 10, 10]])
-      >>> match(square, np.array([1]), square + 1, np.array([1]), np.array([0.9]))
-      (array([ True]), array([ True]))
-    """
-    hit, found = np.zeros(len(boxes), bool), np.zeros(len(truth_boxes), bool)
-    if not hit.size or not found.size:
-        return hit, found
-    overlap = np.where(labels[:, None] == truth_labels[None, :], iou(boxes, truth_boxes), -1.0)
-    for i in np.argsort(-scores, kind="stable"):
-        free = np.where(found, -1.0, overlap[i])
-        best = int(np.argmax(free))
-        if free[best] >= iou_threshold:
-            hit[i] = found[best] = True
-    return hit, found
 
 
 def draw(
@@ -122,27 +92,27 @@ def draw(
     boxes: np.ndarray,
     labels: np.ndarray,
     scores: np.ndarray | None,
-    classes: Sequence[str],
+    class_names: Sequence[str],
     *,
     threshold: float = 0.3,
     outcome: np.ndarray | None = None,
     width: tuple[int, int] | None = (320, 480),
 ) -> np.ndarray:
-    """Draws boxes with class names and scores on an image, which is scaled first so that the writing stays legible.
+    """Draws boxes with class names and scores on an image, which is first scaled so that the text is legible.
 
     Args:
       image: u8[h, w, 3], RGB.
-      boxes: f32[n, 4], x1 y1 x2 y2 in pixels of `image`; parts outside are cut, boxes that are not finite left out.
+      boxes: f32[n, 4], x1 y1 x2 y2 in pixels of `image`; clipped to it, and left out if not finite.
       labels: i32[n].
-      scores: f32[n] in 0 .. 1, or None (ground truth): all are drawn and no score is written.
-      classes: K names.
-      threshold: boxes with a smaller score are left out.
-      outcome: None for colours by class, or i32[n] of HIT, FALSE, MISSED for colours by what became of a box; a
-        missed box shows no score.
-      width: the smallest and largest width of the drawn image in pixels; None leaves the size as it is.
+      scores: f32[n] in 0 .. 1, or None (ground truth): all boxes are drawn, without scores.
+      class_names: K names.
+      threshold: minimum score of a drawn box.
+      outcome: i32[n] of CORRECT, FALSE, MISSED for colours by outcome (a missed object has no score); None for
+        colours by class.
+      width: minimum and maximum width of the drawn image in pixels; None: the size of `image`.
 
     Returns:
-      u8[h', w', 3], RGB; `image` itself is not changed.
+      u8[h', w', 3], RGB; `image` is not changed.
 
     Raises:
       ValueError: the image is not u8[h, w, 3], or boxes, labels and scores differ in number.
@@ -159,8 +129,8 @@ def draw(
     outcomes = np.zeros(len(boxes), int) if outcome is None else np.asarray(outcome, int).reshape(-1)
     if not len(boxes) == len(labels) == len(values) == len(outcomes):
         raise ValueError(
-            f"draw got {len(boxes)} boxes, {len(labels)} labels, {len(values)} scores and {len(outcomes)} outcomes: "
-            "their numbers must be equal"
+            f"draw: {len(boxes)} boxes, {len(labels)} labels, {len(values)} scores and {len(outcomes)} outcomes: "
+            "the numbers must be equal"
         )
     height, breadth = image.shape[:2]
     scale = 1.0 if width is None else float(np.clip(breadth, *width)) / breadth
@@ -184,11 +154,11 @@ def draw(
         frames[i] = (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2))
         color = OUTCOME_COLORS.get(int(outcomes[i])) or class_color(int(labels[i]))
         _outline(pen, frames[i], color, line, dashed=outcomes[i] == MISSED)
-    # Writing shrinks where boxes crowd: a tag that hides the object helps nobody.
+    # Smaller text for many boxes, so that the tags do not hide the objects.
     points = size[0] / (23 if len(shown) <= 6 else 27 if len(shown) <= 14 else 32)
     font = _font(max(10, round(min(points, 40))))
-    for i in reversed(shown):  # the best choose their place first
-        text = _MARKS.get(int(outcomes[i]), "") + class_name(int(labels[i]), classes)
+    for i in reversed(shown):  # the best get the best place
+        text = _SIGNS.get(int(outcomes[i]), "") + class_name(int(labels[i]), class_names)
         if scores is not None and outcomes[i] != MISSED:
             text += f" {min(values[i], 1):.2f}"
         color = OUTCOME_COLORS.get(int(outcomes[i])) or class_color(int(labels[i]))
@@ -197,125 +167,90 @@ def draw(
 
 
 def panels(
-    example: dict,
-    classes: Sequence[str],
+    example: Example,
+    class_names: Sequence[str],
     *,
     threshold: float = 0.3,
     iou_threshold: float = 0.5,
     width: tuple[int, int] = (320, 480),
 ) -> list[Panel]:
-    """Draws the ground truth of an image and what each model made of it.
+    """Draws the ground truth of an image and the detections of each model.
 
     Args:
-      example: `image` u8[h, w, 3] RGB; `truth` {boxes f32[n, 4] in pixels of the image, labels i32[n]}; for each of
-        `MODELS` and `EVALUATED` {boxes, labels, scores f32[m]} or None. Detections come as they are: those under
-        `threshold` are left out here.
-      classes: K names.
-      threshold: smallest score of a detection that is drawn and counted.
-      iou_threshold: smallest IoU at which a detection hits an object of its class.
-      width: the smallest and largest width of a drawn image in pixels.
+      example: the image.
+      class_names: K names.
+      threshold: minimum score of a detection that is drawn and counted.
+      iou_threshold: minimum IoU of a correct detection with an object of its class.
+      width: minimum and maximum width of a drawn image in pixels.
 
     Returns:
-      Panels of one size, the truth first, then the models that are there.
+      Panels of one size: the ground truth, then the models.
 
     Example:
-      >>> truth = {"boxes": [[8, 8, 30, 30]], "labels": [0]}
-      >>> example = {"image": np.zeros((40, 80, 3), np.uint8), "truth": truth, "student": {**truth, "scores": [0.9]}}
-      >>> [(panel.name, panel.found, panel.missed) for panel in panels(example, ["cell"])]
-      [('truth', 1, 0), ('student', 1, 0)]
+      >>> box, label = np.array([[8.0, 8, 30, 30]]), np.array([0])
+      >>> detections = {"student": Detections(box, np.array([0.9]), label)}
+      >>> example = Example(np.zeros((40, 80, 3), np.uint8), box, label, detections)
+      >>> [(panel.name, panel.correct, panel.missed) for panel in panels(example, ["cell"])]
+      [('ground truth', 1, 0), ('student', 1, 0)]
     """
-    image = example["image"]
-    truth_boxes = np.asarray(example["truth"]["boxes"], np.float64).reshape(-1, 4)
-    truth_labels = np.asarray(example["truth"]["labels"], np.int64).reshape(-1)
-    drawn = draw(image, truth_boxes, truth_labels, None, classes, width=width)
-    result = [Panel("truth", drawn, len(truth_boxes), 0, 0)]
-    for name in MODELS + EVALUATED:
-        detections = example.get(name)
-        if detections is None:
-            continue
-        scores = np.asarray(detections["scores"], np.float64).reshape(-1)
-        keep = scores >= threshold
-        boxes = np.asarray(detections["boxes"], np.float64).reshape(-1, 4)[keep]
-        labels = np.asarray(detections["labels"], np.int64).reshape(-1)[keep]
-        scores = scores[keep]
-        hit, found = match(truth_boxes, truth_labels, boxes, labels, scores, iou_threshold=iou_threshold)
-        missed = int((~found).sum())
+    drawn = draw(example.image, example.boxes, example.labels, None, class_names, width=width)
+    result = [Panel(TRUTH, drawn, len(example.boxes), 0, 0)]
+    for name, detections in example.detections.items():
+        shown = detections[detections.scores >= threshold]
+        correct, detected = match(
+            example.boxes, example.labels, shown.boxes, shown.labels, shown.scores, iou_threshold=iou_threshold
+        )
+        missed = int((~detected).sum())
         drawn = draw(
-            image,
-            np.concatenate([boxes, truth_boxes[~found]]),
-            np.concatenate([labels, truth_labels[~found]]),
-            np.concatenate([scores, np.ones(missed)]),
-            classes,
+            example.image,
+            np.concatenate([shown.boxes, example.boxes[~detected]]),
+            np.concatenate([shown.labels, example.labels[~detected]]),
+            np.concatenate([shown.scores, np.ones(missed)]),
+            class_names,
             threshold=threshold,
-            outcome=np.concatenate([np.where(hit, HIT, FALSE), np.full(missed, MISSED)]),
+            outcome=np.concatenate([np.where(correct, CORRECT, FALSE), np.full(missed, MISSED)]),
             width=width,
         )
-        result.append(Panel(name, drawn, int(found.sum()), int((~hit).sum()), missed))
+        result.append(Panel(name, drawn, int(detected.sum()), int((~correct).sum()), missed))
     return result
 
 
 def summary(panel: Panel) -> str:
-    """Says in words what a panel shows, as the heading of its image and for those who cannot see it.
+    """The counts of a panel in words, for the heading and the alternative text of its image.
 
     Example:
-      >>> summary(Panel("student", np.zeros((1, 1, 3), np.uint8), found=3, false=1, missed=2))
-      '3 found, 1 false, 2 missed'
+      >>> summary(Panel("student", np.zeros((1, 1, 3), np.uint8), correct=3, false=1, missed=2))
+      '3 correct, 1 false, 2 missed'
     """
-    if panel.name == "truth":
-        return "no object" if not panel.found else "1 object" if panel.found == 1 else f"{panel.found} objects"
-    return f"{panel.found} found, {panel.false} false, {panel.missed} missed"
-
-
-def compare(
-    example: dict,
-    classes: Sequence[str],
-    *,
-    threshold: float = 0.3,
-    iou_threshold: float = 0.5,
-    width: tuple[int, int] = (320, 480),
-) -> np.ndarray:
-    """Puts ground truth, teacher, twin and student side by side in one image, under headings with their counts.
-
-    Args:
-      example, classes, threshold, iou_threshold, width: as for `panels`.
-
-    Returns:
-      u8[h', w', 3], RGB.
-
-    Example:
-      >>> example = {"image": np.zeros((40, 80, 3), np.uint8), "truth": {"boxes": [], "labels": []}}
-      >>> compare(example, ["cell"]).shape[1]
-      320
-    """
-    drawn = panels(example, classes, threshold=threshold, iou_threshold=iou_threshold, width=width)
-    headings = [("ground truth" if panel.name == "truth" else panel.name) + f": {summary(panel)}" for panel in drawn]
-    return _grid([panel.image for panel in drawn], len(drawn), headings=headings)
+    if panel.name == TRUTH:
+        return "no object" if not panel.correct else "1 object" if panel.correct == 1 else f"{panel.correct} objects"
+    return f"{panel.correct} correct, {panel.false} false, {panel.missed} missed"
 
 
 def contact_sheet(
     images: Sequence[np.ndarray],
     boxes: Sequence[np.ndarray],
     labels: Sequence[np.ndarray],
-    classes: Sequence[str],
+    class_names: Sequence[str],
     columns: int,
     *,
     width: int = 320,
 ) -> np.ndarray:
-    """Puts images with their boxes on one sheet, row by row: a look at the data, or at what augmentation makes of it.
+    """Puts images with their boxes on one sheet, row by row, to check data or augmentation.
 
     Args:
       images: images u8[h, w, 3] RGB, of any sizes.
-      boxes: for each image f32[n, 4], x1 y1 x2 y2 in its pixels; padding rows taken out.
+      boxes: for each image f32[n, 4], x1 y1 x2 y2 in its pixels, without padding.
       labels: for each image i32[n].
-      classes: K names.
-      columns: images in a row.
+      class_names: K names.
+      columns: images per row.
       width: width of each image on the sheet, in pixels.
 
     Returns:
-      u8[H, W, 3], RGB; smaller images lie in the middle of their cell.
+      u8[H, W, 3], RGB; smaller images are centred in their cell.
 
     Raises:
-      ValueError: there is no image, no column, or the lists differ in length.
+      ValueError: no image, no column, or lists of different lengths.
 
     Example:
       >>> grey = np.full((40, 40, 3), 128, np.uint8)
@@ -324,49 +259,40 @@ def contact_sheet(
     """
     if not len(images) == len(boxes) == len(labels):
         raise ValueError(
-            f"contact_sheet got {len(images)} images, boxes of {len(boxes)} and labels of {len(labels)}: "
-            "their numbers must be equal"
+            f"contact_sheet: {len(images)} images, boxes of {len(boxes)} and labels of {len(labels)}: "
+            "the numbers must be equal"
         )
     if not len(images) or columns < 1:
-        raise ValueError(f"contact_sheet needs an image and a column, but got {len(images)} and {columns}")
+        raise ValueError(f"contact_sheet: {len(images)} images in {columns} columns: at least one of each is needed")
     drawn = [
-        draw(image, own, names, None, classes, width=(width, width))
-        for image, own, names in zip(images, boxes, labels, strict=True)
+        draw(image, own, own_labels, None, class_names, width=(width, width))
+        for image, own, own_labels in zip(images, boxes, labels, strict=True)
     ]
     return _grid(drawn, columns)
 
 
-def _grid(drawn: list[np.ndarray], columns: int, *, headings: list[str] | None = None, gap: int = 8) -> np.ndarray:
+def _grid(drawn: list[np.ndarray], columns: int, gap: int = 8) -> np.ndarray:
     columns = min(columns, len(drawn))
     rows = -(-len(drawn) // columns)
     height, width = (max(canvas.shape[axis] for canvas in drawn) for axis in (0, 1))
-    font = _font(max(12, round(width / 26)))
-    if headings is not None:
-        width = max(width, *(round(font.getlength(heading)) + 4 for heading in headings))
-    strip = 0 if headings is None else 2 * font.size
-    sheet = Image.new(
-        "RGB", (columns * width + (columns - 1) * gap, rows * (height + strip) + (rows - 1) * gap), _PAPER
-    )
-    pen = ImageDraw.Draw(sheet)
+    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), _PAPER)
     for i, canvas in enumerate(drawn):
-        x, y = i % columns * (width + gap), i // columns * (height + strip + gap)
-        if headings is not None:
-            pen.text((x + 2, y + font.size // 2), headings[i], fill=_INK, font=font)
+        x, y = i % columns * (width + gap), i // columns * (height + gap)
         left, top = (width - canvas.shape[1]) // 2, (height - canvas.shape[0]) // 2
-        sheet.paste(Image.fromarray(canvas), (x + left, y + strip + top))
+        sheet.paste(Image.fromarray(canvas), (x + left, y + top))
     return np.asarray(sheet)
 
 
 def _outline(pen: ImageDraw.ImageDraw, frame: tuple[float, ...], color: tuple, line: int, *, dashed: bool) -> None:
     x1, y1, x2, y2 = frame
-    # A dark halo on both sides keeps the line visible on any ground.
+    # A dark halo on both sides keeps the line visible on any background.
     for grow in (-1, line):
         if x2 - x1 > 2 * grow and y2 - y1 > 2 * grow:
             pen.rectangle((x1 + grow, y1 + grow, x2 - grow, y2 - grow), outline=(0, 0, 0, 90))
     if not dashed:
         pen.rectangle(frame, outline=color, width=line)
         return
-    pen.rectangle(frame, outline=(0, 0, 0, 130), width=line)  # between the dashes, for light grounds
+    pen.rectangle(frame, outline=(0, 0, 0, 130), width=line)  # between the dashes, for light backgrounds
     dash = 4 * line
     for start in np.arange(x1, x2, 2 * dash):
         end = min(start + dash, x2)
@@ -378,8 +304,16 @@ def _outline(pen: ImageDraw.ImageDraw, frame: tuple[float, ...], color: tuple, l
         pen.rectangle((max(x2 - line + 1, x1), start, x2, end), fill=color)
 
 
-def _tag(pen, frame: tuple, text: str, color: tuple, font, size: tuple[int, int], placed: list) -> None:
-    """Writes a tag at that corner of its box where it hides least of the tags that are there already."""
+def _tag(
+    pen: ImageDraw.ImageDraw,
+    frame: tuple[float, ...],
+    text: str,
+    color: tuple[int, int, int],
+    font: ImageFont.FreeTypeFont,
+    size: tuple[int, int],
+    placed: list[tuple[float, ...]],
+) -> None:
+    """Writes a tag at the corner of its box where it overlaps least with earlier tags."""
     x1, y1, x2, y2 = frame
     pad = max(2, font.size // 6)
     width, height = pen.textlength(text, font=font) + 2 * pad, font.size + 2 * pad - 1
@@ -408,28 +342,12 @@ def _tag(pen, frame: tuple, text: str, color: tuple, font, size: tuple[int, int]
 def _checked(image: np.ndarray) -> np.ndarray:
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-        raise ValueError(f"an image to draw on must be uint8[h, w, 3] in RGB, but this is {image.dtype}{image.shape}")
+        raise ValueError(f"image must be uint8[h, w, 3] in RGB, not {image.dtype}{list(image.shape)}")
     return np.ascontiguousarray(image)
 
 
-def iou(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """IoU f64[m, n] of boxes f64[m, 4] with others f64[n, 4], `x1 y1 x2 y2`; of empty boxes it is 0.
-
-    In NumPy, because to draw images must not start an accelerator.
-    """
-    top, bottom = (
-        np.maximum(boxes[:, None, :2], others[None, :, :2]),
-        np.minimum(boxes[:, None, 2:], others[None, :, 2:]),
-    )
-    size = np.clip(bottom - top, 0, None)
-    shared = size[..., 0] * size[..., 1]
-    area, other_area = (np.prod(np.clip(b[:, 2:] - b[:, :2], 0, None), axis=1) for b in (boxes, others))
-    union = area[:, None] + other_area[None, :] - shared
-    return np.where(union > 0, shared / np.where(union > 0, union, 1), 0.0)
-
-
 def _font_file() -> str:
-    # The one font that is always there: matplotlib brings it, and it holds Latin, Greek, Cyrillic and our marks.
+    # matplotlib comes with this font; it has Latin, Greek, Cyrillic and the signs above.
     return str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"))
 
 
@@ -439,5 +357,5 @@ def _font(points: int) -> ImageFont.FreeTypeFont:
 
 
 @functools.lru_cache(maxsize=1)
-def _letters() -> frozenset[int]:
+def _characters() -> frozenset[int]:
     return frozenset(FT2Font(_font_file()).get_charmap())

@@ -1,4 +1,4 @@
-"""The page of an evaluation, with the metrics, curves, errors and images of one model or of two side by side."""
+"""The page of `kdjax evaluate`: metrics, curves, errors and images of one model, or of two side by side."""
 
 import itertools
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
@@ -7,7 +7,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kdjax.report import drawing, run_report
+from kdjax.evals.matching import match
+from kdjax.report import drawing, pages
+from kdjax.report.charts import chart_grid, line_chart
+from kdjax.report.format import percent
+from kdjax.structs import Detections
 
 EXAMPLES = 8  # images on the page
 
@@ -47,99 +51,83 @@ def page(
     metrics = {name: metrics[name] for name in order}
     by_class = {k: {name: results[name]["classes"][k]["AP"] for name in order} for k in names}
     title = f"{results['model']['path']} on {data.name}"
-    lead = f"AP {_points(results['model']['metrics']['AP'])}"
+    lead = f"AP {percent(results['model']['metrics']['AP'])}"
     if "other" in results:
-        lead += f"; the other, {results['other']['path']}, has {_points(results['other']['metrics']['AP'])}"
-        title += f", against {results['other']['path']}"
+        lead += f"; {results['other']['path']}: AP {percent(results['other']['metrics']['AP'])}"
+        title += f", compared with {results['other']['path']}"
     label = {k: i for i, k in enumerate(sorted(entry["id"] for entry in data.truth["categories"]))}
     examples = [_example(data, kept, image_id, image, label) for image_id, image in _chosen(data, kept)]
-    what = "the two models differ most" if "other" in results else "there are most false and missed"
-    note = f"Images where {what}; detections from the best score of their class on, but for those in crowd regions."
+    which = "largest difference between the models" if "other" in results else "most errors"
+    note = f"The images with the {which}. Detections above the score threshold of their class, without crowd regions."
     sections = [
-        ("Metrics", run_report.metrics_table(metrics)),
-        ("AP by class", run_report.bars(by_class, heading="class")),
+        ("Metrics", pages.metrics_table(metrics)),
+        ("AP by class", pages.bars(by_class, first="class")),
         ("Thresholds", "".join(_threshold_table(results, name) for name in results)),
         ("Precision and recall", _curves(results, names)),
-        ("Kinds of error", _error_table(results)),
-        ("Confusion", "".join(_confusion_table(results, name, names) for name in results)),
-        ("Images", run_report.image_rows(examples, names, threshold=0.0, note=note)),
+        ("Error analysis", _error_table(results)),
+        ("Confusion matrix", "".join(_confusion_table(results, name, names) for name in results)),
+        ("Images", pages.image_rows(examples, names, threshold=0.0, note=note)),
     ]
-    return run_report.page(title, f'<p class="verdict">{escape(lead)}.</p>', sections)
-
-
-def _points(value: float | None) -> str:
-    return "–" if value is None or value < 0 else f"{100 * value:.1f}"
-
-
-def _html_table(rows: Sequence[Sequence[str]], *, caption: str = "") -> str:
-    head, *body = [[escape(cell) for cell in row] for row in rows]
-    text = "<thead><tr>" + "".join(f'<th scope="col">{cell}</th>' for cell in head) + "</tr></thead><tbody>"
-    for first, *rest in body:
-        text += f'<tr><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in rest)}</tr>'
-    heading = f"<h3>{escape(caption)}</h3>" if caption else ""
-    long = ' long" tabindex="0" role="region" aria-label="table' if len(body) > run_report.MAX_BARS + 1 else ""
-    return f'{heading}<div class="scroll{long}"><table>{text}</tbody></table></div>'
+    return pages.page(title, f'<p class="verdict">{escape(lead)}.</p>', sections)
 
 
 def _threshold_table(results: Mapping[str, Mapping], name: str) -> str:
-    rows = [["class", "objects", "best score", "precision", "recall", "F1"]]
+    rows = [["class", "objects", "threshold", "precision", "recall", "F1"]]
     for label, entry in results[name]["classes"].items():
         best = entry["threshold"] or {}
         score = f"{best['score']:.3f}" if best else "–"
-        parts = [_points(best.get(key)) for key in ("precision", "recall", "F1")]
+        parts = [percent(best.get(key)) for key in ("precision", "recall", "F1")]
         rows.append([label, str(entry["objects"]), score, *parts])
-    about = "The score from which on precision and recall are best together (largest F1), at an IoU of .5."
-    return _html_table(rows, caption=name if len(results) > 1 else "") + f'<p class="small">{about}</p>'
+    about = "Score threshold with the largest F1 at IoU 0.5; precision, recall and F1 in percent."
+    return pages.table(rows, caption=name if len(results) > 1 else "") + f'<p class="small">{about}</p>'
 
 
 def _curves(results: Mapping[str, Mapping], names: list[str]) -> str:
     """Precision over recall; of many classes those with most objects."""
     of = results["model"]["classes"]
-    shown = sorted((k for k in names if of[k]["objects"]), key=lambda k: -of[k]["objects"])[: run_report.MAX_BARS]
+    shown = sorted((k for k in names if of[k]["objects"]), key=lambda k: -of[k]["objects"])[: pages.MAX_BARS]
     recall = np.arange(101.0)
     charts = []
     for k in shown:
         lines = {name: (recall, 100 * np.array(one["classes"][k]["precision"])) for name, one in results.items()}
         lines = dict(reversed(lines.items()))  # the model on top
-        charts.append(
-            run_report.line_chart(lines, title=k, unit="precision over recall, %", log=False, across="recall")
-        )
-    return f'<p class="small">At an IoU of .5.</p><div class="charts">{"".join(charts)}</div>'
+        charts.append(line_chart(lines, title=k, unit="precision over recall, %", log=False, across="recall"))
+    return f'<p class="small">At IoU 0.5.</p>{chart_grid(charts)}'
 
 
 def _error_table(results: Mapping[str, Mapping]) -> str:
     meanings = {
-        "class": "IoU of at least .5 with an object of another class",
-        "place": "IoU of .1 to .5 with an object of its class",
-        "class and place": "IoU of .1 to .5 with an object of another class",
-        "double": "an object that a better detection has found",
-        "background": "no object there",
-        "missed": "an object that nothing is about",
+        "classification": "IoU of at least 0.5 with an object of another class",
+        "localization": "IoU of 0.1 to 0.5 with an object of its class",
+        "both": "IoU of 0.1 to 0.5 with an object of another class",
+        "duplicate": "an object that a detection with a higher score has matched",
+        "background": "IoU of at most 0.1 with every object",
+        "missed": "an object without a correct, misclassified or mislocalized detection",
     }
-    rows = [["kind", "what it is", *(word for name in results for word in (f"{name} costs", f"{name} times"))]]
+    rows = [["error", "definition", *(word for name in results for word in (f"{name}: AP50 cost", f"{name}: count"))]]
     for kind, meaning in meanings.items():
         entries = [one["errors"][kind] for one in results.values()]
-        rows.append([kind, meaning, *itertools.chain(*((_points(e["AP50"]), str(e["count"])) for e in entries))])
+        rows.append([kind, meaning, *itertools.chain(*((percent(e["AP50"]), str(e["count"])) for e in entries))])
     about = (
-        "Costs: points of AP50 that would be won if all errors of the kind were mended, over all detections (TIDE, "
-        "Bolya et al. 2020). Times: how often, among detections from the best score of their class on."
+        "AP50 cost: gain in AP50, in percentage points, if all errors of this kind were corrected (TIDE, Bolya et al. "
+        "2020), over all detections. Count: number of errors among detections above the threshold of their class."
     )
-    return _html_table(rows) + f'<p class="small">{about}</p>'
+    return pages.table(rows) + f'<p class="small">{about}</p>'
 
 
 def _confusion_table(results: Mapping[str, Mapping], name: str, names: list[str]) -> str:
     matrix = results[name]["confusion"]
     columns = [*names, "missed"]
     keep = range(len(names))
-    if len(names) > run_report.MAX_BARS:  # of many classes those that are confused with others
+    if len(names) > pages.MAX_BARS:  # of many classes those that are confused with others
         wrong = [sum(row) - row[i] for i, row in enumerate(matrix[:-1])]
-        keep = sorted(sorted(keep, key=lambda i: -wrong[i])[: run_report.MAX_BARS])
+        keep = sorted(sorted(keep, key=lambda i: -wrong[i])[: pages.MAX_BARS])
     at = [*keep, len(names)]
-    rows = [["object is … found as", *(columns[j] for j in at)]]
+    rows = [["object \\ detected as", *(columns[j] for j in at)]]
     for i in at:
-        row = names[i] if i < len(names) else "no object"
+        row = names[i] if i < len(names) else "background"
         rows.append([row, *("" if i == j == len(names) else str(matrix[i][j]) for j in at)])
-    return _html_table(rows, caption=name if len(results) > 1 else "")
+    return pages.table(rows, caption=name if len(results) > 1 else "")
 
 
 def _chosen(data: _Data, kept: Mapping[str, Sequence[Mapping]]) -> list[tuple[int, np.ndarray]]:
@@ -162,7 +150,7 @@ def _marks(data: _Data, rows: Sequence[Mapping]) -> dict[int, tuple[np.ndarray, 
     for image_id, objects in truth.items():
         objects = [row for row in objects if not row["iscrowd"]]
         scores = np.array([row["score"] for row in found[image_id]])
-        hit, seen = drawing.match(*_boxes(objects), *_boxes(found[image_id]), scores)
+        hit, seen = match(*_boxes(objects), *_boxes(found[image_id]), scores)
         marks[image_id] = seen, int((~hit).sum())
     return marks
 
@@ -181,14 +169,18 @@ def _boxes(rows: Sequence[Mapping]) -> tuple[np.ndarray, np.ndarray]:
     return boxes, np.array([row["category_id"] for row in rows], np.int64)
 
 
-def _example(data: _Data, kept: Mapping[str, Sequence], image_id: int, image: np.ndarray, label: Mapping) -> dict:
-    """An image as `report.drawing.panels` takes it."""
+def _example(
+    data: _Data, kept: Mapping[str, Sequence], image_id: int, image: np.ndarray, label: Mapping
+) -> drawing.Example:
+    """An image with its detections."""
 
-    def of(rows: Sequence[Mapping]) -> dict:
+    def of(rows: Sequence[Mapping]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         rows = [row for row in rows if row["image_id"] == image_id and not row.get("iscrowd")]
         boxes, ids = _boxes(rows)
         labels = np.array([label[k] for k in ids.tolist()], np.int64)
-        return {"boxes": boxes, "labels": labels, "scores": np.array([row.get("score", 1.0) for row in rows])}
+        return boxes, np.array([row.get("score", 1.0) for row in rows]), labels
 
     name = next(entry["file_name"] for entry in data.truth["images"] if entry["id"] == image_id)
-    return {"image": image, "name": name, "truth": of(data.truth["annotations"])} | {k: of(v) for k, v in kept.items()}
+    boxes, _, labels = of(data.truth["annotations"])
+    models = [model for model in ("other", "model") if model in kept]
+    return drawing.Example(image, boxes, labels, {model: Detections(*of(kept[model])) for model in models}, name)

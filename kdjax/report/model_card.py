@@ -1,12 +1,15 @@
-"""The model card: README.md of a folder that is handed out, with what whoever gets the folder should know."""
+"""The model card: README.md of the folder of an exported model."""
 
 import json
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from ml_collections import ConfigDict
+
+from kdjax.data import Dataset
 from kdjax.evals import coco
 from kdjax.methods import api
-from kdjax.report import run_report
-from kdjax.train.checkpoint import fingerprint
-from kdjax.train.step import Teacher
+from kdjax.report.run import verdict
 
 _USE = """\
     kdjax predict IMAGES --model={role} --out=predicted
@@ -17,7 +20,7 @@ _USE = """\
 import numpy as np
 from PIL import Image
 
-from kdjax.commands import model
+from kdjax.inference import model
 
 detector = model.load("{role}")  # this folder
 image = np.asarray(Image.open("image.jpg").convert("RGB"))
@@ -28,33 +31,47 @@ for one in found:  # best first; the box is x, y, width, height in pixels
 """
 
 
-def card(role: str, setup, results: dict, variables: tuple, versions: dict) -> str:
-    """The text, Markdown behind a header as Hugging Face reads it.
+def card(
+    role: str,
+    *,
+    student: str,
+    teacher: str | None,
+    dataset: Dataset,
+    config: ConfigDict,
+    results: Mapping[str, Any],
+    fingerprints: Mapping[str, str],
+    versions: Mapping[str, str],
+) -> str:
+    """The text of the card: Markdown behind a header in the format of the Hugging Face Hub.
 
     Args:
       role: "student" or "twin".
-      setup: `kdjax.train.loop.Setup`.
+      student: name of the detector.
+      teacher: name of the teacher's detector; None: trained without a teacher.
+      dataset: the training and validation data.
+      config: of the run.
       results: the content of results.json.
-      variables: (params, stats) that are handed out.
-      versions: name -> version, commit, devices.
+      fingerprints: hash of the weights of `role` and, with a teacher, of "teacher".
+      versions: of packages, commit and devices, by name.
     """
-    config, dataset, name = setup.config, setup.dataset, setup.student.name
-    teacher = setup.teacher if role == "student" else None
-    methods = " + ".join(setup.methods) if teacher else "no teacher"
+    name, teacher = student, teacher if role == "student" else None
+    methods = " + ".join(config.methods) if teacher else "no teacher"
     return "\n".join(
         [
             _header(name, dataset.name, results[role]["AP"], distilled=teacher is not None),
             f"# {name} on {dataset.name}, {methods}\n",
-            _first_words(role, results) + "\n",
+            _introduction(role, results) + "\n",
             "## Use\n",
             _USE.format(role=role),
             "## Metrics\n",
             _metrics(role, results, config),
             "## How it was made\n",
-            _list(_data(dataset) | _training(role, setup) | {"hash of its arrays": fingerprint(Teacher(*variables))}),
+            _list(
+                _data(dataset) | _training(config, teacher, fingerprints) | {"hash of the weights": fingerprints[role]}
+            ),
             _list({name: value for name, value in versions.items() if value}),
             "## Licence\n",
-            _licence(dataset, teacher, config),
+            _licence(dataset.licenses, config, distilled=teacher is not None),
         ]
     )
 
@@ -70,58 +87,57 @@ def _header(name: str, data: str, ap: float, *, distilled: bool) -> str:
     return "\n".join([*lines, "---", ""])
 
 
-def _first_words(role: str, results: dict) -> str:
+def _introduction(role: str, results: Mapping[str, Any]) -> str:
     if role == "student":
-        return run_report.verdict(results)
+        return verdict(results)
     return (
-        "This is the twin of `student/`: the same detector from the same start on the same batches, without the "
-        f"teacher. {run_report.verdict({'student': results['twin']})}"
+        "This is the twin of `student/`: the same detector with the same initial weights, trained on the same batches "
+        f"without the teacher. {verdict({'student': results['twin']})}"
     )
 
 
-def _metrics(role: str, results: dict, config) -> str:
-    """The 12 metrics in points; the student beside its teacher and twin."""
+def _metrics(role: str, results: Mapping[str, Any], config: ConfigDict) -> str:
+    """The 12 metrics in percent; the student beside its teacher and twin."""
     shown = ("teacher", "twin", "student", "gain") if role == "student" else (role,)
     shown = [one for one in shown if results.get(one)]
     lines = ["| | " + " | ".join(shown) + " |", "|---|" + "---|" * len(shown)]
-    for figure in coco.METRICS:
+    for metric in coco.METRICS:
         cells = []
         for one in shown:
-            value, sign = results[one][figure], "+" if one == "gain" else ""
+            value, sign = results[one][metric], "+" if one == "gain" else ""
             cells.append("–" if value == -1 else f"{100 * value:{sign}.1f}")
-        lines.append(f"| {figure} | {' | '.join(cells)} |")
+        lines.append(f"| {metric} | {' | '.join(cells)} |")
     for count in ("params", "flops"):
         cells = [f"{results[one][count]:,}" if count in results[one] else "" for one in shown]
         lines.append(f"| {count} | {' | '.join(cells)} |")
     height, width = config.data.image_size
     lines.append(
-        "\nCOCO's metrics in points of 100 (– is undefined), of moving-average weights, on the validation images "
-        f"below; FLOPs are multiply-adds of one image on a canvas of {height}x{width}."
+        "\nCOCO metrics in percent (– is undefined) of the moving-average weights on the validation images below. "
+        f"FLOPs are multiply-adds per image of {height}x{width} pixels."
     )
     return "\n".join(lines) + "\n"
 
 
-def _data(dataset) -> dict[str, str]:
-    found = {}
+def _data(dataset: Dataset) -> dict[str, str]:
+    facts = {}
     for role, split in dataset.splits.items():
         boxes = sum(not entry["iscrowd"] for entry in split.truth["annotations"])
-        found[f"data, {role}"] = f"{dataset.name}, split `{split.name}`: {split.size} images, {boxes} boxes"
-    return found | {"classes": ", ".join(dataset.classes)}
+        facts[f"data, {role}"] = f"{dataset.name}, split `{split.name}`: {split.size} images, {boxes} boxes"
+    return facts | {"classes": ", ".join(dataset.classes)}
 
 
-def _training(role: str, setup) -> dict[str, str]:
-    config, found = setup.config, {}
-    if role == "student" and setup.teacher:
-        weights, digest = config.teacher.weights, fingerprint(setup.variables)
-        found["teacher"] = f"{setup.teacher.name}, weights `{weights}`, hash of its arrays {digest}"
+def _training(config: ConfigDict, teacher: str | None, fingerprints: Mapping[str, str]) -> dict[str, str]:
+    facts = {}
+    if teacher:
+        facts["teacher"] = f"{teacher}, weights `{config.teacher.weights}`, hash {fingerprints['teacher']}"
         for name, options in config.methods.items():
             defaults = api.options(name)
             changed = {key: value for key, value in options.items() if key != "weight" and value != defaults[key]}
-            told = ", ".join(f"{key} {value}" for key, value in {"weight": options.weight, **changed}.items())
-            found[f"method {name}"] = f"{told}; else its defaults"
-    start = f"weights `{config.student.weights}`" if config.student.weights else "random numbers"
-    return found | {
-        "start": start,
+            shown = ", ".join(f"{key} {value}" for key, value in {"weight": options.weight, **changed}.items())
+            facts[f"method {name}"] = f"{shown}; other options at their defaults"
+    start = f"`{config.student.weights}`" if config.student.weights else "random initialisation"
+    return facts | {
+        "initial weights": start,
         "training": f"{config.steps} steps of {config.batch_size} images, {config.dtype}, seed {config.seed}",
     }
 
@@ -130,20 +146,20 @@ def _list(facts: dict[str, str]) -> str:
     return "".join(f"- {name}: {' '.join(str(value).split())}\n" for name, value in facts.items())
 
 
-def _licence(dataset, teacher, config) -> str:
-    """What is known; kdjax does not choose a licence for others."""
-    sources = ["the images"] + ["the teacher's weights"] * bool(teacher)
-    sources += ["the weights it started from"] * bool(config.student.weights)
+def _licence(licenses: Sequence[str], config: ConfigDict, *, distilled: bool) -> str:
+    """The known licences of what went into the weights."""
+    sources = ["the images"] + ["the teacher's weights"] * distilled
+    sources += ["the initial weights"] * bool(config.student.weights)
     text = (
-        "kdjax claims no rights in these weights, and gives none. What may be done with them depends on the terms of "
+        "kdjax claims no rights in these weights and grants none. How they may be used depends on the terms of "
         f"{' and of '.join(sources)}. "
     )
     if config.data.source == "scenes":
-        return text + "The images are made by kdjax, which is under Apache-2.0.\n"
-    if dataset.licenses:
+        return text + "The images are generated by kdjax (Apache-2.0).\n"
+    if licenses:
         return (
             text
-            + "The json of the data lists these licences of images:\n\n"
-            + "".join(f"- {' '.join(one.split())}\n" for one in dataset.licenses)
+            + "The annotation file lists these licences of the images:\n\n"
+            + "".join(f"- {' '.join(one.split())}\n" for one in licenses)
         )
-    return text + "The data as it was read names no licence: fill it in here before you hand this on.\n"
+    return text + "The data names no licence: add it here before you share this model.\n"

@@ -31,10 +31,13 @@ from kdjax import data, detectors, files, weights
 from kdjax.errors import UserError, prefix
 from kdjax.evals import coco, complexity, voc
 from kdjax.methods import api
-from kdjax.report import model_card, run_report
+from kdjax.report import drawing, model_card, preview
+from kdjax.report import run as run_report
+from kdjax.structs import Detections
 from kdjax.train import config as settings
-from kdjax.train import optim, preview
+from kdjax.train import optim
 from kdjax.train.checkpoint import Checkpoints, fingerprint
+from kdjax.train.schedule import schedule
 from kdjax.train.step import (
     Teacher,
     TrainState,
@@ -84,7 +87,7 @@ def run(config: ConfigDict, workdir: str) -> dict | None:
     Args:
       config: see `kdjax.train.config.base`.
       workdir: gets config.json, metrics.jsonl, tensorboard/, checkpoints/, student/, twin/, detections/,
-        per_class.json, results.json and run_report.html.
+        per_class.json, results.json and report.html.
 
     Returns:
       The content of results.json; None for a dry run (`config.data.check`).
@@ -100,7 +103,7 @@ def run(config: ConfigDict, workdir: str) -> dict | None:
             with prefix("config.data"):
                 dataset = data.open_dataset(config.data)
             print(data.summary(dataset, config.data))
-            for what, file in preview.save(dataset, config, workdir).items():
+            for what, file in preview.save(dataset, config, schedule(config), workdir).items():
                 print(f"{what}: {file}")
             return None
         check_models(config)
@@ -716,11 +719,7 @@ def example(batch: dict, output, row: int) -> dict:
     return {
         "image": batch["image"][row, :height, :width],
         "truth": {"boxes": batch["boxes"][row][valid], "labels": batch["labels"][row][valid]},
-        "found": {
-            "boxes": output.boxes[row][kept],
-            "scores": output.scores[row][kept],
-            "labels": output.labels[row][kept],
-        },
+        "found": Detections(output.boxes[row][kept], output.scores[row][kept], output.labels[row][kept]),
     }
 
 
@@ -760,7 +759,19 @@ def finish(setup: Setup, workdir: Path, log: Log) -> dict:
         weights.save(
             workdir / role, setup.student, params, stats, classes=list(dataset.classes), image_size=hw, extra=extra
         )
-        text = model_card.card(role, setup, results, (params, stats), environment())
+        fingerprints = {role: fingerprint(Teacher(params, stats))}
+        if setup.teacher:
+            fingerprints["teacher"] = fingerprint(setup.variables)
+        text = model_card.card(
+            role,
+            student=setup.student.name,
+            teacher=setup.teacher.name if setup.teacher else None,
+            dataset=dataset,
+            config=config,
+            results=results,
+            fingerprints=fingerprints,
+            versions=environment(),
+        )
         (workdir / role / "README.md").write_text(text, encoding="utf-8", errors="replace")
     (workdir / "detections").mkdir(exist_ok=True)
     for role, evaluation in evaluations.items():
@@ -768,8 +779,12 @@ def finish(setup: Setup, workdir: Path, log: Log) -> dict:
     per_class = {role: evaluation.per_class for role, evaluation in evaluations.items()}
     files.write_json(workdir / "per_class.json", per_class, indent=1)
     examples = [
-        {"image": one["image"], "truth": one["truth"]}
-        | {r: evaluations[r].examples[i]["found"] if r in evaluations else None for r in ("teacher", "twin", "student")}
+        drawing.Example(
+            one["image"],
+            one["truth"]["boxes"],
+            one["truth"]["labels"],
+            {r: evaluations[r].examples[i]["found"] for r in ("teacher", "twin", "student") if r in evaluations},
+        )
         for i, one in enumerate(evaluations["student"].examples)
     ]
     method = " + ".join(setup.methods) or "no teacher"
@@ -780,7 +795,7 @@ def finish(setup: Setup, workdir: Path, log: Log) -> dict:
         rows=log.rows(),
         per_class=per_class,
         examples=examples,
-        classes=list(dataset.classes),
+        class_names=list(dataset.classes),
         config_text=config.to_json(indent=2),
         notes=notes(setup, log.rows()),
     )
@@ -793,13 +808,15 @@ def notes(setup: Setup, rows: list[dict]) -> list[str]:
     config = setup.config
     seconds = sum({row["step"]: row["seconds"] for row in rows if row["kind"] == "train"}.values())
     lines = [
-        f"Images: the first {EXAMPLES} of the validation split that hold objects, not chosen by result.",
-        "Metrics: moving-average weights, on the whole validation split, by COCO's rules.",
+        f"Images: the first {EXAMPLES} of the validation split with objects, not selected by result.",
+        "Metrics: COCO metrics of the moving-average weights on the whole validation split.",
     ]
     if "twin" in setup.states:
-        lines.append("The twin is the same student from the same start on the same batches, without the teacher.")
+        lines.append("The twin has the student's initial weights and batches, but no teacher.")
     if config.eval.every and config.eval.limit:
-        lines.append(f"AP on the way is of the first {config.eval.limit} validation images, the last of all of them.")
+        lines.append(
+            f"AP during training: the first {config.eval.limit} validation images; the last value: all of them."
+        )
     facts = {"seed": str(config.seed), "training": f"{seconds / 60:.1f} min"} | environment()
     return lines + [f"{name}: {value}" for name, value in facts.items() if value]
 

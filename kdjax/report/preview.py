@@ -1,10 +1,9 @@
-"""A look at a run before it: what the detector will get, with its boxes, and every rate and weight over the steps."""
+"""Images of a run before it starts: training batches with their boxes, and the schedule."""
 
 import contextlib
+from collections.abc import Mapping
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
@@ -12,71 +11,48 @@ from PIL import Image
 
 from kdjax import data
 from kdjax.data import cache
-from kdjax.methods import api
 from kdjax.report import drawing
-from kdjax.train import optim
-from kdjax.train.step import weights_of
 
 IMAGES = 8  # at most, of a batch
-POINTS = 2000  # at most, of a curve
 
 
-def save(dataset: data.Dataset, config: ConfigDict, workdir: str | Path | None) -> dict[str, Path]:
-    """Writes a contact sheet of a batch of every stage, and an image of the schedule.
+def save(
+    dataset: data.Dataset, config: ConfigDict, curves: Mapping[str, np.ndarray], workdir: str | Path | None
+) -> dict[str, Path]:
+    """Writes a contact sheet of a batch of each stage, and a plot of the schedule.
 
-    The images are rows of the very batch that the run would train on. Of a stage with Mosaic or MixUp it is a batch
-    that has as many images before it as partners may come from.
+    The images are rows of a batch that the run would train on. With Mosaic or MixUp it is the first batch whose
+    partners come from a full cache.
 
     Args:
       dataset: from `open_dataset`.
       config: of the run.
-      workdir: where the images go; None: a folder of the cache.
+      curves: from `kdjax.train.schedule.schedule`.
+      workdir: the folder for the images; None: a folder of the cache.
 
     Returns:
-      {what it shows: file}.
+      {description: file}.
     """
     folder = Path(workdir) if workdir else cache.root(config.data.cache) / "check" / dataset.name
     folder.mkdir(parents=True, exist_ok=True)
     files = {}
     for step in _steps(config):
-        file = files[f"images of batch {step} as they are trained on"] = folder / f"batch_{step:06d}.png"
+        file = files[f"training images of batch {step}"] = folder / f"batch_{step:06d}.png"
         Image.fromarray(sheet(dataset, config, step)).save(file)
-    file = files["learning rate, moving average and weights over the steps"] = folder / "schedule.png"
-    draw_schedule(config).savefig(file)
+    file = files["schedule of learning rate, moving average and weights"] = folder / "schedule.png"
+    draw_schedule(config, curves).savefig(file)
     return files
 
 
-def schedule(config: ConfigDict) -> dict[str, np.ndarray]:
-    """Everything that changes over the steps of a run, by the very functions that the trainer uses.
-
-    Returns:
-      f64[P] each, P <= `POINTS`: `step`, `lr`, `ema` (share of the new weights), `stage` (1 or 2), and
-      `weight/METHOD/TERM`.
-    """
-    steps = np.unique(np.linspace(0, config.steps - 1, POINTS).round().astype(int))
-    methods = {name: api.build(name, **options) for name, options in config.methods.items()}
-    curves = jax.vmap(
-        lambda step: {
-            "lr": optim.learning_rate(config)(step),
-            "ema": optim.ema_rate(config, step),
-            **{f"weight/{name}": weight for name, weight in weights_of(methods, step).items()},
-        }
-    )(jnp.asarray(steps))
-    start = config.data.stage2.start
-    stage = np.where((start > 0) & (steps >= start), 2, 1)
-    return {"step": steps.astype(float), "stage": stage} | {k: np.asarray(v, float) for k, v in curves.items()}
-
-
-def draw_schedule(config: ConfigDict) -> Figure:
-    """The curves of `schedule` above one another, the second stage shaded."""
-    curves = schedule(config)
+def draw_schedule(config: ConfigDict, curves: Mapping[str, np.ndarray]) -> Figure:
+    """Plots the curves of `kdjax.train.schedule.schedule`; the second stage is shaded."""
     steps, terms = curves["step"], {k.removeprefix("weight/"): v for k, v in curves.items() if k.startswith("weight/")}
     panels = [
         ("learning rate", {"lr": curves["lr"]}, "linear"),
-        ("share of new weights in EMA", {"": curves["ema"]}, "log"),
+        ("weight of new parameters in EMA", {"": curves["ema"]}, "log"),
     ]
     if terms:
-        panels.append(("weight of the term", terms, "linear"))
+        panels.append(("weight of terms", terms, "linear"))
     figure = Figure((9, 2.4 * len(panels)), layout="constrained")
     for axes, (label, lines, scale) in zip(figure.subplots(len(panels), sharex=True), panels, strict=True):
         for number, (name, values) in enumerate(lines.items()):
@@ -94,7 +70,7 @@ def draw_schedule(config: ConfigDict) -> Figure:
 
 
 def sheet(dataset: data.Dataset, config: ConfigDict, step: int) -> np.ndarray:
-    """u8[H, W, 3]: up to `IMAGES` rows of the batch of a step on their whole canvas, boxes drawn."""
+    """u8[H, W, 3]: up to `IMAGES` rows of the batch of a step, whole canvas, with boxes."""
     rows = max(n for n in range(1, IMAGES + 1) if config.batch_size % n == 0)
     shard = (0, config.batch_size // rows)
     settings = config.data.copy_and_resolve_references()
@@ -113,8 +89,8 @@ def sheet(dataset: data.Dataset, config: ConfigDict, step: int) -> np.ndarray:
 
 
 def _steps(config: ConfigDict) -> list[int]:
-    """A step of every stage that the run has."""
+    """A step of each stage of the run."""
     first, second = config.data.augment, config.data.stage2.start
     end = min(second or config.steps, config.steps)
-    full = first.cache if first.mosaic or first.mixup else 0  # partners come from so many batches at most
+    full = first.cache if first.mosaic or first.mixup else 0  # partners come from at most so many batches
     return [min(full, end - 1), *([second] if 0 < second < config.steps else [])]

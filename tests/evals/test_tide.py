@@ -33,15 +33,15 @@ QUARTER = [0, 0, 20, 20]  # IoU 0.25 with SQUARE
     ("objects", "found", "expected"),
     [
         ([(10, SQUARE)], [(10, SQUARE, 0.9)], ["hit"]),
-        ([(10, SQUARE)], [(20, SQUARE, 0.9)], ["class"]),
-        ([(10, SQUARE)], [(10, QUARTER, 0.9)], ["place"]),
-        ([(10, SQUARE)], [(20, QUARTER, 0.9)], ["class and place"]),
+        ([(10, SQUARE)], [(20, SQUARE, 0.9)], ["classification"]),
+        ([(10, SQUARE)], [(10, QUARTER, 0.9)], ["localization"]),
+        ([(10, SQUARE)], [(20, QUARTER, 0.9)], ["both"]),
         ([(10, SQUARE)], [(10, FAR, 0.9)], ["background"]),
-        ([(10, SQUARE)], [(10, SQUARE, 0.9), (10, [0, 0, 40, 39], 0.8)], ["hit", "double"]),
+        ([(10, SQUARE)], [(10, SQUARE, 0.9), (10, [0, 0, 40, 39], 0.8)], ["hit", "duplicate"]),
         # The better score takes the object even if the other fits better.
-        ([(10, SQUARE)], [(10, SQUARE, 0.8), (10, [0, 0, 40, 39], 0.9)], ["hit", "double"]),
+        ([(10, SQUARE)], [(10, SQUARE, 0.8), (10, [0, 0, 40, 39], 0.9)], ["hit", "duplicate"]),
         # An object of its own class nearby counts before one of another class under it.
-        ([(10, SQUARE), (20, QUARTER)], [(10, QUARTER, 0.9)], ["place"]),
+        ([(10, SQUARE), (20, QUARTER)], [(10, QUARTER, 0.9)], ["localization"]),
         ([(10, SQUARE, True)], [(10, QUARTER, 0.9), (20, QUARTER, 0.8)], ["background"]),
         ([], [(10, SQUARE, 0.9)], ["background"]),
     ],
@@ -62,7 +62,7 @@ def test_counts_and_what_is_missed():
     found = [(10, SQUARE, 0.9), (10, [300, 0, 40, 40], 0.8), (10, FAR, 0.1), (10, [500, 500, 9, 9], 0.7)]
     seen = tide.outcomes(*case(objects, found))
     # The third object is taken for another class, so only the fourth is missed.
-    assert {k: n for k, n in tide.counts(seen).items() if n} == {"class": 1, "background": 1, "missed": 1}
+    assert {k: n for k, n in tide.counts(seen).items() if n} == {"classification": 1, "background": 1, "missed": 1}
 
 
 def test_losses_by_hand():
@@ -72,18 +72,18 @@ def test_losses_by_hand():
     lost = tide.losses(tide.outcomes(*case(objects, found)))
     assert lost["AP50"] == pytest.approx(0.25)  # class 10: precision 1/2 at all recalls; class 20: 0
     assert lost["background"] == pytest.approx(0.25)  # class 10 becomes 1
-    assert lost["place"] == pytest.approx(0.5)  # class 20 becomes 1
-    assert lost["class"] == lost["double"] == lost["missed"] == lost["class and place"] == 0
+    assert lost["localization"] == pytest.approx(0.5)  # class 20 becomes 1
+    assert lost["classification"] == lost["duplicate"] == lost["missed"] == lost["both"] == 0
 
 
 def test_only_one_error_mends_an_object():
     objects = [(10, SQUARE)]
     found = [(10, QUARTER, 0.9), (10, [0, 0, 20, 30], 0.8)]
     lost = tide.losses(tide.outcomes(*case(objects, found)))
-    assert lost["AP50"] == 0 and lost["place"] == 1
+    assert lost["AP50"] == 0 and lost["localization"] == 1
     seen = tide.outcomes(*case([(10, SQUARE)], [(10, SQUARE, 0.5), *found]))
     # The object is found already: mending the places only takes the two false ones away.
-    assert tide.losses(seen)["place"] == pytest.approx(1 - tide.losses(seen)["AP50"])
+    assert tide.losses(seen)["localization"] == pytest.approx(1 - tide.losses(seen)["AP50"])
 
 
 def test_confusion_by_hand():
@@ -115,7 +115,7 @@ def test_classes_that_are_swapped_throughout_are_seen():
     truth, rows = case([(10, SQUARE), (20, FAR)], [(20, SQUARE, 0.9), (10, FAR, 0.9), (10, [500, 500, 9, 9], 0.2)])
     kept = tide.keep(truth, rows, tide.best_thresholds(tide.outcomes(truth, rows)))
     assert tide.confusion(truth, kept).tolist() == [[0, 1, 0], [1, 0, 0], [0, 0, 0]]
-    assert tide.counts(tide.outcomes(truth, kept))["class"] == 2
+    assert tide.counts(tide.outcomes(truth, kept))["classification"] == 2
 
 
 def test_equal_scores_come_in_together():

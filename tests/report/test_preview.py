@@ -1,4 +1,4 @@
-"""The contact sheet shows the batches that would be trained on, the schedule what the trainer would use."""
+"""The contact sheet shows the batches of the run, the schedule the values of the trainer."""
 
 import contextlib
 
@@ -7,9 +7,9 @@ import numpy as np
 
 from kdjax import data
 from kdjax.methods import api
-from kdjax.report import drawing
+from kdjax.report import drawing, preview
 from kdjax.train import config as settings
-from kdjax.train import loop, optim, preview
+from kdjax.train import loop, optim, schedule
 from kdjax.train.step import weights_of
 
 
@@ -21,7 +21,7 @@ def test_a_sheet_of_every_stage(tmp_path, capsys):
     config.data.stage2.start = 30
     dataset = data.open_dataset(config.data)
     config.optimizer.warmup = 4
-    files = preview.save(dataset, config, tmp_path / "run")
+    files = preview.save(dataset, config, schedule.schedule(config), tmp_path / "run")
     assert [file.name for file in files.values()] == ["batch_000006.png", "batch_000030.png", "schedule.png"]
     assert [cv2.imread(str(file)).ndim for file in files.values()] == [3, 3, 3]
     batches = data.train_batches(dataset, config.data, batch_size=24, seed=5, start_step=6)
@@ -34,17 +34,17 @@ def test_a_sheet_of_every_stage(tmp_path, capsys):
 
     config.data.stage2.start = 0
     assert loop.run(config, None) is None
-    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("images of batch 6")]
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("training images of batch 6")]
     assert cv2.imread(line.split(": ")[1]).shape == (2 * 213 + 8, 4 * 320 + 3 * 8, 3)
 
 
-def test_the_schedule_is_the_trainers():
+def test_the_schedule_equals_the_trainers():
     config = settings.base()
     config.update(dict(steps=40, methods=settings.methods("rtmdet_cwd+mkd")))
     config.methods.mkd.update(dict(start=3, warmup=4, stop=30, decay=5, feature_weight=0.0))
     config.data.stage2.start = 30
     config.optimizer.update(dict(lr=0.1, warmup=4))
-    curves = preview.schedule(config)
+    curves = schedule.schedule(config)
     names = {f"weight/mkd/{term}" for term in ("multiscale", "frequency", "alignment")}
     assert set(curves) == {"step", "stage", "lr", "ema", "weight/rtmdet_cwd/cwd"} | names
     np.testing.assert_array_equal(curves["step"], np.arange(40))
@@ -55,9 +55,10 @@ def test_the_schedule_is_the_trainers():
         np.testing.assert_allclose(curves["ema"][step], optim.ema_rate(config, step), rtol=1e-6)
         for name, weight in weights_of(methods, step).items():
             assert curves[f"weight/{name}"][step] == np.float32(weight)
-    lines = preview.draw_schedule(config).axes[2].lines
+    lines = preview.draw_schedule(config, curves).axes[2].lines
     assert {f"weight/{line.get_label()}" for line in lines} == names | {"weight/rtmdet_cwd/cwd"}
 
     config.steps, config.methods = 100_000, settings.methods("")
-    assert len(preview.schedule(config)["step"]) == preview.POINTS
-    assert len(preview.draw_schedule(config).axes) == 2
+    curves = schedule.schedule(config)
+    assert len(curves["step"]) == schedule.POINTS
+    assert len(preview.draw_schedule(config, curves).axes) == 2

@@ -1,0 +1,263 @@
+"""The report of a training run: one HTML file that begins with the result in words."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kdjax.files import write_text
+from kdjax.report import drawing, pages
+from kdjax.report.charts import Series, chart_grid, line_chart
+from kdjax.report.format import MODELS, abbreviated, compact, difference, is_defined, percent, sign, signed
+
+_Rows = dict[str, dict[str, float]]  # name -> {model: AP}
+
+SIZES = {"APs": "small", "APm": "medium", "APl": "large"}
+
+
+def write_report(
+    path: str | Path,
+    *,
+    title: str,
+    results: Mapping[str, Mapping[str, float] | None],
+    rows: Sequence[Mapping[str, Any]],
+    per_class: Mapping[str, Mapping[str, float]],
+    examples: Sequence[drawing.Example],
+    class_names: Sequence[str],
+    config_text: str,
+    notes: Sequence[str],
+) -> None:
+    """Writes the report of a run as one HTML file, atomically.
+
+    Args:
+      path: the file.
+      title: the heading.
+      results: `teacher`, `twin`, `student`, each None or COCO's 12 metrics as fractions (-1 where undefined) with
+        `params` and `flops`; other keys are not read.
+      rows: lines of metrics.jsonl: `step`, `kind` ("train" or "eval") and values by name, those of a model under
+        "student/NAME" or "twin/NAME"; the last value of a step counts.
+      per_class: model -> {class: AP as a fraction}.
+      examples: images with the detections of the models.
+      class_names: K names.
+      config_text: the resolved config.
+      notes: sentences on the run; those of the form "name: value" become a table.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     file = Path(folder, "report.html")
+      ...     write_report(file, title="tiny", results={"student": {"AP": 0.5}}, rows=[], per_class={}, examples=[],
+      ...                  class_names=["cell"], config_text="", notes=[])
+      ...     "reaches AP 50.0" in file.read_text(encoding="utf-8")
+      True
+    """
+    models = [name for name in MODELS if results.get(name)]
+    results = {name: results[name] for name in models}
+    sections = [
+        ("Metrics", pages.metrics_table(results)),
+        ("AP over training", _ap_curves(rows, results)),
+        ("Losses", _loss_curves(rows)),
+        ("AP by class and size", _class_and_size(results, per_class)),
+        ("Images", pages.image_rows(examples, class_names)),
+        ("Run details", _run_details(notes, config_text)),
+    ]
+    lead = f'<p class="verdict">{escape(verdict(results))}</p>{_tiles(results)}'
+    text = pages.page(title, lead, [(name, body) for name, body in sections if body])
+    write_text(path, text)
+
+
+def verdict(results: Mapping[str, Mapping[str, float] | None]) -> str:
+    """The result of a run in words, from its metrics alone.
+
+    Args:
+      results: as for `write_report`.
+
+    Returns:
+      One or two sentences.
+
+    Example:
+      >>> verdict({"teacher": {"AP": 0.48}, "twin": {"AP": 0.389}, "student": {"AP": 0.412}})
+      'The distilled student reaches AP 41.2, 2.3 points above the same student trained alone (38.9); the teacher has \
+48.0, so distillation closed 25 % of the gap.'
+    """
+    results = {name: results[name] for name in MODELS if results.get(name)}
+    ap = {name: 100 * metrics["AP"] for name, metrics in results.items() if is_defined(metrics.get("AP"))}
+    if "student" not in ap:
+        return "The student’s AP is undefined: the evaluation data has no objects."
+    student, twin, teacher = ap["student"], ap.get("twin"), ap.get("teacher")
+    if "twin" not in results and "teacher" not in results:
+        return f"The detector, trained without a teacher, reaches AP {student:.1f}."
+    text = f"The distilled student reaches AP {student:.1f}"
+    if twin is None:
+        beside = "" if teacher is None else f"; the teacher has {teacher:.1f}"
+        return (
+            f"{text}{beside}. The same student was not trained alone (no twin), so this run does not show what "
+            "distillation added."
+        )
+    gain = student - twin
+    alone = f"the same student trained alone ({twin:.1f})"
+    if abs(gain) < 0.05:
+        text += f", level with {alone}: in this run distillation made no difference"
+    elif gain < 0:
+        text += f", {-gain:.1f} points below {alone}: in this run distillation did not help"
+    else:
+        text += f", {gain:.1f} points above {alone}"
+    if teacher is None:
+        return text + "."
+    text += f"; the teacher has {teacher:.1f}"
+    gap = teacher - twin
+    if gap < 0.05:
+        return text + ", no more than the student trained alone: there was no gap to close."
+    if gain > gap:
+        return text + ", less than the student."
+    # A share of a gap within the noise of an evaluation means nothing.
+    return text + (
+        f", so distillation closed {100 * gain / gap:.0f} % of the gap." if gain >= 0.05 and gap >= 1 else "."
+    )
+
+
+def _tiles(results: Mapping[str, Mapping[str, float]]) -> str:
+    tiles = [
+        f'<div class="tile {name}"><span>{name}</span><b>{percent(metrics.get("AP"))}</b>'
+        f"<small>AP · {abbreviated(metrics.get('params'))} parameters</small></div>"
+        for name, metrics in results.items()
+    ]
+    if "twin" in results and "student" in results:
+        gain = difference(results["student"].get("AP"), results["twin"].get("AP"))
+        tiles.append(
+            f'<div class="tile"><span>gain</span><b class="{sign(gain)}">{signed(gain)}</b>'
+            "<small>percentage points, student minus twin</small></div>"
+        )
+    explained = ""
+    if len(tiles) > 1:
+        words = {"teacher": "the big model", "twin": "the small model trained without the teacher, on the same batches"}
+        words["student"] = "the small model" + " distilled from the teacher" * ("teacher" in results)
+        explained = "; ".join(f"<b>{name}</b>: {words[name]}" for name in results)
+        explained = f'<p class="small">{explained}. AP: average precision, COCO’s main metric, in percent.</p>'
+    return f'<div class="tiles">{"".join(tiles)}</div>{explained}'
+
+
+def _read(rows: Sequence[Mapping], kind: str) -> dict[str, Series]:
+    """{name: (steps, values)} of all numbers; a resumed run repeats steps, and the last value of a step counts."""
+    numbers: dict[str, dict[int, float]] = {}
+    for row in rows:
+        if row.get("kind") != kind:
+            continue
+        for name, value in row.items():
+            if name in ("step", "kind", "time") or isinstance(value, bool):
+                continue
+            if value is None or isinstance(value, int | float):
+                numbers.setdefault(name, {})[int(row["step"])] = math.nan if value is None else float(value)
+    series = {}
+    for name, values in numbers.items():
+        steps = sorted(values)
+        series[name] = np.array(steps, float), np.array([values[step] for step in steps], float)
+    return series
+
+
+def _by_model(series: Mapping[str, Series]) -> dict[str, dict[str, Series]]:
+    """{name of a loss: {model: series}} in the order of the log; the student is last, so that it is drawn on top."""
+    split: dict[str, dict[str, Series]] = {}
+    for name, line in series.items():
+        model, _, rest = name.partition("/")
+        if model in MODELS and rest:
+            split.setdefault(rest, {})[model] = line
+    return {name: {m: lines[m] for m in MODELS if m in lines} for name, lines in split.items()}
+
+
+def _ap_curves(rows: Sequence[Mapping], results: Mapping[str, Mapping[str, float]]) -> str:
+    series = _by_model(_read(rows, "eval"))
+    charts = []
+    for key in ("AP", "AP50", "AP75"):
+        lines = {
+            model: (steps[values >= 0], 100 * values[values >= 0])
+            for model, (steps, values) in series.get(key, {}).items()
+            if model != "teacher"
+        }
+        teacher = results.get("teacher", {}).get(key)
+        level = ("teacher", 100 * teacher) if is_defined(teacher) else None
+        charts.append(line_chart(lines, title=key, unit="%", level=level, log=False) if lines else "")
+    return chart_grid(charts)
+
+
+def _loss_curves(rows: Sequence[Mapping]) -> str:
+    series = _read(rows, "train")
+    by_model = _by_model(series)
+    weights = {name.removeprefix("weight/"): line for name, line in series.items() if name.startswith("weight/")}
+
+    def weight(name: str) -> str:
+        values = weights.get(name, ([], []))[1]
+        values = values[np.isfinite(values)] if len(values) else values
+        if not len(values):
+            return ""
+        low, high = values.min(), values.max()
+        return f"Weight: {compact(low)}" + (f" to {compact(high)}." if high > low else ".")
+
+    detection = [name for name in by_model if name.startswith("loss")]
+    terms = [name for name in by_model if "/" in name]
+    other = [name for name in by_model if name not in detection + terms]
+    text = []
+    if detection:
+        charts = [line_chart(by_model[name], title=name) for name in detection]
+        text.append("<h3>Detection losses</h3>" + chart_grid(charts))
+    if terms:
+        charts = [line_chart(by_model[name], title=name, note=weight(name)) for name in terms]
+        text.append("<h3>Distillation terms, unweighted</h3>" + chart_grid(charts))
+    notes = {"total": "For the student this includes the distillation terms."} if terms else {}
+    titles = {"lr": "learning rate", "images_per_s": "images per second", "grad_norm": "gradient norm"}
+    titles |= {"wait_share": "fraction of time spent waiting for data", "total": "total loss"}
+    charts = [line_chart(by_model[name], title=titles.get(name, name), note=notes.get(name, "")) for name in other]
+    charts += [
+        line_chart({"run": line}, title=titles.get(name, name), log=False)
+        for name, line in series.items()
+        if "/" not in name
+    ]
+    if any(charts):
+        text.append("<h3>Learning rate and other values</h3>" + chart_grid(charts))
+    return "".join(text)
+
+
+def _class_and_size(results: Mapping[str, Mapping[str, float]], per_class: Mapping[str, Mapping[str, float]]) -> str:
+    models = [name for name in MODELS if per_class.get(name)]
+    names = list(dict.fromkeys(name for model in models for name in per_class[model]))
+    rows = {name: {model: per_class[model].get(name, -1) for model in models} for name in names}
+    order, text = "Best first.", ""
+    if "twin" in models and "student" in models:
+        order = "Largest gain first."
+        rows = _sorted(rows, lambda values: difference(values["student"], values["twin"]))
+    elif models:
+        rows = _sorted(rows, lambda values: values[models[-1]] if is_defined(values[models[-1]]) else None)
+    legend = "".join(f'<li><i class="dot {name}"></i>{name}</li>' for name in (models or results))
+    legend = f'<ul class="legend">{legend}</ul>' if len(models or results) > 1 else ""
+    if rows:
+        text += f"<h3>By class</h3>{legend}{pages.bars(rows, first='class')}<p class=small>{order}</p>"
+    sizes = {label: {model: metrics.get(key, -1) for model, metrics in results.items()} for key, label in SIZES.items()}
+    if any(is_defined(value) for values in sizes.values() for value in values.values()):
+        text += f"<h3>By object size</h3>{legend}{pages.bars(sizes, first='size')}"
+        text += '<p class="small">Small: area under 32² pixels; large: over 96² pixels; in the original images.</p>'
+    return text
+
+
+def _sorted(rows: _Rows, key: Callable[[Mapping[str, float]], float | None]) -> _Rows:
+    """Largest first, undefined last, stable."""
+    values = {name: key(row) for name, row in rows.items()}
+    return {n: rows[n] for n in sorted(rows, key=lambda n: math.inf if values[n] is None else -values[n])}
+
+
+def _run_details(notes: Sequence[str], config_text: str) -> str:
+    facts, sentences = [], []
+    for note in notes:
+        name, mark, value = str(note).partition(": ")
+        if mark and len(name) <= 30:
+            facts.append(f'<tr><th scope="row">{escape(name)}</th><td>{escape(value)}</td></tr>')
+        else:
+            sentences.append(f"<li>{escape(str(note))}</li>")
+    text = f"<ul>{''.join(sentences)}</ul>" if sentences else ""
+    if facts:
+        text += f'<div class="scroll"><table class="facts"><tbody>{"".join(facts)}</tbody></table></div>'
+    if config_text:
+        text += f"<details><summary>Resolved config</summary><pre>{escape(config_text)}</pre></details>"
+    return text

@@ -1,0 +1,36 @@
+"""The schedule of a run: learning rate, moving average, stage and weights over the steps."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from kdjax.methods import api
+from kdjax.train import optim
+from kdjax.train.step import weights_of
+
+POINTS = 2000  # at most, of a curve
+
+
+def schedule(config: ConfigDict) -> dict[str, np.ndarray]:
+    """Everything that changes over the steps of a run, computed by the functions that the trainer uses.
+
+    Args:
+      config: of the run.
+
+    Returns:
+      f64[P] each, P <= `POINTS`: `step`, `lr`, `ema` (weight of the new parameters), `stage` (1 or 2), and
+      `weight/METHOD/TERM`.
+    """
+    steps = np.unique(np.linspace(0, config.steps - 1, POINTS).round().astype(int))
+    methods = {name: api.build(name, **options) for name, options in config.methods.items()}
+    curves = jax.vmap(
+        lambda step: {
+            "lr": optim.learning_rate(config)(step),
+            "ema": optim.ema_rate(config, step),
+            **{f"weight/{name}": weight for name, weight in weights_of(methods, step).items()},
+        }
+    )(jnp.asarray(steps))
+    start = config.data.stage2.start
+    stage = np.where((start > 0) & (steps >= start), 2, 1)
+    return {"step": steps.astype(float), "stage": stage} | {k: np.asarray(v, float) for k, v in curves.items()}
