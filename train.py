@@ -32,17 +32,17 @@ def main(argv):
 
     if MULTIHOST.value:
         jax.distributed.initialize()
-    from kdjax.train import loop
+    from kdjax.train import loop, run
 
     try:
-        loop.run(CONFIG.value, WORKDIR.value)
+        run.run(CONFIG.value, WORKDIR.value)
     except loop.Stopped as stop:
         print(stop, file=sys.stderr)
         sys.exit(143)
     except KeyboardInterrupt:
         print("train.py: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
-    except (loop.BadInput, FloatingPointError) as error:
+    except (run.BadInput, FloatingPointError) as error:
         if os.environ.get("KDJAX_TRACEBACK"):
             raise
         fail(error)

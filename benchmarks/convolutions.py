@@ -18,7 +18,7 @@ from method_cost import timed
 
 from kdjax import nn
 from kdjax.commands import study
-from kdjax.train import loop
+from kdjax.train import provenance, setup
 
 # Side of the map, channels, outputs, side of the kernel, stride, groups.
 LAYERS = [
@@ -44,7 +44,7 @@ def main(arguments=None):
     parser.add_argument("--layers", type=int, default=len(LAYERS), help="only the first so many")
     parser.add_argument("--log", type=Path)
     args = parser.parse_args(arguments)
-    loop.prepare_process("off")
+    setup.prepare_process("off")
     rows = []
     for side, channels, outputs, size, stride, groups in LAYERS[: args.layers]:
         x = jnp.ones((args.batch, side, side, channels), args.dtype)
@@ -72,7 +72,7 @@ def main(arguments=None):
         f"python benchmarks/convolutions.py --dtype={args.dtype} --batch={args.batch}",
         [
             study.table(["maps", "kernel", "forward", "gradient of the maps", "of the kernel"], rows),
-            study.facts(loop.environment()),
+            study.facts(provenance.environment()),
         ],
         {"rows": rows},
         args.log,

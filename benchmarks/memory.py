@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from kdjax.commands import study
-from kdjax.train import loop
+from kdjax.train import provenance
 
 
 def main():
@@ -33,7 +33,10 @@ def main():
         print(f"{boxes} boxes: {rows[-1][1]} MB planned", flush=True)
     study.publish(
         " ".join(["python benchmarks/memory.py", *flags]),
-        [study.table(["boxes an image", "planned MB", "peak MB", "s a step"], rows), study.facts(loop.environment())],
+        [
+            study.table(["boxes an image", "planned MB", "peak MB", "s a step"], rows),
+            study.facts(provenance.environment()),
+        ],
         {"rows": found},
         args.log,
     )

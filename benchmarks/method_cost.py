@@ -37,7 +37,7 @@ from kdjax import detectors
 from kdjax.commands import study
 from kdjax.methods import api
 from kdjax.train import config as settings
-from kdjax.train import loop, optim
+from kdjax.train import optim, provenance, setup
 from kdjax.train.step import Teacher, compare, init_adapters, init_state, make_step, targets_of
 
 BOXES = 16  # padded boxes an image
@@ -59,7 +59,7 @@ def main():
     for name in names:
         if name not in api.names():
             parser.error(f"there is no method {name!r}; the methods are: {', '.join(api.names())}")
-    loop.prepare_process("")
+    setup.prepare_process("")
     bench = Bench(args)
     refused = {name: why for name in names if (why := api.refusal(name, *bench.specs))}
     rows = []
@@ -73,7 +73,7 @@ def main():
     study.publish(
         f"python benchmarks/method_cost.py --student={args.student} --teacher={args.teacher} --size={args.size} "
         f"--batch={args.batch}",
-        [table(rows), *notes, f"{study.facts(loop.environment())}; {twin}"],
+        [table(rows), *notes, f"{study.facts(provenance.environment())}; {twin}"],
         {"rows": rows, "refused": refused},
         args.log,
     )
@@ -85,7 +85,7 @@ class Bench:
     def __init__(self, args):
         self.rounds = args.rounds
         self.student, self.teacher = (detectors.build(name, args.classes) for name in (args.student, args.teacher))
-        self.specs = [loop.output_spec(detector, (args.size, args.size)) for detector in (self.student, self.teacher)]
+        self.specs = [setup.output_spec(detector, (args.size, args.size)) for detector in (self.student, self.teacher)]
         self.key = jax.random.PRNGKey(0)
         self.batch = jax.tree.map(jax.numpy.asarray, made_up_batch(args.batch, args.size, args.classes))
         self.variables = Teacher(*self.teacher.init(jax.random.PRNGKey(1)))

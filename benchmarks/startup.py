@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from kdjax.commands import study
-from kdjax.train import loop
+from kdjax.train import provenance
 
 
 def main():
@@ -39,7 +39,10 @@ def main():
     ]
     study.publish(
         " ".join(["python benchmarks/startup.py", *sys.argv[1:]]),
-        [study.table(["compile cache", "s to the first step, median", "all"], rows), study.facts(loop.environment())],
+        [
+            study.table(["compile cache", "s to the first step, median", "all"], rows),
+            study.facts(provenance.environment()),
+        ],
         seconds,
         args.log,
     )

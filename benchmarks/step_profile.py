@@ -22,7 +22,7 @@ from jax.profiler import ProfileData
 
 from kdjax.commands import study
 from kdjax.evals import complexity
-from kdjax.train import loop
+from kdjax.train import provenance, setup
 
 DEAREST = 10
 SIDE = 4096  # of the matrices
@@ -42,7 +42,7 @@ def main(arguments=None):
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--log", type=Path)
     args = step_time.parse(parser, arguments)
-    loop.prepare_process("")
+    setup.prepare_process("")
     built = step_time.build(args)
     sources = operations(built.program.as_text())
     seconds, spent = profile(built, args.steps)
@@ -60,7 +60,7 @@ def main(arguments=None):
             study.table(["operation", "of", "result", "ms a step, all threads", "share"], dearest),
             study.table(["class", "share"], [[name, f"{share:.1%}"] for name, share in shares.most_common()]),
             roofline(built, args, statistics.median(seconds)),
-            study.facts(loop.environment()),
+            study.facts(provenance.environment()),
         ],
         {"median_s": statistics.median(seconds), "shares": shares, "dearest": dict(spent.most_common(DEAREST))},
         args.log,

@@ -20,7 +20,7 @@ from method_cost import BOXES, WARM, compiled, made_up_batch, megabytes, timed
 from kdjax import detectors
 from kdjax.methods import api
 from kdjax.train import config as settings
-from kdjax.train import loop, optim
+from kdjax.train import optim, provenance, setup
 from kdjax.train.step import Teacher, init_adapters, init_state, make_step
 
 
@@ -39,7 +39,7 @@ def main(arguments=None):
     parser = parser_of(__doc__)
     parser.add_argument("--steps", type=int, default=20)
     args = parse(parser, arguments)
-    loop.prepare_process("")
+    setup.prepare_process("")
     built = build(args)
     seconds = [taken for taken, _ in steps(built, args.steps)]
     low, middle, high = statistics.quantiles(seconds, n=4)
@@ -52,7 +52,7 @@ def main(arguments=None):
         "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3, 1),
     }
     print(f"{title(args)}: {1000 * middle:.0f} ms a step, {found['images_per_s']:.1f} images/s")
-    print(json.dumps(vars(args) | found | loop.environment()))
+    print(json.dumps(vars(args) | found | provenance.environment()))
 
 
 def parser_of(text: str) -> argparse.ArgumentParser:
@@ -89,14 +89,14 @@ def build(args) -> Built:
     methods = {args.method: api.build(args.method)} if args.method else {}
     key, adapters, variables = jax.random.PRNGKey(0), {}, None
     if teacher:
-        specs = [loop.output_spec(detector, (args.size, args.size)) for detector in (student, teacher)]
+        specs = [setup.output_spec(detector, (args.size, args.size)) for detector in (student, teacher)]
         adapters = init_adapters(methods, key, *specs)
         variables = Teacher(*teacher.init(jax.random.PRNGKey(1)))
     config = settings.base()
     config.steps = 100_000
     optimizer = optim.optimizer(config, lambda params: jax.tree.map(lambda leaf: leaf.ndim <= 1, params))
     state = init_state(student, key, None, adapters, optimizer)
-    student, teacher = (loop.in_precision(detector, args.dtype) for detector in (student, teacher))
+    student, teacher = (setup.in_precision(detector, args.dtype) for detector in (student, teacher))
     step = make_step(student, optimizer, lambda at: optim.ema_rate(config, at), teacher=teacher, methods=methods)
     batch = jax.tree.map(jax.numpy.asarray, made_up_batch(args.batch, args.size, args.classes, args.boxes))
     program = compiled(step, state, variables, batch, donate=True)

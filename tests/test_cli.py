@@ -29,8 +29,10 @@ from kdjax.detectors import build, layers
 from kdjax.detectors.api import flatten, unflatten
 from kdjax.evals import coco
 from kdjax.inference import model
-from kdjax.train import checkpoint, loop
+from kdjax.train import checkpoint, outputs, provenance, sharding
 from kdjax.train import config as settings
+from kdjax.train.log import Log
+from kdjax.train.setup import prepare, run_fingerprint
 from tests.shared import ROOT
 from tests.support.checkpoints import Code, spoilt
 from tests.support.data import coco_json, write_folder
@@ -513,17 +515,17 @@ def finished(made, tmp_path_factory):
     config.data.update(dict(cache=str(folder / "cache"), scenes_train=8, scenes_val=10, image_size=(64, 64)))
     config.eval.batch_size = 8
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(loop, "make_mesh", lambda: Mesh(np.array(jax.devices()[:1]), ("data",)))
-        setup = loop.prepare(config, data.open_dataset(config.data))
+        patched.setattr(sharding, "make_mesh", lambda: Mesh(np.array(jax.devices()[:1]), ("data",)))
+        setup = prepare(config, data.open_dataset(config.data))
         (folder / "work").mkdir()
         saved = checkpoint.Checkpoints(folder / "half" / "checkpoints", keep=2)
-        note = {"next_batch": 1, "run": loop.identity(setup), "category_ids": [2, 3, 5, 7, 11, 13]}
+        note = {"next_batch": 1, "run": run_fingerprint(setup), "category_ids": [2, 3, 5, 7, 11, 13]}
         saved.save(1, setup.states, note)
         saved.close()
-        loop.write_config(config, folder / "half")
-        with loop.Log(folder / "work", 0) as log:
+        provenance.write_config(config, folder / "half")
+        with Log(folder / "work", 0) as log:
             log.write(0, "train", {"student/total": 1.0, "seconds": 1.0})
-            return folder / "work", loop.finish(setup, folder / "work", log)
+            return folder / "work", outputs.finish(setup, folder / "work", log)
 
 
 def test_the_model_card_is_true_and_its_example_runs(made, finished, tmp_path, monkeypatch, capsys):

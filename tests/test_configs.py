@@ -13,8 +13,9 @@ from kdjax.commands.doctor import read_config
 from kdjax.detectors import build
 from kdjax.errors import UserError
 from kdjax.methods import api
+from kdjax.train import checks, optim, step
 from kdjax.train import config as settings
-from kdjax.train import loop, optim, step
+from kdjax.train.setup import named_detector, output_spec
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.py"))
@@ -146,7 +147,7 @@ def test_the_dense_recipes(chosen):
     pair = [build(config[role].detector, 80) for role in ("student", "teacher")]
     assert [detector.name.split("-")[0] for detector in pair] == [f"{family}_r50", f"{family}_r101"]
     methods = {name: api.build(name, **options) for name, options in config.methods.items()}
-    specs = [loop.output_spec(detector, (64, 64)) for detector in pair]
+    specs = [output_spec(detector, (64, 64)) for detector in pair]
     key = jax.ShapeDtypeStruct((2,), jnp.uint32)
     assert jax.eval_shape(lambda key: step.init_adapters(methods, key, *specs), key).keys() == methods.keys()
 
@@ -176,24 +177,24 @@ def test_the_dense_recipe_says_what_its_argument_is():
 def test_options_of_a_detector():
     config = load(ROOT / "configs" / "supervised" / "coco_folder.py", "fcos_r18")
     config.student.options.update(base_channels=32, norm_eval=False)
-    loop.check_settings(config)
-    loop.check_models(config)
-    assert loop.named_detector(config.student, 1).options == {"base_channels": 32, "norm_eval": False}
+    checks.check_settings(config)
+    checks.check_models(config)
+    assert named_detector(config.student, 1).options == {"base_channels": 32, "norm_eval": False}
     config.student.detector = "rtmdet_tiny"
     with pytest.raises(UserError, match="config.student: rtmdet_tiny has no option base_channels, norm_eval: its opti"):
-        loop.check_models(config)
+        checks.check_models(config)
     config.student.update(detector="", weights="x")
     with pytest.raises(UserError, match="config.student.options has no effect unless config.student.detector is set"):
-        loop.check_models(config)
+        checks.check_models(config)
 
 
 @pytest.mark.filterwarnings("ignore:the load_module")  # of ml_collections
 def test_options_of_a_detector_are_flags():
     flags = ["--config.student.detector=fcos_r18", "--config.student.options.style=pytorch"]
     config = read_config("configs/quickstart.py", [*flags, "--config.student.options.frozen_stages=-1"])
-    assert loop.named_detector(config.student, 1).options == {"style": "pytorch", "frozen_stages": -1}
+    assert named_detector(config.student, 1).options == {"style": "pytorch", "frozen_stages": -1}
     config = read_config("configs/quickstart.py", ["--config.student.options.widen=wide"])
     with pytest.raises(UserError, match=r"config.student: rtmdet_pico: option widen must be float \| None, not 'wide'"):
-        loop.check_models(config)
+        checks.check_models(config)
     with pytest.raises(UserError, match="no such setting: config.optimizer.lrr"):
         read_config("configs/quickstart.py", ["--config.optimizer.lrr=1"])

@@ -13,9 +13,12 @@ from jax.sharding import Mesh
 from kdjax import cli, data, detectors, weights
 from kdjax.commands.doctor import read_config
 from kdjax.data.dataset import Split
-from kdjax.doctor import examine
+from kdjax.doctor import examine, gradients, memory, models, schedule
+from kdjax.doctor.data import check_data
+from kdjax.doctor.findings import FAULT, FINE, LOOK, Finding
 from kdjax.methods import api
-from kdjax.train import loop
+from kdjax.train import checks, sharding
+from kdjax.train.setup import Setup, output_spec, prepare
 from kdjax.train.step import init_adapters
 from kdjax.weights import folder
 from tests.test_configs import load
@@ -28,12 +31,12 @@ IMAGES = 16
 @pytest.fixture(scope="module", autouse=True)
 def one_device():
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(loop, "make_mesh", lambda: Mesh(np.array(jax.devices()[:1]), ("data",)))
+        patched.setattr(sharding, "make_mesh", lambda: Mesh(np.array(jax.devices()[:1]), ("data",)))
         yield
 
 
-def faults(findings: list[examine.Finding]) -> dict[str, str]:
-    return {finding.what: finding.said for finding in findings if finding.level == examine.FAULT}
+def faults(findings: list[Finding]) -> dict[str, str]:
+    return {finding.what: finding.said for finding in findings if finding.level == FAULT}
 
 
 # ---------------------------------------------------------------------------------------------- a detector with weights
@@ -46,18 +49,18 @@ def shipped(tmp_path_factory):
     config.data.update(dict(cache=str(tmp_path_factory.mktemp("doctor")), scenes_train=4, scenes_val=IMAGES))
     dataset = data.open_dataset(config.data)
     detector, params, stats, _ = weights.load(ROOT / config.teacher.weights)
-    empty = dict.fromkeys(loop.Setup._fields)
-    return loop.Setup(**empty | dict(config=config, dataset=dataset)), detector, (params, stats)
+    empty = dict.fromkeys(Setup._fields)
+    return Setup(**empty | dict(config=config, dataset=dataset)), detector, (params, stats)
 
 
 def of_teacher(shipped, *, detector=None, variables=None):
     setup, sound, trained = shipped
-    return examine.of_weights("teacher", detector or sound, variables or trained, setup, IMAGES)
+    return models.check_weights("teacher", detector or sound, variables or trained, setup, IMAGES)
 
 
 def test_a_sound_teacher_is_fine(shipped):
     [finding] = of_teacher(shipped)
-    assert finding.level == examine.FINE and "AP50 " in finding.said
+    assert finding.level == FINE and "AP50 " in finding.said
 
 
 @pytest.mark.parametrize(
@@ -106,14 +109,14 @@ def test_a_teacher_of_other_data_is_named(shipped):
     ],
 )
 def test_the_schedules_of_the_recipes_are_sound(recipe, size):
-    assert not faults(examine.of_schedule(load(ROOT / recipe), size))
+    assert not faults(schedule.check_schedule(load(ROOT / recipe), size))
 
 
 def test_a_rate_that_is_not_scaled_to_the_batch_is_noticed():
     config = load(ROOT / "configs/distill/mkd_rtmdet.py")
-    for batch, level in ((256, examine.FINE), (16, examine.LOOK), (4096, examine.FAULT)):
+    for batch, level in ((256, FINE), (16, LOOK), (4096, FAULT)):
         config.update_from_flattened_dict({"batch_size": batch, "optimizer.lr": 0.004})
-        [finding] = [one for one in examine.of_schedule(config, 118287) if one.what == "learning rate"]
+        [finding] = [one for one in schedule.check_schedule(config, 118287) if one.what == "learning rate"]
         assert finding.level == level, finding
         if batch == 16:
             assert "16 times what RTMDet's 0.004 for 256 images is for 16" in finding.said
@@ -122,8 +125,8 @@ def test_a_rate_that_is_not_scaled_to_the_batch_is_noticed():
 def test_a_low_rate_is_no_fault_of_a_student_that_is_tuned(tmp_path):
     config = load(ROOT / "configs/quickstart.py")
     config.update_from_flattened_dict({"optimizer.lr": 2e-5, "student.weights": str(tmp_path)})
-    levels = {finding.what: finding.level for finding in examine.of_schedule(config, 200)}
-    assert levels["learning rate"] == examine.LOOK and "length" not in levels
+    levels = {finding.what: finding.level for finding in schedule.check_schedule(config, 200)}
+    assert levels["learning rate"] == LOOK and "length" not in levels
 
 
 @pytest.mark.parametrize(
@@ -142,7 +145,7 @@ def test_a_low_rate_is_no_fault_of_a_student_that_is_tuned(tmp_path):
 def test_a_wrong_schedule_is_named(changes, what, named):
     config = load(ROOT / "configs/quickstart.py")
     config.update_from_flattened_dict(changes)
-    assert named in faults(examine.of_schedule(config, 200))[what]
+    assert named in faults(schedule.check_schedule(config, 200))[what]
 
 
 @pytest.mark.filterwarnings("ignore:the load_module")  # of ml_collections
@@ -167,19 +170,19 @@ def setup(tmp_path_factory):
     detector = detectors.build("rtmdet_pico", len(dataset.classes))
     params, stats = detector.init(jax.random.PRNGKey(99))
     weights.save(folder / "teacher", detector, params, stats, classes=list(dataset.classes), image_size=(64, 64))
-    made = loop.prepare(tiny_config(folder, teacher=folder / "teacher"), dataset)
-    return made, loop.first_batch_with_objects(made)
+    made = prepare(tiny_config(folder, teacher=folder / "teacher"), dataset)
+    return made, checks.first_batch_with_objects(made)
 
 
 @pytest.fixture(scope="module")
 def strengths(setup):
-    return examine.strengths(*setup)
+    return gradients.measure_gradients(*setup)
 
 
 def test_sound_terms_are_fine(setup, strengths):
     values, pulls, start = strengths
-    assert not faults([*examine.of_start(values, start), *examine.of_terms(setup[0], values, pulls)])
-    found = {finding.what for finding in examine.of_terms(setup[0], values, pulls)}
+    assert not faults([*gradients.check_initial_scores(values, start), *gradients.check_terms(setup[0], values, pulls)])
+    found = {finding.what for finding in gradients.check_terms(setup[0], values, pulls)}
     assert found == {"loss_cls", "loss_box", *(f"mkd/{t}" for t in ("feature", "multiscale", "frequency", "alignment"))}
 
 
@@ -189,7 +192,9 @@ def test_a_term_a_thousand_times_too_strong_or_too_weak_is_named(setup, strength
     mkd = setup[0].methods["mkd"]
     which = which or list(mkd.weights)
     weights = {name: (factor if name in which else 1.0) * weight for name, weight in mkd.weights.items()}
-    found = faults(examine.of_terms(setup[0]._replace(methods={"mkd": mkd._replace(weights=weights)}), *strengths[:2]))
+    found = faults(
+        gradients.check_terms(setup[0]._replace(methods={"mkd": mkd._replace(weights=weights)}), *strengths[:2])
+    )
     assert any(named in said for said in found.values()), found
     assert set(found) <= {"mkd", *(f"mkd/{name}" for name in which)}
 
@@ -197,21 +202,21 @@ def test_a_term_a_thousand_times_too_strong_or_too_weak_is_named(setup, strength
 def test_a_method_whose_adapter_starts_near_zero_is_judged_by_what_it_grows_to(setup, strengths):
     made, batch = setup
     fgfi = api.build("fgfi", weight=0.3)  # the teacher is of random numbers, and its maps are small
-    specs = (loop.output_spec(detector, batch["image"].shape[1:3]) for detector in (made.student, made.teacher))
+    specs = (output_spec(detector, batch["image"].shape[1:3]) for detector in (made.student, made.teacher))
     state = made.states["student"]
     adapters = init_adapters({"fgfi": fgfi}, state.key, *specs)
     state = state._replace(params=state.params | {"adapters": adapters})
     made = made._replace(methods={"fgfi": fgfi}, states={"student": state})
     share = [
-        examine.shares(made, examine.strengths(made, batch, adapters)[1])["fgfi"]
-        for adapters in (adapters, examine.grown(made, batch))
+        gradients.gradient_shares(made, gradients.measure_gradients(made, batch, adapters)[1])["fgfi"]
+        for adapters in (adapters, gradients.train_adapters(made, batch))
     ]
-    assert share[0] < examine.NOTHING < share[1], share
+    assert share[0] < gradients.NOTHING < share[1], share
 
 
 def test_a_term_that_is_not_finite_is_named(setup, strengths):
     values, pulls, _ = strengths
-    found = faults(examine.of_terms(setup[0], values | {"mkd/feature": np.nan}, pulls))
+    found = faults(gradients.check_terms(setup[0], values | {"mkd/feature": np.nan}, pulls))
     assert "cannot be trained" in found["mkd/feature"]
 
 
@@ -221,22 +226,24 @@ def test_a_missing_focal_prior_is_named(setup):
     params = jax.tree_util.tree_map_with_path(
         lambda path, leaf: jnp.zeros_like(leaf) if "rtm_cls" in str(path) and leaf.ndim == 1 else leaf, state.params
     )
-    values, _, start = examine.strengths(made._replace(states={"student": state._replace(params=params)}), batch)
-    assert "lacks its focal prior" in faults(examine.of_start(values, start))["student's head"]
+    values, _, start = gradients.measure_gradients(
+        made._replace(states={"student": state._replace(params=params)}), batch
+    )
+    assert "lacks its focal prior" in faults(gradients.check_initial_scores(values, start))["student's head"]
 
 
 def test_a_random_student_with_frozen_layers_is_named():
-    assert "11 kernels" in faults(examine.of_frozen(detectors.build("retinanet_r50", 2)))["frozen layers"]
+    assert "11 kernels" in faults(models.check_frozen(detectors.build("retinanet_r50", 2)))["frozen layers"]
     free = dict(frozen_stages=-1, frozen_norm=False, norm_eval=False)
-    assert not examine.of_frozen(detectors.build("fcos_r18", 2, **free))
-    assert not examine.of_frozen(detectors.build("yolox_pico", 2))
+    assert not models.check_frozen(detectors.build("fcos_r18", 2, **free))
+    assert not models.check_frozen(detectors.build("yolox_pico", 2))
 
 
 def test_a_student_larger_than_its_teacher_is_noticed(setup):
     made, _ = setup
     larger = made._replace(student=detectors.build("rtmdet_tiny", made.student.num_classes))
-    [finding] = examine.of_sizes(larger)
-    assert finding.level == examine.LOOK and "changed places" in finding.said
+    [finding] = models.check_sizes(larger)
+    assert finding.level == LOOK and "changed places" in finding.said
 
 
 def test_lost_and_tiny_objects_and_absent_classes_are_noticed(setup):
@@ -252,18 +259,18 @@ def test_lost_and_tiny_objects_and_absent_classes_are_noticed(setup):
     spoiled = Damaged(split.name, split.size, split.records, split.folder, split.categories)
     object.__setattr__(spoiled, "log", log)
     dataset = dataclasses.replace(made.dataset, splits=made.dataset.splits | {"train": spoiled})
-    found = examine.of_data(made._replace(dataset=dataset))
+    found = check_data(made._replace(dataset=dataset))
     assert "--config.data.check=True lists them" in faults(found)["train data"]
-    said = {finding.what: finding.said for finding in found if finding.level == examine.LOOK}
+    said = {finding.what: finding.said for finding in found if finding.level == LOOK}
     assert "100% of the objects are under 4 px" in said["small objects"]
     assert f"no training image holds {made.dataset.classes[0]}" in said["classes"]
-    assert not faults(examine.of_data(made))
-    for share, level in ((0.02, examine.FINE), (0.3, examine.LOOK), (0.7, examine.FAULT)):
+    assert not faults(check_data(made))
+    for share, level in ((0.02, FINE), (0.3, LOOK), (0.7, FAULT)):
         times = int(share * len(truth["annotations"])) + 1
         object.__setattr__(spoiled, "log", times * [dict(log[0], action="repaired", reason="box clipped to the image")])
-        seen = {finding.what: finding for finding in examine.of_data(made._replace(dataset=dataset))}["train data"]
+        seen = {finding.what: finding for finding in check_data(made._replace(dataset=dataset))}["train data"]
         assert seen.level == level and f"{times} clipped to the image" in seen.said
-        assert ("x, y, width, height in pixels" in seen.said) == (level != examine.FINE)
+        assert ("x, y, width, height in pixels" in seen.said) == (level != FINE)
 
 
 def test_what_was_dropped_is_told_where_no_object_is_left(setup):
@@ -277,16 +284,16 @@ def test_what_was_dropped_is_told_where_no_object_is_left(setup):
     object.__setattr__(empty, "log", [dict(file="a", annotation=i, action="dropped", reason="far off") for i in (1, 2)])
     dataset = dataclasses.replace(made.dataset, splits=made.dataset.splits | {"val": empty})
     with pytest.raises(ValueError, match=r"holds no object in its \d+ images \(2 were dropped: far off\), so nothing"):
-        loop.check_truth(dataset)
+        checks.check_truth(dataset)
 
 
 def test_too_little_memory_is_named(setup, monkeypatch):
     made, batch = setup
     step = jax.jit(lambda state, variables, batch: (state, jnp.sum(jnp.outer(batch["boxes"], batch["boxes"]))))
     made = made._replace(steps=made.steps | {"student": step})
-    assert not faults(examine.of_program(made, batch))
-    monkeypatch.setattr(examine, "available", lambda: 2**20)
-    assert "lower config.batch_size" in faults(examine.of_program(made, batch))["memory"]
+    assert not faults(memory.check_memory(made, batch))
+    monkeypatch.setattr(memory, "available", lambda: 2**20)
+    assert "lower config.batch_size" in faults(memory.check_memory(made, batch))["memory"]
 
 
 def test_what_a_run_would_refuse_is_a_fault(setup):
@@ -294,7 +301,7 @@ def test_what_a_run_would_refuse_is_a_fault(setup):
     config = made.config.copy_and_resolve_references()
     config.batch_size = -1
     [finding] = examine.examine(config)
-    assert finding.level == examine.FAULT and "config.batch_size is -1" in finding.said
+    assert finding.level == FAULT and "config.batch_size is -1" in finding.said
 
 
 @pytest.fixture(scope="module")
@@ -310,7 +317,9 @@ def others(setup, tmp_path_factory):
 @pytest.mark.filterwarnings("ignore:the classifiers of")
 def test_a_whole_examination(setup, others, strengths, monkeypatch):
     """Of a student that starts from weights of other classes, which is no fault; its teacher is of random numbers."""
-    monkeypatch.setattr(examine, "strengths", lambda *_: strengths)  # which takes longest, and is tested above
+    monkeypatch.setattr(
+        gradients, "measure_gradients", lambda *_: strengths
+    )  # which takes longest, and is tested above
     config = setup[0].config.copy_and_resolve_references()
     config.student.weights = str(others)
     config.optimizer.lr = 0.0
@@ -330,16 +339,16 @@ def test_a_whole_examination(setup, others, strengths, monkeypatch):
 
 
 def test_nothing_is_computed_that_would_not_fit(setup, monkeypatch):
-    monkeypatch.setattr(examine, "of_weights", lambda *_: [])
-    monkeypatch.setattr(examine, "of_program", lambda *_: [examine.Finding(examine.FAULT, "memory", "none")])
-    monkeypatch.setattr(examine, "strengths", lambda *_: pytest.fail("computed"))
+    monkeypatch.setattr(examine, "check_weights", lambda *_: [])
+    monkeypatch.setattr(examine, "check_memory", lambda *_: [Finding(FAULT, "memory", "none")])
+    monkeypatch.setattr(gradients, "measure_gradients", lambda *_: pytest.fail("computed"))
     assert list(examine.examine(setup[0].config))[-1].what == "memory"
 
 
 def test_the_class_map_of_weights(setup, others, tmp_path):
     made, _ = setup
-    [finding, kept] = examine.of_classes("teacher", made.config.teacher, made.dataset)
-    assert kept and finding.level == examine.FINE
+    [finding, kept] = models.check_class_map("teacher", made.config.teacher, made.dataset)
+    assert kept and finding.level == FINE
     config = made.config.copy_and_resolve_references()
     for count, named in ((6, None), (6, "meta"), (2, None)):
         detector = detectors.build("rtmdet_pico", count)
@@ -349,7 +358,7 @@ def test_the_class_map_of_weights(setup, others, tmp_path):
         with pytest.MonkeyPatch.context() as patched:
             if named:  # as of a .pth of mmengine
                 patched.setattr(folder, "read_checkpoint", lambda path, state=state: (state, list("abcdef")))
-            finding, kept = examine.of_classes("student", config.student, made.dataset)
+            finding, kept = models.check_class_map("student", config.student, made.dataset)
         assert kept == (count == 6 and not named)
         if named:
             assert "the weights' 6, a, b, c, d, e, f, are not used" in finding.said
@@ -361,34 +370,34 @@ def test_the_class_map_of_weights(setup, others, tmp_path):
 
 def test_taps_and_their_shapes(setup):
     made, _ = setup
-    [finding] = examine.of_taps(made)
+    [finding] = models.check_taps(made)
     assert finding.what == "mkd's taps"
     assert finding.said == (
         "student neck (8: 8x8x32, 16: 4x4x32, 32: 2x2x32), teacher neck (8: 8x8x32, 16: 4x4x32, 32: 2x2x32)"
     )
-    [finding] = examine.of_taps(made._replace(student=detectors.build("fcos_r18", 6)))
+    [finding] = models.check_taps(made._replace(student=detectors.build("fcos_r18", 6)))
     assert finding.said.endswith("; 64, 128 have no partner and are left out")
 
 
 def test_memory_is_that_of_the_machine_and_its_container(tmp_path, monkeypatch):
-    monkeypatch.setattr(examine, "MEMORY", tmp_path / "meminfo")
-    monkeypatch.setattr(examine, "GROUP", tmp_path / "max")
+    monkeypatch.setattr(memory, "MEMORY", tmp_path / "meminfo")
+    monkeypatch.setattr(memory, "GROUP", tmp_path / "max")
     count = jax.local_device_count()
-    everything = examine.available()
+    everything = memory.available()
     assert everything * count > 2**30 * 0.5
-    examine.MEMORY.write_text("MemTotal:  9000 kB\nMemFree:  1000 kB\nMemAvailable:  8000 kB\n")
-    assert examine.available() == 8000 * 1024 // count
+    memory.MEMORY.write_text("MemTotal:  9000 kB\nMemFree:  1000 kB\nMemAvailable:  8000 kB\n")
+    assert memory.available() == 8000 * 1024 // count
     for limit, wanted in (("max", 8000 * 1024), ("4096000", 4096000), ("99999999999", 8000 * 1024)):
-        examine.GROUP.write_text(f"{limit}\n")
-        assert examine.available() == wanted // count
+        memory.GROUP.write_text(f"{limit}\n")
+        assert memory.available() == wanted // count
 
 
 @pytest.mark.filterwarnings("ignore:the load_module")  # of ml_collections
 def test_the_verb_examines_the_run_of_its_flags(monkeypatch, capsys):
     seen = []
     command = ["doctor", f"--config={ROOT / 'configs/quickstart.py'}:ssim", "--config.optimizer.lr=0.25"]
-    for level, code in ((examine.LOOK, 0), (examine.FAULT, 1)):
-        found = [examine.Finding(examine.FINE, "sizes", "well"), examine.Finding(level, "mkd", "see start")]
+    for level, code in ((LOOK, 0), (FAULT, 1)):
+        found = [Finding(FINE, "sizes", "well"), Finding(level, "mkd", "see start")]
         monkeypatch.setattr(examine, "examine", lambda config, found=found: seen.append(config) or found)
         assert cli.main(command) == code
         assert f"mkd{' ' * 19}see start\n{code} faults, {1 - code} to look at, 1 fine" in capsys.readouterr().out

@@ -15,7 +15,8 @@ import pytest
 
 from kdjax import detectors
 from kdjax.methods import api
-from kdjax.train import loop, step
+from kdjax.train import step
+from kdjax.train.setup import output_spec
 
 SIDE, BATCH, CLASSES = 64, 2, 3
 QUICK = {"xla_backend_optimization_level": 0}
@@ -41,7 +42,7 @@ def network(family: str, teacher: bool):
 
 @functools.cache
 def spec(family: str, teacher: bool):
-    return loop.output_spec(network(family, teacher), (SIDE, SIDE))
+    return output_spec(network(family, teacher), (SIDE, SIDE))
 
 
 @functools.cache

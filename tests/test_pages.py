@@ -20,7 +20,7 @@ from kdjax import cli
 from kdjax.commands import export
 from kdjax.commands.doctor import read_config
 from kdjax.train import config as settings
-from kdjax.train import loop
+from kdjax.train import sharding
 from tests.shared import ROOT
 
 DOCS = ROOT / "docs"
@@ -206,7 +206,7 @@ def test_the_notebook_runs(tmp_path, monkeypatch):
 
     matplotlib.use("agg")
     monkeypatch.setenv("KDJAX_CACHE", str(tmp_path))
-    monkeypatch.setattr(loop, "make_mesh", lambda: Mesh(np.array(jax.devices()[:1]), ("data",)))
+    monkeypatch.setattr(sharding, "make_mesh", lambda: Mesh(np.array(jax.devices()[:1]), ("data",)))
     monkeypatch.chdir(DOCS)
     monkeypatch.setattr(sys, "path", [*sys.path])
     space = {}

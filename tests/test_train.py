@@ -22,9 +22,11 @@ from kdjax import data, detectors, weights
 from kdjax.detectors.api import flatten
 from kdjax.methods import api
 from kdjax.report import model_card
-from kdjax.train import checkpoint, loop, optim
+from kdjax.train import checkpoint, checks, loop, optim, outputs, run, sharding
 from kdjax.train import config as settings
 from kdjax.train import step as steps
+from kdjax.train.log import Log
+from kdjax.train.setup import load_detector, output_spec, prepare
 from tests.support.checkpoints import spoilt
 from tests.support.data import small_folder
 
@@ -69,7 +71,7 @@ def tiny_config(folder, *, teacher, method: str = "mkd") -> ConfigDict:
 def one_device():
     """Programs for eight devices take twice as long to compile; one test below compares the two."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(loop, "make_mesh", lambda: Mesh(np.array(jax.devices()[:1]), ("data",)))
+        patched.setattr(sharding, "make_mesh", lambda: Mesh(np.array(jax.devices()[:1]), ("data",)))
         yield
 
 
@@ -77,10 +79,12 @@ def one_device():
 def finished(folder, teacher_folder):
     """(workdir, results, how often each program was traced) of an uninterrupted run with teacher and twin."""
     workdir = folder / "whole"
-    finish, traced = loop.finish, {}
+    finish, traced = outputs.finish, {}
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(loop, "finish", lambda setup, *rest: (finish(setup, *rest), traced.update(setup.programs))[0])
-        return workdir, loop.run(tiny_config(folder, teacher=teacher_folder), workdir), traced
+        patched.setattr(
+            outputs, "finish", lambda setup, *rest: (finish(setup, *rest), traced.update(setup.programs))[0]
+        )
+        return workdir, run.run(tiny_config(folder, teacher=teacher_folder), workdir), traced
 
 
 def arrays(workdir: Path, role: str) -> dict:
@@ -160,7 +164,7 @@ def test_five_steps_and_the_rest_equal_all_at_once_to_the_bit(finished, folder, 
     """The run is stopped by a signal at an odd step, and resumed by the same call."""
     workdir = folder / "resumed"
     config = tiny_config(folder, teacher=teacher_folder)
-    place, placed = loop.place, iter(range(10**6))
+    place, placed = sharding.shard_batch, iter(range(10**6))
 
     def stop_in_step_seven(*args):
         if next(placed) == 7:  # the first batch goes to the check of the terms
@@ -168,11 +172,11 @@ def test_five_steps_and_the_rest_equal_all_at_once_to_the_bit(finished, folder, 
         return place(*args)
 
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "place", stop_in_step_seven)
+        patched.setattr(sharding, "shard_batch", stop_in_step_seven)
         with pytest.raises(loop.Stopped, match="step 7 of 20"):
-            loop.run(config, workdir)
+            run.run(config, workdir)
     assert not (workdir / "results.json").exists()
-    results = loop.run(config, workdir)
+    results = run.run(config, workdir)
     assert results == finished[1]
     for role in ("student", "twin"):
         assert_equal_bits(arrays(workdir, role), arrays(finished[0], role))
@@ -194,7 +198,7 @@ def test_twin_is_a_supervised_run_to_the_bit(finished, folder, monkeypatch):
     monkeypatch.setattr(checkpoint.Checkpoints, "save", save_seen)
     config = tiny_config(folder, teacher=None)
     config.checkpoint.every = 7
-    results = loop.run(config, folder / "alone")
+    results = run.run(config, folder / "alone")
     assert saved == [(7, 7), (14, 14), (20, 20)]
     assert results["teacher"] is results["twin"] is results["gain"] is None
     assert results["student"] == finished[1]["twin"]
@@ -213,7 +217,7 @@ def test_eight_devices_equal_one(folder, teacher_folder):
     student = detectors.build("rtmdet_pico", len(dataset.classes))
     method = {"mkd": api.build("mkd", normalize="pkd")}
     key = jax.random.PRNGKey(0)
-    spec = loop.output_spec(student, (64, 64))
+    spec = output_spec(student, (64, 64))
     optimizer = optax.sgd(1e-4)  # small: an assigner that tips over is no matter of devices
     update = steps.make_step(student, optimizer, lambda at: 0.1, teacher=detector, methods=method)
     batches = data.train_batches(dataset, config.data, batch_size=8, seed=0)
@@ -225,10 +229,10 @@ def test_eight_devices_equal_one(folder, teacher_folder):
         state = steps.init_state(student, key, None, steps.init_adapters(method, key, spec, spec), optimizer)
         state, frozen = jax.device_put((state, steps.Teacher(*variables)), everywhere)
         program = jax.jit(update, donate_argnums=0, out_shardings=everywhere)
-        program = program.lower(state, frozen, loop.place(mesh, batches[0])).compile()
+        program = program.lower(state, frozen, sharding.shard_batch(mesh, batches[0])).compile()
         totals = []
         for batch in batches:
-            state, metrics = program(state, frozen, loop.place(mesh, batch))
+            state, metrics = program(state, frozen, sharding.shard_batch(mesh, batch))
             totals.append(float(metrics["total"]))
         return totals, checkpoint.flat(state), program.as_text()
 
@@ -268,11 +272,11 @@ def messages(program: str) -> collections.Counter:
 def test_a_step_that_is_not_finite_changes_nothing(finished, folder, teacher_folder):
     config = tiny_config(folder, teacher=teacher_folder)
     dataset = data.open_dataset(config.data)
-    setup = loop.prepare(config, dataset)
+    setup = prepare(config, dataset)
     state = setup.states["twin"]
     poisoned = jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(jnp.nan) if x.ndim == 4 else x, state.params)
     before = checkpoint.flat(state._replace(params=poisoned))
-    batch = loop.place(setup.mesh, loop.first_batch_with_objects(setup))
+    batch = sharding.shard_batch(setup.mesh, checks.first_batch_with_objects(setup))
     after, metrics = setup.steps["twin"](state._replace(params=poisoned), None, batch)
     after = checkpoint.flat(after)
     assert after.pop("step") == 1 and before.pop("step") == 0
@@ -367,8 +371,8 @@ def wrong(folder, teacher_folder, **changes):
     ids=str,
 )
 def test_bad_input_gets_one_sentence_before_training(folder, teacher_folder, tmp_path, changes, words):
-    with pytest.raises(loop.BadInput, match=words) as caught:
-        loop.run(wrong(folder, teacher_folder, **changes), tmp_path)
+    with pytest.raises(run.BadInput, match=words) as caught:
+        run.run(wrong(folder, teacher_folder, **changes), tmp_path)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "metrics.jsonl").exists()
 
@@ -385,24 +389,24 @@ def test_a_split_without_objects_is_refused(folder, tmp_path, empty):
         "train": "the first 100 batches of the training data hold no",
         "val": "validation split 'val' of set holds no",
     }
-    with pytest.raises(loop.BadInput, match=words[empty]):
-        loop.run(config, tmp_path / "run")
+    with pytest.raises(run.BadInput, match=words[empty]):
+        run.run(config, tmp_path / "run")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_a_config_that_lacks_a_setting_is_refused(folder, tmp_path):
     config = tiny_config(folder, teacher=None)
     del config.optimizer.clip_norm
-    with pytest.raises(loop.BadInput, match="config.optimizer.clip_norm is missing"):
-        loop.run(config, tmp_path)
+    with pytest.raises(run.BadInput, match="config.optimizer.clip_norm is missing"):
+        run.run(config, tmp_path)
 
 
 def test_class_map_of_the_teacher_must_fit(folder, teacher_folder, tmp_path):
     detector, params, stats, classes = weights.load(teacher_folder)
     classes = ["zebra", *classes[1:]]
     weights.save(tmp_path / "other", detector, params, stats, classes=classes, image_size=(64, 64))
-    with pytest.raises(loop.BadInput, match="class map of the teacher.*unknown to the teacher"):
-        loop.run(wrong(folder, teacher_folder, teacher__weights=str(tmp_path / "other")), tmp_path / "run")
+    with pytest.raises(run.BadInput, match="class map of the teacher.*unknown to the teacher"):
+        run.run(wrong(folder, teacher_folder, teacher__weights=str(tmp_path / "other")), tmp_path / "run")
 
 
 def test_a_teacher_of_another_number_of_classes_is_refused(folder, teacher_folder, tmp_path):
@@ -410,16 +414,16 @@ def test_a_teacher_of_another_number_of_classes_is_refused(folder, teacher_folde
     detector = detectors.build("rtmdet_pico", 80)
     np.savez(tmp_path / "coco.npz", **weights.to_torch(detector, *detector.init(jax.random.PRNGKey(0))))
     changes = dict(teacher__weights=str(tmp_path / "coco.npz"), teacher__detector="rtmdet_pico")
-    with pytest.raises(loop.BadInput, match="coco.npz: The weights are for 80 classes, but 6 are needed"):
-        loop.run(wrong(folder, teacher_folder, **changes), tmp_path / "run")
+    with pytest.raises(run.BadInput, match="coco.npz: The weights are for 80 classes, but 6 are needed"):
+        run.run(wrong(folder, teacher_folder, **changes), tmp_path / "run")
 
 
 def test_spoilt_weights_of_a_teacher_are_refused(folder, teacher_folder, tmp_path):
     told = spoilt(tmp_path, {"bbox_head.rtm_cls.0.bias": np.zeros(6)})
     for name in sorted(name for name in told if name.startswith(("pickle", "code"))):
         changes = dict(teacher__weights=str(tmp_path / name), teacher__detector="rtmdet_pico")
-        with pytest.raises(loop.BadInput, match=name) as caught:
-            loop.run(wrong(folder, teacher_folder, **changes), tmp_path / "run")
+        with pytest.raises(run.BadInput, match=name) as caught:
+            run.run(wrong(folder, teacher_folder, **changes), tmp_path / "run")
         assert told[name] in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "executed").exists() and not (tmp_path / "run" / "metrics.jsonl").exists()
 
@@ -428,15 +432,15 @@ def test_weights_of_another_detector_get_one_line(folder, teacher_folder, tmp_pa
     detector = detectors.build("rtmdet_nano", 6)
     np.savez(tmp_path / "nano.npz", **weights.to_torch(detector, *detector.init(jax.random.PRNGKey(0))))
     changes = dict(teacher__weights=str(tmp_path / "nano.npz"), teacher__detector="rtmdet_pico")
-    with pytest.raises(loop.BadInput, match="do not fit rtmdet_pico.*; and [0-9]+ more$") as caught:
-        loop.run(wrong(folder, teacher_folder, **changes), tmp_path / "run")
+    with pytest.raises(run.BadInput, match="do not fit rtmdet_pico.*; and [0-9]+ more$") as caught:
+        run.run(wrong(folder, teacher_folder, **changes), tmp_path / "run")
     assert "\n" not in str(caught.value)
 
 
 def test_a_dry_run_needs_no_teacher_and_no_workdir(folder, capsys):
     config = tiny_config(folder, teacher="")
     config.data.check = True
-    assert loop.run(config, "/nowhere/x") is None
+    assert run.run(config, "/nowhere/x") is None
     assert "disc" in capsys.readouterr().out
 
 
@@ -450,7 +454,7 @@ def test_a_student_may_start_from_weights_of_other_classes(folder, teacher_folde
         weights.save(tmp_path, detector, params, stats, classes=classes, image_size=(64, 64))
         chosen = ConfigDict(dict(detector="rtmdet_pico", options={}, weights=str(tmp_path)))
         with pytest.warns(UserWarning, match="classifiers of rtmdet_pico are re-initialised"):
-            started, (found, _) = loop.load_detector("student", chosen, dataset, key)
+            started, (found, _) = load_detector("student", chosen, dataset, key)
         assert started.num_classes == len(dataset.classes)
         old = flatten(params)
         for path, value in flatten(found).items():
@@ -459,8 +463,8 @@ def test_a_student_may_start_from_weights_of_other_classes(folder, teacher_folde
 
 def test_a_term_without_effect_is_named(folder, teacher_folder, tmp_path):
     """A mask that drops every frequency leaves the student no gradient: the run must not start."""
-    with pytest.raises(loop.BadInput, match="mkd/frequency.*gradient of size 0"):
-        loop.run(wrong(folder, teacher_folder, methods__mkd__zeta=1.0), tmp_path)
+    with pytest.raises(run.BadInput, match="mkd/frequency.*gradient of size 0"):
+        run.run(wrong(folder, teacher_folder, methods__mkd__zeta=1.0), tmp_path)
 
 
 def test_a_setting_newer_than_the_run_is_at_its_default(folder, tmp_path):
@@ -468,15 +472,15 @@ def test_a_setting_newer_than_the_run_is_at_its_default(folder, tmp_path):
     written = json.loads(config.to_json())
     del written["data"]["stage2"]["augment"], written["eval"]["limit"], written["optimizer"]["clip_norm"]
     (tmp_path / "config.json").write_text(json.dumps({"config": written}))
-    loop.check_workdir(config, tmp_path)
+    checks.check_workdir(config, tmp_path)
     config.optimizer.clip_norm = 1.0
     with pytest.raises(ValueError, match="optimizer.clip_norm was 0.0, is 1.0"):
-        loop.check_workdir(config, tmp_path)
+        checks.check_workdir(config, tmp_path)
 
 
 def test_workdir_of_another_run_is_refused(finished, folder, teacher_folder):
-    with pytest.raises(loop.BadInput, match="other settings.*seed was 0, is 1"):
-        loop.run(wrong(folder, teacher_folder, seed=1), finished[0])
+    with pytest.raises(run.BadInput, match="other settings.*seed was 0, is 1"):
+        run.run(wrong(folder, teacher_folder, seed=1), finished[0])
 
 
 @pytest.mark.parametrize("changed", ["data", "teacher", "options"])
@@ -493,24 +497,24 @@ def test_a_run_is_not_resumed_with_other_data_or_another_teacher(finished, folde
         weights.save(tmp_path / "teacher", detector, params, stats, classes=classes, image_size=(64, 64))
         config.teacher.weights = str(tmp_path / "teacher")
     shutil.copytree(finished[0] / "checkpoints", tmp_path / "run" / "checkpoints")
-    with pytest.raises(loop.BadInput, match=f"of another run: its {changed} is"):
-        loop.run(config, tmp_path / "run")
+    with pytest.raises(run.BadInput, match=f"of another run: its {changed} is"):
+        run.run(config, tmp_path / "run")
 
 
 def test_workdir_that_cannot_be_used_is_refused(folder, teacher_folder, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(loop.BadInput, match="--workdir=.*file/run cannot be made .Not a directory"):
-        loop.run(wrong(folder, teacher_folder), tmp_path / "file" / "run")
+    with pytest.raises(run.BadInput, match="--workdir=.*file/run cannot be made .Not a directory"):
+        run.run(wrong(folder, teacher_folder), tmp_path / "file" / "run")
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(loop.BadInput, match="config.json is not the config of a run"):
-        loop.run(wrong(folder, teacher_folder), tmp_path)
+    with pytest.raises(run.BadInput, match="config.json is not the config of a run"):
+        run.run(wrong(folder, teacher_folder), tmp_path)
 
 
 def test_checkpoint_of_another_detector_is_refused(finished, folder, teacher_folder, tmp_path):
     shutil.copytree(finished[0] / "checkpoints", tmp_path / "checkpoints")
     config = wrong(folder, teacher_folder, student__detector="rtmdet_nano")
-    with pytest.raises(loop.BadInput, match="another run: its student is 'rtmdet_pico', this run's is 'rtmdet_nano'"):
-        loop.run(config, tmp_path)
+    with pytest.raises(run.BadInput, match="another run: its student is 'rtmdet_pico', this run's is 'rtmdet_nano'"):
+        run.run(config, tmp_path)
 
 
 def test_the_command_line_answers_with_a_sentence_and_an_exit_code(folder):
@@ -530,12 +534,12 @@ def test_the_command_line_answers_with_a_sentence_and_an_exit_code(folder):
 
 
 def test_a_half_written_line_is_cut_off(tmp_path):
-    with loop.Log(tmp_path, 0) as log:
+    with Log(tmp_path, 0) as log:
         assert log.rows() == []
         log.write(1, "train", {"lr": 0.5})
     path = tmp_path / "metrics.jsonl"
     path.write_text(path.read_text() + '{"step": 2, "ki')
-    with loop.Log(tmp_path, 1) as log:
+    with Log(tmp_path, 1) as log:
         log.write(2, "train", {"lr": 0.25})
         assert [(row["step"], row["lr"]) for row in log.rows()] == [(1, 0.5), (2, 0.25)]
 
@@ -559,8 +563,8 @@ def test_data_that_is_damaged_while_it_trains_gets_a_sentence(folder, tmp_path, 
         raise data.Damaged("DIR: record 3 cannot be read: prepare the data again")
 
     monkeypatch.setattr(loop, "train", train)
-    with pytest.raises(loop.BadInput, match="DIR: record 3"):  # train.py prints it and exits with 2
-        loop.run(tiny_config(folder, teacher=None), tmp_path / "run")
+    with pytest.raises(run.BadInput, match="DIR: record 3"):  # train.py prints it and exits with 2
+        run.run(tiny_config(folder, teacher=None), tmp_path / "run")
 
 
 def test_weight_decay_leaves_norms_and_biases_alone():

@@ -7,9 +7,10 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from kdjax.doctor import examine
+from kdjax.doctor.findings import FAULT, FINE, LOOK
 from kdjax.train import config as settings
 
-SIGNS = {examine.FINE: " fine  ", examine.LOOK: " look  ", examine.FAULT: " FAULT "}
+SIGNS = {FINE: " fine  ", LOOK: " look  ", FAULT: " FAULT "}
 WIDTH = 20  # of the column that says what was looked at
 
 
@@ -31,7 +32,7 @@ def run(*, config: str, changes: list[str]) -> int:
     for finding in examine.examine(read_config(config, changes)):
         levels.append(finding.level)
         print(f"{SIGNS[finding.level]}{finding.what:<{WIDTH}}  {finding.said}", flush=True)
-    faults, looks, fine = (levels.count(level) for level in (examine.FAULT, examine.LOOK, examine.FINE))
+    faults, looks, fine = (levels.count(level) for level in (FAULT, LOOK, FINE))
     print(f"{faults} faults, {looks} to look at, {fine} fine")
     return 1 if faults else 0
 

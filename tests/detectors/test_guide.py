@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from kdjax import detectors, plugins, weights
 from kdjax.errors import UserError
 from kdjax.train import config as settings
-from kdjax.train import loop
+from kdjax.train import run
 from tests.shared import ROOT
 
 GUIDE = (ROOT / "docs" / "add_a_detector.md").read_text()
@@ -51,7 +51,7 @@ def test_the_detector_trains_two_steps(folder, monkeypatch):
     config.data.update(dict(cache=str(folder / "cache"), scenes_train=4, scenes_val=2, image_size=(64, 64)))
     config.optimizer.warmup = 1
     config.eval.batch_size = 2
-    loop.run(config, folder / "run")
+    run.run(config, folder / "run")
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     trained = [line for line in lines if line["kind"] == "train"]
     assert trained[-1]["step"] == 2 and any(key.endswith("loss_box") for key in trained[-1])

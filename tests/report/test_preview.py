@@ -9,7 +9,7 @@ from kdjax import data
 from kdjax.methods import api
 from kdjax.report import drawing, preview
 from kdjax.train import config as settings
-from kdjax.train import loop, optim, schedule
+from kdjax.train import optim, run, schedule
 from kdjax.train.step import weights_of
 
 
@@ -33,7 +33,7 @@ def test_a_sheet_of_every_stage(tmp_path, capsys):
     assert sum(map(len, boxes)) > 0
 
     config.data.stage2.start = 0
-    assert loop.run(config, None) is None
+    assert run.run(config, None) is None
     [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("training images of batch 6")]
     assert cv2.imread(line.split(": ")[1]).shape == (2 * 213 + 8, 4 * 320 + 3 * 8, 3)
 
