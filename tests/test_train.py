@@ -414,7 +414,7 @@ def test_a_teacher_of_another_number_of_classes_is_refused(folder, teacher_folde
     detector = detectors.build("rtmdet_pico", 80)
     np.savez(tmp_path / "coco.npz", **weights.to_torch(detector, *detector.init(jax.random.PRNGKey(0))))
     changes = dict(teacher__weights=str(tmp_path / "coco.npz"), teacher__detector="rtmdet_pico")
-    with pytest.raises(run.BadInput, match="coco.npz: The weights are for 80 classes, but 6 are needed"):
+    with pytest.raises(run.BadInput, match="coco.npz: the weights are for 80 classes, but 6 are needed"):
         run.run(wrong(folder, teacher_folder, **changes), tmp_path / "run")
 
 

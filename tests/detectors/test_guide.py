@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from kdjax import detectors, plugins, weights
 from kdjax.errors import UserError
 from kdjax.train import config as settings
-from kdjax.train import run
+from kdjax.train import run, sharding
 from tests.shared import ROOT
 
 GUIDE = (ROOT / "docs" / "add_a_detector.md").read_text()
@@ -43,7 +43,7 @@ def test_the_detector_is_found_and_passes_its_test(folder):
 
 
 def test_the_detector_trains_two_steps(folder, monkeypatch):
-    monkeypatch.setattr(loop, "make_mesh", lambda: Mesh(np.array(jax.devices()[:1]), ("data",)))
+    monkeypatch.setattr(sharding, "make_mesh", lambda: Mesh(np.array(jax.devices()[:1]), ("data",)))
     config = settings.base()
     config.update(dict(batch_size=2, steps=2, log_every=1, compile_cache=str(ROOT / ".cache" / "jax")))
     config.student.detector = "dots_s"
