@@ -1,7 +1,7 @@
-"""ATSS: ResNet, FPN, one square anchor in every cell that the objects themselves select, and a centreness.
+"""ATSS: ResNet, FPN, one square anchor in each cell with an adaptive selection of positives, and a centreness.
 
 Reference: Zhang et al., Bridging the Gap Between Anchor-based and Anchor-free Detection via Adaptive Training Sample
-Selection, CVPR 2020. Peers: mmdetection 3.3.0, whose names and numbers this file keeps.
+Selection, CVPR 2020. Peers: mmdetection 3.3.0, with the same module names and numbers.
 
 Loads: state dicts with mmdetection's names; for the backbone alone, torchvision's and timm's ResNets. Published AP:
 39.4 and 41.5 (r50, r101, 12 epochs). Not reproduced yet (no published checkpoint was available).

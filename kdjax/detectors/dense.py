@@ -36,7 +36,7 @@ from kdjax.structs import Assignment, DetectorOutput, PaddedDetections, Targets
 Array = jax.Array
 
 STRIDES = (8, 16, 32, 64, 128)  # P3 to P7
-# mmdetection pads with zeros behind the normalisation; this is the grey next to them.
+# mmdetection pads with zeros after the normalisation; this is the nearest grey.
 PAD_VALUE = 116
 
 _OF_NETWORK = ("base_channels", "style", "frozen_stages", "norm_eval", "frozen_norm", "neck_channels", "extra_convs")
@@ -62,7 +62,7 @@ def tower(options: dict, *, groups: int, bias: bool) -> nnx.List:
 
 
 def predictor(options: dict, outputs: int, bias: float = 0.0) -> Conv:
-    """The last 3x3 convolution behind a tower."""
+    """The last 3x3 convolution after a tower."""
     return Conv(options["head_channels"], outputs, 3, draw=normal(0.01), bias=constant(bias))
 
 
@@ -83,7 +83,7 @@ def run(
             x = jax.nn.relu(taps[level][-1])
         predictions.append(predict(level, x))
     names = predictions[0].keys()
-    return tuple(zip(*taps, strict=True)), {name: tuple(found[name] for found in predictions) for name in names}
+    return tuple(zip(*taps, strict=True)), {name: tuple(level[name] for level in predictions) for name in names}
 
 
 class DenseHead(Protocol):
@@ -95,7 +95,7 @@ class DenseHead(Protocol):
 
 
 class Dense(nnx.Module):
-    """The whole network; its parts carry mmdetection's names."""
+    """The network; its parts have mmdetection's names."""
 
     def __init__(
         self,
@@ -120,7 +120,7 @@ class Dense(nnx.Module):
         neck = self.neck(backbone[1:])
         cls_tower, of_cls = self.bbox_head.branch(neck, "cls", 0)
         reg_tower, of_reg = self.bbox_head.branch(neck, "reg", 0)
-        found = of_cls | of_reg
+        predictions = of_cls | of_reg
         return DetectorOutput(
             strides=STRIDES,
             backbone_strides=resnet.STRIDES,
@@ -130,9 +130,9 @@ class Dense(nnx.Module):
             neck_conv=neck,  # the pyramid's last convolutions have neither norm nor activation
             cls_tower=cls_tower,
             reg_tower=reg_tower,
-            cls_logits=found["cls"],
-            box_reg=found["reg"],
-            quality=found.get("quality", ()),
+            cls_logits=predictions["cls"],
+            box_reg=predictions["reg"],
+            quality=predictions.get("quality", ()),
             quality_tower=self.quality_tower,
         )
 

@@ -1,7 +1,7 @@
-"""FCOS: ResNet, FPN, and two towers that judge one point in every cell, with a centreness.
+"""FCOS: ResNet, FPN, and two towers that classify and regress one point in each cell, with a centreness.
 
-Reference: Tian et al., FCOS: Fully Convolutional One-Stage Object Detection, ICCV 2019. Peers: mmdetection 3.3.0, whose
-names and numbers this file keeps. It has the two published forms: the plain one, and the one that samples the centres
+Reference: Tian et al., FCOS: Fully Convolutional One-Stage Object Detection, ICCV 2019. Peers: mmdetection 3.3.0, with
+the same module names and numbers. It has the two published forms: the plain one, and the one that samples the centres
 of boxes, divides distances by the stride, has its centreness on the regression's tower and GIoU (variants
 "...-center").
 
@@ -60,13 +60,13 @@ class _Head(nnx.Module):
     def branch(self, maps: tuple[Array, ...], tower: str, start: int):
         def predict(level: int, x: Array) -> dict[str, Array]:
             if tower == "cls":
-                found = {"cls": self.conv_cls(x).astype(jnp.float32)}
+                predictions = {"cls": self.conv_cls(x).astype(jnp.float32)}
             else:
                 y = self.scales[level](self.conv_reg(x).astype(jnp.float32))
-                found = {"reg": jax.nn.relu(y) * dense.STRIDES[level] if self.norm_on_bbox else jnp.exp(y)}
+                predictions = {"reg": jax.nn.relu(y) * dense.STRIDES[level] if self.norm_on_bbox else jnp.exp(y)}
             if tower == self.centerness_tower:
-                found["quality"] = self.conv_centerness(x).astype(jnp.float32)
-            return found
+                predictions["quality"] = self.conv_centerness(x).astype(jnp.float32)
+            return predictions
 
         return dense.run(self.cls_convs if tower == "cls" else self.reg_convs, maps, start, predict)
 

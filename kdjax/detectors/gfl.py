@@ -1,7 +1,7 @@
-"""GFL: ResNet, FPN, classes that predict the quality of their box, and box sides as distributions.
+"""GFL: ResNet, FPN, class scores that estimate the quality of the box, and box sides as distributions.
 
-Reference: Li et al., Generalized Focal Loss, NeurIPS 2020. Peers: mmdetection 3.3.0, whose names and numbers this file
-keeps.
+Reference: Li et al., Generalized Focal Loss, NeurIPS 2020. Peers: mmdetection 3.3.0, with the same module names and
+numbers.
 
 Loads: state dicts with mmdetection's names; for the backbone alone, torchvision's and timm's ResNets. Published AP:
 40.2 and 44.7 (r50 in 12 epochs, r101 in 24 at several scales). Not reproduced yet (no published checkpoint was

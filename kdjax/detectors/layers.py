@@ -1,6 +1,6 @@
-"""The layers that detectors are made of, as NNX modules over `kdjax.nn`.
+"""The layers of the detectors, as NNX modules over `kdjax.nn`.
 
-A variable declares how it is drawn (`draw`, read by `kdjax.detectors.api.pure`); constructors only run abstractly.
+A variable declares its initial value (`draw`, read by `kdjax.detectors.api.pure`); constructors only run abstractly.
 """
 
 import math
@@ -15,7 +15,7 @@ from kdjax import nn
 
 Array = jax.Array
 
-# Of norms, where nothing else is said: what is added to the variance, and a batch's share in the running statistics.
+# Defaults of norms: the constant added to the variance, and the weight of a batch in the running statistics.
 EPS, MOMENTUM = 1e-5, 0.1
 FOCAL_BIAS = -math.log((1 - 0.01) / 0.01)  # every class starts at a probability of 0.01
 
@@ -30,7 +30,7 @@ def uniform_fan_in(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarr
 
 
 def normal_fan_out(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """Normal with variance 2 / fan out (He initialisation of a convolution before ReLU, seen from its output)."""
+    """Normal with variance 2 / fan out (He initialisation, fan-out mode)."""
     return rng.normal(0.0, np.sqrt(2.0 / (shape[0] * shape[1] * shape[3])), shape)
 
 
@@ -51,7 +51,7 @@ def constant(value: float) -> Draw:
 
 
 def max_pool(x: Array, window: int, *, stride: int = 1, padding: int = 0) -> Array:
-    """`nn.max_pool`, for other runtimes in the one form that jax2onnx knows: NNX's, with one of two paddings."""
+    """`nn.max_pool`; in portable mode, the only form that jax2onnx converts: NNX's, with "SAME" or "VALID" padding."""
     if not nn.is_portable():
         return nn.max_pool(x, window, stride=stride, padding=padding)
     same = stride == 1 and 2 * padding == window - 1
@@ -63,7 +63,7 @@ def max_pool(x: Array, window: int, *, stride: int = 1, padding: int = 0) -> Arr
 
 
 def _without_gradient(x: Array) -> Array:
-    """`stop_gradient`, which jax2onnx cannot convert where it meets a parameter."""
+    """`stop_gradient`, but in portable mode the identity, because jax2onnx cannot convert it on a parameter."""
     return x if nn.is_portable() else jax.lax.stop_gradient(x)
 
 
@@ -112,11 +112,11 @@ class BatchNorm(nnx.Module):
         if train:
             moments = nn.batch_moments(x)
             n = x.size // x.shape[-1]
-            seen = (moments[0], moments[1] * (n / max(n - 1, 1)))
-            # The running estimates are no path for gradients. (`set_value`, because `mean[...] = x` asks for shardings,
+            unbiased = (moments[0], moments[1] * (n / max(n - 1, 1)))
+            # No gradient flows through the running estimates. (`set_value`, because `mean[...] = x` looks up shardings,
             # which doubled the time of tracing.)
-            self.mean.set_value((1 - self.momentum) * mean + self.momentum * jax.lax.stop_gradient(seen[0]))
-            self.var.set_value((1 - self.momentum) * var + self.momentum * jax.lax.stop_gradient(seen[1]))
+            self.mean.set_value((1 - self.momentum) * mean + self.momentum * jax.lax.stop_gradient(unbiased[0]))
+            self.var.set_value((1 - self.momentum) * var + self.momentum * jax.lax.stop_gradient(unbiased[1]))
             mean, var = moments
         scale, bias = self.scale[...], self.bias[...]
         if not self.learned:

@@ -1,7 +1,7 @@
-"""RetinaNet: ResNet, FPN, and two towers that judge nine anchors in every cell.
+"""RetinaNet: ResNet, FPN, and two towers that classify and regress nine anchors in each cell.
 
-Reference: Lin et al., Focal Loss for Dense Object Detection, ICCV 2017. Peers: mmdetection 3.3.0, whose names and
-numbers this file keeps (boxes by L1 on deltas, not smooth L1).
+Reference: Lin et al., Focal Loss for Dense Object Detection, ICCV 2017. Peers: mmdetection 3.3.0, with the same
+module names and numbers (boxes by L1 on deltas, not smooth L1).
 
 Loads: state dicts with mmdetection's names; for the backbone alone, torchvision's and timm's ResNets. Published AP:
 36.5 and 38.5 (r50, r101, 12 epochs). Not reproduced yet (no published checkpoint was available).

@@ -1,7 +1,7 @@
-"""RTMDet: CSPNeXt, CSPNeXt-PAFPN and a head with shared convolutions and a batch norm of its own on every level.
+"""RTMDet: CSPNeXt, CSPNeXt-PAFPN and a head whose levels share convolutions but not batch norms.
 
 Reference: Lyu et al., RTMDet: An Empirical Study of Designing Real-Time Object Detectors, arXiv 2212.07784. Peers:
-mmdetection 3.3.0, whose names and numbers this file keeps. It departs from them in one place: without the exponential,
+mmdetection 3.3.0, with the same module names and numbers. It differs in one place: without the exponential,
 the distances' bias starts at 1 (as in mmdetection's RTMDet-Ins) instead of 0, so that first boxes are two cells wide
 instead of empty; with the exponential both are the same.
 
@@ -72,7 +72,7 @@ _MMYOLO = (
 
 
 class _TowerConv(nnx.Module):
-    """A 3x3 convolution, unless it is another level's, and this level's batch norm."""
+    """A 3x3 convolution (`own_conv=False`: another level's is used) and this level's batch norm."""
 
     def __init__(self, inputs: int, outputs: int, *, own_conv: bool):
         self.conv = Conv(inputs, outputs, 3, draw=normal(0.01)) if own_conv else None
@@ -131,7 +131,7 @@ class _Head(nnx.Module):
 
 
 class RTMDet(nnx.Module):
-    """The whole network; its parts carry mmdetection's names."""
+    """The network; its parts have mmdetection's names."""
 
     def __init__(
         self,
@@ -193,7 +193,7 @@ class RTMDet(nnx.Module):
 
 
 def network(num_classes: int, **options) -> PureModule:
-    """The network itself as pure functions, every option of `make` given; for those who look inside."""
+    """Returns the network as pure functions; `options` are all keywords of `RTMDet`."""
     return pure(lambda: RTMDet(num_classes, **options))
 
 

@@ -1,7 +1,7 @@
-"""YOLOX: CSPDarknet, PAFPN and a head whose two towers and three predictors every level has for itself.
+"""YOLOX: CSPDarknet, PAFPN and a head with separate towers and predictors for each level.
 
-Reference: Ge et al., YOLOX: Exceeding YOLO Series in 2021, arXiv 2107.08430. Peers: mmdetection 3.3.0, whose names and
-numbers this file keeps; the authors' weights fit as well (`kdjax.weights.yolox`).
+Reference: Ge et al., YOLOX: Exceeding YOLO Series in 2021, arXiv 2107.08430. Peers: mmdetection 3.3.0, with
+the same module names and numbers; the authors' weights can be loaded too (`kdjax.weights.yolox`).
 
 Loads: state dicts with the names of mmdetection or of the authors, and the authors' .onnx. Measured: the published
 YOLOX-nano has 46.8 AP on 11 images of val2017 and 45.6 on 16 of train2017 (in onnxruntime: 46.9, 45.4).
@@ -45,7 +45,7 @@ _TOWERS = {"cls": "cls", "reg": "reg", "quality": "reg"}
 
 
 class _Head(nnx.Module):
-    """Nothing is shared by the levels."""
+    """Two towers and three predictors for each level; the levels share nothing."""
 
     def __init__(self, channels: int, num_classes: int, *, stacked_convs: int, depthwise: bool):
         conv = separable if depthwise else conv_norm
@@ -66,8 +66,8 @@ class _Head(nnx.Module):
     ) -> tuple[tuple[tuple[Array, ...], ...], dict[str, tuple[Array, ...]]]:
         """Runs one tower on all levels from conv `start` on (0-based; the maps are activated first if start > 0).
 
-        Returns the pre-activation outputs of its convs (conv, then level), and the predictions that hang on it in
-        float32, in which losses and boxes are computed (name, then level).
+        Returns the pre-activation outputs of its convs (conv, then level), and its predictions in float32, in which
+        losses and boxes are computed (name, then level).
         """
         if tower == "cls":
             convs, predictors = self.multi_level_cls_convs, {"cls": self.multi_level_conv_cls}
@@ -82,15 +82,15 @@ class _Head(nnx.Module):
                 taps[level].append(conv.normed(x, train))
                 x = jax.nn.silu(taps[level][-1])
             ends.append(x)
-        found = {
-            name: tuple(conv(x).astype(jnp.float32) for conv, x in zip(levels, ends, strict=True))
-            for name, levels in predictors.items()
+        predictions = {
+            name: tuple(conv(x).astype(jnp.float32) for conv, x in zip(convs, ends, strict=True))
+            for name, convs in predictors.items()
         }
-        return tuple(zip(*taps, strict=True)), found
+        return tuple(zip(*taps, strict=True)), predictions
 
 
 class YOLOX(nnx.Module):
-    """The whole network; its parts carry mmdetection's names."""
+    """The network; its parts have mmdetection's names."""
 
     def __init__(self, num_classes: int, *, widen: float, deepen: float, depthwise: bool, stacked_convs: int):
         channels, blocks = int(256 * widen), max(round(3 * deepen), 1)
