@@ -491,7 +491,7 @@ def test_an_onnx_file_is_read(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="net.onnx: the weights cannot be read"):
         weights.read_checkpoint(file)
     monkeypatch.setitem(sys.modules, "onnx", None)
-    with pytest.raises(ValueError, match=r"needs onnx: pip install onnx, or the extra kdjax\[export\]"):
+    with pytest.raises(ValueError, match=r"net.onnx: reading it needs onnx: install the extra kdjax\[export\]"):
         weights.read_checkpoint(file)
 
 
