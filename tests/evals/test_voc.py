@@ -1,9 +1,11 @@
-"""VOC's average precision on cases worked out by hand, and against a slow reading of its rules."""
+"""VOC's average precision on cases worked out by hand, and against a slow implementation of its rules."""
 
 import numpy as np
 import pytest
 
-from kdjax.evals.voc import average_precision, voc_metrics
+from kdjax.evals import voc
+from kdjax.evals.voc import average_precision
+from tests.support.coco import by_image
 
 
 def truth(*objects, categories=(1,), images=3):
@@ -14,6 +16,10 @@ def truth(*objects, categories=(1,), images=3):
         "categories": [{"id": c, "name": str(c)} for c in categories],
         "annotations": rows,
     }
+
+
+def voc_metrics(ground_truth, rows, **options):
+    return voc.voc_metrics(*by_image(ground_truth, rows), len(ground_truth["categories"]), **options)
 
 
 def found(*rows):
@@ -49,7 +55,11 @@ def test_average_precision_by_hand(recall, precision, area, points):
         ([(0, 1, A)], [(0, 1, FAR, 0.9), (0, 1, A, 0.8)], 0.5),
         ([(0, 1, A)], [(0, 1, A, 0.9), (0, 1, A, 0.8)], 1),  # the second is false, but behind full recall
         ([(0, 1, A), (0, 1, B)], [(0, 1, A, 0.9), (0, 1, A, 0.8), (0, 1, B, 0.7)], 0.5 + 0.5 * 2 / 3),
-        ([(0, 1, A, True), (1, 1, A)], [(0, 1, A, 0.9), (0, 1, A, 0.8), (1, 1, A, 0.7)], 1),  # difficult: no matter
+        (
+            [(0, 1, A, True), (1, 1, A)],
+            [(0, 1, A, 0.9), (0, 1, A, 0.8), (1, 1, A, 0.7)],
+            1,
+        ),  # difficult: does not count
         ([(0, 1, A)], [(0, 1, [0, 0, 10, 5], 0.9)], 1),  # an IoU of just the threshold
         ([(0, 1, A)], [(0, 1, [0, 0, 10, 4.9], 0.9)], 0),
         # The largest IoU decides, even if that object is taken and another would do.
@@ -68,7 +78,7 @@ def test_mean_over_the_classes_that_have_objects():
     assert list(voc_metrics(truth((0, 1, A)), [], iou_threshold=0.75)) == ["AP75", "AP75_11point"]
 
 
-def test_metrics_equal_a_slow_reading_of_the_rules():
+def test_metrics_equal_a_slow_implementation():
     rng = np.random.default_rng(0)
 
     def boxes(count):
