@@ -12,6 +12,7 @@ from tqdm import tqdm
 from kdjax.data import coco as folders
 from kdjax.data import records, scenes
 from kdjax.evals import coco, complexity, tide
+from kdjax.evals.matching import detections_by_image, truth_by_image
 from kdjax.files import write_json, write_text
 from kdjax.inference import model as models
 from kdjax.report import evaluation
@@ -79,7 +80,8 @@ def run(
             write_json(folder / f"detections{'' if name == 'model' else '_against'}.json", rows)
         kept = {}
         for name, rows in found.items():
-            kept[name] = tide.counted(given.truth, tide.keep(given.truth, rows, thresholds(results[name])))
+            truth, found = truth_by_image(given.truth), detections_by_image(given.truth, rows)
+            kept[name] = tide.without_crowd(truth, tide.above_threshold(truth, found, thresholds(results[name])))
         text = evaluation.page(results, data=given.name, truth=given.truth, stream=given.stream, kept=kept)
         write_text(folder / "report.html", text)
         print(f"\n{folder / 'report.html'}")
@@ -159,27 +161,30 @@ def analyse(truth: Mapping, detections: Sequence[Mapping]) -> dict:
       thresholds}}; confusion: at the best thresholds, rows and columns in the order of the classes, then background.
     """
     curves = coco.curves(truth, detections)
-    seen = tide.outcomes(truth, detections)
-    best = tide.best_thresholds(seen)
-    kept = tide.keep(truth, detections, best)
+    objects, found = truth_by_image(truth), detections_by_image(truth, detections)
+    num_classes = len(truth["categories"])
+    outcomes = tide.outcomes(objects, found, num_classes)
+    best = tide.best_thresholds(outcomes)
+    kept = tide.above_threshold(objects, found, best)
     ap, ap50 = coco.class_metrics(curves), coco.class_metrics(curves, threshold=0.5)
-    objects = np.bincount(seen.object_labels, minlength=seen.num_classes)
+    number = np.bincount(outcomes.object_labels, minlength=num_classes)
     classes = {}
     for k, name in enumerate(ap):
-        line = curves.precision[0, :, k, 0, -1].tolist() if objects[k] else None
-        classes[name] = {"AP": ap[name], "AP50": ap50[name], "objects": int(objects[k]), "threshold": best[k]}
+        line = curves.precision[0, :, k, 0, -1].tolist() if number[k] else None
+        classes[name] = {"AP": ap[name], "AP50": ap50[name], "objects": int(number[k]), "threshold": best[k]}
         classes[name]["precision"] = line
-    losses, counts = tide.losses(seen), tide.counts(tide.outcomes(truth, kept))
+    cost = tide.ap_cost(outcomes)
+    counts = tide.error_counts(tide.outcomes(objects, kept, num_classes))
     return {
         "metrics": coco.metrics(curves),
         "classes": classes,
-        "errors": {kind: {"AP50": losses[kind], "count": counts[kind]} for kind in tide.KINDS},
-        "confusion": tide.confusion(truth, kept).tolist(),
+        "errors": {kind: {"AP50": cost[kind], "count": counts[kind]} for kind in tide.KINDS},
+        "confusion": tide.confusion(objects, kept, num_classes).tolist(),
     }
 
 
 def thresholds(result: Mapping) -> list[dict | None]:
-    """The best thresholds of the classes, as `tide.keep` takes them."""
+    """The best thresholds of the classes, as `tide.above_threshold` takes them."""
     return [entry["threshold"] for entry in result["classes"].values()]
 
 

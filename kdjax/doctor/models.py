@@ -14,6 +14,7 @@ from kdjax import data, weights
 from kdjax.detectors.api import Detector, flatten
 from kdjax.doctor.findings import FAULT, FINE, LOOK, Finding
 from kdjax.evals import coco, complexity, tide
+from kdjax.evals.matching import detections_by_image, truth_by_image
 from kdjax.methods import api
 from kdjax.train.setup import Setup, named_detector, output_spec
 
@@ -88,7 +89,8 @@ def _confusions(truth: dict, found: list[dict], dataset) -> list[str]:
     for image in truth["images"]:
         objects = sum(a["image_id"] == image["id"] and not a["iscrowd"] for a in truth["annotations"])
         kept += sorted((d for d in found if d["image_id"] == image["id"]), key=lambda d: -d["score"])[:objects]
-    of_objects = tide.confusion(truth, kept)[:-1, :-1].T  # a row for each class of the detector
+    matrix = tide.confusion(truth_by_image(truth), detections_by_image(truth, kept), len(truth["categories"]))
+    of_objects = matrix[:-1, :-1].T  # a row for each class of the detector
     most = of_objects.argmax(1)
     return [
         f"what it calls {dataset.classes[label]!r} is {dataset.classes[most[label]]!r}"

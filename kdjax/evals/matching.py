@@ -1,9 +1,11 @@
-"""IoU of boxes and greedy matching of detections with objects, in NumPy: nothing here needs an accelerator."""
+"""Objects and detections by image, IoU of boxes, and matching, in NumPy: nothing here needs an accelerator."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from kdjax.structs import Detections
 
 
 class Truth(NamedTuple):
@@ -28,20 +30,47 @@ def truth_by_image(ground_truth: Mapping[str, Any]) -> dict[int, Truth]:
       >>> truth_by_image({"images": [{"id": 1}], "categories": [{"id": 3}], "annotations": [box]})[1].boxes
       array([[ 0., 10., 40., 50.]])
     """
-    labels = {k: i for i, k in enumerate(sorted(category["id"] for category in ground_truth["categories"]))}
-    rows: dict[int, list[Mapping[str, Any]]] = {k: [] for k in sorted(image["id"] for image in ground_truth["images"])}
-    for row in ground_truth["annotations"]:
-        rows[row["image_id"]].append(row)
-    truth = {}
-    for image_id, objects in rows.items():
-        boxes = np.array([row["bbox"] for row in objects], np.float64).reshape(-1, 4)
+    return {
+        image_id: Truth(boxes, labels, np.array([bool(row.get("iscrowd", 0)) for row in rows], bool))
+        for image_id, rows, boxes, labels in _by_image(ground_truth, ground_truth["annotations"])
+    }
+
+
+def detections_by_image(ground_truth: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[int, Detections]:
+    """Reads COCO results.
+
+    Args:
+      ground_truth: COCO instances, of which `images` and `categories` are read.
+      rows: COCO results with `bbox`.
+
+    Returns:
+      {image id: its detections} of all images, by ascending id, with the labels of `truth_by_image`.
+
+    Example:
+      >>> row = {"image_id": 1, "category_id": 3, "bbox": [0, 10, 40, 40], "score": 0.5}
+      >>> detections_by_image({"images": [{"id": 1}], "categories": [{"id": 3}]}, [row])[1].boxes
+      array([[ 0., 10., 40., 50.]])
+    """
+    return {
+        image_id: Detections(boxes, np.array([row["score"] for row in own], np.float64), labels)
+        for image_id, own, boxes, labels in _by_image(ground_truth, rows)
+    }
+
+
+def _by_image(
+    ground_truth: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
+) -> Iterator[tuple[int, list[Mapping[str, Any]], np.ndarray, np.ndarray]]:
+    """(image id, its rows, boxes x1 y1 x2 y2, labels) of each image, by ascending id."""
+    label = {k: i for i, k in enumerate(sorted(category["id"] for category in ground_truth["categories"]))}
+    groups: dict[int, list[Mapping[str, Any]]] = {
+        k: [] for k in sorted(image["id"] for image in ground_truth["images"])
+    }
+    for row in rows:
+        groups[row["image_id"]].append(row)
+    for image_id, own in groups.items():
+        boxes = np.array([row["bbox"] for row in own], np.float64).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
-        truth[image_id] = Truth(
-            boxes,
-            np.array([labels[row["category_id"]] for row in objects], np.int64),
-            np.array([bool(row.get("iscrowd", 0)) for row in objects], bool),
-        )
-    return truth
+        yield image_id, own, boxes, np.array([label[row["category_id"]] for row in own], np.int64)
 
 
 def box_iou(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:

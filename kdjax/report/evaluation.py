@@ -1,13 +1,13 @@
 """The page of `kdjax evaluate`: metrics, curves, errors and images of one model, or of two side by side."""
 
 import itertools
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping
 from html import escape
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 
-from kdjax.evals.matching import match
+from kdjax.evals.matching import Truth, match, truth_by_image
 from kdjax.report import drawing, pages
 from kdjax.report.charts import chart_grid, line_chart
 from kdjax.report.format import percent
@@ -15,22 +15,17 @@ from kdjax.structs import Detections
 
 EXAMPLES = 8  # images on the page
 
+Result = Mapping[str, Any]  # of a model, as in evaluation.json
 Stream = Callable[[Container[int]], Iterator[tuple[int, np.ndarray]]]
 
 
-class _Data(NamedTuple):
-    name: str
-    truth: Mapping
-    stream: Stream
-
-
 def page(
-    results: Mapping[str, Mapping],
+    results: Mapping[str, Result],
     *,
     data: str,
-    truth: Mapping,
+    truth: Mapping[str, Any],
     stream: Stream,
-    kept: Mapping[str, Sequence[Mapping]],
+    kept: Mapping[str, Mapping[int, Detections]],
 ) -> str:
     """The evaluation as one HTML file without references to other files.
 
@@ -39,24 +34,29 @@ def page(
       data: name of the data set.
       truth: COCO instances.
       stream: yields (image id, u8[h, w, 3] RGB) of the images with the ids that it is called with.
-      kept: the detections of each that count, at the best thresholds of its classes.
+      kept: for each of `results` {image id: its detections above the threshold of their class}.
 
     Returns:
-      html.
+      HTML.
     """
-    data = _Data(data, truth, stream)
     names = list(next(iter(results.values()))["classes"])
     metrics = {name: one["metrics"] | {k: one[k] for k in ("params", "flops")} for name, one in results.items()}
     order = ("other", "model") if "other" in results else ("model",)
     metrics = {name: metrics[name] for name in order}
     by_class = {k: {name: results[name]["classes"][k]["AP"] for name in order} for k in names}
-    title = f"{results['model']['path']} on {data.name}"
+    title = f"{results['model']['path']} on {data}"
     lead = f"AP {percent(results['model']['metrics']['AP'])}"
     if "other" in results:
         lead += f"; {results['other']['path']}: AP {percent(results['other']['metrics']['AP'])}"
         title += f", compared with {results['other']['path']}"
-    label = {k: i for i, k in enumerate(sorted(entry["id"] for entry in data.truth["categories"]))}
-    examples = [_example(data, kept, image_id, image, label) for image_id, image in _chosen(data, kept)]
+    objects = truth_by_image(truth)
+    files = {image["id"]: image["file_name"] for image in truth["images"]}
+    examples = []
+    for image_id, image in _chosen(objects, kept, stream):
+        real = ~objects[image_id].crowd
+        boxes, labels = objects[image_id].boxes[real], objects[image_id].labels[real]
+        detections = {name: kept[name][image_id] for name in order}
+        examples.append(drawing.Example(image, boxes, labels, detections, files[image_id]))
     which = "largest difference between the models" if "other" in results else "most errors"
     note = f"The images with the {which}. Detections above the score threshold of their class, without crowd regions."
     sections = [
@@ -71,7 +71,7 @@ def page(
     return pages.page(title, f'<p class="verdict">{escape(lead)}.</p>', sections)
 
 
-def _threshold_table(results: Mapping[str, Mapping], name: str) -> str:
+def _threshold_table(results: Mapping[str, Result], name: str) -> str:
     rows = [["class", "objects", "threshold", "precision", "recall", "F1"]]
     for label, entry in results[name]["classes"].items():
         best = entry["threshold"] or {}
@@ -82,10 +82,10 @@ def _threshold_table(results: Mapping[str, Mapping], name: str) -> str:
     return pages.table(rows, caption=name if len(results) > 1 else "") + f'<p class="small">{about}</p>'
 
 
-def _curves(results: Mapping[str, Mapping], names: list[str]) -> str:
-    """Precision over recall; of many classes those with most objects."""
-    of = results["model"]["classes"]
-    shown = sorted((k for k in names if of[k]["objects"]), key=lambda k: -of[k]["objects"])[: pages.MAX_BARS]
+def _curves(results: Mapping[str, Result], names: list[str]) -> str:
+    """Precision over recall of the classes with most objects."""
+    classes = results["model"]["classes"]
+    shown = sorted((k for k in names if classes[k]["objects"]), key=lambda k: -classes[k]["objects"])[: pages.MAX_BARS]
     recall = np.arange(101.0)
     charts = []
     for k in shown:
@@ -95,7 +95,7 @@ def _curves(results: Mapping[str, Mapping], names: list[str]) -> str:
     return f'<p class="small">At IoU 0.5.</p>{chart_grid(charts)}'
 
 
-def _error_table(results: Mapping[str, Mapping]) -> str:
+def _error_table(results: Mapping[str, Result]) -> str:
     meanings = {
         "classification": "IoU of at least 0.5 with an object of another class",
         "localization": "IoU of 0.1 to 0.5 with an object of its class",
@@ -115,11 +115,11 @@ def _error_table(results: Mapping[str, Mapping]) -> str:
     return pages.table(rows) + f'<p class="small">{about}</p>'
 
 
-def _confusion_table(results: Mapping[str, Mapping], name: str, names: list[str]) -> str:
+def _confusion_table(results: Mapping[str, Result], name: str, names: list[str]) -> str:
     matrix = results[name]["confusion"]
     columns = [*names, "missed"]
     keep = range(len(names))
-    if len(names) > pages.MAX_BARS:  # of many classes those that are confused with others
+    if len(names) > pages.MAX_BARS:  # the classes that are confused most
         wrong = [sum(row) - row[i] for i, row in enumerate(matrix[:-1])]
         keep = sorted(sorted(keep, key=lambda i: -wrong[i])[: pages.MAX_BARS])
     at = [*keep, len(names)]
@@ -130,57 +130,23 @@ def _confusion_table(results: Mapping[str, Mapping], name: str, names: list[str]
     return pages.table(rows, caption=name if len(results) > 1 else "")
 
 
-def _chosen(data: _Data, kept: Mapping[str, Sequence[Mapping]]) -> list[tuple[int, np.ndarray]]:
-    """Images that teach most: where the models differ, or where one goes wrong."""
-    marks = {name: _marks(data, rows) for name, rows in kept.items()}
-    if len(marks) > 1:
-        mine, other = marks["model"], marks["other"]
-        weight = {i: (mine[i][0] != other[i][0]).sum() + abs(mine[i][1] - other[i][1]) for i in mine}
+def _chosen(
+    truth: Mapping[int, Truth], kept: Mapping[str, Mapping[int, Detections]], stream: Stream
+) -> list[tuple[int, np.ndarray]]:
+    """The most informative images: largest difference between the models, or most errors."""
+    matches = {name: {k: _matches(truth[k], one[k]) for k in truth} for name, one in kept.items()}
+    if len(matches) > 1:
+        model, other = matches["model"], matches["other"]
+        weight = {k: (model[k][0] != other[k][0]).sum() + abs(model[k][1] - other[k][1]) for k in truth}
     else:
-        weight = {i: (~found).sum() + false for i, (found, false) in marks["model"].items()}
-    best = sorted(weight, key=lambda i: -weight[i])[:EXAMPLES]
-    images = dict(data.stream(best))
+        weight = {k: (~detected).sum() + false for k, (detected, false) in matches["model"].items()}
+    best = sorted(weight, key=lambda k: -weight[k])[:EXAMPLES]
+    images = dict(stream(best))
     return [(image_id, images[image_id]) for image_id in best]
 
 
-def _marks(data: _Data, rows: Sequence[Mapping]) -> dict[int, tuple[np.ndarray, int]]:
-    """For each image: which objects were found, and the number of false detections."""
-    truth, found = _by_image(data, data.truth["annotations"]), _by_image(data, rows)
-    marks = {}
-    for image_id, objects in truth.items():
-        objects = [row for row in objects if not row["iscrowd"]]
-        scores = np.array([row["score"] for row in found[image_id]])
-        hit, seen = match(*_boxes(objects), *_boxes(found[image_id]), scores)
-        marks[image_id] = seen, int((~hit).sum())
-    return marks
-
-
-def _by_image(data: _Data, rows: Sequence[Mapping]) -> dict[int, list]:
-    groups: dict[int, list] = {image["id"]: [] for image in data.truth["images"]}
-    for row in rows:
-        groups[row["image_id"]].append(row)
-    return groups
-
-
-def _boxes(rows: Sequence[Mapping]) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes f64[n, 4] x1 y1 x2 y2 and category ids of COCO's rows."""
-    boxes = np.array([row["bbox"] for row in rows], np.float64).reshape(-1, 4)
-    boxes[:, 2:] += boxes[:, :2]
-    return boxes, np.array([row["category_id"] for row in rows], np.int64)
-
-
-def _example(
-    data: _Data, kept: Mapping[str, Sequence], image_id: int, image: np.ndarray, label: Mapping
-) -> drawing.Example:
-    """An image with its detections."""
-
-    def of(rows: Sequence[Mapping]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        rows = [row for row in rows if row["image_id"] == image_id and not row.get("iscrowd")]
-        boxes, ids = _boxes(rows)
-        labels = np.array([label[k] for k in ids.tolist()], np.int64)
-        return boxes, np.array([row.get("score", 1.0) for row in rows]), labels
-
-    name = next(entry["file_name"] for entry in data.truth["images"] if entry["id"] == image_id)
-    boxes, _, labels = of(data.truth["annotations"])
-    models = [model for model in ("other", "model") if model in kept]
-    return drawing.Example(image, boxes, labels, {model: Detections(*of(kept[model])) for model in models}, name)
+def _matches(truth: Truth, found: Detections) -> tuple[np.ndarray, int]:
+    """Which objects of an image are detected, and the number of false detections."""
+    real = ~truth.crowd
+    correct, detected = match(truth.boxes[real], truth.labels[real], found.boxes, found.labels, found.scores)
+    return detected, int((~correct).sum())

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from kdjax import data, files, weights
 from kdjax.evals import coco, complexity, voc
+from kdjax.evals.matching import detections_by_image, truth_by_image
 from kdjax.report import drawing, model_card
 from kdjax.report import run as run_report
 from kdjax.structs import Detections
@@ -97,7 +98,12 @@ def finish(setup: Setup, workdir: Path, log: Log) -> dict:
     check_programs(setup)
     if dataset.name == "voc":
         truth = data.ground_truth(dataset, "val")
-        results["voc"] = {role: voc.voc_metrics(truth, one.detections) for role, one in evaluations.items()}
+        results["voc"] = {
+            role: voc.voc_metrics(
+                truth_by_image(truth), detections_by_image(truth, one.detections), len(dataset.classes)
+            )
+            for role, one in evaluations.items()
+        }
     if results["twin"]:
         results["gain"] = {
             name: results["student"][name] - results["twin"][name]

@@ -12,6 +12,7 @@ import tensorflow_datasets as tfds
 
 from kdjax import data
 from kdjax.errors import UserError
+from kdjax.evals.matching import detections_by_image, truth_by_image
 from kdjax.evals.voc import voc_metrics
 from tests.support.data import (
     COLOURS,
@@ -310,7 +311,8 @@ def test_voc_of_two_years_is_read(voc, tmp_path):
                 assert a["area"] == pytest.approx((x1 - x0) * (y1 - y0), rel=1e-5)
     truth = data.ground_truth(dataset, "val")
     found = [a | {"score": 1.0} for a in truth["annotations"]]
-    assert voc_metrics(truth, found) == {"AP50": 1.0, "AP50_11point": 1.0}
+    objects, detections = truth_by_image(truth), detections_by_image(truth, found)
+    assert voc_metrics(objects, detections, len(dataset.classes)) == {"AP50": 1.0, "AP50_11point": 1.0}
     assert perfect_ap(truth) == pytest.approx(1)
     batches = data.train_batches(dataset, settings(tmp_path), batch_size=4, seed=0)
     assert next(batches)["image"].shape == (4, 48, 64, 3)

@@ -4,9 +4,13 @@ import numpy as np
 import pytest
 
 from kdjax.evals import coco, tide
-from tests.support.coco import by_image
+from kdjax.evals.matching import detections_by_image, truth_by_image
 
 SQUARE = [0, 0, 40, 40]
+
+
+def by_image(ground_truth, rows):
+    return truth_by_image(ground_truth), detections_by_image(ground_truth, rows)
 
 
 def case(objects, found, *, classes: int = 2):

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from kdjax.evals import voc
+from kdjax.evals.matching import detections_by_image, truth_by_image
 from kdjax.evals.voc import average_precision
-from tests.support.coco import by_image
 
 
 def truth(*objects, categories=(1,), images=3):
@@ -19,7 +19,12 @@ def truth(*objects, categories=(1,), images=3):
 
 
 def voc_metrics(ground_truth, rows, **options):
-    return voc.voc_metrics(*by_image(ground_truth, rows), len(ground_truth["categories"]), **options)
+    return voc.voc_metrics(
+        truth_by_image(ground_truth),
+        detections_by_image(ground_truth, rows),
+        len(ground_truth["categories"]),
+        **options,
+    )
 
 
 def found(*rows):
