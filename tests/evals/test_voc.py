@@ -19,12 +19,8 @@ def truth(*objects, categories=(1,), images=3):
 
 
 def voc_metrics(ground_truth, rows, **options):
-    return voc.voc_metrics(
-        truth_by_image(ground_truth),
-        detections_by_image(ground_truth, rows),
-        len(ground_truth["categories"]),
-        **options,
-    )
+    objects, detections = truth_by_image(ground_truth), detections_by_image(ground_truth, rows)
+    return voc.voc_metrics(objects, detections, len(ground_truth["categories"]), **options)
 
 
 def found(*rows):
