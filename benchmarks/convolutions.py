@@ -1,4 +1,4 @@
-"""What do the CPU's own forms of convolution bring? Each layer as the built-in operation and as kdjax/nn.py writes it.
+"""Times the CPU forms of convolution: each layer as the built-in operation and as kdjax/nn/conv.py computes it.
 
     python benchmarks/convolutions.py
     XLA_FLAGS=--xla_cpu_experimental_onednn_custom_call=true python benchmarks/convolutions.py --dtype=bfloat16
@@ -18,6 +18,7 @@ from method_cost import timed
 
 from kdjax import nn
 from kdjax.commands import study
+from kdjax.nn import conv_builtin
 from kdjax.train import provenance, setup
 
 # Side of the map, channels, outputs, side of the kernel, stride, groups.
@@ -50,10 +51,10 @@ def main(arguments=None):
         x = jnp.ones((args.batch, side, side, channels), args.dtype)
         kernel = jnp.ones((size, size, channels // groups, outputs), args.dtype)
         forms = {
-            "built in": functools.partial(nn._builtin_conv, stride=stride, pads=(size // 2, size // 2), groups=groups),
-            "nn.py": functools.partial(nn.conv2d, stride=stride, groups=groups),
+            "built in": functools.partial(conv_builtin.conv, stride=stride, pads=(size // 2, size // 2), groups=groups),
+            "conv.py": functools.partial(nn.conv2d, stride=stride, groups=groups),
         }
-        gradient = jnp.ones(jax.eval_shape(forms["nn.py"], x, kernel).shape, args.dtype)
+        gradient = jnp.ones(jax.eval_shape(forms["conv.py"], x, kernel).shape, args.dtype)
         programs = {
             (form, part): jax.jit(functools.partial(run, function, part))
             for form, function in forms.items()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kdjax.boxes import roi_align as roi
-from tests.losses_tools import quick_jit
+from tests.support.arrays import quick_jit
 
 STRIDES = (8, 16)
 

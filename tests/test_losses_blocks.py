@@ -8,7 +8,7 @@ from jax.test_util import check_grads
 
 from kdjax import nn
 from kdjax.losses import attention, cross, feature, generation, relation
-from tests.losses_tools import maps, quick_jit
+from tests.support.arrays import maps, quick_jit
 
 SHAPE = (2, 4, 5, 4)
 

@@ -8,7 +8,7 @@ import pytest
 from jax.test_util import check_grads
 
 from kdjax.losses import attention, distribution
-from tests.losses_tools import assert_finite, maps, on_shards
+from tests.support.arrays import assert_finite, maps, on_shards
 
 
 def losses(student, teacher):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from jax.test_util import check_grads
 
 from kdjax.losses import feature
-from tests.losses_tools import assert_finite, maps, on_pmap, on_shards
+from tests.support.arrays import assert_finite, maps, on_pmap, on_shards
 
 LOSSES = {
     "squared": feature.squared,

@@ -8,7 +8,7 @@ import pytest
 from jax.test_util import check_grads
 
 from kdjax.losses import feature, frequency
-from tests.losses_tools import assert_finite, maps, on_shards
+from tests.support.arrays import assert_finite, maps, on_shards
 
 SIZES = [(4, 6), (5, 4), (5, 3), (1, 6), (1, 1)]
 

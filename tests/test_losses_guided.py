@@ -7,7 +7,7 @@ import pytest
 from jax.test_util import check_grads
 
 from kdjax.losses import feature, prediction, rank
-from tests.losses_tools import maps, quick_jit
+from tests.support.arrays import maps, quick_jit
 
 
 def scores(seed, shape=(2, 12)):

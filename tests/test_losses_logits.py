@@ -7,7 +7,7 @@ import pytest
 from jax.test_util import check_grads
 
 from kdjax.losses import decoupled, logits
-from tests.losses_tools import assert_finite, maps, quick_jit
+from tests.support.arrays import assert_finite, maps, quick_jit
 
 SHAPE = (6, 5)
 LABELS = np.array([0, 1, 2, 3, 4, 4])

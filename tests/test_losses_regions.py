@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdjax.losses import instances, localization, regions
-from tests.losses_tools import maps, quick_jit
+from tests.support.arrays import maps, quick_jit
 
 HEIGHT, WIDTH, CANVAS = 5, 7, (40, 56)
 

@@ -7,7 +7,7 @@ import pytest
 from jax.test_util import check_grads
 
 from kdjax.losses import structural
-from tests.losses_tools import assert_finite, maps, quick_jit
+from tests.support.arrays import assert_finite, maps, quick_jit
 
 
 def unit(seed, shape=(2, 8, 9, 3)):

@@ -21,7 +21,7 @@ from kdjax.losses import (
     relation,
     structural,
 )
-from tests.losses_tools import maps, on_pmap, on_shards, quick_jit
+from tests.support.arrays import maps, on_pmap, on_shards, quick_jit
 
 CONTEXT = [relation.init_context(jax.random.key(i), 4) for i in range(2)]
 for block in CONTEXT:

@@ -12,7 +12,7 @@ import pytest
 from kdjax.methods import api
 from kdjax.structs import Assignment, DetectorOutput, Targets
 from kdjax.train.step import weights_of
-from tests.losses_tools import quick_jit
+from tests.support.arrays import quick_jit
 
 STRIDES, CLASSES, BOXES = (8, 16, 32), 3, 4
 # What a method asks of the detectors besides the usual: ld needs box edges as distributions.

@@ -10,7 +10,7 @@ import pytest
 from kdjax.methods import api
 from kdjax.structs import DetectorOutput, Targets
 from tests import test_methods
-from tests.losses_tools import quick_jit
+from tests.support.arrays import quick_jit
 
 STRIDES, SIDES = (8, 16, 32), ((6, 8), (3, 4), (2, 2))  # a canvas of 48 x 64 pixels
 BOXES = [

@@ -12,7 +12,7 @@ from kdjax import detectors
 from kdjax.losses import localization
 from kdjax.methods import api
 from tests import test_methods as made
-from tests.losses_tools import quick_jit
+from tests.support.arrays import quick_jit
 
 SIZE, BINS, CLASSES = 64, 5, made.CLASSES
 PREDICTORS = ("rtm_cls", "rtm_reg")  # of RTMDet's head

@@ -15,7 +15,7 @@ from kdjax.losses import instances, relation
 from kdjax.methods import api
 from kdjax.structs import Assignment
 from kdjax.train import step
-from tests.losses_tools import quick_jit
+from tests.support.arrays import quick_jit
 from tests.test_methods import CLASSES, STRIDES, context, output
 
 SIZE = 64

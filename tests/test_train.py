@@ -242,7 +242,7 @@ def test_eight_devices_equal_one(folder, teacher_folder):
     norms = sum(name.startswith("stats") and name.endswith("mean") for name in one)
     sent = messages(spread)
     assert norms > 50 and sent.pop("all-reduce") <= 4 * norms + 10
-    sent.pop("all-gather of reduce")  # of the CPU's depthwise form alone (kdjax/nn.py)
+    sent.pop("all-gather of reduce")  # of the CPU's depthwise form alone (kdjax/nn/conv_cpu.py)
     if tuple(map(int, jax.__version__.split(".")[:2])) < (0, 12):  # since then XLA transforms a spread batch in place
         sent.pop("all-gather of fft")
     assert not sent

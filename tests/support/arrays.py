@@ -1,4 +1,4 @@
-"""What the tests of the losses share: seeded maps, the four ways to call a function, splitting a batch over devices."""
+"""Seeded arrays, and ways to call a function: compiled quickly, or with its batch split over devices."""
 
 import functools
 
@@ -11,6 +11,12 @@ DEVICES = 8
 
 # `jax.jit` that compiles in half of the time: for programs that run once.
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def arrays(*shapes: tuple[int, ...], seed: int = 0) -> list[jax.Array]:
+    """Normal float32 arrays of these shapes."""
+    rng = np.random.default_rng(seed)
+    return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
 
 
 def maps(seed: int, shape=(2, 4, 5, 3), dtype=jnp.float32, scale: float = 1.0):
