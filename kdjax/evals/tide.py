@@ -74,7 +74,7 @@ def outcomes(truth: Mapping[int, Truth], detections: Mapping[int, Detections], n
             (best_same >= IOU, _DUPLICATE),
             (best_other <= BACKGROUND_IOU, _BACKGROUND),
         ]
-        kinds = np.select(*zip(*conditions, strict=True), _BOTH)
+        kinds = np.select([where for where, _ in conditions], [kind for _, kind in conditions], _BOTH)
         targets = np.full(len(kinds), -1)
         for kind, side in ((_LOCALIZATION, same), (_CLASSIFICATION, other)):
             chosen = kinds == kind
@@ -83,8 +83,8 @@ def outcomes(truth: Mapping[int, Truth], detections: Mapping[int, Detections], n
         scores = np.asarray(found.scores, np.float64)
         parts.append((found.labels[counts], scores[counts], kinds[counts], targets[counts], labels, detected))
         objects += len(labels)
-    columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
-    return Outcomes(*columns, num_classes)
+    labels, scores, kinds, targets, object_labels, detected = map(np.concatenate, zip(*parts, strict=True))
+    return Outcomes(labels, scores, kinds, targets, object_labels, detected, num_classes)
 
 
 def best_thresholds(outcomes: Outcomes) -> list[dict[str, float] | None]:
@@ -177,7 +177,7 @@ def confusion(truth: Mapping[int, Truth], detections: Mapping[int, Detections], 
                 matrix[labels[best], label] += 1
             else:
                 matrix[num_classes, label] += 1
-        np.add.at(matrix, (labels[~detected], num_classes), 1)
+        np.add.at(matrix[:, num_classes], labels[~detected], 1)
     return matrix
 
 

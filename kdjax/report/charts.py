@@ -56,7 +56,7 @@ def line_chart(
         return ""
     values = np.concatenate([line[1] for line in finite.values()] or [[]])
     if log is None:
-        log = bool(len(values)) and values.min() > 0 and values.max() >= 100 * values.min()
+        log = bool(len(values) and values.min() > 0 and values.max() >= 100 * values.min())
     parts = [
         f"{name} from {compact(line[1][0])} at {across} {line[0][0]:.0f} "
         f"to {compact(line[1][-1])} at {across} {line[0][-1]:.0f}"

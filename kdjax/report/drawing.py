@@ -64,7 +64,8 @@ def class_color(label: int) -> tuple[int, int, int]:
     # Multiples of the golden ratio spread any number of hues evenly; three brightness levels separate close hues.
     hue = (0.5864 + 0.618034 * label) % 1.0
     saturation, value = ((0.75, 1.0), (0.6, 0.85), (0.9, 0.95))[label // 7 % 3]
-    return tuple(round(255 * part) for part in colorsys.hsv_to_rgb(hue, saturation, value))
+    red, green, blue = colorsys.hsv_to_rgb(hue, saturation, value)
+    return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def class_name(label: int, class_names: Sequence[str]) -> str:

@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Iterable
+from typing import TypeGuard
 
 MODELS = ("teacher", "twin", "student")  # of a run
 PAIRS = (("student", "twin"), ("model", "other"))  # pages show the first minus the second
 
 
-def is_defined(value: float | None) -> bool:
+def is_defined(value: float | None) -> TypeGuard[float]:
     """Whether a metric has a value; COCO's undefined metrics are -1."""
     return value is not None and math.isfinite(value) and value >= 0
 

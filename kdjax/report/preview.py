@@ -65,7 +65,7 @@ def draw_schedule(config: ConfigDict, curves: Mapping[str, np.ndarray]) -> Figur
             axes.axvspan(config.data.stage2.start, config.steps, color="tab:orange", alpha=0.15, label="stage 2")
         if len(lines) > 1:
             axes.legend(fontsize="small")
-    axes.set_xlabel("step")
+    figure.axes[-1].set_xlabel("step")
     return figure
 
 

@@ -54,17 +54,16 @@ def write_report(
       ...     "reaches AP 50.0" in file.read_text(encoding="utf-8")
       True
     """
-    models = [name for name in MODELS if results.get(name)]
-    results = {name: results[name] for name in models}
+    present = _present(results)
     sections = [
-        ("Metrics", pages.metrics_table(results)),
-        ("AP over training", _ap_curves(rows, results)),
+        ("Metrics", pages.metrics_table(present)),
+        ("AP over training", _ap_curves(rows, present)),
         ("Losses", _loss_curves(rows)),
-        ("AP by class and size", _class_and_size(results, per_class)),
+        ("AP by class and size", _class_and_size(present, per_class)),
         ("Images", pages.image_rows(examples, class_names)),
         ("Run details", _run_details(notes, config_text)),
     ]
-    lead = f'<p class="verdict">{escape(verdict(results))}</p>{_tiles(results)}'
+    lead = f'<p class="verdict">{escape(verdict(present))}</p>{_tiles(present)}'
     text = pages.page(title, lead, [(name, body) for name, body in sections if body])
     write_text(path, text)
 
@@ -83,12 +82,12 @@ def verdict(results: Mapping[str, Mapping[str, float] | None]) -> str:
       'The distilled student reaches AP 41.2, 2.3 points above the same student trained alone (38.9); the teacher has \
 48.0, so distillation closed 25 % of the gap.'
     """
-    results = {name: results[name] for name in MODELS if results.get(name)}
-    ap = {name: 100 * metrics["AP"] for name, metrics in results.items() if is_defined(metrics.get("AP"))}
+    present = _present(results)
+    ap = {name: 100 * metrics["AP"] for name, metrics in present.items() if is_defined(metrics.get("AP"))}
     if "student" not in ap:
         return "The student’s AP is undefined: the evaluation data has no objects."
     student, twin, teacher = ap["student"], ap.get("twin"), ap.get("teacher")
-    if "twin" not in results and "teacher" not in results:
+    if "twin" not in present and "teacher" not in present:
         return f"The detector, trained without a teacher, reaches AP {student:.1f}."
     text = f"The distilled student reaches AP {student:.1f}"
     if twin is None:
@@ -117,6 +116,11 @@ def verdict(results: Mapping[str, Mapping[str, float] | None]) -> str:
     return text + (
         f", so distillation closed {100 * gain / gap:.0f} % of the gap." if gain >= 0.05 and gap >= 1 else "."
     )
+
+
+def _present(results: Mapping[str, Mapping[str, float] | None]) -> dict[str, Mapping[str, float]]:
+    """The results of the models that the run has, in the order of `MODELS`."""
+    return {name: metrics for name in MODELS if (metrics := results.get(name))}
 
 
 def _tiles(results: Mapping[str, Mapping[str, float]]) -> str:
@@ -189,8 +193,8 @@ def _loss_curves(rows: Sequence[Mapping]) -> str:
     weights = {name.removeprefix("weight/"): line for name, line in series.items() if name.startswith("weight/")}
 
     def weight(name: str) -> str:
-        values = weights.get(name, ([], []))[1]
-        values = values[np.isfinite(values)] if len(values) else values
+        values = weights[name][1] if name in weights else np.zeros(0)
+        values = values[np.isfinite(values)]
         if not len(values):
             return ""
         low, high = values.min(), values.max()
@@ -243,8 +247,12 @@ def _class_and_size(results: Mapping[str, Mapping[str, float]], per_class: Mappi
 
 def _sorted(rows: _Rows, key: Callable[[Mapping[str, float]], float | None]) -> _Rows:
     """Largest first, undefined last, stable."""
-    values = {name: key(row) for name, row in rows.items()}
-    return {n: rows[n] for n in sorted(rows, key=lambda n: math.inf if values[n] is None else -values[n])}
+
+    def rank(name: str) -> float:
+        value = key(rows[name])
+        return math.inf if value is None else -value
+
+    return {name: rows[name] for name in sorted(rows, key=rank)}
 
 
 def _run_details(notes: Sequence[str], config_text: str) -> str:
