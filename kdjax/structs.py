@@ -6,9 +6,11 @@ pixels of the network input.
 """
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 Array = jax.Array
@@ -25,7 +27,45 @@ class Targets(NamedTuple):
     valid: Array  # bool[B, M]
     image_size: Array  # i32[B, 2], height and width of the image on the canvas: boxes are clipped to it
     pad_size: Array  # i32[B, 2], height and width within which priors are valid; kdjax's own batches have (H, W)
-    masks: Array | None = None  # bool[B, M, H, W], the objects on the canvas; no detector and no loader has them yet
+
+
+def targets_of(batch: Mapping[str, Any]) -> Targets:
+    """The ground truth of a batch of kdjax's loader.
+
+    Args:
+      batch: `image` [B, H, W, 3], `boxes` f32[B, M, 4], `labels` i32[B, M], `valid` bool[B, M] and `image_size`
+        i32[B, 2]. The whole canvas is padded: every prior is valid.
+
+    Returns:
+      The targets.
+    """
+    canvas = jnp.broadcast_to(jnp.array(batch["image"].shape[1:3], jnp.int32), batch["image_size"].shape)
+    return Targets(batch["boxes"], batch["labels"], batch["valid"], batch["image_size"], canvas)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Predictions, one row each; a row is a prior of a grid, an anchor, a region or a query.
+
+    What a model does not predict is None. Rows are in level order, row-major inside a level.
+    """
+
+    logits: Array | None = None  # f32[B, N, K], of the classes
+    boxes: Array | None = None  # f32[B, N, 4], decoded, x1 y1 x2 y2 in pixels of the network input
+    quality: Array | None = None  # f32[B, N], logits of centreness or objectness
+    distribution: Array | None = None  # f32[B, N, 4, n + 1], logits of the bins of each edge's distance
+    location: Array | None = None  # f32[N, 4], x, y, stride in x, stride in y, in pixels
+    # Rows of each level, fine to coarse; static. () if rows belong to no level.
+    level_sizes: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
+
+
+class Pairing(NamedTuple):
+    """Which row of the student meets which row of the teacher; P pairs."""
+
+    student: Array  # i32[B, P], index of the student's row
+    teacher: Array  # i32[B, P], index of the teacher's row
+    valid: Array  # bool[B, P], False where a row has no partner
 
 
 class Assignment(NamedTuple):
@@ -100,5 +140,4 @@ class DetectorOutput:
     box_reg: tuple[Array, ...] = ()
     quality: tuple[Array, ...] = ()  # L of f32[B, H, W, A]: centreness or objectness logits
     quality_tower: str = dataclasses.field(default="", metadata={"static": True})  # "cls" or "reg", where it hangs
-    rois: Array | None = None  # f32[B, R, 4], proposals of a two-stage detector
-    mask: tuple[Array, ...] = ()  # parts of an instance-mask head
+    rows: Rows | None = None  # the predictions of all levels as rows; filled by `Detector.observe`, or by a model of your own

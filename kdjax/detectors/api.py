@@ -9,8 +9,9 @@ import jax
 import numpy as np
 from flax import nnx
 
+from kdjax.detectors import levels
 from kdjax.errors import UserError
-from kdjax.structs import Array, Assignment, DetectorOutput, PaddedDetections, Targets
+from kdjax.structs import Array, Assignment, DetectorOutput, PaddedDetections, Rows, Targets
 
 Tree = dict[str, Any]  # nested dicts of arrays, keys are strings
 
@@ -35,9 +36,13 @@ class Head(Protocol):
 class Loss(Protocol):
     """`Detector.loss`."""
 
-    def __call__(
-        self, output: DetectorOutput, targets: Targets, *, assignment: Assignment | None = None
-    ) -> tuple[dict[str, Array], Assignment]: ...
+    def __call__(self, output: DetectorOutput, targets: Targets, assignment: Assignment) -> dict[str, Array]: ...
+
+
+class Assign(Protocol):
+    """`Detector.assign`."""
+
+    def __call__(self, output: DetectorOutput, targets: Targets, key: Array | None = None) -> Assignment: ...
 
 
 class Decode(Protocol):
@@ -89,15 +94,13 @@ class Detector:
       "quality" of the head in evaluation mode. `start=0`: on neck features; `start=i`: on the pre-activation output of
       the tower's conv i (1-based), which is activated first. Predictions have the form of
       `DetectorOutput.cls_logits`, `box_reg` or `quality`.
-    - `loss(output, targets, *, assignment=None) -> ({name: f32[]}, Assignment)`: normalised over the global batch;
-      assigns itself unless an assignment is given.
+    - `assign(output, targets, key=None) -> Assignment`: which row learns what; a detector that samples reads the key.
+    - `loss(output, targets, assignment) -> {name: f32[]}`: normalised over the global batch.
     - `decode(output, image_size i32[B, 2], *, score_threshold, iou_threshold, pre_nms, max_detections, select) ->
       PaddedDetections`; `select` has the arguments of `boxes.nms.select`, which it is by default.
     - `decode_boxes(output) -> f32[B, N, 4]`, `class_logits(output) -> f32[B, N, K]`: all levels in one array.
     - `priors((H, W)) -> f32[N, 4]`: NumPy; x, y, stride in x, stride in y, in pixels.
     - `no_decay(params) -> tree of bool`: True for parameters without weight decay: norms, biases, frozen ones.
-    - `rois(params, stats, features, boxes f32[B, R, 4]) -> DetectorOutput`: the second stage on given boxes; None
-      for the detectors of one stage, all so far.
     """
 
     name: str
@@ -116,13 +119,39 @@ class Detector:
     preprocess: Callable[[Array], Array]
     apply: Apply
     head: Head
+    assign: Assign
     loss: Loss
     decode: Decode
     decode_boxes: Callable[[DetectorOutput], Array]
     class_logits: Callable[[DetectorOutput], Array]
     priors: Callable[[tuple[int, int]], np.ndarray]
     no_decay: Callable[[Tree], Tree]
-    rois: Callable[[Tree, Tree, tuple[Array, ...], Array], DetectorOutput] | None = None
+
+    def spec(self, image_size: tuple[int, int]) -> DetectorOutput:
+        """Shapes of the output for one image of (height, width) pixels; nothing is computed."""
+        image = jax.ShapeDtypeStruct((1, *image_size, 3), jax.numpy.float32)
+        return jax.eval_shape(lambda variables, x: self._observe(variables, x), self.shapes, image)
+
+    def observe(self, variables: tuple[Tree, Tree], batch: Mapping[str, Any]) -> DetectorOutput:
+        """The output in evaluation mode for `batch["image"]` u8[B, H, W, 3], with its rows."""
+        return self._observe(variables, self.preprocess(batch["image"]))
+
+    def _observe(self, variables: tuple[Tree, Tree], x: Array) -> DetectorOutput:
+        output, _ = self.apply(*variables, x, train=False)
+        return dataclasses.replace(output, rows=self.rows(output))
+
+    def rows(self, output: DetectorOutput) -> Rows:
+        """The predictions of all levels as rows."""
+        join, width = levels.join, output.box_reg[0].shape[-1] // output.anchors
+        bins = join(output.box_reg, width).reshape(len(output.box_reg[0]), -1, 4, width // 4) if width > 4 else None
+        return Rows(
+            logits=self.class_logits(output),
+            boxes=self.decode_boxes(output),
+            quality=join(output.quality, 1)[..., 0] if output.quality else None,
+            distribution=bins,
+            location=self.priors(levels.input_size(output)),
+            level_sizes=levels.level_sizes(output),
+        )
 
 
 def flatten(tree: Tree, prefix: str = "") -> dict[str, Any]:

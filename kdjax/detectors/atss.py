@@ -100,9 +100,7 @@ def decode_boxes(output: DetectorOutput) -> Array:
     return coding.deltas_to_boxes(dense.square_anchors(output), levels.join(output.box_reg, 4), stds=_STDS)
 
 
-def loss(
-    output: DetectorOutput, targets: Targets, *, assignment: Assignment | None = None
-) -> tuple[dict[str, Array], Assignment]:
+def loss(output: DetectorOutput, targets: Targets, assignment: Assignment) -> dict[str, Array]:
     """ATSS's three losses over the global batch.
 
     With c the centreness of a positive anchor's middle in its box, P = sum over images of max(positives, 1) and
@@ -112,10 +110,10 @@ def loss(
     Args:
       output: of `apply`.
       targets: ground truth.
-      assignment: what to learn; by default ATSS decides.
+      assignment: what to learn, of `assign_targets`.
 
     Returns:
-      {"loss_cls": f32[], "loss_box": f32[], "loss_quality": f32[]}, all >= 0, and the assignment.
+      {"loss_cls": f32[], "loss_box": f32[], "loss_quality": f32[]}, all >= 0.
 
     Scope: the global batch, all levels.
 
@@ -123,9 +121,8 @@ def loss(
 
     Reference: Zhang et al., CVPR 2020, section 4.
     """
-    if assignment is None:
-        assignment = dense.assign_atss(output, targets)
-    return dense.total(prior_losses(output, assignment)), assignment
+    del targets
+    return dense.total(prior_losses(output, assignment))
 
 
 def prior_losses(output: DetectorOutput, assignment: Assignment) -> dict[str, Array]:
@@ -150,6 +147,7 @@ _FAMILY = dense.Family(
     head=_Head,
     branches=lambda options: {"cls": "cls", "reg": "reg", "quality": "reg"},
     relu=False,
+    assign=lambda options: dense.assign_atss,
     loss=lambda options: loss,
     iou_threshold=lambda options: 0.6,
     decode_boxes=decode_boxes,

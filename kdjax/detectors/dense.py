@@ -18,6 +18,7 @@ from kdjax.detectors import levels, resnet
 from kdjax.detectors.api import (
     Decode,
     Detector,
+    Assign,
     Loss,
     TorchNames,
     Tree,
@@ -150,6 +151,7 @@ class Family:
     head: Callable[[int, Options], DenseHead]  # of a number of classes
     branches: Callable[[Options], dict[str, str]]  # prediction -> the tower that it is predicted from
     relu: bool  # whether the pyramid's P6 is rectified before P7
+    assign: Callable[[Options], Assign]
     loss: Callable[[Options], Loss]
     decode_boxes: Callable[[DetectorOutput], Array]
     priors: Callable[[tuple[int, int]], np.ndarray]
@@ -213,6 +215,7 @@ def detector(
         preprocess=functools.partial(resnet.preprocess, style=options["style"], bgr_mean=family.bgr_mean(options)),
         apply=apply,
         head=head,
+        assign=family.assign(options),
         loss=family.loss(options),
         decode=decoder(family.decode_boxes, iou_threshold=family.iou_threshold(options)),
         decode_boxes=family.decode_boxes,
@@ -243,8 +246,9 @@ def square_anchors(output: DetectorOutput):
     return priors.grid_anchors(levels.input_size(output), output.strides, ratios=[1.0], scales=[8.0])
 
 
-def assign_atss(output: DetectorOutput, targets: Targets) -> Assignment:
-    """What `boxes.assign.atss` decides on square anchors, nine candidates a level."""
+def assign_atss(output: DetectorOutput, targets: Targets, key: Array | None = None) -> Assignment:
+    """What `boxes.assign.atss` decides on square anchors, nine candidates per level; `key` is not read."""
+    del key
     return assign.atss(
         square_anchors(output),
         targets,

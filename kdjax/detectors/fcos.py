@@ -144,14 +144,33 @@ def decode_boxes(output: DetectorOutput) -> Array:
     return coding.distance_to_boxes(_points(output)[:, :2], levels.join(output.box_reg, 4))
 
 
+def assign_targets(
+    output: DetectorOutput, targets: Targets, key: Array | None = None, *, center_sampling: bool = False
+) -> Assignment:
+    """A point belongs to the smallest box around it, within the level's range of sizes.
+
+    Args:
+      output: of `apply`.
+      targets: ground truth.
+      key: not read: nothing is sampled.
+      center_sampling: whether only the centres of boxes count, 1.5 strides around.
+
+    Returns:
+      The assignment.
+    """
+    del key
+    return assign.smallest_box(
+        _points(output),
+        targets,
+        num_classes=output.cls_logits[0].shape[-1],
+        ranges=np.repeat(_RANGES, levels.level_sizes(output), axis=0),
+        radius=_RADIUS if center_sampling else None,
+    )
+
+
 def loss(
-    output: DetectorOutput,
-    targets: Targets,
-    *,
-    assignment: Assignment | None = None,
-    center_sampling: bool = False,
-    box_loss: str = "iou",
-) -> tuple[dict[str, Array], Assignment]:
+    output: DetectorOutput, targets: Targets, assignment: Assignment, *, box_loss: str = "iou"
+) -> dict[str, Array]:
     """FCOS's three losses over the global batch.
 
     With P = max(positives, 1), c the centreness of a positive point in its box and C = max(sum c, 1e-6):
@@ -161,12 +180,11 @@ def loss(
     Args:
       output: of `apply`.
       targets: ground truth.
-      assignment: what to learn; by default `boxes.assign.smallest_box` decides.
-      center_sampling: whether it samples the centres of boxes, 1.5 strides around.
+      assignment: what to learn, of `assign_targets`.
       box_loss: "iou" or "giou".
 
     Returns:
-      {"loss_cls": f32[], "loss_box": f32[], "loss_quality": f32[]}, all >= 0, and the assignment.
+      {"loss_cls": f32[], "loss_box": f32[], "loss_quality": f32[]}, all >= 0.
 
     Scope: the global batch, all levels.
 
@@ -174,15 +192,8 @@ def loss(
 
     Reference: Tian et al., ICCV 2019, equation 2 and section 3.3.
     """
-    if assignment is None:
-        assignment = assign.smallest_box(
-            _points(output),
-            targets,
-            num_classes=output.cls_logits[0].shape[-1],
-            ranges=np.repeat(_RANGES, levels.level_sizes(output), axis=0),
-            radius=_RADIUS if center_sampling else None,
-        )
-    return dense.total(prior_losses(output, assignment, box_loss=box_loss)), assignment
+    del targets
+    return dense.total(prior_losses(output, assignment, box_loss=box_loss))
 
 
 def prior_losses(output: DetectorOutput, assignment: Assignment, *, box_loss: str = "iou") -> dict[str, Array]:
@@ -202,9 +213,6 @@ def prior_losses(output: DetectorOutput, assignment: Assignment, *, box_loss: st
     }
 
 
-def _loss(options: dict):
-    return functools.partial(loss, center_sampling=options["center_sampling"], box_loss=options["box_loss"])
-
 
 _FAMILY = dense.Family(
     title="FCOS",
@@ -213,7 +221,8 @@ _FAMILY = dense.Family(
     head=_Head,
     branches=lambda options: {"cls": "cls", "reg": "reg", "quality": "reg" if options["centerness_on_reg"] else "cls"},
     relu=True,
-    loss=_loss,
+    assign=lambda options: functools.partial(assign_targets, center_sampling=options["center_sampling"]),
+    loss=lambda options: functools.partial(loss, box_loss=options["box_loss"]),
     iou_threshold=lambda options: 0.6 if options["norm_on_bbox"] else 0.5,
     decode_boxes=decode_boxes,
     priors=grid_priors,

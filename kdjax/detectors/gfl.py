@@ -107,9 +107,7 @@ def decode_boxes(output: DetectorOutput) -> Array:
     return coding.distance_to_boxes(points[:, :2], coding.expected_distance(_bins(output)) * points[:, 2:3])
 
 
-def loss(
-    output: DetectorOutput, targets: Targets, *, assignment: Assignment | None = None
-) -> tuple[dict[str, Array], Assignment]:
+def loss(output: DetectorOutput, targets: Targets, assignment: Assignment) -> dict[str, Array]:
     """GFL's three losses over the global batch.
 
     With q the IoU of a positive prior's box with its target (else 0), w = max_k sigmoid(logits) at positives (both
@@ -120,10 +118,10 @@ def loss(
     Args:
       output: of `apply`.
       targets: ground truth.
-      assignment: what to learn; by default ATSS decides. Its quality is not read.
+      assignment: what to learn, of `assign_targets`.
 
     Returns:
-      {"loss_cls": f32[], "loss_box": f32[], "loss_dfl": f32[]}, all >= 0, and the assignment.
+      {"loss_cls": f32[], "loss_box": f32[], "loss_dfl": f32[]}, all >= 0.
 
     Scope: the global batch, all levels.
 
@@ -131,9 +129,8 @@ def loss(
 
     Reference: Li et al., NeurIPS 2020, equations 2, 6 and 8.
     """
-    if assignment is None:
-        assignment = dense.assign_atss(output, targets)
-    return dense.total(prior_losses(output, assignment)), assignment
+    del targets
+    return dense.total(prior_losses(output, assignment))
 
 
 def prior_losses(output: DetectorOutput, assignment: Assignment) -> dict[str, Array]:
@@ -166,6 +163,7 @@ _FAMILY = dense.Family(
     constants=lambda options: {"bbox_head.integral.project": np.arange(options["reg_max"] + 1, dtype=np.float32)},
     branches=lambda options: {"cls": "cls", "reg": "reg"},
     relu=False,
+    assign=lambda options: dense.assign_atss,
     loss=lambda options: loss,
     iou_threshold=lambda options: 0.6,
     decode_boxes=decode_boxes,

@@ -103,9 +103,30 @@ def decode_boxes(output: DetectorOutput) -> Array:
     return coding.deltas_to_boxes(anchors(output), levels.join(output.box_reg, 4))
 
 
-def loss(
-    output: DetectorOutput, targets: Targets, *, assignment: Assignment | None = None
-) -> tuple[dict[str, Array], Assignment]:
+def assign_targets(output: DetectorOutput, targets: Targets, key: Array | None = None) -> Assignment:
+    """Anchors match from an IoU of 0.5 on, and are background below 0.4.
+
+    Args:
+      output: of `apply`.
+      targets: ground truth.
+      key: not read: nothing is sampled.
+
+    Returns:
+      The assignment, without gradient.
+    """
+    del key
+    cells = grid_priors(levels.input_size(output))
+    return assign.max_iou(
+        anchors(output),
+        targets,
+        num_classes=output.cls_logits[0].shape[-1] // ANCHORS,
+        positive_iou=0.5,
+        negative_iou=0.4,
+        inside=assign.inside_padding(cells, targets.pad_size),
+    )
+
+
+def loss(output: DetectorOutput, targets: Targets, assignment: Assignment) -> dict[str, Array]:
     """RetinaNet's two losses over the global batch.
 
     With P = sum over images of max(positives, 1): loss_cls = sum focal(logits, label) / P over all priors that are
@@ -114,10 +135,10 @@ def loss(
     Args:
       output: of `apply`.
       targets: ground truth.
-      assignment: what to learn; by default anchors match from an IoU of 0.5 on, and are background below 0.4.
+      assignment: what to learn, of `assign_targets`.
 
     Returns:
-      {"loss_cls": f32[], "loss_box": f32[]}, both >= 0, and the assignment.
+      {"loss_cls": f32[], "loss_box": f32[]}, both >= 0.
 
     Scope: the global batch, all levels.
 
@@ -125,17 +146,8 @@ def loss(
 
     Reference: Lin et al., ICCV 2017, section 4.
     """
-    if assignment is None:
-        cells = grid_priors(levels.input_size(output))
-        assignment = assign.max_iou(
-            anchors(output),
-            targets,
-            num_classes=output.cls_logits[0].shape[-1] // ANCHORS,
-            positive_iou=0.5,
-            negative_iou=0.4,
-            inside=assign.inside_padding(cells, targets.pad_size),
-        )
-    return dense.total(prior_losses(output, assignment)), assignment
+    del targets
+    return dense.total(prior_losses(output, assignment))
 
 
 def prior_losses(output: DetectorOutput, assignment: Assignment) -> dict[str, Array]:
@@ -158,6 +170,7 @@ _FAMILY = dense.Family(
     branches=lambda options: {"cls": "cls", "reg": "reg"},
     relu=False,
     anchors=ANCHORS,
+    assign=lambda options: assign_targets,
     loss=lambda options: loss,
     iou_threshold=lambda options: 0.5,
     decode_boxes=decode_boxes,

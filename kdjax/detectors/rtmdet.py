@@ -277,6 +277,7 @@ def make(
         preprocess=preprocess,
         apply=apply,
         head=head,
+        assign=assign_targets,
         loss=loss,
         decode=decode,
         decode_boxes=decode_boxes,
@@ -327,9 +328,25 @@ def decode_boxes(output: DetectorOutput) -> Array:
     return coding.distance_to_boxes(levels.grid(output)[:, :2], levels.join(output.box_reg, 4))
 
 
-def loss(
-    output: DetectorOutput, targets: Targets, *, assignment: Assignment | None = None
-) -> tuple[dict[str, Array], Assignment]:
+def assign_targets(output: DetectorOutput, targets: Targets, key: Array | None = None) -> Assignment:
+    """What RTMDet's dynamic soft-label assigner decides.
+
+    Args:
+      output: of `apply`.
+      targets: ground truth.
+      key: not read: nothing is sampled.
+
+    Returns:
+      The assignment, without gradient.
+    """
+    del key
+    logits, boxes = levels.class_logits(output), decode_boxes(output)
+    return assign.dynamic_soft_label(
+        jax.lax.stop_gradient(logits), jax.lax.stop_gradient(boxes), levels.grid(output), targets
+    )
+
+
+def loss(output: DetectorOutput, targets: Targets, assignment: Assignment) -> dict[str, Array]:
     """RTMDet's two losses over the global batch.
 
     With the quality q of each prior (IoU of a positive prior and its box, else 0) and n = max(sum q, 1):
@@ -338,10 +355,10 @@ def loss(
     Args:
       output: of `apply`.
       targets: ground truth.
-      assignment: what to learn; by default the dynamic soft-label assigner decides, without gradient.
+      assignment: what to learn, of `assign_targets`.
 
     Returns:
-      {"loss_cls": f32[], "loss_box": f32[]}, both >= 0, and the assignment. Without any box, loss_box is 0.
+      {"loss_cls": f32[], "loss_box": f32[]}, both >= 0. Without any box, loss_box is 0.
 
     Scope: the global batch, all levels.
 
@@ -349,13 +366,9 @@ def loss(
 
     Reference: arXiv 2212.07784, section 3.3.
     """
-    logits, boxes = levels.class_logits(output), decode_boxes(output)
-    if assignment is None:
-        assignment = assign.dynamic_soft_label(
-            jax.lax.stop_gradient(logits), jax.lax.stop_gradient(boxes), levels.grid(output), targets
-        )
-    focal, giou = prior_losses(logits, boxes, assignment)
-    return {"loss_cls": jnp.sum(focal), "loss_box": jnp.sum(giou)}, assignment
+    del targets
+    focal, giou = prior_losses(levels.class_logits(output), decode_boxes(output), assignment)
+    return {"loss_cls": jnp.sum(focal), "loss_box": jnp.sum(giou)}
 
 
 def prior_losses(logits: Array, boxes: Array, assignment: Assignment) -> tuple[Array, Array]:

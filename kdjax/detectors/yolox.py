@@ -190,6 +190,7 @@ def make(
         preprocess=preprocess,
         apply=apply,
         head=head,
+        assign=assign_targets,
         loss=functools.partial(loss, l1=l1),
         decode=decode,
         decode_boxes=decode_boxes,
@@ -224,9 +225,27 @@ def decode_boxes(output: DetectorOutput) -> Array:
     return coding.cells_to_boxes(levels.grid(output), levels.join(output.box_reg, 4))
 
 
+def assign_targets(output: DetectorOutput, targets: Targets, key: Array | None = None) -> Assignment:
+    """What SimOTA decides on the scores sqrt(sigmoid(logit) sigmoid(objectness)) and the centres of the cells.
+
+    Args:
+      output: of `apply`.
+      targets: ground truth.
+      key: not read: nothing is sampled.
+
+    Returns:
+      The assignment, without gradient.
+    """
+    del key
+    points = levels.grid(output)
+    middles = np.concatenate([points[:, :2] + points[:, 2:] / 2, points[:, 2:]], 1)
+    scores = jnp.sqrt(jax.nn.sigmoid(levels.class_logits(output)) * jax.nn.sigmoid(_objectness(output))[..., None])
+    return assign.sim_ota(jax.lax.stop_gradient(scores), decode_boxes(output), middles, targets)
+
+
 def loss(
-    output: DetectorOutput, targets: Targets, *, assignment: Assignment | None = None, l1: bool = False
-) -> tuple[dict[str, Array], Assignment]:
+    output: DetectorOutput, targets: Targets, assignment: Assignment, *, l1: bool = False
+) -> dict[str, Array]:
     """YOLOX's losses over the global batch.
 
     With v the IoU of a positive prior's box and its target when it was assigned, IoU the same with a gradient, and P =
@@ -238,12 +257,11 @@ def loss(
     Args:
       output: of `apply`.
       targets: ground truth.
-      assignment: what to learn; by default SimOTA decides, without gradient, on the scores
-        sqrt(sigmoid(logit) sigmoid(objectness)) and the middles of the cells.
+      assignment: what to learn, of `assign_targets`.
       l1: whether there is loss_l1.
 
     Returns:
-      {"loss_cls": f32[], "loss_box": f32[], "loss_obj": f32[]}, "loss_l1" if asked for, all >= 0, and the assignment.
+      {"loss_cls": f32[], "loss_box": f32[], "loss_obj": f32[]}, "loss_l1" if asked for, all >= 0.
       Without any box only loss_obj is not 0.
 
     Scope: the global batch, all levels.
@@ -253,17 +271,9 @@ def loss(
 
     Reference: arXiv 2107.08430, section 2.1.
     """
-    if assignment is None:
-        assignment = _assign(output, targets)
-    found = prior_losses(output, assignment)
-    return {name: jnp.sum(value) for name, value in found.items() if l1 or name != "loss_l1"}, assignment
-
-
-def _assign(output: DetectorOutput, targets: Targets) -> Assignment:
-    points = levels.grid(output)
-    middles = np.concatenate([points[:, :2] + points[:, 2:] / 2, points[:, 2:]], 1)
-    scores = jnp.sqrt(jax.nn.sigmoid(levels.class_logits(output)) * jax.nn.sigmoid(_objectness(output))[..., None])
-    return assign.sim_ota(jax.lax.stop_gradient(scores), decode_boxes(output), middles, targets)
+    del targets
+    values = prior_losses(output, assignment)
+    return {name: jnp.sum(value) for name, value in values.items() if l1 or name != "loss_l1"}
 
 
 def prior_losses(output: DetectorOutput, assignment: Assignment) -> dict[str, Array]:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kdjax.losses import box, logits
-from kdjax.methods import api
+from kdjax.distill import method
 
 
 def make(
@@ -32,7 +32,7 @@ def make(
     box_weight: float = 4.0,
     overlap: str = "giou",
     per_level_gate: bool = False,
-) -> api.Method:
+) -> method.Method:
     """Modulated cross-entropy of the scores, and overlap of the boxes weighted by the gap of the scores.
 
     Args:
@@ -44,9 +44,9 @@ def make(
       per_level_gate: only levels with a positive prior in the batch count, in both terms.
 
     Raises:
-      ValueError: unknown `overlap`.
+      UserError: unknown `overlap`.
     """
-    api.check_choice("bckd.overlap", overlap, ("giou", "iou"))
+    method.check_choice("bckd: overlap", overlap, ("giou", "iou"))
     weights = {"classes": weight * class_weight, "boxes": weight * box_weight}
 
     def init(key, student_spec, teacher_spec):
@@ -79,4 +79,4 @@ def make(
         positives = jnp.maximum(jnp.sum(positive), 1)
         return {name: jnp.sum(jnp.where(scored, value, 0.0)) / positives for name, value in terms.items()}
 
-    return api.Method(init, apply, weights)
+    return method.Method(init, apply, weights)

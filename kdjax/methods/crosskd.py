@@ -30,7 +30,8 @@ import jax
 import jax.numpy as jnp
 
 from kdjax.losses import box, classification, cross, logits
-from kdjax.methods import api
+from kdjax.errors import UserError
+from kdjax.distill import adapters, method, taps
 
 TOWERS = {"cls": "cls_tower", "reg": "reg_tower"}
 
@@ -46,7 +47,7 @@ def make(
     box_loss: str = "giou",
     confidence: bool = True,
     rectify: bool = False,
-) -> api.Method:
+) -> method.Method:
     """Predictions of the teacher's head on the student's features, compared with the teacher's own.
 
     Args:
@@ -61,9 +62,9 @@ def make(
       rectify: ReLU on both maps before they are aligned, as the paper's code has it.
 
     Raises:
-      ValueError: unknown `box_loss`.
+      UserError: unknown `box_loss`.
     """
-    api.check_choice("crosskd.box_loss", box_loss, ("giou", "log_iou"))
+    method.check_choice("crosskd: box_loss", box_loss, ("giou", "log_iou"))
     weights = {
         "classes": weight * class_weight,
         "boxes": weight * box_weight,
@@ -80,12 +81,12 @@ def make(
         field, _, index = name.partition(".")
         if field != "tower" or not index.removeprefix("-").isdigit():
             if name != "neck":
-                api.tap(output, name)  # names the taps that there are
-                raise ValueError(f"crosskd cuts heads at 'neck' or at 'tower.I' with a whole number I, not at {name!r}")
+                taps.tap(output, name)  # names the taps that there are
+                raise UserError(f"crosskd cuts heads at 'neck' or at 'tower.I' with a whole number I, not at {name!r}")
             return name, 0
         convs, index = len(getattr(output, TOWERS[branch])), int(index)
         if not -convs <= index < convs:
-            raise ValueError(
+            raise UserError(
                 f"crosskd is to cut the head at {name!r}, but the {branch} tower of this detector has {convs} convs"
             )
         return f"{TOWERS[branch]}.{index % convs}", index % convs + 1
@@ -93,7 +94,7 @@ def make(
     def pairs_of(student_output, teacher_output, branch):
         of_student, _ = place(student_output, student, branch)
         of_teacher, go_on = place(teacher_output, teacher, branch)
-        return api.pair(student_output, teacher_output, of_student, of_teacher), go_on
+        return taps.pair(student_output, teacher_output, of_student, of_teacher), go_on
 
     def init(key, student_spec, teacher_spec):
         if weights["quality"]:
@@ -102,7 +103,7 @@ def make(
         pairs = {tower: pairs_of(student_spec, teacher_spec, tower)[0] for tower in chosen}
         api.pair_priors(student_spec, teacher_spec, "cls_logits", "cls_logits")
         return {
-            tower: api.init_adapters(jax.random.fold_in(key, number), pairs[tower])
+            tower: adapters.init_adapters(jax.random.fold_in(key, number), pairs[tower])
             for number, tower in enumerate(chosen)
         }
 
@@ -111,7 +112,7 @@ def make(
         tower = context.teacher.quality_tower if branch == "quality" else branch
         pairs, go_on = pairs_of(context.student, context.teacher, tower)
         features = []
-        for _, s, t in api.adapt(params[tower], pairs):
+        for _, s, t in adapters.adapt(params[tower], pairs):
             if rectify and go_on:
                 s, t = jax.nn.relu(s), jax.nn.relu(t)
             features.append(cross.align(s, t))
@@ -146,4 +147,4 @@ def make(
             terms["quality"] = jnp.sum(jnp.where(context.assignment.positive, entropy, 0.0)) / positives
         return terms
 
-    return api.Method(init, apply, weights)
+    return method.Method(init, apply, weights)

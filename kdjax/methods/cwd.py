@@ -16,7 +16,8 @@ Status: proven
 import jax.numpy as jnp
 
 from kdjax.losses import distribution
-from kdjax.methods import api
+from kdjax.errors import UserError
+from kdjax.distill import adapters, method, taps
 
 
 def make(
@@ -25,7 +26,7 @@ def make(
     student: str = "neck",
     teacher: str = "neck",
     temperature: float = 1.0,
-) -> api.Method:
+) -> method.Method:
     """Channel-wise divergence over space.
 
     Args:
@@ -35,28 +36,28 @@ def make(
       temperature: tau of both softmaxes; 1 for detectors, 4 is better for segmentation.
 
     Raises:
-      ValueError: a class map against another map, or a temperature not above 0.
+      UserError: a class map against another map, or a temperature not above 0.
     """
     classes, teacher_classes = (name.partition(".")[0] == "cls_logits" for name in (student, teacher))
     if classes != teacher_classes:
-        raise ValueError(
+        raise UserError(
             f"config.methods.cwd.student is {student!r} and config.methods.cwd.teacher {teacher!r}: class maps compare "
             "with class maps alone, so both must be 'cls_logits' or none"
         )
-    api.check("cwd.temperature", temperature, temperature > 0, "above 0")
+    method.check("cwd: temperature", temperature, temperature > 0, "above 0")
 
     def init(key, student_spec, teacher_spec):
-        pairs = api.pair(student_spec, teacher_spec, student, teacher)
+        pairs = taps.pair(student_spec, teacher_spec, student, teacher)
         for stride, s, t in pairs:
             if classes and s.shape[-1] != t.shape[-1]:
-                raise ValueError(
+                raise UserError(
                     f"cwd compares class maps without an adapter, but at stride {stride} the student has {s.shape[-1]} "
                     f"and the teacher {t.shape[-1]} of them; use the taps 'neck' if the classes differ"
                 )
-        return api.init_adapters(key, pairs)
+        return adapters.init_adapters(key, pairs)
 
     def apply(params, context):
-        pairs = api.adapt(params, api.pair(context.student, context.teacher, student, teacher))
+        pairs = adapters.adapt(params, taps.pair(context.student, context.teacher, student, teacher))
         return {"cwd": sum(jnp.mean(distribution.channel_kl(s, t, temperature=temperature)) for _, s, t in pairs)}
 
-    return api.Method(init, apply, {"cwd": weight})
+    return method.Method(init, apply, {"cwd": weight})

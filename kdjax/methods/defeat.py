@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from kdjax.losses import feature, regions
-from kdjax.methods import api
+from kdjax.distill import adapters, method, taps
 
 
 def make(
@@ -31,7 +31,7 @@ def make(
     foreground_weight: float = 3.0,
     background_weight: float = 12.0,
     relu: bool = False,
-) -> api.Method:
+) -> method.Method:
     """Half the mean squared distance of two maps on the cells of objects, and on all others.
 
     Args:
@@ -44,8 +44,8 @@ def make(
     weights = {"foreground": weight * foreground_weight, "background": weight * background_weight}
 
     def init(key, student_spec, teacher_spec):
-        pairs = api.pair(student_spec, teacher_spec, student, teacher)
-        return api.init_adapters(key, pairs, kernel_size=3, always=True, deviation=1e-4)
+        pairs = taps.pair(student_spec, teacher_spec, student, teacher)
+        return adapters.init_adapters(key, pairs, kernel_size=3, always=True, deviation=1e-4)
 
     def compare(s, t, inside):
         error = feature.squared(jax.nn.relu(s) if relu else s, t)
@@ -56,7 +56,7 @@ def make(
         return {"foreground": half_mean(inside), "background": half_mean(~inside)}
 
     def apply(params, context):
-        pairs = api.adapt(params, api.pair(context.student, context.teacher, student, teacher))
+        pairs = adapters.adapt(params, taps.pair(context.student, context.teacher, student, teacher))
         masks = regions.levelled_masks(
             context.targets.boxes,
             context.targets.valid,
@@ -64,6 +64,6 @@ def make(
             [p.teacher.shape[1:3] for p in pairs],
         )
         levels = [compare(s, t, mask) for (_, s, t), mask in zip(pairs, masks, strict=True)]
-        return {name: api.mean_over_levels([level[name] for level in levels]) for name in weights if weights[name]}
+        return {name: method.mean_over_levels([level[name] for level in levels]) for name in weights if weights[name]}
 
-    return api.Method(init, apply, weights)
+    return method.Method(init, apply, weights)

@@ -19,7 +19,7 @@ Status: formula
 """
 
 from kdjax.losses import decoupled
-from kdjax.methods import api
+from kdjax.distill import method
 
 
 def make(
@@ -31,7 +31,7 @@ def make(
     target_weight: float = 1.0,
     other_weight: float = 0.25,
     temperature: float = 1.0,
-) -> api.Method:
+) -> method.Method:
     """Divergence of the target class and divergence among the other classes, on the positive priors.
 
     Args:
@@ -43,10 +43,10 @@ def make(
       temperature: tau > 0; 1 for detection, 4 for small classification in the paper.
 
     Raises:
-      ValueError: unknown `head`, or temperature not above 0.
+      UserError: unknown `head`, or temperature not above 0.
     """
-    api.check_choice("dkd.head", head, ("sigmoid", "softmax"))
-    api.check("dkd.temperature", temperature, temperature > 0, "above 0")
+    method.check_choice("dkd: head", head, ("sigmoid", "softmax"))
+    method.check("dkd: temperature", temperature, temperature > 0, "above 0")
     weights = {"target": weight * target_weight, "others": weight * other_weight}
     divergences = decoupled.decoupled_sigmoid if head == "sigmoid" else decoupled.decoupled
 
@@ -61,6 +61,6 @@ def make(
         logits, assignment = api.row_pair(pairs, len(context.priors)), context.assignment
         target, others = divergences(*logits, assignment.labels, temperature=temperature)
         terms = {"target": target, "others": others}
-        return {name: api.mean_over_positives(terms[name], assignment.positive) for name in terms if weights[name]}
+        return {name: method.mean_over_positives(terms[name], assignment.positive) for name in terms if weights[name]}
 
-    return api.Method(init, apply, weights)
+    return method.Method(init, apply, weights)

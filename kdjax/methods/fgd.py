@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from kdjax.losses import attention, feature, regions, relation
-from kdjax.methods import api
+from kdjax.distill import adapters, method, taps
 
 
 def make(
@@ -38,7 +38,7 @@ def make(
     relation_weight: float = 8e-6,
     temperature: float = 0.8,
     unpadded: bool = False,
-) -> api.Method:
+) -> method.Method:
     """Focal (attended foreground and background, attention) and global (relation) distance of two maps.
 
     Args:
@@ -52,9 +52,9 @@ def make(
       unpadded: scales boxes by the size of the image without its padding, as the official code does.
 
     Raises:
-      ValueError: a temperature not above 0.
+      UserError: a temperature not above 0.
     """
-    api.check("fgd.temperature", temperature, temperature > 0, "above 0")
+    method.check("fgd: temperature", temperature, temperature > 0, "above 0")
     weights = {
         "foreground": weight * foreground_weight,
         "background": weight * background_weight,
@@ -63,7 +63,7 @@ def make(
     }
 
     def init(key, student_spec, teacher_spec):
-        pairs = api.pair(student_spec, teacher_spec, student, teacher)
+        pairs = taps.pair(student_spec, teacher_spec, student, teacher)
         key, *keys = jax.random.split(key, 3)
         blocks = {
             str(stride): {
@@ -72,7 +72,7 @@ def make(
             }
             for stride, _, t in pairs
         }
-        return api.init_adapters(key, pairs) | {"blocks": blocks}
+        return adapters.init_adapters(key, pairs) | {"blocks": blocks}
 
     def compare(s, t, blocks, targets):
         size = targets.image_size if unpadded else targets.pad_size
@@ -88,10 +88,10 @@ def make(
         }
 
     def apply(params, context):
-        pairs = api.adapt(params, api.pair(context.student, context.teacher, student, teacher))
+        pairs = adapters.adapt(params, taps.pair(context.student, context.teacher, student, teacher))
         levels = [compare(s, t, params["blocks"][str(stride)], context.targets) for stride, s, t in pairs]
         return {
             name: sum(jnp.sum(level[name]) / len(level[name]) for level in levels) for name in weights if weights[name]
         }
 
-    return api.Method(init, apply, weights)
+    return method.Method(init, apply, weights)

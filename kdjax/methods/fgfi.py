@@ -22,7 +22,7 @@ import numpy as np
 
 from kdjax.boxes import priors, roi_align
 from kdjax.losses import feature, regions
-from kdjax.methods import api
+from kdjax.distill import adapters, method, taps
 
 
 def make(
@@ -34,7 +34,7 @@ def make(
     anchor_scale: float = 8.0,
     relu: bool = False,
     port: bool = False,
-) -> api.Method:
+) -> method.Method:
     """Squared distance of two maps on the cells whose anchors lie best around an object.
 
     Args:
@@ -46,14 +46,14 @@ def make(
       port: levels and divisors of the port to feature pyramids.
 
     Raises:
-      ValueError: `psi` outside 0 .. 1, or `anchor_scale` not above 0.
+      UserError: `psi` outside 0 .. 1, or `anchor_scale` not above 0.
     """
-    api.check("fgfi.psi", psi, 0 <= psi <= 1, "within 0 .. 1")
-    api.check("fgfi.anchor_scale", anchor_scale, anchor_scale > 0, "above 0")
+    method.check("fgfi: psi", psi, 0 <= psi <= 1, "within 0 .. 1")
+    method.check("fgfi: anchor_scale", anchor_scale, anchor_scale > 0, "above 0")
 
     def init(key, student_spec, teacher_spec):
-        pairs = api.pair(student_spec, teacher_spec, student, teacher)
-        return api.init_adapters(key, pairs, kernel_size=3, always=True, deviation=1e-4)
+        pairs = taps.pair(student_spec, teacher_spec, student, teacher)
+        return adapters.init_adapters(key, pairs, kernel_size=3, always=True, deviation=1e-4)
 
     def anchors(stride, shape, offset):
         """f32[H, W, 1, 4]; `offset` is the place of a prior in its cell, 0 .. 1."""
@@ -78,7 +78,7 @@ def make(
         return [part.reshape(-1, *grid.shape[:2], 1) for part, grid in zip(parts, grids, strict=True)]
 
     def apply(params, context):
-        pairs = api.adapt(params, api.pair(context.student, context.teacher, student, teacher))
+        pairs = adapters.adapt(params, taps.pair(context.student, context.teacher, student, teacher))
         kept = masks(pairs, context)
         cells = [jnp.sum(mask) for mask in kept]
         errors = [
@@ -88,10 +88,10 @@ def make(
         if port:
             levels = zip(errors, cells, pairs, strict=True)
             return {
-                "feature": api.mean_over_levels(
+                "feature": method.mean_over_levels(
                     [error / (2 * jnp.maximum(n, 1) * p.teacher.shape[-1]) for error, n, p in levels]
                 )
             }
         return {"feature": sum(errors) / (2 * jnp.maximum(sum(cells), 1))}
 
-    return api.Method(init, apply, {"feature": weight})
+    return method.Method(init, apply, {"feature": weight})

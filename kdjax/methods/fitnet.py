@@ -16,7 +16,7 @@ Status: proven
 import jax.numpy as jnp
 
 from kdjax.losses import feature
-from kdjax.methods import api
+from kdjax.distill import adapters, method, taps
 
 DISTANCES = {"l2": feature.squared, "l1": feature.absolute}
 
@@ -28,7 +28,7 @@ def make(
     teacher: str = "neck",
     distance: str = "l2",
     reduction: str = "mean",
-) -> api.Method:
+) -> method.Method:
     """Plain distance of two maps.
 
     Args:
@@ -38,20 +38,20 @@ def make(
       reduction: of a level: "mean", or "sum" over H, W and C divided by B.
 
     Raises:
-      ValueError: unknown distance or reduction.
+      UserError: unknown distance or reduction.
     """
-    api.check_choice("fitnet.distance", distance, tuple(DISTANCES))
-    api.check_choice("fitnet.reduction", reduction, ("mean", "sum"))
+    method.check_choice("fitnet: distance", distance, tuple(DISTANCES))
+    method.check_choice("fitnet: reduction", reduction, ("mean", "sum"))
 
     def init(key, student_spec, teacher_spec):
-        return api.init_adapters(key, api.pair(student_spec, teacher_spec, student, teacher))
+        return adapters.init_adapters(key, taps.pair(student_spec, teacher_spec, student, teacher))
 
     def compare(s, t):
         loss = DISTANCES[distance](s, t)
         return jnp.mean(loss) if reduction == "mean" else jnp.sum(loss) / len(loss)
 
     def apply(params, context):
-        pairs = api.adapt(params, api.pair(context.student, context.teacher, student, teacher))
-        return {"feature": api.mean_over_levels([compare(s, t) for _, s, t in pairs])}
+        pairs = adapters.adapt(params, taps.pair(context.student, context.teacher, student, teacher))
+        return {"feature": method.mean_over_levels([compare(s, t) for _, s, t in pairs])}
 
-    return api.Method(init, apply, {"feature": weight})
+    return method.Method(init, apply, {"feature": weight})

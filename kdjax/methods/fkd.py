@@ -26,7 +26,7 @@ import jax.numpy as jnp
 
 from kdjax import nn
 from kdjax.losses import attention, feature, relation
-from kdjax.methods import api
+from kdjax.distill import adapters, method, taps
 
 
 def make(
@@ -41,7 +41,7 @@ def make(
     temperature: float = 0.5,
     paper: bool = False,
     parity: bool = False,
-) -> api.Method:
+) -> method.Method:
     """Norms of the differences of attended maps, of their means over space and channels, and of their relations.
 
     Args:
@@ -56,9 +56,9 @@ def make(
       parity: norms over the whole batch, which grow with the square root of its size.
 
     Raises:
-      ValueError: a temperature not above 0.
+      UserError: a temperature not above 0.
     """
-    api.check("fkd.temperature", temperature, temperature > 0, "above 0")
+    method.check("fkd: temperature", temperature, temperature > 0, "above 0")
     weights = {
         "feature": weight * feature_weight,
         "channel": weight * channel_weight,
@@ -67,14 +67,14 @@ def make(
     }
 
     def init(key, student_spec, teacher_spec):
-        pairs = api.pair(student_spec, teacher_spec, student, teacher)
+        pairs = taps.pair(student_spec, teacher_spec, student, teacher)
         keys = iter(jax.random.split(key, 6))
         params = {
-            name: api.init_adapters(next(keys), pairs, always=True) for name in ("feature", "channel", "non_local")
+            name: adapters.init_adapters(next(keys), pairs, always=True) for name in ("feature", "channel", "non_local")
         }
         spatial, *blocks = keys
         params["spatial"] = {
-            str(p.stride): api.init_conv(jax.random.fold_in(spatial, p.stride), 3, 1, 1) for p in pairs
+            str(p.stride): adapters.init_conv(jax.random.fold_in(spatial, p.stride), 3, 1, 1) for p in pairs
         }
         params["blocks"] = {
             str(p.stride): {
@@ -115,8 +115,8 @@ def make(
         return {name: norm if parity else norm / len(s) ** 0.5 for name, norm in norms.items()}
 
     def apply(params, context):
-        pairs = api.adapt({}, api.pair(context.student, context.teacher, student, teacher))  # resizes, if at all
+        pairs = adapters.adapt({}, taps.pair(context.student, context.teacher, student, teacher))  # resizes, if at all
         levels = [compare(stride, s, t, params) for stride, s, t in pairs]
         return {name: sum(level[name] for level in levels) for name in weights if weights[name]}
 
-    return api.Method(init, apply, weights)
+    return method.Method(init, apply, weights)

@@ -27,7 +27,8 @@ import jax.numpy as jnp
 
 from kdjax.boxes import roi_align
 from kdjax.losses import feature, instances, logits
-from kdjax.methods import api
+from kdjax.errors import UserError
+from kdjax.distill import adapters, method, taps
 
 
 def make(
@@ -42,7 +43,7 @@ def make(
     count: int = 10,
     iou_threshold: float = 0.3,
     parity: bool = False,
-) -> api.Method:
+) -> method.Method:
     """Distances of the features, the mutual distances and the predictions of a fixed number of instances an image.
 
     Args:
@@ -57,10 +58,10 @@ def make(
       parity: relates the instances of the whole batch to each other, not those of an image.
 
     Raises:
-      ValueError: `count` below 1, or `iou_threshold` outside 0 .. 1.
+      UserError: `count` below 1, or `iou_threshold` outside 0 .. 1.
     """
-    api.check("gid.count", count, count >= 1, "at least 1")
-    api.check("gid.iou_threshold", iou_threshold, 0 <= iou_threshold <= 1, "within 0 .. 1")
+    method.check("gid: count", count, count >= 1, "at least 1")
+    method.check("gid: iou_threshold", iou_threshold, 0 <= iou_threshold <= 1, "within 0 .. 1")
     weights = {
         "feature": weight * feature_weight,
         "relation": weight * relation_weight,
@@ -70,21 +71,21 @@ def make(
 
     def init(key, student_spec, teacher_spec):
         api.pair_priors(student_spec, teacher_spec, "cls_logits", "cls_logits")
-        pairs = api.pair(student_spec, teacher_spec, student, teacher)
+        pairs = taps.pair(student_spec, teacher_spec, student, teacher)
         widths = sorted({(p.student.shape[-1], p.teacher.shape[-1]) for p in pairs})
         if len(widths) > 1:
-            raise ValueError(
+            raise UserError(
                 "gid shares one adapter over the levels, which must have the same channels; the taps "
                 f"{student!r} (student) and {teacher!r} (teacher) have {widths}"
             )
         for stride, s, t in pairs:
-            api.check_sizes(stride, s.shape, t.shape)
-        return api.init_conv(key, 3, *widths[0])
+            taps.check_sizes(stride, s.shape, t.shape)
+        return adapters.init_conv(key, 3, *widths[0])
 
     def features(params, context, boxes):
         """Both nets' features of the boxes, f32[B, R, 10, 10, C]."""
-        pairs = api.pair(context.student, context.teacher, student, teacher)
-        pairs = api.adapt({str(p.stride): params for p in pairs}, pairs)
+        pairs = taps.pair(context.student, context.teacher, student, teacher)
+        pairs = adapters.adapt({str(p.stride): params for p in pairs}, pairs)
         strides = [p.stride for p in pairs]
         level = roi_align.levels_by_size(boxes, len(pairs), finest=14.0 * strides[0])
         return (
@@ -111,11 +112,11 @@ def make(
         positive = assignment.positive & ~assignment.ignore
         strides = jnp.tile(context.priors[:, 2:], 2)
         terms = {
-            "feature": api.mean_over_positives(jnp.sum(feature.squared(s, t), -1), pixels),
+            "feature": method.mean_over_positives(jnp.sum(feature.squared(s, t), -1), pixels),
             "relation": relation(s, t, valid),
-            "class": api.mean_over_positives(jnp.sum(logits.sigmoid_kl(*scores), -1), positive),
-            "box": api.mean_over_positives(jnp.sum(feature.absolute(*predicted) / strides, -1), positive),
+            "class": method.mean_over_positives(jnp.sum(logits.sigmoid_kl(*scores), -1), positive),
+            "box": method.mean_over_positives(jnp.sum(feature.absolute(*predicted) / strides, -1), positive),
         }
         return {name: terms[name] for name in weights if weights[name]}
 
-    return api.Method(init, apply, weights)
+    return method.Method(init, apply, weights)

@@ -18,7 +18,7 @@ Status: formula
 import jax.numpy as jnp
 
 from kdjax.losses import logits
-from kdjax.methods import api
+from kdjax.distill import method
 
 
 def make(
@@ -30,7 +30,7 @@ def make(
     priors: str = "positive",
     temperature: float = 1.0,
     class_reduction: str = "sum",
-) -> api.Method:
+) -> method.Method:
     """KL divergence of the class scores, prior by prior.
 
     Args:
@@ -42,12 +42,12 @@ def make(
       class_reduction: "sum" or "mean" over the classes.
 
     Raises:
-      ValueError: unknown `head`, `priors` or `class_reduction`, or temperature not above 0.
+      UserError: unknown `head`, `priors` or `class_reduction`, or temperature not above 0.
     """
-    api.check_choice("hinton.head", head, ("sigmoid", "softmax"))
-    api.check_choice("hinton.priors", priors, ("positive", "all"))
-    api.check_choice("hinton.class_reduction", class_reduction, ("sum", "mean"))
-    api.check("hinton.temperature", temperature, temperature > 0, "above 0")
+    method.check_choice("hinton: head", head, ("sigmoid", "softmax"))
+    method.check_choice("hinton: priors", priors, ("positive", "all"))
+    method.check_choice("hinton: class_reduction", class_reduction, ("sum", "mean"))
+    method.check("hinton: temperature", temperature, temperature > 0, "above 0")
 
     def init(key, student_spec, teacher_spec):
         del key
@@ -69,4 +69,4 @@ def make(
         total = jnp.sum(jnp.where(compared, divergence(*api.row_pair(pairs, len(context.priors))), 0.0))
         return {"classes": total / jnp.maximum(jnp.sum(counted), 1)}
 
-    return api.Method(init, apply, {"classes": weight})
+    return method.Method(init, apply, {"classes": weight})

@@ -24,7 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from kdjax.losses import localization, logits
-from kdjax.methods import api
+from kdjax.errors import UserError
+from kdjax.distill import method, taps
 
 
 def make(
@@ -41,7 +42,7 @@ def make(
     anchor_scale: float = 8.0,
     candidates: int = 9,
     normalizer: str = "weights",
-) -> api.Method:
+) -> method.Method:
     """Divergence of the edge distributions on positives and around them, and of the classes on positives.
 
     Args:
@@ -58,17 +59,17 @@ def make(
       normalizer: "weights" divides main and region by W; "sum" does not.
 
     Raises:
-      ValueError: unknown `normalizer`, a temperature not above 0, or `gamma` outside 0 .. 1.
+      UserError: unknown `normalizer`, a temperature not above 0, or `gamma` outside 0 .. 1.
     """
-    api.check_choice("ld.normalizer", normalizer, ("weights", "sum"))
-    api.check("ld.temperature", temperature, temperature > 0, "above 0")
-    api.check("ld.class_temperature", class_temperature, class_temperature > 0, "above 0")
-    api.check("ld.gamma", gamma, 0 <= gamma <= 1, "within 0 .. 1")
+    method.check_choice("ld: normalizer", normalizer, ("weights", "sum"))
+    method.check("ld: temperature", temperature, temperature > 0, "above 0")
+    method.check("ld: class_temperature", class_temperature, class_temperature > 0, "above 0")
+    method.check("ld: gamma", gamma, 0 <= gamma <= 1, "within 0 .. 1")
     weights = {"main": weight * main_weight, "region": weight * region_weight / 4, "classes": weight * class_weight}
 
     def check_bins(side, name, width):
         if width % 4 or width <= 4:
-            raise ValueError(
+            raise UserError(
                 f"ld compares box edges as distributions over bins, but {name!r} of the {side} has {width} numbers a "
                 "prior: take detectors whose heads predict distributions (as GFL's does)"
             )
@@ -76,7 +77,7 @@ def make(
     def init(key, student_spec, teacher_spec):
         del key
         for side, output, name in (("student", student_spec, student), ("teacher", teacher_spec, teacher)):
-            check_bins(side, name, next(iter(api.tap(output, name).values())).shape[-1] // output.anchors)
+            check_bins(side, name, next(iter(taps.tap(output, name).values())).shape[-1] // output.anchors)
         api.pair_priors(student_spec, teacher_spec, student, teacher)
         api.pair_priors(student_spec, teacher_spec, "cls_logits", "cls_logits")
         return {}
@@ -107,7 +108,7 @@ def make(
         if weights["classes"]:
             soft = logits.softmax_kl(*class_logits, temperature=class_temperature, class_reduction="mean")
             levels = (jnp.split(x, np.cumsum(sizes)[:-1], 1) for x in (soft, assignment.positive))
-            terms["classes"] = sum(api.mean_over_positives(*level) for level in zip(*levels, strict=True))
+            terms["classes"] = sum(method.mean_over_positives(*level) for level in zip(*levels, strict=True))
         return {name: value for name, value in terms.items() if weights[name]}
 
-    return api.Method(init, apply, weights)
+    return method.Method(init, apply, weights)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from kdjax.losses import feature, generation
-from kdjax.methods import api
+from kdjax.distill import adapters, method, taps
 
 
 def make(
@@ -29,7 +29,7 @@ def make(
     teacher: str = "neck",
     drop: float = 0.65,
     mask: str = "cells",
-) -> api.Method:
+) -> method.Method:
     """Distance of the teacher's map and what a generator makes of the student's masked one.
 
     Args:
@@ -39,14 +39,14 @@ def make(
       mask: "cells", shared over channels, or "channels", shared over cells.
 
     Raises:
-      ValueError: `drop` outside 0 .. 1, or unknown mask.
+      UserError: `drop` outside 0 .. 1, or unknown mask.
     """
-    api.check("mgd.drop", drop, 0 <= drop <= 1, "within 0 .. 1")
-    api.check_choice("mgd.mask", mask, ("cells", "channels"))
+    method.check("mgd: drop", drop, 0 <= drop <= 1, "within 0 .. 1")
+    method.check_choice("mgd: mask", mask, ("cells", "channels"))
 
     def init(key, student_spec, teacher_spec):
-        pairs = api.pair(student_spec, teacher_spec, student, teacher)
-        return api.init_adapters(key, pairs) | {"generators": api.init_generators(key, pairs)}
+        pairs = taps.pair(student_spec, teacher_spec, student, teacher)
+        return adapters.init_adapters(key, pairs) | {"generators": adapters.init_generators(key, pairs)}
 
     def compare(s, t, generator, key):
         batch, height, width, channels = s.shape
@@ -55,11 +55,11 @@ def make(
         return jnp.sum(feature.squared(generation.generate(kept * s, generator), t)) / batch
 
     def apply(params, context):
-        pairs = api.adapt(params, api.pair(context.student, context.teacher, student, teacher))
+        pairs = adapters.adapt(params, taps.pair(context.student, context.teacher, student, teacher))
         levels = [
             compare(s, t, params["generators"][str(stride)], jax.random.fold_in(context.key, stride))
             for stride, s, t in pairs
         ]
         return {"generation": sum(levels)}
 
-    return api.Method(init, apply, {"generation": weight})
+    return method.Method(init, apply, {"generation": weight})

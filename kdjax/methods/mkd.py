@@ -40,7 +40,7 @@ import jax
 import jax.numpy as jnp
 
 from kdjax.losses import attention, distribution, feature, frequency, generation
-from kdjax.methods import api
+from kdjax.distill import adapters, method, taps
 
 
 def make(
@@ -62,7 +62,7 @@ def make(
     temperature: float = 1.0,
     attention_weighted: bool = False,
     normalize: str = "none",
-) -> api.Method:
+) -> method.Method:
     """Four comparisons of two maps: as they are, pooled, without random frequencies, as distributions over space.
 
     Args:
@@ -84,9 +84,9 @@ def make(
       normalize: "none" (to the letter), or "pkd": both features are standardised per channel over the batch first.
 
     Raises:
-      ValueError: unknown `normalize`, or what the losses refuse.
+      UserError: unknown `normalize`, or what the losses refuse.
     """
-    api.check_choice("mkd.normalize", normalize, ("none", "pkd"))
+    method.check_choice("mkd: normalize", normalize, ("none", "pkd"))
     weights = {
         "feature": weight * feature_weight,
         "multiscale": weight * multiscale_weight,
@@ -95,9 +95,9 @@ def make(
     }
 
     def init(key, student_spec, teacher_spec):
-        pairs = api.pair(student_spec, teacher_spec, student, teacher)
-        params = api.init_adapters(key, pairs)
-        return params | {"generators": api.init_generators(key, pairs)} if generator else params
+        pairs = taps.pair(student_spec, teacher_spec, student, teacher)
+        params = adapters.init_adapters(key, pairs)
+        return params | {"generators": adapters.init_generators(key, pairs)} if generator else params
 
     def compare(pair, params, key):
         stride, s, t = pair
@@ -120,10 +120,10 @@ def make(
         }
 
     def apply(params, context):
-        pairs = api.adapt(params, api.pair(context.student, context.teacher, student, teacher))
+        pairs = adapters.adapt(params, taps.pair(context.student, context.teacher, student, teacher))
         levels = [compare(pair, params, jax.random.fold_in(context.key, pair.stride)) for pair in pairs]
         return {
-            name: api.mean_over_levels([jnp.mean(level[name]) for level in levels]) for name in weights if weights[name]
+            name: method.mean_over_levels([jnp.mean(level[name]) for level in levels]) for name in weights if weights[name]
         }
 
-    return api.Method(init, apply, weights)
+    return method.Method(init, apply, weights)

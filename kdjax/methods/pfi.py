@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 
 from kdjax.losses import feature, prediction
-from kdjax.methods import api
+from kdjax.errors import UserError
+from kdjax.distill import adapters, method, taps
 
 
 def make(
@@ -32,7 +33,7 @@ def make(
     form: str = "mean",
     normalize_guide: bool = False,
     detach_guide: bool = False,
-) -> api.Method:
+) -> method.Method:
     """Squared feature difference, weighted in every cell by the squared difference of the class predictions.
 
     Args:
@@ -44,22 +45,22 @@ def make(
       detach_guide: no gradient through P.
 
     Raises:
-      ValueError: unknown `space` or `form`.
+      UserError: unknown `space` or `form`.
     """
-    api.check_choice("pfi.space", space, ("logits", "probs"))
-    api.check_choice("pfi.form", form, ("mean", "norm"))
+    method.check_choice("pfi: space", space, ("logits", "probs"))
+    method.check_choice("pfi: form", form, ("mean", "norm"))
 
     def init(key, student_spec, teacher_spec):
-        pairs = api.pair(student_spec, teacher_spec, student, teacher)
+        pairs = taps.pair(student_spec, teacher_spec, student, teacher)
         predictions = api.pair_priors(student_spec, teacher_spec, "cls_logits", "cls_logits")
         grids = {p.stride: p.teacher.shape[1:3] for p in predictions}
         for stride, _, of_teacher in pairs:
             if grids.get(stride) != of_teacher.shape[1:3]:
-                raise ValueError(
+                raise UserError(
                     f"pfi weights features by predictions cell by cell, but at stride {stride} the tap {teacher!r} of "
                     f"the teacher has {of_teacher.shape[1:3]} cells and its class logits {grids.get(stride)}"
                 )
-        return api.init_adapters(key, pairs)
+        return adapters.init_adapters(key, pairs)
 
     def compare(s, t, logits):
         guide = prediction.disagreement(logits.student, logits.teacher, space=space)
@@ -74,9 +75,9 @@ def make(
         return jnp.mean(cells)
 
     def apply(params, context):
-        pairs = api.adapt(params, api.pair(context.student, context.teacher, student, teacher))
-        predictions = {p.stride: p for p in api.pair(context.student, context.teacher, "cls_logits")}
+        pairs = adapters.adapt(params, taps.pair(context.student, context.teacher, student, teacher))
+        predictions = {p.stride: p for p in taps.pair(context.student, context.teacher, "cls_logits")}
         levels = [compare(s, t, predictions[stride]) for stride, s, t in pairs]
-        return {"feature": api.mean_over_levels(levels)}
+        return {"feature": method.mean_over_levels(levels)}
 
-    return api.Method(init, apply, {"feature": weight})
+    return method.Method(init, apply, {"feature": weight})

@@ -17,7 +17,7 @@ Status: proven
 import jax.numpy as jnp
 
 from kdjax.losses import feature
-from kdjax.methods import api
+from kdjax.distill import adapters, method, taps
 
 
 def make(
@@ -26,7 +26,7 @@ def make(
     student: str = "neck",
     teacher: str = "neck",
     ddof: int = 0,
-) -> api.Method:
+) -> method.Method:
     """Distance of standardised maps.
 
     Args:
@@ -35,15 +35,15 @@ def make(
       ddof: 0 for the biased standard deviation, 1 for the unbiased one of the published codes.
 
     Raises:
-      ValueError: another ddof.
+      UserError: another ddof.
     """
-    api.check_choice("pkd.ddof", ddof, (0, 1))
+    method.check_choice("pkd: ddof", ddof, (0, 1))
 
     def init(key, student_spec, teacher_spec):
-        return api.init_adapters(key, api.pair(student_spec, teacher_spec, student, teacher))
+        return adapters.init_adapters(key, taps.pair(student_spec, teacher_spec, student, teacher))
 
     def apply(params, context):
-        pairs = api.adapt(params, api.pair(context.student, context.teacher, student, teacher))
+        pairs = adapters.adapt(params, taps.pair(context.student, context.teacher, student, teacher))
         return {"correlation": sum(jnp.mean(feature.pearson(s, t, ddof=ddof)) for _, s, t in pairs)}
 
-    return api.Method(init, apply, {"correlation": weight})
+    return method.Method(init, apply, {"correlation": weight})

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from kdjax.boxes import iou
 from kdjax.losses import rank
-from kdjax.methods import api
+from kdjax.distill import method
 
 
 def make(
@@ -31,7 +31,7 @@ def make(
     theta: float = 1.0,
     quality: str = "cls",
     per_image: bool = False,
-) -> api.Method:
+) -> method.Method:
     """KL divergence of the softmax over the positive priors of every object.
 
     Args:
@@ -44,10 +44,10 @@ def make(
       per_image: the mean over the objects of each image, then over images, instead of over all objects.
 
     Raises:
-      ValueError: unknown `quality`, or `theta` not above 0.
+      UserError: unknown `quality`, or `theta` not above 0.
     """
-    api.check_choice("rm.quality", quality, ("cls", "iou", "cls*iou"))
-    api.check("rm.theta", theta, theta > 0, "above 0")
+    method.check_choice("rm: quality", quality, ("cls", "iou", "cls*iou"))
+    method.check("rm: theta", theta, theta > 0, "above 0")
 
     def init(key, student_spec, teacher_spec):
         del key
@@ -72,4 +72,4 @@ def make(
             return {"rank": jnp.mean(jnp.sum(divergence, 1) / jnp.maximum(ranked, 1))}
         return {"rank": jnp.sum(divergence) / jnp.maximum(jnp.sum(ranked), 1)}
 
-    return api.Method(init, apply, {"rank": weight})
+    return method.Method(init, apply, {"rank": weight})

@@ -18,7 +18,7 @@ Status: formula
 import jax.numpy as jnp
 
 from kdjax.losses import distribution, feature
-from kdjax.methods import api
+from kdjax.distill import adapters, method, taps
 
 
 def make(
@@ -27,7 +27,7 @@ def make(
     student: str = "neck_conv",
     teacher: str = "neck_conv",
     temperature: float = 1.0,
-) -> api.Method:
+) -> method.Method:
     """Channel-wise divergence over space of normalised maps.
 
     Args:
@@ -37,18 +37,18 @@ def make(
     """
 
     def init(key, student_spec, teacher_spec):
-        pairs = api.pair(student_spec, teacher_spec, student, teacher)
-        return api.init_adapters(key, pairs, bias=False, always=True)
+        pairs = taps.pair(student_spec, teacher_spec, student, teacher)
+        return adapters.init_adapters(key, pairs, bias=False, always=True)
 
     def normalized(x):
         return feature.standardize(x, eps=0.0, variance_eps=1e-5)
 
     def apply(params, context):
-        pairs = api.adapt(params, api.pair(context.student, context.teacher, student, teacher))
+        pairs = adapters.adapt(params, taps.pair(context.student, context.teacher, student, teacher))
         levels = [
             jnp.mean(distribution.channel_kl(normalized(s), normalized(t), temperature=temperature))
             for _, s, t in pairs
         ]
         return {"cwd": sum(levels)}
 
-    return api.Method(init, apply, {"cwd": weight})
+    return method.Method(init, apply, {"cwd": weight})

@@ -21,7 +21,7 @@ Status: formula
 import jax.numpy as jnp
 
 from kdjax.losses import structural
-from kdjax.methods import api
+from kdjax.distill import adapters, method, taps
 
 
 def make(
@@ -33,7 +33,7 @@ def make(
     window: int = 11,
     exponents: tuple[float, float, float] = (1.0, 1.0, 1.0),
     always_adapt: bool = False,
-) -> api.Method:
+) -> method.Method:
     """Structural dissimilarity of rescaled maps.
 
     Args:
@@ -46,23 +46,23 @@ def make(
       always_adapt: a 1x1 adapter even where channels agree, for teachers of another family.
 
     Raises:
-      ValueError: unknown scope, a window or exponents that are not possible.
+      UserError: unknown scope, a window or exponents that are not possible.
     """
-    api.check_choice("ssim.scope", scope, ("image", "channel", "batch"))
-    api.check("ssim.window", window, window >= 3 and window % 2 == 1, "odd and at least 3")
+    method.check_choice("ssim: scope", scope, ("image", "channel", "batch"))
+    method.check("ssim: window", window, window >= 3 and window % 2 == 1, "odd and at least 3")
     possible = len(exponents) == 3 and min(exponents) >= 0
-    api.check("ssim.exponents", exponents, possible, "three numbers, none below 0")
+    method.check("ssim: exponents", exponents, possible, "three numbers, none below 0")
 
     def init(key, student_spec, teacher_spec):
-        pairs = api.pair(student_spec, teacher_spec, student, teacher)
-        return api.init_adapters(key, pairs, always=always_adapt)
+        pairs = taps.pair(student_spec, teacher_spec, student, teacher)
+        return adapters.init_adapters(key, pairs, always=always_adapt)
 
     def compare(s, t):
         s, t = structural.min_max(s, scope=scope), structural.min_max(t, scope=scope)
         return jnp.mean(structural.structural(s, t, window=window, exponents=tuple(exponents)))
 
     def apply(params, context):
-        pairs = api.adapt(params, api.pair(context.student, context.teacher, student, teacher))
+        pairs = adapters.adapt(params, taps.pair(context.student, context.teacher, student, teacher))
         return {"structural": sum(compare(s, t) for _, s, t in pairs)}
 
-    return api.Method(init, apply, {"structural": weight})
+    return method.Method(init, apply, {"structural": weight})

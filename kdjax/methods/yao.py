@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 from kdjax import nn
 from kdjax.losses import attention, decoupled, feature, generation
-from kdjax.methods import api
+from kdjax.distill import adapters, method, taps
 
 
 def make(
@@ -45,7 +45,7 @@ def make(
     other_weight: float = 0.25,
     temperature: float = 1.0,
     reach: int = 1,
-) -> api.Method:
+) -> method.Method:
     """Rebuilt features, decoupled class scores, and every level against its neighbours.
 
     Args:
@@ -63,14 +63,14 @@ def make(
       reach: how many levels away a teacher's level may be, >= 0.
 
     Raises:
-      ValueError: unknown `resample` or `head`, or a number out of its range.
+      UserError: unknown `resample` or `head`, or a number out of its range.
     """
-    api.check_choice("yao.resample", resample, ("mask", "interp", "none"))
-    api.check_choice("yao.head", head, ("sigmoid", "softmax"))
-    api.check("yao.drop", drop, 0 <= drop <= 1, "within 0 .. 1")
-    api.check("yao.factor", factor, factor >= 1, "at least 1")
-    api.check("yao.temperature", temperature, temperature > 0, "above 0")
-    api.check("yao.reach", reach, reach >= 0, "at least 0")
+    method.check_choice("yao: resample", resample, ("mask", "interp", "none"))
+    method.check_choice("yao: head", head, ("sigmoid", "softmax"))
+    method.check("yao: drop", drop, 0 <= drop <= 1, "within 0 .. 1")
+    method.check("yao: factor", factor, factor >= 1, "at least 1")
+    method.check("yao: temperature", temperature, temperature > 0, "above 0")
+    method.check("yao: reach", reach, reach >= 0, "at least 0")
     weights = {
         "features": weight * feature_weight,
         "target": weight * logit_weight * target_weight,
@@ -87,13 +87,13 @@ def make(
                 yield pair.stride, pair.student, pairs[j].stride, pairs[j].teacher, share / sum(near.values())
 
     def init(key, student_spec, teacher_spec):
-        pairs = api.pair(student_spec, teacher_spec, student, teacher)
+        pairs = taps.pair(student_spec, teacher_spec, student, teacher)
         params = {}
         if weights["features"]:
-            params = {"adapters": api.init_adapters(key, pairs), "generators": api.init_generators(key, pairs)}
+            params = {"adapters": adapters.init_adapters(key, pairs), "generators": adapters.init_generators(key, pairs)}
             if spatial_attention:
                 params["attention"] = {
-                    str(pair.stride): api.init_conv(
+                    str(pair.stride): adapters.init_conv(
                         jax.random.fold_in(jax.random.fold_in(key, 1), pair.stride), 7, 2, 1
                     )
                     for pair in pairs
@@ -105,8 +105,8 @@ def make(
             for i, s, j, t, _ in neighbours(pairs):
                 first, second = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, 2), 1000 * i + j))
                 params["many"][f"{i}-{j}"] = {
-                    "first": api.init_conv(first, 1, s.shape[-1], t.shape[-1]),
-                    "second": api.init_conv(second, 3, t.shape[-1], t.shape[-1]),
+                    "first": adapters.init_conv(first, 1, s.shape[-1], t.shape[-1]),
+                    "second": adapters.init_conv(second, 3, t.shape[-1], t.shape[-1]),
                 }
         return params
 
@@ -133,20 +133,20 @@ def make(
         return jnp.mean(feature.squared(generation.generate(s, params), t))
 
     def apply(params, context):
-        pairs = api.pair(context.student, context.teacher, student, teacher)
+        pairs = taps.pair(context.student, context.teacher, student, teacher)
         terms = {}
         if weights["features"]:
-            adapted = api.adapt(params["adapters"], pairs)
-            terms["features"] = api.mean_over_levels([rebuilt(params, pair, context.key) for pair in adapted])
+            adapted = adapters.adapt(params["adapters"], pairs)
+            terms["features"] = method.mean_over_levels([rebuilt(params, pair, context.key) for pair in adapted])
         if weights["target"] or weights["others"]:
             predictions = api.pair_priors(context.student, context.teacher, "cls_logits", "cls_logits")
             logits, assignment = api.row_pair(predictions, len(context.priors)), context.assignment
             target, others = divergences(*logits, assignment.labels, temperature=temperature)
-            terms["target"] = api.mean_over_positives(target, assignment.positive)
-            terms["others"] = api.mean_over_positives(others, assignment.positive)
+            terms["target"] = method.mean_over_positives(target, assignment.positive)
+            terms["others"] = method.mean_over_positives(others, assignment.positive)
         if weights["many"]:
             total = sum(share * aligned(params["many"][f"{i}-{j}"], s, t) for i, s, j, t, share in neighbours(pairs))
             terms["many"] = total / len(pairs)
         return {name: value for name, value in terms.items() if weights[name]}
 
-    return api.Method(init, apply, weights)
+    return method.Method(init, apply, weights)

@@ -1,0 +1,36 @@
+"""Observe, pair, compare: what a teacher saw meets what a student saw, and methods say how far they are apart."""
+
+from kdjax.distill.adapters import adapt, init_adapters, init_conv, init_generators
+from kdjax.distill.distiller import Distiller
+from kdjax.distill.method import Context, Method, check, check_choice, mean_over_levels, mean_over_positives
+from kdjax.distill.pairing import by_hungarian, by_location, by_overlap, by_place
+from kdjax.distill.taps import Pair, Reads, pair, tap
+from kdjax.distill.teachers import Custom, Student, Teacher, on_host, recorded, spec_of
+
+__all__ = [
+    "Context",
+    "Custom",
+    "Distiller",
+    "Method",
+    "Pair",
+    "Reads",
+    "Student",
+    "Teacher",
+    "adapt",
+    "by_hungarian",
+    "by_location",
+    "by_overlap",
+    "by_place",
+    "check",
+    "check_choice",
+    "init_adapters",
+    "init_conv",
+    "init_generators",
+    "mean_over_levels",
+    "mean_over_positives",
+    "on_host",
+    "pair",
+    "recorded",
+    "spec_of",
+    "tap",
+]

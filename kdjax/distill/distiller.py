@@ -1,0 +1,252 @@
+"""`Distiller`: the one place where teacher, student and methods meet. It observes, pairs and compares."""
+
+import dataclasses
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kdjax.distill import pairing as pairings
+from kdjax.distill import taps
+from kdjax.distill.method import Context, Method
+from kdjax.distill.pairing import Rule
+from kdjax.distill.teachers import Batch, Student, Teacher
+from kdjax.errors import UserError
+from kdjax.structs import Array, Assignment, DetectorOutput, Pairing, Rows, Targets, targets_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Distiller:
+    """Pure functions of a student, a teacher and methods; it holds no arrays.
+
+    Attributes:
+      student: a `Detector`, or anything with `spec` (`kdjax.distill.teachers.Student`).
+      teacher: a `Detector`, or anything with `spec` and `observe` (`kdjax.distill.teachers.Teacher`); of a loaded model
+        its detector is taken, and its weights wherever a call is given none.
+      methods: `Method`s of `kdjax.methods`, in a sequence or by name.
+      pairing: which row meets which (`kdjax.distill.pairing`).
+
+    Example:
+      >>> from kdjax import detectors, methods
+      >>> student, teacher = (detectors.build(name, 3) for name in ("rtmdet_pico", "rtmdet_nano"))
+      >>> distiller = Distiller(student, teacher, [methods.cwd(weight=5.0)])
+      >>> sorted(distiller.init(jax.random.key(0), (64, 64))["cwd"])
+      ['16', '32', '8']
+    """
+
+    student: Any
+    teacher: Any
+    methods: Mapping[str, Method] | Sequence[Method]
+    pairing: Rule = pairings.by_place
+    variables: Any = dataclasses.field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for role in ("student", "teacher"):
+            model = getattr(self, role)
+            if hasattr(model, "detector") and hasattr(model, "variables"):  # what `kdjax.load` returns
+                object.__setattr__(self, role, model.detector)
+                if role == "teacher" and self.variables is None:
+                    object.__setattr__(self, "variables", model.variables)
+            if not hasattr(getattr(self, role), "spec"):
+                raise UserError(f"{role}: {model!r} has no `spec`: take a detector or kdjax.distill.Custom")
+        if not isinstance(self.methods, Mapping):
+            names = [method.name for method in self.methods]
+            if "" in names or len(set(names)) < len(names):
+                raise UserError(f"methods: the names are {names}: each method needs a name of its own")
+            object.__setattr__(self, "methods", dict(zip(names, self.methods, strict=True)))
+
+    # ------------------------------------------------------------------------------------------------ before training
+
+    def specs(self, image_size: tuple[int, int]) -> tuple[DetectorOutput, DetectorOutput]:
+        """Shapes of both outputs for one image of (height, width) pixels, on the levels that both have."""
+        return taps.shared_levels(self._with_rows(self.student.spec(image_size)), self.teacher.spec(image_size))
+
+    def init(self, key: Array, image_size: tuple[int, int]) -> dict[str, Any]:
+        """What each method trains beside the student; checks taps, channels, sizes and pairs on the way.
+
+        Args:
+          key: PRNG key; what a method gets does not depend on the other methods.
+          image_size: height and width of the network input in pixels.
+
+        Returns:
+          {method: params}, nested dicts of float32 arrays.
+
+        Raises:
+          UserError: a method cannot compare these two; the method is named.
+        """
+        specs = self.specs(image_size)
+        adapters = {}
+        for name, method in self.methods.items():
+            try:
+                student, teacher = self._read(method, *specs)
+                if _compares_rows(method):
+                    self.pairing(student.rows or Rows(), teacher.rows or Rows())
+                adapters[name] = method.init(method_key(key, name), student, teacher)
+            except UserError as error:
+                raise UserError(str(error) if str(error).startswith(name) else f"{name}: {error}") from error
+        return adapters
+
+    @property
+    def teacher_reads(self) -> tuple[str, ...]:
+        """The taps that the methods read of the teacher."""
+        return tuple(sorted({name for method in self.methods.values() for name in method.reads.teacher}))
+
+    # --------------------------------------------------------------------------------------------------- in the step
+
+    def observe(self, batch: Batch, variables: Any = None) -> DetectorOutput:
+        """What the teacher saw in a batch: the taps that the methods read, without gradient."""
+        variables = self.variables if variables is None else variables
+        output = taps.only(self.teacher.observe(variables, batch), self.teacher_reads)
+        return jax.lax.stop_gradient(output)
+
+    def terms(
+        self,
+        adapters: Mapping[str, Any],
+        output: DetectorOutput,
+        batch: Batch,
+        variables: Any = None,
+        *,
+        observed: DetectorOutput | None = None,
+        assignment: Assignment | None = None,
+        key: Array,
+        step: Array | int | None = None,
+    ) -> dict[str, Array]:
+        """All terms of all methods, unweighted.
+
+        Args:
+          adapters: of `init`, as trained so far.
+          output: of the student on the batch.
+          batch: `image` u8[B, H, W, 3]; what methods and teacher read of it: `boxes`, `labels`, `valid`, `image_size`.
+          variables: of the teacher; by default those of the loaded model that the distiller was made with.
+          observed: what `observe` returned for this batch; by default the teacher is run.
+          assignment: of the student's assigner; by default it assigns.
+          key: PRNG key of the run, or of the step if `step` is None.
+          step: i32[], folded into the key.
+
+        Returns:
+          {"method/term": f32[]}; `total` adds them up with their weights.
+
+        Raises:
+          UserError: an output lacks a tap that a method reads.
+        """
+        key = key if step is None else jax.random.fold_in(key, step)
+        variables = self.variables if variables is None else variables
+        if observed is None:
+            observed = self.observe(batch, variables)
+        whole = self._with_rows(output)
+        reads = {name for method in self.methods.values() for name in method.reads.student}
+        targets = targets_of(batch) if reads & {"targets", "assignment"} else None
+        if "assignment" in reads and assignment is None:
+            assignment = self._assign(output, targets, key)
+        student, teacher = taps.shared_levels(whole, jax.lax.stop_gradient(observed))
+        pairs = self._pair(student.rows, teacher.rows)
+
+        def paired(given: Assignment | None) -> Assignment | None:
+            if given is None:
+                return None
+            if student.rows is not None:
+                given = jax.tree.map(lambda rows: rows[:, : _count(student.rows)], given)
+            return pairings.take_assignment(given, pairs)
+
+        ready = paired(assignment)
+        student_rows, teacher_rows = _paired_rows(student.rows, teacher.rows, pairs)
+        values = {}
+        for name, method in self.methods.items():
+            mine, theirs = self._read(method, student, teacher)
+            context = Context(
+                student=mine,
+                teacher=theirs,
+                student_rows=_fields(student_rows, method.reads.student),
+                teacher_rows=_fields(teacher_rows, method.reads.teacher),
+                targets=targets if "targets" in method.reads.student else None,  # type: ignore[arg-type]
+                assignment=ready if "assignment" in method.reads.student else None,  # type: ignore[arg-type]
+                key=method_key(key, name),
+                teacher_head=self._head(variables),
+                teacher_boxes=lambda maps, output=teacher: self.teacher.decode_boxes(
+                    dataclasses.replace(output, box_reg=maps)
+                ),
+                assign=lambda targets: paired(self._assign(output, targets, key)),  # type: ignore[return-value]
+            )
+            terms = method.apply(adapters[name], context)
+            values |= {f"{name}/{term}": value for term, value in terms.items()}
+        return values
+
+    def weights(self, step: Array | int) -> dict[str, Array]:
+        """The weight of every term at a step: {"method/term": f32[]}."""
+        return {f"{name}/{term}": w * m.scale(step) for name, m in self.methods.items() for term, w in m.weights.items()}
+
+    def total(self, terms: Mapping[str, Array], step: Array | int) -> Array:
+        """The weighted sum of the terms at a step, f32[]: what is added to the detection loss."""
+        weights = self.weights(step)
+        return jnp.asarray(sum(weights[name] * value for name, value in terms.items()))
+
+    # ------------------------------------------------------------------------------------------------------- helpers
+
+    def _with_rows(self, output: DetectorOutput) -> DetectorOutput:
+        """The student's output with its rows, if a method reads any and they are not there yet."""
+        reads = {name for method in self.methods.values() for name in method.reads.student}
+        needed = reads & {"assignment"} or any(name.startswith("rows.") for name in reads)
+        rows = getattr(self.student, "rows", None)
+        if output.rows is not None or rows is None or not needed:
+            return output
+        if isinstance(jax.tree.leaves(output)[0], jax.ShapeDtypeStruct):
+            return dataclasses.replace(output, rows=jax.eval_shape(rows, output))
+        return dataclasses.replace(output, rows=rows(output))
+
+    def _read(
+        self, method: Method, student: DetectorOutput, teacher: DetectorOutput
+    ) -> tuple[DetectorOutput, DetectorOutput]:
+        """Both outputs with what a method declares, nothing else."""
+        sides = []
+        for role, output in (("student", student), ("teacher", teacher)):
+            names = getattr(method.reads, role)
+            for extra, attribute in (("assignment", "assign"), ("head", "head")):
+                if extra in names and getattr(getattr(self, role), attribute, None) is None:
+                    raise UserError(f"the method reads the {role}'s {extra}, which this {role} does not have")
+            try:
+                sides.append(taps.only(output, names))
+            except UserError as error:
+                raise UserError(f"{role}: {error}") from error
+        return sides[0], sides[1]
+
+    def _pair(self, student: Rows | None, teacher: Rows | None) -> Pairing | None:
+        if student is None or teacher is None or not any(map(_compares_rows, self.methods.values())):
+            return None
+        return self.pairing(student, teacher)
+
+    def _assign(self, output: DetectorOutput, targets: Targets, key: Array) -> Assignment:
+        return jax.lax.stop_gradient(self.student.assign(output, targets, key))
+
+    def _head(self, variables: Any):
+        return lambda features, *, branch, start: self.teacher.head(
+            *jax.lax.stop_gradient(variables), features, branch=branch, start=start
+        )
+
+
+def method_key(key: Array, name: str) -> Array:
+    """A key of the method's own, the same whatever other methods run beside it."""
+    return jax.random.fold_in(key, zlib.crc32(name.encode()))
+
+
+def _compares_rows(method: Method) -> bool:
+    reads = {name for side in method.reads for name in side if name.startswith("rows.")} - {"rows.location"}
+    return bool(reads) and any(name.startswith("rows.") for name in method.reads.teacher)
+
+
+def _count(rows: Rows) -> int:
+    values = (rows.logits, rows.boxes, rows.distribution, rows.quality)
+    return next((v.shape[1] for v in values if v is not None), 0 if rows.location is None else len(rows.location))
+
+
+def _paired_rows(student: Rows | None, teacher: Rows | None, pairs: Pairing | None) -> tuple[Rows, Rows]:
+    student, teacher = student or Rows(), teacher or Rows()
+    if pairs is None:
+        return student, teacher
+    return pairings.take(student, pairs.student), pairings.take(teacher, pairs.teacher)
+
+
+def _fields(rows: Rows, reads: tuple[str, ...]) -> Rows:
+    names = [name.removeprefix("rows.") for name in reads if name.startswith("rows.")]
+    return Rows(level_sizes=rows.level_sizes, **{name: getattr(rows, name) for name in names})

@@ -1,0 +1,114 @@
+"""What a distillation method is, and the small tools that the method files share.
+
+A method is two functions, its weights and the taps that it reads (`Method`). `make(**options)` in
+`kdjax/methods/<name>.py` builds it. Methods see student and teacher only through `Context`.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from kdjax.distill.taps import Reads
+from kdjax.errors import UserError
+from kdjax.structs import Array, Assignment, DetectorOutput, Rows, Targets
+
+Params = Mapping[str, Any]  # what a method trains beside the student: nested dicts of arrays
+
+
+class Context(NamedTuple):
+    """All that a method may look at in one step; what it does not declare in `Method.reads` is missing.
+
+    Row i of `student_rows` meets row i of `teacher_rows`; `assignment` is in the same order.
+    """
+
+    student: DetectorOutput  # both have the levels that they share
+    teacher: DetectorOutput  # without gradient
+    student_rows: Rows  # P paired rows
+    teacher_rows: Rows
+    targets: Targets
+    assignment: Assignment  # of the student's assigner; rows without a partner are ignored
+    key: Array  # PRNG key of this step and method
+    # (features by level, *, branch, start) -> predictions by level, of the teacher's head with its frozen weights
+    teacher_head: Callable[..., tuple[Array, ...]]
+    # (predictions by level in the form of `DetectorOutput.box_reg`) -> boxes f32[B, N, 4]
+    teacher_boxes: Callable[[tuple[Array, ...]], Array]
+    # The student's assigner, without gradient, for methods that choose boxes of their own and give them as targets.
+    assign: Callable[[Targets], Assignment]
+
+
+class Method(NamedTuple):
+    """A published set of terms; `scale(step) * weights[term] * apply(...)[term]` is added to the detection loss."""
+
+    # (key, student spec, teacher spec) -> params; specs are DetectorOutputs of jax.ShapeDtypeStruct
+    init: Callable[[Array, DetectorOutput, DetectorOutput], Params]
+    apply: Callable[[Any, Context], dict[str, Array]]  # (params, context) -> {term: f32[], unweighted}
+    weights: Mapping[str, float]  # full weight of each term; `kdjax.methods.build` leaves out terms of weight 0
+    reads: Reads
+    scale: Callable[[Any], Any] = lambda step: 1.0  # step i32[] -> f32[] in 0 .. 1, the schedule
+    name: str = ""
+
+
+def schedule(*, start: int = 0, stop: int = 0, warmup: int = 0, decay: int = 0) -> Callable[[Any], Array]:
+    """The share of its weight that a method has at a step: 0 before `start`, rising over `warmup`, 0 from `stop` on.
+
+    Args:
+      start: first step (optimiser updates) with a weight above zero.
+      stop: first step without the method; 0 means never.
+      warmup: number of steps after `start` in which the weight rises linearly from 1/warmup to 1.
+      decay: number of steps before `stop` in which the weight falls linearly to 0; needs `stop`.
+
+    Returns:
+      A function step i32[] -> f32[] in 0 .. 1.
+
+    Raises:
+      UserError: negative numbers, `stop` not after `start`, or `decay` without `stop`.
+    """
+    if min(start, stop, warmup, decay) < 0 or (stop and stop <= start) or (decay and not stop):
+        raise UserError(
+            f"schedule start={start} stop={stop} warmup={warmup} decay={decay}: not possible: all must be >= 0, stop "
+            "(0 means never) must come after start, and decay needs a stop"
+        )
+
+    def scale(step: Any) -> Array:
+        step = jnp.asarray(step, jnp.float32)
+        share = jnp.where(step >= start, 1.0, 0.0)
+        if warmup:
+            share *= jnp.clip((step - start + 1) / warmup, 0.0, 1.0)
+        if decay:
+            share *= jnp.clip((stop - step) / decay, 0.0, 1.0)
+        if stop:
+            share *= jnp.where(step < stop, 1.0, 0.0)
+        return share
+
+    return scale
+
+
+def check_choice(option: str, value: Any, choices: tuple) -> None:
+    """Refuses a value that an option ("method: option") does not have.
+
+    Raises:
+      UserError: naming the values that it has.
+    """
+    if value not in choices:
+        raise UserError(f"{option} is {value!r}: it must be one of {', '.join(map(repr, choices))}")
+
+
+def check(option: str, value: Any, possible: bool, range_: str) -> None:
+    """Refuses a value that is out of the range of an option ("method: option").
+
+    Raises:
+      UserError: unless `possible`: naming option, value and range.
+    """
+    if not possible:
+        raise UserError(f"{option} is {value}: it must be {range_}")
+
+
+def mean_over_positives(values: Array, positive: Array) -> Array:
+    """The sum of f32[B, N] over the positive rows of the batch, divided by their number (at least 1)."""
+    return jnp.sum(jnp.where(positive, values, 0.0)) / jnp.maximum(jnp.sum(positive), 1)
+
+
+def mean_over_levels(values: list[Array]) -> Array:
+    """The mean of one scalar per level."""
+    return jnp.asarray(sum(values) / len(values))

@@ -1,0 +1,187 @@
+"""Which row of the student meets which row of the teacher.
+
+A pairing rule is a function (student rows, teacher rows) -> `Pairing`, or None where row i meets row i. A rule raises
+`UserError` for rows that it cannot pair, also on shape specs, so that a run is refused before anything is computed.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from kdjax.boxes import iou
+from kdjax.errors import UserError
+from kdjax.structs import Array, Assignment, Pairing, Rows
+
+Rule = Callable[[Rows, Rows], Pairing | None]
+
+
+def by_place(student: Rows, teacher: Rows) -> None:
+    """Row i meets row i: both sides have the same grids, anchors and classes.
+
+    Args:
+      student, teacher: rows of the levels that both sides share, arrays or shape specs.
+
+    Raises:
+      UserError: the rows are not of the same places and classes.
+    """
+    sides = [_shape(rows) for rows in (student, teacher)]
+    if sides[0] != sides[1]:
+        raise UserError(
+            "predictions are compared row by row, which needs the same levels, anchors and classes on both sides: "
+            f"rows per level and classes are {sides[0]} (student) and {sides[1]} (teacher)"
+        )
+    return None
+
+
+def by_location(student: Rows, teacher: Rows) -> Pairing:
+    """A row of the student meets the first row of the teacher with the same stride and the same location.
+
+    Args:
+      student, teacher: rows; `location` f32[N, 4] of both, in NumPy or as constants.
+
+    Returns:
+      The pairing, one pair for each row of the student; `valid` where there is a partner.
+
+    Raises:
+      UserError: a side has no locations, or the classes differ.
+    """
+    _check_classes(student, teacher)
+    if student.location is None or teacher.location is None:
+        raise UserError("pairing by location: one side has no locations: pair by overlap instead")
+    if isinstance(student.location, jax.ShapeDtypeStruct) or isinstance(teacher.location, jax.ShapeDtypeStruct):
+        return _spec(student)
+    nearest, distance = _nearest(student.location, teacher.location)
+    return _broadcast(student, nearest, distance < 1e-3)
+
+
+def by_overlap(student: Rows, teacher: Rows, *, threshold: float = 0.5) -> Pairing:
+    """A row of the student meets the row of the teacher whose box overlaps its own most.
+
+    Args:
+      student, teacher: rows with `boxes` f32[B, N, 4].
+      threshold: smallest IoU of a pair, 0 .. 1.
+
+    Returns:
+      The pairing, one pair for each row of the student, without gradient. The IoU of all pairs of an image is
+      computed in blocks of 1,024 rows of the student, so that memory is bounded.
+
+    Raises:
+      UserError: a side has no boxes, or the classes differ.
+    """
+    _check_classes(student, teacher)
+    student_boxes, teacher_boxes = _boxes(student, teacher)
+    if isinstance(student_boxes, jax.ShapeDtypeStruct):
+        return _spec(student)
+
+    def image(own: Array, other: Array) -> tuple[Array, Array]:
+        def block(boxes: Array) -> tuple[Array, Array]:
+            overlaps = iou.box_iou(boxes[:, None], other[None])
+            return jnp.argmax(overlaps, 1), jnp.max(overlaps, 1)
+
+        size = min(1024, len(own))
+        padded = jnp.pad(own, ((0, -len(own) % size), (0, 0))).reshape(-1, size, 4)
+        index, best = jax.lax.map(block, padded)
+        return index.reshape(-1)[: len(own)], best.reshape(-1)[: len(own)]
+
+    index, best = jax.vmap(image)(jax.lax.stop_gradient(student_boxes), jax.lax.stop_gradient(teacher_boxes))
+    rows = jnp.broadcast_to(jnp.arange(index.shape[1], dtype=jnp.int32), index.shape)
+    return Pairing(rows, index.astype(jnp.int32), best >= threshold)
+
+
+def by_hungarian(student: Rows, teacher: Rows, *, class_weight: float = 1.0, box_weight: float = 2.0) -> Pairing:
+    """One-to-one pairs of least total cost: class_weight * L1 of the probabilities + box_weight * (1 - IoU).
+
+    For queries; the cost matrix has all pairs of an image.
+
+    Args:
+      student, teacher: rows with `logits` f32[B, N, K] and `boxes` f32[B, N, 4].
+      class_weight, box_weight: of the two costs, >= 0.
+
+    Returns:
+      The pairing, min(N of the student, N of the teacher) pairs, without gradient.
+
+    Raises:
+      UserError: a side has no boxes or no logits, or the classes differ.
+    """
+    _check_classes(student, teacher)
+    student_boxes, teacher_boxes = _boxes(student, teacher)
+    if isinstance(student_boxes, jax.ShapeDtypeStruct):
+        return _spec(student if student_boxes.shape[1] <= teacher_boxes.shape[1] else teacher)
+
+    def image(own_logits: Array, own: Array, other_logits: Array, other: Array) -> tuple[Array, Array]:
+        apart = jnp.abs(jax.nn.sigmoid(own_logits)[:, None] - jax.nn.sigmoid(other_logits)[None])
+        cost = class_weight * jnp.sum(apart, -1) + box_weight * (1 - iou.box_iou(own[:, None], other[None]))
+        return optax.assignment.hungarian_algorithm(cost)
+
+    sides = (student.logits, student_boxes, teacher.logits, teacher_boxes)
+    i, j = jax.vmap(image)(*map(jax.lax.stop_gradient, sides))
+    return Pairing(i.astype(jnp.int32), j.astype(jnp.int32), jnp.ones(i.shape, bool))
+
+
+def take(rows: Rows, index: Array | None) -> Rows:
+    """The rows in the order of a pairing; `index` i32[B, P], None leaves them as they are."""
+    if index is None:
+        return rows
+
+    def gather(field: str) -> Array | None:
+        value = getattr(rows, field)
+        if value is None:
+            return None
+        if field == "location":
+            return jnp.asarray(value)[index]
+        return jnp.take_along_axis(value, index.reshape(*index.shape, *[1] * (value.ndim - 2)), 1)
+
+    fields = ("logits", "boxes", "quality", "distribution", "location")
+    return Rows(**{field: gather(field) for field in fields})
+
+
+def take_assignment(assignment: Assignment, pairing: Pairing | None) -> Assignment:
+    """The assignment in the order of a pairing; rows without a partner are ignored and not positive."""
+    if pairing is None:
+        return assignment
+
+    def gather(value: Array) -> Array:
+        return jnp.take_along_axis(value, pairing.student.reshape(*pairing.student.shape, *[1] * (value.ndim - 2)), 1)
+
+    taken = jax.tree.map(gather, assignment)
+    return taken._replace(positive=taken.positive & pairing.valid, ignore=taken.ignore | ~pairing.valid)
+
+
+def _shape(rows: Rows) -> tuple[tuple[int, ...], int | None]:
+    count = next((v.shape[1] for v in (rows.logits, rows.boxes, rows.distribution, rows.quality) if v is not None), 0)
+    return rows.level_sizes or (count,), None if rows.logits is None else rows.logits.shape[-1]
+
+
+def _check_classes(student: Rows, teacher: Rows) -> None:
+    classes = [None if rows.logits is None else rows.logits.shape[-1] for rows in (student, teacher)]
+    if None not in classes and classes[0] != classes[1]:
+        raise UserError(f"the student has {classes[0]} classes and the teacher {classes[1]}: they must be the same")
+
+
+def _boxes(student: Rows, teacher: Rows) -> tuple[Array, Array]:
+    if student.boxes is None or teacher.boxes is None:
+        raise UserError("pairing by boxes: one side has no decoded boxes: its rows must have `boxes`")
+    return student.boxes, teacher.boxes
+
+
+def _nearest(student: Array, teacher: Array) -> tuple[Array, Array]:
+    apart = jnp.max(jnp.abs(jnp.asarray(student)[:, None] - jnp.asarray(teacher)[None]), -1)
+    return jnp.argmin(apart, 1), jnp.min(apart, 1)
+
+
+def _batch(rows: Rows) -> int:
+    return next(v.shape[0] for v in (rows.logits, rows.boxes, rows.distribution, rows.quality) if v is not None)
+
+
+def _broadcast(student: Rows, index: Array, valid: Array) -> Pairing:
+    shape = (_batch(student), len(index))
+    rows = jnp.broadcast_to(jnp.arange(len(index), dtype=jnp.int32), shape)
+    return Pairing(rows, jnp.broadcast_to(index.astype(jnp.int32), shape), jnp.broadcast_to(valid, shape))
+
+
+def _spec(rows: Rows) -> Pairing:
+    shape = (_batch(rows), sum(_shape(rows)[0]))
+    index = jax.ShapeDtypeStruct(shape, jnp.int32)
+    return Pairing(index, index, jax.ShapeDtypeStruct(shape, jnp.bool_))

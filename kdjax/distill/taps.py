@@ -1,0 +1,205 @@
+"""Taps: named places of a detector, and how those of two detectors pair.
+
+A tap is written `neck`, `backbone.2` (one level), `neck.0:3` (the first three levels), `cls_tower.1` (a convolution of a
+tower, before its activation; `cls_tower.-2` counts from the end) or `rows.logits` (a field of the rows). The methods
+declare the taps that they read (`Reads`).
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import jax
+
+from kdjax.errors import UserError
+from kdjax.structs import Array, DetectorOutput, Rows
+
+LEVELS = ("backbone", "neck", "neck_conv", "cls_logits", "box_reg", "quality")  # fields that run over levels
+TOWERS = ("cls_tower", "reg_tower")
+ROWS = ("logits", "boxes", "quality", "distribution", "location")
+
+
+class Reads(NamedTuple):
+    """The taps that a method reads of each side.
+
+    Beside taps, the student's may hold "targets" (the ground truth) and "assignment" (of its assigner), the teacher's
+    "head" (its head can be run on other features).
+    """
+
+    student: tuple[str, ...] = ()
+    teacher: tuple[str, ...] = ()
+
+
+class Pair(NamedTuple):
+    """One level of a tap on both sides; arrays or shape specs f32[B, H, W, C]."""
+
+    stride: int
+    student: Array
+    teacher: Array
+
+
+def taps(output: DetectorOutput) -> list[str]:
+    """Every name that `tap` understands for this output, except those of several levels."""
+    names = []
+    for field in LEVELS:
+        levels = getattr(output, field)
+        if levels:
+            names += [field, *(f"{field}.{i}" for i in range(len(levels)))]
+    for field in TOWERS:
+        names += [f"{field}.{i}" for i in range(len(getattr(output, field)))]
+    if output.rows is not None:
+        names += [f"rows.{field}" for field in ROWS if getattr(output.rows, field) is not None]
+    return names
+
+
+def resolve(output: DetectorOutput, name: str) -> tuple[str, list[int] | None]:
+    """The field of a tap, and the indices into it (levels, or the one convolution of a tower); None: all levels.
+
+    Raises:
+      UserError: no such tap; the valid ones are listed.
+    """
+    field, _, index = name.partition(".")
+    first, several, last = index.partition(":")
+    count = len(getattr(output, field)) if field in LEVELS + TOWERS else 0
+    if field in LEVELS and count and not index:
+        return field, None
+    if field in LEVELS and several and first.isdigit() and last.isdigit():
+        if int(first) < int(last) <= count:
+            return field, list(range(int(first), int(last)))
+    elif field in TOWERS and index.removeprefix("-").isdigit() and -count <= int(index) < count:
+        return field, [int(index) % count]
+    elif field in LEVELS and index.isdigit() and int(index) < count:
+        return field, [int(index)]
+    elif field == "rows" and output.rows is not None and getattr(output.rows, index, None) is not None:
+        return field, None
+    raise UserError(f"tap {name!r}: this model has no such tap: its taps are {', '.join(taps(output)) or 'none'}")
+
+
+def tap(output: DetectorOutput, name: str) -> dict[int, Array]:
+    """The maps of a tap, by stride.
+
+    Args:
+      output: arrays or shape specs.
+      name: of a tap that runs over levels.
+
+    Returns:
+      {stride: f32[B, H, W, C]}.
+
+    Raises:
+      UserError: no such tap; the valid ones are listed.
+    """
+    field, indices = resolve(output, name)
+    if field == "rows":
+        raise UserError(f"tap {name!r}: rows have no levels: take a tap of maps, such as 'neck'")
+    strides = output.backbone_strides if field == "backbone" else output.strides
+    levels = getattr(output, field)
+    if field in TOWERS and indices is not None:
+        levels = levels[indices[0]]
+    elif indices is not None:
+        strides, levels = [strides[i] for i in indices], [levels[i] for i in indices]
+    return dict(zip(strides, levels, strict=True))
+
+
+def only(output: DetectorOutput, names: Iterable[str]) -> DetectorOutput:
+    """The output with what the named taps need and nothing else; levels that are not named are None.
+
+    Args:
+      output: arrays or shape specs.
+      names: taps; "targets", "assignment" and "head" are passed over.
+
+    Raises:
+      UserError: no such tap; the valid ones are listed.
+    """
+    wanted: dict[str, set[int] | None] = {}
+    rows: dict[str, Array] = {}
+    for name in names:
+        if name in ("targets", "assignment", "head"):
+            continue
+        field, indices = resolve(output, name)
+        if field == "rows":
+            rows[name.removeprefix("rows.")] = getattr(output.rows, name.removeprefix("rows."))
+        elif indices is None or wanted.get(field, set()) is None:
+            wanted[field] = None
+        else:
+            wanted[field] = (wanted.get(field) or set()) | set(indices)
+    kept = {}
+    for field in LEVELS + TOWERS:
+        levels = getattr(output, field)
+        if field not in wanted:
+            kept[field] = ()
+        elif (indices := wanted[field]) is not None:
+            kept[field] = tuple(level if i in indices else None for i, level in enumerate(levels))
+    left = Rows(level_sizes=output.rows.level_sizes, **rows) if rows and output.rows is not None else None
+    return dataclasses.replace(output, rows=left, **kept)
+
+
+def shared_levels(student: DetectorOutput, teacher: DetectorOutput) -> tuple[DetectorOutput, DetectorOutput]:
+    """Both outputs, arrays or shape specs, cut to the finest levels that both have.
+
+    Where the finest levels differ, both stay as they are: their maps still pair by stride.
+    """
+    same = [a == b for a, b in zip(student.strides, teacher.strides, strict=False)]
+    count = same.index(False) if False in same else len(same)
+    return (_cut(student, count), _cut(teacher, count)) if count else (student, teacher)
+
+
+def _cut(output: DetectorOutput, count: int) -> DetectorOutput:
+    if count == len(output.strides):
+        return output
+    cut = {field: getattr(output, field)[:count] for field in LEVELS if field != "backbone"}
+    cut |= {
+        field: tuple(levels if levels is None else levels[:count] for levels in getattr(output, field))
+        for field in TOWERS
+    }
+    rows = output.rows
+    if rows is not None and rows.level_sizes:
+        rows = first_rows(rows, count)
+    return dataclasses.replace(output, strides=output.strides[:count], rows=rows, **cut)
+
+
+def first_rows(rows: Rows, levels: int) -> Rows:
+    """The rows of the finest levels, arrays or shape specs."""
+    sizes = rows.level_sizes[:levels]
+    end = sum(sizes)
+
+    def cut(field: str):
+        value = getattr(rows, field)
+        if value is None:
+            return None
+        axis = 0 if field == "location" else 1
+        if isinstance(value, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct((*value.shape[:axis], end, *value.shape[axis + 1 :]), value.dtype)
+        return value[:end] if axis == 0 else value[:, :end]
+
+    return Rows(level_sizes=sizes, **{field: cut(field) for field in ROWS})
+
+
+def pair(student: DetectorOutput, teacher: DetectorOutput, student_tap: str, teacher_tap: str = "") -> list[Pair]:
+    """Pairs the levels of two taps by stride, fine to coarse; `teacher_tap` is `student_tap` if not given.
+
+    Raises:
+      UserError: a tap does not exist, or the two have no stride in common.
+    """
+    teacher_tap = teacher_tap or student_tap
+    student_maps, teacher_maps = tap(student, student_tap), tap(teacher, teacher_tap)
+    common = sorted(set(student_maps) & set(teacher_maps))
+    if not common:
+        raise UserError(
+            f"the taps {student_tap!r} (student, strides {sorted(student_maps)}) and {teacher_tap!r} (teacher, strides "
+            f"{sorted(teacher_maps)}) have no stride in common: choose taps that share one"
+        )
+    return [Pair(stride, student_maps[stride], teacher_maps[stride]) for stride in common]
+
+
+def check_sizes(stride: int, student: tuple[int, ...], teacher: tuple[int, ...]) -> None:
+    """Refuses two maps whose sides differ by more than a factor of 2, which no resampling makes comparable.
+
+    Raises:
+      UserError: with both shapes.
+    """
+    for a, b in zip(student[1:3], teacher[1:3], strict=True):
+        if max(a, b) > 2 * min(a, b):
+            raise UserError(
+                f"at stride {stride} the student's map {student[1:3]} and the teacher's {teacher[1:3]} differ by more "
+                "than a factor of 2: choose taps of similar resolution"
+            )

@@ -1,0 +1,110 @@
+"""What can be a teacher: anything that can tell what it saw in a batch.
+
+A teacher has `spec` and `observe`. Detectors are live teachers as they are. `Custom` makes a teacher (or a student) of a
+model of your own, `on_host` of a function that runs on the host, `recorded` of arrays that travel in the batch.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from kdjax.structs import Array, Assignment, DetectorOutput, Targets
+
+Batch = Mapping[str, Any]
+RECORDED = "teacher"  # the key of a batch under which `recorded` finds its output
+
+
+class Teacher(Protocol):
+    """What `Distiller` needs of a teacher.
+
+    - `spec(image_size)`: the output for one image of (height, width) pixels as `jax.ShapeDtypeStruct`, computed without
+      running.
+    - `observe(variables, batch)`: the output for a batch, with the taps that the methods read. `variables` is whatever
+      tree of arrays the teacher needs, None if it needs none.
+
+    A method that reads "head" also needs `head(params, stats, features, *, branch, start)` and `decode_boxes(output)`,
+    as `Detector` has them.
+    """
+
+    @property
+    def spec(self) -> Callable[[tuple[int, int]], DetectorOutput]: ...
+
+    @property
+    def observe(self) -> Callable[[Any, Batch], DetectorOutput]: ...
+
+
+class Student(Protocol):
+    """What `Distiller` needs of a student: `spec(image_size)`, as of a teacher.
+
+    A method that reads "assignment" also needs `assign(output, targets, key)`, as `Detector` has it. `rows(output)` is
+    called where a method reads rows and the output has none.
+    """
+
+    @property
+    def spec(self) -> Callable[[tuple[int, int]], DetectorOutput]: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Custom:
+    """A model of your own as a student or a teacher.
+
+    Attributes:
+      spec: (height, width) -> DetectorOutput of `jax.ShapeDtypeStruct` for one image; see `spec_of`.
+      observe: (variables, batch) -> DetectorOutput; only a teacher needs it.
+      assign: (output, targets, key) -> Assignment; only a student whose methods read "assignment" needs it.
+    """
+
+    spec: Callable[[tuple[int, int]], DetectorOutput]
+    observe: Callable[[Any, Batch], DetectorOutput] | None = None
+    assign: Callable[[DetectorOutput, Targets, Array | None], Assignment] | None = None
+
+
+def spec_of(function: Callable[..., DetectorOutput], *arguments: Any) -> Callable[[tuple[int, int]], DetectorOutput]:
+    """The `spec` of a function (*arguments, images f32[B, H, W, 3]) -> DetectorOutput; nothing is computed.
+
+    Args:
+      function: of the model.
+      *arguments: arrays or shape specs of what comes before the images, usually the variables.
+
+    Example:
+      >>> net = lambda images: DetectorOutput(strides=(8,), neck=(images[:, ::8, ::8],))
+      >>> spec_of(net)((64, 64)).neck[0].shape
+      (1, 8, 8, 3)
+    """
+
+    def spec(image_size: tuple[int, int]) -> DetectorOutput:
+        return jax.eval_shape(function, *arguments, jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32))
+
+    return spec
+
+
+def recorded(spec: Callable[[tuple[int, int]], DetectorOutput]) -> Custom:
+    """A teacher whose output travels in the batch, under the key "teacher".
+
+    Args:
+      spec: of the outputs.
+    """
+    return Custom(spec=spec, observe=lambda variables, batch: batch[RECORDED])
+
+
+def on_host(function: Callable[[Any], DetectorOutput], spec: Callable[[tuple[int, int]], DetectorOutput]) -> Custom:
+    """A teacher that runs on the host, outside of the compiled program, by `jax.pure_callback`.
+
+    Args:
+      function: images u8[B, H, W, 3] in NumPy -> DetectorOutput of NumPy arrays with exactly what `spec` has.
+      spec: of its output for one image.
+    """
+
+    def observe(variables: Any, batch: Batch) -> DetectorOutput:
+        images = batch["image"]
+        one = spec(images.shape[1:3])
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((len(images), *leaf.shape[1:]), leaf.dtype), one)
+        # A location has no batch axis.
+        if one.rows is not None and one.rows.location is not None:
+            shapes = dataclasses.replace(shapes, rows=dataclasses.replace(shapes.rows, location=one.rows.location))
+        return jax.pure_callback(function, shapes, images)
+
+    return Custom(spec=spec, observe=observe)
