@@ -140,4 +140,6 @@ class DetectorOutput:
     box_reg: tuple[Array, ...] = ()
     quality: tuple[Array, ...] = ()  # L of f32[B, H, W, A]: centreness or objectness logits
     quality_tower: str = dataclasses.field(default="", metadata={"static": True})  # "cls" or "reg", where it hangs
-    rows: Rows | None = None  # the predictions of all levels as rows; filled by `Detector.observe`, or by a model of your own
+    rows: Rows | None = (
+        None  # the predictions of all levels as rows; filled by `Detector.observe`, or by a model of your own
+    )

@@ -213,7 +213,6 @@ def prior_losses(output: DetectorOutput, assignment: Assignment, *, box_loss: st
     }
 
 
-
 _FAMILY = dense.Family(
     title="FCOS",
     variants=VARIANTS,

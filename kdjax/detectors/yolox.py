@@ -243,9 +243,7 @@ def assign_targets(output: DetectorOutput, targets: Targets, key: Array | None =
     return assign.sim_ota(jax.lax.stop_gradient(scores), decode_boxes(output), middles, targets)
 
 
-def loss(
-    output: DetectorOutput, targets: Targets, assignment: Assignment, *, l1: bool = False
-) -> dict[str, Array]:
+def loss(output: DetectorOutput, targets: Targets, assignment: Assignment, *, l1: bool = False) -> dict[str, Array]:
     """YOLOX's losses over the global batch.
 
     With v the IoU of a positive prior's box and its target when it was assigned, IoU the same with a gradient, and P =

@@ -12,7 +12,7 @@ from kdjax.distill import pairing as pairings
 from kdjax.distill import taps
 from kdjax.distill.method import Context, Method
 from kdjax.distill.pairing import Rule
-from kdjax.distill.teachers import Batch, Student, Teacher
+from kdjax.distill.teachers import Batch
 from kdjax.errors import UserError
 from kdjax.structs import Array, Assignment, DetectorOutput, Pairing, Rows, Targets, targets_of
 
@@ -175,7 +175,9 @@ class Distiller:
 
     def weights(self, step: Array | int) -> dict[str, Array]:
         """The weight of every term at a step: {"method/term": f32[]}."""
-        return {f"{name}/{term}": w * m.scale(step) for name, m in self.methods.items() for term, w in m.weights.items()}
+        return {
+            f"{name}/{term}": w * m.scale(step) for name, m in self.methods.items() for term, w in m.weights.items()
+        }
 
     def total(self, terms: Mapping[str, Array], step: Array | int) -> Array:
         """The weighted sum of the terms at a step, f32[]: what is added to the detection loss."""

@@ -1,1 +1,110 @@
-"""Distillation methods: one published method a file, losses wired to taps."""
+"""Distillation methods: one published method per file, losses wired to taps.
+
+`kdjax.methods.cwd(weight=10.0)` makes a method; its name is the name of its file. The files beside this one, and those in
+`FOLDER/methods` of the folders that the environment variable KDJAX_PLUGINS names, are the methods.
+"""
+
+import functools
+import importlib
+import inspect
+import pkgutil
+from typing import Any
+
+import jax
+
+from kdjax import plugins
+from kdjax.distill.distiller import Distiller
+from kdjax.distill.method import Method, schedule
+from kdjax.errors import UserError
+
+__all__ = ["Method", "build", "names", "options", "refusal"]
+
+
+def names() -> list[str]:
+    """Returns the names of all methods, in alphabetical order."""
+    plugins.extend(__path__, "methods")
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def options(name: str) -> dict[str, Any]:
+    """Returns the options of a method with their defaults: those of its `make`, and those of its schedule.
+
+    Args:
+      name: of a method.
+
+    Raises:
+      UserError: there is no such method.
+
+    Example:
+      >>> options("cwd")["weight"]
+      10.0
+    """
+    return {option: p.default for option, p in _parameters(name).items()}
+
+
+def build(name: str, **chosen: Any) -> Method:
+    """Makes a method with the chosen options and its schedule; terms of weight 0 are left out.
+
+    Args:
+      name: of a method.
+      **chosen: options of its `make`, and `start`, `stop`, `warmup`, `decay` of its schedule.
+
+    Returns:
+      The method.
+
+    Raises:
+      UserError: unknown method or option, or a value out of range.
+
+    Example:
+      >>> dict(build("cwd", weight=5.0).weights)
+      {'cwd': 5.0}
+    """
+    valid = _parameters(name)
+    for option in sorted(set(chosen) - set(valid)):
+        raise UserError(f"{name}: unknown option {option!r}: its options are {', '.join(valid)}")
+    times = {k: chosen.pop(k) for k in inspect.signature(schedule).parameters if k in chosen}
+    method = _module(name).make(**chosen)
+    weights = {term: float(weight) for term, weight in method.weights.items() if weight}
+    try:
+        scale = schedule(**times)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
+    return method._replace(weights=weights, scale=scale, name=name)
+
+
+def refusal(name: str, student: Any, teacher: Any, image_size: tuple[int, int]) -> str:
+    """The sentence with which a method, with its default options, refuses a student and a teacher; "" if it runs.
+
+    Args:
+      name: of a method.
+      student, teacher: as `Distiller` takes them.
+      image_size: height and width of the network input in pixels.
+    """
+    distiller = Distiller(student, teacher, [build(name)])
+    try:
+        jax.eval_shape(lambda key: distiller.init(key, image_size), jax.ShapeDtypeStruct((2,), jax.numpy.uint32))
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def _module(name: str) -> Any:
+    if name not in names():
+        raise UserError(f"unknown method {name!r}: the methods are {', '.join(names())}")
+    return importlib.import_module(f"kdjax.methods.{name}")
+
+
+def _parameters(name: str) -> dict[str, inspect.Parameter]:
+    functions = (_module(name).make, schedule)
+    return {k: p for f in functions for k, p in inspect.signature(f).parameters.items()}
+
+
+def _publish() -> None:
+    """Puts a constructor of every method into this package, in the place of the module of the same name."""
+    for name in names():
+        make = functools.wraps(_module(name).make)(functools.partial(build, name))
+        make.__signature__ = inspect.Signature(list(_parameters(name).values()), return_annotation=Method)
+        globals()[name] = make
+
+
+_publish()

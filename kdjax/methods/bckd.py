@@ -19,15 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kdjax.distill import method, taps
 from kdjax.losses import box, logits
-from kdjax.distill import method
 
 
 def make(
     *,
     weight: float = 1.0,
-    student: str = "cls_logits",
-    teacher: str = "cls_logits",
     class_weight: float = 1.0,
     box_weight: float = 4.0,
     overlap: str = "giou",
@@ -37,7 +35,6 @@ def make(
 
     Args:
       weight: of both terms.
-      student, teacher: taps; class logits.
       class_weight: of the classes, 1 in the paper.
       box_weight: of the boxes, 4 in the paper.
       overlap: of the boxes, "giou" or "iou".
@@ -50,8 +47,7 @@ def make(
     weights = {"classes": weight * class_weight, "boxes": weight * box_weight}
 
     def init(key, student_spec, teacher_spec):
-        del key
-        api.pair_priors(student_spec, teacher_spec, student, teacher)
+        del key, student_spec, teacher_spec
         return {}
 
     def box_loss(of_student, of_teacher):
@@ -61,22 +57,21 @@ def make(
 
     def apply(params, context):
         del params
-        count = len(context.priors)
-        pairs = api.pair_priors(context.student, context.teacher, student, teacher)
-        s, t = api.row_pair(pairs, count)
+        s, t = context.student_rows.logits, context.teacher_rows.logits
         positive = context.assignment.positive
         scored = ~context.assignment.ignore
         if per_level_gate:
-            ends = np.cumsum(api.level_sizes(pairs, count))[:-1]
+            ends = np.cumsum(context.student_rows.level_sizes)[:-1]
             gates = [jnp.full(level.shape[1], jnp.any(level)) for level in jnp.split(positive, ends, 1)]
             scored = scored & jnp.concatenate(gates)
         terms = {}
         if weights["classes"]:
             terms["classes"] = jnp.sum(logits.modulated_bce(s, t), -1)
         if weights["boxes"]:
-            apart = box_loss(context.decode_student(context.student), context.decode_teacher(context.teacher))
+            apart = box_loss(context.student_rows.boxes, context.teacher_rows.boxes)
             terms["boxes"] = jax.lax.stop_gradient(logits.score_gap(s, t)) * apart
         positives = jnp.maximum(jnp.sum(positive), 1)
         return {name: jnp.sum(jnp.where(scored, value, 0.0)) / positives for name, value in terms.items()}
 
-    return method.Method(init, apply, weights)
+    names = ("rows.logits", *(("rows.boxes",) if weights["boxes"] else ()))
+    return method.Method(init, apply, weights, taps.Reads((*names, "assignment"), names))

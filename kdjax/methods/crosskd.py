@@ -24,14 +24,11 @@ Proof: kd/crosskd_* (the authors' code on four detectors, through this method, a
 Status: proven
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 
-from kdjax.losses import box, classification, cross, logits
-from kdjax.errors import UserError
 from kdjax.distill import adapters, method, taps
+from kdjax.losses import box, classification, cross, logits
 
 TOWERS = {"cls": "cls_tower", "reg": "reg_tower"}
 
@@ -65,6 +62,9 @@ def make(
       UserError: unknown `box_loss`.
     """
     method.check_choice("crosskd: box_loss", box_loss, ("giou", "log_iou"))
+    for side, cut in (("student", student), ("teacher", teacher)):
+        whole = cut.startswith("tower.") and cut.removeprefix("tower.").removeprefix("-").isdigit()
+        method.check(f"crosskd: {side}", repr(cut), cut == "neck" or whole, "'neck' or 'tower.I' with a whole number I")
     weights = {
         "classes": weight * class_weight,
         "boxes": weight * box_weight,
@@ -76,32 +76,20 @@ def make(
         of_terms = {"classes": "cls", "boxes": "reg", "quality": teacher_output.quality_tower}
         return sorted({tower for term, tower in of_terms.items() if weights[term]})
 
-    def place(output, name, branch):
-        """The tap that "tower.I" means in a branch of this detector, and where its head goes on from there."""
-        field, _, index = name.partition(".")
-        if field != "tower" or not index.removeprefix("-").isdigit():
-            if name != "neck":
-                taps.tap(output, name)  # names the taps that there are
-                raise UserError(f"crosskd cuts heads at 'neck' or at 'tower.I' with a whole number I, not at {name!r}")
-            return name, 0
-        convs, index = len(getattr(output, TOWERS[branch])), int(index)
-        if not -convs <= index < convs:
-            raise UserError(
-                f"crosskd is to cut the head at {name!r}, but the {branch} tower of this detector has {convs} convs"
-            )
-        return f"{TOWERS[branch]}.{index % convs}", index % convs + 1
+    def place(name, branch):
+        """The tap that "tower.I" means in a branch of a head."""
+        return name if name == "neck" else name.replace("tower", TOWERS[branch], 1)
 
     def pairs_of(student_output, teacher_output, branch):
-        of_student, _ = place(student_output, student, branch)
-        of_teacher, go_on = place(teacher_output, teacher, branch)
-        return taps.pair(student_output, teacher_output, of_student, of_teacher), go_on
+        """The paired maps of a branch, and where the teacher's head continues from them."""
+        teacher_tap = place(teacher, branch)
+        field, indices = taps.resolve(teacher_output, teacher_tap)
+        pairs = taps.pair(student_output, teacher_output, place(student, branch), teacher_tap)
+        return pairs, 0 if field == "neck" or indices is None else indices[0] + 1
 
     def init(key, student_spec, teacher_spec):
-        if weights["quality"]:
-            api.pair_priors(student_spec, teacher_spec, "quality", "quality")
         chosen = towers(teacher_spec)
         pairs = {tower: pairs_of(student_spec, teacher_spec, tower)[0] for tower in chosen}
-        api.pair_priors(student_spec, teacher_spec, "cls_logits", "cls_logits")
         return {
             tower: adapters.init_adapters(jax.random.fold_in(key, number), pairs[tower])
             for number, tower in enumerate(chosen)
@@ -119,22 +107,22 @@ def make(
         return tuple(context.teacher_head(tuple(features), branch=branch, start=go_on))
 
     def box_term(params, context, trust, positives):
-        found, own = reused(params, context, "reg"), context.teacher.box_reg
-        edges = [api.rows(maps, len(context.priors)) for maps in (found, own)]
+        reused_maps, own = reused(params, context, "reg"), context.teacher.box_reg
+        edges = [rows_of(maps, context) for maps in (reused_maps, own)]
         if edges[0].shape[-1] > 4:
             kl = logits.softmax_kl(*(x.reshape(*x.shape[:2], 4, -1) for x in edges))
             return jnp.sum(trust * jnp.mean(kl, -1)) / jnp.maximum(jnp.sum(trust), 1e-6)
-        boxes = [context.decode_teacher(dataclasses.replace(context.teacher, box_reg=maps)) for maps in (found, own)]
+        boxes = [context.teacher_boxes(maps) for maps in (reused_maps, own)]
         apart = box.giou(*boxes) if box_loss == "giou" else box.iou(*boxes, form="log")
         return jnp.sum(trust * apart) / positives
 
     def apply(params, context):
-        own = api.rows(context.teacher.cls_logits, len(context.priors))
+        own = context.teacher_rows.logits
         scored = ~context.assignment.ignore
         positives = jnp.sum(jnp.maximum(jnp.sum(context.assignment.positive, 1), 1))
         terms = {}
         if weights["classes"]:
-            found = api.rows(reused(params, context, "cls"), len(context.priors))
+            found = rows_of(reused(params, context, "cls"), context)
             by_prior = jnp.sum(logits.modulated_bce(found, own), -1)
             terms["classes"] = jnp.sum(jnp.where(scored, by_prior, 0.0)) / positives
         if weights["boxes"]:
@@ -142,9 +130,23 @@ def make(
             terms["boxes"] = box_term(params, context, jnp.where(scored, trust, 0.0), positives)
         if weights["quality"]:
             sides = reused(params, context, "quality"), context.teacher.quality
-            found, own = (api.rows(maps, len(context.priors))[..., 0] for maps in sides)
+            found, own = (rows_of(maps, context)[..., 0] for maps in sides)
             entropy = classification.soft_binary_cross_entropy(found, jax.nn.sigmoid(own))
             terms["quality"] = jnp.sum(jnp.where(context.assignment.positive, entropy, 0.0)) / positives
         return terms
 
-    return method.Method(init, apply, weights)
+    used = [branch for term, branch in (("classes", "cls"), ("boxes", "reg")) if weights[term]]
+    used = ["cls", "reg"] if weights["quality"] else used  # the quality hangs on either
+    maps = [name for term, name in (("boxes", "box_reg"), ("quality", "quality")) if weights[term]]
+    reads = taps.Reads(
+        (*dict.fromkeys(place(student, branch) for branch in used), "rows.logits", "assignment"),
+        (*dict.fromkeys(place(teacher, branch) for branch in used), *maps, "rows.logits", "head"),
+    )
+    return method.Method(init, apply, weights, reads)
+
+
+def rows_of(maps, context):
+    """A prediction of all levels with one row each: L of f32[B, H, W, A*C] -> f32[B, N, C], in float32."""
+    count = context.teacher_rows.logits.shape[1]
+    width = maps[0].shape[-1] * sum(m.shape[1] * m.shape[2] for m in maps) // count
+    return jnp.concatenate([m.reshape(m.shape[0], -1, width) for m in maps], 1).astype(jnp.float32)

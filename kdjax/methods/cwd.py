@@ -15,9 +15,9 @@ Status: proven
 
 import jax.numpy as jnp
 
-from kdjax.losses import distribution
-from kdjax.errors import UserError
 from kdjax.distill import adapters, method, taps
+from kdjax.errors import UserError
+from kdjax.losses import distribution
 
 
 def make(
@@ -60,4 +60,4 @@ def make(
         pairs = adapters.adapt(params, taps.pair(context.student, context.teacher, student, teacher))
         return {"cwd": sum(jnp.mean(distribution.channel_kl(s, t, temperature=temperature)) for _, s, t in pairs)}
 
-    return method.Method(init, apply, {"cwd": weight})
+    return method.Method(init, apply, {"cwd": weight}, taps.Reads((student,), (teacher,)))

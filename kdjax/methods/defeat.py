@@ -19,8 +19,8 @@ Status: formula
 import jax
 import jax.numpy as jnp
 
-from kdjax.losses import feature, regions
 from kdjax.distill import adapters, method, taps
+from kdjax.losses import feature, regions
 
 
 def make(
@@ -66,4 +66,4 @@ def make(
         levels = [compare(s, t, mask) for (_, s, t), mask in zip(pairs, masks, strict=True)]
         return {name: method.mean_over_levels([level[name] for level in levels]) for name in weights if weights[name]}
 
-    return method.Method(init, apply, weights)
+    return method.Method(init, apply, weights, taps.Reads((student, "targets"), (teacher,)))

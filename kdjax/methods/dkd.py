@@ -18,15 +18,13 @@ Proof: the softmax form: kd/logit_* (mdistiller and mmrazor): largest relative e
 Status: formula
 """
 
+from kdjax.distill import method, taps
 from kdjax.losses import decoupled
-from kdjax.distill import method
 
 
 def make(
     *,
     weight: float = 1.0,
-    student: str = "cls_logits",
-    teacher: str = "cls_logits",
     head: str = "sigmoid",
     target_weight: float = 1.0,
     other_weight: float = 0.25,
@@ -36,7 +34,6 @@ def make(
 
     Args:
       weight: of both terms.
-      student, teacher: taps; class logits.
       head: "sigmoid" or "softmax", what turns the logits into scores.
       target_weight: of TCKD, 1 in the paper (alpha).
       other_weight: of NCKD, 0.25 for detection, 0.5 to 8 for classification in the paper (beta).
@@ -51,16 +48,15 @@ def make(
     divergences = decoupled.decoupled_sigmoid if head == "sigmoid" else decoupled.decoupled
 
     def init(key, student_spec, teacher_spec):
-        del key
-        api.pair_priors(student_spec, teacher_spec, student, teacher)
+        del key, student_spec, teacher_spec
         return {}
 
     def apply(params, context):
         del params
-        pairs = api.pair_priors(context.student, context.teacher, student, teacher)
-        logits, assignment = api.row_pair(pairs, len(context.priors)), context.assignment
+        assignment = context.assignment
+        logits = context.student_rows.logits, context.teacher_rows.logits
         target, others = divergences(*logits, assignment.labels, temperature=temperature)
         terms = {"target": target, "others": others}
         return {name: method.mean_over_positives(terms[name], assignment.positive) for name in terms if weights[name]}
 
-    return method.Method(init, apply, weights)
+    return method.Method(init, apply, weights, taps.Reads(("rows.logits", "assignment"), ("rows.logits",)))

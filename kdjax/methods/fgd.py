@@ -23,8 +23,8 @@ Status: proven
 import jax
 import jax.numpy as jnp
 
-from kdjax.losses import attention, feature, regions, relation
 from kdjax.distill import adapters, method, taps
+from kdjax.losses import attention, feature, regions, relation
 
 
 def make(
@@ -94,4 +94,4 @@ def make(
             name: sum(jnp.sum(level[name]) / len(level[name]) for level in levels) for name in weights if weights[name]
         }
 
-    return method.Method(init, apply, weights)
+    return method.Method(init, apply, weights, taps.Reads((student, "targets"), (teacher,)))

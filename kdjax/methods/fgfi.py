@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from kdjax.boxes import priors, roi_align
-from kdjax.losses import feature, regions
 from kdjax.distill import adapters, method, taps
+from kdjax.losses import feature, regions
 
 
 def make(
@@ -64,7 +64,8 @@ def make(
     def masks(pairs, context):
         """The kept cells of each level, bool[B, H, W, 1]."""
         boxes, valid = context.targets.boxes, context.targets.valid
-        offset = context.priors[0, :2] / context.priors[0, 2:]
+        location = context.student_rows.location[0]
+        offset = location[:2] / location[2:]
         grids = [anchors(stride, t.shape, offset) for stride, _, t in pairs]
         if port:
             level = roi_align.levels_by_size(boxes + jnp.array([0.0, 0.0, 1.0, 1.0]), len(pairs))
@@ -94,4 +95,5 @@ def make(
             }
         return {"feature": sum(errors) / (2 * jnp.maximum(sum(cells), 1))}
 
-    return method.Method(init, apply, {"feature": weight})
+    reads = taps.Reads((student, "rows.location", "targets"), (teacher,))
+    return method.Method(init, apply, {"feature": weight}, reads)

@@ -15,8 +15,8 @@ Status: proven
 
 import jax.numpy as jnp
 
-from kdjax.losses import feature
 from kdjax.distill import adapters, method, taps
+from kdjax.losses import feature
 
 DISTANCES = {"l2": feature.squared, "l1": feature.absolute}
 
@@ -54,4 +54,4 @@ def make(
         pairs = adapters.adapt(params, taps.pair(context.student, context.teacher, student, teacher))
         return {"feature": method.mean_over_levels([compare(s, t) for _, s, t in pairs])}
 
-    return method.Method(init, apply, {"feature": weight})
+    return method.Method(init, apply, {"feature": weight}, taps.Reads((student,), (teacher,)))

@@ -25,8 +25,8 @@ import jax
 import jax.numpy as jnp
 
 from kdjax import nn
-from kdjax.losses import attention, feature, relation
 from kdjax.distill import adapters, method, taps
+from kdjax.losses import attention, feature, relation
 
 
 def make(
@@ -119,4 +119,4 @@ def make(
         levels = [compare(stride, s, t, params) for stride, s, t in pairs]
         return {name: sum(level[name] for level in levels) for name in weights if weights[name]}
 
-    return method.Method(init, apply, weights)
+    return method.Method(init, apply, weights, taps.Reads((student,), (teacher,)))

@@ -26,9 +26,9 @@ Status: formula
 import jax.numpy as jnp
 
 from kdjax.boxes import roi_align
-from kdjax.losses import feature, instances, logits
-from kdjax.errors import UserError
 from kdjax.distill import adapters, method, taps
+from kdjax.errors import UserError
+from kdjax.losses import feature, instances, logits
 
 
 def make(
@@ -70,7 +70,6 @@ def make(
     }
 
     def init(key, student_spec, teacher_spec):
-        api.pair_priors(student_spec, teacher_spec, "cls_logits", "cls_logits")
         pairs = taps.pair(student_spec, teacher_spec, student, teacher)
         widths = sorted({(p.student.shape[-1], p.teacher.shape[-1]) for p in pairs})
         if len(widths) > 1:
@@ -99,9 +98,8 @@ def make(
         return jnp.mean(instances.relation(s, t, valid.reshape(rows)))
 
     def apply(params, context):
-        pairs = api.pair_priors(context.student, context.teacher, "cls_logits", "cls_logits")
-        scores = api.row_pair(pairs, len(context.priors))
-        predicted = context.decode_student(context.student), context.decode_teacher(context.teacher)
+        rows = context.student_rows, context.teacher_rows
+        scores, predicted = [side.logits for side in rows], [side.boxes for side in rows]
         boxes, labels, valid = instances.general_instances(
             *scores, *predicted, count=count, iou_threshold=iou_threshold
         )
@@ -110,7 +108,7 @@ def make(
         chosen = context.targets._replace(boxes=boxes, labels=labels, valid=valid)
         assignment = context.assign(chosen)
         positive = assignment.positive & ~assignment.ignore
-        strides = jnp.tile(context.priors[:, 2:], 2)
+        strides = jnp.tile(context.student_rows.location[..., 2:], 2)
         terms = {
             "feature": method.mean_over_positives(jnp.sum(feature.squared(s, t), -1), pixels),
             "relation": relation(s, t, valid),
@@ -119,4 +117,6 @@ def make(
         }
         return {name: terms[name] for name in weights if weights[name]}
 
-    return method.Method(init, apply, weights)
+    names = ("rows.logits", "rows.boxes")
+    reads = taps.Reads((student, *names, "rows.location", "targets", "assignment"), (teacher, *names))
+    return method.Method(init, apply, weights, reads)

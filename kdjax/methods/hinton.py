@@ -17,15 +17,13 @@ Status: formula
 
 import jax.numpy as jnp
 
+from kdjax.distill import method, taps
 from kdjax.losses import logits
-from kdjax.distill import method
 
 
 def make(
     *,
     weight: float = 1.0,
-    student: str = "cls_logits",
-    teacher: str = "cls_logits",
     head: str = "sigmoid",
     priors: str = "positive",
     temperature: float = 1.0,
@@ -35,7 +33,6 @@ def make(
 
     Args:
       weight: of the term; 0.9 beside 0.1 of the task's loss in classification, detectors simply add.
-      student, teacher: taps; class logits.
       head: "sigmoid" or "softmax", what turns the logits into scores.
       priors: "positive", those of the student's assignment, or "all", those that it does not ignore.
       temperature: tau > 0.
@@ -50,8 +47,7 @@ def make(
     method.check("hinton: temperature", temperature, temperature > 0, "above 0")
 
     def init(key, student_spec, teacher_spec):
-        del key
-        api.pair_priors(student_spec, teacher_spec, student, teacher)
+        del key, student_spec, teacher_spec
         return {}
 
     def divergence(s, t):
@@ -62,11 +58,10 @@ def make(
 
     def apply(params, context):
         del params
-        pairs = api.pair_priors(context.student, context.teacher, student, teacher)
         assignment = context.assignment
         compared = assignment.positive if priors == "positive" else ~assignment.ignore
         counted = compared if head == "softmax" else assignment.positive
-        total = jnp.sum(jnp.where(compared, divergence(*api.row_pair(pairs, len(context.priors))), 0.0))
+        total = jnp.sum(jnp.where(compared, divergence(context.student_rows.logits, context.teacher_rows.logits), 0.0))
         return {"classes": total / jnp.maximum(jnp.sum(counted), 1)}
 
-    return method.Method(init, apply, {"classes": weight})
+    return method.Method(init, apply, {"classes": weight}, taps.Reads(("rows.logits", "assignment"), ("rows.logits",)))

@@ -23,16 +23,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdjax.losses import localization, logits
-from kdjax.errors import UserError
 from kdjax.distill import method, taps
+from kdjax.errors import UserError
+from kdjax.losses import localization, logits
 
 
 def make(
     *,
     weight: float = 1.0,
-    student: str = "box_reg",
-    teacher: str = "box_reg",
     main_weight: float = 0.25,
     region_weight: float = 0.25,
     class_weight: float = 10.0,
@@ -47,7 +45,6 @@ def make(
 
     Args:
       weight: of all terms.
-      student, teacher: taps; box edges as logits over bins.
       main_weight: of the edges on positive priors, 0.25 in the paper (RetinaNet 5).
       region_weight: of the edges in the valuable region, 0.25 in the paper.
       class_weight: of the classes on positive priors, 10 in the paper.
@@ -67,23 +64,16 @@ def make(
     method.check("ld: gamma", gamma, 0 <= gamma <= 1, "within 0 .. 1")
     weights = {"main": weight * main_weight, "region": weight * region_weight / 4, "classes": weight * class_weight}
 
-    def check_bins(side, name, width):
-        if width % 4 or width <= 4:
-            raise UserError(
-                f"ld compares box edges as distributions over bins, but {name!r} of the {side} has {width} numbers a "
-                "prior: take detectors whose heads predict distributions (as GFL's does)"
-            )
-
     def init(key, student_spec, teacher_spec):
         del key
-        for side, output, name in (("student", student_spec, student), ("teacher", teacher_spec, teacher)):
-            check_bins(side, name, next(iter(taps.tap(output, name).values())).shape[-1] // output.anchors)
-        api.pair_priors(student_spec, teacher_spec, student, teacher)
-        api.pair_priors(student_spec, teacher_spec, "cls_logits", "cls_logits")
+        bins = [side.rows.distribution.shape[-1] for side in (student_spec, teacher_spec)]
+        if bins[0] != bins[1]:
+            raise UserError(f"the distributions of box edges have {bins[0]} bins (student) and {bins[1]} (teacher)")
         return {}
 
     def region(context, sizes):
-        centres, half = context.priors[:, :2], context.priors[:, 2:] * anchor_scale / 2
+        location = context.student_rows.location
+        centres, half = location[:, :2], location[:, 2:] * anchor_scale / 2
         anchors = jnp.concatenate([centres - half, centres + half], -1)
         boxes, valid = context.targets.boxes, context.targets.valid
         _, _, threshold = localization.candidates(anchors, boxes, sizes, topk=candidates)
@@ -91,12 +81,9 @@ def make(
 
     def apply(params, context):
         del params
-        count, assignment = len(context.priors), context.assignment
-        edges = api.pair_priors(context.student, context.teacher, student, teacher)
-        classes = api.pair_priors(context.student, context.teacher, "cls_logits", "cls_logits")
-        sizes, class_logits = api.level_sizes(classes, count), api.row_pair(classes, count)
-        by_prior = api.row_pair(edges, count)
-        by_edge = (x.reshape(*x.shape[:2], 4, -1) for x in by_prior)
+        rows, assignment = (context.student_rows, context.teacher_rows), context.assignment
+        sizes, class_logits = rows[0].level_sizes, [side.logits for side in rows]
+        by_edge = [side.distribution for side in rows]
         kl = jnp.mean(logits.softmax_kl(*by_edge, temperature=temperature, class_reduction="mean"), -1)
         confidence = jax.lax.stop_gradient(jnp.max(jax.nn.sigmoid(class_logits[0]), -1))
         confidence = jnp.where(assignment.positive, confidence, 0.0)
@@ -111,4 +98,6 @@ def make(
             terms["classes"] = sum(method.mean_over_positives(*level) for level in zip(*levels, strict=True))
         return {name: value for name, value in terms.items() if weights[name]}
 
-    return method.Method(init, apply, weights)
+    names = ("rows.logits", "rows.distribution")
+    reads = taps.Reads((*names, "rows.location", "targets", "assignment"), names)
+    return method.Method(init, apply, weights, reads)

@@ -18,8 +18,8 @@ Status: proven
 import jax
 import jax.numpy as jnp
 
-from kdjax.losses import feature, generation
 from kdjax.distill import adapters, method, taps
+from kdjax.losses import feature, generation
 
 
 def make(
@@ -62,4 +62,4 @@ def make(
         ]
         return {"generation": sum(levels)}
 
-    return method.Method(init, apply, {"generation": weight})
+    return method.Method(init, apply, {"generation": weight}, taps.Reads((student,), (teacher,)))

@@ -39,8 +39,8 @@ Status: formula
 import jax
 import jax.numpy as jnp
 
-from kdjax.losses import attention, distribution, feature, frequency, generation
 from kdjax.distill import adapters, method, taps
+from kdjax.losses import attention, distribution, feature, frequency, generation
 
 
 def make(
@@ -123,7 +123,9 @@ def make(
         pairs = adapters.adapt(params, taps.pair(context.student, context.teacher, student, teacher))
         levels = [compare(pair, params, jax.random.fold_in(context.key, pair.stride)) for pair in pairs]
         return {
-            name: method.mean_over_levels([jnp.mean(level[name]) for level in levels]) for name in weights if weights[name]
+            name: method.mean_over_levels([jnp.mean(level[name]) for level in levels])
+            for name in weights
+            if weights[name]
         }
 
-    return method.Method(init, apply, weights)
+    return method.Method(init, apply, weights, taps.Reads((student,), (teacher,)))

@@ -19,9 +19,9 @@ Status: formula
 import jax
 import jax.numpy as jnp
 
-from kdjax.losses import feature, prediction
-from kdjax.errors import UserError
 from kdjax.distill import adapters, method, taps
+from kdjax.errors import UserError
+from kdjax.losses import feature, prediction
 
 
 def make(
@@ -52,7 +52,7 @@ def make(
 
     def init(key, student_spec, teacher_spec):
         pairs = taps.pair(student_spec, teacher_spec, student, teacher)
-        predictions = api.pair_priors(student_spec, teacher_spec, "cls_logits", "cls_logits")
+        predictions = taps.pair(student_spec, teacher_spec, "cls_logits")
         grids = {p.stride: p.teacher.shape[1:3] for p in predictions}
         for stride, _, of_teacher in pairs:
             if grids.get(stride) != of_teacher.shape[1:3]:
@@ -80,4 +80,5 @@ def make(
         levels = [compare(s, t, predictions[stride]) for stride, s, t in pairs]
         return {"feature": method.mean_over_levels(levels)}
 
-    return method.Method(init, apply, {"feature": weight})
+    reads = taps.Reads((student, "cls_logits", "rows.logits"), (teacher, "cls_logits", "rows.logits"))
+    return method.Method(init, apply, {"feature": weight}, reads)

@@ -16,8 +16,8 @@ Status: proven
 
 import jax.numpy as jnp
 
-from kdjax.losses import feature
 from kdjax.distill import adapters, method, taps
+from kdjax.losses import feature
 
 
 def make(
@@ -46,4 +46,4 @@ def make(
         pairs = adapters.adapt(params, taps.pair(context.student, context.teacher, student, teacher))
         return {"correlation": sum(jnp.mean(feature.pearson(s, t, ddof=ddof)) for _, s, t in pairs)}
 
-    return method.Method(init, apply, {"correlation": weight})
+    return method.Method(init, apply, {"correlation": weight}, taps.Reads((student,), (teacher,)))

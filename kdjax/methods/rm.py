@@ -19,15 +19,13 @@ Status: formula
 import jax.numpy as jnp
 
 from kdjax.boxes import iou
+from kdjax.distill import method, taps
 from kdjax.losses import rank
-from kdjax.distill import method
 
 
 def make(
     *,
     weight: float = 4.0,
-    student: str = "cls_logits",
-    teacher: str = "cls_logits",
     theta: float = 1.0,
     quality: str = "cls",
     per_image: bool = False,
@@ -36,7 +34,6 @@ def make(
 
     Args:
       weight: of the term; 4 for RetinaNet.
-      student, teacher: taps; class logits.
       theta: temperature > 0 of both softmaxes, 1 in the paper; below 1 it sharpens what is nearly flat for scores in
         0 .. 1.
       quality: what is ranked: "cls", the score of the object's class; "iou", the IoU of the decoded box with the
@@ -50,26 +47,25 @@ def make(
     method.check("rm: theta", theta, theta > 0, "above 0")
 
     def init(key, student_spec, teacher_spec):
-        del key
-        api.pair_priors(student_spec, teacher_spec, student, teacher)
+        del key, student_spec, teacher_spec
         return {}
 
-    def scores(logits, decode, output, assignment):
-        score = 1.0 if quality == "iou" else rank.label_score(logits, assignment.labels)
-        return score if quality == "cls" else score * iou.box_iou(decode(output), assignment.boxes)
+    def scores(rows, assignment):
+        score = 1.0 if quality == "iou" else rank.label_score(rows.logits, assignment.labels)
+        return score if quality == "cls" else score * iou.box_iou(rows.boxes, assignment.boxes)
 
     def apply(params, context):
         del params
         assignment = context.assignment
-        pairs = api.pair_priors(context.student, context.teacher, student, teacher)
-        of_student, of_teacher = api.row_pair(pairs, len(context.priors))
-        of_student = scores(of_student, context.decode_student, context.student, assignment)
-        of_teacher = scores(of_teacher, context.decode_teacher, context.teacher, assignment)
+        student_scores = scores(context.student_rows, assignment)
+        teacher_scores = scores(context.teacher_rows, assignment)
         owner, positive, boxes = assignment.matched, assignment.positive, context.targets.valid.shape[1]
-        divergence = rank.rank_kl(of_student, of_teacher, owner, positive, boxes=boxes, theta=theta)
+        divergence = rank.rank_kl(student_scores, teacher_scores, owner, positive, boxes=boxes, theta=theta)
         ranked = jnp.sum(rank.has_positives(owner, positive, boxes=boxes), 1)
         if per_image:
             return {"rank": jnp.mean(jnp.sum(divergence, 1) / jnp.maximum(ranked, 1))}
         return {"rank": jnp.sum(divergence) / jnp.maximum(jnp.sum(ranked), 1)}
 
-    return method.Method(init, apply, {"rank": weight})
+    names = ("rows.logits", *(() if quality == "cls" else ("rows.boxes",)))
+    reads = taps.Reads((*names, "assignment", "targets"), names)
+    return method.Method(init, apply, {"rank": weight}, reads)

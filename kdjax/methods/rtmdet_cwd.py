@@ -17,8 +17,8 @@ Status: formula
 
 import jax.numpy as jnp
 
-from kdjax.losses import distribution, feature
 from kdjax.distill import adapters, method, taps
+from kdjax.losses import distribution, feature
 
 
 def make(
@@ -51,4 +51,4 @@ def make(
         ]
         return {"cwd": sum(levels)}
 
-    return method.Method(init, apply, {"cwd": weight})
+    return method.Method(init, apply, {"cwd": weight}, taps.Reads((student,), (teacher,)))

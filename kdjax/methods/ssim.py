@@ -20,8 +20,8 @@ Status: formula
 
 import jax.numpy as jnp
 
-from kdjax.losses import structural
 from kdjax.distill import adapters, method, taps
+from kdjax.losses import structural
 
 
 def make(
@@ -65,4 +65,4 @@ def make(
         pairs = adapters.adapt(params, taps.pair(context.student, context.teacher, student, teacher))
         return {"structural": sum(compare(s, t) for _, s, t in pairs)}
 
-    return method.Method(init, apply, {"structural": weight})
+    return method.Method(init, apply, {"structural": weight}, taps.Reads((student,), (teacher,)))

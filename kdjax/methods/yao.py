@@ -23,8 +23,8 @@ import jax
 import jax.numpy as jnp
 
 from kdjax import nn
-from kdjax.losses import attention, decoupled, feature, generation
 from kdjax.distill import adapters, method, taps
+from kdjax.losses import attention, decoupled, feature, generation
 
 
 def make(
@@ -90,7 +90,10 @@ def make(
         pairs = taps.pair(student_spec, teacher_spec, student, teacher)
         params = {}
         if weights["features"]:
-            params = {"adapters": adapters.init_adapters(key, pairs), "generators": adapters.init_generators(key, pairs)}
+            params = {
+                "adapters": adapters.init_adapters(key, pairs),
+                "generators": adapters.init_generators(key, pairs),
+            }
             if spatial_attention:
                 params["attention"] = {
                     str(pair.stride): adapters.init_conv(
@@ -98,8 +101,6 @@ def make(
                     )
                     for pair in pairs
                 }
-        if weights["target"] or weights["others"]:
-            api.pair_priors(student_spec, teacher_spec, "cls_logits", "cls_logits")
         if weights["many"]:
             params["many"] = {}
             for i, s, j, t, _ in neighbours(pairs):
@@ -139,8 +140,8 @@ def make(
             adapted = adapters.adapt(params["adapters"], pairs)
             terms["features"] = method.mean_over_levels([rebuilt(params, pair, context.key) for pair in adapted])
         if weights["target"] or weights["others"]:
-            predictions = api.pair_priors(context.student, context.teacher, "cls_logits", "cls_logits")
-            logits, assignment = api.row_pair(predictions, len(context.priors)), context.assignment
+            assignment = context.assignment
+            logits = context.student_rows.logits, context.teacher_rows.logits
             target, others = divergences(*logits, assignment.labels, temperature=temperature)
             terms["target"] = method.mean_over_positives(target, assignment.positive)
             terms["others"] = method.mean_over_positives(others, assignment.positive)
@@ -149,4 +150,6 @@ def make(
             terms["many"] = total / len(pairs)
         return {name: value for name, value in terms.items() if weights[name]}
 
-    return method.Method(init, apply, weights)
+    rows = ("rows.logits",) if weights["target"] or weights["others"] else ()
+    reads = taps.Reads((student, *rows, *(("assignment",) if rows else ())), (teacher, *rows))
+    return method.Method(init, apply, weights, reads)
