@@ -16,9 +16,9 @@ from flax import nnx
 from kdjax.boxes import assign, nms, priors
 from kdjax.detectors import levels, resnet
 from kdjax.detectors.api import (
+    Assign,
     Decode,
     Detector,
-    Assign,
     Loss,
     TorchNames,
     Tree,

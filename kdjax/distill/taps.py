@@ -1,7 +1,7 @@
 """Taps: named places of a detector, and how those of two detectors pair.
 
-A tap is written `neck`, `backbone.2` (one level), `neck.0:3` (the first three levels), `cls_tower.1` (a convolution of a
-tower, before its activation; `cls_tower.-2` counts from the end) or `rows.logits` (a field of the rows). The methods
+A tap is written `neck`, `backbone.2` (one level), `neck.0:3` (the first three levels), `cls_tower.1` (a convolution of
+a tower, before its activation; `cls_tower.-2` counts from the end) or `rows.logits` (a field of the rows). The methods
 declare the taps that they read (`Reads`).
 """
 

@@ -1,7 +1,7 @@
 """What can be a teacher: anything that can tell what it saw in a batch.
 
-A teacher has `spec` and `observe`. Detectors are live teachers as they are. `Custom` makes a teacher (or a student) of a
-model of your own, `on_host` of a function that runs on the host, `recorded` of arrays that travel in the batch.
+A teacher has `spec` and `observe`. Detectors are live teachers as they are. `Custom` makes a teacher (or a student) of
+a model of your own, `on_host` of a function that runs on the host, `recorded` of arrays that travel in the batch.
 """
 
 import dataclasses

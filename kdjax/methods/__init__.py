@@ -1,7 +1,7 @@
 """Distillation methods: one published method per file, losses wired to taps.
 
-`kdjax.methods.cwd(weight=10.0)` makes a method; its name is the name of its file. The files beside this one, and those in
-`FOLDER/methods` of the folders that the environment variable KDJAX_PLUGINS names, are the methods.
+`kdjax.methods.cwd(weight=10.0)` makes a method; its name is the name of its file. The files beside this one, and those
+in `FOLDER/methods` of the folders that the environment variable KDJAX_PLUGINS names, are the methods.
 """
 
 import functools

@@ -122,10 +122,7 @@ def make(
     def apply(params, context):
         pairs = adapters.adapt(params, taps.pair(context.student, context.teacher, student, teacher))
         levels = [compare(pair, params, jax.random.fold_in(context.key, pair.stride)) for pair in pairs]
-        return {
-            name: method.mean_over_levels([jnp.mean(level[name]) for level in levels])
-            for name in weights
-            if weights[name]
-        }
+        means = {name: [jnp.mean(level[name]) for level in levels] for name in weights if weights[name]}
+        return {name: method.mean_over_levels(values) for name, values in means.items()}
 
     return method.Method(init, apply, weights, taps.Reads((student,), (teacher,)))
