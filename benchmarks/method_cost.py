@@ -23,7 +23,6 @@ file.
 """
 
 import argparse
-import dataclasses
 import functools
 import gc
 import statistics
@@ -34,11 +33,12 @@ import jax
 import numpy as np
 
 from kdjax import detectors
+from kdjax import methods as zoo
 from kdjax.commands import study
-from kdjax.methods import api
+from kdjax.distill import Distiller
 from kdjax.train import config as settings
 from kdjax.train import optim, provenance, setup
-from kdjax.train.step import Teacher, compare, init_adapters, init_state, make_step, targets_of
+from kdjax.train.step import Teacher, init_state, make_step
 
 BOXES = 16  # padded boxes an image
 WARM = 2  # rounds that are not counted
@@ -51,17 +51,19 @@ def main():
     parser.add_argument("--size", type=int, default=320, help="side of the images in pixels")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--classes", type=int, default=80)
-    parser.add_argument("--methods", default=",".join(api.names()), help="names, separated by commas; all by default")
+    parser.add_argument("--methods", default=",".join(zoo.names()), help="names, separated by commas; all by default")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--log", type=Path)
     args = parser.parse_args()
     names = args.methods.split(",")
     for name in names:
-        if name not in api.names():
-            parser.error(f"there is no method {name!r}; the methods are: {', '.join(api.names())}")
+        if name not in zoo.names():
+            parser.error(f"there is no method {name!r}; the methods are: {', '.join(zoo.names())}")
     setup.prepare_process("")
     bench = Bench(args)
-    refused = {name: why for name in names if (why := api.refusal(name, *bench.specs))}
+    refused = {
+        name: why for name in names if (why := zoo.refusal(name, bench.student, bench.teacher, bench.image_size))
+    }
     rows = []
     for name in (name for name in names if name not in refused):
         rows.append(bench.measure(name))
@@ -85,8 +87,7 @@ class Bench:
     def __init__(self, args):
         self.rounds = args.rounds
         self.student, self.teacher = (detectors.build(name, args.classes) for name in (args.student, args.teacher))
-        self.specs = [setup.output_spec(detector, (args.size, args.size)) for detector in (self.student, self.teacher)]
-        self.key = jax.random.PRNGKey(0)
+        self.key, self.image_size = jax.random.PRNGKey(0), (args.size, args.size)
         self.batch = jax.tree.map(jax.numpy.asarray, made_up_batch(args.batch, args.size, args.classes))
         self.variables = Teacher(*self.teacher.init(jax.random.PRNGKey(1)))
         config = settings.base()
@@ -101,46 +102,25 @@ class Bench:
 
     def measure(self, name: str) -> dict:
         """Time and memory of one method; its program is freed on return."""
-        methods = {name: api.build(name)}
-        adapters = init_adapters(methods, self.key, *self.specs)
-        state = init_state(self.student, self.key, None, adapters, self.optimizer)
-        forward = self.forward(tuple(self.leaves_read(methods, state)))
-        step = make_step(self.student, self.optimizer, self.ema_rate, teacher=self.teacher, methods=methods)
+        distiller = Distiller(self.student, self.teacher, [zoo.build(name)])
+        state = init_state(self.student, self.key, None, distiller.init(self.key, self.image_size), self.optimizer)
+        forward = self.forward(distiller)
+        step = make_step(self.student, self.optimizer, self.ema_rate, distiller=distiller)
         step = compiled(step, state, self.variables, self.batch, donate=True)
         rounds = []
         for _ in range(WARM + self.rounds):
             twin, (self.twin, _) = timed(self.twin_step, self.twin, None, self.batch)
-            teacher, _ = timed(forward, self.variables, self.batch["image"])
+            teacher, _ = timed(forward, self.variables, self.batch)
             distil, (state, _) = timed(step, state, self.variables, self.batch)
             rounds.append((distil, twin, teacher))
         return summarize(name, rounds[WARM:], megabytes(step))
 
-    def leaves_read(self, methods: dict, state) -> list[bool]:
-        """Which leaves of the teacher's output the terms depend on."""
-        spec = jax.eval_shape(self.look, self.variables, self.batch["image"])
-
-        def terms(seen, state, variables, batch):
-            teacher = dataclasses.replace(self.teacher, apply=lambda *args, train: (seen, None))
-            student, images = self.student, self.student.preprocess(batch["image"])
-            output, _ = student.apply(state.params["student"], state.stats, images, train=True)
-            _, assignment = student.loss(output, targets_of(batch))
-            adapters, key = state.params["adapters"], state.key
-            return compare(student, teacher, methods, adapters, variables, output, assignment, batch, state.step, key)
-
-        return reads(terms, spec, state, self.variables, self.batch)
-
-    def look(self, variables, images):
-        return self.teacher.apply(*variables, self.teacher.preprocess(images), train=False)[0]
-
-    def forward(self, read: tuple[bool, ...]):
-        """The teacher's forward pass to the leaves that are read; compiled once for each choice of them."""
+    def forward(self, distiller: Distiller):
+        """The teacher's forward pass to the taps that are read; compiled once for each choice of them."""
+        read = distiller.teacher_reads
         if read not in self.forwards:
-
-            def forward(variables, images):
-                leaves = jax.tree.leaves(self.look(variables, images))
-                return [leaf for leaf, needed in zip(leaves, read, strict=True) if needed]
-
-            self.forwards[read] = compiled(forward, self.variables, self.batch["image"])
+            observe = jax.jit(lambda variables, batch: distiller.observe(batch, tuple(variables)))
+            self.forwards[read] = observe.lower(self.variables, self.batch).compile()
         return self.forwards[read]
 
 
@@ -157,16 +137,6 @@ def made_up_batch(batch: int, size: int, classes: int, boxes: int = BOXES) -> di
         "valid": valid,
         "image_size": np.full((batch, 2), size, np.int32),
     }
-
-
-def reads(function, first, *rest) -> list[bool]:
-    """Which leaves of its first argument the results of a function depend on; all are shapes or arrays."""
-    jaxpr = jax.make_jaxpr(function)(first, *rest).jaxpr
-    needed = {id(v) for v in jaxpr.outvars}
-    for equation in reversed(jaxpr.eqns):
-        if any(id(v) in needed for v in equation.outvars):
-            needed |= {id(v) for v in equation.invars}
-    return [id(v) in needed for v in jaxpr.invars[: len(jax.tree.leaves(first))]]
 
 
 def compiled(function, *args, donate: bool = False):

@@ -18,10 +18,11 @@ import jax
 from method_cost import BOXES, WARM, compiled, made_up_batch, megabytes, timed
 
 from kdjax import detectors
-from kdjax.methods import api
+from kdjax import methods as zoo
+from kdjax.distill import Distiller
 from kdjax.train import config as settings
 from kdjax.train import optim, provenance, setup
-from kdjax.train.step import Teacher, init_adapters, init_state, make_step
+from kdjax.train.step import Teacher, init_state, make_step
 
 
 class Built(NamedTuple):
@@ -60,7 +61,7 @@ def parser_of(text: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--detector", default="rtmdet_tiny", choices=detectors.names())
     parser.add_argument("--teacher", default="", choices=["", *detectors.names()])
-    parser.add_argument("--method", default="", choices=["", *api.names()])
+    parser.add_argument("--method", default="", choices=["", *zoo.names()])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--size", type=int, default=320, help="side of the images in pixels")
@@ -86,18 +87,18 @@ def build(args) -> Built:
     """The program that train.py would run, with random weights and images."""
     student = detectors.build(args.detector, args.classes)
     teacher = detectors.build(args.teacher, args.classes) if args.teacher else None
-    methods = {args.method: api.build(args.method)} if args.method else {}
     key, adapters, variables = jax.random.PRNGKey(0), {}, None
+    methods = [zoo.build(args.method)] if args.method else []
     if teacher:
-        specs = [setup.output_spec(detector, (args.size, args.size)) for detector in (student, teacher)]
-        adapters = init_adapters(methods, key, *specs)
+        adapters = Distiller(student, teacher, methods).init(key, (args.size, args.size))
         variables = Teacher(*teacher.init(jax.random.PRNGKey(1)))
     config = settings.base()
     config.steps = 100_000
     optimizer = optim.optimizer(config, lambda params: jax.tree.map(lambda leaf: leaf.ndim <= 1, params))
     state = init_state(student, key, None, adapters, optimizer)
     student, teacher = (setup.in_precision(detector, args.dtype) for detector in (student, teacher))
-    step = make_step(student, optimizer, lambda at: optim.ema_rate(config, at), teacher=teacher, methods=methods)
+    distiller = Distiller(student, teacher, methods) if teacher else None
+    step = make_step(student, optimizer, lambda at: optim.ema_rate(config, at), distiller=distiller)
     batch = jax.tree.map(jax.numpy.asarray, made_up_batch(args.batch, args.size, args.classes, args.boxes))
     program = compiled(step, state, variables, batch, donate=True)
     return Built(program, state, variables, batch, student, teacher)

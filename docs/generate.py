@@ -19,12 +19,10 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 
-import jax
-import jax.numpy as jnp
 
-from kdjax import detectors
+from kdjax import detectors, methods
+from kdjax.distill import taps as taps_of
 from kdjax.evals import complexity
-from kdjax.methods import api
 
 FOLDER = Path(__file__).parent
 SECTIONS = ("Paper", "Taps", "Open", "Proof", "Status")
@@ -96,11 +94,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if the file is out of date")
     options = parser.parse_args(arguments)
     try:
-        methods = [describe(name) for name in api.names()]
+        described = [describe(name) for name in methods.names()]
     except ValueError as error:
         print(f"docs/generate.py: {error}", file=sys.stderr)
         return 2
-    pages = {"methods.md": page(methods), "zoo.md": zoo()}
+    pages = {"methods.md": page(described), "zoo.md": zoo()}
     old = [name for name, text in pages.items() if not (file := FOLDER / name).is_file() or file.read_text() != text]
     if options.check:
         for name in old:
@@ -214,16 +212,19 @@ def pair_of(family: str) -> tuple[str, str]:
 @functools.cache
 def specs(name: str):
     """Shapes of everything that a detector returns for an image."""
-    detector = detectors.build(name, CLASSES)
-    image = jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), jnp.float32)
-    return jax.eval_shape(lambda variables, x: detector.apply(*variables, x, train=False)[0], detector.shapes, image)
+    return detectors.build(name, CLASSES).spec((SIZE, SIZE))
 
 
 @functools.cache
 def refusals(name: str) -> dict[tuple[str, str], str]:
     """(family of the student, of the teacher) -> the sentence with which the method refuses the pair, "" if it runs."""
     return {
-        (student, teacher): api.refusal(name, specs(pair_of(student)[0]), specs(pair_of(teacher)[1]))
+        (student, teacher): methods.refusal(
+            name,
+            detectors.build(pair_of(student)[0], CLASSES),
+            detectors.build(pair_of(teacher)[1], CLASSES),
+            (SIZE, SIZE),
+        )
         for student in families()
         for teacher in families()
     }
@@ -242,7 +243,7 @@ def zoo() -> str:
     for family, variants in families().items():
         doc = inspect.cleandoc(importlib.import_module(f"kdjax.detectors.{family}").__doc__)
         seen = specs(variants[0])
-        taps = ", ".join(f"`{tap}`" for tap in dict.fromkeys(tap.partition(".")[0] for tap in api.taps(seen)))
+        taps = ", ".join(f"`{tap}`" for tap in dict.fromkeys(tap.partition(".")[0] for tap in taps_of.taps(seen)))
         where = f"Strides {', '.join(map(str, seen.strides))}. Taps: {taps}."
         rows = table(("detector", "parameters, M", "GFLOPs"), [row_of(name) for name in variants])
         parts.append(f"## {family}\n\n{prose(flow(doc))}\n\n{where}\n\n{rows}")
@@ -262,8 +263,8 @@ def matrix() -> str:
     for student in families():
         cells = []
         for teacher in families():
-            runs = [name for name in api.names() if not refusals(name)[student, teacher]]
-            lacks = [name for name in api.names() if name not in runs]
+            runs = [name for name in methods.names() if not refusals(name)[student, teacher]]
+            lacks = [name for name in methods.names() if name not in runs]
             short = f"all but {', '.join(lacks)}" if lacks else "all"
             cells.append(short if len(lacks) < len(runs) else ", ".join(runs) or "none")
         rows.append((student, *cells))

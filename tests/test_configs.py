@@ -15,7 +15,7 @@ from kdjax.errors import UserError
 from kdjax.methods import api
 from kdjax.train import checks, optim, step
 from kdjax.train import config as settings
-from kdjax.train.setup import named_detector, output_spec
+from kdjax.train.setup import named_detector
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.py"))

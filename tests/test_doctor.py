@@ -18,7 +18,7 @@ from kdjax.doctor.data import check_data
 from kdjax.doctor.findings import FAULT, FINE, LOOK, Finding
 from kdjax.methods import api
 from kdjax.train import checks, sharding
-from kdjax.train.setup import Setup, output_spec, prepare
+from kdjax.train.setup import Setup, prepare
 from kdjax.train.step import init_adapters
 from kdjax.weights import folder
 from tests.test_configs import load

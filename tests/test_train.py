@@ -26,7 +26,7 @@ from kdjax.train import checkpoint, checks, loop, optim, outputs, run, sharding
 from kdjax.train import config as settings
 from kdjax.train import step as steps
 from kdjax.train.log import Log
-from kdjax.train.setup import load_detector, output_spec, prepare
+from kdjax.train.setup import load_detector, prepare
 from tests.support.checkpoints import spoilt
 from tests.support.data import small_folder
 

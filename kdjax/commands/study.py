@@ -41,7 +41,7 @@ import jax.numpy as jnp
 from matplotlib.figure import Figure
 
 from kdjax import detectors, weights
-from kdjax.methods import api
+from kdjax import methods as zoo
 
 ROOT = Path(__file__).resolve().parents[1]
 METRICS = ("AP", "AP50")
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None):
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first", type=int, default=0, help="the first seed")
-    parser.add_argument("--methods", type=words, default=api.names(), help="of the study `methods`; all by default")
+    parser.add_argument("--methods", type=words, default=zoo.names(), help="of the study `methods`; all by default")
     parser.add_argument("--weights", type=words, default=["0.1", "1", "5"], help="of the study `weight`")
     parser.add_argument("--teachers", type=words, default=[], help="student/ folders")
     parser.add_argument("--students", type=words, default=["rtmdet_pico", "rtmdet_nano"], help="of the study `sizes`")
@@ -100,7 +100,7 @@ def words(text: str) -> list[str]:
 def of_methods(args) -> list[Variant]:
     """Methods, or several together joined by "+", with each teacher."""
     for name in "+".join(args.methods).split("+"):
-        api.options(name)
+        zoo.options(name)
     return [
         Variant(f"{name}, {told}" if told else name, name, flags)
         for told, flags in teachers(args.teachers)
@@ -118,7 +118,7 @@ def of_components(args) -> list[Variant]:
 
 def of_weight(args) -> list[Variant]:
     """MKD with several weights; the default's runs are those of plain MKD, which other studies have too."""
-    plain = api.options("mkd")["weight"]
+    plain = zoo.options("mkd")["weight"]
     flags = {w: () if float(w) == plain else (f"--config.methods.mkd.weight={float(w)}",) for w in args.weights}
     return [Variant(f"mkd, weight {w}", "mkd", flags[w]) for w in args.weights]
 

@@ -1,6 +1,5 @@
 """The losses and terms of a run at its first step: values, and shares of the gradient at the student's neck."""
 
-import dataclasses
 import math
 
 import jax
@@ -9,11 +8,11 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
+from kdjax import methods
 from kdjax.doctor.findings import FAULT, FINE, Finding
-from kdjax.methods import api
+from kdjax.structs import targets_of
 from kdjax.train import sharding
 from kdjax.train.setup import Setup
-from kdjax.train.step import compare, targets_of, weights_of
 
 PRIOR = 0.1  # mean probability of a class at the start; a head with its focal prior has 0.01
 DROWNED, NOTHING = 0.97, 1e-3  # share of the gradient at the neck that a method may have
@@ -31,26 +30,17 @@ def measure_gradients(setup: Setup, batch: dict, adapters: dict | None = None) -
       (values, pulls, start): {name: value}, {name: norm of its gradient with respect to the neck's parameters}, and the
       mean probability that the student gives to a class.
     """
-    student, state = setup.student, setup.states["student"]
+    student, distiller, state = setup.student, setup.distiller, setup.states["student"]
     adapters = adapters or state.params["adapters"]
 
     def total(neck, state, adapters, variables, batch, chosen):
         params = state.params["student"] | {"neck": neck}
         output, _ = student.apply(params, state.stats, student.preprocess(batch["image"]), train=True)
-        values, assignment = student.loss(output, targets_of(batch))
-        if setup.methods:
-            values |= compare(
-                student,
-                setup.teacher,
-                setup.methods,
-                adapters,
-                variables,
-                output,
-                assignment,
-                batch,
-                0,
-                state.key,
-            )
+        targets = targets_of(batch)
+        assignment = student.assign(output, targets, state.key)
+        values = student.loss(output, targets, assignment)
+        if distiller:
+            values |= distiller.terms(adapters, output, batch, tuple(variables), assignment=assignment, key=state.key)
         start = jnp.mean(jax.nn.sigmoid(student.class_logits(output)))
         return jnp.dot(chosen, jnp.stack([values[name] for name in sorted(values)])), (values, start)
 
@@ -70,17 +60,18 @@ def train_adapters(setup: Setup, batch: dict) -> dict:
 
     Some adapters start near zero (FGFI, DeFeat) and let no gradient through before they have grown.
     """
-    student, teacher, state, optimizer = setup.student, setup.teacher, setup.states["student"], optax.adam(1e-3)
+    student, distiller, state, optimizer = setup.student, setup.distiller, setup.states["student"], optax.adam(1e-3)
 
     @jax.jit
     def grow(state, variables, batch):
         output, _ = student.apply(state.params["student"], state.stats, student.preprocess(batch["image"]), train=True)
-        _, assignment = student.loss(output, targets_of(batch))
-        seen = teacher.apply(*variables, teacher.preprocess(batch["image"]), train=False)
-        fixed = dataclasses.replace(teacher, apply=lambda *_, train: seen)
+        assignment = student.assign(output, targets_of(batch), state.key)
+        observed = distiller.observe(batch, tuple(variables))
 
         def total(adapters):
-            terms = compare(student, fixed, setup.methods, adapters, variables, output, assignment, batch, 0, state.key)
+            terms = distiller.terms(
+                adapters, output, batch, tuple(variables), observed=observed, assignment=assignment, key=state.key
+            )
             return sum(terms.values())
 
         def update(_, carry):
@@ -101,7 +92,7 @@ def gradient_shares(setup: Setup, pulls: dict) -> dict[str, float]:
       setup: of the run.
       pulls: of `measure_gradients`.
     """
-    weights = weights_of({name: m._replace(scale=lambda step: 1.0) for name, m in setup.methods.items()}, 0)
+    weights = {f"{name}/{term}": w for name, m in setup.methods.items() for term, w in m.weights.items()}
     pulls = {name: float(weights.get(name, 1.0)) * pull for name, pull in pulls.items()}
     pulls |= {method: sum(pulls[f"{method}/{term}"] for term in m.weights) for method, m in setup.methods.items()}
     everything = sum(pulls[name] for name in pulls if name not in setup.methods)
@@ -125,7 +116,7 @@ def check_terms(setup: Setup, values: dict, pulls: dict) -> list[Finding]:
       values, pulls: of `measure_gradients`.
     """
     found, share = [], gradient_shares(setup, pulls)
-    published = {f"{name}/{term}": w for name in setup.methods for term, w in api.build(name).weights.items()}
+    published = {f"{name}/{term}": w for name in setup.methods for term, w in methods.build(name).weights.items()}
     weights = {f"{name}/{term}": w for name, m in setup.methods.items() for term, w in m.weights.items()}
     times = {name: weights[name] / weight for name, weight in published.items() if weight}
     for name, value in values.items():

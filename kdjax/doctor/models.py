@@ -10,13 +10,13 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from kdjax import data, weights
+from kdjax import data, methods, weights
 from kdjax.detectors.api import Detector, flatten
+from kdjax.distill import tap
 from kdjax.doctor.findings import FAULT, FINE, LOOK, Finding
 from kdjax.evals import coco, complexity, tide
 from kdjax.evals.matching import detections_by_image, truth_by_image
-from kdjax.methods import api
-from kdjax.train.setup import Setup, named_detector, output_spec
+from kdjax.train.setup import Setup, named_detector
 
 # Ways in which images reach a detector, beside its own: f(u8[B, H, W, 3] RGB, its own input) -> input.
 MISTAKES = {
@@ -141,15 +141,15 @@ def check_sizes(setup: Setup) -> list[Finding]:
 def check_taps(setup: Setup) -> list[Finding]:
     """Which maps each method compares, with their shapes by stride; those that do not fit have been refused."""
     hw = tuple(setup.config.data.image_size)
-    specs = {role: output_spec(getattr(setup, role), hw) for role in ("student", "teacher")}
+    specs = {role: getattr(setup, role).spec(hw) for role in ("student", "teacher")}
     found = []
     for name, options in setup.config.methods.items():
-        options = api.options(name) | options.to_dict()
+        options = methods.options(name) | options.to_dict()
         sides, strides = [], []
         for role, spec in specs.items():
             maps = {}
             with contextlib.suppress(ValueError):  # a name that only the method understands
-                maps = api.tap(spec, options[role])
+                maps = tap(spec, options[role])
             shapes = ", ".join(f"{stride}: {m.shape[1]}x{m.shape[2]}x{m.shape[3]}" for stride, m in maps.items())
             sides.append(f"{role} {options[role]}" + f" ({shapes})" * bool(shapes))
             strides.append(set(maps))

@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from kdjax import methods as zoo
 from kdjax.doctor.findings import FAULT, FINE, LOOK, Finding
-from kdjax.methods import api
 from kdjax.train import optim
 
 
@@ -54,7 +54,7 @@ def check_schedule(config: ConfigDict, size: int) -> list[Finding]:
     else:
         found.append(Finding(FINE, "moving average", f"{old:.0%} of it is of the first half of the run"))
     for name, options in config.methods.items():
-        active = float(np.mean(np.asarray(api.build(name, **options).scale(np.arange(steps)))))
+        active = float(np.mean(np.asarray(zoo.build(name, **options).scale(np.arange(steps)))))
         if active < 0.1:
             said = f"its start, stop, warmup and decay give it {active:.0%} of its weight over the {steps} steps"
             found.append(Finding(FAULT if active < 0.01 else LOOK, name, said))

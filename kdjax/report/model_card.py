@@ -6,9 +6,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from kdjax import methods as zoo
 from kdjax.data import Dataset
 from kdjax.evals import coco
-from kdjax.methods import api
 from kdjax.report.run import verdict
 
 _USE = """\
@@ -131,7 +131,7 @@ def _training(config: ConfigDict, teacher: str | None, fingerprints: Mapping[str
     if teacher:
         facts["teacher"] = f"{teacher}, weights `{config.teacher.weights}`, hash {fingerprints['teacher']}"
         for name, options in config.methods.items():
-            defaults = api.options(name)
+            defaults = zoo.options(name)
             changed = {key: value for key, value in options.items() if key != "weight" and value != defaults[key]}
             shown = ", ".join(f"{key} {value}" for key, value in {"weight": options.weight, **changed}.items())
             facts[f"method {name}"] = f"{shown}; other options at their defaults"

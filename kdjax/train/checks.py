@@ -10,13 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from kdjax import data, detectors
+from kdjax import data, detectors, methods
 from kdjax.errors import UserError, prefix
-from kdjax.methods import api
+from kdjax.structs import targets_of
 from kdjax.train import config as settings
 from kdjax.train import optim, sharding
 from kdjax.train.setup import Setup, named_detector
-from kdjax.train.step import compare, targets_of, weights_of
 
 # What may differ between a run and its resumption: nothing that enters the numbers.
 FREE_KEYS = {"log_every", "checkpoint", "compile_cache", "data.workers", "data.cache", "data.root", "eval"}
@@ -36,7 +35,7 @@ def check_settings(config: ConfigDict) -> None:
     with prefix("config.data"):
         data.check_settings(config.data)
     for name, options in config.methods.items():
-        api.build(name, **options)
+        methods.build(name, **options)
     devices = sharding.make_mesh().size
     if config.batch_size % devices:
         raise ValueError(f"config.batch_size is {config.batch_size}; it must be divisible by the {devices} devices")
@@ -55,7 +54,7 @@ def check_models(config: ConfigDict) -> None:
     if has_teacher and not config.teacher.weights:
         raise ValueError(f"the teacher {config.teacher.detector} has no weights: set config.teacher.weights")
     if has_teacher and not config.methods:
-        raise ValueError(f"there is a teacher but no method: choose among {', '.join(api.names())}")
+        raise ValueError(f"there is a teacher but no method: choose among {', '.join(methods.names())}")
     if config.twin and not config.methods:
         raise ValueError("config.twin compares with distillation, but config.methods is empty")
     for role in ("student", "teacher"):
@@ -148,25 +147,18 @@ def check_terms(setup: Setup, batch: dict) -> None:
     for name, method in setup.methods.items():
         if not method.weights:
             raise ValueError(f"config.methods.{name} would do nothing: the weights of all its terms are 0")
-    student, state = setup.student, setup.states["student"]
+    student, distiller, state = setup.student, setup.distiller, setup.states["student"]
 
     def probe(state, variables, batch):
         params = state.params
         output, _ = student.apply(params["student"], state.stats, student.preprocess(batch["image"]), train=True)
-        losses, assignment = student.loss(output, targets_of(batch))
+        targets = targets_of(batch)
+        assignment = student.assign(output, targets, state.key)
+        losses = student.loss(output, targets, assignment)
 
         def terms(output):
-            return compare(
-                student,
-                setup.teacher,
-                setup.methods,
-                params["adapters"],
-                variables,
-                output,
-                assignment,
-                batch,
-                0,
-                state.key,
+            return distiller.terms(
+                params["adapters"], output, batch, tuple(variables), assignment=assignment, key=state.key
             )
 
         values, back = jax.vjp(terms, output)
@@ -187,7 +179,7 @@ def check_terms(setup: Setup, batch: dict) -> None:
                 f"the term {name} (value {values[name]:.3g}) gives the student a gradient of size {pull}: it would do "
                 "nothing; check its taps and options"
             )
-    given = weights_of(setup.methods, 0)
+    given = distiller.weights(0)
     for name, weight in given.items():
         if not np.isfinite(weight):
             raise ValueError(f"the weight of the term {name} is {weight}")

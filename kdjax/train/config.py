@@ -4,8 +4,8 @@ import math
 
 from ml_collections import ConfigDict
 
+from kdjax import methods as zoo
 from kdjax.errors import UserError
-from kdjax.methods import api
 
 
 def base() -> ConfigDict:
@@ -182,7 +182,7 @@ def methods(names: str) -> ConfigDict:
     Raises:
       ValueError: unknown method.
     """
-    return ConfigDict({name: api.options(name) for name in names.split("+") if name})
+    return ConfigDict({name: zoo.options(name) for name in names.split("+") if name})
 
 
 def unknown_keys(config: ConfigDict, reference: ConfigDict | None = None, prefix: str = "config") -> list[str]:

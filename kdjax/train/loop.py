@@ -18,7 +18,7 @@ from kdjax.train.checks import check_programs
 from kdjax.train.log import Log
 from kdjax.train.outputs import ema, evaluate
 from kdjax.train.setup import Setup, run_fingerprint
-from kdjax.train.step import Teacher, TrainState, weights_of
+from kdjax.train.step import Teacher, TrainState
 
 
 class Stopped(Exception):
@@ -68,7 +68,8 @@ def train(setup: Setup, start: int, checkpoints: Checkpoints, log: Log) -> dict[
                 seconds, images = time.perf_counter() - since, len(window) * config.batch_size
                 row = {name: float(np.mean([m[name] for m in window])) for name in window[0]}
                 row = {name: value for name, value in row.items() if not name.endswith("/finite")}
-                row |= {f"weight/{name}": float(w) for name, w in weights_of(setup.methods, step - 1).items()}
+                weights = setup.distiller.weights(step - 1) if setup.distiller else {}
+                row |= {f"weight/{name}": float(w) for name, w in weights.items()}
                 row |= {
                     "lr": float(rate(step - 1)),
                     "seconds": seconds,

@@ -85,7 +85,7 @@ def finish(setup: Setup, workdir: Path, log: Log) -> dict:
     config, dataset = setup.config, setup.dataset
     hw = tuple(config.data.image_size)
     variables = {role: ema(state) for role, state in setup.states.items()}
-    if setup.teacher:
+    if setup.teacher_detects:
         variables["teacher"] = tuple(setup.variables)
     results = dict.fromkeys(("teacher", "twin", "student", "gain"))
     evaluations = {}

@@ -5,9 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from kdjax.methods import api
+from kdjax import methods as zoo
 from kdjax.train import optim
-from kdjax.train.step import weights_of
 
 POINTS = 2000  # at most, of a curve
 
@@ -23,12 +22,16 @@ def schedule(config: ConfigDict) -> dict[str, np.ndarray]:
       `weight/METHOD/TERM`.
     """
     steps = np.unique(np.linspace(0, config.steps - 1, POINTS).round().astype(int))
-    methods = {name: api.build(name, **options) for name, options in config.methods.items()}
+    methods = {name: zoo.build(name, **options) for name, options in config.methods.items()}
+
+    def weights(step):
+        return {f"{name}/{term}": w * m.scale(step) for name, m in methods.items() for term, w in m.weights.items()}
+
     curves = jax.vmap(
         lambda step: {
             "lr": optim.learning_rate(config)(step),
             "ema": optim.ema_rate(config, step),
-            **{f"weight/{name}": weight for name, weight in weights_of(methods, step).items()},
+            **{f"weight/{name}": weight for name, weight in weights(step).items()},
         }
     )(jnp.asarray(steps))
     start = config.data.stage2.start

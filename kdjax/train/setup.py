@@ -8,15 +8,15 @@ import platform
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from kdjax import detectors, files, weights
-from kdjax.methods import api
+from kdjax import detectors, files, methods, weights
+from kdjax.distill import Distiller, Method
+from kdjax.errors import UserError
 from kdjax.train import optim, sharding
 from kdjax.train.checkpoint import Checkpoints, fingerprint
-from kdjax.train.step import Teacher, TrainState, init_adapters, init_state, make_step
+from kdjax.train.step import Teacher, TrainState, init_state, make_step
 
 # glibc's mallopt: one heap for all threads (M_ARENA_MAX), nothing mapped by itself (M_MMAP_MAX), never trimmed
 # (M_TRIM_THRESHOLD).
@@ -30,7 +30,9 @@ class Setup(NamedTuple):
     dataset: object
     student: object  # Detector
     teacher: object | None
-    methods: dict
+    methods: dict[str, Method]
+    distiller: Distiller | None  # of student, teacher and methods, in float32
+    teacher_detects: bool  # its classes are the data's, so that it can be evaluated
     variables: Teacher | None  # on all devices
     states: dict[str, TrainState]  # "student", and "twin" if there is one; on all devices
     steps: dict[str, object]  # jitted updates
@@ -63,7 +65,7 @@ def named_detector(chosen: ConfigDict, num_classes: int):
 
 
 def load_detector(role: str, chosen: ConfigDict, dataset, key):
-    """The detector of a role with its start weights: (Detector, (params, stats) or None)."""
+    """The detector of a role with its initial weights: (Detector, (params, stats) or None)."""
     detector = named_detector(chosen, len(dataset.classes)) if chosen.detector else None
     if not chosen.weights:
         return detector, None
@@ -76,16 +78,31 @@ def load_detector(role: str, chosen: ConfigDict, dataset, key):
             return detector, (weights.reset_classifiers(detector, params, key=key), stats)
         missing = [name for name in dataset.classes if name not in classes]
         what = f"{missing[0]!r} is unknown to the {role}" if missing else "the order or number of classes differs"
-        raise ValueError(
+        raise UserError(
             f"the class map of the {role} in {chosen.weights} does not fit the data: {what}; "
             f"{role}: {', '.join(classes)}; data: {', '.join(dataset.classes)} (where only the spelling differs, "
             "`kdjax import-weights --classes` gives the weights other names)"
         )
     if detector.num_classes != len(dataset.classes):
-        raise ValueError(
+        raise UserError(
             f"the {role} in {chosen.weights} has {detector.num_classes} classes, the data has {len(dataset.classes)}"
         )
     return detector, (params, stats)
+
+
+def load_teacher(chosen: ConfigDict, dataset, key, chosen_methods: dict[str, Method]):
+    """The teacher: (Detector, (params, stats), whether its classes are the data's).
+
+    Where the methods read only its maps, it may have other classes; it is then not evaluated.
+    """
+    try:
+        return *load_detector("teacher", chosen, dataset, key), True
+    except UserError:
+        if reads_predictions(chosen_methods):
+            raise
+    detector = named_detector(chosen, len(dataset.classes)) if chosen.detector else None
+    detector, params, stats, _ = weights.load(chosen.weights, detector, key=key)
+    return detector, (params, stats), False
 
 
 def prepare(config: ConfigDict, dataset) -> Setup:
@@ -93,20 +110,18 @@ def prepare(config: ConfigDict, dataset) -> Setup:
     key = jax.random.PRNGKey(config.seed)
     height, width = config.data.image_size
     student, start = load_detector("student", config.student, dataset, key)
-    teacher, loaded = None, None
+    teacher, loaded, teacher_detects = None, None, False
+    chosen = {name: methods.build(name, **options) for name, options in config.methods.items()}
     if config.teacher.weights:
-        teacher, loaded = load_detector("teacher", config.teacher, dataset, key)
+        teacher, loaded, teacher_detects = load_teacher(config.teacher, dataset, key, chosen)
     for role, detector in (("student", student), ("teacher", teacher)):
         if detector and (height % detector.size_divisor or width % detector.size_divisor):
-            raise ValueError(
+            raise UserError(
                 f"config.data.image_size is {height}x{width}; the {role} {detector.name} needs multiples of "
                 f"{detector.size_divisor}"
             )
-    methods = {name: api.build(name, **options) for name, options in config.methods.items()}
-    adapters = {}
-    if methods:
-        specs = [output_spec(detector, (height, width)) for detector in (student, teacher)]
-        adapters = init_adapters(methods, key, *specs)
+    distiller = Distiller(student, teacher, chosen) if chosen else None
+    adapters = init_adapters(distiller, key, (height, width)) if distiller else {}
 
     def no_decay(params):
         return {
@@ -126,9 +141,10 @@ def prepare(config: ConfigDict, dataset) -> Setup:
 
         return jax.jit(traced, **options)
 
-    def update(name, teacher=None, **options):
+    def update(name, teacher=None):
         trained, frozen = (in_precision(detector, config.dtype) for detector in (student, teacher))
-        step = make_step(trained, optimizer, lambda at: optim.ema_rate(config, at), teacher=frozen, **options)
+        distiller = Distiller(trained, frozen, chosen) if teacher else None
+        step = make_step(trained, optimizer, lambda at: optim.ema_rate(config, at), distiller=distiller)
         return program(name, step, donate_argnums=0, out_shardings=everywhere)
 
     def predictor(name, detector):
@@ -143,7 +159,7 @@ def prepare(config: ConfigDict, dataset) -> Setup:
     steps = {role: update(role) for role in roles}
     predict = dict.fromkeys(roles, predictor("predict_student", student))
     if teacher:
-        steps["student"] = update("student", teacher=teacher, methods=methods)
+        steps["student"] = update("student", teacher=teacher)
         predict["teacher"] = predictor("predict_teacher", teacher)
     variables = jax.device_put(Teacher(*loaded), everywhere) if teacher else None
     return Setup(
@@ -151,7 +167,9 @@ def prepare(config: ConfigDict, dataset) -> Setup:
         dataset,
         student,
         teacher,
-        methods,
+        chosen,
+        distiller,
+        teacher_detects,
         variables,
         jax.device_put(states, everywhere),
         steps,
@@ -168,10 +186,25 @@ def in_precision(detector, dtype: str):
     return dataclasses.replace(detector, preprocess=lambda images: detector.preprocess(images).astype(dtype))
 
 
-def output_spec(detector, hw: tuple[int, int]):
-    """Shapes of all that a detector returns for one image, without computing anything."""
-    image = jax.ShapeDtypeStruct((1, *hw, 3), jnp.float32)
-    return jax.eval_shape(lambda variables, x: detector.apply(*variables, x, train=False)[0], detector.shapes, image)
+def reads_predictions(chosen: dict[str, Method]) -> bool:
+    """Whether a method reads what the teacher's head predicts, so that the classes of both sides must agree."""
+    reads = {name for method in chosen.values() for name in method.reads.teacher}
+    return any(name.startswith(("rows.", "cls_logits", "box_reg", "quality", "head")) for name in reads)
+
+
+def init_adapters(distiller: Distiller, key, image_size: tuple[int, int]) -> dict:
+    """`Distiller.init`; a refusal names the methods that can compare this student and teacher.
+
+    Raises:
+      UserError: a method cannot compare these two.
+    """
+    try:
+        return distiller.init(key, image_size)
+    except UserError as error:
+        able = [n for n in methods.names() if not methods.refusal(n, distiller.student, distiller.teacher, image_size)]
+        raise UserError(
+            f"config.methods.{error}; methods that run on this student and teacher: {', '.join(able)}"
+        ) from error
 
 
 def run_fingerprint(setup: Setup) -> dict:
@@ -198,7 +231,7 @@ def resume(setup: Setup, checkpoints: Checkpoints) -> tuple[int, Setup]:
     for key, value in run_fingerprint(setup).items():
         theirs = written.get(key)
         if theirs != value:
-            raise ValueError(
+            raise UserError(
                 f"the checkpoint in {checkpoints.manager.directory} is of another run: its {key} is {theirs!r}, this "
                 f"run's is {value!r}; choose another --workdir"
             )
@@ -206,5 +239,5 @@ def resume(setup: Setup, checkpoints: Checkpoints) -> tuple[int, Setup]:
     states = jax.device_put(states, sharding.replicated(setup.mesh))
     step = int(states["student"].step)
     if step != note["next_batch"]:
-        raise ValueError(f"the checkpoint's state is at step {step}, but its data position is {note['next_batch']}")
+        raise UserError(f"the checkpoint's state is at step {step}, but its data position is {note['next_batch']}")
     return step, setup._replace(states=states)
