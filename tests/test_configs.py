@@ -147,7 +147,7 @@ def test_the_dense_recipes(chosen):
     pair = [build(config[role].detector, 80) for role in ("student", "teacher")]
     assert [detector.name.split("-")[0] for detector in pair] == [f"{family}_r50", f"{family}_r101"]
     methods = {name: api.build(name, **options) for name, options in config.methods.items()}
-    specs = [output_spec(detector, (64, 64)) for detector in pair]
+    specs = [detector.spec((64, 64)) for detector in pair]
     key = jax.ShapeDtypeStruct((2,), jnp.uint32)
     assert jax.eval_shape(lambda key: step.init_adapters(methods, key, *specs), key).keys() == methods.keys()
 

@@ -202,7 +202,7 @@ def test_a_term_a_thousand_times_too_strong_or_too_weak_is_named(setup, strength
 def test_a_method_whose_adapter_starts_near_zero_is_judged_by_what_it_grows_to(setup, strengths):
     made, batch = setup
     fgfi = api.build("fgfi", weight=0.3)  # the teacher is of random numbers, and its maps are small
-    specs = (output_spec(detector, batch["image"].shape[1:3]) for detector in (made.student, made.teacher))
+    specs = (detector.spec(batch["image"].shape[1:3]) for detector in (made.student, made.teacher))
     state = made.states["student"]
     adapters = init_adapters({"fgfi": fgfi}, state.key, *specs)
     state = state._replace(params=state.params | {"adapters": adapters})

@@ -217,7 +217,7 @@ def test_eight_devices_equal_one(folder, teacher_folder):
     student = detectors.build("rtmdet_pico", len(dataset.classes))
     method = {"mkd": api.build("mkd", normalize="pkd")}
     key = jax.random.PRNGKey(0)
-    spec = output_spec(student, (64, 64))
+    spec = student.spec((64, 64))
     optimizer = optax.sgd(1e-4)  # small: an assigner that tips over is no matter of devices
     update = steps.make_step(student, optimizer, lambda at: 0.1, teacher=detector, methods=method)
     batches = data.train_batches(dataset, config.data, batch_size=8, seed=0)
