@@ -1,23 +1,22 @@
-"""The embedded default: MKD distils rtmdet_nano into rtmdet_pico on scenes made on the spot, minutes on two CPU cores.
+"""The embedded default: MKD distils rtmdet_nano into rtmdet_pico on generated scenes, in minutes on two CPU cores.
 
-The teacher was trained on 2000 of the scenes; the student has 200 of them, as one has with images of one's own.
+    kdjax train --config=quickstart --workdir=runs/quickstart
+    kdjax train --config=quickstart:rtmdet_cwd --workdir=runs/cwd   # another method, or several: a+b
 
-make quickstart
-python train.py --config=configs/quickstart.py --workdir=runs/quickstart
-python train.py --config=configs/quickstart.py:rtmdet_cwd --workdir=runs/cwd   # another method, or several: a+b
+The teacher was trained on 2000 of the scenes; the student has 200 of them, like a user with few labelled images.
 """
 
 from kdjax.train.config import base, methods
 
 
-def get_config(chosen: str = "mkd"):
+def get_config(names: str = "mkd"):
     config = base()
     config.batch_size = 8
     config.steps = 1600
     config.student.detector = "rtmdet_pico"
     config.teacher.detector = "rtmdet_nano"
-    config.teacher.weights = "assets/quickstart_teacher"
-    config.methods = methods(chosen)
+    config.teacher.weights = "quickstart_teacher"
+    config.methods = methods(names)
     config.twin = True
     config.data.scenes_train = 200
     config.data.image_size = (128, 128)

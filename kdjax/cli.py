@@ -1,4 +1,4 @@
-"""The command line: `kdjax VERB …`, or `python -m kdjax VERB …`. What a verb does is in `kdjax/verbs/VERB.py`.
+"""The command line: `kdjax COMMAND ...`, or `python -m kdjax COMMAND ...`; one file each in `kdjax/commands/`.
 
 Nothing heavy is imported before the arguments are read.
 """
@@ -11,53 +11,80 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-DESCRIPTION = "What comes after training (python train.py) and before it: `kdjax VERB --help` tells more."
-MODEL = "a run's student/ folder, workdir or checkpoints/STEP, or a folder of import-weights"
+DESCRIPTION = "Distil object detectors: `kdjax COMMAND --help` has the options of a command."
+MODEL = "a run's workdir, student/ or checkpoints/STEP, a folder of import-weights, or quickstart_teacher"
+CONFIG = "name of a config that comes with kdjax (quickstart, distill/dense, ...) or a file"
+# These take --config.a.b=value.
+OVERRIDABLE = ("train", "doctor", "study")
+# These take --model more than once.
+SEVERAL_MODELS = ("latency",)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one verb.
+    """Runs one command.
 
     Args:
       arguments: those of the command line; by default the process's own.
 
     Returns:
-      Exit code: 0, 1 if the doctor found a fault, 2 after a sentence on stderr about something that the user can mend,
-      130 after Ctrl-C.
+      Exit code: 0; 1 if the doctor found an error; 2 after one sentence on stderr about an argument, setting, file or
+      value that cannot be used; 130 after Ctrl-C; 143 if a run was stopped by SIGTERM.
     """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = _parser()
+    command = arguments[0] if arguments else ""
+    if command in OVERRIDABLE:
+        arguments = [text for text in arguments if text != "--"]
+    names = [text.partition("=")[0] for text in arguments if text.startswith("--")]
+    allowed = {"--model"} if command in SEVERAL_MODELS else set()
+    repeated = sorted({name for name in names if names.count(name) > 1} - allowed)
+    if repeated:
+        _fail(f"{repeated[0]} appears more than once", command=f"kdjax {command}".strip())
     known, rest = parser.parse_known_args(arguments)
     chosen = vars(known)
-    if chosen["verb"] == "doctor":
-        chosen["changes"] = rest
+    command = chosen.pop("command")
+    if command in OVERRIDABLE:
+        chosen["overrides"] = rest
     elif rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    run = importlib.import_module(f"kdjax.commands.{chosen.pop('verb').replace('-', '_')}").run
+        parser.error(f"unexpected argument {rest[0]!r}")
+    run = importlib.import_module(f"kdjax.commands.{command.replace('-', '_')}").run
     try:
         return run(**chosen)
     except KeyboardInterrupt:
         return 130
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("KDJAX_TRACEBACK"):
             raise
-        from kdjax.train.config import sentence  # the verb has imported all that this needs
-
         print(f"kdjax: {sentence(error)}", file=sys.stderr)
         return 2
 
 
+def sentence(error: Exception) -> str:
+    """An error in one line; of a long list only the first three entries.
+
+    Example:
+      >>> sentence(ValueError("5 differences:\\n  a\\n  b\\n  c\\n  d\\n  e"))
+      '5 differences: a; b; c; and 2 more'
+    """
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    first, *rest = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
+    more = f"; and {len(rest) - 3} more" if len(rest) > 3 else ""
+    return " ".join([first, "; ".join(rest[:3])]).strip() + more
+
+
 def _fail(message: str, *, command: str) -> NoReturn:
-    print(f"{command}: {message}; `{command} --help` shows what is right", file=sys.stderr)
+    print(f"{command}: {message}; see `{command} --help`", file=sys.stderr)
     sys.exit(2)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="kdjax", description=DESCRIPTION)
     parser.error = functools.partial(_fail, command="kdjax")  # one sentence instead of the usage
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    def verb(name: str, what: str, example: str) -> argparse.ArgumentParser:
-        made = verbs.add_parser(
+    def add(name: str, what: str, example: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(
             name,
             help=what,
             description=what,
@@ -68,48 +95,90 @@ def _parser() -> argparse.ArgumentParser:
         made.error = functools.partial(_fail, command=f"kdjax {name}")
         return made
 
-    def part_of_data(one: argparse.ArgumentParser) -> None:
-        one.add_argument("--split", default="val", help="of the folder (val): annotations/instances_SPLIT.json")
-        one.add_argument("--annotations", default="", metavar="FILE", help="the json, if it lies elsewhere in DIR")
-        one.add_argument("--images", default="", metavar="DIR", help="the images, if they lie elsewhere in DIR")
-        one.add_argument("--limit", type=int, default=0, metavar="N", help="only the first N images")
+    def add_config(to: argparse.ArgumentParser) -> None:
+        to.add_argument(
+            "--config", required=True, metavar="NAME[:ARG]", help=f"{CONFIG}; --config.a.b=value overrides a setting"
+        )
 
-    one = verb(
+    def add_split(to: argparse.ArgumentParser) -> None:
+        to.add_argument("--split", default="val", help="of the folder (val): annotations/instances_SPLIT.json")
+        to.add_argument("--annotations", default="", metavar="FILE", help="the json, if it is elsewhere in DIR")
+        to.add_argument("--images", default="", metavar="DIR", help="the images, if they are elsewhere in DIR")
+        to.add_argument("--limit", type=int, default=0, metavar="N", help="only the first N images")
+
+    one = add(
+        "train",
+        "Train a student with a teacher, or a detector alone; the same command resumes an interrupted run.",
+        "kdjax train --config=quickstart --workdir=runs/quickstart --config.steps=800",
+    )
+    add_config(one)
+    one.add_argument("--workdir", metavar="DIR", help="gets checkpoints, metrics, models and report.html")
+    one.add_argument("--multihost", action="store_true", help="several hosts run the same command (jax.distributed)")
+
+    one = add(
         "doctor",
-        "Look at a run for a minute before it is started: input, class map, schedule, terms, memory.",
-        "kdjax doctor --config=configs/quickstart.py --config.optimizer.lr=0.005",
+        "Check a run before it is started: input, class map, schedule, gradients, memory.",
+        "kdjax doctor --config=quickstart --config.optimizer.lr=0.005",
+    )
+    add_config(one)
+
+    one = add(
+        "study",
+        "Compare variants of a run over seeds, each with the gain over its seed's twin: a table and a chart.",
+        "kdjax study methods --workdir=runs/study --methods=mkd,cwd --seeds=3 --config.steps=800",
     )
     one.add_argument(
-        "--config", required=True, metavar="FILE[:ARG]", help="as for train.py, with any --config.a.b=value after it"
+        "name",
+        choices=("methods", "components", "weight", "teacher", "sizes"),
+        help="methods; components, weight of MKD; teacher; sizes of the student",
     )
+    one.add_argument(
+        "--config",
+        default="quickstart",
+        metavar="NAME[:ARG]",
+        help=f"{CONFIG}; the methods are its last argument (quickstart)",
+    )
+    one.add_argument("--workdir", required=True, metavar="DIR", help="gets the runs and NAME.png")
+    one.add_argument("--seeds", type=int, default=3, metavar="N", help="number of seeds (3)")
+    one.add_argument("--first", type=int, default=0, metavar="N", help="the first seed (0)")
+    one.add_argument("--methods", default="", metavar="A,B+C", help="of the study `methods` (all methods)")
+    one.add_argument("--weights", default="0.1,1,5", metavar="W,W", help="of the study `weight` (0.1,1,5)")
+    one.add_argument("--teachers", default="", metavar="DIR,DIR", help="student/ folders of other runs")
+    one.add_argument(
+        "--students",
+        default="rtmdet_pico,rtmdet_nano",
+        metavar="A,B",
+        help="of the study `sizes` (rtmdet_pico,rtmdet_nano)",
+    )
+    one.add_argument("--log", default="", metavar="FILE", help="a Markdown file to which the results are appended")
 
-    one = verb(
+    one = add(
         "predict",
-        "Detect objects in images, folders and videos: drawn boxes, and COCO's json.",
-        "kdjax predict photos/ clip.mp4 --model=assets/quickstart_teacher --out=predicted",
+        "Detect objects in images, folders and videos: drawn boxes, and COCO json.",
+        "kdjax predict photos/ clip.mp4 --model=quickstart_teacher --out=predicted",
     )
     one.add_argument("paths", nargs="+", metavar="PATH", help="images, videos, folders of them")
     one.add_argument("--model", required=True, metavar="DIR", help=MODEL)
     one.add_argument("--out", required=True, metavar="DIR", help="gets detections.json, images.json and drawn/")
-    one.add_argument("--threshold", type=float, default=0.3, metavar="S", help="smallest score that is drawn (0.3)")
+    one.add_argument("--threshold", type=float, default=0.3, metavar="S", help="lowest score that is drawn (0.3)")
 
-    one = verb(
+    one = add(
         "evaluate",
-        "Measure a model on data with boxes, or two models against each other: tables, json and a page.",
-        "kdjax evaluate --model=assets/quickstart_teacher --data=scenes --limit=40 --out=evaluated",
+        "Measure a model on labelled data, or compare two models: tables, json and a page.",
+        "kdjax evaluate --model=quickstart_teacher --data=scenes --limit=40 --out=evaluated",
     )
     one.add_argument("--model", required=True, metavar="DIR", help=MODEL)
     one.add_argument("--against", metavar="DIR", help="another model, to compare with")
     one.add_argument(
         "--data", required=True, metavar="DIR", help="a folder in COCO layout, or scenes (the quickstart's)"
     )
-    part_of_data(one)
+    add_split(one)
     one.add_argument("--out", metavar="DIR", help="gets evaluation.json, detections.json and report.html")
 
-    one = verb(
+    one = add(
         "latency",
-        "Measure models: parameters, FLOPs, size of the file, and time for one image in XLA and onnxruntime.",
-        "kdjax latency --model=assets/quickstart_teacher --threads=1",
+        "Measure models: parameters, FLOPs, file size, and time per image in XLA and onnxruntime.",
+        "kdjax latency --model=quickstart_teacher --threads=1",
     )
     one.add_argument(
         "--model",
@@ -117,44 +186,47 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         dest="models",
         metavar="DIR",
-        help=f"{MODEL}, or an .onnx or .tflite file; again for more",
+        help=f"{MODEL}, or an .onnx or .tflite file; repeat for several models",
     )
     one.add_argument("--threads", type=int, metavar="N", help="cores to compute on (all that the process may use)")
-    one.add_argument("--runs", type=int, default=100, metavar="N", help="timed runs, after 20 that are not timed (100)")
+    one.add_argument("--runs", type=int, default=100, metavar="N", help="timed runs, after 20 untimed ones (100)")
     one.add_argument("--out", metavar="FILE", help="also write the table as json")
 
-    one = verb(
+    one = add(
         "export",
         "Write a model as ONNX, LiteRT or StableHLO, checked against the JAX model, with its AP before and after.",
-        "kdjax export --model=assets/quickstart_teacher --format=onnx --out=teacher.onnx --data=scenes --limit=40",
+        "kdjax export --model=quickstart_teacher --format=onnx --out=teacher.onnx --data=scenes --limit=40",
     )
     one.add_argument("--model", required=True, metavar="DIR", help=MODEL)
-    needs = "onnx needs kdjax[export], litert kdjax[litert]"
+    needs = "onnx needs kdjax[export], litert needs kdjax[litert]"
     one.add_argument("--format", required=True, choices=("onnx", "litert", "stablehlo"), help=needs)
     one.add_argument("--out", required=True, metavar="FILE", help="the file to write")
-    one.add_argument("--data", metavar="DIR", help="to check and measure on: as for evaluate")
-    part_of_data(one)
+    one.add_argument("--data", metavar="DIR", help="labelled data to check and measure on: as for evaluate")
+    add_split(one)
     one.add_argument("--dtype", choices=("float32", "int8"), default="float32", help="int8: static quantisation, ONNX")
-    one.add_argument("--raw", action="store_true", help="the head's maps, without decoding and suppression")
+    one.add_argument("--raw", action="store_true", help="the maps of the head, without decoding and NMS")
     one.add_argument(
-        "--max-ap-loss", type=float, metavar="POINTS", help="of AP; more fails (0.1 for float32, 1 for int8)"
+        "--max-ap-loss",
+        type=float,
+        metavar="POINTS",
+        help="largest loss of AP that is accepted (0.1 for float32, 1 for int8)",
     )
 
-    one = verb(
+    one = add(
         "import-weights",
-        "Turn a checkpoint of mmdetection, mmyolo, mmrazor or YOLOX into a folder that every verb and train.py read.",
+        "Convert a checkpoint of mmdetection, mmyolo, mmrazor or YOLOX to a folder that every command reads.",
         "kdjax import-weights rtmdet_tiny.pth --detector=rtmdet_tiny --out=rtmdet_tiny",
     )
     one.add_argument(
         "file", metavar="FILE", help=".pth (needs kdjax[torch]), .safetensors, .npz, or YOLOX's .onnx (needs onnx)"
     )
-    one.add_argument("--detector", required=True, metavar="NAME", help="rtmdet_tiny, rtmdet_s, …")
+    one.add_argument("--detector", required=True, metavar="NAME", help="rtmdet_tiny, rtmdet_s, ...")
     one.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
     one.add_argument(
-        "--classes", metavar="FILE", help="COCO json or text with a name a line; needed if the checkpoint tells none"
+        "--classes", metavar="FILE", help="COCO json, or text with a name per line; needed if the file has no names"
     )
-    one.add_argument("--image-size", default="640,640", metavar="H,W", help="of the canvas, in pixels (640,640)")
+    one.add_argument("--image-size", default="640,640", metavar="H,W", help="of the network input, in pixels (640,640)")
     one.add_argument(
-        "--network", choices=("student", "teacher"), default="student", help="which one of mmrazor's distiller"
+        "--network", choices=("student", "teacher"), default="student", help="which network of an mmrazor checkpoint"
     )
     return parser

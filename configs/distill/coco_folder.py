@@ -1,15 +1,37 @@
-"""A student distilled on a folder of yours in COCO format, with its twin; the teacher is the student/ folder of a run.
+"""A student distilled on your own images in COCO format, with its twin; the argument is the method, or several: a+b.
 
-    python train.py --config=configs/distill/coco_folder.py:mkd --config.data.root=DIR \\
+    kdjax train --config=distill/coco_folder:mkd --config.data.root=DIR \\
         --config.teacher.weights=runs/teacher/student --workdir=runs/mkd
+
+It trains rtmdet_nano for 3000 steps at 320x320; `--config.student.detector=rtmdet_tiny` trains a larger student.
+Methods have the defaults of their papers, which are mostly for RetinaNet or Faster R-CNN, except for OPTIONS: what the
+authors set for one-stage detectors, or what the scale of RTMDet's maps needs. docs/methods.md describes every method.
+The papers' own detectors are in distill/dense, and RTMDet's training on COCO is in distill/mkd_rtmdet.
 """
 
-from configs.supervised.coco_folder import get_config as alone
+from kdjax.resources import load_config
 from kdjax.train.config import methods
 
+OPTIONS = {
+    # the authors' weights for YOLOX
+    "fgd": dict(foreground_weight=2e-3, background_weight=1e-3, attention_weight=1e-3, relation_weight=1e-5)
+    | dict(temperature=0.5),
+    "fgfi": dict(start=400),  # steps without it, as published
+    # for one-stage detectors
+    "fkd": dict(feature_weight=4e-4, channel_weight=2e-2, spatial_weight=2e-2, non_local_weight=4e-4),
+    "pfi": dict(normalize_guide=True),  # its scale is that of RetinaNet's logits otherwise
+}
+CLIPPED = {"fgd", "mgd"}  # their authors clip the gradient
 
-def get_config(chosen: str = "mkd"):
-    config = alone("rtmdet_nano")
-    config.methods = methods(chosen)
+
+def get_config(names: str = "mkd"):
+    config = load_config("supervised/coco_folder:rtmdet_nano")
+    config.methods = methods(names)
+    for name, options in config.methods.items():
+        options.update(OPTIONS.get(name, {}))
+    if "rtmdet_cwd" in config.methods:
+        config.methods.rtmdet_cwd.stop = config.steps * 280 // 300  # off for the last 20 of 300 epochs, as published
+    if CLIPPED & set(config.methods):
+        config.optimizer.clip_norm = 35.0
     config.twin = True
     return config

@@ -1,6 +1,6 @@
-"""A detector trained alone on a folder of yours in COCO format: a teacher, or a baseline.
+"""A detector trained alone on your own images in COCO format: a teacher, or a baseline.
 
-python train.py --config=configs/supervised/coco_folder.py:rtmdet_s --config.data.root=DIR --workdir=runs/teacher
+kdjax train --config=supervised/coco_folder:rtmdet_s --config.data.root=DIR --workdir=runs/teacher
 """
 
 from kdjax.train.config import base

@@ -1,26 +1,28 @@
-"""mmdetection's training of RetinaNet, FCOS, GFL and ATSS on COCO: SGD, 12 epochs of batch 16; any of their names.
+"""mmdetection's training of RetinaNet, FCOS, GFL and ATSS on COCO: SGD, 12 epochs with batch 16, any of their sizes.
 
-    python train.py --config=configs/supervised/dense.py:retinanet_r50 --config.data.root=DIR/coco \\
+    kdjax train --config=supervised/dense:retinanet_r50 --config.data.root=DIR/coco \\
         --config.student.weights=resnet50.pth --workdir=runs/retinanet_r50
 
-DIR/coco is what `python -m kdjax.data.prepare --data_dir=DIR coco/2017` wrote; resnet50.pth are torchvision's weights
-of the backbone, from which the published ones start as well, but for FCOS: its are Caffe's, with which
---config.student.options.style=caffe is right. DETECTOR,24 trains for 24 epochs, the 2x schedule.
+DIR/coco is what `python -m kdjax.data.prepare --data_dir=DIR coco/2017` wrote; resnet50.pth has torchvision's weights
+of the backbone. The published runs start from these as well, except for FCOS: those start from Caffe's weights, with
+which --config.student.options.style=caffe is right. The argument is DETECTOR, or DETECTOR,24 for 24 epochs, the 2x
+schedule.
 
 Published (mmdetection), R50 and R101: RetinaNet 36.5, 38.5 (2x: 37.4, 38.9), FCOS 36.6, 39.1, GFL 40.2, 44.7 (the
-latter 2x with several scales), ATSS 39.4, 41.5. There images have 800 px on the short and at most 1333 on the long
-side; the canvas here is fixed, so upright images are smaller. There norms and biases decay as well, and FCOS's biases
-have twice the rate and no decay; here no norm or bias decays, and all have one rate.
+latter 2x with several scales), ATSS 39.4, 41.5. Differences from mmdetection: there the short side of an image has
+800 px and the long side at most 1333; here the canvas is fixed, so upright images are smaller. There norms and biases
+decay as well, and FCOS's biases have twice the rate and no decay; here no norm or bias decays, and all parameters have
+one rate.
 """
 
-from configs.supervised.rtmdet import IMAGES
 from kdjax.train.config import augment, base
 
+IMAGES = 118287  # of COCO train2017
 BATCH = 16
 
 
-def get_config(chosen: str = "retinanet_r50"):
-    detector, _, epochs = chosen.partition(",")
+def get_config(argument: str = "retinanet_r50"):
+    detector, _, epochs = argument.partition(",")
     epochs = int(epochs or 12)
     config = base()
     config.batch_size = BATCH
@@ -34,7 +36,7 @@ def get_config(chosen: str = "retinanet_r50"):
     config.data.augment = augment(scale=(1.0, 1.0), crop=False, hsv=(0.0, 0.0, 0.0))
     config.optimizer.update(dict(name="sgd", lr=0.01, momentum=0.9, weight_decay=1e-4, warmup=500))
     config.optimizer.drops = (steps(epochs * 2 / 3), steps(epochs * 11 / 12))
-    config.ema.update(dict(momentum=1.0, ramp=1))  # none: the last weights count
+    config.ema.update(dict(momentum=1.0, ramp=1))  # no averaging: the final weights are those of the last step
     config.eval.every = config.checkpoint.every = steps(1)
     return config
 

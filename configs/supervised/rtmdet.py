@@ -1,11 +1,11 @@
-"""RTMDet's own training on COCO: 300 epochs of batch 256 at 640x640, Mosaic and MixUp for 280 of them; any size.
+"""RTMDet's own training on COCO: 300 epochs with batch 256 at 640x640, Mosaic and MixUp for 280 of them; any size.
 
-    python train.py --config=configs/supervised/rtmdet.py:tiny --config.data.root=DIR/coco --workdir=runs/tiny
+    kdjax train --config=supervised/rtmdet:tiny --config.data.root=DIR/coco --workdir=runs/tiny
 
-DIR/coco is what `python -m kdjax.data.prepare --data_dir=DIR coco/2017` wrote. A folder of your own, shortened, through
+DIR/coco is what `python -m kdjax.data.prepare --data_dir=DIR coco/2017` wrote. On your own images, shortened, through
 both stages:
 
-    python train.py --config=configs/supervised/rtmdet.py:tiny --config.data.source=coco_folder \\
+    kdjax train --config=supervised/rtmdet:tiny --config.data.source=coco_folder \\
         --config.data.root=DIR --config.data.val_split=val --config.batch_size=16 --config.steps=1500 \\
         --config.data.stage2.start=1400 --config.optimizer.warmup=100 \\
         --config.ema.ramp=150 --workdir=runs/tiny

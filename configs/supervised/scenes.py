@@ -1,6 +1,6 @@
 """A detector trained alone on the embedded scenes: how the teacher of the quickstart was made.
 
-    python train.py --config=configs/supervised/scenes.py:rtmdet_nano --workdir=runs/scenes_teacher
+    kdjax train --config=supervised/scenes:rtmdet_nano --workdir=runs/scenes_teacher
 
 assets/README.md has the metrics and the command that stores its weights as float16.
 """

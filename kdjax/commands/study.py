@@ -1,29 +1,26 @@
-"""Runs of train.py compared: variants over seeds, each beside its seed's twin, ending in one table and one image.
+"""`kdjax study`: runs compared. Variants over seeds, each beside its seed's twin, end in one table and one chart.
 
-    python -m kdjax.commands.study methods --workdir=runs/study --methods=mkd,rtmdet_cwd,ssim --seeds=3
-    python -m kdjax.commands.study components --workdir=runs/study
-    python -m kdjax.commands.study weight --workdir=runs/study --weights=0.1,1,5
-    python -m kdjax.commands.study teacher --workdir=runs/study --teachers=runs/a/student,runs/b/student
-    python -m kdjax.commands.study sizes --workdir=runs/study --students=rtmdet_pico,rtmdet_nano
+    kdjax study methods --workdir=runs/study --methods=mkd,rtmdet_cwd,ssim --seeds=3
+    kdjax study components --workdir=runs/study
+    kdjax study weight --workdir=runs/study --weights=0.1,1,5
+    kdjax study teacher --workdir=runs/study --teachers=runs/a/student,runs/b/student
+    kdjax study sizes --workdir=runs/study --students=rtmdet_pico,rtmdet_nano
 
-`methods` compares methods, with the config's teacher or with each of `--teachers`; the others are MKD's tables: its
-components taken out one by one (table 4), its weight (table 5), the size of its teacher (table 3), and parameters,
-FLOPs, latency and AP over sizes of the student (table 1).
-`--config` (the quickstart, if not given) takes methods' names as its argument, or as the last of several, as in
-`--config=configs/distill/mkd_rtmdet.py:tiny,s`. What stands behind `--` goes to train.py for every run.
+`methods` compares methods, with the config's teacher or with each of `--teachers`. The others are MKD's tables:
+without each of its components (table 4), its weight (table 5), the size of its teacher (table 3), and parameters,
+FLOPs, latency and AP over sizes of the student (table 1). `--config` takes the names of methods as its argument, or
+as the last of several, as in `--config=distill/mkd_rtmdet:tiny,s`. Any `--config.a.b=value` applies to every run.
 
-The gain of a run is its student's AP minus that of the twin: the same student from the same start on the same batches
-without a teacher. It does not depend on method or teacher, to the bit, so it is trained once a seed, as a run of its
-own, and studies in the same folder share it. Only the end counts: there is no evaluation on the way.
+The gain of a run is its student's AP minus that of the twin: the same student from the same initial weights on the
+same batches, without a teacher. The twin does not depend on method or teacher, to the bit, so it is trained once per
+seed, as a run of its own, and studies in the same folder share it. Runs are evaluated only at their end.
 
-Finished runs are kept, interrupted ones resumed: run it again to go on, also with more variants or seeds. A run that
-fails is told in the table, and the others go on. The last lines are the table and one JSON object; `--log FILE` appends
-both, with the versions, to a Markdown file. The image is WORKDIR/NAME.png.
-
-It starts the train.py of the checkout that kdjax is installed from.
+Finished runs are kept, interrupted ones resumed: run the same command again to continue, also with more variants or
+seeds. The table names a run that fails, and the others continue. The last lines of the output are the table and one
+JSON object; `--log FILE` appends both, with the versions, to a Markdown file. The chart is WORKDIR/NAME.png.
 """
 
-import argparse
+import dataclasses
 import json
 import math
 import re
@@ -32,24 +29,24 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from matplotlib.figure import Figure
 
-from kdjax import detectors, weights
+from kdjax import detectors, resources, weights
 from kdjax import methods as zoo
+from kdjax.commands import settings
+from kdjax.errors import UserError
+from kdjax.report import study as report
 
-ROOT = Path(__file__).resolve().parents[1]
-METRICS = ("AP", "AP50")
 MKD_PARTS = ("feature", "multiscale", "frequency", "alignment")
 
 
 class Variant(NamedTuple):
-    """One line of a study."""
+    """One row of a study."""
 
     name: str
     methods: str  # argument of the config
@@ -58,35 +55,77 @@ class Variant(NamedTuple):
 
 
 class Failed(Exception):
-    """A run of train.py that ended with an error; the message is its last sentence."""
+    """A run that ended with an error; the message is its last sentence."""
 
 
-def main(arguments: Sequence[str] | None = None):
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m kdjax.commands.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Arguments of the command; lists are given as "a,b"."""
+
+    name: str
+    config: str
+    workdir: Path
+    seeds: int
+    first: int
+    methods: list[str]
+    weights: list[str]
+    teachers: list[str]
+    students: list[str]
+    log: Path | None
+    flags: list[str]  # --config.a.b=value, for every run
+
+
+def run(
+    *,
+    name: str,
+    config: str,
+    workdir: str,
+    seeds: int,
+    first: int,
+    methods: str,
+    weights: str,
+    teachers: str,
+    students: str,
+    log: str,
+    overrides: list[str],
+) -> int:
+    """Trains what is missing of a study, and prints its table.
+
+    Args:
+      name: a key of `STUDIES`.
+      config: NAME[:ARGUMENT] or FILE.py[:ARGUMENT]; the names of methods become its last argument.
+      workdir: the folder of all runs.
+      seeds, first: how many seeds, and the first of them.
+      methods, weights, teachers, students: values between commas.
+      log: a Markdown file to which the results are appended; "" has none.
+      overrides: "--config.a.b=value", for every run.
+
+    Returns:
+      Exit code: 0, or 143 if a run was stopped.
+
+    Raises:
+      UserError: before any run, for an argument that cannot be used; later if the folder has a run with other flags, or
+        a twin fails.
+    """
+    options = Options(
+        name=name,
+        config=config,
+        workdir=Path(workdir).absolute(),
+        seeds=seeds,
+        first=first,
+        methods=words(methods) or zoo.names(),
+        weights=words(weights),
+        teachers=words(teachers),
+        students=words(students),
+        log=Path(log) if log else None,
+        flags=overrides,
     )
-    parser.add_argument("name", choices=sorted(STUDIES))
-    parser.add_argument("--config", default="configs/quickstart.py", help="its (last) argument is the methods' names")
-    parser.add_argument("--workdir", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--first", type=int, default=0, help="the first seed")
-    parser.add_argument("--methods", type=words, default=zoo.names(), help="of the study `methods`; all by default")
-    parser.add_argument("--weights", type=words, default=["0.1", "1", "5"], help="of the study `weight`")
-    parser.add_argument("--teachers", type=words, default=[], help="student/ folders")
-    parser.add_argument("--students", type=words, default=["rtmdet_pico", "rtmdet_nano"], help="of the study `sizes`")
-    parser.add_argument("--log", type=Path, help="a Markdown file that gets the results")
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    end = arguments.index("--") if "--" in arguments else len(arguments)
-    args = parser.parse_args(arguments[:end])
-    args.flags = arguments[end + 1 :]  # of train.py
-    if not (ROOT / "train.py").is_file():
-        parser.error(f"there is no train.py beside {ROOT / 'kdjax'}: install kdjax from a checkout (make setup)")
-    try:
-        variants = STUDIES[args.name](args)
-    except ValueError as error:
-        parser.error(str(error))
-    study(args, variants)
+    if seeds < 1:
+        raise UserError(f"--seeds must be >= 1, not {seeds}")
+    variants = STUDIES[name](options)
+    config_flag, *flags = run_flags(options, variants[0], first)
+    settings.read(config_flag.removeprefix("--config="), flags)
+    return study(options, variants)
 
 
 def words(text: str) -> list[str]:
@@ -97,18 +136,18 @@ def words(text: str) -> list[str]:
 # ------------------------------------------------------------------------------------------------------- the studies
 
 
-def of_methods(args) -> list[Variant]:
+def of_methods(options: Options) -> list[Variant]:
     """Methods, or several together joined by "+", with each teacher."""
-    for name in "+".join(args.methods).split("+"):
+    for name in "+".join(options.methods).split("+"):
         zoo.options(name)
     return [
-        Variant(f"{name}, {told}" if told else name, name, flags)
-        for told, flags in teachers(args.teachers)
-        for name in args.methods
+        Variant(f"{name}, {teacher}" if teacher else name, name, flags)
+        for teacher, flags in teachers(options.teachers)
+        for name in options.methods
     ]
 
 
-def of_components(args) -> list[Variant]:
+def of_components(options: Options) -> list[Variant]:
     """MKD whole, and without each of its parts."""
     without = [
         Variant(f"mkd without {part}", "mkd", (f"--config.methods.mkd.{part}_weight=0.0",)) for part in MKD_PARTS
@@ -116,41 +155,48 @@ def of_components(args) -> list[Variant]:
     return [Variant("mkd", "mkd"), *without]
 
 
-def of_weight(args) -> list[Variant]:
+def of_weight(options: Options) -> list[Variant]:
     """MKD with several weights; the default's runs are those of plain MKD, which other studies have too."""
     plain = zoo.options("mkd")["weight"]
-    flags = {w: () if float(w) == plain else (f"--config.methods.mkd.weight={float(w)}",) for w in args.weights}
-    return [Variant(f"mkd, weight {w}", "mkd", flags[w]) for w in args.weights]
+    variants = []
+    for text in options.weights:
+        try:
+            weight = float(text)
+        except ValueError:
+            raise UserError(f"--weights: {text!r} is not a number") from None
+        flags = () if weight == plain else (f"--config.methods.mkd.weight={weight}",)
+        variants.append(Variant(f"mkd, weight {text}", "mkd", flags))
+    return variants
 
 
-def of_teacher(args) -> list[Variant]:
+def of_teacher(options: Options) -> list[Variant]:
     """MKD with several teachers."""
-    if not args.teachers:
-        raise ValueError("name the teachers: --teachers=runs/a/student,runs/b/student")
-    return [Variant(told, "mkd", flags) for told, flags in teachers(args.teachers)]
+    if not options.teachers:
+        raise UserError("--teachers is missing: name them, as in --teachers=runs/a/student,runs/b/student")
+    return [Variant(teacher, "mkd", flags) for teacher, flags in teachers(options.teachers)]
 
 
 def teachers(folders: Sequence[str]) -> list[tuple[str, tuple[str, ...]]]:
-    """What a table calls each teacher, and the flags that choose it; the config's own, without a name, if none."""
+    """Name of each teacher in the table, and the flags that choose it; without folders the config's own, unnamed."""
     chosen = []
     for folder in folders:
-        path = Path(folder).absolute()
+        path = resources.model_path(folder).absolute()
         if not (path / "config.json").is_file():
-            raise ValueError(f"{folder} is no student/ folder of a run (--teachers)")
+            raise UserError(f"--teachers: {folder} is not a student/ folder of a run")
         detector = json.loads((path / "config.json").read_text())["detector"]
         flags = ("--config.teacher.detector=", f"--config.teacher.weights={path}")
         chosen.append((f"{detector} ({folder})", flags))
     return chosen or [("", ())]
 
 
-def of_sizes(args) -> list[Variant]:
+def of_sizes(options: Options) -> list[Variant]:
     """MKD on students of several sizes, each with a twin of its own."""
-    for name in args.students:
+    for name in options.students:
         detectors.build(name, 1)
-    return [Variant(name, "mkd", (), (f"--config.student.detector={name}",)) for name in args.students]
+    return [Variant(name, "mkd", (), (f"--config.student.detector={name}",)) for name in options.students]
 
 
-STUDIES = {
+STUDIES: dict[str, Callable[[Options], list[Variant]]] = {
     "methods": of_methods,
     "components": of_components,
     "weight": of_weight,
@@ -162,50 +208,67 @@ STUDIES = {
 # --------------------------------------------------------------------------------------------------- from runs to table
 
 
-def study(args, variants: list[Variant]) -> None:
-    """Trains what is missing, then prints table and summary and draws the image."""
-    workdir, seeds = args.workdir.absolute(), range(args.first, args.first + args.seeds)
-    twins, students, failures, folders = {}, {variant.name: {} for variant in variants}, {}, {}
-    for seed in seeds:
+def study(options: Options, variants: list[Variant]) -> int:
+    """Trains what is missing, prints table and summary, and draws the chart.
+
+    Args:
+      options: arguments of the command.
+      variants: the rows.
+
+    Returns:
+      Exit code: 0, or 143 if a run was stopped.
+    """
+    workdir = options.workdir
+    twins: dict[tuple[int, tuple[str, ...]], dict] = {}
+    students: dict[str, dict[int, dict]] = {variant.name: {} for variant in variants}
+    failures: dict[str, dict[int, str]] = {}
+    folders: dict[str, Path] = {}
+    for seed in range(options.first, options.first + options.seeds):
         for variant in variants:
-            alone = (*args.flags, *variant.student)
             of_twin = workdir / f"seed{seed}" / label("twin", *variant.student)
             if (seed, variant.student) not in twins:
                 try:
-                    twins[seed, variant.student] = train(twin_flags(args.config, alone, seed), of_twin)["student"]
+                    twins[seed, variant.student] = train(twin_flags(options, variant, seed), of_twin)["student"]
                 except Failed as error:
-                    sys.exit(f"the twin of seed {seed}, with which all are compared: {error}")
+                    raise UserError(f"the twin of seed {seed}, with which all are compared: {error}") from error
                 folders.setdefault("twin", of_twin)
             folder = workdir / f"seed{seed}" / label(variant.methods, *variant.flags, *variant.student)
             try:
-                results = train(run_flags(args.config, variant.methods, (*alone, *variant.flags), seed), folder)
+                results = train(run_flags(options, variant, seed), folder)
             except Failed as error:
                 failures.setdefault(variant.name, {})[seed] = str(error)
                 continue
             folders.setdefault(variant.name, folder)
             twin = twins[seed, variant.student]
-            students[variant.name][seed] = {"student": results["student"], "teacher": results["teacher"], "twin": twin}
-            print(f"seed {seed}, {variant.name}: gain {gain(students[variant.name][seed], 'AP'):+.2f}", flush=True)
-    rows = [summarize(name, runs, failures.get(name, {})) for name, runs in students.items()]
-    if args.name == "sizes":
+            result = {"student": results["student"], "teacher": results["teacher"], "twin": twin}
+            students[variant.name][seed] = result
+            print(f"seed {seed}, {variant.name}: gain {report.gain(result, 'AP'):+.2f}", flush=True)
+    rows = [report.summarize(name, runs, failures.get(name, {})) for name, runs in students.items()]
+    if options.name == "sizes":
         for row in rows:
             if row["seeds"]:
                 row["latency_ms"] = latency(folders[row["name"]] / "student")
-    if args.name in ("methods", "teacher"):
+    if options.name in ("methods", "teacher"):
         rows.sort(key=lambda row: -row.get("gain AP", [-math.inf])[0])
-    draw(rows, args.name).savefig(workdir / f"{args.name}.png")
-    print(f"image: {workdir / args.name}.png")
-    command = f"python -m kdjax.commands.study {args.name} --config={args.config} --seeds={args.seeds}"
-    command += f" --first={args.first}" if args.first else ""
-    for option, name in (("methods", "methods"), ("weights", "weight"), ("students", "sizes")):
-        command += f" --{option}={','.join(getattr(args, option))}" if args.name == name else ""
-    command += f" --teachers={','.join(args.teachers)}" if args.teachers else ""
-    publish(
-        command + "".join(f" {flag}" for flag in ["--", *args.flags] if args.flags),
-        [study_table(rows), str(facts_of(folders["twin"]))],
-        {"study": args.name, "rows": rows},
-        args.log,
+    report.draw(rows, options.name).savefig(workdir / f"{options.name}.png")
+    print(f"chart: {workdir / options.name}.png")
+    report.publish(
+        command_of(options),
+        [report.study_table(rows), str(facts_of(folders["twin"]))],
+        {"study": options.name, "rows": rows},
+        options.log,
     )
+    return 0
+
+
+def command_of(options: Options) -> str:
+    """The command that makes the study, for the log."""
+    command = f"kdjax study {options.name} --config={options.config} --seeds={options.seeds}"
+    command += f" --first={options.first}" if options.first else ""
+    for option, name in (("methods", "methods"), ("weights", "weight"), ("students", "sizes")):
+        command += f" --{option}={','.join(getattr(options, option))}" if options.name == name else ""
+    command += f" --teachers={','.join(options.teachers)}" if options.teachers else ""
+    return " ".join([command, *options.flags])
 
 
 def label(name: str, *flags: str) -> str:
@@ -213,78 +276,20 @@ def label(name: str, *flags: str) -> str:
     return "_".join([name, *(re.sub(r"[^\w.=-]", "-", flag.removeprefix("--config.")) for flag in flags)])
 
 
-def twin_flags(config: str, flags: Sequence[str], seed: int) -> list[str]:
-    """A supervised run: the config without methods and without a teacher."""
-    none = (f"--config.teacher.{key}=" for key in ("detector", "options", "weights"))
-    return run_flags(config, "", (*flags, *none), seed)
+def run_flags(options: Options, variant: Variant, seed: int) -> list[str]:
+    """The flags of a run with methods and without a twin of its own; of a repeated flag the last one."""
+    common = ("--config.twin=False", "--config.eval.every=0", f"--config.seed={seed}")
+    config = f"--config={options.config}{',' if ':' in options.config else ':'}{variant.methods}"
+    flags = (config, *options.flags, *variant.student, *variant.flags, *common)
+    return list({flag.partition("=")[0]: flag for flag in flags}.values())
 
 
-def run_flags(config: str, methods: str, flags: Sequence[str], seed: int) -> list[str]:
-    """A run with methods and without a twin of its own."""
-    common = ["--config.twin=False", "--config.eval.every=0", f"--config.seed={seed}"]
-    return [f"--config={config}{',' if ':' in config else ':'}{methods}", *flags, *common]
-
-
-def gain(run: dict, figure: str) -> float:
-    """In points."""
-    return round(100 * (run["student"][figure] - run["twin"][figure]), 3)
-
-
-def summarize(name: str, runs: dict[int, dict], failures: dict[int, str]) -> dict:
-    """A row of the table: means with their standard errors in points, over the seeds that are finished."""
-    row = {"name": name, "seeds": sorted(runs), "failed": failures}
-    if runs:
-        for figure in METRICS:
-            row[f"gains {figure}"] = [gain(run, figure) for run in runs.values()]
-            row[f"gain {figure}"] = mean_and_error(row[f"gains {figure}"])
-        for model in ("teacher", "twin", "student"):
-            row[model] = mean_and_error([100 * run[model]["AP"] for run in runs.values()])
-        row["params"], row["flops"] = (next(iter(runs.values()))["student"][key] for key in ("params", "flops"))
-    return row
-
-
-def study_table(rows: list[dict]) -> str:
-    """A line a variant."""
-    header = ["", "gain in AP ± standard error", "by seed", "gain in AP50", "AP", "twin", "teacher", "seeds"]
-    sizes = any("latency_ms" in row for row in rows)
-    header += ["parameters", "MFLOPs", "latency in ms"] if sizes else []
-    lines = []
-    for row in rows:
-        if row["seeds"]:
-            gains, of_50 = row["gains AP"], row["gains AP50"]
-            notes = [] if row["gain AP"][0] > 0 else ["does not help here"]
-            cells = [
-                with_error(gains, "+"),
-                ", ".join(f"{value:+.2f}" for value in gains),
-                with_error(of_50, "+"),
-            ]
-            cells += [shown(row["student"]), shown(row["twin"]), f"{row['teacher'][0]:.2f}", str(len(gains))]
-            if sizes:
-                cells += [str(row["params"]), f"{row['flops'] / 1e6:.1f}", f"{row['latency_ms']:.1f}"]
-        else:
-            notes, cells = [], ["–"] * 6 + ["0"] + ["–"] * (3 * sizes)
-        reasons = {}
-        for seed, why in row["failed"].items():
-            reasons.setdefault(why, []).append(str(seed))
-        notes += [f"seed {', '.join(seeds)} failed: {why}" for why, seeds in reasons.items()]
-        lines.append([row["name"], *cells, "; ".join(notes)])
-    return table([*header, "note"], lines)
-
-
-def draw(rows: list[dict], title: str) -> Figure:
-    """Mean gains with their standard errors as bars, every seed as a dot."""
-    rows = [row for row in rows if row["seeds"]][::-1]
-    figure = Figure((8, 1.2 + 0.4 * len(rows)), layout="constrained")
-    axes = figure.subplots()
-    for at, row in enumerate(rows):
-        mean, error = row["gain AP"]
-        axes.barh(at, mean, color="tab:green" if mean > 0 else "tab:red", alpha=0.5, xerr=error, capsize=3)
-        axes.plot(row["gains AP"], [at] * len(row["gains AP"]), "k.", markersize=4)
-    axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
-    axes.axvline(0, color="black", linewidth=0.8)
-    axes.set(xlabel="gain over the twin, AP points (bar: mean and standard error; dots: seeds)", title=title)
-    axes.grid(axis="x", alpha=0.3)
-    return figure
+def twin_flags(options: Options, variant: Variant, seed: int) -> list[str]:
+    """The flags of a supervised run: the config without methods and without a teacher."""
+    kept = [flag for flag in options.flags if not flag.startswith(("--config.teacher.", "--config.methods."))]
+    none = ("--config.teacher.detector=", "--config.teacher.weights=")
+    alone = variant._replace(methods="", flags=none)
+    return run_flags(dataclasses.replace(options, flags=kept), alone, seed)
 
 
 def latency(folder: Path, repeats: int = 50) -> float:
@@ -305,33 +310,48 @@ def latency(folder: Path, repeats: int = 50) -> float:
     return round(1000 * statistics.median(times[10:]), 3)
 
 
-# ------------------------------------------------------------------------------- runs of train.py, tables, the log
+# --------------------------------------------------------------------------------------- runs, tables, the log
 
 
-def train(flags: list[str], workdir: Path) -> dict:
-    """The results of a run: of a finished one as they are; otherwise it is trained, from its last checkpoint on.
+def train(flags: list[str], workdir: Path) -> dict[str, Any]:
+    """The results of a run. A finished run is read; otherwise it is trained, from its last checkpoint on.
+
+    Args:
+      flags: of `kdjax train`, without its folder.
+      workdir: the folder of the run.
+
+    Returns:
+      The content of results.json.
 
     Raises:
-      Failed: train.py refused or broke off.
-      SystemExit: the run was stopped, and so is the benchmark; or the folder holds a run with other flags.
+      Failed: the run ended with an error.
+      UserError: the folder has a run with other flags.
+      SystemExit: the run was stopped, and so is the study.
     """
     results = workdir / "results.json"
     if not results.exists():
-        run([sys.executable, "train.py", *flags, f"--workdir={workdir}"])
+        call([sys.executable, "-m", "kdjax", "train", *flags, f"--workdir={workdir}"])
     elif flags_of(workdir) != flags:
-        raise SystemExit(
-            f"{workdir} holds a run with other flags ({' '.join(flags_of(workdir))}): choose another folder"
-        )
+        raise UserError(f"{workdir} has a run with other flags ({' '.join(flags_of(workdir))}): choose another folder")
     return json.loads(results.read_text())
 
 
-def run(command: list[str]) -> None:
-    """Runs train.py, shows what it writes to stderr, and hands on a stop in both directions."""
+def call(command: list[str]) -> None:
+    """Runs a command, copies its stderr, and forwards a stop in both directions.
+
+    Args:
+      command: program and arguments.
+
+    Raises:
+      Failed: it ended with an error.
+      SystemExit: it was stopped.
+    """
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     written = b""
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
+        assert process.stderr
         try:
-            while chunk := process.stderr.read1(65536):
+            while chunk := process.stderr.read1(65536):  # pyright: ignore[reportAttributeAccessIssue]
                 sys.stderr.buffer.write(chunk)
                 sys.stderr.flush()
                 written = (written + chunk)[-65536:]
@@ -342,68 +362,26 @@ def run(command: list[str]) -> None:
             raise
         finally:
             signal.signal(signal.SIGTERM, before)
-    if code in (143, -signal.SIGTERM, -signal.SIGINT):
-        print("stopped; the same command goes on from there", file=sys.stderr)
+    if code in (130, 143, -signal.SIGTERM, -signal.SIGINT):
+        print("stopped; the same command continues from there", file=sys.stderr)
         sys.exit(143)
     if code:
         raise Failed(f"killed by signal {-code}" if code < 0 else last_sentence(written.decode(errors="replace")))
 
 
 def last_sentence(text: str) -> str:
-    """What train.py said when it gave up: its own line, or else the last one."""
+    """The error that a command printed, or else its last line."""
     lines = [line.strip() for line in re.split(r"[\r\n]+", text) if line.strip()]
-    own = [line.removeprefix("train.py: ") for line in lines if line.startswith("train.py: ")]
+    own = [line.removeprefix("kdjax: ") for line in lines if line.startswith("kdjax: ")]
     return (own or lines or ["no message"])[-1]
 
 
 def flags_of(workdir: Path) -> list[str]:
     """The flags that a run was started with, without its folder."""
     command = json.loads((workdir / "config.json").read_text())["runs"][0]["command"]
-    return [flag for flag in command if not flag.startswith("--workdir=")]
+    return [flag for flag in command if flag.startswith("--") and not flag.startswith("--workdir=")]
 
 
 def facts_of(workdir: Path) -> dict:
     """Versions, commit and devices of a run."""
-    return facts(json.loads((workdir / "config.json").read_text())["runs"][0])
-
-
-def facts(environment: dict) -> dict:
-    """What of an environment a table quotes."""
-    return {name: environment[name] for name in ("commit", "python", "jax", "flax", "devices")}
-
-
-def mean_and_error(values: list[float]) -> tuple[float, float | None]:
-    """The mean and its standard error; one value alone has none."""
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-    return round(statistics.mean(values), 3), None if error is None else round(error, 3)
-
-
-def with_error(values: list[float], sign: str = "") -> str:
-    """ "1.20 ± 0.15"."""
-    return shown(mean_and_error(values), sign)
-
-
-def shown(mean_and_error: tuple[float, float | None], sign: str = "") -> str:
-    """The same of what `mean_and_error` returns."""
-    mean, error = mean_and_error
-    return f"{mean:{sign}.2f}" + ("" if error is None else f" ± {error:.2f}")
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (header, *rows)]
-    return "\n".join([lines[0], "|---" * len(header) + "|", *lines[1:]])
-
-
-def publish(command: str, parts: list[str], summary: dict, log: Path | None) -> None:
-    """Prints the parts and one line of JSON, and appends both under the command to the log, if there is one."""
-    parts = [*parts[:-1], f"{time.strftime('%Y-%m-%d')}; {parts[-1]}"]
-    print("\n" + "\n\n".join(parts))
-    print(json.dumps(summary))
-    if log:
-        with log.open("a") as file:
-            file.write("\n" + "\n\n".join([f"`{command}`", *parts, f"    {json.dumps(summary)}"]) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    return report.facts(json.loads((workdir / "config.json").read_text())["runs"][0])

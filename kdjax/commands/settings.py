@@ -1,0 +1,108 @@
+"""Reading a config and the settings that the command line overrides."""
+
+import ast
+import difflib
+import math
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from kdjax import resources
+from kdjax.errors import UserError
+
+_OVERRIDE = re.compile(r"--config\.([\w-]+(?:\.[\w-]+)*)(?:=(.*))?", re.DOTALL)
+# Sub-configs whose keys are those of a detector; the detector checks them.
+_OPEN = ("student.options", "teacher.options")
+
+
+def read(config: str, overrides: Sequence[str] = ()) -> ConfigDict:
+    """Loads a config and applies overrides of the command line.
+
+    Args:
+      config: NAME[:ARGUMENT] of a config that comes with kdjax, or FILE.py[:ARGUMENT].
+      overrides: "--config.a.b=value", each setting at most once.
+
+    Returns:
+      The config; no keys can be added to it.
+
+    Raises:
+      UserError: there is no such config or setting, a value does not have the setting's type, an argument is not an
+        override, or the config's `get_config` raised a ValueError.
+    """
+    made = resources.load_config(config)
+    if not isinstance(made, ConfigDict):
+        raise UserError(f"--config={config}: get_config() returns {type(made).__name__}, not a ConfigDict")
+    seen = set()
+    for text in overrides:
+        matched = _OVERRIDE.fullmatch(text)
+        if not matched:
+            raise UserError(f"unexpected argument {text!r}; override settings with --config.a.b=value")
+        name, value = matched.groups()
+        if value is None:
+            raise UserError(f"--config.{name}: it has no value: write --config.{name}=value")
+        if name in seen:
+            raise UserError(f"--config.{name} appears more than once")
+        seen.add(name)
+        _override(made, name, value)
+    return made.lock()
+
+
+def _override(config: ConfigDict, name: str, text: str) -> None:
+    parent, _, key = name.rpartition(".")
+    node: Any = config
+    for part in filter(None, parent.split(".")):
+        if not isinstance(node, ConfigDict) or part not in node:
+            raise _unknown(config, name)
+        node = node[part]
+    if parent in _OPEN and isinstance(node, ConfigDict):
+        node[key] = _literal(text)
+        return
+    if not isinstance(node, ConfigDict) or key not in node:
+        raise _unknown(config, name)
+    if isinstance(node[key], ConfigDict):
+        raise UserError(f"--config.{name}: it is a group of settings: override one of {', '.join(node[key])}")
+    node[key] = _parse(f"--config.{name}", text, node[key])
+
+
+def _unknown(config: ConfigDict, name: str) -> UserError:
+    close = difflib.get_close_matches(name, list(_flat(config)), n=1)
+    return UserError(f"unknown setting config.{name}" + (f" (did you mean config.{close[0]}?)" if close else ""))
+
+
+def _flat(config: ConfigDict, prefix: str = "") -> Iterator[str]:
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def _parse(where: str, text: str, current: Any) -> Any:
+    """The value that `text` stands for, of the type that the setting has."""
+    if isinstance(current, str):
+        return text
+    if isinstance(current, bool):
+        if text.lower() not in ("true", "false"):
+            raise UserError(f"{where}: it must be True or False, not {text!r}")
+        return text.lower() == "true"
+    value = _literal(text)
+    if isinstance(current, float) and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if isinstance(current, tuple) and not isinstance(value, tuple):
+        value = tuple(value) if isinstance(value, list) else (value,)
+    kinds = {int: "an integer", float: "a number", tuple: "values between commas"}
+    if current is not None and type(value) is not type(current):
+        raise UserError(f"{where}: it must be {kinds.get(type(current), type(current).__name__)}, not {text!r}")
+    return value
+
+
+def _literal(text: str) -> Any:
+    """A Python literal, or the text itself."""
+    if text in ("inf", "nan"):
+        return math.inf if text == "inf" else math.nan
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text

@@ -1,0 +1,112 @@
+"""Configs and models that come with kdjax, by name.
+
+A wheel holds them as `kdjax/configs` and `kdjax/assets`; in a checkout they are `configs/` and `assets/` beside the
+package.
+"""
+
+import difflib
+import importlib.util
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+from kdjax.errors import UserError
+
+
+def _folder(name: str) -> Path:
+    installed = Path(__file__).parent / name
+    return installed if installed.is_dir() else Path(__file__).parents[1] / name
+
+
+CONFIGS, ASSETS = _folder("configs"), _folder("assets")
+
+
+def config_names() -> list[str]:
+    """The configs that come with kdjax.
+
+    Returns:
+      Names such as "quickstart" and "distill/dense", sorted.
+    """
+    files = (path.relative_to(CONFIGS).with_suffix("") for path in CONFIGS.rglob("*.py"))
+    return sorted(path.as_posix() for path in files if not path.name.startswith("_"))
+
+
+def config_file(text: str) -> tuple[Path, str | None]:
+    """Finds a config by its name or file.
+
+    Args:
+      text: "NAME" or "FILE.py", with ":ARGUMENT" if the config takes one. "configs/NAME.py" is also understood where
+        there is no such file.
+
+    Returns:
+      The file, and the argument or None.
+
+    Raises:
+      UserError: there is no such config.
+
+    Example:
+      >>> config_file("distill/mkd_rtmdet:tiny,s")[1]
+      'tiny,s'
+    """
+    name, *argument = re.split(r":(?![\\/])", text, maxsplit=1)  # not the colon of a drive
+    if name.endswith(".py") and Path(name).is_file():
+        return Path(name), argument[0] if argument else None
+    short = name.replace("\\", "/").removeprefix("./").removeprefix("configs/").removesuffix(".py")
+    names = config_names()
+    if short in names:
+        return CONFIGS / f"{short}.py", argument[0] if argument else None
+    close = difflib.get_close_matches(short, names, n=1)
+    hint = f" (did you mean {close[0]}?)" if close else ""
+    if name.endswith(".py"):
+        raise UserError(f"there is no file {name}{hint}")
+    raise UserError(f"unknown config {name!r}{hint}: configs are files FILE.py, or one of {', '.join(names)}")
+
+
+def load_config(text: str) -> Any:
+    """Calls `get_config` of a config; a config can start from another one by this.
+
+    Args:
+      text: as for `config_file`.
+
+    Returns:
+      The ConfigDict.
+
+    Raises:
+      UserError: there is no such config, it is not valid Python or has no `get_config`, or that refuses its argument.
+    """
+    path, argument = config_file(text)
+    spec = importlib.util.spec_from_file_location(f"kdjax_config_{path.stem}", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise UserError(f"{path}: line {error.lineno}: {error.msg}") from error
+    if not hasattr(module, "get_config"):
+        raise UserError(f"{path}: it does not define get_config()")
+    if argument is not None and not inspect.signature(module.get_config).parameters:
+        raise UserError(f"{path}: it takes no argument, but has {argument!r}")
+    try:
+        return module.get_config() if argument is None else module.get_config(argument)
+    except ValueError as error:
+        raise UserError(f"{text}: {error}") from error
+
+
+def model_path(path: str | Path) -> Path:
+    """The folder of a model that comes with kdjax, or the path unchanged.
+
+    Args:
+      path: a path, or the name of such a model, "quickstart_teacher".
+
+    Returns:
+      The path itself if it exists or is not such a name.
+
+    Example:
+      >>> model_path("quickstart_teacher").name, str(model_path("runs/a/student"))
+      ('quickstart_teacher', 'runs/a/student')
+    """
+    path = Path(path)
+    bundled = ASSETS / (path.name if path.parent == Path("assets") else path)
+    known = not path.exists() and not path.is_absolute() and len(bundled.relative_to(ASSETS).parts) == 1
+    return bundled if known and bundled.is_dir() else path
