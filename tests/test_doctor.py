@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import Mesh
 
 from kdjax import cli, data, detectors, weights
-from kdjax.commands.doctor import read_config
+from kdjax.commands import settings as command_settings
 from kdjax.data.dataset import Split
 from kdjax.doctor import examine, gradients, memory, models, schedule
 from kdjax.doctor.data import check_data
@@ -155,7 +155,7 @@ def test_configs_that_import_each_other_are_found_without_the_checkout_on_the_pa
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT])
     for name in [name for name in sys.modules if name.partition(".")[0] == "configs"]:
         monkeypatch.delitem(sys.modules, name)
-    assert "mkd" in read_config("configs/distill/coco_folder.py:mkd", []).methods
+    assert "mkd" in command_settings.read("configs/distill/coco_folder.py:mkd").methods
 
 
 # ----------------------------------------------------------------------------------------------- terms, data, program

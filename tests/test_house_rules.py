@@ -35,7 +35,7 @@ ALLOWED = {
     "train": CORE | {"methods", "detectors", "data", "evals", "weights", "inference", "report"},
     "doctor": CORE | {"methods", "detectors", "data", "evals", "weights", "inference", "train"},
 }
-ALLOWED = {part: used | {"files"} for part, used in ALLOWED.items()} | {"files": set()}
+ALLOWED = {part: used | {"files", "resources"} for part, used in ALLOWED.items()} | {"files": set(), "resources": {"errors"}}
 # The commands may import everything.
 ALLOWED["commands"] = set(ALLOWED) - {"commands"}
 

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from kdjax import cli
 from kdjax.commands import export
-from kdjax.commands.doctor import read_config
+from kdjax.commands.settings import read
 from kdjax.train import config as settings
 from kdjax.train import sharding
 from tests.shared import ROOT
@@ -92,7 +92,7 @@ def resolved(arguments: list[str]):
     """The config of a train.py or doctor command, looked at as far as that needs no data."""
     (config,) = [flag.partition("=")[2] for flag in arguments if flag.startswith("--config=")]
     rest = [flag for flag in arguments if not flag.startswith(("--config=", "--workdir="))]
-    made = read_config(config, rest)
+    made = read(config, rest)
     assert settings.unknown_keys(made) == []
     settings.check_numbers(made)
     return made

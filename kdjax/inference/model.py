@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from kdjax import detectors, files, weights
+from kdjax import detectors, files, resources, weights
 from kdjax.data import transforms
 from kdjax.detectors.api import unflatten
 from kdjax.evals import coco
@@ -46,7 +46,7 @@ def load(path: str) -> Model:
     if not jax.config.jax_compilation_cache_dir:  # a second command starts in seconds
         jax.config.update("jax_compilation_cache_dir", str(files.cache_root() / "jax"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    folder = Path(path).expanduser()
+    folder = resources.model_path(Path(path).expanduser())
     if not folder.exists():
         raise ValueError(f"--model={path}: there is no such folder.")
     if folder.is_file() and folder.name != weights.WEIGHTS:

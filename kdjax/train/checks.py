@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from kdjax import data, detectors, methods
+from kdjax import data, detectors, methods, resources
 from kdjax.errors import UserError, prefix
 from kdjax.structs import targets_of
 from kdjax.train import config as settings
@@ -63,7 +63,7 @@ def check_models(config: ConfigDict) -> None:
                 named_detector(config[role], 1)
         elif config[role].options:
             raise UserError(f"config.{role}.options has no effect unless config.{role}.detector is set")
-        if config[role].weights and not Path(config[role].weights).exists():
+        if config[role].weights and not resources.model_path(config[role].weights).exists():
             raise ValueError(f"there are no weights at {config[role].weights} (config.{role}.weights)")
 
 

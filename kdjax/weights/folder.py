@@ -13,6 +13,7 @@ from safetensors.numpy import load as deserialize
 from safetensors.numpy import save as serialize
 
 import kdjax
+from kdjax import resources
 from kdjax.detectors import build
 from kdjax.detectors.api import Detector, State, Tree, flatten, unflatten
 from kdjax.errors import UserError, prefix
@@ -103,7 +104,7 @@ def load(
     Raises:
       UserError: anything is missing, broken, not finite, or of another detector.
     """
-    path = Path(path)
+    path = resources.model_path(path)
     if path.is_file() and path.name == WEIGHTS and (path.parent / CONFIG).is_file():
         path = path.parent
     if path.is_dir():
