@@ -434,7 +434,7 @@ def test_mistakes_get_one_sentence_before_any_compute(made, tmp_path, capsys, mo
         (("latency", one, f"--out={image}/x.json"), "cannot be made"),
         (("predict", image, "--model=nowhere", out), "there is no such folder"),
         (("predict", image, f"--model={tmp_path / 'model.pth'}", out), "import-weights"),
-        (("predict", image, f"--model={tmp_path / 'void'}", out), "holds no config.json"),
+        (("predict", image, f"--model={tmp_path / 'void'}", out), "there is no config.json"),
         (("predict", image, one, out, "--threshold=3"), "a score in 0 .. 1"),
         (("predict", image, one, f"--out={image}"), "cannot be made"),
         (("predict", image, one), "required: --out"),
@@ -449,7 +449,7 @@ def test_mistakes_get_one_sentence_before_any_compute(made, tmp_path, capsys, mo
         ),
         (("latency", "--model=nowhere"), "there is no such folder"),
         (("evaluate", one, given, "--against=nowhere"), "there is no such folder"),
-        (("evaluate", one, given, "--treshold=1"), "unrecognized arguments: --treshold=1"),
+        (("evaluate", one, given, "--treshold=1"), "unexpected argument '--treshold=1'"),
         (("evaluation", one), "invalid choice: 'evaluation'"),
     ):
         assert why in refused(capsys, *arguments), arguments

@@ -160,7 +160,7 @@ def test_sgd_drops_its_rate_and_decays_what_decays():
 
 
 def test_the_dense_recipe_says_what_its_argument_is():
-    with pytest.raises(ValueError, match="must be FAMILY,METHODS with a family of retinanet, fcos, gfl, atss, not 'rtmdet"):
+    with pytest.raises(ValueError, match="must be FAMILY,METHODS with a family of retinanet.*, not 'rtmdet"):
         load(ROOT / "configs/distill/dense.py", "rtmdet,mkd")
 
 

@@ -35,7 +35,8 @@ ALLOWED = {
     "train": CORE | {"methods", "detectors", "data", "evals", "weights", "inference", "report"},
     "doctor": CORE | {"methods", "detectors", "data", "evals", "weights", "inference", "train"},
 }
-ALLOWED = {part: used | {"files", "resources"} for part, used in ALLOWED.items()} | {"files": set(), "resources": {"errors"}}
+ALLOWED = {part: used | {"files", "resources"} for part, used in ALLOWED.items()}
+ALLOWED |= {"files": set(), "resources": {"errors"}}
 # The commands may import everything.
 ALLOWED["commands"] = set(ALLOWED) - {"commands"}
 

@@ -3,29 +3,32 @@
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import cv2
 import pytest
 
-from kdjax.commands import study
+from kdjax import cli
+from kdjax.commands import settings, study
+from kdjax.errors import UserError
+from kdjax.report import study as report
 from tests.shared import ROOT
-from tests.test_configs import load
 
 FACTS = {"commit": "c", "python": "3", "jax": "1", "flax": "2", "devices": "cpu"}
 TEACHER = ROOT / "assets" / "quickstart_teacher"
 
 
 def test_means_and_tables():
-    assert study.mean_and_error([1.0, 3.0]) == (2.0, 1.0) and study.mean_and_error([1.0]) == (1.0, None)
-    assert study.with_error([1.0, 3.0]) == "2.00 ± 1.00" and study.with_error([1.0], "+") == "+1.00"
-    assert study.table(["a", "b"], [["1", "x|y"]]) == "| a | b |\n|---|---|\n| 1 | x\\|y |"
+    assert report.mean_and_error([1.0, 3.0]) == (2.0, 1.0) and report.mean_and_error([1.0]) == (1.0, None)
+    assert report.with_error([1.0, 3.0]) == "2.00 ± 1.00" and report.with_error([1.0], "+") == "+1.00"
+    assert report.table(["a", "b"], [["1", "x|y"]]) == "| a | b |\n|---|---|\n| 1 | x\\|y |"
 
 
 def test_what_is_published_is_logged(tmp_path, capsys):
     log = tmp_path / "log.md"
     log.write_text("before\n")
     for _ in range(2):
-        study.publish("python x.py", ["| table |", "facts"], {"a": 1}, log)
+        report.publish("python x.py", ["| table |", "facts"], {"a": 1}, log)
     lines = capsys.readouterr().out.splitlines()
     assert json.loads(lines[-1]) == {"a": 1} and lines[-2].endswith("; facts")
     text = log.read_text()
@@ -33,7 +36,7 @@ def test_what_is_published_is_logged(tmp_path, capsys):
 
 
 def test_the_sentence_of_a_failed_run():
-    refused = "I0000 some library\rtrain:  10%|# \ntrain.py: config.x is 1; it must be 2\n"
+    refused = "I0000 some library\rtrain:  10%|# \nkdjax: config.x is 1; it must be 2\n"
     assert study.last_sentence(refused) == "config.x is 1; it must be 2"
     assert study.last_sentence("Traceback\n  File\nRuntimeError: boom\n\n") == "RuntimeError: boom"
     assert study.last_sentence("") == "no message"
@@ -41,37 +44,50 @@ def test_the_sentence_of_a_failed_run():
 
 def test_a_run_that_fails_and_one_that_is_stopped():
     with pytest.raises(study.Failed, match="^no such thing$"):
-        study.run([sys.executable, "-c", "import sys; print('train.py: no such thing', file=sys.stderr); sys.exit(2)"])
+        study.call([sys.executable, "-c", "import sys; print('kdjax: no such thing', file=sys.stderr); sys.exit(2)"])
     with pytest.raises(SystemExit) as stop:
-        study.run([sys.executable, "-c", "import sys; sys.exit(143)"])
+        study.call([sys.executable, "-c", "import sys; sys.exit(143)"])
     assert stop.value.code == 143
-    study.run([sys.executable, "-c", ""])
+    study.call([sys.executable, "-c", ""])
 
 
 def test_a_finished_run_is_kept_and_its_flags_must_be_the_same(tmp_path):
     (tmp_path / "results.json").write_text('{"student": {"AP": 0.5}}')
-    run = FACTS | {"command": ["--config=a", f"--workdir={tmp_path}", "--config.seed=1"], "numpy": "2"}
+    run = FACTS | {"command": ["train", "--config=a", f"--workdir={tmp_path}", "--config.seed=1"], "numpy": "2"}
     (tmp_path / "config.json").write_text(json.dumps({"config": {}, "runs": [run, {}]}))
     assert study.train(["--config=a", "--config.seed=1"], tmp_path) == {"student": {"AP": 0.5}}
     assert study.facts_of(tmp_path) == FACTS
-    with pytest.raises(SystemExit, match="other flags .--config=a --config.seed=1"):
+    with pytest.raises(UserError, match="other flags .--config=a --config.seed=1"):
         study.train(["--config=b", "--config.seed=1"], tmp_path)
 
 
+def options(**changes) -> study.Options:
+    values = dict(name="methods", config="quickstart", workdir=Path("runs"), seeds=1, first=0, methods=["mkd"])
+    values |= dict(weights=[], teachers=[], students=[], log=None, flags=[])
+    return study.Options(**values | changes)
+
+
 def test_the_twin_is_trained_alone():
-    config, flags = "configs/quickstart.py", ["--config.teacher.weights=FILE", "--config.steps=9"]
-    twin, method = study.twin_flags(config, flags, 3), study.run_flags(config, "mkd", flags, 3)
+    flags = ["--config.teacher.weights=FILE", "--config.methods.mkd.weight=2", "--config.steps=9"]
+    chosen, mkd = options(flags=flags), study.Variant("mkd", "mkd")
+    twin, method = study.twin_flags(chosen, mkd, 3), study.run_flags(chosen, mkd, 3)
     same = ["--config.twin=False", "--config.eval.every=0", "--config.seed=3"]
-    assert method == ["--config=configs/quickstart.py:mkd", *flags, *same]
-    assert twin[0] == "--config=configs/quickstart.py:" and twin[-3:] == same
-    recipe = "configs/distill/mkd_rtmdet.py"
-    assert study.run_flags(f"{recipe}:tiny,s", "mkd", [], 3)[0] == f"--config={recipe}:tiny,s,mkd"
-    assert not load(ROOT / recipe, "tiny,s,").methods
-    last = {flag.partition("=")[0]: flag.partition("=")[2] for flag in twin}
-    assert not any(last[f"--config.teacher.{key}"] for key in ("detector", "options", "weights"))
-    assert last["--config.steps"] == "9"
-    for name in ("quickstart.py", "distill/coco_folder.py"):
-        assert not load(ROOT / "configs" / name, "").methods
+    assert method == ["--config=quickstart:mkd", *flags, *same]
+    assert twin[0] == "--config=quickstart:" and twin[-3:] == same
+    recipe = "distill/mkd_rtmdet"
+    assert study.run_flags(options(config=f"{recipe}:tiny,s"), mkd, 3)[0] == f"--config={recipe}:tiny,s,mkd"
+    assert not settings.read(f"{recipe}:tiny,s,").methods
+    for flags in (twin, method):
+        made = settings.read(flags[0].removeprefix("--config="), flags[1:])
+        assert bool(made.methods) == bool(made.teacher.weights) == (flags is method) and made.steps == 9
+    for name in ("quickstart", "distill/coco_folder"):
+        assert not settings.read(f"{name}:").methods
+
+
+def test_a_flag_of_a_variant_replaces_that_of_the_command():
+    variant = study.Variant("a", "mkd", ("--config.teacher.weights=A",))
+    flags = study.run_flags(options(flags=["--config.teacher.weights=B"]), variant, 0)
+    assert [flag for flag in flags if "teacher" in flag] == ["--config.teacher.weights=A"]
 
 
 @pytest.fixture
@@ -108,7 +124,8 @@ def cells(text: str) -> list[list[str]]:
 
 
 def test_methods_are_ranked_by_gain_and_what_does_not_help_is_said(trained, tmp_path, capsys):
-    study.main(["methods", f"--workdir={tmp_path}", "--seeds=2", "--methods=mkd,ld,pkd,cwd", "--", "--config.steps=9"])
+    command = ["methods", f"--workdir={tmp_path}", "--seeds=2", "--methods=mkd,ld,pkd,cwd", "--", "--config.steps=9"]
+    assert cli.main(["study", *command]) == 0
     out = capsys.readouterr().out
     _, *rows = cells(out)
     assert [row[0] for row in rows] == ["cwd", "pkd", "mkd", "ld"]
@@ -138,7 +155,7 @@ def test_mkds_tables(trained, tmp_path, capsys):
         ("teacher", f"--teachers={TEACHER}"),
         ("sizes", "--students=rtmdet_pico,rtmdet_nano"),
     ):
-        study.main([name, f"--workdir={tmp_path / 'runs'}", "--seeds=1", f"--log={log}", *flags])
+        assert cli.main(["study", name, f"--workdir={tmp_path / 'runs'}", "--seeds=1", f"--log={log}", *flags]) == 0
     rows = cells(log.read_text())
     names = [row[0] for row in rows if row[0]]
     parts = [f"mkd without {part}" for part in ("feature", "multiscale", "frequency", "alignment")]
@@ -157,10 +174,10 @@ def test_mkds_tables(trained, tmp_path, capsys):
 
 def test_methods_with_several_teachers_share_the_twins(trained, tmp_path, capsys):
     arguments = [f"--workdir={tmp_path}", "--seeds=1", f"--teachers={TEACHER}"]
-    study.main(["methods", "--methods=mkd,cwd", *arguments])
+    assert cli.main(["study", "methods", "--methods=mkd,cwd", *arguments]) == 0
     out = capsys.readouterr().out
     assert [row[0] for row in cells(out)[1:]] == [f"{name}, rtmdet_nano ({TEACHER})" for name in ("cwd", "mkd")]
-    study.main(["teacher", *arguments])
+    assert cli.main(["study", "teacher", *arguments]) == 0
     assert len(set(trained)) == 3, "twin, mkd, cwd: the study of teachers has the same runs"
 
 
@@ -168,16 +185,18 @@ def test_methods_with_several_teachers_share_the_twins(trained, tmp_path, capsys
     ("arguments", "words"),
     [
         (["methods", "--methods=nope"], "there is no method 'nope'"),
-        (["teacher"], "name the teachers"),
-        (["teacher", "--teachers=/nowhere"], "/nowhere is no student/ folder"),
+        (["teacher"], "--teachers is missing"),
+        (["teacher", "--teachers=/nowhere"], "/nowhere is not a student/ folder"),
         (["sizes", "--students=rtmdet_huge"], "rtmdet_huge"),
-        (["weight", "--weights=a"], "'a'"),
+        (["weight", "--weights=a"], "--weights: 'a' is not a number"),
+        (["weight", "--seeds=0"], "--seeds must be >= 1, not 0"),
+        (["weight", "--config=quickstrat"], "did you mean quickstart?"),
+        (["weight", "--config.step=1"], "unknown setting config.step (did you mean config.steps?)"),
     ],
 )
 def test_bad_input_is_refused_before_any_run(arguments, words, trained, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        study.main([*arguments, f"--workdir={tmp_path}"])
-    assert stop.value.code == 2 and words in capsys.readouterr().err and not trained
+    assert cli.main(["study", *arguments, f"--workdir={tmp_path}"]) == 2
+    assert words in capsys.readouterr().err and not trained
 
 
 def test_a_folder_is_named_after_its_flags():

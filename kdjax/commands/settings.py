@@ -25,7 +25,7 @@ def read(config: str, overrides: Sequence[str] = ()) -> ConfigDict:
       overrides: "--config.a.b=value", each setting at most once.
 
     Returns:
-      The config; no keys can be added to it.
+      The config.
 
     Raises:
       UserError: there is no such config or setting, a value does not have the setting's type, an argument is not an
@@ -46,7 +46,7 @@ def read(config: str, overrides: Sequence[str] = ()) -> ConfigDict:
             raise UserError(f"--config.{name} appears more than once")
         seen.add(name)
         _override(made, name, value)
-    return made.lock()
+    return made
 
 
 def _override(config: ConfigDict, name: str, text: str) -> None:

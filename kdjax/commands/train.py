@@ -34,10 +34,12 @@ def run(*, config: str, workdir: str | None, multihost: bool, overrides: list[st
     if multihost:
         jax.distributed.initialize()
     from kdjax.train import loop
+    from kdjax.train.run import BadInput
+    from kdjax.train.run import run as train
 
     try:
-        loop.run(made, workdir)
-    except loop.BadInput as error:
+        train(made, workdir or "")
+    except BadInput as error:
         raise UserError(str(error)) from error
     except loop.Stopped as stop:
         print(stop, file=sys.stderr)
