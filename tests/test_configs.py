@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from kdjax import methods
 from kdjax.commands.settings import read
 from kdjax.detectors import build
+from kdjax.distill import Distiller
 from kdjax.errors import UserError
-from kdjax.methods import api
-from kdjax.train import checks, optim, step
+from kdjax.train import checks, optim
 from kdjax.train import config as settings
 from kdjax.train.setup import named_detector
 
@@ -46,7 +47,7 @@ def test_config_has_known_keys_and_a_possible_schedule(path):
     assert settings.unknown_keys(config) == []
     optim.learning_rate(config)
     for name, options in config.methods.items():
-        api.build(name, **options)
+        methods.build(name, **options)
     has_teacher = bool(config.teacher.detector or config.teacher.weights)
     assert bool(config.methods) == has_teacher or path.parent.name == "distill", "there the command names the teacher"
     name = path.relative_to(ROOT / "configs").with_suffix("").as_posix()
@@ -136,10 +137,9 @@ def test_the_dense_recipes(chosen):
     assert sorted(config.methods) == sorted(names.split("+")) and config.twin
     pair = [build(config[role].detector, 80) for role in ("student", "teacher")]
     assert [detector.name.split("-")[0] for detector in pair] == [f"{family}_r50", f"{family}_r101"]
-    methods = {name: api.build(name, **options) for name, options in config.methods.items()}
-    specs = [detector.spec((64, 64)) for detector in pair]
+    distiller = Distiller(*pair, {name: methods.build(name, **options) for name, options in config.methods.items()})
     key = jax.ShapeDtypeStruct((2,), jnp.uint32)
-    assert jax.eval_shape(lambda key: step.init_adapters(methods, key, *specs), key).keys() == methods.keys()
+    assert jax.eval_shape(lambda key: distiller.init(key, (64, 64)), key).keys() == set(config.methods)
 
 
 def test_sgd_drops_its_rate_and_decays_what_decays():
