@@ -19,7 +19,7 @@ from method_cost import timed
 from kdjax import nn
 from kdjax.commands import study
 from kdjax.nn import conv_builtin
-from kdjax.train import provenance, setup
+from kdjax.training import provenance, setup
 
 # Side of the map, channels, outputs, side of the kernel, stride, groups.
 LAYERS = [

@@ -16,7 +16,7 @@ from unittest import mock
 
 from kdjax import data
 from kdjax.data import build, plans, records
-from kdjax.train import config as settings
+from kdjax.training import config as settings
 
 MIXED = dict(mosaic=True, mixup=1.0, scale=(0.1, 2.0))
 VARIANTS = {  # name: settings of augment, workers, whether anything is kept

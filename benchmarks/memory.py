@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from kdjax.commands import study
-from kdjax.train import provenance
+from kdjax.training import provenance
 
 
 def main():

@@ -36,9 +36,9 @@ from kdjax import detectors
 from kdjax import methods as zoo
 from kdjax.commands import study
 from kdjax.distill import Distiller
-from kdjax.train import config as settings
-from kdjax.train import optim, provenance, setup
-from kdjax.train.step import Teacher, init_state, make_step
+from kdjax.training import config as settings
+from kdjax.training import optim, provenance, setup
+from kdjax.training.step import Teacher, init_state, make_step
 
 BOXES = 16  # padded boxes an image
 WARM = 2  # rounds that are not counted

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from kdjax.commands import study
-from kdjax.train import provenance
+from kdjax.training import provenance
 
 
 def main():

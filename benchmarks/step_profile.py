@@ -22,7 +22,7 @@ from jax.profiler import ProfileData
 
 from kdjax.commands import study
 from kdjax.evals import complexity
-from kdjax.train import provenance, setup
+from kdjax.training import provenance, setup
 
 DEAREST = 10
 SIDE = 4096  # of the matrices

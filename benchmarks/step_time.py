@@ -20,9 +20,9 @@ from method_cost import BOXES, WARM, compiled, made_up_batch, megabytes, timed
 from kdjax import detectors
 from kdjax import methods as zoo
 from kdjax.distill import Distiller
-from kdjax.train import config as settings
-from kdjax.train import optim, provenance, setup
-from kdjax.train.step import Teacher, init_state, make_step
+from kdjax.training import config as settings
+from kdjax.training import optim, provenance, setup
+from kdjax.training.step import Teacher, init_state, make_step
 
 
 class Built(NamedTuple):

@@ -6,7 +6,7 @@
 The teacher was trained on 2000 of the scenes; the student has 200 of them, like a user with few labelled images.
 """
 
-from kdjax.train.config import base, methods
+from kdjax.training.config import base, methods
 
 
 def get_config(names: str = "mkd"):

@@ -69,7 +69,7 @@ def test_method_cost_batch_has_objects_and_padding():
     "flags", [[], ["--teacher=rtmdet_nano", "--method=fitnet", "--dtype=bfloat16"]], ids=["alone", "distilled"]
 )
 def test_step_time_ends_with_one_line_of_json(flags, capsys, monkeypatch):
-    monkeypatch.setattr("kdjax.train.setup.prepare_process", lambda folder: None)
+    monkeypatch.setattr("kdjax.training.setup.prepare_process", lambda folder: None)
     small = ["--detector=rtmdet_pico", "--batch=2", "--size=64", "--classes=3", "--steps=3"]
     of("step_time").main([*small, *flags])
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -93,7 +93,7 @@ def test_profile_reads_the_operations_of_a_program():
 @pytest.mark.slow
 def test_profile_names_the_dearest_operations_and_the_roofline(capsys, monkeypatch, tmp_path):
     profile = of("step_profile")
-    monkeypatch.setattr("kdjax.train.setup.prepare_process", lambda folder: None)
+    monkeypatch.setattr("kdjax.training.setup.prepare_process", lambda folder: None)
     monkeypatch.setattr(profile, "SIDE", 256)
     small = ["--detector=rtmdet_pico", "--batch=2", "--size=64", "--classes=3", "--steps=2"]
     profile.main([*small, f"--log={tmp_path / 'log.md'}"])
@@ -105,7 +105,7 @@ def test_profile_names_the_dearest_operations_and_the_roofline(capsys, monkeypat
 
 @pytest.mark.slow
 def test_convolutions_time_both_forms(capsys, monkeypatch):
-    monkeypatch.setattr("kdjax.train.setup.prepare_process", lambda folder: None)
+    monkeypatch.setattr("kdjax.training.setup.prepare_process", lambda folder: None)
     of("convolutions").main(["--layers=1", "--batch=1", "--rounds=1"])
     [row] = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
     assert row[:2] == ["160x160, 12 to 24", "3x3"] and all(float(ms) > 0 for cell in row[2:] for ms in cell.split("/"))

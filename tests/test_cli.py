@@ -29,10 +29,10 @@ from kdjax.detectors import build, layers
 from kdjax.detectors.api import flatten, unflatten
 from kdjax.evals import coco
 from kdjax.inference import model
-from kdjax.train import checkpoint, outputs, provenance, sharding
-from kdjax.train import config as settings
-from kdjax.train.log import Log
-from kdjax.train.setup import prepare, run_fingerprint
+from kdjax.training import checkpoint, outputs, provenance, sharding
+from kdjax.training import config as settings
+from kdjax.training.log import Log
+from kdjax.training.setup import prepare, run_fingerprint
 from tests.shared import ROOT
 from tests.support.checkpoints import Code, spoilt
 from tests.support.data import coco_json, write_folder

@@ -13,9 +13,9 @@ from kdjax.commands.settings import read
 from kdjax.detectors import build
 from kdjax.distill import Distiller
 from kdjax.errors import UserError
-from kdjax.train import checks, optim
-from kdjax.train import config as settings
-from kdjax.train.setup import named_detector
+from kdjax.training import checks, optim
+from kdjax.training import config as settings
+from kdjax.training.setup import named_detector
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.py"))

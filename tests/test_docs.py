@@ -16,7 +16,7 @@ import kdjax.methods
 from kdjax import detectors
 from kdjax.methods import api
 from kdjax.structs import Assignment
-from kdjax.train import step
+from kdjax.training import step
 from tests import golden_replay, test_methods
 from tests.shared import ROOT, SHARED, script
 from tests.test_configs import load

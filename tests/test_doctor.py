@@ -17,9 +17,9 @@ from kdjax.doctor import examine, gradients, memory, models, schedule
 from kdjax.doctor.data import check_data
 from kdjax.doctor.findings import FAULT, FINE, LOOK, Finding
 from kdjax.methods import api
-from kdjax.train import checks, sharding
-from kdjax.train.setup import Setup, prepare
-from kdjax.train.step import init_adapters
+from kdjax.training import checks, sharding
+from kdjax.training.setup import Setup, prepare
+from kdjax.training.step import init_adapters
 from kdjax.weights import folder
 from tests.test_configs import load
 from tests.test_train import tiny_config

@@ -108,7 +108,7 @@ def test_the_recipe_on_real_images(name, tmp_path):
 def test_freed_memory_stays_with_the_process():
     code = """
 import resource, statistics, jax, jax.numpy as jnp
-from kdjax.train.setup import prepare_process
+from kdjax.training.setup import prepare_process
 prepare_process("off")
 sums = jax.jit(lambda x: jnp.sin(x @ x.T) @ x)  # 44 MB in between: more than glibc ever keeps of itself
 x = jnp.ones((3300, 64))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import kdjax
-from kdjax.methods import api
+from kdjax import methods
 
 ROOT = Path(kdjax.__file__).parent
 CORE = {"errors", "structs", "nn", "boxes", "losses", "distill"}
@@ -32,8 +32,8 @@ ALLOWED = {
     "inference": CORE | {"detectors", "weights", "data", "evals"},
     "report": CORE | {"methods", "detectors", "weights", "data", "evals", "inference"},
     "export": CORE | {"detectors", "weights", "data", "evals", "inference"},
-    "train": CORE | {"methods", "detectors", "data", "evals", "weights", "inference", "report"},
-    "doctor": CORE | {"methods", "detectors", "data", "evals", "weights", "inference", "train"},
+    "training": CORE | {"methods", "detectors", "data", "evals", "weights", "inference", "report"},
+    "doctor": CORE | {"methods", "detectors", "data", "evals", "weights", "inference", "training"},
 }
 ALLOWED = {part: used | {"files", "resources"} for part, used in ALLOWED.items()}
 ALLOWED |= {"files": set(), "resources": {"errors"}}
@@ -104,8 +104,8 @@ def test_public_functions_are_documented(name):
             assert value.__doc__, f"{name}.{attribute} has no docstring"
 
 
-@pytest.mark.parametrize("name", api.names())
+@pytest.mark.parametrize("name", methods.names())
 def test_methods_take_keywords_with_defaults(name):
     parameters = inspect.signature(importlib.import_module(f"kdjax.methods.{name}").make).parameters.values()
     assert all(p.kind is p.KEYWORD_ONLY and p.default is not p.empty for p in parameters)
-    assert {"weight", "start", "stop", "warmup", "decay"} <= set(api.options(name))
+    assert {"weight", "start", "stop", "warmup", "decay"} <= set(methods.options(name))

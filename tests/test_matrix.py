@@ -15,8 +15,8 @@ import pytest
 
 from kdjax import detectors
 from kdjax.methods import api
-from kdjax.train import step
-from kdjax.train.setup import output_spec
+from kdjax.training import step
+from kdjax.training.setup import output_spec
 
 SIDE, BATCH, CLASSES = 64, 2, 3
 QUICK = {"xla_backend_optimization_level": 0}

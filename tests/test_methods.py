@@ -11,7 +11,7 @@ import pytest
 
 from kdjax.methods import api
 from kdjax.structs import Assignment, DetectorOutput, Targets
-from kdjax.train.step import weights_of
+from kdjax.training.step import weights_of
 from tests.support.arrays import quick_jit
 
 STRIDES, CLASSES, BOXES = (8, 16, 32), 3, 4

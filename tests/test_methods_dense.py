@@ -9,7 +9,7 @@ import pytest
 
 from kdjax.detectors import build
 from kdjax.methods import api
-from kdjax.train import step
+from kdjax.training import step
 
 NAMES = ("retinanet_r18", "fcos_r18", "gfl_r18", "atss_r18", "yolox_pico")
 METHODS = ("bckd", "crosskd", "fgfi", "gid", "pfi", "rm")

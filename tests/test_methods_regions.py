@@ -14,7 +14,7 @@ from kdjax.boxes import roi_align
 from kdjax.losses import instances, relation
 from kdjax.methods import api
 from kdjax.structs import Assignment
-from kdjax.train import step
+from kdjax.training import step
 from tests.support.arrays import quick_jit
 from tests.test_methods import CLASSES, STRIDES, context, output
 

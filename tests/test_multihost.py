@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from kdjax import weights
-from kdjax.train import checkpoint
+from kdjax.training import checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = {

@@ -19,8 +19,8 @@ from jax.sharding import Mesh
 from kdjax import cli
 from kdjax.commands import export
 from kdjax.commands.settings import read
-from kdjax.train import config as settings
-from kdjax.train import sharding
+from kdjax.training import config as settings
+from kdjax.training import sharding
 from tests.shared import ROOT
 
 DOCS = ROOT / "docs"

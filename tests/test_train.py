@@ -22,11 +22,11 @@ from kdjax import data, detectors, weights
 from kdjax.detectors.api import flatten
 from kdjax.methods import api
 from kdjax.report import model_card
-from kdjax.train import checkpoint, checks, loop, optim, outputs, run, sharding
-from kdjax.train import config as settings
-from kdjax.train import step as steps
-from kdjax.train.log import Log
-from kdjax.train.setup import load_detector, prepare
+from kdjax.training import checkpoint, checks, loop, optim, outputs, run, sharding
+from kdjax.training import config as settings
+from kdjax.training import step as steps
+from kdjax.training.log import Log
+from kdjax.training.setup import load_detector, prepare
 from tests.support.checkpoints import spoilt
 from tests.support.data import small_folder
 

@@ -10,7 +10,7 @@ The papers' own detectors are in distill/dense, and RTMDet's training on COCO is
 """
 
 from kdjax.resources import load_config
-from kdjax.train.config import methods
+from kdjax.training.config import methods
 
 OPTIONS = {
     # the authors' weights for YOLOX

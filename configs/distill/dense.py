@@ -19,7 +19,7 @@ These runs have not been made with kdjax.
 """
 
 from kdjax.resources import load_config
-from kdjax.train.config import methods
+from kdjax.training.config import methods
 
 FAMILIES = ("retinanet", "fcos", "gfl", "atss")
 LONG = {("retinanet", name) for name in ("fgd", "mgd", "cwd", "pkd")} | {("fcos", "fgd")}

@@ -11,7 +11,7 @@ rtmdet_cwd has the same four. These runs have not been made with kdjax.
 """
 
 from kdjax.resources import load_config
-from kdjax.train.config import methods
+from kdjax.training.config import methods
 
 
 def get_config(argument: str = "tiny,s"):

@@ -3,7 +3,7 @@
 kdjax train --config=supervised/coco_folder:rtmdet_s --config.data.root=DIR --workdir=runs/teacher
 """
 
-from kdjax.train.config import base
+from kdjax.training.config import base
 
 
 def get_config(detector: str = "rtmdet_tiny"):

@@ -15,7 +15,7 @@ decay as well, and FCOS's biases have twice the rate and no decay; here no norm 
 one rate.
 """
 
-from kdjax.train.config import augment, base
+from kdjax.training.config import augment, base
 
 IMAGES = 118287  # of COCO train2017
 BATCH = 16

@@ -13,7 +13,7 @@ both stages:
 Published: tiny 41.1 AP, s 44.6, m 49.4, l 51.5, x 52.8; the backbones of tiny and s were trained on ImageNet before.
 """
 
-from kdjax.train.config import augment, base
+from kdjax.training.config import augment, base
 
 IMAGES = 118287  # of COCO train2017
 BATCH = 256

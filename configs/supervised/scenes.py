@@ -5,7 +5,7 @@
 assets/README.md has the metrics and the command that stores its weights as float16.
 """
 
-from kdjax.train.config import base
+from kdjax.training.config import base
 
 
 def get_config(detector: str = "rtmdet_nano"):

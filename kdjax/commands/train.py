@@ -33,9 +33,9 @@ def run(*, config: str, workdir: str | None, multihost: bool, overrides: list[st
 
     if multihost:
         jax.distributed.initialize()
-    from kdjax.train import loop
-    from kdjax.train.run import BadInput
-    from kdjax.train.run import run as train
+    from kdjax.training import loop
+    from kdjax.training.run import BadInput
+    from kdjax.training.run import run as train
 
     try:
         train(made, workdir or "")

@@ -5,7 +5,7 @@ import numpy as np
 from kdjax import data
 from kdjax.data.coco import CLIPPED
 from kdjax.doctor.findings import FAULT, FINE, LOOK, Finding
-from kdjax.train.setup import Setup
+from kdjax.training.setup import Setup
 
 TINY = 4  # px on the canvas: the side of a box of half a cell of the finest level
 

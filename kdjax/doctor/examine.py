@@ -16,8 +16,8 @@ from kdjax.doctor.memory import check_memory
 from kdjax.doctor.models import check_class_map, check_frozen, check_sizes, check_taps, check_weights
 from kdjax.doctor.schedule import check_schedule
 from kdjax.errors import prefix
-from kdjax.train import checks, outputs
-from kdjax.train.setup import prepare, prepare_process
+from kdjax.training import checks, outputs
+from kdjax.training.setup import prepare, prepare_process
 
 
 def examine(config: ConfigDict, *, image_count: int = 64) -> Iterator[Finding]:

@@ -11,8 +11,8 @@ from tqdm import tqdm
 from kdjax import methods
 from kdjax.doctor.findings import FAULT, FINE, Finding
 from kdjax.structs import targets_of
-from kdjax.train import sharding
-from kdjax.train.setup import Setup
+from kdjax.training import sharding
+from kdjax.training.setup import Setup
 
 PRIOR = 0.1  # mean probability of a class at the start; a head with its focal prior has 0.01
 DROWNED, NOTHING = 0.97, 1e-3  # share of the gradient at the neck that a method may have

@@ -6,8 +6,8 @@ from pathlib import Path
 import jax
 
 from kdjax.doctor.findings import FAULT, FINE, LOOK, Finding
-from kdjax.train import sharding
-from kdjax.train.setup import Setup
+from kdjax.training import sharding
+from kdjax.training.setup import Setup
 
 # Where Linux tells the memory that is left, and the limit of a container.
 MEMORY, GROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")

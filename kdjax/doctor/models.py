@@ -16,7 +16,7 @@ from kdjax.distill import tap
 from kdjax.doctor.findings import FAULT, FINE, LOOK, Finding
 from kdjax.evals import coco, complexity, tide
 from kdjax.evals.matching import detections_by_image, truth_by_image
-from kdjax.train.setup import Setup, named_detector
+from kdjax.training.setup import Setup, named_detector
 
 # Ways in which images reach a detector, beside its own: f(u8[B, H, W, 3] RGB, its own input) -> input.
 MISTAKES = {

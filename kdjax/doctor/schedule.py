@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 
 from kdjax import methods as zoo
 from kdjax.doctor.findings import FAULT, FINE, LOOK, Finding
-from kdjax.train import optim
+from kdjax.training import optim
 
 
 def check_schedule(config: ConfigDict, size: int) -> list[Finding]:

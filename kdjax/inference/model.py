@@ -71,7 +71,7 @@ def load(path: str) -> Model:
 
 def _of_checkpoint(workdir: Path, step: int | None = None) -> Model:
     """The moving average of the student in one checkpoint of a run, the newest that is sound if none is named."""
-    from kdjax.train import checkpoint  # Orbax takes a second
+    from kdjax.training import checkpoint  # Orbax takes a second
 
     note, arrays = checkpoint.arrays(workdir / CHECKPOINTS, "student/ema/", step=step)
     try:

@@ -27,7 +27,7 @@ def save(
     Args:
       dataset: from `open_dataset`.
       config: of the run.
-      curves: from `kdjax.train.schedule.schedule`.
+      curves: from `kdjax.training.schedule.schedule`.
       workdir: the folder for the images; None: a folder of the cache.
 
     Returns:
@@ -45,7 +45,7 @@ def save(
 
 
 def draw_schedule(config: ConfigDict, curves: Mapping[str, np.ndarray]) -> Figure:
-    """Plots the curves of `kdjax.train.schedule.schedule`; the second stage is shaded."""
+    """Plots the curves of `kdjax.training.schedule.schedule`; the second stage is shaded."""
     steps, terms = curves["step"], {k.removeprefix("weight/"): v for k, v in curves.items() if k.startswith("weight/")}
     panels = [
         ("learning rate", {"lr": curves["lr"]}, "linear"),

@@ -11,8 +11,8 @@ from jax.sharding import Mesh
 
 from kdjax import detectors, plugins, weights
 from kdjax.errors import UserError
-from kdjax.train import config as settings
-from kdjax.train import run, sharding
+from kdjax.training import config as settings
+from kdjax.training import run, sharding
 from tests.shared import ROOT
 
 GUIDE = (ROOT / "docs" / "add_a_detector.md").read_text()

@@ -13,7 +13,7 @@ import numpy as np
 from kdjax.detectors import layers, rtmdet
 from kdjax.detectors.api import Detector, flatten
 from kdjax.evals import complexity
-from kdjax.train import config, optim
+from kdjax.training import config, optim
 from kdjax.weights import torch_names
 from tests.golden_checks.api import LATER_MASKS, Check, Checks, UnknownCase, failure, relative_error
 from tests.golden_checks.model import options_of

@@ -14,7 +14,7 @@ import numpy as np
 from kdjax.boxes import coding
 from kdjax.detectors import api, build, dense
 from kdjax.methods import api as methods
-from kdjax.train import step
+from kdjax.training import step
 from kdjax.weights import fill
 from tests.golden_checks.api import Check, Checks, below, load, relative_error
 from tests.golden_checks.dense import LOSSES, in_torch, options_of

@@ -8,9 +8,9 @@ import numpy as np
 from kdjax import data
 from kdjax.methods import api
 from kdjax.report import drawing, preview
-from kdjax.train import config as settings
-from kdjax.train import optim, run, schedule
-from kdjax.train.step import weights_of
+from kdjax.training import config as settings
+from kdjax.training import optim, run, schedule
+from kdjax.training.step import weights_of
 
 
 def test_a_sheet_of_every_stage(tmp_path, capsys):

@@ -12,7 +12,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from kdjax import data
-from kdjax.train import config
+from kdjax.training import config
 
 COLOURS = ((250, 20, 20), (20, 250, 20), (30, 30, 250), (250, 240, 20))  # of the boxes of a painted image
 

@@ -14,9 +14,9 @@ from ml_collections import ConfigDict
 from kdjax import detectors, files, methods, weights
 from kdjax.distill import Distiller, Method
 from kdjax.errors import UserError
-from kdjax.train import optim, sharding
-from kdjax.train.checkpoint import Checkpoints, fingerprint
-from kdjax.train.step import Teacher, TrainState, init_state, make_step
+from kdjax.training import optim, sharding
+from kdjax.training.checkpoint import Checkpoints, fingerprint
+from kdjax.training.step import Teacher, TrainState, init_state, make_step
 
 # glibc's mallopt: one heap for all threads (M_ARENA_MAX), nothing mapped by itself (M_MMAP_MAX), never trimmed
 # (M_TRIM_THRESHOLD).

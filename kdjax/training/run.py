@@ -8,13 +8,13 @@ from ml_collections import ConfigDict
 from kdjax import data
 from kdjax.errors import prefix
 from kdjax.report import preview
-from kdjax.train import checks, loop, outputs
-from kdjax.train import config as settings
-from kdjax.train.checkpoint import Checkpoints
-from kdjax.train.log import Log
-from kdjax.train.provenance import write_config
-from kdjax.train.schedule import schedule
-from kdjax.train.setup import prepare, prepare_process, resume
+from kdjax.training import checks, loop, outputs
+from kdjax.training import config as settings
+from kdjax.training.checkpoint import Checkpoints
+from kdjax.training.log import Log
+from kdjax.training.provenance import write_config
+from kdjax.training.schedule import schedule
+from kdjax.training.setup import prepare, prepare_process, resume
 
 
 class BadInput(Exception):
@@ -25,7 +25,7 @@ def run(config: ConfigDict, workdir: str) -> dict | None:
     """Trains, evaluates and reports; the same call resumes a run that was interrupted.
 
     Args:
-      config: see `kdjax.train.config.base`.
+      config: see `kdjax.training.config.base`.
       workdir: gets config.json, metrics.jsonl, tensorboard/, checkpoints/, student/, twin/, detections/,
         per_class.json, results.json and report.html.
 

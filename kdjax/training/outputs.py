@@ -14,12 +14,12 @@ from kdjax.evals.matching import detections_by_image, truth_by_image
 from kdjax.report import drawing, model_card
 from kdjax.report import run as run_report
 from kdjax.structs import Detections
-from kdjax.train.checkpoint import fingerprint
-from kdjax.train.checks import check_programs
-from kdjax.train.log import Log
-from kdjax.train.provenance import environment
-from kdjax.train.setup import Setup
-from kdjax.train.step import Teacher, TrainState
+from kdjax.training.checkpoint import fingerprint
+from kdjax.training.checks import check_programs
+from kdjax.training.log import Log
+from kdjax.training.provenance import environment
+from kdjax.training.setup import Setup
+from kdjax.training.step import Teacher, TrainState
 
 EXAMPLES = 8  # images in the report
 

@@ -6,7 +6,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from kdjax import methods as zoo
-from kdjax.train import optim
+from kdjax.training import optim
 
 POINTS = 2000  # at most, of a curve
 

@@ -12,13 +12,13 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from kdjax import data
-from kdjax.train import optim, sharding
-from kdjax.train.checkpoint import Checkpoints
-from kdjax.train.checks import check_programs
-from kdjax.train.log import Log
-from kdjax.train.outputs import ema, evaluate
-from kdjax.train.setup import Setup, run_fingerprint
-from kdjax.train.step import Teacher, TrainState
+from kdjax.training import optim, sharding
+from kdjax.training.checkpoint import Checkpoints
+from kdjax.training.checks import check_programs
+from kdjax.training.log import Log
+from kdjax.training.outputs import ema, evaluate
+from kdjax.training.setup import Setup, run_fingerprint
+from kdjax.training.step import Teacher, TrainState
 
 
 class Stopped(Exception):

@@ -13,9 +13,9 @@ from ml_collections import ConfigDict
 from kdjax import data, detectors, methods, resources
 from kdjax.errors import UserError, prefix
 from kdjax.structs import targets_of
-from kdjax.train import config as settings
-from kdjax.train import optim, sharding
-from kdjax.train.setup import Setup, named_detector
+from kdjax.training import config as settings
+from kdjax.training import optim, sharding
+from kdjax.training.setup import Setup, named_detector
 
 # What may differ between a run and its resumption: nothing that enters the numbers.
 FREE_KEYS = {"log_every", "checkpoint", "compile_cache", "data.workers", "data.cache", "data.root", "eval"}
@@ -25,10 +25,10 @@ def check_settings(config: ConfigDict) -> None:
     """Refuses unknown keys and impossible values, naming what would be right."""
     unknown = settings.unknown_keys(config)
     if unknown:
-        raise ValueError(f"{unknown[0]} is no setting; the settings are those of kdjax/train/config.py")
+        raise ValueError(f"{unknown[0]} is no setting; the settings are those of kdjax/training/config.py")
     missing = settings.unknown_keys(settings.base(), config)
     if missing:
-        raise ValueError(f"{missing[0]} is missing; a config starts from kdjax.train.config.base()")
+        raise ValueError(f"{missing[0]} is missing; a config starts from kdjax.training.config.base()")
     settings.check_numbers(config)
     if config.dtype not in ("float32", "bfloat16"):
         raise ValueError(f"config.dtype is {config.dtype!r}; it must be 'float32' or 'bfloat16'")
