@@ -32,9 +32,10 @@ class Check(NamedTuple):
 
 Checks = Iterator[Check]
 
-LATER_MASKS = "a later issue (instance masks) brings it"
-LATER_TWO_STAGE = "a later issue (two-stage detectors) brings it"
-NOT_PART = "not part of kdjax (conventions.md)"
+LATER_MASKS = "not built yet: instance masks"
+LATER_TWO_STAGE = "not built yet: two-stage detectors"
+LATER_TRANSFORMERS = "not built yet: transformers"
+NOT_PART = "not part of kdjax"
 
 
 class UnknownCase(ValueError):
