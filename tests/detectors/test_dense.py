@@ -203,7 +203,9 @@ def test_losses_with_and_without_objects(name):
     @functools.partial(jax.jit, compiler_options=QUICK)
     def step(maps, targets):
         def total(maps):
-            losses, assignment = detector.loss(output_of(maps), targets)
+            output = output_of(maps)
+            assignment = detector.assign(output, targets)
+            losses = detector.loss(output, targets, assignment)
             return sum(losses.values()), (losses, assignment)
 
         return jax.grad(total, has_aux=True)(maps)
@@ -229,7 +231,7 @@ def test_priors_outside_the_padding_are_not_scored(name, ignored):
     """Of 64 x 64 pixels a quarter counts: 48, 12 and 3 cells lie outside; FCOS takes them for background."""
     targets = truth(np.ones(4, bool))._replace(pad_size=np.full((BATCH, 2), 32, np.int32))
     maps, output_of = random_output(tiny(name))
-    assign = jax.jit(lambda maps: tiny(name).loss(output_of(maps), targets)[1], compiler_options=QUICK)
+    assign = jax.jit(lambda maps: tiny(name).assign(output_of(maps), targets), compiler_options=QUICK)
     assert assign(maps).ignore[0].sum() == ignored  # the image without objects
 
 

@@ -72,7 +72,8 @@ def evaluated():
 def gradient_step(params, stats, x, truth):
     def loss(params):
         output, new_stats = detector().apply(params, stats, x, train=True)
-        losses, assignment = detector().loss(output, truth)
+        assignment = detector().assign(output, truth)
+        losses = detector().loss(output, truth, assignment)
         return sum(losses.values()), (losses, assignment, new_stats)
 
     return jax.value_and_grad(loss, has_aux=True)(params)
@@ -191,7 +192,7 @@ def test_taps_have_their_shapes():
     assert [m.shape for m in output.backbone] == [(BATCH, s, s, c) for s, c in zip(sides, (16, 32, 64), strict=True)]
     for tower in (output.cls_tower, output.reg_tower):
         assert [[m.shape[1:] for m in maps] for maps in tower] == [[(s, s, 16) for s in sides]] * 2
-    assert output.quality == output.mask == () and output.rois is None
+    assert output.quality == ()
     chex.assert_trees_all_equal(stats, variables()[1])  # evaluation changes nothing
 
 
@@ -276,7 +277,12 @@ def test_padding_rows_change_no_loss():
     output, _, _ = evaluated()
     truth = targets()
     more = Targets(*(np.concatenate([a, np.zeros_like(a[:, :2])], 1) for a in truth[:3]), *truth[3:])
-    loss = jax.jit(detector().loss, compiler_options=QUICK)
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def loss(output, targets):
+        assignment = detector().assign(output, targets)
+        return detector().loss(output, targets, assignment), assignment
+
     (losses, one), (again, two) = (loss(output, t) for t in (truth, more))
     chex.assert_trees_all_close(losses, again, rtol=1e-6)
     np.testing.assert_array_equal(one.matched, two.matched)
@@ -309,9 +315,7 @@ def test_loss_is_the_formula():
         boxes=np.where(positive[..., None], np.array([4.0, 4, 12, 20]), 0),
         quality=np.where(positive, 0.5, 0.0),
     )
-    loss = jax.jit(lambda *a: detector().loss(a[0], None, assignment=a[1]), compiler_options=QUICK)
-    losses, same = loss(output, assignment)
-    chex.assert_trees_all_equal(same, assignment)
+    losses = jax.jit(lambda *a: detector().loss(a[0], None, a[1]), compiler_options=QUICK)(output, assignment)
     # Normalizer max(0.5, 1) = 1. Every class at 1/2: ten other priors and one wrong class add ln 2 / 4 each (beta = 2);
     # the true class is where its soft label wants it.
     assert losses["loss_cls"] == pytest.approx(21 * math.log(2) / 4, rel=1e-4)
@@ -350,7 +354,9 @@ def test_bfloat16_maps_with_everything_else_in_float32():
 
     def losses(params, x, assignment=None):
         output, new_stats = detector().apply(params, stats, x, train=True)
-        values, assignment = detector().loss(output, targets(), assignment=assignment)
+        if assignment is None:
+            assignment = detector().assign(output, targets())
+        values = detector().loss(output, targets(), assignment)
         return sum(values.values()), (output, new_stats, assignment)
 
     found, assignment = {}, None
