@@ -267,13 +267,13 @@ def losses_of(case: Case, forward: Callable, params) -> tuple:
         return sum(jnp.sum(one) for one in losses.values()), (trained, new_stats, losses)
 
     gradient, (trained, new_stats, losses) = jax.grad(total, has_aux=True)(params)
-    _, assignment = case.detector.loss(trained, case.targets)
+    assignment = case.detector.assign(trained, case.targets)
 
     def chosen(own, known):
         return jnp.where(case.fragile.reshape(*case.fragile.shape, *[1] * (own.ndim - 2)), known, own)
 
     mixed = jax.tree.map(chosen, assignment, case.stored)
-    end_to_end, _ = case.detector.loss(trained, case.targets, assignment=mixed)
+    end_to_end = case.detector.loss(trained, case.targets, mixed)
     return trained, new_stats, losses, gradient, end_to_end, assignment
 
 

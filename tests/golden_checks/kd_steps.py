@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdjax import nn
+from kdjax import methods, nn
 from kdjax.boxes import coding, iou
+from kdjax.distill import Context
 from kdjax.losses import box, cross, feature, localization, logits
-from kdjax.methods import api as methods
-from kdjax.structs import Assignment, DetectorOutput, Targets
+from kdjax.structs import Assignment, DetectorOutput, Rows, Targets
 from tests.golden_checks.api import Check, Checks, UnknownCase, load, relative_error
 from tests.golden_checks.kd import convolution, nhwc
 
@@ -215,11 +215,16 @@ def crosskd_method(kind: str, head: dict, kd: dict, meta: dict, arrays, args, st
         levels_ = enumerate(features)
         return tuple(rest_of_head(kind, head, weights[1], branch, start, x, i)[branch] for i, x in levels_)
 
+    def boxes_of(maps):
+        return decode(DetectorOutput(strides=strides, box_reg=maps))
+
     def apply():
         context = context_of(
             *(detector(who, v) for who, v in zip(("student", "teacher"), weights, strict=True)),
             *(boxes, valid, positive, ignore, np.concatenate(anchors)),
-        )._replace(decode_teacher=decode, teacher_head=teacher_head)
+        )._replace(
+            teacher_head=teacher_head, teacher_boxes=lambda maps: decode(DetectorOutput(strides=strides, box_reg=maps))
+        )
         return method.apply({"cls": {}, "reg": {}}, context)
 
     loss = kd["loss_reg_kd"]["type"]
@@ -259,19 +264,33 @@ def joined(maps, width: int):
     return jnp.concatenate([x.reshape(len(x), -1, width) for x in maps], 1)
 
 
-def context_of(student, teacher, boxes, valid, positive, ignore, priors) -> methods.Context:
+def rows_of(output: DetectorOutput, priors: np.ndarray) -> Rows:
+    """The predictions as rows; boxes come from the context's decoder."""
+    sizes = [m.shape[1] * m.shape[2] for m in output.cls_logits]
+    of_cell = len(priors) // sum(sizes)
+    width = output.box_reg[0].shape[-1] // of_cell
+    edges = joined(output.box_reg, width)
+    return Rows(
+        logits=joined(output.cls_logits, output.cls_logits[0].shape[-1] // of_cell),
+        distribution=edges.reshape(*edges.shape[:2], 4, -1) if width > 4 else None,
+        location=jnp.asarray(priors),
+        level_sizes=tuple(of_cell * n for n in sizes),
+    )
+
+
+def context_of(student, teacher, boxes, valid, positive, ignore, priors) -> Context:
     """What a method sees of such a step; only the assignment's masks are told."""
     none, no_boxes = jnp.zeros(positive.shape, jnp.int32), jnp.zeros((*positive.shape, 4))
     size = jnp.zeros((len(boxes), 2), jnp.int32)
-    return methods.Context(
+    return Context(
         student=student,
         teacher=teacher,
+        student_rows=rows_of(student, priors),
+        teacher_rows=rows_of(teacher, priors),
         targets=Targets(jnp.asarray(boxes), jnp.zeros(valid.shape, jnp.int32), jnp.asarray(valid), size, size),
         assignment=Assignment(none, jnp.asarray(positive), jnp.asarray(ignore), none, no_boxes, none),
-        step=jnp.int32(0),
         key=jax.random.PRNGKey(0),
-        priors=jnp.asarray(priors),
-        **dict.fromkeys(("decode_student", "decode_teacher", "assign", "teacher_head")),
+        **dict.fromkeys(("assign", "teacher_head", "teacher_boxes")),
     )
 
 

@@ -164,7 +164,8 @@ def _program(detector: api.Detector, net: api.PureModule) -> Callable:
         offsets = tuple(jnp.zeros_like(one) for one in evaluated.neck)
         gradient = jax.grad(total, (0, 1), has_aux=True)
         gradients, (trained, new_stats, losses) = gradient(params, offsets)
-        end_to_end, assignment = rtmdet.loss(trained, targets)
+        assignment = rtmdet.assign_targets(trained, targets)
+        end_to_end = rtmdet.loss(trained, targets, assignment)
         return evaluated, reentered, trained, new_stats, losses, gradients, end_to_end, assignment
 
     return jax.jit(run, compiler_options=QUICK)
@@ -225,7 +226,8 @@ def replay_head(path: Path) -> Checks:
             return sum(jnp.sum(one) for one in losses), (trained, losses)
 
         gradient, (trained, losses) = jax.grad(total, has_aux=True)(train_neck)
-        return evaluated, trained, losses, gradient, *rtmdet.loss(trained, targets)
+        assignment = rtmdet.assign_targets(trained, targets)
+        return evaluated, trained, losses, gradient, rtmdet.loss(trained, targets, assignment), assignment
 
     necks = (maps_of(arrays, "eval/neck"), maps_of(arrays, "train/neck"))
     outcome = jax.device_get(jax.jit(run)(params, stats, *necks, targets, stored))

@@ -1,6 +1,6 @@
 """Replays `kd/crosskd_*.npz` and `kd/ld_*.npz` from the images on: both networks, the method, losses and gradients.
 
-The terms come out of the trainer's own `compare`.
+The terms come out of `Distiller`, as in the trainer.
 """
 
 import dataclasses
@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kdjax import methods
 from kdjax.boxes import coding
 from kdjax.detectors import api, build, dense
-from kdjax.methods import api as methods
+from kdjax.distill import Distiller
+from kdjax.structs import targets_of as targets_of_batch
 from kdjax.training import step
 from kdjax.weights import fill
 from tests.golden_checks.api import Check, Checks, below, load, relative_error
@@ -66,21 +68,21 @@ def whole_step(arrays, meta, chosen: dict, terms: dict[str, str], *, by_centrene
     batch = {"image": nhwc(arrays["input"])} | targets_of(arrays)._asdict()
     points = student.priors(arrays["input"].shape[2:])[:, :2]
     key = jax.random.key(0)
-    specs = (
-        jax.eval_shape(lambda *v, d=d: d.apply(*v, train=False)[0], *d.shapes, batch["image"])
-        for d in (student, teacher)
-    )
-    adapters = step.init_adapters(chosen, key, *specs)
+    # The file's images are inputs of the network already.
+    teacher = dataclasses.replace(teacher, preprocess=lambda images: images)
+    distiller = Distiller(student, teacher, chosen)
+    adapters = distiller.init(key, batch["image"].shape[1:3])
     if jax.tree.leaves(adapters):
         raise ValueError("the networks are not equally wide")
 
     def run(params, stats, frozen, batch):
         def total(params):
             output, _ = student.apply(params, stats, batch["image"], train=True)
-            losses, assignment = student.loss(output, step.targets_of(batch))
-            networks = student, teacher, chosen, adapters, frozen
-            found = step.compare(*networks, output, assignment, batch, jnp.int32(0), key)
-            weights = step.weights_of(chosen, 0)
+            targets = targets_of_batch(batch)
+            assignment = student.assign(output, targets)
+            losses = student.loss(output, targets, assignment)
+            found = distiller.terms(adapters, output, batch, tuple(frozen), assignment=assignment, key=key)
+            weights = distiller.weights(0)
             values = {terms[name]: weights[name] * value for name, value in found.items()}
             positives = dense.positives_of_images(assignment)
             if by_centreness:
