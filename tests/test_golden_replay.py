@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kdjax.methods import api
+from kdjax import methods
 from tests import golden_replay
 from tests.golden_checks import whole_steps
 from tests.golden_checks.api import Check, load, relative_error
@@ -79,7 +79,7 @@ def test_whole_steps_hold(root, name):
     assert not failed, "\n".join(failed)
 
 
-@pytest.mark.parametrize("method", api.names())
+@pytest.mark.parametrize("method", methods.names())
 def test_the_errors_that_a_method_states_are_not_exceeded(method):
     """Twice the stated error is allowed: rounding differs between processors and versions of the compiler."""
     generate = script(ROOT / "docs" / "generate.py")

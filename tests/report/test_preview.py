@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 
 from kdjax import data
-from kdjax.methods import api
+from kdjax import methods as zoo
 from kdjax.report import drawing, preview
 from kdjax.training import config as settings
 from kdjax.training import optim, run, schedule
@@ -49,7 +49,7 @@ def test_the_schedule_equals_the_trainers():
     assert set(curves) == {"step", "stage", "lr", "ema", "weight/rtmdet_cwd/cwd"} | names
     np.testing.assert_array_equal(curves["step"], np.arange(40))
     np.testing.assert_array_equal(curves["stage"], [1] * 30 + [2] * 10)
-    methods = {name: api.build(name, **options) for name, options in config.methods.items()}
+    methods = {name: zoo.build(name, **options) for name, options in config.methods.items()}
     for step in (0, 2, 3, 5, 10, 20, 27, 30, 39):
         assert curves["lr"][step] == np.float32(optim.learning_rate(config)(step))
         np.testing.assert_allclose(curves["ema"][step], optim.ema_rate(config, step), rtol=1e-6)
