@@ -13,7 +13,7 @@ def join(maps: tuple[Array, ...], width: int) -> Array:
 
 def input_size(output: DetectorOutput) -> tuple[int, int]:
     """Height and width in pixels of the image that an output belongs to."""
-    height, width = output.cls_logits[0].shape[1:3]
+    height, width = (output.cls_logits or output.box_reg)[0].shape[1:3]
     return height * output.strides[0], width * output.strides[0]
 
 
@@ -24,7 +24,7 @@ def grid(output: DetectorOutput):
 
 def level_sizes(output: DetectorOutput) -> tuple[int, ...]:
     """Number of priors of each level."""
-    return tuple(m.shape[1] * m.shape[2] * output.anchors for m in output.cls_logits)
+    return tuple(m.shape[1] * m.shape[2] * output.anchors for m in output.cls_logits or output.box_reg)
 
 
 def class_logits(output: DetectorOutput) -> Array:
