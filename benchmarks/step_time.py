@@ -96,7 +96,8 @@ def build(args) -> Built:
     config.steps = 100_000
     optimizer = optim.optimizer(config, lambda params: jax.tree.map(lambda leaf: leaf.ndim <= 1, params))
     state = init_state(student, key, None, adapters, optimizer)
-    student, teacher = (setup.in_precision(detector, args.dtype) for detector in (student, teacher))
+    student = setup.in_precision(student, args.dtype)
+    teacher = setup.in_precision(teacher, args.dtype) if teacher else None
     distiller = Distiller(student, teacher, methods) if teacher else None
     step = make_step(student, optimizer, lambda at: optim.ema_rate(config, at), distiller=distiller)
     batch = jax.tree.map(jax.numpy.asarray, made_up_batch(args.batch, args.size, args.classes, args.boxes))

@@ -1,33 +1,31 @@
-"""`kdjax doctor`: whether a run is set up right, before hours are spent on it."""
+"""`kdjax doctor`: checks a run before it is started."""
 
 from absl import logging
 
 from kdjax.commands import settings
 from kdjax.doctor import examine
-from kdjax.doctor.findings import FAULT, FINE, LOOK
+from kdjax.doctor.findings import ERROR, OK, WARNING
 
-SIGNS = {FINE: " fine  ", LOOK: " look  ", FAULT: " FAULT "}
-WIDTH = 20  # of the column that says what was looked at
+WIDTH = 20  # characters of the column of subjects
 
 
 def run(*, config: str, overrides: list[str]) -> int:
-    """Examines the run that `kdjax train` would start with the same flags, and prints what was found.
+    """Checks the run that `kdjax train` would start with the same arguments, and prints the findings.
 
     Args:
       config: NAME[:ARGUMENT] or FILE.py[:ARGUMENT].
       overrides: "--config.a.b=value".
 
     Returns:
-      Exit code: 0, or 1 if there is a fault.
+      Exit code: 0, or 1 if there is an error.
 
     Raises:
       UserError: there is no such config or setting.
     """
     logging.set_verbosity(logging.WARNING)
-    levels = []
+    counts = dict.fromkeys((ERROR, WARNING, OK), 0)
     for finding in examine.examine(settings.read(config, overrides)):
-        levels.append(finding.level)
-        print(f"{SIGNS[finding.level]}{finding.what:<{WIDTH}}  {finding.said}", flush=True)
-    faults, looks, fine = (levels.count(level) for level in (FAULT, LOOK, FINE))
-    print(f"{faults} faults, {looks} to look at, {fine} fine")
-    return 1 if faults else 0
+        counts[finding.level] += 1
+        print(f"{finding.level:>7}  {finding.subject:<{WIDTH}}  {finding.message}", flush=True)
+    print(f"{counts[ERROR]} errors, {counts[WARNING]} warnings, {counts[OK]} ok")
+    return 1 if counts[ERROR] else 0

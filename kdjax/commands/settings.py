@@ -1,16 +1,16 @@
 """Reading a config and the settings that the command line overrides."""
 
 import ast
-import difflib
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from kdjax import resources
 from kdjax.errors import UserError
+from kdjax.training.config import unknown_setting
 
 _OVERRIDE = re.compile(r"--config\.([\w-]+(?:\.[\w-]+)*)(?:=(.*))?", re.DOTALL)
 # Sub-configs whose keys are those of a detector; the detector checks them.
@@ -54,29 +54,16 @@ def _override(config: ConfigDict, name: str, text: str) -> None:
     node: Any = config
     for part in filter(None, parent.split(".")):
         if not isinstance(node, ConfigDict) or part not in node:
-            raise _unknown(config, name)
+            raise unknown_setting(name, config)
         node = node[part]
     if parent in _OPEN and isinstance(node, ConfigDict):
         node[key] = _literal(text)
         return
     if not isinstance(node, ConfigDict) or key not in node:
-        raise _unknown(config, name)
+        raise unknown_setting(name, config)
     if isinstance(node[key], ConfigDict):
         raise UserError(f"--config.{name}: it is a group of settings: override one of {', '.join(node[key])}")
     node[key] = _parse(f"--config.{name}", text, node[key])
-
-
-def _unknown(config: ConfigDict, name: str) -> UserError:
-    close = difflib.get_close_matches(name, list(_flat(config)), n=1)
-    return UserError(f"unknown setting config.{name}" + (f" (did you mean config.{close[0]}?)" if close else ""))
-
-
-def _flat(config: ConfigDict, prefix: str = "") -> Iterator[str]:
-    for key, value in config.items():
-        if isinstance(value, ConfigDict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}"
 
 
 def _parse(where: str, text: str, current: Any) -> Any:

@@ -34,13 +34,10 @@ def run(*, config: str, workdir: str | None, multihost: bool, overrides: list[st
     if multihost:
         jax.distributed.initialize()
     from kdjax.training import loop
-    from kdjax.training.run import BadInput
     from kdjax.training.run import run as train
 
     try:
-        train(made, workdir or "")
-    except BadInput as error:
-        raise UserError(str(error)) from error
+        train(made, workdir)
     except loop.Stopped as stop:
         print(stop, file=sys.stderr)
         return 143

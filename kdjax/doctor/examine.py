@@ -1,35 +1,34 @@
-"""Is the set-up right? Looks at a run for a minute before hours are spent on it; every finding says what to do.
+"""All checks of the doctor in their order, before a run starts.
 
-What is measured is measured on the run itself: its detectors with their start weights, its batches, its methods, its
-compiled step. What is judged by a rule of thumb says so.
+The checks use the detectors with their initial weights, training batches, methods and compiled updates of the run
+itself; learning rate, length and moving average are judged by rules of thumb.
 """
 
 from collections.abc import Iterator
 
-from ml_collections import ConfigDict
-
 from kdjax import data
 from kdjax.doctor import gradients
 from kdjax.doctor.data import check_data
-from kdjax.doctor.findings import FAULT, Finding
+from kdjax.doctor.findings import ERROR, Finding
 from kdjax.doctor.memory import check_memory
 from kdjax.doctor.models import check_class_map, check_frozen, check_sizes, check_taps, check_weights
 from kdjax.doctor.schedule import check_schedule
-from kdjax.errors import prefix
-from kdjax.training import checks, outputs
+from kdjax.errors import UserError, prefix
+from kdjax.training import checks
+from kdjax.training.config import Config
 from kdjax.training.setup import prepare, prepare_process
 
 
-def examine(config: ConfigDict, *, image_count: int = 64) -> Iterator[Finding]:
-    """Everything that can be known before the first step of a run.
+def examine(config: Config, *, image_count: int = 64) -> Iterator[Finding]:
+    """Checks a run before its first step.
 
     Args:
-      config: of the run.
-      image_count: of the validation split, on which a detector with weights is tried.
+      config: the settings of the run.
+      image_count: number of validation images for detectors with weights.
 
     Yields:
-      The findings, as they come; of a run that would be refused that alone, and nothing on its losses if they would not
-      fit.
+      The findings, each as soon as it is known. If the run would not start, that is the only finding. If the memory is
+      not sufficient, losses and terms are not measured.
     """
     try:
         checks.check_settings(config)
@@ -40,30 +39,31 @@ def examine(config: ConfigDict, *, image_count: int = 64) -> Iterator[Finding]:
         prepare_process(config.compile_cache)
         setup = prepare(config, dataset)
         batch = checks.first_batch_with_objects(setup)
-    except (ValueError, OSError) as error:
-        yield Finding(FAULT, "start", f"the run would be refused: {error}")
+    except (UserError, OSError) as error:
+        yield Finding(ERROR, "start", f"the run does not start: {error}")
         return
     yield from check_data(setup)
     yield from check_schedule(config, dataset.splits["train"].size)
     if setup.teacher:
         yield check_class_map("teacher", config.teacher, dataset)[0]
-        yield from check_weights("teacher", setup.teacher, setup.variables, setup, image_count)
+        if setup.teacher_detects:
+            yield from check_weights("teacher", setup, image_count)
         yield from check_sizes(setup)
         yield from check_taps(setup)
     if config.student.weights:
         finding, kept = check_class_map("student", config.student, dataset)
         yield finding
         if kept:
-            yield from check_weights("student", setup.student, outputs.ema(setup.states["student"]), setup, image_count)
+            yield from check_weights("student", setup, image_count)
     else:
         yield from check_frozen(setup.student)
-    program = check_memory(setup, batch)
-    yield from program
-    if any(finding.level == FAULT for finding in program):
-        return  # what follows needs as much memory
-    values, pulls, start = gradients.measure_gradients(setup, batch)
+    memory = check_memory(setup, batch)
+    yield from memory
+    if any(finding.level == ERROR for finding in memory):
+        return  # the measurements need as much memory as a step
+    measured = gradients.measure_gradients(setup, batch)
     adapted = [name for name, params in setup.states["student"].params["adapters"].items() if params]
-    if any(gradients.gradient_shares(setup, pulls)[name] < gradients.NOTHING for name in adapted):
-        values, pulls, start = gradients.measure_gradients(setup, batch, gradients.train_adapters(setup, batch))
-    yield from gradients.check_initial_scores(values, start)
-    yield from gradients.check_terms(setup, values, pulls)
+    if any(gradients.gradient_shares(setup, measured.grad_norms)[name] < gradients.NEGLIGIBLE for name in adapted):
+        measured = gradients.measure_gradients(setup, batch, gradients.train_adapters(setup, batch))
+    yield from gradients.check_initial_scores(measured)
+    yield from gradients.check_terms(setup, measured)

@@ -1,13 +1,13 @@
-"""What the doctor says."""
+"""The result of a check of the doctor."""
 
 from typing import NamedTuple
 
-FINE, LOOK, FAULT = "fine", "look", "fault"
+OK, WARNING, ERROR = "ok", "warning", "error"
 
 
 class Finding(NamedTuple):
-    """One thing that was looked at."""
+    """The result of one check."""
 
-    level: str  # FINE, LOOK (worth a thought) or FAULT
-    what: str  # a word or two
-    said: str  # a sentence with the metrics, and what to do unless all is fine
+    level: str  # OK, WARNING or ERROR
+    subject: str  # one to three words
+    message: str  # a sentence with the measured values and, unless OK, what to do

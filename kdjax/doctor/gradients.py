@@ -1,80 +1,140 @@
-"""The losses and terms of a run at its first step: values, and shares of the gradient at the student's neck."""
+"""Checks of losses and terms at the first step: values, and shares of the gradient at the student's neck."""
 
 import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.extend.core import Literal
 from tqdm import tqdm
 
 from kdjax import methods
-from kdjax.doctor.findings import FAULT, FINE, Finding
-from kdjax.structs import targets_of
+from kdjax.doctor.findings import ERROR, OK, Finding
+from kdjax.structs import Array, DetectorOutput, targets_of
 from kdjax.training import sharding
 from kdjax.training.setup import Setup
 
-PRIOR = 0.1  # mean probability of a class at the start; a head with its focal prior has 0.01
-DROWNED, NOTHING = 0.97, 1e-3  # share of the gradient at the neck that a method may have
-FAR, MOST, FEW = 100, 0.5, 0.03  # a weight this many times the published one or its inverse, and the share it may have
+MAX_INITIAL_SCORE = 0.1  # mean probability of a class; a classifier with a focal prior starts at 0.01
+DOMINANT, NEGLIGIBLE = 0.97, 1e-3  # largest and smallest share of the gradient for a method
+# A weight that is FAR times the published one, or a FARth of it, is an error if the term has more than MOST, or less
+# than FEW, of the gradient.
+FAR, MOST, FEW = 100, 0.5, 0.03
 
 
-def measure_gradients(setup: Setup, batch: dict, adapters: dict | None = None) -> tuple[dict, dict, float]:
-    """Every loss and term on one batch at step 0, unweighted, and how hard it pulls at the student's neck.
+class Measured(NamedTuple):
+    """Losses and terms on one batch at step 0, unweighted."""
+
+    values: dict[str, float]  # by name; terms are "method/term"
+    grad_norms: dict[str, float]  # norm of the gradient of each with respect to the parameters of the neck
+    score: float | None  # mean probability of a class; None without class logits
+
+
+def measure_gradients(setup: Setup, batch: Mapping[str, np.ndarray], adapters: Any = None) -> Measured:
+    """Measures the losses and terms on one batch at step 0, and their gradients at the student's neck.
 
     Args:
-      setup, batch: of the run, with objects.
-      adapters: what the methods train beside the student, if not as it is at the start.
-
-    Returns:
-      (values, pulls, start): {name: value}, {name: norm of its gradient with respect to the neck's parameters}, and the
-      mean probability that the student gives to a class.
+      setup: of the run.
+      batch: with objects.
+      adapters: parameters of the methods; None: those of the state.
     """
     student, distiller, state = setup.student, setup.distiller, setup.states["student"]
     adapters = adapters or state.params["adapters"]
+    batch = sharding.shard_batch(setup.mesh, batch)
+    in_neck = neck_parameters(
+        lambda params: student.apply(params, state.stats, student.preprocess(batch["image"]), train=True)[0],
+        state.params["student"],
+    )
 
-    def total(neck, state, adapters, variables, batch, chosen):
-        params = state.params["student"] | {"neck": neck}
+    def total(neck: list[Array], state: Any, adapters: Any, variables: Any, batch: Any, chosen: Array) -> Any:
+        leaves, structure = jax.tree.flatten(state.params["student"])
+        new = iter(neck)
+        params = structure.unflatten(
+            [next(new) if inside else leaf for leaf, inside in zip(leaves, in_neck, strict=True)]
+        )
         output, _ = student.apply(params, state.stats, student.preprocess(batch["image"]), train=True)
         targets = targets_of(batch)
         assignment = student.assign(output, targets, state.key)
         values = student.loss(output, targets, assignment)
         if distiller:
             values |= distiller.terms(adapters, output, batch, tuple(variables), assignment=assignment, key=state.key)
-        start = jnp.mean(jax.nn.sigmoid(student.class_logits(output)))
-        return jnp.dot(chosen, jnp.stack([values[name] for name in sorted(values)])), (values, start)
+        logits = student.rows(output).logits
+        score = None if logits is None else jnp.mean(jax.nn.sigmoid(logits))
+        return jnp.dot(chosen, jnp.stack([values[name] for name in sorted(values)])), (values, score)
 
-    batch = sharding.shard_batch(setup.mesh, batch)
-    arguments = (state.params["student"]["neck"], state, adapters, setup.variables, batch)
+    neck = [leaf for leaf, inside in zip(jax.tree.leaves(state.params["student"]), in_neck, strict=True) if inside]
+    arguments = (neck, state, adapters, setup.variables, batch)
     names = sorted(jax.eval_shape(total, *arguments, 0.0)[1][0])
-    gradient, pulls = jax.jit(jax.grad(total, has_aux=True)), {}
+    gradient, grad_norms, values, score = jax.jit(jax.grad(total, has_aux=True)), {}, {}, None
     bar = tqdm(names, desc="losses and terms", unit="term", leave=False)
     for name, chosen in zip(bar, np.eye(len(names), dtype=np.float32), strict=True):
-        grads, (values, start) = gradient(*arguments, chosen)
-        pulls[name] = math.sqrt(sum(float(jnp.sum(jnp.square(g))) for g in jax.tree.leaves(grads)))
-    return {name: float(value) for name, value in values.items()}, pulls, float(start)
+        grads, (values, score) = gradient(*arguments, chosen)
+        grad_norms[name] = math.sqrt(sum(float(jnp.sum(jnp.square(g))) for g in jax.tree.leaves(grads)))
+    values = {name: float(value) for name, value in values.items()}
+    return Measured(values, grad_norms, None if score is None else float(score))
 
 
-def train_adapters(setup: Setup, batch: dict) -> dict:
-    """What the methods train beside the student, after 30 steps of Adam on one batch: {method: params}.
+def neck_parameters(output_of: Callable[[Any], DetectorOutput], params: Any) -> list[bool]:
+    """Which leaves of the parameters belong to the neck: its maps depend on them, those of the backbone do not.
 
-    Some adapters start near zero (FGFI, DeFeat) and let no gradient through before they have grown.
+    Args:
+      output_of: params -> output of the detector; traced, not run.
+      params: of the detector.
+
+    Returns:
+      One bool per leaf, in the order of `jax.tree.leaves`. Without backbone taps, all parameters before the neck count.
+    """
+
+    def maps(params: Any) -> tuple[Any, Any]:
+        output = output_of(params)
+        return output.neck, output.backbone
+
+    closed, shapes = jax.make_jaxpr(maps, return_shape=True)(params)
+    traced, count = closed.jaxpr, len(shapes[0])
+    neck = _dependencies(traced, traced.outvars[:count])
+    backbone = _dependencies(traced, traced.outvars[count:])
+    return [v in neck and v not in backbone for v in traced.invars]
+
+
+def _dependencies(traced: Any, outputs: list[Any]) -> set[Any]:
+    """The variables of a jaxpr on which its outputs depend."""
+    needed = {v for v in outputs if not isinstance(v, Literal)}
+    for equation in reversed(traced.eqns):
+        if needed.intersection(equation.outvars):
+            needed |= {v for v in equation.invars if not isinstance(v, Literal)}
+    return needed
+
+
+def train_adapters(setup: Setup, batch: Mapping[str, np.ndarray]) -> Any:
+    """Parameters of the methods after 30 steps of Adam on one batch.
+
+    Some adapters start near zero (FGFI, DeFeat), and their terms have almost no gradient before they are trained.
+
+    Args:
+      setup: of the run.
+      batch: with objects.
+
+    Returns:
+      {method: params}.
     """
     student, distiller, state, optimizer = setup.student, setup.distiller, setup.states["student"], optax.adam(1e-3)
+    assert distiller is not None, "the run has no methods"
 
     @jax.jit
-    def grow(state, variables, batch):
+    def trained(state: Any, variables: Any, batch: Any) -> Any:
         output, _ = student.apply(state.params["student"], state.stats, student.preprocess(batch["image"]), train=True)
         assignment = student.assign(output, targets_of(batch), state.key)
         observed = distiller.observe(batch, tuple(variables))
 
-        def total(adapters):
+        def total(adapters: Any) -> Array:
             terms = distiller.terms(
                 adapters, output, batch, tuple(variables), observed=observed, assignment=assignment, key=state.key
             )
-            return sum(terms.values())
+            return jnp.asarray(sum(terms.values()))
 
-        def update(_, carry):
+        def update(_: Array, carry: Any) -> Any:
             adapters, moments = carry
             updates, moments = optimizer.update(jax.grad(total)(adapters), moments)
             return optax.apply_updates(adapters, updates), moments
@@ -82,60 +142,68 @@ def train_adapters(setup: Setup, batch: dict) -> dict:
         adapters = state.params["adapters"]
         return jax.lax.fori_loop(0, 30, update, (adapters, optimizer.init(adapters)))[0]
 
-    return grow(state, setup.variables, sharding.shard_batch(setup.mesh, batch))
+    return trained(state, setup.variables, sharding.shard_batch(setup.mesh, batch))
 
 
-def gradient_shares(setup: Setup, pulls: dict) -> dict[str, float]:
-    """The share of every loss, term and method, with its full weight, of the gradient at the student's neck.
+def gradient_shares(setup: Setup, grad_norms: Mapping[str, float]) -> dict[str, float]:
+    """The share of each loss, term and method, at its full weight, of the gradient at the student's neck.
 
     Args:
       setup: of the run.
-      pulls: of `measure_gradients`.
+      grad_norms: of `Measured`.
     """
-    weights = {f"{name}/{term}": w for name, m in setup.methods.items() for term, w in m.weights.items()}
-    pulls = {name: float(weights.get(name, 1.0)) * pull for name, pull in pulls.items()}
-    pulls |= {method: sum(pulls[f"{method}/{term}"] for term in m.weights) for method, m in setup.methods.items()}
-    everything = sum(pulls[name] for name in pulls if name not in setup.methods)
-    return {name: pull / everything if everything else 0.0 for name, pull in pulls.items()}
+    weights = _weights(setup)
+    norms = {name: weights.get(name, 1.0) * norm for name, norm in grad_norms.items()}
+    total = sum(norms.values())
+    norms |= {name: sum(norms[f"{name}/{term}"] for term in m.weights) for name, m in setup.methods.items()}
+    return {name: norm / total if total else 0.0 for name, norm in norms.items()}
 
 
-def check_initial_scores(values: dict, start: float) -> list[Finding]:
-    """The student's head at the start: nearly all places are background."""
-    said = f"classes start at a mean probability of {start:.2g}, loss_cls at {values['loss_cls']:.3g}"
-    if start > PRIOR:
-        said += ": the head lacks its focal prior (a bias of -4.6), and the background drowns the first steps"
-        return [Finding(FAULT, "student's head", said)]
-    return [Finding(FINE, "student's head", said)]
+def _weights(setup: Setup) -> dict[str, float]:
+    """The full weight of each term."""
+    return {f"{name}/{term}": float(w) for name, m in setup.methods.items() for term, w in m.weights.items()}
 
 
-def check_terms(setup: Setup, values: dict, pulls: dict) -> list[Finding]:
-    """Every term with its value and its share of the gradient at the student's neck; methods are judged as a whole.
+def check_initial_scores(measured: Measured) -> list[Finding]:
+    """Checks that the student's classifier starts near zero everywhere, because most rows are background."""
+    if measured.score is None:
+        return []
+    losses = ", ".join(f"{name} {value:.3g}" for name, value in measured.values.items() if "/" not in name)
+    message = f"initial mean probability of a class {measured.score:.2g}, {losses}"
+    if measured.score > MAX_INITIAL_SCORE:
+        message += ": the loss of the background dominates the first steps: set the classifier's bias to -4.6"
+        return [Finding(ERROR, "student's head", message)]
+    return [Finding(OK, "student's head", message)]
+
+
+def check_terms(setup: Setup, measured: Measured) -> list[Finding]:
+    """Checks each loss and term by its value and its share of the gradient, and each method as a whole.
 
     Args:
-      setup: of the run; its methods count with their full weight.
-      values, pulls: of `measure_gradients`.
+      setup: of the run; its methods count with their full weights.
+      measured: of `measure_gradients`.
     """
-    found, share = [], gradient_shares(setup, pulls)
+    findings, shares = [], gradient_shares(setup, measured.grad_norms)
     published = {f"{name}/{term}": w for name in setup.methods for term, w in methods.build(name).weights.items()}
-    weights = {f"{name}/{term}": w for name, m in setup.methods.items() for term, w in m.weights.items()}
-    times = {name: weights[name] / weight for name, weight in published.items() if weight}
-    for name, value in values.items():
-        said = f"value {value:.3g}, {share[name]:.1%} of the gradient at the neck"
-        level, far = FINE, times.get(name, 1.0)
-        if not (math.isfinite(value) and math.isfinite(pulls[name])):
-            level, said = FAULT, f"its value is {value}, its gradient {pulls[name]}: it cannot be trained"
-        elif (0 < far <= 1 / FAR and share[name] < FEW) or (far >= FAR and share[name] > MOST):
-            level, effect = FAULT, "does next to nothing" if far < 1 else "drowns the others"
-            said += f": with {far:.2g} times its published weight it {effect}, see config.methods.{name.split('/')[0]}"
-        found.append(Finding(level, name, said))
-    for method in setup.methods:
-        key = f"config.methods.{method}.weight"
-        if share[method] < NOTHING:
-            said = f"{share[method]:.1e} of the gradient at the neck: it does next to nothing; raise {key}, or look"
-            found.append(Finding(FAULT, method, f"{said} at its taps"))
-        elif share[method] > DROWNED:
-            said = (
-                f"{share[method]:.1%} of the gradient at the neck: the detector's own losses are drowned; lower {key}"
-            )
-            found.append(Finding(FAULT, method, said))
-    return found
+    weights = _weights(setup)
+    factors = {name: weights[name] / weight for name, weight in published.items() if weight and name in weights}
+    for name, value in measured.values.items():
+        norm, factor = measured.grad_norms[name], factors.get(name, 1.0)
+        level, message = OK, f"value {value:.3g}, {shares[name]:.1%} of the gradient at the neck"
+        if not (math.isfinite(value) and math.isfinite(norm)):
+            level, message = ERROR, f"value {value}, norm of the gradient {norm}: it cannot be trained"
+        elif (0 < factor <= 1 / FAR and shares[name] < FEW) or (factor >= FAR and shares[name] > MOST):
+            level, effect = ERROR, "has almost no effect" if factor < 1 else "dominates the others"
+            message += f": at {factor:.2g} times its published weight it {effect}: see config.methods.{_owner(name)}"
+        findings.append(Finding(level, name, message))
+    for name in setup.methods:
+        message, key = f"{shares[name]:.2g} of the gradient at the neck", f"config.methods.{name}.weight"
+        if shares[name] < NEGLIGIBLE:
+            findings.append(Finding(ERROR, name, f"{message}: almost no effect: raise {key} or check its taps"))
+        elif shares[name] > DOMINANT:
+            findings.append(Finding(ERROR, name, f"{message}: it dominates the detector's losses: lower {key}"))
+    return findings
+
+
+def _owner(term: str) -> str:
+    return term.split("/")[0]

@@ -1,39 +1,46 @@
-"""The programs of a run and the memory that its largest one needs."""
+"""Checks of the compiled update: its memory, and the number of programs."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
+import numpy as np
 
-from kdjax.doctor.findings import FAULT, FINE, LOOK, Finding
+from kdjax.doctor.findings import ERROR, OK, WARNING, Finding
 from kdjax.training import sharding
 from kdjax.training.setup import Setup
 
-# Where Linux tells the memory that is left, and the limit of a container.
+# Linux: available memory of the machine, and the limit of a container.
 MEMORY, GROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
 
 
-def check_memory(setup: Setup, batch: dict) -> list[Finding]:
-    """How many programs the run compiles, and the memory that its largest one needs on each device."""
+def check_memory(setup: Setup, batch: Mapping[str, np.ndarray]) -> list[Finding]:
+    """Compares the memory that the update of the student needs on each device with what is available.
+
+    Args:
+      setup: of the run.
+      batch: a training batch.
+    """
     step = setup.steps["student"].lower(
         setup.states["student"], setup.variables, sharding.shard_batch(setup.mesh, batch)
     )
     analysis = step.compile().memory_analysis()
     states = sum(leaf.nbytes for leaf in jax.tree.leaves((setup.states, setup.variables)))
-    new = analysis.output_size_in_bytes - analysis.alias_size_in_bytes  # the state is written where it was
+    new = analysis.output_size_in_bytes - analysis.alias_size_in_bytes  # the state is updated in place
     need = (analysis.temp_size_in_bytes + new + states) / 2**30
     have = available() / 2**30
-    said = f"a step needs about {need:.2f} GiB of the {have:.1f} GiB of a device"
+    message = f"a step needs about {need:.2f} GiB of the {have:.1f} GiB of a device"
     if need > have:
-        found = Finding(FAULT, "memory", f"{said}: lower config.batch_size or config.data.image_size")
+        finding = Finding(ERROR, "memory", f"{message}: lower config.batch_size or config.data.image_size")
     else:
-        found = Finding(LOOK if need > 0.8 * have else FINE, "memory", said)
+        finding = Finding(WARNING if need > 0.8 * have else OK, "memory", message)
     programs = len(setup.steps) + len(set(map(id, setup.predict.values())))
-    return [found, Finding(FINE, "programs", f"{programs} for the whole run")]
+    return [finding, Finding(OK, "programs", f"the run compiles {programs} programs")]
 
 
 def available() -> int:
-    """Bytes of memory of the first device: an accelerator's own, or its share of what this machine can give."""
+    """Bytes of memory of the first device: an accelerator's own, or a CPU device's share of the available memory."""
     device = jax.local_devices()[0]
     limit = (device.memory_stats() or {}).get("bytes_limit")
     if limit:

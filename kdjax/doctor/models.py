@@ -1,50 +1,98 @@
-"""The models of a run: weights that work on its images, class maps, sizes, frozen layers and taps."""
+"""Checks of the models: weights on images of the run, class maps, sizes, frozen layers and taps."""
 
 import contextlib
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from kdjax import data, methods, weights
-from kdjax.detectors.api import Detector, flatten
+from kdjax import data, detectors, methods, weights
+from kdjax.detectors.api import Detector, Tree, flatten
 from kdjax.distill import tap
-from kdjax.doctor.findings import FAULT, FINE, LOOK, Finding
+from kdjax.doctor.findings import ERROR, OK, WARNING, Finding
+from kdjax.errors import UserError
 from kdjax.evals import coco, complexity, tide
 from kdjax.evals.matching import detections_by_image, truth_by_image
-from kdjax.training.setup import Setup, named_detector
+from kdjax.structs import Array, PaddedDetections
+from kdjax.training.config import Config
+from kdjax.training.setup import Setup, model, named_detector
 
-# Ways in which images reach a detector, beside its own: f(u8[B, H, W, 3] RGB, its own input) -> input.
-MISTAKES = {
-    "its red and blue channels are swapped": lambda images, own: own[..., ::-1],
-    "it wants pixels of 0 .. 255 as they are, RGB": lambda images, own: images.astype(jnp.float32),
-    "it wants pixels of 0 .. 255 as they are, BGR": lambda images, own: images[..., ::-1].astype(jnp.float32),
-    "it wants pixels of 0 .. 1, RGB": lambda images, own: images / 255.0,
-    "it wants ImageNet's mean and deviation taken out, BGR": lambda images, own: _normalised(images)[..., ::-1],
-    "it wants ImageNet's mean and deviation taken out, RGB": lambda images, own: _normalised(images),
+# (images u8[B, H, W, 3] RGB, their input by the detector's own preprocess) -> input f32[B, H, W, 3]
+Change = Callable[[Array, Array], Array]
+# Common mistakes in `preprocess`: what the input must be instead.
+INPUTS: dict[str, Change] = {
+    "its own with red and blue swapped": lambda images, own: own[..., ::-1],
+    "RGB in [0, 255]": lambda images, own: images.astype(jnp.float32),
+    "BGR in [0, 255]": lambda images, own: images[..., ::-1].astype(jnp.float32),
+    "RGB in [0, 1]": lambda images, own: images / 255.0,
+    "BGR normalized with ImageNet's mean and std": lambda images, own: _normalized(images)[..., ::-1],
+    "RGB normalized with ImageNet's mean and std": lambda images, own: _normalized(images),
 }
 
 
-def check_weights(role: str, detector, variables, setup: Setup, image_count: int) -> list[Finding]:
-    """A detector with weights, tried on the user's images: as it is, with its input changed, and without classes."""
-    dataset = setup.dataset
-    truth = data.ground_truth(dataset, "val", limit=image_count)
-    ids = list(dataset.category_ids)
+def check_weights(role: str, setup: Setup, image_count: int) -> list[Finding]:
+    """Evaluates a detector with weights on validation images, also with other inputs and without classes.
+
+    Args:
+      role: "teacher" or "student".
+      setup: of the run.
+      image_count: number of validation images.
+
+    Returns:
+      One finding; an error names the most likely mistake: the input, the class map, or the weights.
+    """
+    truth = data.ground_truth(setup.dataset, "val", limit=image_count)
+    own, *others = _detections(role, setup, image_count, [lambda images, own: own, *INPUTS.values()])
+    metrics, agnostic = coco.coco_metrics(truth, own), coco.coco_metrics(truth, own, use_categories=False)
+    ap, ap50, ap50_agnostic = metrics["AP"], metrics["AP50"], agnostic["AP50"]
+    measured = f"AP {100 * ap:.1f}, AP50 {100 * ap50:.1f} on {len(truth['images'])} validation images"
+    if min(ap50, ap50_agnostic) < 0:
+        return [Finding(WARNING, role, f"the first {image_count} validation images have no objects: it was not tried")]
+    ap50_by_input = {name: coco.coco_metrics(truth, rows)["AP50"] for name, rows in zip(INPUTS, others, strict=True)}
+    best = max(ap50_by_input, key=lambda name: ap50_by_input[name])
+    confusions = _confusions(truth, own, setup.dataset)
+    wrong_input = ap50_by_input[best] > max(ap50 + 0.05, 1.1 * ap50)
+    wrong_classes = bool(confusions) and ap50_agnostic > ap50 + 0.05
+    if wrong_input and not (wrong_classes and ap50_by_input[best] < 0.8 * ap50_agnostic):
+        message = (
+            f"{measured}: AP50 rises to {100 * ap50_by_input[best]:.1f} when the input is {best}: fix the detector's "
+            "`preprocess`"
+        )
+        return [Finding(ERROR, f"{role}'s input", message)]
+    if wrong_classes:
+        message = (
+            f"{measured}: AP50 rises to {100 * ap50_agnostic:.1f} when classes are ignored: the class map is wrong "
+            f"({'; '.join(confusions)})"
+        )
+        return [Finding(ERROR, f"{role}'s classes", message)]
+    if ap50 < 0.1:
+        message = (
+            f"{measured}: the {role} barely detects anything: wrong data set, untrained weights, or misplaced boxes "
+            "(--config.data.check=True draws them)"
+        )
+        return [Finding(ERROR if role == "teacher" else WARNING, role, message)]
+    return [Finding(WARNING if ap50 < 0.3 else OK, role, measured)]
+
+
+def _detections(role: str, setup: Setup, image_count: int, changes: Sequence[Change]) -> list[list[dict[str, Any]]]:
+    """COCO results of a detector for each change of its input; all share one compiled program."""
+    detector, variables = model(setup, role)
     here = jax.local_devices()[0]
-    variables = jax.tree.map(lambda leaf: jax.device_put(leaf.addressable_data(0), here), tuple(variables))
+    variables = jax.tree.map(lambda leaf: jax.device_put(leaf.addressable_data(0), here), variables)
 
     @jax.jit
-    def predict(variables, x, image_size):
+    def predict(variables: tuple[Tree, Tree], x: Array, image_size: Array) -> PaddedDetections:
         return detector.decode(detector.apply(*variables, x, train=False)[0], image_size)
 
-    def detections(change: Callable) -> list[dict]:
-        found = []
+    results = []
+    for change in tqdm(changes, desc=f"{role}'s input", unit="input", leave=False):
+        rows = []
         batches = data.eval_batches(
-            dataset,
+            setup.dataset,
             "val",
             setup.config.data,
             batch_size=setup.config.eval.batch_size,
@@ -55,74 +103,54 @@ def check_weights(role: str, detector, variables, setup: Setup, image_count: int
             for batch in batches:
                 images = jnp.asarray(batch["image"])
                 output = predict(variables, change(images, detector.preprocess(images)), batch["image_size"])
-                found += coco.to_coco(batch, jax.device_get(output), ids)
-        return found
-
-    own = detections(lambda images, own: own)
-    metrics, loose = coco.coco_metrics(truth, own), coco.coco_metrics(truth, own, use_categories=False)
-    ap, ap50 = metrics["AP"], metrics["AP50"]
-    measured = f"AP {100 * ap:.1f}, AP50 {100 * ap50:.1f} on {len(truth['images'])} validation images"
-    if min(ap50, loose["AP50"]) < 0:
-        return [Finding(LOOK, role, f"the first {image_count} validation images hold no object to try it on")]
-    ways = tqdm(MISTAKES.items(), desc=f"try the {role}'s input otherwise", unit="way", leave=False)
-    others = {way: coco.coco_metrics(truth, detections(change))["AP50"] for way, change in ways}
-    way = max(others, key=others.get)
-    wrong = _confusions(truth, own, dataset)
-    explained = others[way] > max(ap50 + 0.05, 1.1 * ap50)
-    confused = bool(wrong) and loose["AP50"] > ap50 + 0.05
-    if explained and not (confused and others[way] < 0.8 * loose["AP50"]):
-        said = f"{measured}, but AP50 {100 * others[way]:.1f} if {way}: mend the detector's `preprocess`"
-        return [Finding(FAULT, f"{role}'s input", said)]
-    if confused:
-        said = f"{measured}, but AP50 {100 * loose['AP50']:.1f} if classes are not told apart: the class map is wrong"
-        return [Finding(FAULT, f"{role}'s classes", f"{said} ({'; '.join(wrong)})")]
-    if ap50 < 0.1:
-        said = f"{measured}: it does not know these images; its weights are of other data, or not trained, or the boxes"
-        said += " are not where the objects are (--config.data.check=True draws them)"
-        return [Finding(FAULT if role == "teacher" else LOOK, role, said)]
-    return [Finding(LOOK if ap50 < 0.3 else FINE, role, measured)]
+                rows += coco.to_coco(batch, jax.device_get(output), list(setup.dataset.category_ids))
+        results.append(rows)
+    return results
 
 
-def _confusions(truth: dict, found: list[dict], dataset) -> list[str]:
-    """The classes whose detections mostly lie on objects of another; each image's best count, as many as objects."""
+def _confusions(truth: dict[str, Any], rows: list[dict[str, Any]], dataset: data.Dataset) -> list[str]:
+    """The classes whose detections mostly lie on objects of another class.
+
+    Of each image only the highest scores count, as many as the image has objects.
+    """
     kept = []
     for image in truth["images"]:
         objects = sum(a["image_id"] == image["id"] and not a["iscrowd"] for a in truth["annotations"])
-        kept += sorted((d for d in found if d["image_id"] == image["id"]), key=lambda d: -d["score"])[:objects]
+        kept += sorted((row for row in rows if row["image_id"] == image["id"]), key=lambda row: -row["score"])[:objects]
     matrix = tide.confusion(truth_by_image(truth), detections_by_image(truth, kept), len(truth["categories"]))
-    of_objects = matrix[:-1, :-1].T  # a row for each class of the detector
-    most = of_objects.argmax(1)
+    objects_by_class = matrix[:-1, :-1].T  # one row per class of the detector
+    most = objects_by_class.argmax(1)
     return [
-        f"what it calls {dataset.classes[label]!r} is {dataset.classes[most[label]]!r}"
-        for label in np.flatnonzero((of_objects.sum(1) >= 3) & (most != np.arange(len(most))))
+        f"{dataset.classes[label]!r} detections are {dataset.classes[most[label]]!r} objects"
+        for label in np.flatnonzero((objects_by_class.sum(1) >= 3) & (most != np.arange(len(most))))
     ]
 
 
-def check_class_map(role: str, chosen: ConfigDict, dataset) -> tuple[Finding, bool]:
-    """The class map of a detector with weights beside that of the data.
+def check_class_map(role: str, chosen: Config, dataset: data.Dataset) -> tuple[Finding, bool]:
+    """Compares the class map of weights with that of the data.
 
     Args:
       role: "teacher" or "student".
-      chosen: `config.teacher` or `config.student`; `prepare` has found nothing against it.
+      chosen: `config.teacher` or `config.student`; `prepare` has accepted it.
       dataset: of the run.
 
     Returns:
-      The finding, and whether the weights' classifiers are used: a student's may start anew.
+      The finding, and whether the classifiers of the weights are used; those of a student may be re-initialised.
     """
-    named = named_detector(chosen, len(dataset.classes)) if chosen.detector else None
-    with warnings.catch_warnings(record=True) as told:  # where classifiers start anew
+    detector = named_detector(chosen, len(dataset.classes)) if chosen.detector else None
+    with warnings.catch_warnings(record=True) as caught:  # of classifiers that are re-initialised
         warnings.simplefilter("always")
-        theirs = weights.load(chosen.weights, named)[3]
-    mine = f"the data's {len(dataset.classes)}: {_listed(dataset.classes)}"
-    kept = not told if theirs is None else list(theirs) == list(dataset.classes)
-    if not kept:
-        others = f"the weights' {len(theirs)}, {_listed(theirs)}" if theirs else "those of the weights"
-        said = f"its classifiers start anew for {mine}; {others}, are not used"
-    elif theirs is None:
-        said = f"the weights do not name their classes, which are taken for {mine}"
+        names = weights.load(chosen.weights, detector)[3]
+    expected = f"the {len(dataset.classes)} classes of the data: {_listed(dataset.classes)}"
+    kept = not caught if names is None else list(names) == list(dataset.classes)
+    if names is None and kept:
+        message = f"the weights do not name their classes; assumed are {expected}"
+    elif kept:
+        message = f"the weights have, in the same order, {expected}"
     else:
-        said = f"the weights' are, in the same order, {mine}"
-    return Finding(FINE, f"{role}'s class map", said), kept
+        found = f"the weights have {len(names)} others: {_listed(names)}" if names else "the weights have others"
+        message = f"the classifiers are re-initialised for {expected}; {found}"
+    return Finding(OK, f"{role}'s class map", message), kept
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -130,47 +158,54 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def check_sizes(setup: Setup) -> list[Finding]:
-    """A teacher is not smaller than its student."""
-    counts = [complexity.parameters(detector.shapes[0]) for detector in (setup.teacher, setup.student)]
-    said = f"the teacher has {counts[0] / 1e6:.2f} million parameters, the student {counts[1] / 1e6:.2f}"
-    if counts[0] < counts[1]:
-        return [Finding(LOOK, "sizes", f"{said}: have they changed places?")]
-    return [Finding(FINE, "sizes", said)]
+    """Compares the number of parameters of teacher and student."""
+    assert setup.teacher is not None, "the run has no teacher"
+    teacher, student = (complexity.parameters(detector.shapes[0]) for detector in (setup.teacher, setup.student))
+    message = f"the teacher has {teacher / 1e6:.2f} million parameters, the student {student / 1e6:.2f}"
+    if teacher < student:
+        return [Finding(WARNING, "sizes", f"{message}: are student and teacher swapped?")]
+    return [Finding(OK, "sizes", message)]
 
 
 def check_taps(setup: Setup) -> list[Finding]:
-    """Which maps each method compares, with their shapes by stride; those that do not fit have been refused."""
-    hw = tuple(setup.config.data.image_size)
-    specs = {role: getattr(setup, role).spec(hw) for role in ("student", "teacher")}
-    found = []
-    for name, options in setup.config.methods.items():
-        options = methods.options(name) | options.to_dict()
+    """Lists the feature maps that each method compares, with their shapes by stride."""
+    image_size = tuple(setup.config.data.image_size)
+    specs = {role: getattr(setup, role).spec(image_size) for role in ("student", "teacher")}
+    findings = []
+    for name, changes in setup.config.methods.items():
+        options = methods.options(name) | changes.to_dict()
         sides, strides = [], []
         for role, spec in specs.items():
+            if role not in options:
+                continue
             maps = {}
-            with contextlib.suppress(ValueError):  # a name that only the method understands
+            with contextlib.suppress(UserError):  # a name that only the method understands
                 maps = tap(spec, options[role])
             shapes = ", ".join(f"{stride}: {m.shape[1]}x{m.shape[2]}x{m.shape[3]}" for stride, m in maps.items())
             sides.append(f"{role} {options[role]}" + f" ({shapes})" * bool(shapes))
             strides.append(set(maps))
-        alone = sorted(strides[0] ^ strides[1])
-        said = ", ".join(sides) + f"; {', '.join(map(str, alone))} have no partner and are left out" * bool(alone)
-        found.append(Finding(FINE, f"{name}'s taps", said))
-    return found
+        if not sides:
+            continue
+        alone = sorted(set.union(*strides) - set.intersection(*strides))
+        message = ", ".join(sides) + f"; strides {', '.join(map(str, alone))} exist on one side only" * bool(alone)
+        findings.append(Finding(OK, f"{name}'s taps", message))
+    return findings
 
 
 def check_frozen(student: Detector) -> list[Finding]:
-    """Layers that training leaves as they are, of a student that starts from random numbers."""
-    alone = flatten(student.no_decay(student.shapes[0]))  # of kernels: what is frozen
-    frozen = [path for path, is_left_alone in alone.items() if is_left_alone and path.endswith("/kernel")]
+    """Checks that a student with random initialisation has no frozen layers."""
+    shapes, skipped = flatten(student.shapes[0]), flatten(student.no_decay(student.shapes[0]))
+    # No weight decay on a matrix or kernel means that it is frozen.
+    frozen = [path for path, skip in skipped.items() if skip and shapes[path].ndim > 1]
     if not frozen:
         return []
-    said = (
-        f"it starts from random numbers, of which {len(frozen)} kernels ({frozen[0]} first) are frozen: set "
-        "config.student.weights, or config.student.options.frozen_stages=-1, .frozen_norm=False and .norm_eval=False"
+    options = [name for name in detectors.options(student.name) if "frozen" in name or name.endswith("_eval")]
+    message = (
+        f"{len(frozen)} kernels ({frozen[0]} first) have random initialisation and are frozen: set "
+        f"config.student.weights, or train them through config.student.options ({', '.join(options)})"
     )
-    return [Finding(FAULT, "frozen layers", said)]
+    return [Finding(ERROR, "frozen layers", message)]
 
 
-def _normalised(images):
+def _normalized(images: Array) -> Array:
     return (images.astype(jnp.float32) - jnp.array([123.675, 116.28, 103.53])) / jnp.array([58.395, 57.12, 57.375])

@@ -87,6 +87,7 @@ def make(
       UserError: unknown `normalize`, or what the losses refuse.
     """
     method.check_choice("mkd: normalize", normalize, ("none", "pkd"))
+    method.check("mkd: zeta", zeta, 0 <= zeta <= 1, "within 0 .. 1")
     weights = {
         "feature": weight * feature_weight,
         "multiscale": weight * multiscale_weight,

@@ -1,13 +1,16 @@
-"""Checkpoints through Orbax: atomic, verified by a hash of every leaf, with a fall-back to the step before."""
+"""Checkpoints with Orbax: written atomically, verified by hashes, with a fallback to the step before."""
 
 import contextlib
 import hashlib
 import logging
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+
+from kdjax.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -15,15 +18,22 @@ log = logging.getLogger(__name__)
 class Checkpoints:
     """Saves and restores trees of arrays, with a JSON note, in a directory.
 
-    Orbax writes atomically but does not notice a flipped bit, so the note holds a hash of every leaf, which is checked
-    when a step is read; a step that cannot be trusted is passed over for the one before it.
+    Orbax writes atomically but does not detect corrupted bytes. So the note also holds a hash of each array, which is
+    verified when a step is read. A step that fails is skipped for the one before it.
     """
 
-    def __init__(self, directory: Path, *, keep: int):
-        # Orbax logs a warning for every option left at its default on a CPU; its errors arrive as exceptions anyway.
+    def __init__(self, directory: Path, *, keep: int) -> None:
+        """Opens the directory, and creates it if needed.
+
+        Args:
+          directory: one subfolder per step.
+          keep: number of newest steps to keep.
+        """
+        # Orbax logs a warning for each default option on a CPU; its errors are exceptions anyway.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
+        self.directory = Path(directory).absolute()
         self.manager = ocp.CheckpointManager(
-            Path(directory).absolute(),
+            self.directory,
             options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
         )
 
@@ -31,8 +41,14 @@ class Checkpoints:
         """The newest step on disk, or None."""
         return self.manager.latest_step()
 
-    def save(self, step: int, tree, note: dict) -> None:
-        """Writes in the background; `tree` is copied to the host first, so its buffers may be donated afterwards."""
+    def save(self, step: int, tree: Any, note: dict[str, Any]) -> None:
+        """Writes a step in the background.
+
+        Args:
+          step: number of updates so far.
+          tree: nested arrays; copied to the host before this returns, so that its buffers may be donated.
+          note: JSON-able.
+        """
         if self.manager.latest_step() == step:
             return
         arrays = flat(tree)
@@ -41,55 +57,64 @@ class Checkpoints:
             step, args=ocp.args.Composite(state=ocp.args.StandardSave(arrays), note=ocp.args.JsonSave(note))
         )
 
-    def note(self) -> dict | None:
-        """The note of the newest step whose note can be read, without its arrays; None if there is no step.
+    def note(self) -> dict[str, Any] | None:
+        """The newest readable note, without reading arrays; None if there is no step.
 
         Raises:
-          ValueError: there are steps, but no note can be read.
+          UserError: there are steps, but no note is readable.
         """
         steps = sorted(self.manager.all_steps(), reverse=True)
         for step in steps:
-            with contextlib.suppress(Exception):  # damaged; `restore` passes it over and says so
-                return self.manager.restore(step, args=ocp.args.Composite(note=ocp.args.JsonRestore())).note
+            with contextlib.suppress(Exception):  # damaged; `restore` skips it with a warning
+                restored: Any = self.manager.restore(step, args=ocp.args.Composite(note=ocp.args.JsonRestore()))
+                return restored.note
         if steps:
-            raise ValueError(f"no checkpoint in {self.manager.directory} can be used: none has a note that can be read")
+            raise UserError(f"no checkpoint in {self.directory} can be used: their notes cannot be read")
         return None
 
-    def restore(self, like) -> tuple[object, dict] | None:
-        """The newest trustworthy step as a tree like `like`, with its note; None if the directory holds no step.
+    def restore(self, like: Any) -> tuple[Any, dict[str, Any]]:
+        """The newest step that passes verification; newer ones are deleted.
+
+        Args:
+          like: a tree with the structure, shapes and dtypes of the saved one.
+
+        Returns:
+          The tree with NumPy arrays, and its note.
 
         Raises:
-          ValueError: there are steps, but none can be trusted, or they hold arrays of other names or shapes.
+          UserError: no step passes: each is damaged, or has arrays of other names or shapes.
         """
         steps = sorted(self.manager.all_steps(), reverse=True)
         problems = []
         for step in steps:
             try:
                 tree, note = self._read(step, like)
-            except Exception as error:  # whatever Orbax raises for a damaged file means the same to us
+            except Exception as error:  # Orbax raises many kinds of exceptions for damaged files
                 problems.append(f"step {step}: {type(error).__name__}: {error}".splitlines()[0][:200])
-                log.warning("checkpoint passed over: %s", problems[-1])
+                log.warning("checkpoint skipped: %s", problems[-1])
                 continue
             for later in steps[: steps.index(step)]:
                 self.manager.delete(later)
             return tree, note
-        if problems:
-            raise ValueError(f"no checkpoint in {self.manager.directory} can be used: {'; '.join(problems)}")
-        return None
+        raise UserError(f"no checkpoint in {self.directory} can be used: {'; '.join(problems) or 'there is none'}")
 
-    def _read(self, step, like):
+    def _read(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
         wanted = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in flat(like, copy=False).items()}
-        restored = self.manager.restore(
+        restored: Any = self.manager.restore(
             step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted), note=ocp.args.JsonRestore())
         )
         for name, value in restored.state.items():
             if digest(value) != restored.note["sha256"][name]:
-                raise ValueError(f"the array {name} does not have the hash it was saved with")
+                raise ValueError(f"the array {name} does not match its hash")
         leaves = [restored.state[name] for name in flat(like, copy=False)]
         return jax.tree.unflatten(jax.tree.structure(like), leaves), restored.note
 
+    def wait(self) -> None:
+        """Waits until all writes are finished."""
+        self.manager.wait_until_finished()
+
     def close(self) -> None:
-        """Waits until everything is on disk."""
+        """Waits until all writes are finished, and closes the directory."""
         self.manager.wait_until_finished()
         self.manager.close()
 

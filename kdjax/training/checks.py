@@ -1,62 +1,65 @@
-"""What can be wrong with a run is found before its first update, and named in one sentence."""
+"""Mistakes in a config, its data, models or workdir are found before the first update."""
 
 import contextlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
 from kdjax import data, detectors, methods, resources
 from kdjax.errors import UserError, prefix
-from kdjax.structs import targets_of
+from kdjax.structs import Array, DetectorOutput, targets_of
 from kdjax.training import config as settings
 from kdjax.training import optim, sharding
-from kdjax.training.setup import Setup, named_detector
+from kdjax.training.config import Config
+from kdjax.training.setup import Setup, build_methods, named_detector
+from kdjax.training.step import Teacher, TrainState
 
-# What may differ between a run and its resumption: nothing that enters the numbers.
+# Settings that may differ between a run and its resumption, because they do not change the result.
 FREE_KEYS = {"log_every", "checkpoint", "compile_cache", "data.workers", "data.cache", "data.root", "eval"}
 
 
-def check_settings(config: ConfigDict) -> None:
-    """Refuses unknown keys and impossible values, naming what would be right."""
-    unknown = settings.unknown_keys(config)
-    if unknown:
-        raise ValueError(f"{unknown[0]} is no setting; the settings are those of kdjax/training/config.py")
-    missing = settings.unknown_keys(settings.base(), config)
-    if missing:
-        raise ValueError(f"{missing[0]} is missing; a config starts from kdjax.training.config.base()")
+def check_settings(config: Config) -> None:
+    """Checks the keys, types and ranges of all settings.
+
+    Raises:
+      UserError: names the setting and what it must be.
+    """
+    settings.check_keys(config)
     settings.check_numbers(config)
     if config.dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"config.dtype is {config.dtype!r}; it must be 'float32' or 'bfloat16'")
+        raise UserError(f"config.dtype must be 'float32' or 'bfloat16', not {config.dtype!r}")
     with prefix("config.data"):
         data.check_settings(config.data)
-    for name, options in config.methods.items():
-        methods.build(name, **options)
+    build_methods(config)
     devices = sharding.make_mesh().size
     if config.batch_size % devices:
-        raise ValueError(f"config.batch_size is {config.batch_size}; it must be divisible by the {devices} devices")
+        raise UserError(f"config.batch_size must be divisible by the {devices} devices, not {config.batch_size}")
     optim.learning_rate(config)
 
 
-def check_models(config: ConfigDict) -> None:
-    """Refuses what cannot be a run: impossible combinations of models and methods, missing names and files."""
+def check_models(config: Config) -> None:
+    """Checks which of student, teacher and methods are set, the names of detectors and the paths of weights.
+
+    Raises:
+      UserError: names the setting and what it must be.
+    """
     if not (config.student.detector or config.student.weights):
-        raise ValueError(f"there is no student: set config.student.detector, one of {', '.join(detectors.names())}")
+        raise UserError(f"config.student.detector: there is no student: choose one of {', '.join(detectors.names())}")
     has_teacher = bool(config.teacher.detector or config.teacher.weights)
     if config.methods and not has_teacher:
-        raise ValueError(
-            f"config.methods has {', '.join(config.methods)}, but there is no teacher: set config.teacher.weights"
-        )
+        raise UserError(f"config.methods: {', '.join(config.methods)} without a teacher: set config.teacher.weights")
     if has_teacher and not config.teacher.weights:
-        raise ValueError(f"the teacher {config.teacher.detector} has no weights: set config.teacher.weights")
+        raise UserError(f"config.teacher.weights: the teacher {config.teacher.detector} has no weights: set a path")
     if has_teacher and not config.methods:
-        raise ValueError(f"there is a teacher but no method: choose among {', '.join(methods.names())}")
+        raise UserError(f"config.methods: there is a teacher but no method: choose among {', '.join(methods.names())}")
     if config.twin and not config.methods:
-        raise ValueError("config.twin compares with distillation, but config.methods is empty")
+        raise UserError("config.twin has no effect without config.methods: it is for comparison with distillation")
     for role in ("student", "teacher"):
         if config[role].detector:
             with prefix(f"config.{role}"):
@@ -64,62 +67,77 @@ def check_models(config: ConfigDict) -> None:
         elif config[role].options:
             raise UserError(f"config.{role}.options has no effect unless config.{role}.detector is set")
         if config[role].weights and not resources.model_path(config[role].weights).exists():
-            raise ValueError(f"there are no weights at {config[role].weights} (config.{role}.weights)")
+            raise UserError(f"config.{role}.weights: there is no file or folder {config[role].weights}")
 
 
-def check_truth(dataset) -> None:
-    """Refuses a validation split on which nothing could be measured."""
+def check_truth(dataset: data.Dataset) -> None:
+    """Checks that the validation split has objects.
+
+    Raises:
+      UserError: it has none.
+    """
     if all(entry["iscrowd"] for entry in data.ground_truth(dataset, "val")["annotations"]):
         split = dataset.splits["val"]
-        raise ValueError(
-            f"the validation split '{split.name}' of {dataset.name} holds no object in its {split.size} images"
-            f"{dropped_from(split)}, so nothing could be measured"
+        raise UserError(
+            f"config.data.val_split: the {split.size} images of the split '{split.name}' of {dataset.name} have no "
+            f"objects{_dropped(split)}: metrics need some"
         )
 
 
-def dropped_from(split) -> str:
-    """A clause on the objects that a split has lost, or ""."""
+def _dropped(split: data.Split) -> str:
+    """How many objects of a split were dropped and why, in parentheses; "" if none were."""
     reasons = [entry["reason"] for entry in split.log if entry["action"] == "dropped"]
     return f" ({len(reasons)} were dropped: {', '.join(sorted(set(reasons)))})" if reasons else ""
 
 
-def check_workdir(config: ConfigDict, workdir: Path) -> None:
-    """A workdir can be written and belongs to one run: another config in it is refused, naming what differs."""
+def check_workdir(config: Config, workdir: str | Path | None) -> Path:
+    """Creates the folder of a run, and checks that it can be written and does not hold a different run.
+
+    Args:
+      config: the settings of the run.
+      workdir: the folder.
+
+    Returns:
+      The folder.
+
+    Raises:
+      UserError: it cannot be used, or its config.json has other settings; names those that differ.
+    """
+    if not workdir:
+        raise UserError("workdir: it is missing: choose a folder for the run")
+    folder = Path(workdir)
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"--workdir={workdir} cannot be made ({error.strerror}): choose another") from None
-    if not os.access(workdir, os.W_OK):
-        raise ValueError(f"--workdir={workdir} cannot be written: choose another")
-    path = workdir / "config.json"
+        raise UserError(f"workdir: {folder} cannot be created ({error.strerror}): choose another") from None
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"workdir: {folder} is not writable: choose another")
+    path = folder / "config.json"
     if not path.exists():
-        return
-    # A setting that is newer than the run was at its default, which is made to change nothing.
-    before = flat_config(json.loads(settings.base().to_json()))
+        return folder
+    # Settings that are newer than the run had no effect then, and their defaults have none either.
+    before = settings.flat(json.loads(settings.base().to_json()))
     try:
-        before |= flat_config(json.loads(path.read_text())["config"])
+        before |= settings.flat(json.loads(path.read_text())["config"])
     except (ValueError, TypeError, KeyError):
-        raise ValueError(f"{path} is not the config of a run: choose another --workdir") from None
-    now = flat_config(json.loads(config.to_json()))
+        raise UserError(f"workdir: {path} is not the config of a run: choose another") from None
+    now = settings.flat(json.loads(config.to_json()))
     differ = [
         f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key) and not any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
     ]
     if differ:
-        raise ValueError(f"{workdir} holds a run with other settings ({'; '.join(differ)}): choose another --workdir")
+        raise UserError(f"workdir: {folder} holds a run with other settings ({'; '.join(differ)}): choose another")
+    return folder
 
 
-def flat_config(tree: dict, prefix: str = "") -> dict:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
-    flat = {}
-    for key, value in tree.items():
-        flat |= flat_config(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+def first_batch_with_objects(setup: Setup) -> dict[str, np.ndarray]:
+    """The first training batch that contains an object.
 
-
-def first_batch_with_objects(setup: Setup) -> dict:
-    """Raises ValueError if 100 batches of the training data hold no object."""
+    Raises:
+      UserError: the first 100 batches contain none.
+    """
     config = setup.config
     batches = data.train_batches(setup.dataset, config.data, batch_size=config.batch_size, seed=config.seed)
     with contextlib.closing(batches):
@@ -127,71 +145,77 @@ def first_batch_with_objects(setup: Setup) -> dict:
             batch = next(batches)
             if batch["valid"].any():
                 return batch
-    lost = dropped_from(setup.dataset.splits["train"])
-    raise ValueError(
-        f"the first 100 batches of the training data hold no object{lost}, so there is nothing to learn from"
-    )
+    lost = _dropped(setup.dataset.splits["train"])
+    raise UserError(f"config.data.train_split: the first 100 training batches have no objects{lost}")
 
 
-def check_terms(setup: Setup, batch: dict) -> None:
-    """Every declared term must be finite and pull at the student, on a batch with objects and at full weight.
+def check_terms(setup: Setup, batch: Mapping[str, np.ndarray]) -> None:
+    """Checks that each term of the methods is finite and has a gradient, on one batch at full weight.
 
-    The pull is measured at the student's outputs, where the terms read them: behind those lies the detector, whose own
-    losses use the same way back.
+    The gradient is taken with respect to the student's output, from which the terms are computed.
+
+    Args:
+      setup: of the run, at step 0.
+      batch: with objects.
 
     Raises:
-      ValueError: names the term, its value and the size of its gradient.
+      UserError: names the term, its value and the norm of its gradient.
     """
-    if not setup.methods:
+    distiller = setup.distiller
+    if distiller is None:
         return
     for name, method in setup.methods.items():
         if not method.weights:
-            raise ValueError(f"config.methods.{name} would do nothing: the weights of all its terms are 0")
-    student, distiller, state = setup.student, setup.distiller, setup.states["student"]
+            raise UserError(f"config.methods.{name}: it has no effect: the weights of all its terms are 0")
+    student, state = setup.student, setup.states["student"]
 
-    def probe(state, variables, batch):
+    def probe(state: TrainState, variables: Teacher, batch: Mapping[str, Array]) -> Any:
         params = state.params
         output, _ = student.apply(params["student"], state.stats, student.preprocess(batch["image"]), train=True)
         targets = targets_of(batch)
         assignment = student.assign(output, targets, state.key)
         losses = student.loss(output, targets, assignment)
 
-        def terms(output):
+        def terms(output: DetectorOutput) -> dict[str, Array]:
             return distiller.terms(
                 params["adapters"], output, batch, tuple(variables), assignment=assignment, key=state.key
             )
 
-        values, back = jax.vjp(terms, output)
-        pulls = {}
+        values, vjp = jax.vjp(terms, output)
+        grad_norms = {}
         for name in values:
-            (grads,) = back({other: jnp.float32(other == name) for other in values})
-            pulls[name] = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
-        return losses, values, pulls
+            (grads,) = vjp({other: jnp.float32(other == name) for other in values})
+            grad_norms[name] = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
+        return losses, values, grad_norms
 
-    batch = sharding.shard_batch(setup.mesh, batch)
-    losses, values, pulls = jax.device_get(jax.jit(probe)(state, setup.variables, batch))
+    arguments = (state, setup.variables, sharding.shard_batch(setup.mesh, batch))
+    losses, values, grad_norms = jax.device_get(jax.jit(probe)(*arguments))
     for name, value in (losses | values).items():
         if not np.isfinite(value):
-            raise ValueError(f"the term {name} is {value} on the first batch with objects: it cannot be trained")
-    for name, pull in pulls.items():
-        if not (np.isfinite(pull) and pull > 0):
-            raise ValueError(
-                f"the term {name} (value {values[name]:.3g}) gives the student a gradient of size {pull}: it would do "
-                "nothing; check its taps and options"
+            raise UserError(f"term {name} is {value} on the first batch with objects: it cannot be trained")
+    for name, norm in grad_norms.items():
+        if norm == 0:
+            raise UserError(
+                f"term {name} (value {values[name]:.3g}) has zero gradient with respect to the student: check its taps "
+                "and options"
             )
-    given = distiller.weights(0)
-    for name, weight in given.items():
+        if not np.isfinite(norm):
+            raise UserError(f"term {name} (value {values[name]:.3g}) has a gradient that is not finite")
+    weights = distiller.weights(0)
+    for name, weight in weights.items():
         if not np.isfinite(weight):
-            raise ValueError(f"the weight of the term {name} is {weight}")
-    missing = set(given) ^ set(values)
-    if missing:
-        raise ValueError(f"the terms {sorted(missing)} have a weight but no value, or a value but no weight")
+            raise UserError(f"term {name}: its weight is {weight}: it must be finite")
+    mismatch = set(weights) ^ set(values)
+    if mismatch:
+        raise RuntimeError(f"terms with a weight but no value, or the reverse: {sorted(mismatch)}")
 
 
 def check_programs(setup: Setup) -> None:
-    """One program a role: a second trace means that a shape changed and time is lost on every such step."""
-    again = [name for name, times in setup.programs.items() if times > 1]
-    if again:
-        raise RuntimeError(
-            f"the program {again[0]} was traced {setup.programs[again[0]]} times; its shapes must not change"
-        )
+    """Checks that each program was traced once: another trace means that shapes changed and compilation was repeated.
+
+    Raises:
+      RuntimeError: names the program.
+    """
+    for name, times in setup.programs.items():
+        if times > 1:
+            raise RuntimeError(f"the program {name} was traced {times} times: its shapes must not change")

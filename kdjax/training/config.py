@@ -1,43 +1,56 @@
-"""Every setting of a run with its default; a config file in `configs/` starts from `base()` and changes some."""
+"""All settings of a run with their defaults; a config in `configs/` starts from `base()` and changes some."""
 
+import difflib
 import math
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 from ml_collections import ConfigDict
 
 from kdjax import methods as zoo
+from kdjax.detectors.api import flatten
 from kdjax.errors import UserError
 
 
+class Config(Protocol):
+    """The settings of a run, or a part of them: a `ConfigDict`; each setting is an attribute."""
+
+    def __getattr__(self, name: str, /) -> Any: ...
+
+    def __getitem__(self, key: str, /) -> Any: ...
+
+
 def base() -> ConfigDict:
-    """The defaults. What is not a key here is refused when a run starts."""
+    """The defaults. A run refuses a config with other keys."""
     config = ConfigDict()
     config.seed = 0
-    config.batch_size = 16  # global: of all devices of all hosts
-    config.steps = 1000  # optimiser updates
-    # float32, or bfloat16 for the maps of student and teacher in training; parameters, statistics, losses, boxes and
-    # evaluations are float32 in both
+    config.batch_size = 16  # images per step, over all devices of all hosts
+    config.steps = 1000  # optimizer updates
+    # Precision of feature maps in training, "float32" or "bfloat16". Parameters, statistics, losses, boxes and
+    # evaluations are always float32.
     config.dtype = "float32"
 
     config.student = ConfigDict(
         dict(
             detector="rtmdet_tiny",
-            # keywords of the detector (`kdjax.detectors.options(name)` lists them): --config.student.options.widen=0.25
+            # keyword arguments of the detector, as in --config.student.options.widen=0.25;
+            # `kdjax.detectors.options(name)` lists them
             options={},
-            # initial weights, in any format that `teacher.weights` accepts; the classes may differ; "": random
+            # initial weights, in any format that `teacher.weights` accepts; the classes may differ. "" = random
             # initialisation
             weights="",
         )
     )
     config.teacher = ConfigDict(
         dict(
-            detector="",  # "" trains without a teacher; needed only if `weights` is not a kdjax folder
-            options={},  # as the student's; a kdjax folder has its own
-            # a student/ folder of another run, or .safetensors, .npz or .pth with mmdetection's names, or YOLOX's .onnx
+            detector="",  # needed unless `weights` is a kdjax folder; "" without weights trains without a teacher
+            options={},  # as for the student; a kdjax folder brings its own
+            # student/ folder of another run, .safetensors, .npz or .pth with mmdetection's names, or YOLOX's .onnx
             weights="",
         )
     )
-    config.methods = ConfigDict()  # one sub-config a method, by its name; several add up
-    config.twin = False  # also train the same student without the teacher on the same batches
+    config.methods = ConfigDict()  # {method: its options}; the terms of several methods are added
+    config.twin = False  # also train the same student on the same batches without the teacher, for comparison
 
     config.data = ConfigDict(
         dict(
@@ -70,35 +83,35 @@ def base() -> ConfigDict:
         dict(
             name="adamw",  # or sgd
             momentum=0.0,  # of sgd
-            lr=0.0,  # 0 takes 0.004 * batch_size / 256, with sgd 0.01 * batch_size / 16
-            weight_decay=0.05,  # not on norms and biases
-            clip_norm=0.0,  # of the whole gradient; 0 is off
-            warmup=1000,  # steps of linear warm-up from 1e-5 of the rate
-            flat=0.5,  # share of the run at the full rate, before the cosine
-            end=0.05,  # the cosine ends at this share of the rate
-            drops=(),  # steps at which the rate falls to a tenth, instead of flat and cosine; () has none
+            lr=0.0,  # learning rate; 0 = 0.004 * batch_size / 256 with adamw, 0.01 * batch_size / 16 with sgd
+            weight_decay=0.05,  # not applied to norms and biases
+            clip_norm=0.0,  # maximum global norm of the gradient; 0 = no clipping
+            warmup=1000,  # steps of linear warm-up, from 1e-5 * lr
+            flat=0.5,  # fraction of the run after which the cosine decay starts
+            end=0.05,  # final learning rate, as a fraction of lr
+            drops=(),  # steps at which the rate is divided by 10, instead of the cosine decay; () = none
         )
     )
     config.ema = ConfigDict(
         dict(
-            momentum=2e-4,  # of new weights once the ramp is over
-            ramp=2000,  # steps: momentum_t = (1 - momentum) exp(-(1 + t) / ramp) + momentum
+            momentum=2e-4,  # weight of the new parameters after the ramp
+            ramp=2000,  # steps: momentum_t = (1 - momentum) * exp(-(1 + t) / ramp) + momentum
         )
     )
     config.eval = ConfigDict(
         dict(
-            every=0,  # steps between evaluations; 0 evaluates at the end alone
+            every=0,  # steps between evaluations; 0 = only after training
             batch_size=16,
-            limit=0,  # validation images of the evaluations on the way; the last one takes all
+            limit=0,  # number of validation images in evaluations during training; 0 = all. The final one uses all
         )
     )
-    config.log_every = 20  # steps between lines of metrics.jsonl
-    config.checkpoint = ConfigDict(dict(every=500, keep=2))  # steps; a run also saves at its end and on SIGTERM
-    config.compile_cache = ""  # "" is ~/.cache/kdjax/jax or $KDJAX_CACHE/jax; "off" switches it off
+    config.log_every = 20  # steps between lines in metrics.jsonl
+    config.checkpoint = ConfigDict(dict(every=500, keep=2))  # steps; also saved at the end and on SIGTERM
+    config.compile_cache = ""  # folder; "" = $KDJAX_CACHE/jax or ~/.cache/kdjax/jax; "off" disables it
     return config
 
 
-# Least and largest value of every setting that is a number.
+# Minimum and maximum of the numeric settings.
 _AT_LEAST_1 = ("batch_size", "steps", "data.scenes_train", "data.scenes_val", "eval.batch_size", "log_every",
                "checkpoint.every", "checkpoint.keep")  # fmt: skip
 _AT_LEAST_0 = ("data.max_boxes", "data.workers", "data.limit", "optimizer.lr", "optimizer.weight_decay",
@@ -112,92 +125,91 @@ _RANGES = (
 )
 
 
-def parse(flag_values, arguments: list[str]) -> list[str]:
-    """Reads flags, and with them the config file; what is wrong there gets one sentence.
-
-    Args:
-      flag_values: absl's, with the flag of a config file.
-      arguments: the program's name and the flags.
-
-    Returns:
-      What is left over, as absl does.
+def check_keys(config: Config) -> None:
+    """Checks that a config has the keys of `base()` and no others; options of methods and detectors are not checked.
 
     Raises:
-      ValueError: unknown flag or setting, or whatever the config file, which is the user's code, raised.
+      UserError: names the first unknown or missing setting.
     """
-    try:
-        rest = flag_values(arguments)
-    except Exception as error:
-        text = str(error).strip()
-        if "Traceback" in text:  # the flags wrap what a config file raises; its last line is the sentence
-            text = text.splitlines()[-1].removeprefix("ValueError: ")
-        elif isinstance(error, (AttributeError, KeyError)):
-            text = f"no such setting: {text}".replace("\\n", " ").replace("\\", "").replace("'", "")
-        raise ValueError(" ".join(text.split())) from error
-    config = flag_values["config"].value
-    # The flags accept new keys, because options of a detector are no keys of the defaults.
-    unknown = unknown_keys(config) if isinstance(config, ConfigDict) else []
-    if unknown:
-        raise UserError(f"no such setting: {unknown[0]}")
-    return rest
+    for name in unknown_keys(config):
+        raise unknown_setting(name.removeprefix("config."), base())
+    for name in unknown_keys(base(), config):
+        raise UserError(f"{name} is missing: start from kdjax.training.config.base()")
 
 
-def sentence(error: Exception) -> str:
-    """What is told of a mistake: one line, and of a long list only the beginning.
-
-    Example:
-      >>> sentence(ValueError("5 differences:\\n  a\\n  b\\n  c\\n  d\\n  e"))
-      '5 differences: a; b; c; and 2 more'
-    """
-    if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}"
-    first, *rest = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
-    more = f"; and {len(rest) - 3} more" if len(rest) > 3 else ""
-    return " ".join([first, "; ".join(rest[:3])]).strip() + more
-
-
-def check_numbers(config: ConfigDict) -> None:
-    """Holds every number against its range.
+def check_numbers(config: Config) -> None:
+    """Checks the range of every numeric setting.
 
     Raises:
-      ValueError: names the setting, its value and the range.
+      UserError: names the setting, its range and its value.
     """
+    values = flat(config.to_dict())
     for name, (low, high) in _RANGES.items():
-        value = config
-        for key in name.split("."):
-            value = value[key]
+        value = values.get(name)
         if not (isinstance(value, int | float) and math.isfinite(value) and low <= value <= high):
-            raise ValueError(
-                f"config.{name} is {value!r}; it must be "
-                + (f"at least {low}" if high == math.inf else f"in {low} .. {high}")
-            )
+            bounds = f">= {low}" if high == math.inf else f"in [{low}, {high}]"
+            raise UserError(f"config.{name} must be {bounds}, not {value!r}")
 
 
 def methods(names: str) -> ConfigDict:
-    """Sub-configs of methods with all their options at the defaults, so that configs and flags can change them.
+    """The options of methods at their defaults, as sub-configs that configs and flags can change.
 
     Args:
-      names: joined by "+"; "" is none.
+      names: method names joined by "+"; "" = none.
 
     Raises:
-      ValueError: unknown method.
+      UserError: unknown method.
     """
     return ConfigDict({name: zoo.options(name) for name in names.split("+") if name})
 
 
-def unknown_keys(config: ConfigDict, reference: ConfigDict | None = None, prefix: str = "config") -> list[str]:
-    """Keys of `config` that do not exist, with their full name; methods and detectors check their own options."""
+def unknown_keys(config: Config, reference: Config | None = None, prefix: str = "config") -> list[str]:
+    """Full names of the keys of `config` that `reference` lacks, except below `methods` and `options`.
+
+    Args:
+      config: the config to check.
+      reference: a config with all keys; None: `base()`.
+      prefix: written before each name.
+    """
     reference = base() if reference is None else reference
-    found = []
+    unknown = []
     for key, value in config.items():
+        expected: Any = reference[key] if key in reference else None
         if key not in reference:
-            found.append(f"{prefix}.{key}")
-        elif isinstance(reference[key], ConfigDict):
+            unknown.append(f"{prefix}.{key}")
+        elif isinstance(expected, ConfigDict):
             if not isinstance(value, ConfigDict):
-                found.append(f"{prefix}.{key}={value!r}")
+                unknown.append(f"{prefix}.{key}={value!r}")
             elif key not in ("methods", "options"):
-                found += unknown_keys(value, reference[key], f"{prefix}.{key}")
-    return found
+                unknown += unknown_keys(value, expected, f"{prefix}.{key}")
+    return unknown
+
+
+def unknown_setting(name: str, config: Config) -> UserError:
+    """The error for a setting that does not exist, with the name of a similar one.
+
+    Args:
+      name: "a.b".
+      config: a config with all settings.
+
+    Example:
+      >>> unknown_setting("optimizer.lrr", base())
+      UserError('unknown setting config.optimizer.lrr (did you mean config.optimizer.lr?)')
+    """
+    leaves = flat(config.to_dict())
+    groups = {leaf.rpartition(".")[0] for leaf in leaves} - {""}
+    close = difflib.get_close_matches(name, [*leaves, *groups], n=1)
+    return UserError(f"unknown setting config.{name}" + (f" (did you mean config.{close[0]}?)" if close else ""))
+
+
+def flat(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dicts as one, keys joined by dots.
+
+    Example:
+      >>> flat({"a": {"b": 1}, "c": 2})
+      {'a.b': 1, 'c': 2}
+    """
+    return {path.replace("/", "."): value for path, value in flatten(dict(tree)).items()}
 
 
 def augment(**changes) -> dict:

@@ -1,10 +1,12 @@
-"""The updates of a run, one after the other, with their log, checkpoints and evaluations on the way."""
+"""The training loop: updates, with log, checkpoints and evaluations."""
 
 import collections
 import contextlib
 import signal
 import time
+from collections.abc import Mapping
 from concurrent import futures
+from types import FrameType
 
 import jax
 import numpy as np
@@ -16,17 +18,31 @@ from kdjax.training import optim, sharding
 from kdjax.training.checkpoint import Checkpoints
 from kdjax.training.checks import check_programs
 from kdjax.training.log import Log
-from kdjax.training.outputs import ema, evaluate
+from kdjax.training.outputs import evaluate
 from kdjax.training.setup import Setup, run_fingerprint
 from kdjax.training.step import Teacher, TrainState
 
 
 class Stopped(Exception):
-    """The run was asked to stop and has saved its state."""
+    """The process was asked to stop, and the state of the run is saved."""
 
 
 def train(setup: Setup, start: int, checkpoints: Checkpoints, log: Log) -> dict[str, TrainState]:
-    """All updates from `start` to the end; returns the final states."""
+    """Runs all updates from `start` to the end.
+
+    Args:
+      setup: of the run, with the states after `start` updates.
+      start: number of updates so far.
+      checkpoints: for the states.
+      log: for the metrics.
+
+    Returns:
+      The final states by role.
+
+    Raises:
+      FloatingPointError: a loss or gradient is not finite.
+      Stopped: the process received SIGTERM or SIGINT; the state is saved.
+    """
     config, states = setup.config, dict(setup.states)
     rate = optim.learning_rate(config)
     batches = data.train_batches(
@@ -38,10 +54,11 @@ def train(setup: Setup, start: int, checkpoints: Checkpoints, log: Log) -> dict[
         shard=(jax.process_index(), jax.process_count()),
     )
 
-    def save(step):
-        checkpoints.save(step, states, {"next_batch": step, "run": mine, "category_ids": ids})
+    fingerprint, category_ids = run_fingerprint(setup), list(setup.dataset.category_ids)
 
-    mine, ids = run_fingerprint(setup), list(setup.dataset.category_ids)
+    def save(step: int) -> None:
+        checkpoints.save(step, states, {"next_batch": step, "run": fingerprint, "category_ids": category_ids})
+
     pending, window = collections.deque(), []
     waited, since, decoded = 0.0, time.perf_counter(), 0
     bar = tqdm(total=config.steps, initial=start, desc="train", unit="step", disable=jax.process_index() > 0)
@@ -54,13 +71,13 @@ def train(setup: Setup, start: int, checkpoints: Checkpoints, log: Log) -> dict[
             if step == start + 1:
                 compile_steps(setup, states, batch)
             for role in states:
-                states[role], of_role = setup.steps[role](states[role], teacher_of(setup, role), batch)
+                states[role], of_role = setup.steps[role](states[role], teacher_variables(setup, role), batch)
                 metrics |= {f"{role}/{name}": value for name, value in of_role.items()}
             pending.append((step, metrics))
             last = step == config.steps or stop_requested(signals.stop, step, config.log_every)
             logs, saves = last or step % config.log_every == 0, last or step % config.checkpoint.every == 0
-            # One step behind, so that the device always has its next step before the host waits for metrics; but what
-            # is written has been looked at.
+            # Metrics are read one step late, so that the device has its next step before the host waits. Before
+            # anything is written, all of them have been checked.
             while len(pending) > (0 if logs or saves else 1):
                 window.append(check_finite(*pending.popleft()))
             bar.update()
@@ -71,7 +88,7 @@ def train(setup: Setup, start: int, checkpoints: Checkpoints, log: Log) -> dict[
                 weights = setup.distiller.weights(step - 1) if setup.distiller else {}
                 row |= {f"weight/{name}": float(w) for name, w in weights.items()}
                 row |= {
-                    "lr": float(rate(step - 1)),
+                    "lr": float(np.asarray(rate(step - 1))),
                     "seconds": seconds,
                     "images_per_s": images / seconds,
                     "wait_share": waited / seconds,
@@ -85,72 +102,86 @@ def train(setup: Setup, start: int, checkpoints: Checkpoints, log: Log) -> dict[
                 save(step)
             if config.eval.every and step % config.eval.every == 0 and step < config.steps:
                 begun = time.perf_counter()
-                for role, state in states.items():
-                    measured = evaluate(setup, role, ema(state), limit=config.eval.limit).metrics
+                for role in states:
+                    measured = evaluate(setup._replace(states=states), role, limit=config.eval.limit).metrics
                     log.write(step, "eval", {f"{role}/{name}": value for name, value in measured.items()})
                 since += time.perf_counter() - begun
             if last and step < config.steps:
-                checkpoints.close()
-                raise Stopped(f"stopped at step {step} of {config.steps}, saved; the same command goes on from there")
+                checkpoints.wait()
+                raise Stopped(f"stopped at step {step} of {config.steps}, saved: run the same command to continue")
     return states
 
 
-def teacher_of(setup: Setup, role: str) -> Teacher | None:
-    """The frozen side, which only the student has."""
+def teacher_variables(setup: Setup, role: str) -> Teacher | None:
+    """The variables of the teacher for the student, None for the twin."""
     return setup.variables if role == "student" else None
 
 
-def compile_steps(setup: Setup, states: dict[str, TrainState], batch: dict) -> None:
-    """Compiles the roles' updates side by side, each on a core of its own; their first calls find them compiled."""
+def compile_steps(setup: Setup, states: Mapping[str, TrainState], batch: Mapping[str, jax.Array]) -> None:
+    """Compiles the updates of all roles in parallel threads, before their first calls."""
     with futures.ThreadPoolExecutor(len(states)) as pool:
         compiling = [
-            pool.submit(setup.steps[role].lower(states[role], teacher_of(setup, role), batch).compile)
+            pool.submit(setup.steps[role].lower(states[role], teacher_variables(setup, role), batch).compile)
             for role in states
         ]
         for each in compiling:
             each.result()
 
 
-def check_finite(step: int, metrics: dict) -> dict:
-    """The metrics of a step on the host.
+def check_finite(step: int, metrics: Mapping[str, jax.Array]) -> dict[str, float]:
+    """Fetches the metrics of a step.
+
+    Args:
+      step: number of the update, from 1.
+      metrics: f32[] by name.
+
+    Returns:
+      The metrics on the host.
 
     Raises:
-      FloatingPointError: names the first figure that is not finite.
+      FloatingPointError: names the first metric that is not finite.
     """
-    metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    if any(value == 0 for name, value in metrics.items() if name.endswith("/finite")):
-        bad = [name for name, value in metrics.items() if not np.isfinite(value)]
+    values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
+    if any(value == 0 for name, value in values.items() if name.endswith("/finite")):
+        bad = [name for name, value in values.items() if not np.isfinite(value)]
         losses = [name for name in bad if not name.endswith(("/total", "/grad_norm"))]
         raise FloatingPointError(
-            f"{(losses or bad)[0]} is not finite at step {step}: training cannot go on; checkpoints of earlier steps "
-            "are sound. A lower learning rate or weight of that term usually helps"
+            f"{(losses or bad)[0]} is not finite at step {step}: lower the learning rate or the weight of that term; "
+            "checkpoints of earlier steps are intact"
         )
-    return metrics
+    return values
 
 
 def stop_requested(stop: bool, step: int, every: int) -> bool:
-    """Whether to stop at this step. Several hosts ask each other every so many steps: all must leave at one."""
+    """Whether all hosts stop at this step.
+
+    Args:
+      stop: whether this host was asked to stop.
+      step: number of the update.
+      every: with several hosts, they exchange `stop` at multiples of this step only.
+    """
     if jax.process_count() == 1:
         return stop
     return step % every == 0 and bool(multihost_utils.process_allgather(np.array(stop)).any())
 
 
 class Signals:
-    """Turns SIGTERM and SIGINT into a flag while training runs, so that the state is saved; a second Ctrl-C ends it."""
+    """A context in which SIGTERM and SIGINT set `stop`, so that the state can be saved; a second Ctrl-C interrupts."""
 
-    def __enter__(self):
+    def __enter__(self) -> "Signals":
         self.stop = False
         self.before = {}
-        with contextlib.suppress(ValueError):  # handlers can be set in the main thread alone
+        with contextlib.suppress(ValueError):  # only the main thread can set handlers
             for number in (signal.SIGTERM, signal.SIGINT):
                 self.before[number] = signal.signal(number, self.handle)
         return self
 
-    def handle(self, number, frame):
-        if self.stop and number == signal.SIGINT:  # asked twice: not even the state is wanted
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """The handler of both signals."""
+        if self.stop and number == signal.SIGINT:  # second Ctrl-C: exit without saving
             raise KeyboardInterrupt
         self.stop = True
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)

@@ -1,46 +1,60 @@
-"""The learning rate over the steps, the optimiser, and the rate of the moving average."""
+"""Learning rate schedule, optimizer, and the rate of the moving average of the parameters."""
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from ml_collections import ConfigDict
+
+from kdjax.errors import UserError
+from kdjax.structs import Array
+from kdjax.training.config import Config
 
 BASE_RATE, BASE_BATCH = 0.004, 256  # RTMDet's, with AdamW
 SGD_RATE, SGD_BATCH = 0.01, 16  # mmdetection's for detectors on ResNets
 
 
-def linear_rule(config: ConfigDict) -> float:
-    """The learning rate that `optimizer.lr=0` stands for: 0.004 for 256 images with AdamW, 0.01 for 16 with SGD."""
+def linear_rule(config: Config) -> float:
+    """The default learning rate, proportional to the batch size.
+
+    0.004 * batch_size / 256 with AdamW (RTMDet's), 0.01 * batch_size / 16 with SGD (mmdetection's for ResNets).
+    """
     rate, batch = (SGD_RATE, SGD_BATCH) if config.optimizer.name == "sgd" else (BASE_RATE, BASE_BATCH)
     return rate * config.batch_size / batch
 
 
-def learning_rate(config: ConfigDict) -> optax.Schedule:
-    """Linear warm-up, flat, then cosine: RTMDet's schedule (Lyu et al. 2022, section 4.1).
+def learning_rate(config: Config) -> optax.Schedule:
+    """Linear warm-up, constant, then cosine decay.
 
-    rate = optimizer.lr, or `linear_rule` where that is 0. It rises from 1e-5 of it over `warmup` steps, stays until
-    `flat` of the run, and falls along a cosine to `end` of it at the last step. With `drops` it stays until the first
-    of these steps and falls to a tenth at each, as in mmdetection's schedules of ResNets.
+    The rate r is `optimizer.lr`, or `linear_rule` if that is 0. It rises from 1e-5 r to r over `warmup` steps, stays
+    until the fraction `flat` of the run, and decays along a cosine to `end` * r at the last step. With `drops` there is
+    no cosine: the rate is divided by 10 at each of these steps, as in mmdetection's schedules for ResNets.
+
+    Args:
+      config: the settings of the run; read here: steps, batch_size, optimizer.
 
     Returns:
       step -> rate, f32[].
 
     Raises:
-      ValueError: the warm-up is longer than the flat part, or `drops` do not ascend within the run.
+      UserError: the warm-up is longer than the constant part, or `drops` are not in ascending order within the run.
+
+    Reference: Lyu et al., "RTMDet: An Empirical Study of Designing Real-Time Object Detectors", 2022, section 4.1.
     """
     settings = config.optimizer
     rate = settings.lr or linear_rule(config)
     drops = list(settings.drops)
     if drops != sorted(set(drops)) or not all(settings.warmup < step < config.steps for step in drops):
-        raise ValueError(
-            f"config.optimizer.drops is {tuple(drops)}; its steps must ascend between the end of the warm-up "
-            f"({settings.warmup}) and that of the run ({config.steps})"
+        raise UserError(
+            f"config.optimizer.drops must be ascending steps between the end of the warm-up ({settings.warmup}) and "
+            f"the end of the run ({config.steps}), not {tuple(drops)}"
         )
     flat_end = int(settings.flat * config.steps)
     if settings.warmup > flat_end and not drops:
-        raise ValueError(
-            f"config.optimizer.warmup is {settings.warmup} steps, but the flat part of the schedule ends at step "
-            f"{flat_end} (config.optimizer.flat of config.steps): shorten the warm-up or lengthen the run"
+        raise UserError(
+            f"config.optimizer.warmup is {settings.warmup}, but the cosine decay starts at step {flat_end} "
+            "(config.optimizer.flat * config.steps): shorten the warm-up or lengthen the run"
         )
     if drops:
         parts, bounds = [optax.constant_schedule(rate * 0.1**i) for i in range(len(drops) + 1)], drops
@@ -53,17 +67,20 @@ def learning_rate(config: ConfigDict) -> optax.Schedule:
     return optax.join_schedules(parts, bounds)
 
 
-def optimizer(config: ConfigDict, no_decay) -> optax.GradientTransformation:
-    """AdamW, or SGD with momentum and a weight decay that is part of the gradient, under `learning_rate`.
+def optimizer(config: Config, no_decay: Callable[[Any], Any]) -> optax.GradientTransformation:
+    """AdamW, or SGD with momentum and an L2 penalty, with the schedule `learning_rate`.
 
     Args:
-      config: the run's config; `config.optimizer` is read.
+      config: the settings of the run; read here: steps, batch_size, optimizer.
       no_decay: params tree -> tree of bool, True where weight decay is not applied (norms, biases).
+
+    Raises:
+      UserError: unknown optimizer, or settings that `learning_rate` refuses.
     """
     settings = config.optimizer
     rate = learning_rate(config)
 
-    def decayed(params):
+    def decayed(params: Any) -> Any:
         return jax.tree.map(lambda skip: not skip, no_decay(params))
 
     if settings.name == "sgd":
@@ -72,13 +89,23 @@ def optimizer(config: ConfigDict, no_decay) -> optax.GradientTransformation:
     elif settings.name == "adamw":
         update = optax.adamw(rate, weight_decay=settings.weight_decay, mask=decayed)
     else:
-        raise ValueError(f"config.optimizer.name is {settings.name!r}; it must be 'adamw' or 'sgd'")
+        raise UserError(f"config.optimizer.name must be 'adamw' or 'sgd', not {settings.name!r}")
     if settings.clip_norm:
         return optax.chain(optax.clip_by_global_norm(settings.clip_norm), update)
     return update
 
 
-def ema_rate(config: ConfigDict, step):
-    """Share of the new weights in the moving average after update `step` (from 0): RTMDet's exponential ramp."""
+def ema_rate(config: Config, step: Array | int) -> Array:
+    """The weight of the new parameters in the moving average: RTMDet's exponential ramp.
+
+    rate = (1 - momentum) * exp(-(1 + step) / ramp) + momentum
+
+    Args:
+      config: the settings of the run; read here: ema.
+      step: number of the update, from 0.
+
+    Returns:
+      f32[], in (0, 1].
+    """
     momentum, ramp = config.ema.momentum, config.ema.ramp
     return (1 - momentum) * jnp.exp(-(1.0 + step) / ramp) + momentum

@@ -1,11 +1,13 @@
-"""What a run leaves: evaluations, models, detections and the report."""
+"""The results of a run: evaluations, models with their cards, detections and the report."""
 
 import collections
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from kdjax import data, files, weights
@@ -13,42 +15,46 @@ from kdjax.evals import coco, complexity, voc
 from kdjax.evals.matching import detections_by_image, truth_by_image
 from kdjax.report import drawing, model_card
 from kdjax.report import run as run_report
-from kdjax.structs import Detections
+from kdjax.structs import Detections, PaddedDetections
 from kdjax.training.checkpoint import fingerprint
 from kdjax.training.checks import check_programs
 from kdjax.training.log import Log
 from kdjax.training.provenance import environment
-from kdjax.training.setup import Setup
-from kdjax.training.step import Teacher, TrainState
+from kdjax.training.setup import Setup, model
+from kdjax.training.step import Teacher
 
 EXAMPLES = 8  # images in the report
 
 
 class Evaluation(NamedTuple):
-    metrics: dict  # the 12 metrics of COCO
-    per_class: dict  # class -> AP
-    detections: list  # COCO results
-    examples: list  # detections of the first images with objects, on the canvas
+    """A model on the validation split."""
+
+    metrics: dict[str, float]  # COCO's 12
+    per_class: dict[str, float]  # class -> AP
+    detections: list[dict[str, Any]]  # COCO results
+    examples: list[drawing.Example]  # the first images with objects, on the canvas
 
 
-def ema(state: TrainState) -> tuple:
-    """(params, stats) that are evaluated and handed out."""
-    return state.ema["params"], state.ema["stats"]
+def evaluate(setup: Setup, role: str, *, limit: int = 0) -> Evaluation:
+    """Evaluates a model; the host processes a batch while the device computes the next.
 
-
-def evaluate(setup: Setup, role: str, variables, *, limit: int = 0) -> Evaluation:
-    """COCO's metrics on the validation split; the host works on a batch while the device computes the next."""
+    Args:
+      setup: of the run.
+      role: "teacher", "twin" or "student".
+      limit: number of validation images; 0 = all.
+    """
     config, dataset = setup.config, setup.dataset
+    detector, variables = model(setup, role)
     here = jax.local_devices()[0]
-    variables = jax.tree.map(lambda leaf: jax.device_put(leaf.addressable_data(0), here), tuple(variables))
-    found, examples, pending = [], [], collections.deque()
+    variables = jax.tree.map(lambda leaf: jax.device_put(leaf.addressable_data(0), here), variables)
+    rows, examples, pending = [], [], collections.deque()
 
-    def fetch():
+    def fetch() -> None:
         batch, output = pending.popleft()
         output = jax.device_get(output)
-        found.extend(coco.to_coco(batch, output, dataset.category_ids))
+        rows.extend(coco.to_coco(batch, output, dataset.category_ids))
         for row in np.flatnonzero(batch["real"] & batch["valid"].any(axis=1))[: EXAMPLES - len(examples)]:
-            examples.append(example(batch, output, row))
+            examples.append(_example(role, batch, output, row))
 
     batches = data.eval_batches(
         dataset,
@@ -56,43 +62,51 @@ def evaluate(setup: Setup, role: str, variables, *, limit: int = 0) -> Evaluatio
         config.data,
         batch_size=config.eval.batch_size,
         limit=limit or None,
-        round_down=(setup.teacher if role == "teacher" else setup.student).round_down,
+        round_down=detector.round_down,
     )
     for batch in tqdm(batches, desc=f"evaluate {role}", unit="batch", leave=False, disable=jax.process_index() > 0):
-        output = setup.predict[role](variables, batch["image"], batch["image_size"])
-        pending.append((batch, output))
+        pending.append((batch, setup.predict[role](variables, batch["image"], batch["image_size"])))
         if len(pending) > 1:
             fetch()
     while pending:
         fetch()
-    curves = coco.curves(data.ground_truth(dataset, "val", limit=limit or None), found)
-    return Evaluation(coco.metrics(curves), coco.class_metrics(curves), found, examples)
+    curves = coco.curves(data.ground_truth(dataset, "val", limit=limit or None), rows)
+    return Evaluation(coco.metrics(curves), coco.class_metrics(curves), rows, examples)
 
 
-def example(batch: dict, output, row: int) -> dict:
-    """One image with its truth and detections, cut out of the canvas."""
+def _example(role: str, batch: Mapping[str, np.ndarray], output: PaddedDetections, row: int) -> drawing.Example:
+    """One image without the padding of the canvas, with its objects and detections."""
     height, width = batch["image_size"][row]
     valid, kept = batch["valid"][row], output.valid[row]
-    return {
-        "image": batch["image"][row, :height, :width],
-        "truth": {"boxes": batch["boxes"][row][valid], "labels": batch["labels"][row][valid]},
-        "found": Detections(output.boxes[row][kept], output.scores[row][kept], output.labels[row][kept]),
-    }
+    return drawing.Example(
+        batch["image"][row, :height, :width],
+        batch["boxes"][row][valid],
+        batch["labels"][row][valid],
+        {role: Detections(*(np.asarray(part[row])[kept] for part in (output.boxes, output.scores, output.labels)))},
+    )
 
 
-def finish(setup: Setup, workdir: Path, log: Log) -> dict:
-    """Evaluates every model, and writes what the user takes away."""
+def finish(setup: Setup, workdir: Path, log: Log) -> dict[str, Any]:
+    """Evaluates all models, and writes everything that a finished run has.
+
+    Args:
+      setup: of the run, with the final states.
+      workdir: the folder of the run.
+      log: gets the final metrics.
+
+    Returns:
+      The content of results.json: for "teacher", "twin" and "student" COCO's metrics with `params` and `flops`, or
+      None; for "gain" the differences of student and twin, or None; for "voc", with VOC's data, its metrics by model.
+    """
     config, dataset = setup.config, setup.dataset
-    hw = tuple(config.data.image_size)
-    variables = {role: ema(state) for role, state in setup.states.items()}
-    if setup.teacher_detects:
-        variables["teacher"] = tuple(setup.variables)
-    results = dict.fromkeys(("teacher", "twin", "student", "gain"))
+    image_size = tuple(config.data.image_size)
+    roles = [*setup.states, "teacher"] if setup.teacher_detects else [*setup.states]
+    results: dict[str, Any] = dict.fromkeys(("teacher", "twin", "student", "gain"))
     evaluations = {}
-    for role in variables:
-        detector = setup.teacher if role == "teacher" else setup.student
-        evaluations[role] = evaluate(setup, role, variables[role])
-        counts = {"params": complexity.parameters(variables[role][0]), "flops": complexity.flops(detector, hw)}
+    for role in roles:
+        detector, (params, _) = model(setup, role)
+        evaluations[role] = evaluate(setup, role)
+        counts = {"params": complexity.parameters(params), "flops": complexity.flops(detector, image_size)}
         results[role] = evaluations[role].metrics | counts
         log.write(config.steps, "eval", {f"{role}/{k}": v for k, v in evaluations[role].metrics.items()})
     check_programs(setup)
@@ -113,60 +127,106 @@ def finish(setup: Setup, workdir: Path, log: Log) -> dict:
         }
     if jax.process_index():
         return results
-    about = {"data": config.data.source, "steps": config.steps, "seed": config.seed, "methods": sorted(setup.methods)}
-    about["category_ids"] = list(dataset.category_ids)
     for role in setup.states:
-        params, stats = jax.device_get(variables[role])
-        extra = about | {"metrics": evaluations[role].metrics} | ({"methods": []} if role == "twin" else {})
-        weights.save(
-            workdir / role, setup.student, params, stats, classes=list(dataset.classes), image_size=hw, extra=extra
-        )
-        fingerprints = {role: fingerprint(Teacher(params, stats))}
-        if setup.teacher:
-            fingerprints["teacher"] = fingerprint(setup.variables)
-        text = model_card.card(
-            role,
-            student=setup.student.name,
-            teacher=setup.teacher.name if setup.teacher else None,
-            dataset=dataset,
-            config=config,
-            results=results,
-            fingerprints=fingerprints,
-            versions=environment(),
-        )
-        (workdir / role / "README.md").write_text(text, encoding="utf-8", errors="replace")
+        save_model(setup, role, workdir / role, results, evaluations[role].metrics)
     (workdir / "detections").mkdir(exist_ok=True)
     for role, evaluation in evaluations.items():
         files.write_json(workdir / "detections" / f"{role}.json", evaluation.detections, indent=1)
     per_class = {role: evaluation.per_class for role, evaluation in evaluations.items()}
     files.write_json(workdir / "per_class.json", per_class, indent=1)
-    examples = [
-        drawing.Example(
-            one["image"],
-            one["truth"]["boxes"],
-            one["truth"]["labels"],
-            {r: evaluations[r].examples[i]["found"] for r in ("teacher", "twin", "student") if r in evaluations},
-        )
-        for i, one in enumerate(evaluations["student"].examples)
-    ]
-    method = " + ".join(setup.methods) or "no teacher"
-    run_report.write_report(
-        workdir / "report.html",
-        title=f"{setup.student.name} on {dataset.name}, {method}",
-        results=results,
-        rows=log.rows(),
-        per_class=per_class,
-        examples=examples,
-        class_names=list(dataset.classes),
-        config_text=config.to_json(indent=2),
-        notes=notes(setup, log.rows()),
-    )
-    files.write_json(workdir / "results.json", results, indent=1)  # last: where it is, everything is
+    write_report(setup, workdir / "report.html", results, evaluations, log.rows())
+    files.write_json(workdir / "results.json", results, indent=1)  # last: if it exists, all else does
     return results
 
 
-def notes(setup: Setup, rows: list[dict]) -> list[str]:
-    """Lines for the foot of the report."""
+def save_model(setup: Setup, role: str, folder: Path, results: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+    """Writes the weights of the student or the twin, with their model card.
+
+    Args:
+      setup: of the run.
+      role: "student" or "twin".
+      folder: for the files.
+      results: of `finish`, for the card.
+      metrics: of the model, stored with the weights.
+    """
+    config, dataset = setup.config, setup.dataset
+    detector, variables = model(setup, role)
+    params, stats = jax.device_get(variables)
+    extra = {
+        "data": config.data.source,
+        "steps": config.steps,
+        "seed": config.seed,
+        "methods": sorted(setup.methods) if role == "student" else [],
+        "category_ids": list(dataset.category_ids),
+        "metrics": dict(metrics),
+    }
+    weights.save(
+        folder,
+        detector,
+        params,
+        stats,
+        classes=list(dataset.classes),
+        image_size=tuple(config.data.image_size),
+        extra=extra,
+    )
+    fingerprints = {role: fingerprint(Teacher(params, stats))}
+    if setup.teacher:
+        fingerprints["teacher"] = fingerprint(setup.variables)
+    text = model_card.card(
+        role,
+        student=setup.student.name,
+        teacher=setup.teacher.name if setup.teacher else None,
+        dataset=dataset,
+        config=cast(ConfigDict, config),
+        results=results,
+        fingerprints=fingerprints,
+        versions=environment(),
+    )
+    (folder / "README.md").write_text(text, encoding="utf-8", errors="replace")
+
+
+def write_report(
+    setup: Setup,
+    path: Path,
+    results: Mapping[str, Any],
+    evaluations: Mapping[str, Evaluation],
+    rows: Sequence[Mapping[str, Any]],
+) -> None:
+    """Writes report.html.
+
+    Args:
+      setup: of the run.
+      path: the file.
+      results: of `finish`.
+      evaluations: by role.
+      rows: of the log.
+    """
+    config, dataset = setup.config, setup.dataset
+    shown = [evaluations[role].examples for role in ("teacher", "twin", "student") if role in evaluations]
+    examples = [
+        same[0]._replace(detections={role: found for one in same for role, found in one.detections.items()})
+        for same in zip(*shown, strict=True)
+    ]
+    run_report.write_report(
+        path,
+        title=f"{setup.student.name} on {dataset.name}, {' + '.join(setup.methods) or 'no teacher'}",
+        results=results,
+        rows=rows,
+        per_class={role: evaluation.per_class for role, evaluation in evaluations.items()},
+        examples=examples,
+        class_names=list(dataset.classes),
+        config_text=config.to_json(indent=2),
+        notes=notes(setup, rows),
+    )
+
+
+def notes(setup: Setup, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Sentences on the run for its report, and facts of the form "name: value".
+
+    Args:
+      setup: of the run.
+      rows: of the log.
+    """
     config = setup.config
     seconds = sum({row["step"]: row["seconds"] for row in rows if row["kind"] == "train"}.values())
     lines = [

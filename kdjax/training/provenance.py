@@ -1,4 +1,4 @@
-"""Where the numbers of a run come from: versions, devices, commit and config."""
+"""What produced the numbers of a run: versions, devices, commit and config."""
 
 import contextlib
 import json
@@ -10,17 +10,17 @@ from importlib import metadata
 from pathlib import Path
 
 import jax
-from ml_collections import ConfigDict
 
 import kdjax
 from kdjax import files
+from kdjax.training.config import Config
 
 
-def environment() -> dict:
-    """Versions, devices and commit of this run."""
+def environment() -> dict[str, str]:
+    """Versions of packages, devices, and the commit of kdjax ("" if it is not a git checkout)."""
     commit, root = "", Path(kdjax.__file__).parents[1]
-    if (root / ".git").exists():  # otherwise kdjax is installed, perhaps inside another project's checkout
-        with contextlib.suppress(OSError, subprocess.SubprocessError):  # no git on this machine, or one that hangs
+    if (root / ".git").exists():  # an installed kdjax may lie inside the checkout of another project
+        with contextlib.suppress(OSError, subprocess.SubprocessError):  # git is missing or does not answer
             describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
             commit = subprocess.run(describe, cwd=root, capture_output=True, text=True, timeout=10).stdout.strip()
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "faster-coco-eval")
@@ -33,11 +33,16 @@ def environment() -> dict:
     }
 
 
-def write_config(config: ConfigDict, workdir: Path) -> None:
-    """The resolved config and the environment; a resumed run adds its environment to the list."""
+def write_config(config: Config, workdir: Path) -> None:
+    """Writes config.json: the config, and the environment of each process that worked on the run.
+
+    Args:
+      config: the settings of the run.
+      workdir: the folder of the run.
+    """
     if jax.process_index():
         return
     path = workdir / "config.json"
     runs = json.loads(path.read_text())["runs"] if path.exists() else []
-    now = environment() | {"command": sys.argv[1:], "time": time.strftime("%Y-%m-%d %H:%M:%S")}
-    files.write_json(path, {"config": json.loads(config.to_json()), "runs": [*runs, now]}, indent=1)
+    this = environment() | {"command": sys.argv[1:], "time": time.strftime("%Y-%m-%d %H:%M:%S")}
+    files.write_json(path, {"config": json.loads(config.to_json()), "runs": [*runs, this]}, indent=1)

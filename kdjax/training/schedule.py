@@ -3,15 +3,16 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
-from kdjax import methods as zoo
+from kdjax.structs import Array
 from kdjax.training import optim
+from kdjax.training.config import Config
+from kdjax.training.setup import build_methods
 
 POINTS = 2000  # at most, of a curve
 
 
-def schedule(config: ConfigDict) -> dict[str, np.ndarray]:
+def schedule(config: Config) -> dict[str, np.ndarray]:
     """Everything that changes over the steps of a run, computed by the functions that the trainer uses.
 
     Args:
@@ -22,9 +23,9 @@ def schedule(config: ConfigDict) -> dict[str, np.ndarray]:
       `weight/METHOD/TERM`.
     """
     steps = np.unique(np.linspace(0, config.steps - 1, POINTS).round().astype(int))
-    methods = {name: zoo.build(name, **options) for name, options in config.methods.items()}
+    methods = build_methods(config)
 
-    def weights(step):
+    def weights(step: Array) -> dict[str, Array]:
         return {f"{name}/{term}": w * m.scale(step) for name, m in methods.items() for term, w in m.weights.items()}
 
     curves = jax.vmap(

@@ -1,52 +1,79 @@
-"""From a config to everything that is known before the first update: models, programs and states."""
+"""From a config to models, initial states and compiled updates."""
 
 import collections
 import ctypes
 import dataclasses
 import gc
 import platform
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
-from kdjax import detectors, files, methods, weights
+from kdjax import data, detectors, files, methods, weights
+from kdjax.detectors.api import Detector, Tree
 from kdjax.distill import Distiller, Method
 from kdjax.errors import UserError
+from kdjax.structs import Array, PaddedDetections
 from kdjax.training import optim, sharding
 from kdjax.training.checkpoint import Checkpoints, fingerprint
+from kdjax.training.config import Config
 from kdjax.training.step import Teacher, TrainState, init_state, make_step
 
-# glibc's mallopt: one heap for all threads (M_ARENA_MAX), nothing mapped by itself (M_MMAP_MAX), never trimmed
+# Options of glibc's mallopt: one arena (M_ARENA_MAX), no mmap for large blocks (M_MMAP_MAX), no trimming
 # (M_TRIM_THRESHOLD).
 MALLOC = {-8: 1, -4: 0, -1: -1}
 
 
-class Setup(NamedTuple):
-    """Everything that is known before the first update; making it finds every mistake of the user's."""
+# (state, teacher variables or None, batch) -> (state, metrics)
+Update = Callable[[TrainState, Teacher | None, Mapping[str, Array]], tuple[TrainState, dict[str, Array]]]
 
-    config: ConfigDict
-    dataset: object
-    student: object  # Detector
-    teacher: object | None
+
+class Setup(NamedTuple):
+    """Everything that is known before the first update."""
+
+    config: Config
+    dataset: data.Dataset
+    student: Detector
+    teacher: Detector | None
     methods: dict[str, Method]
     distiller: Distiller | None  # of student, teacher and methods, in float32
-    teacher_detects: bool  # its classes are the data's, so that it can be evaluated
+    teacher_detects: bool  # the teacher has the classes of the data, so that it can be evaluated
     variables: Teacher | None  # on all devices
-    states: dict[str, TrainState]  # "student", and "twin" if there is one; on all devices
-    steps: dict[str, object]  # jitted updates
-    predict: dict[str, object]  # jitted predictions by model
-    programs: collections.Counter  # how often each program was traced
+    states: dict[str, TrainState]  # "student" and, with a twin, "twin"; on all devices
+    steps: dict[str, Any]  # role -> jitted `Update`
+    predict: dict[str, Any]  # role -> jitted prediction
+    programs: collections.Counter[str]  # how often each program was traced
     mesh: Mesh
 
 
-def prepare_process(folder: str) -> None:
-    """Compiled programs are kept on disk, so that a second run starts in seconds, and freed memory by the process.
+def model(setup: Setup, role: str) -> tuple[Detector, tuple[Tree, Tree]]:
+    """The detector of a role with the variables that are evaluated: a moving average, except for the teacher.
 
-    XLA on the CPU asks for the memory of a whole step, and frees it, each time it runs; glibc hands that back to the
-    system, whose fresh pages then cost a quarter of the step. It must come before the first computation. Python's
-    collector would look again and again at the objects of every program that is being traced: it is made rare.
+    Args:
+      setup: of the run.
+      role: "teacher", "twin" or "student".
+
+    Returns:
+      The detector and its (params, stats).
+    """
+    if role == "teacher":
+        assert setup.teacher is not None and setup.variables is not None, "the run has no teacher"
+        return setup.teacher, (setup.variables.params, setup.variables.stats)
+    average = setup.states[role].ema
+    return setup.student, (average["params"], average["stats"])
+
+
+def prepare_process(folder: str) -> None:
+    """Sets up the compilation cache, and tunes malloc and the garbage collector; call it before any computation.
+
+    On the CPU, XLA allocates and frees the memory of a whole step in each step. By default glibc returns that memory to
+    the system, and the page faults of fresh memory take a quarter of the step. Python's garbage collector would visit
+    the objects of each program that is being traced many times, so it runs less often.
+
+    Args:
+      folder: of the compilation cache; "" = `files.cache_root() / "jax"`, "off" = no cache.
     """
     gc.set_threshold(100_000, 50, 100)
     if platform.libc_ver()[0] == "glibc":
@@ -59,41 +86,92 @@ def prepare_process(folder: str) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def named_detector(chosen: ConfigDict, num_classes: int):
-    """The detector that `config.student` or `config.teacher` names."""
+def build_methods(config: Config) -> dict[str, Method]:
+    """The methods of `config.methods` by name.
+
+    Raises:
+      UserError: unknown method or option, or a value out of its range.
+    """
+    built = {}
+    for name, options in config.methods.items():
+        try:
+            built[name] = methods.build(name, **options)
+        except UserError as error:
+            text = str(error)
+            raise UserError(f"config.methods{'.' if text.startswith(f'{name}: ') else ': '}{text}") from error
+    return built
+
+
+def named_detector(chosen: Config, num_classes: int) -> Detector:
+    """The detector that `config.student` or `config.teacher` names.
+
+    Raises:
+      UserError: unknown detector or option, or a value out of its range.
+    """
     return detectors.build(chosen.detector, num_classes, **chosen.options.to_dict())
 
 
-def load_detector(role: str, chosen: ConfigDict, dataset, key):
-    """The detector of a role with its initial weights: (Detector, (params, stats) or None)."""
+def load_detector(
+    role: str, chosen: Config, dataset: data.Dataset, key: Array
+) -> tuple[Detector, tuple[Tree, Tree] | None]:
+    """The detector of a role with its initial weights.
+
+    Args:
+      role: "student" or "teacher". The classifiers of a student's weights for other classes are re-initialized.
+      chosen: `config.student` or `config.teacher`.
+      dataset: of the run.
+      key: PRNG key for what the weights lack.
+
+    Returns:
+      The detector, and (params, stats) or None if there are no weights.
+
+    Raises:
+      UserError: the weights cannot be read, or do not fit the detector or, for a teacher, the classes of the data.
+    """
     detector = named_detector(chosen, len(dataset.classes)) if chosen.detector else None
     if not chosen.weights:
+        assert detector is not None, "check_models refuses a config without detector and weights"
         return detector, None
     detector, params, stats, classes = weights.load(
         chosen.weights, detector, key=key, keep_classifiers=role == "teacher"
     )
     if classes is not None and list(classes) != list(dataset.classes):
-        if role == "student":  # fine-tuning: weights of other data are a start
+        if role == "student":
             detector = detectors.build(detector.name, len(dataset.classes), **detector.options)
             return detector, (weights.reset_classifiers(detector, params, key=key), stats)
         missing = [name for name in dataset.classes if name not in classes]
         what = f"{missing[0]!r} is unknown to the {role}" if missing else "the order or number of classes differs"
         raise UserError(
-            f"the class map of the {role} in {chosen.weights} does not fit the data: {what}; "
-            f"{role}: {', '.join(classes)}; data: {', '.join(dataset.classes)} (where only the spelling differs, "
-            "`kdjax import-weights --classes` gives the weights other names)"
+            f"config.{role}.weights: the class map of {chosen.weights} does not fit the data: {what}; "
+            f"{role}: {', '.join(classes)}; data: {', '.join(dataset.classes)} (if only the spelling differs, "
+            "rename the classes with `kdjax import-weights --classes`)"
         )
     if detector.num_classes != len(dataset.classes):
         raise UserError(
-            f"the {role} in {chosen.weights} has {detector.num_classes} classes, the data has {len(dataset.classes)}"
+            f"config.{role}.weights: {chosen.weights} has {detector.num_classes} classes, the data has "
+            f"{len(dataset.classes)}"
         )
     return detector, (params, stats)
 
 
-def load_teacher(chosen: ConfigDict, dataset, key, chosen_methods: dict[str, Method]):
-    """The teacher: (Detector, (params, stats), whether its classes are the data's).
+def load_teacher(
+    chosen: Config, dataset: data.Dataset, key: Array, chosen_methods: Mapping[str, Method]
+) -> tuple[Detector, tuple[Tree, Tree] | None, bool]:
+    """The teacher with its weights.
 
-    Where the methods read only its maps, it may have other classes; it is then not evaluated.
+    Its classes may differ from those of the data if the methods read only its feature maps; it is then not evaluated.
+
+    Args:
+      chosen: `config.teacher`.
+      dataset: of the run.
+      key: PRNG key for what the weights lack.
+      chosen_methods: of the run, by name.
+
+    Returns:
+      The detector, (params, stats), and whether its classes are those of the data.
+
+    Raises:
+      UserError: the weights cannot be read, or do not fit the detector or the classes of the data.
     """
     try:
         return *load_detector("teacher", chosen, dataset, key), True
@@ -105,25 +183,33 @@ def load_teacher(chosen: ConfigDict, dataset, key, chosen_methods: dict[str, Met
     return detector, (params, stats), False
 
 
-def prepare(config: ConfigDict, dataset) -> Setup:
-    """Builds the models, the programs and the states at step 0."""
+def prepare(config: Config, dataset: data.Dataset) -> Setup:
+    """Builds models, programs and the states at step 0.
+
+    Args:
+      config: the settings, checked by `checks.check_settings` and `checks.check_models`.
+      dataset: of the run.
+
+    Raises:
+      UserError: weights cannot be loaded, the image size does not fit a model, or a method cannot compare the models.
+    """
     key = jax.random.PRNGKey(config.seed)
     height, width = config.data.image_size
     student, start = load_detector("student", config.student, dataset, key)
     teacher, loaded, teacher_detects = None, None, False
-    chosen = {name: methods.build(name, **options) for name, options in config.methods.items()}
+    chosen = build_methods(config)
     if config.teacher.weights:
         teacher, loaded, teacher_detects = load_teacher(config.teacher, dataset, key, chosen)
     for role, detector in (("student", student), ("teacher", teacher)):
         if detector and (height % detector.size_divisor or width % detector.size_divisor):
             raise UserError(
-                f"config.data.image_size is {height}x{width}; the {role} {detector.name} needs multiples of "
-                f"{detector.size_divisor}"
+                f"config.data.image_size must be multiples of {detector.size_divisor} for the {role} "
+                f"{detector.name}, not {height}x{width}"
             )
     distiller = Distiller(student, teacher, chosen) if chosen else None
     adapters = init_adapters(distiller, key, (height, width)) if distiller else {}
 
-    def no_decay(params):
+    def no_decay(params: Tree) -> Tree:
         return {
             "student": student.no_decay(params["student"]),
             "adapters": jax.tree.map(lambda leaf: leaf.ndim <= 1, params["adapters"]),
@@ -134,21 +220,21 @@ def prepare(config: ConfigDict, dataset) -> Setup:
     everywhere = sharding.replicated(mesh)
     programs = collections.Counter()
 
-    def program(name, function, **options):
-        def traced(*args):
+    def program(name: str, function: Callable[..., Any], **options: Any) -> Any:
+        def traced(*args: Any) -> Any:
             programs[name] += 1
             return function(*args)
 
         return jax.jit(traced, **options)
 
-    def update(name, teacher=None):
-        trained, frozen = (in_precision(detector, config.dtype) for detector in (student, teacher))
-        distiller = Distiller(trained, frozen, chosen) if teacher else None
+    def update(name: str, teacher: Detector | None = None) -> Any:
+        trained = in_precision(student, config.dtype)
+        distiller = Distiller(trained, in_precision(teacher, config.dtype), chosen) if teacher else None
         step = make_step(trained, optimizer, lambda at: optim.ema_rate(config, at), distiller=distiller)
         return program(name, step, donate_argnums=0, out_shardings=everywhere)
 
-    def predictor(name, detector):
-        def predict(variables, images, image_size):
+    def predictor(name: str, detector: Detector) -> Any:
+        def predict(variables: tuple[Tree, Tree], images: Array, image_size: Array) -> PaddedDetections:
             output, _ = detector.apply(*variables, detector.preprocess(images), train=False)
             return detector.decode(output, image_size)
 
@@ -161,7 +247,7 @@ def prepare(config: ConfigDict, dataset) -> Setup:
     if teacher:
         steps["student"] = update("student", teacher=teacher)
         predict["teacher"] = predictor("predict_teacher", teacher)
-    variables = jax.device_put(Teacher(*loaded), everywhere) if teacher else None
+    variables = jax.device_put(Teacher(*loaded), everywhere) if loaded else None
     return Setup(
         config,
         dataset,
@@ -179,21 +265,21 @@ def prepare(config: ConfigDict, dataset) -> Setup:
     )
 
 
-def in_precision(detector, dtype: str):
-    """The detector with its images, and so all its maps up to the predictions, in another precision; None stays."""
-    if detector is None or dtype == "float32":
+def in_precision(detector: Detector, dtype: str) -> Detector:
+    """The detector with images, and so all feature maps up to the predictions, in the given precision."""
+    if dtype == "float32":
         return detector
     return dataclasses.replace(detector, preprocess=lambda images: detector.preprocess(images).astype(dtype))
 
 
-def reads_predictions(chosen: dict[str, Method]) -> bool:
-    """Whether a method reads what the teacher's head predicts, so that the classes of both sides must agree."""
+def reads_predictions(chosen: Mapping[str, Method]) -> bool:
+    """Whether a method reads predictions of the teacher, so that teacher and student must have the same classes."""
     reads = {name for method in chosen.values() for name in method.reads.teacher}
     return any(name.startswith(("rows.", "cls_logits", "box_reg", "quality", "head")) for name in reads)
 
 
-def init_adapters(distiller: Distiller, key, image_size: tuple[int, int]) -> dict:
-    """`Distiller.init`; a refusal names the methods that can compare this student and teacher.
+def init_adapters(distiller: Distiller, key: Array, image_size: tuple[int, int]) -> dict[str, Any]:
+    """`Distiller.init`; an error also lists the methods that can compare this student and teacher.
 
     Raises:
       UserError: a method cannot compare these two.
@@ -207,8 +293,8 @@ def init_adapters(distiller: Distiller, key, image_size: tuple[int, int]) -> dic
         ) from error
 
 
-def run_fingerprint(setup: Setup) -> dict:
-    """What a checkpoint must agree on with the run that reads it: also data and teacher themselves, not their paths."""
+def run_fingerprint(setup: Setup) -> dict[str, Any]:
+    """What a checkpoint must agree on with the run that reads it, including the content of data and teacher."""
     return {
         "student": setup.student.name,
         "options": setup.student.options,
@@ -223,21 +309,31 @@ def run_fingerprint(setup: Setup) -> dict:
 
 
 def resume(setup: Setup, checkpoints: Checkpoints) -> tuple[int, Setup]:
-    """The step to go on from and the states at it."""
+    """Restores the newest checkpoint, if there is one.
+
+    Returns:
+      The number of updates so far, and the setup with the states after them.
+
+    Raises:
+      UserError: the checkpoint belongs to a different run, or none can be read.
+    """
     note = checkpoints.note()
     if note is None:
         return 0, setup
-    written = {"options": {}} | note["run"]  # which older runs did not write
-    for key, value in run_fingerprint(setup).items():
-        theirs = written.get(key)
-        if theirs != value:
+    written = {"options": {}} | note["run"]  # older runs did not write options
+    for name, value in run_fingerprint(setup).items():
+        before = written.get(name)
+        if before != value:
             raise UserError(
-                f"the checkpoint in {checkpoints.manager.directory} is of another run: its {key} is {theirs!r}, this "
-                f"run's is {value!r}; choose another --workdir"
+                f"workdir: {checkpoints.directory} belongs to a different run: {name} was {before!r}, is {value!r}: "
+                "choose another"
             )
     states, note = checkpoints.restore(setup.states)
     states = jax.device_put(states, sharding.replicated(setup.mesh))
     step = int(states["student"].step)
     if step != note["next_batch"]:
-        raise UserError(f"the checkpoint's state is at step {step}, but its data position is {note['next_batch']}")
+        raise UserError(
+            f"workdir: {checkpoints.directory}: the state is at step {step}, but the data at batch "
+            f"{note['next_batch']}: delete this folder to start again"
+        )
     return step, setup._replace(states=states)

@@ -15,7 +15,7 @@ import pytest
 from kdjax import weights
 from kdjax.training import checkpoint
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {
     "batch_size": 4,
     "steps": 40,

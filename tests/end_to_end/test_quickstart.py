@@ -1,4 +1,4 @@
-"""The documented command in a process of its own: the quickstart's config with everything made small."""
+"""`python train.py` in a process of its own: the quickstart with small images and few steps."""
 
 import json
 import os
@@ -104,13 +104,13 @@ def test_the_recipe_on_real_images(name, tmp_path):
     assert set(results) >= {"student", "twin", "teacher"}
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep memory")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has this option")
 def test_freed_memory_stays_with_the_process():
     code = """
 import resource, statistics, jax, jax.numpy as jnp
 from kdjax.training.setup import prepare_process
 prepare_process("off")
-sums = jax.jit(lambda x: jnp.sin(x @ x.T) @ x)  # 44 MB in between: more than glibc ever keeps of itself
+sums = jax.jit(lambda x: jnp.sin(x @ x.T) @ x)  # 44 MB of temporaries: more than glibc keeps by default
 x = jnp.ones((3300, 64))
 faults = []
 for _ in range(30):
@@ -121,4 +121,15 @@ print(int(statistics.median(faults[15:])))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert int(done.stdout) < 1000, "pages of 4 kB; without it some 10,000"
+    assert int(done.stdout) < 1000, "pages of 4 kB; by default some 10,000"
+
+
+def test_mistakes_get_one_line_and_an_exit_code():
+    for flags, words in (
+        (["--config=quickstart", "--workdir=/nowhere/x", "--config.stepz=3"], "unknown setting config.stepz"),
+        (["--config=quickstart", "--workdir=/nowhere/x", "--config.data.source=coco_folder"], "config.data: root"),
+    ):
+        done = train(*flags)
+        assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+        [line] = [line for line in done.stderr.splitlines() if line.startswith("kdjax: ")]
+        assert words in line

@@ -1,0 +1,35 @@
+"""What the tests of the doctor share."""
+
+import jax
+import pytest
+
+from kdjax import data, detectors, weights
+from kdjax.training import checks
+from kdjax.training.setup import prepare
+from tests.support.runs import one_device, random_teacher, tiny_config
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_device():
+    with one_device():
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """(setup, batch) of a tiny run with a random teacher, before its first step."""
+    folder = tmp_path_factory.mktemp("doctor")
+    config = tiny_config(folder, teacher=random_teacher(folder))
+    with one_device():
+        setup = prepare(config, data.open_dataset(config.data))
+        return setup, checks.first_batch_with_objects(setup)
+
+
+@pytest.fixture(scope="session")
+def other_weights(tmp_path_factory):
+    """Weights with the student's shapes, except for their two other classes."""
+    folder = tmp_path_factory.mktemp("others")
+    detector = detectors.build("rtmdet_pico", 2)
+    params, stats = detector.init(jax.random.PRNGKey(5))
+    weights.save(folder, detector, params, stats, classes=["cat", "dog"], image_size=(64, 64))
+    return folder

@@ -1,0 +1,28 @@
+"""Too little memory is named; the memory of the machine is read."""
+
+import jax
+import jax.numpy as jnp
+
+from kdjax.doctor import memory
+from tests.support.findings import errors
+
+
+def test_too_little_memory_is_named(tiny, monkeypatch):
+    setup, batch = tiny
+    step = jax.jit(lambda state, variables, batch: (state, jnp.sum(jnp.outer(batch["boxes"], batch["boxes"]))))
+    setup = setup._replace(steps=setup.steps | {"student": step})
+    assert not errors(memory.check_memory(setup, batch))
+    monkeypatch.setattr(memory, "available", lambda: 2**20)
+    assert "lower config.batch_size" in errors(memory.check_memory(setup, batch))["memory"]
+
+
+def test_memory_is_that_of_the_machine_and_its_container(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "MEMORY", tmp_path / "meminfo")
+    monkeypatch.setattr(memory, "GROUP", tmp_path / "max")
+    count = jax.local_device_count()
+    assert memory.available() * count > 2**30 * 0.5
+    memory.MEMORY.write_text("MemTotal:  9000 kB\nMemFree:  1000 kB\nMemAvailable:  8000 kB\n")
+    assert memory.available() == 8000 * 1024 // count
+    for limit, wanted in (("max", 8000 * 1024), ("4096000", 4096000), ("99999999999", 8000 * 1024)):
+        memory.GROUP.write_text(f"{limit}\n")
+        assert memory.available() == wanted // count

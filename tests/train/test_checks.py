@@ -1,0 +1,136 @@
+"""Mistakes in settings, models, data and workdirs are refused before training."""
+
+import dataclasses
+import json
+
+import pytest
+from ml_collections import ConfigDict
+
+from kdjax import data
+from kdjax.data.dataset import Split
+from kdjax.errors import UserError
+from kdjax.training import checks
+from kdjax.training.run import run
+from tests.support.data import small_folder
+from tests.support.runs import tiny_config
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(optimzer=1), "unknown setting config.optimzer .did you mean config.optimizer"),
+        (
+            dict(data__augment__flipp=1.0),
+            "unknown setting config.data.augment.flipp .did you mean config.data.augment.flip",
+        ),
+        (dict(methods__mkdd=ConfigDict()), "config.methods: unknown method 'mkdd'.*mkd.*rtmdet_cwd"),
+        (dict(methods__mkd__wieght=1.0), "config.methods.mkd: unknown option 'wieght'.*weight"),
+        (dict(methods__mkd__student="neckk"), "config.methods.mkd: .*'neckk'.*neck.*cls_tower"),
+        (dict(methods__mkd__zeta=2.0), "config.methods.mkd: zeta.*0 .. 1"),
+        (dict(methods__mkd__weight=0.0), "config.methods.mkd: it has no effect"),
+        (dict(student__detector=""), "config.student.detector: there is no student.*rtmdet_tiny"),
+        (dict(student__detector="rtmdet_huge"), "rtmdet_huge.*rtmdet_tiny"),
+        (dict(teacher__weights="/nowhere"), "config.teacher.weights: there is no file or folder /nowhere"),
+        (dict(teacher__detector="rtmdet_s"), "rtmdet_pico"),
+        (dict(teacher__weights=""), "config.methods: mkd without a teacher"),
+        (dict(data__image_size=(60, 64)), "image_size must be multiples of 32 .*, not 60x64"),
+        (dict(data__source="coco"), "coco"),
+        (dict(batch_size=0), "batch_size must be >= 1, not 0"),
+        (dict(steps=0), "steps must be >= 1, not 0"),
+        (dict(seed=-1), "seed must be in .0, 4294967295., not -1"),
+        (dict(log_every=0), "log_every"),
+        (dict(checkpoint__every=0), "checkpoint.every"),
+        (dict(eval__batch_size=0), "eval.batch_size"),
+        (dict(data__scenes_train=0), "data.scenes_train"),
+        (dict(data__max_boxes=-5), "data.max_boxes"),
+        (dict(optimizer__lr=float("nan")), "optimizer.lr must be >= 0, not nan"),
+        (dict(optimizer__end=1.5), "optimizer.end must be in .0, 1., not 1.5"),
+        (dict(data__image_size=(64,)), "config.data: image_size must be .height, width. .*, not .64,."),
+        (dict(data__augment__flip=2.0), "augment.flip"),
+        (dict(optimizer__warmup=11), "optimizer.warmup is 11, but the cosine decay starts at step 10"),
+        (dict(optimizer__name="adam"), "optimizer.name must be 'adamw' or 'sgd'"),
+        (dict(methods=ConfigDict()), "config.methods: there is a teacher but no method"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_refused_in_one_sentence(folder, teacher_folder, tmp_path, changes, words):
+    with pytest.raises(UserError, match=words) as caught:
+        run(tiny_config(folder, teacher=teacher_folder, **changes), tmp_path)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("empty", ["train", "val"])
+def test_a_split_without_objects_is_refused(folder, tmp_path, empty):
+    """Also without distillation: a detector would learn to predict nothing."""
+    root = small_folder(tmp_path / "set")
+    path = root / "annotations" / f"instances_{empty}.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"annotations": []}))
+    config = tiny_config(folder, teacher=None)
+    config.data.update(dict(source="coco_folder", root=str(root)))
+    words = {
+        "train": "config.data.train_split: the first 100 training batches have no objects",
+        "val": "config.data.val_split: the 3 images of the split 'val' of set have no objects",
+    }
+    with pytest.raises(UserError, match=words[empty]):
+        run(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_config_that_lacks_a_setting_is_refused(folder, tmp_path):
+    config = tiny_config(folder, teacher=None)
+    del config.optimizer.clip_norm
+    with pytest.raises(UserError, match="config.optimizer.clip_norm is missing"):
+        run(config, tmp_path)
+
+
+def test_a_term_without_effect_is_named(folder, teacher_folder, tmp_path):
+    """A mask that drops all frequencies leaves the student no gradient."""
+    with pytest.raises(UserError, match="term mkd/frequency .*zero gradient"):
+        run(tiny_config(folder, teacher=teacher_folder, methods__mkd__zeta=1.0), tmp_path)
+
+
+def test_a_setting_newer_than_the_run_is_at_its_default(folder, tmp_path):
+    config = tiny_config(folder, teacher=None)
+    written = json.loads(config.to_json())
+    del written["data"]["stage2"]["augment"], written["eval"]["limit"], written["optimizer"]["clip_norm"]
+    (tmp_path / "config.json").write_text(json.dumps({"config": written}))
+    checks.check_workdir(config, tmp_path)
+    config.optimizer.clip_norm = 1.0
+    with pytest.raises(ValueError, match="optimizer.clip_norm was 0.0, is 1.0"):
+        checks.check_workdir(config, tmp_path)
+
+
+def test_workdir_that_cannot_be_used_is_refused(folder, teacher_folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="workdir: .*file/run cannot be created .Not a directory"):
+        run(tiny_config(folder, teacher=teacher_folder), tmp_path / "file" / "run")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="config.json is not the config of a run"):
+        run(tiny_config(folder, teacher=teacher_folder), tmp_path)
+
+
+def test_a_validation_split_that_lost_its_objects_is_refused(folder):
+    dataset = data.open_dataset(tiny_config(folder, teacher=None).data)
+    split = dataset.splits["val"]
+
+    class Empty(Split):
+        truth, log = {**split.truth, "annotations": []}, None
+
+    empty = Empty(split.name, split.size, split.records, split.folder, split.categories)
+    object.__setattr__(empty, "log", [dict(file="a", annotation=i, action="dropped", reason="far off") for i in (1, 2)])
+    dataset = dataclasses.replace(dataset, splits=dataset.splits | {"val": empty})
+    with pytest.raises(UserError, match=r"have no objects \(2 were dropped: far off\): metrics need some"):
+        checks.check_truth(dataset)
+
+
+def test_only_mistakes_of_the_user_become_user_errors(folder, teacher_folder, tmp_path, monkeypatch):
+    """A bug keeps its exception, and so its traceback on the command line."""
+
+    def broken(*_):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(checks, "check_truth", broken)
+    with pytest.raises(ValueError, match="^a bug$") as caught:
+        run(tiny_config(folder, teacher=teacher_folder), tmp_path)
+    assert not isinstance(caught.value, UserError)

@@ -1,0 +1,280 @@
+"""Whole runs: their outputs, exact resumption, the twin, refusals to resume. One tiny run serves most of it."""
+
+import collections
+import json
+import re
+import shutil
+import signal
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import yaml
+from jax.sharding import Mesh
+
+from kdjax import data, detectors, methods, weights
+from kdjax.distill import Distiller
+from kdjax.errors import UserError
+from kdjax.report import model_card
+from kdjax.training import checkpoint, checks, loop, outputs, sharding
+from kdjax.training import config as settings
+from kdjax.training import step as steps
+from kdjax.training.run import run
+from kdjax.training.setup import prepare
+from tests.support.runs import tiny_config
+
+
+@pytest.fixture(scope="module")
+def finished(folder, teacher_folder):
+    """(workdir, results, how often each program was traced) of an uninterrupted run with teacher and twin."""
+    workdir = folder / "whole"
+    finish, traced = outputs.finish, {}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(
+            outputs, "finish", lambda setup, *rest: (finish(setup, *rest), traced.update(setup.programs))[0]
+        )
+        return workdir, run(tiny_config(folder, teacher=teacher_folder), workdir), traced
+
+
+def arrays(workdir: Path, role: str) -> dict:
+    _, params, stats, _ = weights.load(workdir / role)
+    return checkpoint.flat({"params": params, "stats": stats})
+
+
+def assert_equal_bits(a: dict, b: dict) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+def test_outputs_of_a_run(finished):
+    workdir, results, _ = finished
+    assert (
+        set(results)
+        == {"teacher", "twin", "student", "gain"}
+        == set(json.loads((workdir / "results.json").read_text()))
+    )
+    metrics = {"AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"}
+    for role in ("teacher", "twin", "student"):
+        assert set(results[role]) == metrics | {"params", "flops"}
+        assert all(-1 <= results[role][name] <= 1 for name in metrics)
+    assert set(results["gain"]) == metrics
+    assert results["student"]["params"] == results["twin"]["params"] > 100_000
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    trained = [row for row in rows if row["kind"] == "train"]
+    assert [row["step"] for row in trained] == [5, 10, 15, 20]
+    assert {f"student/mkd/{t}" for t in ("feature", "multiscale", "frequency", "alignment")} <= trained[0].keys()
+    logged = {"twin/loss_cls", "twin/loss_box", "student/loss_cls", "lr", "images_per_s", "wait_share"}
+    assert logged | {"decoded_per_image"} <= trained[0].keys()
+    assert not any(name.startswith("twin/mkd") for name in trained[0])
+    config = json.loads((workdir / "config.json").read_text())
+    assert config["config"]["methods"]["mkd"]["zeta"] == 0.5 and config["runs"][0]["jax"] == jax.__version__
+    assert "<html" in (workdir / "report.html").read_text()[:200].lower()
+    detector, *_, classes = weights.load(workdir / "student")
+    assert detector.name == "rtmdet_pico" and len(classes) == detector.num_classes
+    assert list((workdir / "tensorboard").iterdir())
+
+
+def test_a_model_card_names_data_teacher_and_hashes(finished, teacher_folder):
+    workdir, results, _ = finished
+    texts = {role: (workdir / role / "README.md").read_text() for role in ("student", "twin")}
+    for role, text in texts.items():
+        _, header, body = text.split("---\n", 2)
+        [entry] = yaml.safe_load(header)["model-index"]
+        [metric] = entry["results"][0]["metrics"]
+        assert metric["value"] == pytest.approx(results[role]["AP"], abs=1e-4)
+        _, params, stats, classes = weights.load(workdir / role)
+        assert f"hash of the weights: {checkpoint.fingerprint(steps.Teacher(params, stats))}" in body
+        assert f"classes: {', '.join(classes)}" in body and f"- jax: {jax.__version__}" in body
+        assert "data, train: scenes, split `train`: 24 images" in body and "seed 0" in body
+        assert "20 steps of 8 images" in body and "claims no rights" in body
+    student = texts["student"]
+    rows = dict(re.findall(r"^\| (\w+) \| (.*) \|$", student, re.MULTILINE))
+    assert rows["AP"].split(" | ") == [
+        *(f"{100 * results[role]['AP']:.1f}" for role in ("teacher", "twin", "student")),
+        f"{100 * results['gain']['AP']:+.1f}",
+    ]
+    assert rows["params"].split(" | ")[1] == f"{results['student']['params']:,}"
+    of_teacher = checkpoint.fingerprint(steps.Teacher(*weights.load(teacher_folder)[1:3]))
+    assert f"weights `{teacher_folder}`, hash {of_teacher}" in student
+    assert "method mkd: weight 1.0; other options at their defaults" in student and "the teacher's weights" in student
+    assert "- teacher" not in texts["twin"] and "- method" not in texts["twin"] and "gain" not in texts["twin"]
+
+
+def test_a_model_card_names_the_licences_of_the_data():
+    config = settings.base()
+    config.data.source = "coco_folder"
+    text = model_card._licence(("CC BY 4.0, https://example.org",), config, distilled=False)
+    assert "- CC BY 4.0, https://example.org\n" in text and "teacher" not in text
+    assert "names no licence" in model_card._licence((), config, distilled=False)
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(finished, folder, teacher_folder, monkeypatch):
+    """A signal stops the run at an odd step; the same call resumes it."""
+    workdir = folder / "resumed"
+    config = tiny_config(folder, teacher=teacher_folder)
+    shard_batch, calls = sharding.shard_batch, iter(range(10**6))
+
+    def stop_in_step_seven(*args):
+        if next(calls) == 7:  # the first call is for the check of the terms
+            signal.raise_signal(signal.SIGTERM)
+        return shard_batch(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sharding, "shard_batch", stop_in_step_seven)
+        with pytest.raises(loop.Stopped, match="step 7 of 20"):
+            run(config, workdir)
+    assert not (workdir / "results.json").exists()
+    results = run(config, workdir)
+    assert results == finished[1]
+    for role in ("student", "twin"):
+        assert_equal_bits(arrays(workdir, role), arrays(finished[0], role))
+
+
+def test_twin_is_a_supervised_run_to_the_bit(finished, folder, monkeypatch):
+    """Also, no state is saved before the metrics of its steps have been checked."""
+    check_finite, save, checked, saved = loop.check_finite, checkpoint.Checkpoints.save, [], []
+
+    def check(step, metrics):
+        checked.append(step)
+        return check_finite(step, metrics)
+
+    def save_and_note(self, step, *rest):
+        saved.append((step, checked[-1]))
+        return save(self, step, *rest)
+
+    monkeypatch.setattr(loop, "check_finite", check)
+    monkeypatch.setattr(checkpoint.Checkpoints, "save", save_and_note)
+    config = tiny_config(folder, teacher=None)
+    config.checkpoint.every = 7
+    results = run(config, folder / "alone")
+    assert saved == [(7, 7), (14, 14), (20, 20)]
+    assert results["teacher"] is results["twin"] is results["gain"] is None
+    assert results["student"] == finished[1]["twin"]
+    assert_equal_bits(arrays(folder / "alone", "student"), arrays(finished[0], "twin"))
+
+
+def test_one_trace_a_program_in_twenty_steps(finished):
+    assert finished[2] == {"student": 1, "twin": 1, "predict_student": 1, "predict_teacher": 1}
+
+
+def test_eight_devices_equal_one(folder, teacher_folder):
+    """SGD, 4 steps, relative 1e-5: batch statistics, counts and gradients are those of the global batch."""
+    config = tiny_config(folder, teacher=teacher_folder)
+    dataset = data.open_dataset(config.data)
+    detector, *variables, _ = weights.load(teacher_folder)
+    student = detectors.build("rtmdet_pico", len(dataset.classes))
+    distiller = Distiller(student, detector, {"mkd": methods.build("mkd", normalize="pkd")})
+    key = jax.random.PRNGKey(0)
+    optimizer = optax.sgd(1e-4)  # small, so that rounding does not change assignments
+    update = steps.make_step(student, optimizer, lambda at: 0.1, distiller=distiller)
+    batches = data.train_batches(dataset, config.data, batch_size=8, seed=0)
+    batches = [next(batches) for _ in range(4)]
+
+    def outcome(devices):
+        mesh = Mesh(np.array(devices), ("data",))
+        everywhere = sharding.replicated(mesh)
+        state = steps.init_state(student, key, None, distiller.init(key, (64, 64)), optimizer)
+        state, frozen = jax.device_put((state, steps.Teacher(*variables)), everywhere)
+        program = jax.jit(update, donate_argnums=0, out_shardings=everywhere)
+        program = program.lower(state, frozen, sharding.shard_batch(mesh, batches[0])).compile()
+        totals = []
+        for batch in batches:
+            state, metrics = program(state, frozen, sharding.shard_batch(mesh, batch))
+            totals.append(float(metrics["total"]))
+        return totals, checkpoint.flat(state), program.as_text()
+
+    (totals, one, alone), (others, eight, split) = outcome(jax.devices()[:1]), outcome(jax.devices())
+    assert not messages(alone)
+    # Each norm of the student reduces two sums forward and two backward; losses and one group of gradients remain.
+    norms = sum(name.startswith("stats") and name.endswith("mean") for name in one)
+    sent = messages(split)
+    assert norms > 50 and sent.pop("all-reduce") <= 4 * norms + 10
+    sent.pop("all-gather of reduce")  # of the CPU's depthwise form alone (kdjax/nn/conv_cpu.py)
+    if tuple(map(int, jax.__version__.split(".")[:2])) < (0, 12):  # since then XLA transforms a spread batch in place
+        sent.pop("all-gather of fft")
+    assert not sent
+    np.testing.assert_allclose(others, totals, rtol=1e-5)
+    start = checkpoint.flat(steps.init_state(student, key, None, distiller.init(key, (64, 64)), optimizer))
+    for name in one:
+        # Biases and means of norms start at 0 and are still tiny: they are compared with 0.1, their usual size.
+        size = max(np.linalg.norm(one[name]), 0.1 * np.sqrt(one[name].size))
+        assert np.linalg.norm(eight[name] - one[name]) < 1e-5 * size, name
+        change = np.linalg.norm(one[name] - start[name])
+        if name.startswith("params") and change > 1e-5:
+            assert np.linalg.norm(eight[name] - one[name]) < 0.02 * change, name
+
+
+def messages(program: str) -> collections.Counter:
+    """The collectives of a compiled program: all-reduces, and the other kinds with the operation they belong to."""
+    sent = collections.Counter()
+    kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+    for kind, rest in re.findall(rf" ({kinds})(?:-start)?\((.*)", program):
+        source = re.search(r'op_name="[^"]*/(\w+)"', rest)
+        sent[kind if kind == "all-reduce" else f"{kind} of {source and source.group(1)}"] += 1
+    return sent
+
+
+def test_a_step_that_is_not_finite_changes_nothing(finished, folder, teacher_folder):
+    config = tiny_config(folder, teacher=teacher_folder)
+    dataset = data.open_dataset(config.data)
+    setup = prepare(config, dataset)
+    state = setup.states["twin"]
+    poisoned = jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(jnp.nan) if x.ndim == 4 else x, state.params)
+    before = checkpoint.flat(state._replace(params=poisoned))
+    batch = sharding.shard_batch(setup.mesh, checks.first_batch_with_objects(setup))
+    after, metrics = setup.steps["twin"](state._replace(params=poisoned), None, batch)
+    after = checkpoint.flat(after)
+    assert after.pop("step") == 1 and before.pop("step") == 0
+    assert_equal_bits(after, before)
+    with pytest.raises(FloatingPointError, match="twin/loss_.*step 3"):
+        loop.check_finite(3, {f"twin/{name}": value for name, value in metrics.items()})
+
+
+def test_workdir_of_another_run_is_refused(finished, folder, teacher_folder):
+    with pytest.raises(UserError, match="other settings.*seed was 0, is 1"):
+        run(tiny_config(folder, teacher=teacher_folder, seed=1), finished[0])
+
+
+@pytest.mark.parametrize("changed", ["data", "teacher", "options"])
+def test_a_run_is_not_resumed_with_other_data_or_another_teacher(finished, folder, teacher_folder, tmp_path, changed):
+    """With the same settings: the content of a folder has been replaced."""
+    config = tiny_config(folder, teacher=teacher_folder)
+    if changed == "data":
+        config.data.scenes_train += 1  # config.json is not copied, so only the checkpoint knows
+    elif changed == "options":  # that change no shape
+        config.student.options.exp_on_reg = False
+    else:
+        detector, params, stats, classes = weights.load(teacher_folder)
+        params = jax.tree.map(lambda leaf: leaf + 1e-3, params)
+        weights.save(tmp_path / "teacher", detector, params, stats, classes=classes, image_size=(64, 64))
+        config.teacher.weights = str(tmp_path / "teacher")
+    shutil.copytree(finished[0] / "checkpoints", tmp_path / "run" / "checkpoints")
+    with pytest.raises(UserError, match=f"belongs to a different run: {changed} was"):
+        run(config, tmp_path / "run")
+
+
+def test_checkpoint_of_another_detector_is_refused(finished, folder, teacher_folder, tmp_path):
+    shutil.copytree(finished[0] / "checkpoints", tmp_path / "checkpoints")
+    config = tiny_config(folder, teacher=teacher_folder, student__detector="rtmdet_nano")
+    with pytest.raises(UserError, match="different run: student was 'rtmdet_pico', is 'rtmdet_nano'"):
+        run(config, tmp_path)
+
+
+def test_data_that_is_damaged_while_it_trains_gets_a_sentence(folder, tmp_path, monkeypatch):
+    def train(*_):
+        raise data.Damaged("DIR: record 3 cannot be read: prepare the data again")
+
+    monkeypatch.setattr(loop, "train", train)
+    with pytest.raises(UserError, match="DIR: record 3"):
+        run(tiny_config(folder, teacher=None), tmp_path / "run")
+
+
+def test_a_dry_run_needs_no_teacher_and_no_workdir(folder, capsys):
+    config = tiny_config(folder, teacher="")
+    config.data.check = True
+    assert run(config, "/nowhere/x") is None
+    assert "disc" in capsys.readouterr().out

@@ -1,0 +1,79 @@
+"""Models with weights: what a run does with those of other classes, detectors and files."""
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from kdjax import data, detectors, weights
+from kdjax.cli import sentence
+from kdjax.detectors.api import flatten
+from kdjax.errors import UserError
+from kdjax.training.run import run
+from kdjax.training.setup import load_detector, prepare
+from tests.support.checkpoints import spoilt
+from tests.support.runs import tiny_config
+
+
+def test_class_map_of_the_teacher_must_fit(folder, teacher_folder, tmp_path):
+    detector, params, stats, classes = weights.load(teacher_folder)
+    classes = ["zebra", *classes[1:]]
+    weights.save(tmp_path / "other", detector, params, stats, classes=classes, image_size=(64, 64))
+    config = tiny_config(folder, teacher=tmp_path / "other", method="hinton")
+    with pytest.raises(UserError, match="config.teacher.weights: the class map of .*other does not fit .*unknown"):
+        run(config, tmp_path / "run")
+
+
+def test_a_teacher_whose_maps_alone_are_read_may_have_other_classes(folder, tmp_path):
+    """It is not evaluated."""
+    dataset = data.open_dataset(tiny_config(folder, teacher=None).data)
+    detector = detectors.build("rtmdet_pico", 2)
+    params, stats = detector.init(jax.random.PRNGKey(0))
+    weights.save(tmp_path, detector, params, stats, classes=["cat", "dog"], image_size=(64, 64))
+    setup = prepare(tiny_config(folder, teacher=tmp_path, method="cwd"), dataset)
+    assert setup.teacher is not None and not setup.teacher_detects
+
+
+def test_a_teacher_of_another_number_of_classes_is_refused(folder, teacher_folder, tmp_path):
+    """A PyTorch file does not name its classes; re-initialised classifiers would teach noise."""
+    detector = detectors.build("rtmdet_pico", 80)
+    np.savez(tmp_path / "coco.npz", **weights.to_torch(detector, *detector.init(jax.random.PRNGKey(0))))
+    changes = dict(method="hinton", teacher__weights=str(tmp_path / "coco.npz"), teacher__detector="rtmdet_pico")
+    with pytest.raises(UserError, match="coco.npz: the weights are for 80 classes, but 6 are needed"):
+        run(tiny_config(folder, teacher=teacher_folder, **changes), tmp_path / "run")
+
+
+def test_spoilt_weights_of_a_teacher_are_refused(folder, teacher_folder, tmp_path):
+    expected = spoilt(tmp_path, {"bbox_head.rtm_cls.0.bias": np.zeros(6)})
+    for name in sorted(name for name in expected if name.startswith(("pickle", "code"))):
+        changes = dict(teacher__weights=str(tmp_path / name), teacher__detector="rtmdet_pico")
+        with pytest.raises(UserError, match=name) as caught:
+            run(tiny_config(folder, teacher=teacher_folder, **changes), tmp_path / "run")
+        assert expected[name] in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "executed").exists() and not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_weights_of_another_detector_get_one_line(folder, teacher_folder, tmp_path):
+    detector = detectors.build("rtmdet_nano", 6)
+    np.savez(tmp_path / "nano.npz", **weights.to_torch(detector, *detector.init(jax.random.PRNGKey(0))))
+    changes = dict(teacher__weights=str(tmp_path / "nano.npz"), teacher__detector="rtmdet_pico")
+    with pytest.raises(UserError, match="do not fit rtmdet_pico") as caught:
+        run(tiny_config(folder, teacher=teacher_folder, **changes), tmp_path / "run")
+    assert sentence(caught.value).endswith(" more") and "\n" not in sentence(caught.value)
+
+
+def test_a_student_may_start_from_weights_of_other_classes(folder, teacher_folder, tmp_path):
+    """Fine-tuning: all weights but the classifiers are loaded, with a warning."""
+    dataset, key = data.open_dataset(tiny_config(folder, teacher=None).data), jax.random.PRNGKey(0)
+    fresh = flatten(detectors.build("rtmdet_pico", len(dataset.classes)).init(key)[0])
+    for classes in (["zebra", *dataset.classes[1:]], ["zebra"]):
+        detector = detectors.build("rtmdet_pico", len(classes))
+        params, stats = detector.init(jax.random.PRNGKey(99))
+        weights.save(tmp_path, detector, params, stats, classes=classes, image_size=(64, 64))
+        chosen = ConfigDict(dict(detector="rtmdet_pico", options={}, weights=str(tmp_path)))
+        with pytest.warns(UserWarning, match="classifiers of rtmdet_pico are re-initialised"):
+            detector, (loaded, _) = load_detector("student", chosen, dataset, key)
+        assert detector.num_classes == len(dataset.classes)
+        old = flatten(params)
+        for path, value in flatten(loaded).items():
+            np.testing.assert_array_equal(value, (fresh if "rtm_cls" in path else old)[path], err_msg=path)
