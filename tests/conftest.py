@@ -12,8 +12,8 @@ CACHE = Path(__file__).resolve().parents[1] / ".cache" / "jax"
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
-# What takes longest, in files: they start first, so that no process is left alone with one of them at the end.
-FIRST = ("test_end_to_end.py", "test_train.py", "test_golden_replay.py")
+# The slowest files run first, so that no process is left alone with one of them at the end.
+FIRST = ("end_to_end/test_quickstart.py", "training/test_run.py", "test_golden_replay.py", "doctor/test_gradients.py")
 
 
 def pytest_configure(config):
@@ -22,4 +22,8 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
+    def rank(item):
+        name = item.path.relative_to(Path(__file__).parent).as_posix()
+        return FIRST.index(name) if name in FIRST else len(FIRST)
+
+    items.sort(key=rank)

@@ -237,7 +237,7 @@ def test_step_with_objects():
 
 
 def test_norms_see_the_batch_of_all_devices():
-    """All the convolution forms and two norms; tests/test_train.py compares whole runs."""
+    """All the convolution forms and two norms; tests/training/test_run.py compares whole runs."""
     block = pure(lambda: SeparableConv(4, 4, 5))
     state = block.init(jax.random.key(0))
     x = np.random.default_rng(0).normal(size=(8, 6, 5, 4)).astype(np.float32)

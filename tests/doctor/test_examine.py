@@ -35,7 +35,8 @@ def test_all_findings_in_order(tiny, other_weights, monkeypatch):
     names = ", ".join(tiny[0].dataset.classes)
     assert messages["teacher's class map"] == f"the weights have, in the same order, the 6 classes of the data: {names}"
     assert messages["student's class map"] == (
-        f"the classifiers are re-initialised for the 6 classes of the data: {names}; the weights have 2 others: cat, dog"
+        f"the classifiers are re-initialised for the 6 classes of the data: {names}; "
+        "the weights have 2 others: cat, dog"
     )
 
 
