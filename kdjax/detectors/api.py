@@ -1,6 +1,7 @@
 """What a detector is: pure functions over nested dicts of arrays, and facts about them."""
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
@@ -129,8 +130,7 @@ class Detector:
 
     def spec(self, image_size: tuple[int, int]) -> DetectorOutput:
         """Shapes of the output for one image of (height, width) pixels; nothing is computed."""
-        image = jax.ShapeDtypeStruct((1, *image_size, 3), jax.numpy.float32)
-        return jax.eval_shape(lambda variables, x: self._observe(variables, x), self.shapes, image)
+        return _spec(self, tuple(image_size))
 
     def observe(self, variables: tuple[Tree, Tree], batch: Mapping[str, Any]) -> DetectorOutput:
         """The output in evaluation mode for `batch["image"]` u8[B, H, W, 3], with its rows."""
@@ -152,6 +152,12 @@ class Detector:
             location=self.priors(levels.input_size(output)),
             level_sizes=levels.level_sizes(output),
         )
+
+
+@functools.lru_cache(maxsize=256)
+def _spec(detector: Detector, image_size: tuple[int, int]) -> DetectorOutput:
+    image = jax.ShapeDtypeStruct((1, *image_size, 3), jax.numpy.float32)
+    return jax.eval_shape(detector._observe, detector.shapes, image)
 
 
 def flatten(tree: Tree, prefix: str = "") -> dict[str, Any]:

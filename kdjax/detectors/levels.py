@@ -12,7 +12,7 @@ def join(maps: tuple[Array, ...], width: int) -> Array:
 
 
 def input_size(output: DetectorOutput) -> tuple[int, int]:
-    """Height and width in pixels of the image that an output belongs to."""
+    """Height and width in pixels of the image that an output belongs to; it has class logits or boxes."""
     height, width = (output.cls_logits or output.box_reg)[0].shape[1:3]
     return height * output.strides[0], width * output.strides[0]
 

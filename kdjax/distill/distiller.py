@@ -150,6 +150,12 @@ class Distiller:
                 given = jax.tree.map(lambda rows: rows[:, : _count(student.rows)], given)
             return pairings.take_assignment(given, pairs)
 
+        def assign(targets: Targets) -> Assignment | None:
+            return paired(self._assign(output, targets, key))
+
+        def boxes(maps: tuple[Array, ...]) -> Array:
+            return self.teacher.decode_boxes(dataclasses.replace(teacher, box_reg=maps))
+
         ready = paired(assignment)
         student_rows, teacher_rows = _paired_rows(student.rows, teacher.rows, pairs)
         values = {}
@@ -163,11 +169,9 @@ class Distiller:
                 targets=targets if "targets" in method.reads.student else None,  # type: ignore[arg-type]
                 assignment=ready if "assignment" in method.reads.student else None,  # type: ignore[arg-type]
                 key=method_key(key, name),
-                teacher_head=self._head(variables),
-                teacher_boxes=lambda maps, output=teacher: self.teacher.decode_boxes(
-                    dataclasses.replace(output, box_reg=maps)
-                ),
-                assign=lambda targets: paired(self._assign(output, targets, key)),  # type: ignore[return-value]
+                teacher_head=self._head(variables) if "head" in method.reads.teacher else None,  # type: ignore[arg-type]
+                teacher_boxes=boxes if "head" in method.reads.teacher else None,  # type: ignore[arg-type]
+                assign=assign if "assignment" in method.reads.student else None,  # type: ignore[arg-type]
             )
             terms = method.apply(adapters[name], context)
             values |= {f"{name}/{term}": value for term, value in terms.items()}

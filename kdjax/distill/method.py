@@ -17,7 +17,7 @@ Params = Mapping[str, Any]  # what a method trains beside the student: nested di
 
 
 class Context(NamedTuple):
-    """All that a method may look at in one step; what it does not declare in `Method.reads` is missing.
+    """All that a method may look at in one step; what it does not declare in `Method.reads` is None or empty.
 
     Row i of `student_rows` meets row i of `teacher_rows`; `assignment` is in the same order.
     """
@@ -29,11 +29,12 @@ class Context(NamedTuple):
     targets: Targets
     assignment: Assignment  # of the student's assigner; rows without a partner are ignored
     key: Array  # PRNG key of this step and method
-    # (features by level, *, branch, start) -> predictions by level, of the teacher's head with its frozen weights
+    # Of methods that read "head": (features by level, *, branch, start) -> predictions by level, of the teacher's head
+    # with its frozen weights.
     teacher_head: Callable[..., tuple[Array, ...]]
-    # (predictions by level in the form of `DetectorOutput.box_reg`) -> boxes f32[B, N, 4]
+    # Of methods that read "head": (predictions by level in the form of `DetectorOutput.box_reg`) -> boxes f32[B, N, 4].
     teacher_boxes: Callable[[tuple[Array, ...]], Array]
-    # The student's assigner, without gradient, for methods that choose boxes of their own and give them as targets.
+    # Of methods that read "assignment": the student's assigner, without gradient, for targets that the method chooses.
     assign: Callable[[Targets], Assignment]
 
 

@@ -16,6 +16,13 @@ from kdjax.structs import Array, DetectorOutput, Rows
 
 LEVELS = ("backbone", "neck", "neck_conv", "cls_logits", "box_reg", "quality")  # fields that run over levels
 TOWERS = ("cls_tower", "reg_tower")
+# What a model must have for a tap that not all have.
+NEEDS = {
+    "neck_conv": "a neck that ends in convolutions with norm and activation",
+    "quality": "a head that predicts centreness or objectness",
+    "rows.quality": "a head that predicts centreness or objectness",
+    "rows.distribution": "box edges as distributions over bins, as GFL has them",
+}
 ROWS = ("logits", "boxes", "quality", "distribution", "location")
 
 
@@ -72,7 +79,10 @@ def resolve(output: DetectorOutput, name: str) -> tuple[str, list[int] | None]:
         return field, [int(index)]
     elif field == "rows" and output.rows is not None and getattr(output.rows, index, None) is not None:
         return field, None
-    raise UserError(f"tap {name!r}: this model has no such tap: its taps are {', '.join(taps(output)) or 'none'}")
+    needs = f", which needs {NEEDS[name]}" if name in NEEDS else ""
+    raise UserError(
+        f"tap {name!r}: this model has no such tap{needs}: its taps are {', '.join(taps(output)) or 'none'}"
+    )
 
 
 def tap(output: DetectorOutput, name: str) -> dict[int, Array]:

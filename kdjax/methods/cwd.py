@@ -41,8 +41,8 @@ def make(
     classes, teacher_classes = (name.partition(".")[0] == "cls_logits" for name in (student, teacher))
     if classes != teacher_classes:
         raise UserError(
-            f"config.methods.cwd.student is {student!r} and config.methods.cwd.teacher {teacher!r}: class maps compare "
-            "with class maps alone, so both must be 'cls_logits' or none"
+            f"cwd: student is {student!r} and teacher {teacher!r}: class maps compare with class maps only: "
+            "both must be 'cls_logits', or neither"
         )
     method.check("cwd: temperature", temperature, temperature > 0, "above 0")
 

@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kdjax import methods
 from kdjax.detectors import build
-from kdjax.methods import api
-from kdjax.training import step
+from kdjax.distill import Distiller, Method
+from kdjax.errors import UserError
+from kdjax.structs import targets_of
 
 NAMES = ("retinanet_r18", "fcos_r18", "gfl_r18", "atss_r18", "yolox_pico")
 METHODS = ("bckd", "crosskd", "fgfi", "gid", "pfi", "rm")
@@ -17,10 +19,10 @@ SIDE, BATCH, CLASSES = 64, 2, 3
 QUICK = {"xla_backend_optimization_level": 0}
 
 
-def methods_of(name: str) -> dict[str, api.Method]:
+def methods_of(name: str) -> dict[str, Method]:
     options = {"crosskd": {"quality_weight": 1.0 if name.startswith(("fcos", "atss", "yolox")) else 0.0}}
-    chosen = {method: api.build(method, **options.get(method, {})) for method in METHODS}
-    return chosen | ({"ld": api.build("ld")} if name.startswith("gfl") else {})
+    chosen = {method: methods.build(method, **options.get(method, {})) for method in METHODS}
+    return chosen | ({"ld": methods.build("ld")} if name.startswith("gfl") else {})
 
 
 @functools.cache
@@ -47,19 +49,14 @@ def batch() -> dict:
     }
 
 
-def specs(name: str) -> list:
-    image = jax.ShapeDtypeStruct((1, SIDE, SIDE, 3), jnp.float32)
-    return [jax.eval_shape(lambda *v, d=d: d.apply(*v, train=False)[0], *d.shapes, image) for d in networks(name)]
-
-
 def terms(name: str, params, stats, frozen, batch) -> dict:
     """Every term of every method."""
     student, teacher = networks(name)
-    chosen, key = methods_of(name), jax.random.PRNGKey(0)
+    distiller, key = Distiller(student, teacher, methods_of(name)), jax.random.PRNGKey(0)
     output, _ = student.apply(params, stats, student.preprocess(batch["image"]), train=True)
-    _, assignment = student.loss(output, step.targets_of(batch))
-    adapters = step.init_adapters(chosen, key, *specs(name))
-    return step.compare(student, teacher, chosen, adapters, frozen, output, assignment, batch, jnp.int32(0), key)
+    assignment = student.assign(output, targets_of(batch))
+    adapters = distiller.init(key, (SIDE, SIDE))
+    return distiller.terms(adapters, output, batch, frozen, assignment=assignment, key=key, step=0)
 
 
 @pytest.mark.slow
@@ -81,22 +78,29 @@ def test_methods_teach_dense_heads(name):
         at_teacher = jax.tree.leaves(pull_back(jax.tree.map(jnp.ones_like, values))[1])
         return values, pulled, sum(jnp.sum(jnp.abs(leaf)) for leaf in at_teacher)
 
-    values, pulled, at_teacher = run(params, step.Teacher(*teacher.init(jax.random.PRNGKey(2))))
+    values, pulled, at_teacher = run(params, teacher.init(jax.random.PRNGKey(2)))
     assert all(np.isfinite(v) for v in values.values()) and at_teacher == 0
     # GID relates three instances or more of an image; how many there are is not up to the test.
     silent = {term for term, pull in pulled.items() if not (np.isfinite(pull) and pull > 0)}
     assert silent <= {"gid/relation"}, silent
 
 
+def refusal(student, teacher, method: str, **options) -> str:
+    """The sentence that refuses a method on two detectors."""
+    with pytest.raises(UserError) as caught:
+        Distiller(student, teacher, [methods.build(method, **options)]).init(jax.random.PRNGKey(0), (SIDE, SIDE))
+    return str(caught.value)
+
+
 @pytest.mark.parametrize("name", ("retinanet_r18", "fcos_r18", "atss_r18", "yolox_pico"))
 def test_ld_is_refused_without_distributions(name):
-    with pytest.raises(ValueError, match="distributions over bins, but 'box_reg' of the student has 4 numbers a prior"):
-        api.build("ld").init(jax.random.PRNGKey(0), *specs(name))
+    sentence = refusal(*networks(name), "ld")
+    assert sentence.startswith("ld: student: tap 'rows.distribution': ")
+    assert "needs box edges as distributions over bins, as GFL has them" in sentence
 
 
 def test_crosskd_names_the_taps_where_there_is_no_quality():
-    student, teacher = networks("yolox_pico")[0], build("rtmdet_pico", CLASSES, widen=0.125)
-    image = jax.ShapeDtypeStruct((1, SIDE, SIDE, 3), jnp.float32)
-    pair = [jax.eval_shape(lambda *v, d=d: d.apply(*v, train=False)[0], *d.shapes, image) for d in (student, teacher)]
-    with pytest.raises(ValueError, match="there is no tap 'quality' on this detector"):
-        api.build("crosskd", quality_weight=1.0).init(jax.random.PRNGKey(0), *pair)
+    pair = networks("yolox_pico")[0], build("rtmdet_pico", CLASSES, widen=0.125)
+    sentence = refusal(*pair, "crosskd", quality_weight=1.0)
+    assert sentence.startswith("crosskd: teacher: tap 'quality': this model has no such tap")
+    assert "its taps are backbone, " in sentence

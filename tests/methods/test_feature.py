@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kdjax.methods import api
+from kdjax import methods
+from kdjax.errors import UserError
 from kdjax.structs import DetectorOutput, Targets
-from tests import test_methods
 from tests.support.arrays import quick_jit
+from tests.support.methods import Scene, apply, init, output, scene
 
 STRIDES, SIDES = (8, 16, 32), ((6, 8), (3, 4), (2, 2))  # a canvas of 48 x 64 pixels
 BOXES = [
@@ -40,8 +41,8 @@ def with_neck(output: DetectorOutput, change) -> DetectorOutput:
     return dataclasses.replace(output, neck=tuple(change(x) for x in output.neck))
 
 
-def context(student, teacher, *, targets=TARGETS, seed: int = 7) -> api.Context:
-    return test_methods.context(student, teacher, size=64)._replace(targets=targets, key=jax.random.PRNGKey(seed))
+def context(student, teacher, *, targets=TARGETS) -> Scene:
+    return scene(student, teacher, size=64)._replace(targets=targets, canvas=(48, 64))
 
 
 def terms(name: str, student, teacher, choices: dict[str, dict], *, params=None, **kwargs) -> dict:
@@ -50,9 +51,9 @@ def terms(name: str, student, teacher, choices: dict[str, dict], *, params=None,
     def all_terms(student, teacher, params):
         found = {}
         for label, options in choices.items():
-            method = api.build(name, **options)
-            own = method.init(jax.random.PRNGKey(2), student, teacher) if params is None else params
-            found[label] = method.apply(own, context(student, teacher, **kwargs))
+            method = methods.build(name, **options)
+            own = init(method, context(student, teacher), jax.random.PRNGKey(2)) if params is None else params
+            found[label] = apply(method, own, context(student, teacher, **kwargs))
         return found
 
     return jax.tree.map(float, quick_jit(all_terms)(student, teacher, params))
@@ -61,7 +62,7 @@ def terms(name: str, student, teacher, choices: dict[str, dict], *, params=None,
 def random_params(name: str, student, teacher, /, **options):
     """Parameters as `init` shapes them, all random: nothing is zero or the identity as it may be at first."""
     key = jax.ShapeDtypeStruct((2,), jnp.uint32)
-    shapes = jax.eval_shape(lambda k: api.build(name, **options).init(k, student, teacher), key)
+    shapes = jax.eval_shape(lambda k: init(methods.build(name, **options), context(student, teacher), k), key)
     rng = np.random.default_rng(11)
     return jax.tree.map(lambda s: rng.normal(size=s.shape).astype(np.float32) / 2, shapes)
 
@@ -85,13 +86,13 @@ def softmax(x):
 
 
 def test_published_weights_are_the_defaults():
-    weights = {name: api.build(name).weights for name in ("ssim", "pkd", "cwd", "fitnet", "fgd", "mgd")}
+    weights = {name: methods.build(name).weights for name in ("ssim", "pkd", "cwd", "fitnet", "fgd", "mgd")}
     flat = {f"{name} {term}": float(w) for name, found in weights.items() for term, w in found.items()}
     assert flat == pytest.approx(
         {"ssim structural": 4, "pkd correlation": 10, "cwd cwd": 10, "fitnet feature": 1, "mgd generation": 2e-5}
         | {"fgd foreground": 1.6e-3, "fgd background": 8e-4, "fgd attention": 8e-4, "fgd relation": 8e-6}
     )
-    halved = api.build("fgd", weight=0.5, relation_weight=0.0).weights
+    halved = methods.build("fgd", weight=0.5, relation_weight=0.0).weights
     assert {k: float(v) for k, v in halved.items()} == pytest.approx(
         {"foreground": 8e-4, "background": 4e-4, "attention": 4e-4}
     )
@@ -115,7 +116,9 @@ def test_fitnet_gradient():
     student, teacher = detector(0), detector(1)
 
     def loss(neck):
-        return api.build("fitnet").apply({}, context(DetectorOutput(strides=STRIDES, neck=neck), teacher))["feature"]
+        return apply(methods.build("fitnet"), {}, context(DetectorOutput(strides=STRIDES, neck=neck), teacher))[
+            "feature"
+        ]
 
     for got, s, t in zip(quick_jit(jax.grad(loss))(student.neck), student.neck, teacher.neck, strict=True):
         np.testing.assert_allclose(got, 2 * (s - t) / s.size / len(STRIDES), rtol=1e-5, atol=1e-9)
@@ -139,8 +142,8 @@ def test_pkd_sees_neither_scale_nor_shift_of_a_channel_but_of_a_image():
     rng = np.random.default_rng(3)
     by_channel = with_neck(student, lambda x: x * rng.uniform(0.5, 2, 4) + rng.normal(size=4))
     by_image = with_neck(student, lambda x: x * np.array([1, 3]).reshape(2, 1, 1, 1))
-    method = api.build("pkd")
-    value = quick_jit(lambda student: method.apply({}, context(student, teacher))["correlation"])
+    method = methods.build("pkd")
+    value = quick_jit(lambda student: apply(method, {}, context(student, teacher))["correlation"])
     assert float(value(by_channel)) == pytest.approx(float(value(student)), rel=1e-4)
     assert float(value(by_image)) != pytest.approx(float(value(student)), rel=1e-3)
 
@@ -228,11 +231,11 @@ def test_ssim_sees_no_positive_affine_map_of_what_it_rescales():
     of_channel = with_neck(student, lambda x: x * np.array([1, 2, 3, 4]) + np.array([0, 1, 0, 2]))
     of_image = with_neck(student, lambda x: x * np.array([1, 3]).reshape(2, 1, 1, 1))
     choices = {scope: dict(scope=scope) for scope in ("image", "channel", "batch")}
-    methods = {label: api.build("ssim", **options) for label, options in choices.items()}
+    built = {label: methods.build("ssim", **options) for label, options in choices.items()}
 
     @quick_jit
     def values(student):
-        return {label: method.apply({}, context(student, teacher))["structural"] for label, method in methods.items()}
+        return {label: apply(method, {}, context(student, teacher))["structural"] for label, method in built.items()}
 
     plain = values(student)
     for changed, blind in ((of_map, "image channel batch"), (of_channel, "channel"), (of_image, "image channel")):
@@ -313,7 +316,7 @@ def test_fgd():
 def test_fgd_boxes_and_first_values():
     """Padding rows change nothing, no boxes leave the background alone, and equal nets cost nothing at first."""
     student, teacher = detector(0), detector(1)
-    method = api.build("fgd")
+    method = methods.build("fgd")
     none = TARGETS._replace(valid=jnp.zeros_like(TARGETS.valid))
     more = TARGETS._replace(
         boxes=jnp.concatenate([TARGETS.boxes, TARGETS.boxes], 1),
@@ -323,9 +326,9 @@ def test_fgd_boxes_and_first_values():
 
     @quick_jit
     def values(student, teacher):
-        params = method.init(jax.random.PRNGKey(2), student, teacher)
-        found = {name: method.apply(params, context(student, teacher, targets=t)) for name, t in boxes.items()}
-        return found | {"equal": method.apply(params, context(teacher, teacher))}
+        params = init(method, context(student, teacher), jax.random.PRNGKey(2))
+        found = {name: apply(method, params, context(student, teacher, targets=t)) for name, t in boxes.items()}
+        return found | {"equal": apply(method, params, context(teacher, teacher))}
 
     boxes = {"plain": TARGETS, "more": more, "none": none}
     got = jax.tree.map(float, values(student, teacher))
@@ -378,14 +381,14 @@ def test_mgd_holes(mask):
     def output(value):
         return DetectorOutput(strides=(8, 16), neck=(jnp.full((4, side, side, channels), value),) * 2)
 
-    method = api.build("mgd", mask=mask)
+    method = methods.build("mgd", mask=mask)
     params = {"generators": {"8": identity(channels), "16": identity(channels)}}
 
     @quick_jit
     def masks(neck, seed):
         def loss(neck):
-            ctx = test_methods.context(DetectorOutput(strides=(8, 16), neck=neck), output(0.0), size=64)
-            return method.apply(params, ctx._replace(key=jax.random.PRNGKey(seed)))["generation"]
+            ctx = scene(DetectorOutput(strides=(8, 16), neck=neck), output(0.0), size=64)
+            return apply(method, params, ctx._replace(key=jax.random.PRNGKey(seed)))["generation"]
 
         return [2 * gradient for gradient in jax.grad(loss)(neck)]  # d/ds of (m s)^2 / B with B = 4, s = 1
 
@@ -405,13 +408,13 @@ def test_mgd_holes(mask):
 
 def test_equal_maps_cost_nothing_and_a_doubled_batch_the_same():
     student, teacher = detector(0), detector(1)
-    methods = {name: api.build(name) for name in ("ssim", "pkd", "cwd", "fitnet", "fgd")}
-    params = {name: random_params(name, student, teacher) for name in methods}
+    built = {name: methods.build(name) for name in ("ssim", "pkd", "cwd", "fitnet", "fgd")}
+    params = {name: random_params(name, student, teacher) for name in built}
 
     @quick_jit
     def values(student, teacher, targets):
         ctx = context(student, teacher, targets=targets)
-        found = {name: method.apply(params[name], ctx) for name, method in methods.items()}
+        found = {name: apply(method, params[name], ctx) for name, method in built.items()}
         return {f"{name} {term}": value for name, values in found.items() for term, value in values.items()}
 
     once, equal = values(student, teacher, TARGETS), values(teacher, teacher, TARGETS)
@@ -420,6 +423,37 @@ def test_equal_maps_cost_nothing_and_a_doubled_batch_the_same():
         assert float(value) > 0 and float(twice[name]) == pytest.approx(float(value), rel=1e-5), name
         if name != "fgd relation":  # zero at first alone (above): the two blocks learn apart from each other
             assert abs(float(equal[name])) < 1e-6 * max(float(value), 1), name
+
+
+def test_mkd_options():
+    """Every option of the term list changes what it names and nothing else."""
+    student, teacher = output(jax.random.PRNGKey(0), 4, 64), output(jax.random.PRNGKey(1), 4, 64)
+    ctx = scene(student, teacher, size=64)
+
+    def terms(**options):
+        return {k: float(v) for k, v in apply(methods.build("mkd", **options), {}, ctx).items()}
+
+    plain = terms()
+    assert set(plain) == {"feature", "multiscale", "frequency", "alignment"}
+    assert terms(scales=(1,))["multiscale"] == pytest.approx(plain["feature"])
+    assert terms(zeta=0.0)["frequency"] == pytest.approx(plain["feature"], rel=1e-5)
+    for options, term in (
+        (dict(per_scale_mean=True), "multiscale"),
+        (dict(multiscale_mode="hcl"), "multiscale"),
+        (dict(hermitian=False), "frequency"),
+        (dict(keep_dc=True), "frequency"),
+        (dict(temperature=2.0), "alignment"),
+        (dict(attention_weighted=True), "alignment"),
+    ):
+        changed = terms(**options)
+        assert {name for name in plain if changed[name] != plain[name]} == {term}, options
+    assert set(terms(feature_weight=0.0)) == set(plain) - {"feature"}
+    standard = terms(normalize="pkd")
+    moved = scene(jax.tree.map(lambda x: 3 * x + 1, student), teacher, size=64)
+    again = apply(methods.build("mkd", normalize="pkd"), {}, moved)
+    assert {k: float(v) for k, v in again.items()} == pytest.approx(standard, rel=1e-4)
+    with pytest.raises(UserError, match="normalize"):
+        methods.build("mkd", normalize="bn")
 
 
 def test_mkd_generator():
@@ -436,8 +470,8 @@ def test_mkd_generator():
     assert got["whole"]["frequency"] == pytest.approx(got["whole"]["feature"], rel=1e-5)
 
     def loss(params):
-        method = api.build("mkd", generator=True, feature_weight=0.0, multiscale_weight=0.0, alignment_weight=0.0)
-        return method.apply(params, context(student, teacher))["frequency"]
+        method = methods.build("mkd", generator=True, feature_weight=0.0, multiscale_weight=0.0, alignment_weight=0.0)
+        return apply(method, params, context(student, teacher))["frequency"]
 
     assert all(np.any(leaf) for leaf in jax.tree.leaves(quick_jit(jax.grad(loss))(params)))
 
@@ -445,27 +479,27 @@ def test_mkd_generator():
 @pytest.mark.parametrize(
     ("name", "options", "sentence"),
     [
-        ("fitnet", dict(distance="l3"), "fitnet.distance is 'l3'.*l2.*l1"),
-        ("fitnet", dict(reduction="max"), "fitnet.reduction is 'max'.*mean.*sum"),
-        ("pkd", dict(ddof=2), "pkd.ddof is 2.*0.*1"),
-        ("cwd", dict(temperature=0.0), "cwd.temperature is 0.0.*above 0"),
-        ("cwd", dict(student="cls_logits"), "cwd.student is 'cls_logits'.*cwd.teacher 'neck'.*both"),
-        ("ssim", dict(scope="row"), "ssim.scope is 'row'.*image.*channel.*batch"),
-        ("ssim", dict(window=4), "ssim.window is 4.*odd"),
-        ("ssim", dict(window=1), "ssim.window is 1.*at least 3"),
-        ("ssim", dict(exponents=(1.0, -1.0, 1.0)), "ssim.exponents"),
-        ("ssim", dict(exponents=(1.0, 1.0)), "ssim.exponents"),
-        ("fgd", dict(temperature=-1.0), "fgd.temperature is -1.0.*above 0"),
-        ("mgd", dict(drop=1.5), r"mgd.drop is 1.5.*0 \.\. 1"),
-        ("mgd", dict(mask="rows"), "mgd.mask is 'rows'.*cells.*channels"),
+        ("fitnet", dict(distance="l3"), "fitnet: distance is 'l3'.*l2.*l1"),
+        ("fitnet", dict(reduction="max"), "fitnet: reduction is 'max'.*mean.*sum"),
+        ("pkd", dict(ddof=2), "pkd: ddof is 2.*0.*1"),
+        ("cwd", dict(temperature=0.0), "cwd: temperature is 0.0.*above 0"),
+        ("cwd", dict(student="cls_logits"), "cwd: student is 'cls_logits' and teacher 'neck'.*both"),
+        ("ssim", dict(scope="row"), "ssim: scope is 'row'.*image.*channel.*batch"),
+        ("ssim", dict(window=4), "ssim: window is 4.*odd"),
+        ("ssim", dict(window=1), "ssim: window is 1.*at least 3"),
+        ("ssim", dict(exponents=(1.0, -1.0, 1.0)), "ssim: exponents"),
+        ("ssim", dict(exponents=(1.0, 1.0)), "ssim: exponents"),
+        ("fgd", dict(temperature=-1.0), "fgd: temperature is -1.0.*above 0"),
+        ("mgd", dict(drop=1.5), r"mgd: drop is 1.5.*0 \.\. 1"),
+        ("mgd", dict(mask="rows"), "mgd: mask is 'rows'.*cells.*channels"),
     ],
 )
 def test_impossible_options_are_refused(name, options, sentence):
-    with pytest.raises(ValueError, match=f"config.methods.{sentence}"):
-        api.build(name, **options)
+    with pytest.raises(UserError, match=f"^{sentence}"):
+        methods.build(name, **options)
 
 
 def test_cwd_refuses_class_maps_of_other_classes():
-    method = api.build("cwd", student="cls_logits", teacher="cls_logits")
-    with pytest.raises(ValueError, match="stride 8 the student has 3 and the teacher 80"):
-        method.init(jax.random.PRNGKey(0), detector(0), detector(1, classes=80))
+    method = methods.build("cwd", student="cls_logits", teacher="cls_logits")
+    with pytest.raises(UserError, match="stride 8 the student has 3 and the teacher 80"):
+        init(method, context(detector(0), detector(1, classes=80)))

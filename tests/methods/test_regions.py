@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import types
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +9,15 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from kdjax import methods
 from kdjax.boxes import roi_align
+from kdjax.distill import Method, Reads
+from kdjax.errors import UserError
 from kdjax.losses import instances, relation
-from kdjax.methods import api
 from kdjax.structs import Assignment
-from kdjax.training import step
 from tests.support.arrays import quick_jit
-from tests.test_methods import CLASSES, STRIDES, context, output
+from tests.support.methods import CLASSES, STRIDES, Scene, apply, batch_of, distiller, init, output
+from tests.support.methods import scene as plain_scene
 
 SIZE = 64
 
@@ -38,8 +39,8 @@ STUDENT, TEACHER = drawn(0, 4), drawn(1, 6)
 BOXES = np.array([[4, 6, 30, 28], [20, 10, 61, 50], [-100, -90, 170, 150], [0, 0, 0, 0]], np.float32)
 
 
-def scene(student=STUDENT, teacher=TEACHER, size: int = SIZE) -> api.Context:
-    ctx = context(student, teacher, size=size)
+def scene(student=STUDENT, teacher=TEACHER, size: int = SIZE) -> Scene:
+    ctx = plain_scene(student, teacher, size=size)
     valid = jnp.array([[True, True, True, False], [False, True, False, False]])
     return ctx._replace(targets=ctx.targets._replace(boxes=jnp.array([BOXES, BOXES]), valid=valid))
 
@@ -47,18 +48,18 @@ def scene(student=STUDENT, teacher=TEACHER, size: int = SIZE) -> api.Context:
 @functools.cache
 def shaken(name: str):
     """Random parameters of the method."""
-    shapes = jax.eval_shape(lambda: api.build(name).init(jax.random.PRNGKey(2), STUDENT, TEACHER))
+    shapes = jax.eval_shape(lambda: init(methods.build(name), scene()))
     return jax.tree.map(lambda x: 0.3 * x, normal(2, shapes))
 
 
-def variants(name: str, params, chosen: dict, ctx: api.Context = None) -> dict:
+def variants(name: str, params, chosen: dict, ctx: Scene | None = None) -> dict:
     """The terms of the method under each of the chosen options, in one program."""
     ctx = scene() if ctx is None else ctx
 
     @quick_jit
     def run(params, student, teacher):
         moved = ctx._replace(student=student, teacher=teacher)
-        return {label: api.build(name, **options).apply(params, moved) for label, options in chosen.items()}
+        return {label: apply(methods.build(name, **options), params, moved) for label, options in chosen.items()}
 
     return jax.tree.map(float, run(params, ctx.student, ctx.teacher))
 
@@ -131,7 +132,7 @@ def test_fkd_equals_a_slow_loop():
 
 def test_fkd_of_equal_nets():
     """Identity adapters, and non-local blocks as they start: every term is 0, with a finite gradient."""
-    shapes = jax.eval_shape(lambda: api.build("fkd").init(jax.random.PRNGKey(2), STUDENT, STUDENT))
+    shapes = jax.eval_shape(lambda: init(methods.build("fkd"), scene(STUDENT, STUDENT)))
     params = normal(4, shapes)
     for blocks in params["blocks"].values():
         blocks["student"]["norm"] = blocks["teacher"]["norm"] = {"scale": jnp.zeros(4), "bias": jnp.zeros(4)}
@@ -142,7 +143,7 @@ def test_fkd_of_equal_nets():
     params["spatial"] = dict.fromkeys(params["spatial"], one)
 
     def total(student):
-        terms = api.build("fkd").apply(params, scene(student, STUDENT))
+        terms = apply(methods.build("fkd"), params, scene(student, STUDENT))
         return sum(terms.values())
 
     value, gradient = quick_jit(jax.value_and_grad(total))(STUDENT)
@@ -231,7 +232,7 @@ def test_defeat_equals_a_slow_loop():
 def test_tiny_adapters_start_from_the_teacher_alone():
     """Half the mean of T^2 a region at first, and hardly a pull on the student."""
     for name in ("defeat", "fgfi"):
-        params = api.build(name).init(jax.random.PRNGKey(2), STUDENT, TEACHER)
+        params = init(methods.build(name), scene())
         for layer in params.values():
             assert 0 < float(jnp.std(layer["kernel"])) < 2e-4 and not np.any(layer["bias"])
     silent = jax.tree.map(jnp.zeros_like, params)
@@ -248,7 +249,7 @@ def slow_gid(params, ctx) -> dict:
 
     @quick_jit
     def look(student, teacher):
-        scores = [api.rows(out.cls_logits, len(ctx.priors)) for out in (student, teacher)]
+        scores = [jnp.concatenate([m.reshape(2, -1, CLASSES) for m in out.cls_logits], 1) for out in (student, teacher)]
         predicted = ctx.decode_student(student), ctx.decode_teacher(teacher)
         boxes, _, valid = instances.general_instances(*scores, *predicted)
         level = roi_align.levels_by_size(boxes, 3, finest=14 * 8)
@@ -304,7 +305,7 @@ def test_gid_selects_without_gradient():
     params = shaken("gid")
 
     def features(student):
-        terms = api.build("gid").apply(params, scene(student))
+        terms = apply(methods.build("gid"), params, scene(student))
         return terms["feature"] + terms["relation"]
 
     gradient = quick_jit(jax.grad(features))(STUDENT)
@@ -333,8 +334,8 @@ def test_the_size_of_the_batch_changes_nothing(name):
 def test_devices_change_nothing():
     """GID, which gathers and sorts: eight images on one device, and on eight devices with one each."""
     student, teacher = (drawn(i, c, 32, batch=8) for i, c in ((4, 4), (5, 6)))
-    ctx, params = context(student, teacher, size=32), shaken("gid")
-    total = quick_jit(lambda s, t: api.build("gid").apply(params, ctx._replace(student=s, teacher=t)))
+    ctx, params = plain_scene(student, teacher, size=32), shaken("gid")
+    total = quick_jit(lambda s, t: apply(methods.build("gid"), params, ctx._replace(student=s, teacher=t)))
     sharding = NamedSharding(Mesh(np.array(jax.devices()[:8]), ("data",)), PartitionSpec("data"))
     one, eight = total(student, teacher), total(*jax.device_put((student, teacher), sharding))
     assert jax.tree.map(float, eight) == pytest.approx(jax.tree.map(float, one), rel=1e-4)
@@ -342,9 +343,9 @@ def test_devices_change_nothing():
 
 def test_a_weight_of_zero_takes_its_term_away():
     for name, part in (("fkd", "channel"), ("defeat", "background"), ("gid", "box")):
-        without = api.build(name, **{f"{part}_weight": 0.0})
-        found = jax.eval_shape(lambda params, terms=without.apply: terms(params, scene()), shaken(name))
-        assert found and set(found) == set(without.weights) == set(api.build(name).weights) - {part}
+        without = methods.build(name, **{f"{part}_weight": 0.0})
+        found = jax.eval_shape(lambda params, method=without: apply(method, params, scene()), shaken(name))
+        assert found and set(found) == set(without.weights) == set(methods.build(name).weights) - {part}
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -359,53 +360,50 @@ def test_images_without_objects(name):
 @pytest.mark.parametrize(
     "name,options,words",
     [
-        ("fkd", dict(temperature=0.0), "config.methods.fkd.temperature is 0.0"),
-        ("fgfi", dict(psi=1.5), "config.methods.fgfi.psi is 1.5"),
-        ("fgfi", dict(anchor_scale=0), "config.methods.fgfi.anchor_scale is 0"),
-        ("gid", dict(count=0), "config.methods.gid.count is 0"),
-        ("gid", dict(iou_threshold=2), "config.methods.gid.iou_threshold is 2"),
+        ("fkd", dict(temperature=0.0), "fkd: temperature is 0.0"),
+        ("fgfi", dict(psi=1.5), "fgfi: psi is 1.5"),
+        ("fgfi", dict(anchor_scale=0), "fgfi: anchor_scale is 0"),
+        ("gid", dict(count=0), "gid: count is 0"),
+        ("gid", dict(iou_threshold=2), "gid: iou_threshold is 2"),
         *((name, dict(start=5, stop=5), "not possible") for name in METHODS),
     ],
 )
 def test_wrong_options_are_refused(name, options, words):
-    with pytest.raises(ValueError, match=words):
-        api.build(name, **options)
+    with pytest.raises(UserError, match=words):
+        methods.build(name, **options)
 
 
 def test_gid_refuses_what_it_cannot_compare():
-    method, key = api.build("gid"), jax.random.PRNGKey(0)
-    other = drawn(3, 6)
+    method, other = methods.build("gid"), drawn(3, 6)
     classes = dataclasses.replace(other, cls_logits=other.box_reg)
-    with pytest.raises(ValueError, match="classes on both sides"):
-        method.init(key, STUDENT, classes)
-    with pytest.raises(ValueError, match="shares one adapter"):
-        method.init(key, dataclasses.replace(STUDENT, neck=(*STUDENT.neck[:2], other.neck[2])), TEACHER)
+    with pytest.raises(
+        UserError, match=r"^gid: .*same levels, anchors and classes.* 3\) \(student\) and .* 4\) \(teacher"
+    ):
+        init(method, scene(STUDENT, classes))
+    with pytest.raises(UserError, match="gid.*shares one adapter"):
+        init(method, scene(dataclasses.replace(STUDENT, neck=(*STUDENT.neck[:2], other.neck[2]))))
 
 
-def test_the_trainer_hands_out_the_students_assigner_without_its_gradient():
+def test_a_method_gets_the_students_assigner_without_its_gradient():
     ctx = scene()
-
-    def loss(out, targets):
-        assignment = ctx.assign(targets)
-        return {}, assignment._replace(quality=jnp.mean(out.cls_logits[0]) * assignment.quality)
-
-    detector = types.SimpleNamespace(
-        apply=lambda *_, train: (TEACHER, None), preprocess=lambda x: x, priors=lambda hw: np.asarray(ctx.priors),
-        decode_boxes=ctx.decode_student, loss=loss,
-    )  # fmt: skip
     seen = []
 
-    def probe(params, given):
-        seen.append(given.assign(ctx.targets))
+    def probe(params, context):
+        seen.append(context.assign(ctx.targets))
         return {"quality": jnp.sum(seen[-1].quality)}
 
-    batch = {"image": jnp.zeros((2, SIZE, SIZE, 3)), **ctx.targets._asdict()}
+    method = Method(lambda *_: {}, probe, {"quality": 1.0}, Reads(("assignment",)), name="probe")
 
     def quality(student):
-        methods = {"probe": api.Method(None, probe, None)}
-        terms = step.compare(
-            detector, detector, methods, {"probe": {}}, step.Teacher({}, {}), student, ctx.assignment, batch, 0, ctx.key
-        )
+        made = distiller(ctx, method)
+        plain = made.student.assign
+
+        def assign(out, targets, key):
+            assignment = plain(out, targets, key)
+            return assignment._replace(quality=jnp.mean(out.cls_logits[0]) * assignment.quality)
+
+        made.student.assign = assign
+        terms = made.terms({"probe": {}}, student, batch_of(ctx), ((), ()), assignment=ctx.assignment, key=ctx.key)
         return terms["probe/quality"]
 
     value, gradient = jax.value_and_grad(quality)(STUDENT)

@@ -1,8 +1,8 @@
 """Every method on pairs of families, with numbers: finite terms, a gradient at the student, none at the teacher.
 
 Maps are drawn once for each family, in the shapes of narrow networks; assigners, heads and decoders are the families'
-own. One pair a method is tried here, all others by `python -m pytest tests/test_matrix.py -m slow`. That what does not
-refuse a pair also runs on it is traced for all pairs in tests/test_docs.py.
+own. One pair a method is tried here, all others by `python -m pytest tests/methods/test_matrix.py -m slow`. That what
+does not refuse a pair also runs on it is traced for all pairs in tests/test_docs.py.
 """
 
 import dataclasses
@@ -13,10 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kdjax import detectors
-from kdjax.methods import api
-from kdjax.training import step
-from kdjax.training.setup import output_spec
+from kdjax import detectors, methods
+from kdjax.distill import Distiller
 
 SIDE, BATCH, CLASSES = 64, 2, 3
 QUICK = {"xla_backend_optimization_level": 0}
@@ -42,7 +40,7 @@ def network(family: str, teacher: bool):
 
 @functools.cache
 def spec(family: str, teacher: bool):
-    return output_spec(network(family, teacher), (SIDE, SIDE))
+    return network(family, teacher).spec((SIDE, SIDE))
 
 
 @functools.cache
@@ -50,7 +48,7 @@ def taps(family: str, teacher: bool):
     """Maps of two images; distances in pixels are of two cells and more, so that objects have several priors."""
     rng = np.random.default_rng(teacher)
     draw = lambda leaf: rng.normal(0, 0.5, (BATCH, *leaf.shape[1:])).astype(np.float32)  # noqa: E731
-    drawn = jax.tree.map(draw, spec(family, teacher))
+    drawn = jax.tree.map(draw, dataclasses.replace(spec(family, teacher), rows=None))
     if family not in ("rtmdet", "fcos"):
         return drawn
     distances = tuple(stride * (2 + cells) for stride, cells in zip(drawn.strides, drawn.box_reg, strict=True))
@@ -71,20 +69,21 @@ def batch() -> dict:
 
 
 def runs(name: str) -> list[tuple[str, str]]:
-    return [pair for pair in PAIRS if not api.refusal(name, spec(pair[0], False), spec(pair[1], True))]
+    return [
+        pair
+        for pair in PAIRS
+        if not methods.refusal(name, network(pair[0], False), network(pair[1], True), (SIDE, SIDE))
+    ]
 
 
 def check(name: str, student_family: str, teacher_family: str) -> None:
     student, teacher = network(student_family, False), network(teacher_family, True)
-    methods, key = {name: api.build(name)}, jax.random.PRNGKey(0)
-    adapters = step.init_adapters(methods, key, spec(student_family, False), spec(teacher_family, True))
-    frozen = step.Teacher(*teacher.init(jax.random.PRNGKey(1)))
-    given = batch()
+    distiller, key = Distiller(student, teacher, [methods.build(name)]), jax.random.PRNGKey(0)
+    adapters = distiller.init(key, (SIDE, SIDE))
 
-    def terms(output, seen, frozen):
-        fixed = dataclasses.replace(teacher, apply=lambda *_, train: (seen, None))
-        _, assignment = student.loss(output, step.targets_of(given))
-        return step.compare(student, fixed, methods, adapters, frozen, output, assignment, given, jnp.int32(0), key)
+    def terms(output, maps, frozen):
+        observed = dataclasses.replace(maps, rows=teacher.rows(maps))
+        return distiller.terms(adapters, output, batch(), frozen, observed=observed, key=key, step=0)
 
     @functools.partial(jax.jit, compiler_options=QUICK)
     def gradients(*where):
@@ -94,12 +93,14 @@ def check(name: str, student_family: str, teacher_family: str) -> None:
         ]
         return values, sums
 
-    values, (at_student, *at_teacher) = gradients(taps(student_family, False), taps(teacher_family, True), frozen)
+    values, (at_student, *at_teacher) = gradients(
+        taps(student_family, False), taps(teacher_family, True), teacher.init(jax.random.PRNGKey(1))
+    )
     assert all(np.isfinite(value) for value in values.values()), values
     assert np.isfinite(at_student) and at_student > 0 and not any(at_teacher)
 
 
-@pytest.mark.parametrize("number, name", list(enumerate(api.names())), ids=api.names())
+@pytest.mark.parametrize("number, name", list(enumerate(methods.names())), ids=methods.names())
 def test_a_method_teaches_across_families(number, name):
     able = runs(name)
     mixed = [pair for pair in able if pair[0] != pair[1]] or able
@@ -107,7 +108,7 @@ def test_a_method_teaches_across_families(number, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", api.names())
+@pytest.mark.parametrize("name", methods.names())
 def test_a_method_teaches_on_every_pair(name):
     for pair in runs(name):
         check(name, *pair)

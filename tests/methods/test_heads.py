@@ -8,11 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kdjax import detectors
+from kdjax import detectors, methods
+from kdjax.distill import Method
+from kdjax.errors import UserError
 from kdjax.losses import localization
-from kdjax.methods import api
-from tests import test_methods as made
 from tests.support.arrays import quick_jit
+from tests.support import methods as made
+from tests.support.methods import Scene, apply, init
 
 SIZE, BINS, CLASSES = 64, 5, made.CLASSES
 PREDICTORS = ("rtm_cls", "rtm_reg")  # of RTMDet's head
@@ -35,9 +37,9 @@ def output(seed: int, channels: int, bins: int = 1):
 
 
 @functools.cache
-def scene(*, bins: int = 1, channels: int = 4) -> api.Context:
+def scene(*, bins: int = 1, channels: int = 4) -> Scene:
     """Two images; in the second one object has no positive prior, and some priors are ignored."""
-    context = made.context(output(0, 4, bins), output(1, channels, bins), size=SIZE)
+    context = made.scene(output(0, 4, bins), output(1, channels, bins), size=SIZE)
     kept = jnp.ones_like(context.assignment.positive).at[1].set(context.assignment.matched[1] != 1)
     assignment = context.assignment._replace(
         matched=jnp.where(kept, context.assignment.matched, -1),
@@ -49,30 +51,29 @@ def scene(*, bins: int = 1, channels: int = 4) -> api.Context:
     return context._replace(assignment=assignment, teacher_head=edge_head if bins > 1 else made.head)
 
 
-def terms(name: str, context: api.Context, **options) -> dict[str, float]:
-    method = api.build(name, **options)
-    params = method.init(jax.random.PRNGKey(3), context.student, context.teacher)
-    return {term: float(value) for term, value in method.apply(params, context).items()}
+def terms(name: str, context: Scene, **options) -> dict[str, float]:
+    method = methods.build(name, **options)
+    params = init(method, context)
+    return {term: float(value) for term, value in apply(method, params, context).items()}
 
 
-def compiled(name: str, context: api.Context, **options) -> dict[str, float]:
+def compiled(name: str, context: Scene, **options) -> dict[str, float]:
     """The same as one program, which is faster for shapes that come once; and it must be the same."""
-    method = api.build(name, **options)
-    params = method.init(jax.random.PRNGKey(3), context.student, context.teacher)
-    return {term: float(value) for term, value in quick_jit(lambda: method.apply(params, context))().items()}
+    method = methods.build(name, **options)
+    params = init(method, context)
+    return made.values(method, params, context)
 
 
-def trained(name: str, context: api.Context, **options) -> dict:
+def trained(name: str, context: Scene, **options) -> dict:
     """The shapes of what a method trains."""
-    init = lambda key: api.build(name, **options).init(key, context.student, context.teacher)  # noqa: E731
-    return jax.tree.map(lambda x: x.shape, jax.eval_shape(init, jax.random.PRNGKey(0)))
+    return jax.tree.map(lambda x: x.shape, jax.eval_shape(lambda: init(methods.build(name, **options), context)))
 
 
-def pulled_at(method: api.Method, context: api.Context, fields: tuple[str, ...]) -> set[str]:
+def pulled_at(method: Method, context: Scene, fields: tuple[str, ...]) -> set[str]:
     """Which of the student's fields get a gradient from a method that trains nothing beside."""
 
     def total(student):
-        return sum(method.apply({}, context._replace(student=student)).values())
+        return sum(apply(method, {}, context._replace(student=student)).values())
 
     gradient = quick_jit(jax.grad(total))(context.student)
     return {field for field in fields if any(np.any(m) for m in jax.tree.leaves(getattr(gradient, field)))}
@@ -123,11 +124,11 @@ def overlap(a, b) -> tuple[np.ndarray, np.ndarray]:
     return inner / union, inner / union - (hull - union) / np.maximum(hull, 1e-6)
 
 
-def masks(context: api.Context) -> tuple[np.ndarray, np.ndarray]:
+def masks(context: Scene) -> tuple[np.ndarray, np.ndarray]:
     return np.array(context.assignment.positive), ~np.array(context.assignment.ignore)
 
 
-def level_slices(context: api.Context) -> list[slice]:
+def level_slices(context: Scene) -> list[slice]:
     ends = np.cumsum([m.shape[1] * m.shape[2] for m in context.student.cls_logits])
     return [slice(a, b) for a, b in zip([0, *ends], ends, strict=False)]
 
@@ -195,7 +196,7 @@ def test_pfi_pulls_at_predictions_unless_the_guide_is_detached():
     context = scene()
 
     def pulls(**options):
-        method = api.build("pfi", **options)
+        method = methods.build("pfi", **options)
         return pulled_at(method, context, ("neck", "cls_logits", "box_reg"))
 
     assert pulls() == {"neck", "cls_logits"}
@@ -207,7 +208,7 @@ def test_pfi_pulls_at_predictions_unless_the_guide_is_detached():
 
 def test_pfi_needs_predictions_on_the_grid_of_the_features():
     context = scene()
-    with pytest.raises(ValueError, match="cell by cell.*stride 8"):
+    with pytest.raises(UserError, match="cell by cell.*stride 8"):
         coarse = dataclasses.replace(context.teacher, neck=tuple(m[:, ::2, ::2] for m in context.teacher.neck))
         terms("pfi", context._replace(teacher=coarse))
 
@@ -241,7 +242,7 @@ def test_dkd_equals_a_loop_over_positives(head, temperature):
 
 
 def test_dkd_weights_and_shift():
-    weights = api.build("dkd", weight=2.0, target_weight=3.0, other_weight=0.5).weights
+    weights = methods.build("dkd", weight=2.0, target_weight=3.0, other_weight=0.5).weights
     assert {k: float(v) for k, v in weights.items()} == {"target": 6.0, "others": 1.0}
     assert set(terms("dkd", scene(), target_weight=0.0)) == {"others"}
     shifted = shift(scene())
@@ -250,7 +251,7 @@ def test_dkd_weights_and_shift():
         assert {name for name in before if after[name] == pytest.approx(before[name], rel=1e-4)} == same
 
 
-def shift(context: api.Context, by: float = 2.0) -> api.Context:
+def shift(context: Scene, by: float = 2.0) -> Scene:
     """Adds one number to all class logits and, of distributions, to all logits of box edges."""
     student = context.student
     logits = {"cls_logits": tuple(m + by for m in student.cls_logits)}
@@ -333,32 +334,38 @@ def test_ld_equals_numpy(options, changed):
 
 
 def test_ld_weights_shift_and_confidence():
-    method = api.build("ld", weight=2.0)
+    method = methods.build("ld", weight=2.0)
     assert method.weights == {"main": 0.5, "region": 0.125, "classes": 20.0}
     context = scene(bins=BINS)
     edges_alone = dict(class_weight=0.0, main_weight=0.0)
     assert set(terms("ld", context, **edges_alone)) == {"region"}
     before, after = (terms("ld", c, normalizer="sum") for c in (context, shift(context)))
     assert {name for name in before if after[name] == pytest.approx(before[name], rel=1e-3)} == {"region", "classes"}
-    edges = api.build("ld", class_weight=0.0)
+    edges = methods.build("ld", class_weight=0.0)
     assert pulled_at(edges, context, ("cls_logits", "box_reg")) == {"box_reg"}, "the confidence is detached"
+
+
+def several_anchors(out, count: int):
+    """The output of a head with more anchors at every cell."""
+    maps = {field: tuple(jnp.tile(m, count) for m in getattr(out, field)) for field in ("cls_logits", "box_reg")}
+    return dataclasses.replace(out, anchors=count, **maps)
 
 
 def test_ld_refuses_heads_without_distributions():
     plain, context = scene(), scene(bins=BINS)
-    with pytest.raises(ValueError, match="distributions over bins.*student has 4 numbers"):
+    needed = "^ld: {}: tap 'rows.distribution': .*needs box edges as distributions over bins, as GFL"
+    with pytest.raises(UserError, match=needed.format("student")):
         terms("ld", plain)
-    with pytest.raises(ValueError, match="distributions over bins.*teacher has 4 numbers"):
+    with pytest.raises(UserError, match=needed.format("teacher")):
         terms("ld", context._replace(teacher=plain.teacher))
-    with pytest.raises(ValueError, match="same levels, grids"):
+    with pytest.raises(UserError, match=r"^ld: .*5 bins \(student\) and 4 \(teacher\)"):
         fewer = dataclasses.replace(context.teacher, box_reg=tuple(m[..., :16] for m in context.teacher.box_reg))
         terms("ld", context._replace(teacher=fewer))
     # Five anchors a cell with one number an edge are not one anchor with five bins.
-    several = {side: dataclasses.replace(getattr(context, side), anchors=BINS) for side in ("student", "teacher")}
-    with pytest.raises(ValueError, match="distributions over bins.*student has 4 numbers"):
+    several = {side: several_anchors(getattr(plain, side), BINS) for side in ("student", "teacher")}
+    assert several["student"].box_reg[0].shape == context.student.box_reg[0].shape
+    with pytest.raises(UserError, match=needed.format("student")):
         terms("ld", context._replace(**several))
-    with pytest.raises(ValueError, match="same levels, grids, anchors"):
-        terms("rm", plain._replace(teacher=dataclasses.replace(plain.teacher, anchors=3)))
 
 
 # ---------------------------------------------------------------------------------------------------------- CrossKD
@@ -437,16 +444,16 @@ def test_crosskd_compares_the_quality_behind_its_tower(tower):
     entropy = -(p * np.log(q) + (1 - p) * np.log(1 - q))
     positive, _ = masks(context)
     assert value == pytest.approx((positive * entropy).sum() / np.maximum(positive.sum(1), 1).sum(), rel=3e-4)
-    with pytest.raises(ValueError, match="no tap 'quality'"):
+    with pytest.raises(UserError, match="^crosskd: teacher: tap 'quality': .*no such tap"):
         terms("crosskd", context, quality_weight=1.0)
 
 
 def test_crosskd_trains_the_student_below_the_cut_alone():
     context = scene()
-    method = api.build("crosskd")
-    params = method.init(jax.random.PRNGKey(0), context.student, context.teacher)
+    method = methods.build("crosskd")
+    params = init(method, context)
     assert params == {"cls": {}, "reg": {}}
-    loss = quick_jit(jax.value_and_grad(lambda s: sum(method.apply(params, context._replace(student=s)).values())))
+    loss = quick_jit(jax.value_and_grad(lambda s: sum(apply(method, params, context._replace(student=s)).values())))
     value, gradient = loss(context.student)
     fields = ("neck", "cls_tower", "reg_tower", "cls_logits", "box_reg")
     assert {f for f in fields if any(np.any(m) for m in jax.tree.leaves(getattr(gradient, f)))} == {
@@ -469,12 +476,12 @@ def test_crosskd_adapters_and_cuts():
     assert trained("crosskd", context, student="neck", teacher="neck") == shapes
     assert trained("crosskd", context, box_weight=0.0) == {"cls": shapes["cls"]}
     for cut, message in (
-        ("tower.2", "cls tower of this detector has 2 convs"),
-        ("tower.-3", "has 2 convs"),
-        ("cls_tower.0", "'neck' or at 'tower.I'"),
-        ("tower.x", "no tap 'tower.x'"),
+        ("tower.2", "teacher: tap 'cls_tower.2': .*no such tap.*cls_tower.0, cls_tower.1"),
+        ("tower.-3", "teacher: tap 'cls_tower.-3': .*no such tap"),
+        ("cls_tower.0", "teacher is 'cls_tower.0': it must be 'neck' or 'tower.I'"),
+        ("tower.x", "teacher is 'tower.x': it must be 'neck' or 'tower.I'"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=f"^crosskd: {message}"):
             terms("crosskd", context, teacher=cut)
 
 
@@ -487,7 +494,7 @@ def test_crosskd_enters_the_head_of_rtmdet():
     loud = {name: jax.tree.map(lambda x: x if x.ndim == 1 else 30 * x, head[name]) for name in PREDICTORS}
     params["bbox_head"] = head | loud
     plain, other = (output(seed, 32) for seed in (5, 6))
-    method = api.build("crosskd")
+    method = methods.build("crosskd")
 
     @quick_jit
     def values(params, plain, other):
@@ -497,11 +504,11 @@ def test_crosskd_enters_the_head_of_rtmdet():
         towers = {"cls": plain.cls_tower[0], "reg": plain.reg_tower[0]}
         classes, boxes = (head(towers[branch], branch=branch, start=1) for branch in ("cls", "reg"))
         teacher = dataclasses.replace(plain, cls_logits=classes, box_reg=boxes)
-        context = made.context(teacher, teacher, size=SIZE)._replace(
+        context = made.scene(teacher, teacher, size=SIZE)._replace(
             decode_teacher=detector.decode_boxes, teacher_head=head
         )
         adapters = {"cls": {}, "reg": {}}
-        return [method.apply(adapters, context._replace(student=s)) for s in (teacher, other)], boxes
+        return [apply(method, adapters, context._replace(student=s)) for s in (teacher, other)], boxes
 
     (same, different), boxes = values(params, plain, other)
     assert min(float(m.min()) for m in boxes) > 0, "no box is inverted, so equal boxes overlap fully"
@@ -529,7 +536,7 @@ def test_bckd_equals_numpy():
     context = scene()
     assert terms("bckd", context) == pytest.approx(expected_bckd(context), rel=1e-4)
     assert terms("bckd", context, overlap="iou") == pytest.approx(expected_bckd(context, overlap_mode="iou"), rel=1e-4)
-    assert api.build("bckd", weight=0.5).weights == {"classes": 0.5, "boxes": 2.0}
+    assert methods.build("bckd", weight=0.5).weights == {"classes": 0.5, "boxes": 2.0}
     assert set(terms("bckd", context, class_weight=0.0)) == {"boxes"}
     assert terms("bckd", shift(context))["classes"] != pytest.approx(terms("bckd", context)["classes"], rel=0.1)
 
@@ -547,7 +554,7 @@ def test_bckd_detaches_the_weight_of_the_boxes_only():
     context = scene()
 
     def pulled(**options):
-        method = api.build("bckd", **options)
+        method = methods.build("bckd", **options)
         return pulled_at(method, context, ("cls_logits", "box_reg"))
 
     assert pulled(class_weight=0.0) == {"box_reg"}
@@ -566,10 +573,10 @@ LEVEL = dict(student="neck.1", teacher="neck.1")  # one level of four by four ce
 
 
 def yao(context, params: dict, **options) -> dict[str, float]:
-    return {k: float(v) for k, v in api.build("yao", logit_weight=0.0, **options).apply(params, context).items()}
+    return {k: float(v) for k, v in apply(methods.build("yao", logit_weight=0.0, **options), params, context).items()}
 
 
-def positive_scene() -> api.Context:
+def positive_scene() -> Scene:
     """Neck maps without negative numbers, which a ReLU lets through."""
     context = scene()
     sides = (dataclasses.replace(x, neck=tuple(jnp.abs(m) for m in x.neck)) for x in (context.student, context.teacher))
@@ -683,16 +690,20 @@ def test_rows_of_padding_change_nothing(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_predictions_of_other_classes_or_levels_are_refused(name):
+def test_predictions_of_other_classes_anchors_or_grids_are_refused(name):
     context = scene(bins=BINS) if name == "ld" else scene()
+    teacher = context.teacher
     more = dataclasses.replace(
-        context.teacher, cls_logits=tuple(jnp.pad(m, [(0, 0)] * 3 + [(0, 1)]) for m in context.teacher.cls_logits)
+        teacher, cls_logits=tuple(jnp.pad(m, [(0, 0)] * 3 + [(0, 1)]) for m in teacher.cls_logits)
     )
-    with pytest.raises(ValueError, match="same levels, grids, anchors and classes"):
-        terms(name, context._replace(teacher=more))
-    if name in ("rm", "dkd", "hinton", "bckd"):
-        with pytest.raises(ValueError, match="same levels"):
-            terms(name, context, student="cls_logits.0", teacher="cls_logits.0")
+    halved = {field: tuple(m[:, ::2] for m in getattr(teacher, field)) for field in ("cls_logits", "box_reg")}
+    coarse = context._replace(
+        teacher=dataclasses.replace(teacher, **halved), decode_teacher=lambda out: jnp.zeros((2, 42, 4))
+    )
+    others = [context._replace(teacher=more), context._replace(teacher=several_anchors(teacher, 3)), coarse]
+    for other, rows in zip(others, (r"\(64, 16, 4\), 4\)", r"\(192, 48, 12\), 3\)", r"\(32, 8, 2\), 3\)"), strict=True):
+        with pytest.raises(UserError, match=rf"^{name}: .*same levels, anchors and classes.* and \({rows} \(teacher"):
+            terms(name, other)
 
 
 @pytest.mark.parametrize(
@@ -725,8 +736,8 @@ def test_predictions_of_other_classes_or_levels_are_refused(name):
 )
 def test_impossible_options_are_named(name, options):
     (option,) = options
-    with pytest.raises(ValueError, match=f"config.methods.{name}.{option} is "):
-        api.build(name, **options)
+    with pytest.raises(UserError, match=f"^{name}: {option} is "):
+        methods.build(name, **options)
 
 
 def test_rm_and_pfi_add_up():
