@@ -1,6 +1,5 @@
 """docs/methods.md and docs/zoo.md say what the code does, and the guide to a method works as it is printed."""
 
-import dataclasses
 import fnmatch
 import functools
 import inspect
@@ -12,12 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import kdjax.methods
-from kdjax import detectors
-from kdjax.methods import api
+from kdjax import detectors, methods, plugins
+from kdjax.distill import Distiller, taps
 from kdjax.structs import Assignment
-from kdjax.training import step
-from tests import golden_replay, test_methods
+from tests import golden_replay
+from tests.methods import test_contract
 from tests.shared import ROOT, SHARED, script
 from tests.test_configs import load
 
@@ -30,7 +28,7 @@ def test_the_pages_are_up_to_date(capsys):
     assert generate.main(["--check"]) == 0, capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", api.names())
+@pytest.mark.parametrize("name", methods.names())
 def test_a_proof_names_reference_files_that_are_replayed(name):
     told = generate.describe(name).sections
     named = generate.GOLDEN.findall(told["Proof"])
@@ -45,7 +43,7 @@ def test_a_proof_names_reference_files_that_are_replayed(name):
         assert fnmatch.filter(files, whole) or not SHARED, f"{name}: there is no file {one}"
 
 
-@pytest.mark.parametrize("name", api.names())
+@pytest.mark.parametrize("name", methods.names())
 def test_a_method_computes_on_every_pair_that_does_not_refuse_it(name):
     """The whole matrix of docs/zoo.md, traced: every family as student under every family as teacher."""
     for (student, teacher), refusal in generate.refusals(name).items():
@@ -53,7 +51,7 @@ def test_a_method_computes_on_every_pair_that_does_not_refuse_it(name):
             assert re.search(r"student|teacher", refusal), refusal
         else:
             terms = shapes_of_terms(name, generate.pair_of(student)[0], generate.pair_of(teacher)[1])
-            assert set(terms) == set(api.build(name).weights), (student, teacher)
+            assert set(terms) == set(methods.build(name).weights), (student, teacher)
             assert all(term.shape == () and term.dtype == jnp.float32 for term in terms.values()), (student, teacher)
 
 
@@ -62,9 +60,8 @@ detector_of = functools.cache(lambda name: detectors.build(name, generate.CLASSE
 
 def shapes_of_terms(name: str, student: str, teacher: str) -> dict:
     """The terms of a method on two detectors as the trainer's step has them, as shapes: nothing is computed."""
-    methods, side = {name: api.build(name)}, generate.SIZE
-    output, seen = generate.specs(student), generate.specs(teacher)
-    student, teacher = detector_of(student), detector_of(teacher)
+    side = generate.SIZE
+    distiller = Distiller(detector_of(student), detector_of(teacher), [methods.build(name)])
 
     def arrays(*shape, of):
         return [jax.ShapeDtypeStruct((*shape, *rest), dtype) for dtype, *rest in of]
@@ -73,16 +70,18 @@ def shapes_of_terms(name: str, student: str, teacher: str) -> dict:
     batch = dict(zip(("boxes", "labels", "valid"), arrays(1, 5, of=boxes), strict=True))
     batch["image_size"], batch["image"] = arrays(1, of=[(jnp.int32, 2), (jnp.uint8, side, side, 3)])
     rows = [(jnp.int32,), (jnp.bool_,), (jnp.bool_,), (jnp.int32,), (jnp.float32, 4), (jnp.float32,)]
-    assignment = Assignment(*arrays(1, len(student.priors((side, side))), of=rows))
+    assignment = Assignment(*arrays(1, len(distiller.student.priors((side, side))), of=rows))
 
-    def terms(key, output, seen, variables, assignment, batch):
-        frozen = dataclasses.replace(teacher, apply=lambda *_, train: (seen, None))
-        adapters = step.init_adapters(methods, key, output, seen)
-        variables = step.Teacher(*variables)
-        return step.compare(student, frozen, methods, adapters, variables, output, assignment, batch, jnp.int32(0), key)
+    def terms(key, output, observed, variables, assignment, batch):
+        adapters = distiller.init(key, (side, side))
+        return distiller.terms(
+            adapters, output, batch, variables, observed=observed, assignment=assignment, key=key, step=0
+        )
 
     key = jax.ShapeDtypeStruct((2,), jnp.uint32)
-    found = jax.eval_shape(terms, key, output, seen, teacher.shapes, assignment, batch)
+    observed = taps.only(generate.specs(teacher), distiller.teacher_reads)
+    variables = distiller.teacher.shapes
+    found = jax.eval_shape(terms, key, generate.specs(student), observed, variables, assignment, batch)
     return {term.partition("/")[2]: value for term, value in found.items()}
 
 
@@ -156,24 +155,25 @@ def guide(tmp_path, monkeypatch):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    monkeypatch.setattr(kdjax.methods, "__path__", [*kdjax.methods.__path__, str(tmp_path / "kdjax" / "methods")])
+    monkeypatch.setenv(plugins.VARIABLE, str(tmp_path))
+    monkeypatch.setattr(methods, "__path__", list(methods.__path__))
     yield tmp_path
     sys.modules.pop("kdjax.methods.cosine", None)
-    vars(kdjax.methods).pop("cosine", None)
+    vars(methods).pop("cosine", None)
 
 
 def test_the_guide_works(guide):
     """Its method keeps the contract, its recipe, test and check of reference numbers run, and the page describes it."""
     assert set(BLOCKS) == {
-        "kdjax/methods/cosine.py",
+        "methods/cosine.py",
         "configs/distill/cosine.py",
-        "tests/test_methods_cosine.py",
+        "tests/test_cosine.py",
         "tests/golden_checks/cosine.py",
     }
-    assert "cosine" in api.names()
-    made = test_methods.prepared("cosine")
+    assert "cosine" in methods.names()
+    made = test_contract.prepared("cosine")
     run = 0
-    for name, check in vars(test_methods).items():
+    for name, check in vars(test_contract).items():
         if name.startswith("test_") and "made" in inspect.signature(check).parameters:
             cases = check.pytestmark[0].args[1] if hasattr(check, "pytestmark") else [None]
             for case in cases:
@@ -182,11 +182,12 @@ def test_the_guide_works(guide):
     assert run > 8
 
     assert load(guide / "configs" / "distill" / "cosine.py").methods.cosine.warmup == 500
-    own = script(guide / "tests" / "test_methods_cosine.py")
+    own = script(guide / "tests" / "test_cosine.py")
     own.test_cosine_is_one_minus_the_cosine()
     own.test_a_negative_weight_is_refused()
     written = generate.section(generate.describe("cosine"))
-    assert "**Runs on.** rtmdet" in written and "| `weight` | `1.0` | of the term, >= 0. |" in written
+    assert f"**Runs on.** {', '.join(detectors.families())}." in written
+    assert "| `weight` | `1.0` | of the term, >= 0. |" in written
 
 
 def test_the_guides_reference_numbers_are_replayed(guide):

@@ -88,10 +88,25 @@ def refusal(name: str, student: Any, teacher: Any, image_size: tuple[int, int]) 
     return ""
 
 
+def __getattr__(name: str) -> Any:
+    """The constructor of a method that was not there when this package was imported."""
+    if name.startswith("_") or name not in names():
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    _module(name)
+    return globals()[name]
+
+
 def _module(name: str) -> Any:
+    """The file of a method; its constructor takes the place of the module of the same name in this package."""
     if name not in names():
         raise UserError(f"unknown method {name!r}: the methods are {', '.join(names())}")
-    return importlib.import_module(f"kdjax.methods.{name}")
+    module = importlib.import_module(f"kdjax.methods.{name}")
+    if globals().get(name) is module:
+        make = functools.wraps(module.make)(functools.partial(build, name))
+        parameters = [p for f in (module.make, schedule) for p in inspect.signature(f).parameters.values()]
+        make.__signature__ = inspect.Signature(parameters, return_annotation=Method)
+        globals()[name] = make
+    return module
 
 
 def _parameters(name: str) -> dict[str, inspect.Parameter]:
@@ -99,12 +114,5 @@ def _parameters(name: str) -> dict[str, inspect.Parameter]:
     return {k: p for f in functions for k, p in inspect.signature(f).parameters.items()}
 
 
-def _publish() -> None:
-    """Puts a constructor of every method into this package, in the place of the module of the same name."""
-    for name in names():
-        make = functools.wraps(_module(name).make)(functools.partial(build, name))
-        make.__signature__ = inspect.Signature(list(_parameters(name).values()), return_annotation=Method)
-        globals()[name] = make
-
-
-_publish()
+for _name in names():
+    _module(_name)

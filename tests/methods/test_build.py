@@ -63,12 +63,18 @@ def test_a_folder_that_is_named_before_the_import_gives_a_constructor(tmp_path, 
     assert done.stdout.strip() == "True {'own': 2.0}", done.stderr
 
 
+def test_what_is_no_method_is_no_attribute():
+    with pytest.raises(AttributeError, match="mkdd"):
+        methods.mkdd  # noqa: B018
+
+
 def test_a_folder_that_is_named_later_is_found_too(tmp_path, monkeypatch):
     monkeypatch.setattr(methods, "__path__", list(methods.__path__))
     assert "own" not in methods.names()
     monkeypatch.setenv(plugins.VARIABLE, folder(tmp_path))
     try:
         assert "own" in methods.names()
+        assert methods.own(weight=2.0).weights == {"own": 2.0}
         assert methods.options("own")["weight"] == 1.0 and methods.build("own").name == "own"
     finally:
         sys.modules.pop("kdjax.methods.own", None)

@@ -12,8 +12,8 @@ from kdjax import detectors, methods
 from kdjax.distill import Method
 from kdjax.errors import UserError
 from kdjax.losses import localization
-from tests.support.arrays import quick_jit
 from tests.support import methods as made
+from tests.support.arrays import quick_jit
 from tests.support.methods import Scene, apply, init
 
 SIZE, BINS, CLASSES = 64, 5, made.CLASSES
