@@ -1,10 +1,10 @@
-"""Compare kdjax with numbers that the peers' own PyTorch code has produced.
+"""Compare kdjax with numbers that the reference implementations in PyTorch have produced.
 
     python -m tests.golden_replay PATH [--only PREFIX]
 
-PATH is a folder with the layout of `tests/golden` (whose README tells what the files hold). One line a check, then
-`N passed, M failed, K skipped`; the exit status is 0 only if nothing failed. A file for which no check and no reason to
-skip it is known counts as failed, and so does an empty selection.
+PATH is a folder with the layout of `tests/golden` (its README describes the files). Prints one line per check, then
+`N passed, M failed, K skipped`. The exit status is 0 only if nothing failed; it is 2 for an empty selection. A file
+with neither a check nor a reason to skip it counts as failed.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def files_of(root: Path, only: str = "") -> list[str]:
 
 
 def replay_file(root: Path, name: str, checks: list[tuple]) -> Iterator[Check]:
-    """All checks of one file. Whatever goes wrong becomes a failed check."""
+    """All checks of one file. An exception becomes a failed check."""
     functions = [function for pattern, function in checks if fnmatch.fnmatchcase(name, pattern)]
     if not functions:
         yield Check("whole file", message="unknown file: there is neither a check nor a reason to skip it")

@@ -1,4 +1,4 @@
-"""The reference numbers hold, and the replay notices when they do not."""
+"""kdjax reproduces the reference numbers, and the replay fails where a number is wrong."""
 
 import fnmatch
 import functools
@@ -87,10 +87,12 @@ def test_the_errors_that_a_method_states_are_not_exceeded(method):
     for root, name in [parameters.values for parameters in files()]:
         for pattern, bound in bounds.items():
             if fnmatch.fnmatchcase(name, f"{pattern}.npz"):
-                mine = own_cases(method, root, name)
-                found = [c for c in replayed(root, name) if c.tolerance and (not mine or c.name.split()[0] in mine)]
-                assert found, f"{name} has no check for {method}"
-                worst = max(found, key=lambda check: check.error)
+                cases = own_cases(method, root, name)
+                compared = [
+                    c for c in replayed(root, name) if c.tolerance and (not cases or c.name.split()[0] in cases)
+                ]
+                assert compared, f"{name} has no check for {method}"
+                worst = max(compared, key=lambda check: check.error)
                 assert worst.error <= 2 * bound, f"{method} states {bound} for {pattern}; {name}, {worst}"
 
 
@@ -207,7 +209,7 @@ def test_a_wrong_index_fails(tmp_path, capsys):
     assert run(capsys, tmp_path)[0] == 1
 
 
-def test_a_wrong_figure_fails(tmp_path, capsys):
+def test_a_wrong_metric_fails(tmp_path, capsys):
     folder = own("coco/*/expected.json").rsplit("/", 1)[0]
     shutil.copytree(OWN / folder, tmp_path / folder)
     path = tmp_path / folder / "expected.json"
@@ -223,7 +225,7 @@ def test_unknown_files_cases_and_parameters_fail(tmp_path, capsys):
     path = copy_of(tmp_path, own("ops/coders_*.npz"))
 
     def change(arrays, meta):
-        meta["cases"][find_case(meta, "pairwise iou")]["what"] = "a thing nobody knows"
+        meta["cases"][find_case(meta, "pairwise iou")]["what"] = "an unknown operation"
         meta["cases"][find_case(meta, "DistancePoint encode")]["params"]["novelty"] = 3
         arrays["case99/out"] = np.zeros(2)
 
@@ -232,7 +234,7 @@ def test_unknown_files_cases_and_parameters_fail(tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("?")
     status, output = run(capsys, tmp_path)
     assert status == 1 and ", 5 failed, " in output
-    for words in ("a thing nobody knows", "novelty", "case99", "ops/strange.npz", "notes.txt"):
+    for words in ("an unknown operation", "novelty", "case99", "ops/strange.npz", "notes.txt"):
         assert any(words in text and "failed" in text for text in output.splitlines()), words
 
 

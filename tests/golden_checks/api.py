@@ -1,7 +1,7 @@
-"""What the modules of this folder share: the type of a check, and how reference files are read and compared.
+"""Shared by the modules of this folder: the type of a check, and functions that read and compare reference files.
 
 Every other module here has a list `CHECKS` of pairs (pattern of a file's path relative to the replayed folder, function
-of the file's path that yields checks). `tests.golden_replay` finds the modules by itself.
+of the file's path that yields checks). `tests.golden_replay` imports all modules of the folder.
 """
 
 import json
@@ -32,14 +32,14 @@ class Check(NamedTuple):
 
 Checks = Iterator[Check]
 
-LATER_MASKS = "not built yet: instance masks"
-LATER_TWO_STAGE = "not built yet: two-stage detectors"
-LATER_TRANSFORMERS = "not built yet: transformers"
+LATER_MASKS = "not in kdjax yet: instance masks"
+LATER_TWO_STAGE = "not in kdjax yet: two-stage detectors"
+LATER_TRANSFORMERS = "not in kdjax yet: transformers"
 NOT_PART = "not part of kdjax"
 
 
 class UnknownCase(ValueError):
-    """A case or a parameter for which nobody has written a check."""
+    """A case or a parameter for which there is no check."""
 
 
 def load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -88,8 +88,8 @@ def each_case(path: Path, replay: Callable[[str, dict[str, Any], dict[str, np.nd
 
     Args:
       path: the `.npz` file.
-      replay: function of (what the case is, its parameters, its arrays) that yields checks; their names are put behind
-        the name of the case. It raises `UnknownCase` for what it does not know.
+      replay: function of (description of the case, its parameters, its arrays) that yields checks; the name of the
+        case is put before theirs. Raises `UnknownCase` for a case that it does not implement.
     """
     arrays, meta = load(path)
     cases = meta["cases"]
@@ -101,7 +101,7 @@ def each_case(path: Path, replay: Callable[[str, dict[str, Any], dict[str, np.nd
             checks = list(replay(entry["what"], entry["params"], below(arrays, case)))
             if not checks:
                 raise UnknownCase(f"no check for {entry['what']!r}")
-        except Exception as error:  # whatever it is, it belongs into the table
+        except Exception as error:  # every failure is a line of the table
             checks = [failure(entry["what"].split(";")[0], error)]
         yield from (check._replace(name=f"{case} {check.name}") for check in checks)
 

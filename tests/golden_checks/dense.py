@@ -27,7 +27,7 @@ from tests.golden_checks.model import (
     targets_of,
 )
 
-# Fields of a model's configuration that mean something here, and the option that they set.
+# Fields of a model's configuration, and the option of kdjax that they set.
 _OPTIONS = {
     "backbone.base_channels": "base_channels",
     "backbone.frozen_stages": "frozen_stages",
@@ -144,7 +144,7 @@ def options_of(config: dict[str, Any]) -> tuple[str, int, dict[str, Any]]:
     pixels = {key: config["data_preprocessor"][key] for key in _RGB}
     expect("data_preprocessor", {k: v for k, v in config["data_preprocessor"].items() if k not in _RGB}, _PIXELS)
     expect_one("data_preprocessor", pixels, [_RGB, _BGR, _BGR | {"mean": [102.9801, 115.9465, 122.7717]}])
-    # What mmdetection takes where a field is left out and the published models have something else.
+    # mmdetection's defaults where the published models differ from them.
     options, fixed = {"frozen_stages": -1}, _FIXED | _FAMILIES[family]
     widths = [config["backbone"].get("base_channels", 64) * 2**i for i in range(4)]
     for field, value in leaves({k: v for k, v in config.items() if k not in ("data_preprocessor", "test_cfg")}).items():
@@ -183,7 +183,7 @@ def rows_of(arrays: dict[str, np.ndarray], prefix: str, batch: int, width: int |
 def stored_assignment(
     family: str, arrays: dict[str, np.ndarray], classes: int, targets: Targets, normed: bool
 ) -> Assignment:
-    """What the file says that every prior learns; `normed`: FCOS's distances are in strides."""
+    """The assignment that the file holds; `normed`: FCOS's distances are in strides."""
     batch, anchors = len(arrays["input"]), np.concatenate([arrays[f"anchors/{level}"] for level in range(5)])
     if family == "RetinaNet":
         labels, weights = (rows_of(arrays, f"targets/{i}", batch) for i in (0, 1))
@@ -214,7 +214,7 @@ def stored_assignment(
 
 
 class Case(NamedTuple):
-    """What a file is about."""
+    """One file, read and prepared."""
 
     arrays: dict[str, np.ndarray]
     meta: dict[str, Any]
@@ -225,7 +225,7 @@ class Case(NamedTuple):
     branches: dict[str, tuple[str, str]]  # of the head: field of `DetectorOutput`, tower
     targets: Targets
     stored: Assignment
-    fragile: np.ndarray  # bool[B, N], priors whose assignment hangs on rounding
+    fragile: np.ndarray  # bool[B, N], priors whose assignment depends on rounding
 
 
 def case_of(path: Path) -> Case:

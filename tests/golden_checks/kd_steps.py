@@ -1,7 +1,7 @@
-"""Replays `kd/crosskd_*.npz` and `kd/ld_*.npz`: what stored tensors show of the losses and methods of whole steps.
+"""Replays `kd/crosskd_*.npz` and `kd/ld_*.npz`: losses and methods of whole steps, computed from stored tensors.
 
-Heads, anchors and box codes are written out here, next to the losses and methods that are under test; the detectors
-themselves are in `whole_steps.py`, which begins at the images.
+Heads, anchors and box codes are written out here, so that only losses and methods are under test. `whole_steps.py`
+replays the same files from the images on, with kdjax's detectors.
 """
 
 import functools
@@ -222,23 +222,21 @@ def crosskd_method(kind: str, head: dict, kd: dict, meta: dict, arrays, args, st
         context = context_of(
             *(detector(who, v) for who, v in zip(("student", "teacher"), weights, strict=True)),
             *(boxes, valid, positive, ignore, np.concatenate(anchors)),
-        )._replace(
-            teacher_head=teacher_head, teacher_boxes=lambda maps: decode(DetectorOutput(strides=strides, box_reg=maps))
-        )
+        )._replace(teacher_head=teacher_head, teacher_boxes=boxes_of)
         return method.apply({"cls": {}, "reg": {}}, context)
 
     loss = kd["loss_reg_kd"]["type"]
     method = methods.build("crosskd", rectify=True, box_loss="log_iou" if loss == "IoULoss" else "giou")
-    found = jax.jit(apply)()
-    ours = np.array([found["classes"], found["boxes"]], np.float64)
-    ours *= [kd["loss_cls_kd"]["loss_weight"], kd["loss_reg_kd"]["loss_weight"]]
-    theirs = np.array([np.sum(stored["loss_cls_kd"]), np.sum(stored["loss_reg_kd"])])
-    if kind in ("FCOS", "RetinaNet"):  # another normaliser, or one that hangs on rounding: the same in both terms
-        error = relative_error(ours[0] / ours[1], theirs[0] / theirs[1])
+    terms = jax.jit(apply)()
+    got = np.array([terms["classes"], terms["boxes"]], np.float64)
+    got *= [kd["loss_cls_kd"]["loss_weight"], kd["loss_reg_kd"]["loss_weight"]]
+    want = np.array([np.sum(stored["loss_cls_kd"]), np.sum(stored["loss_reg_kd"])])
+    if kind in ("FCOS", "RetinaNet"):  # another normaliser, or one that depends on rounding: the same in both terms
+        error = relative_error(got[0] / got[1], want[0] / want[1])
         yield Check("method: class term over box term", error, LOSS)
     else:
-        yield Check("method: class term", relative_error(ours[0], theirs[0]), LOSS)
-        yield Check("method: box term", relative_error(ours[1], theirs[1]), LOSS)
+        yield Check("method: class term", relative_error(got[0], want[0]), LOSS)
+        yield Check("method: box term", relative_error(got[1], want[1]), LOSS)
 
 
 def priors_of(strides: tuple[int, ...], sizes: list[tuple[int, int]]) -> list[np.ndarray]:
@@ -265,7 +263,7 @@ def joined(maps, width: int):
 
 
 def rows_of(output: DetectorOutput, priors: np.ndarray) -> Rows:
-    """The predictions as rows; boxes come from the context's decoder."""
+    """The predictions as rows, without boxes: CrossKD decodes them with `Context.teacher_boxes`."""
     sizes = [m.shape[1] * m.shape[2] for m in output.cls_logits]
     of_cell = len(priors) // sum(sizes)
     width = output.box_reg[0].shape[-1] // of_cell
@@ -279,7 +277,7 @@ def rows_of(output: DetectorOutput, priors: np.ndarray) -> Rows:
 
 
 def context_of(student, teacher, boxes, valid, positive, ignore, priors) -> Context:
-    """What a method sees of such a step; only the assignment's masks are told."""
+    """The context of such a step; of the assignment, only the masks are set."""
     none, no_boxes = jnp.zeros(positive.shape, jnp.int32), jnp.zeros((*positive.shape, 4))
     size = jnp.zeros((len(boxes), 2), jnp.int32)
     return Context(
@@ -321,7 +319,7 @@ def crosskd_heads(kind: str, head: dict, kd: dict, meta: dict, arrays, args, sto
         scored = ~ignored_by_overlap(anchors, boxes, valid, assigner)
         classification, confidence = classification * scored[..., None], confidence * scored
     class_term = by_level(classification, counts)
-    if kind == "RetinaNet":  # exact ties of overlaps make the number of positives hang on rounding: it must be whole
+    if kind == "RetinaNet":  # exact ties of overlaps make the number of positives depend on rounding: it must be whole
         count = class_term.sum() / stored["loss_cls_kd"].sum()
         yield Check("number of positives is whole", abs(count - round(count)) / count, LOSS)
     else:

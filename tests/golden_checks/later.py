@@ -1,4 +1,4 @@
-"""Reference files of detectors that are not built yet. Whoever builds one removes its line."""
+"""Reference files of detectors that kdjax does not have yet: remove a line with the detector that it waits for."""
 
 from tests.golden_checks.api import LATER_MASKS, LATER_TRANSFORMERS, LATER_TWO_STAGE, skip_file
 

@@ -17,7 +17,7 @@ from kdjax.structs import Assignment, DetectorOutput, Targets
 from kdjax.weights import fill, torch_names
 from tests.golden_checks.api import Check, Checks, UnknownCase, below, load, mismatches, relative_error
 
-# Fields of a model's configuration that mean something here, and the option of `rtmdet.make` that they set.
+# Fields of a model's configuration, and the option of `rtmdet.make` that they set.
 _OPTIONS = {
     "backbone.widen_factor": "widen",
     "backbone.deepen_factor": "deepen",

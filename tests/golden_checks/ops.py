@@ -42,7 +42,7 @@ def only_known(params: Mapping[str, Any], *known: str) -> None:
 
 
 def clipped(boxes, params: Mapping[str, Any]):
-    """The peers' coders clip if a size is given and `clip_border` is not switched off."""
+    """mmdetection's coders clip if they have a size and `clip_border` is not switched off."""
     if params.get("max_shape") is None or not params.get("clip_border", True):
         return boxes
     return convert.clip(boxes, np.array(params["max_shape"]))

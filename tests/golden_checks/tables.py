@@ -98,7 +98,7 @@ def _settings(detector: Detector, row: dict) -> Checks:
 
 
 def _optimizer(detector: Detector, row: dict) -> Checks:
-    """The defaults of a run at the peers' batch of 256."""
+    """The defaults of a run at mmdetection's batch size of 256."""
     settings = config.base().optimizer
     # Shared arrays are one array here: there is nothing to bypass.
     decay = {"norm_decay_mult": 0, "bias_decay_mult": 0, "bypass_duplicate": True}
@@ -118,7 +118,7 @@ def _optimizer(detector: Detector, row: dict) -> Checks:
 
 
 def _schedule(rate: float, warmup: dict, cosine: dict) -> Check:
-    """The learning rate of the defaults at a few steps; an epoch of 100 steps stands for the peers'."""
+    """The learning rate of the defaults at a few steps; an epoch has 100 steps."""
     epoch = 100
     run = config.base()
     run.batch_size, run.steps = optim.BASE_BATCH, cosine["end"] * epoch

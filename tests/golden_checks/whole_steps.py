@@ -24,7 +24,7 @@ from tests.golden_checks.model import QUICK, nhwc, targets_of
 
 
 def detector_of(config: dict) -> api.Detector:
-    """The detector of a configuration; the images of these files are normalised already."""
+    """The detector of a configuration; its `preprocess` changes nothing, as the files' images are normalised."""
     name, classes, options = options_of(config)
     return dataclasses.replace(build(name, classes, **options), preprocess=lambda x: x)
 
@@ -61,15 +61,13 @@ def ld(path: Path) -> Checks:
 
 
 def whole_step(arrays, meta, chosen: dict, terms: dict[str, str], *, by_centreness: bool = False) -> Checks:
-    """`terms`: our name of a term -> the peers' loss; `by_centreness`: CrossKD's terms are divided as on FCOS."""
+    """`terms`: kdjax's name of a term -> the reference's loss; `by_centreness`: divide CrossKD's terms as FCOS does."""
     student, teacher = (detector_of(meta[f"{who}_cfg"]) for who in ("student", "teacher"))
     params, stats = fill.from_torch(student, below(arrays, "student"))
     frozen = step.Teacher(*fill.from_torch(teacher, below(arrays, "teacher")))
     batch = {"image": nhwc(arrays["input"])} | targets_of(arrays)._asdict()
     points = student.priors(arrays["input"].shape[2:])[:, :2]
     key = jax.random.key(0)
-    # The file's images are inputs of the network already.
-    teacher = dataclasses.replace(teacher, preprocess=lambda images: images)
     distiller = Distiller(student, teacher, chosen)
     adapters = distiller.init(key, batch["image"].shape[1:3])
     if jax.tree.leaves(adapters):
@@ -81,9 +79,9 @@ def whole_step(arrays, meta, chosen: dict, terms: dict[str, str], *, by_centrene
             targets = targets_of_batch(batch)
             assignment = student.assign(output, targets)
             losses = student.loss(output, targets, assignment)
-            found = distiller.terms(adapters, output, batch, tuple(frozen), assignment=assignment, key=key)
+            distilled = distiller.terms(adapters, output, batch, tuple(frozen), assignment=assignment, key=key)
             weights = distiller.weights(0)
-            values = {terms[name]: weights[name] * value for name, value in found.items()}
+            values = {terms[name]: weights[name] * value for name, value in distilled.items()}
             positives = dense.positives_of_images(assignment)
             if by_centreness:
                 central = coding.centreness(coding.boxes_to_distance(points, assignment.boxes))
@@ -100,9 +98,9 @@ def whole_step(arrays, meta, chosen: dict, terms: dict[str, str], *, by_centrene
         name = re.sub(r"_\d+$", "", name)  # one file has a name a level
         want[name] = want.get(name, 0.0) + float(np.sum(value, dtype=np.float64))
     if meta["student_cfg"]["type"] == "RetinaNet":
-        theirs = positives * losses["loss_cls_kd"] / want["loss_cls_kd"]
-        if round(theirs) != positives and abs(theirs - round(theirs)) < 1e-4 * theirs:
-            yield Check("whole step", skip="exact ties of overlaps give other positives, by rounding")
+        count = positives * losses["loss_cls_kd"] / want["loss_cls_kd"]
+        if round(count) != positives and abs(count - round(count)) < 1e-4 * count:
+            yield Check("whole step", skip="exact ties of overlaps: rounding decides which anchors are positive")
             return
     yield Check("whole step: losses of another name", float(len(set(want) - {"total"} ^ set(losses))), 0)
     for name, value in (losses | {"total": sum(losses.values())}).items():
