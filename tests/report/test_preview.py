@@ -10,7 +10,6 @@ from kdjax import methods as zoo
 from kdjax.report import drawing, preview
 from kdjax.training import config as settings
 from kdjax.training import optim, run, schedule
-from kdjax.training.step import weights_of
 
 
 def test_a_sheet_of_every_stage(tmp_path, capsys):
@@ -53,7 +52,9 @@ def test_the_schedule_equals_the_trainers():
     for step in (0, 2, 3, 5, 10, 20, 27, 30, 39):
         assert curves["lr"][step] == np.float32(optim.learning_rate(config)(step))
         np.testing.assert_allclose(curves["ema"][step], optim.ema_rate(config, step), rtol=1e-6)
-        for name, weight in weights_of(methods, step).items():
+        for name, weight in {
+            f"{name}/{term}": w * m.scale(step) for name, m in methods.items() for term, w in m.weights.items()
+        }.items():
             assert curves[f"weight/{name}"][step] == np.float32(weight)
     lines = preview.draw_schedule(config, curves).axes[2].lines
     assert {f"weight/{line.get_label()}" for line in lines} == names | {"weight/rtmdet_cwd/cwd"}
