@@ -36,7 +36,9 @@ ALLOWED = {
     "doctor": CORE | {"methods", "detectors", "data", "evals", "weights", "inference", "training"},
 }
 ALLOWED = {part: used | {"files", "resources"} for part, used in ALLOWED.items()}
-ALLOWED |= {"files": set(), "resources": {"errors"}}
+ALLOWED |= {"files": set(), "resources": {"errors"}, "sharding": set()}
+for _part in ("inference", "training", "doctor"):
+    ALLOWED[_part] |= {"sharding"}
 # The commands may import everything.
 ALLOWED["commands"] = set(ALLOWED) - {"commands"}
 

@@ -103,7 +103,7 @@ def _detections(role: str, setup: Setup, image_count: int, changes: Sequence[Cha
             for batch in batches:
                 images = jnp.asarray(batch["image"])
                 output = predict(variables, change(images, detector.preprocess(images)), batch["image_size"])
-                rows += coco.to_coco(batch, jax.device_get(output), list(setup.dataset.category_ids))
+                rows += coco.batch_to_coco(batch, jax.device_get(output), list(setup.dataset.category_ids))
         results.append(rows)
     return results
 

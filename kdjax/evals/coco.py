@@ -1,13 +1,13 @@
 """Detections to COCO's metrics."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
 
-from kdjax.structs import PaddedDetections
+from kdjax.structs import Detections, PaddedDetections
 
 IouType = Literal["bbox", "segm"]
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
@@ -200,7 +200,83 @@ def per_class(
     return class_metrics(curves(ground_truth, detections, iou_type=iou_type))
 
 
-def to_coco(
+def to_coco(detections: Detections, image_id: int) -> list[dict[str, Any]]:
+    """The detections of one image as COCO results, the rows of a results json.
+
+    Args:
+      detections: with `category_ids`.
+      image_id: the image's id in COCO's json.
+
+    Returns:
+      One row a detection: `image_id`, `category_id`, `bbox` (x y w h in pixels of the image) and `score`.
+
+    Example:
+      >>> found = Detections(np.float32([[2, 4, 10, 12]]), np.float32([0.5]), np.array([1]), category_ids=(3, 9))
+      >>> to_coco(found, 7)
+      [{'image_id': 7, 'category_id': 9, 'bbox': [2.0, 4.0, 8.0, 8.0], 'score': 0.5}]
+    """
+    boxes = np.asarray(detections.boxes, np.float64)
+    boxes = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
+    columns = (boxes.tolist(), detections.scores.tolist(), detections.labels.tolist())
+    return [
+        {"image_id": int(image_id), "category_id": int(detections.category_ids[label]), "bbox": box, "score": score}
+        for box, score, label in zip(*columns, strict=True)
+    ]
+
+
+def collect(predictions: Iterable[tuple[Mapping[str, Any], Sequence[Detections]]]) -> list[dict[str, Any]]:
+    """The COCO results of all images.
+
+    Args:
+      predictions: (batch, detections of its rows), as `kdjax.inference.predict.predict` gives them; read of a batch is
+        `image_id` i64[B].
+    """
+    return [
+        row
+        for batch, detections in predictions
+        for image_id, found in zip(batch["image_id"], detections, strict=True)
+        for row in to_coco(found, int(image_id))
+    ]
+
+
+def from_coco(
+    rows: Sequence[Mapping[str, Any]], category_ids: Sequence[int], class_names: Sequence[str] = ()
+) -> Detections:
+    """The inverse of `to_coco`: rows of one image, in their order.
+
+    Args:
+      rows: COCO results of one image, or its annotations, whose score is 1.
+      category_ids: the categories in the order of the labels.
+      class_names: their names.
+
+    Returns:
+      The detections.
+
+    Example:
+      >>> from_coco([{"category_id": 9, "bbox": [2, 4, 8, 8], "score": 0.5}], [3, 9]).boxes.tolist()
+      [[2.0, 4.0, 10.0, 12.0]]
+    """
+    label = {int(k): i for i, k in enumerate(category_ids)}
+    boxes = np.array([row["bbox"] for row in rows], np.float64).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    return Detections(
+        boxes=boxes.astype(np.float32),
+        scores=np.array([row.get("score", 1.0) for row in rows], np.float32),
+        labels=np.array([label[row["category_id"]] for row in rows], np.int32),
+        class_names=tuple(class_names),
+        category_ids=tuple(label),
+    )
+
+
+def by_image(rows: Sequence[Mapping[str, Any]], image_ids: Sequence[int]) -> dict[int, list[Mapping[str, Any]]]:
+    """{image id: its rows}, of all images, in their order."""
+    groups: dict[int, list[Mapping[str, Any]]] = {image_id: [] for image_id in image_ids}
+    for row in rows:
+        groups[row["image_id"]].append(row)
+    return groups
+
+
+def batch_to_coco(
     batch: Mapping[str, np.ndarray], detections: PaddedDetections, category_ids: Sequence[int]
 ) -> list[dict[str, Any]]:
     """Detections of a batch as COCO results, in pixels of the original images.
@@ -222,7 +298,7 @@ def to_coco(
       ...          "original_size": np.array([[20, 30]]), "real": np.array([True])}
       >>> found = PaddedDetections(boxes=np.array([[[1.0, 2, 5, 6]]]), scores=np.array([[0.5]]), labels=np.array([[1]]),
       ...                    valid=np.array([[True]]))
-      >>> to_coco(batch, found, [3, 9])
+      >>> batch_to_coco(batch, found, [3, 9])
       [{'image_id': 7, 'category_id': 9, 'bbox': [2.0, 4.0, 8.0, 8.0], 'score': 0.5}]
     """
     results = []

@@ -1,1 +1,5 @@
-"""Prediction: loading a model and running it on images."""
+"""Prediction: loading a model and detecting objects in images."""
+
+from kdjax.inference.model import Model, load
+
+__all__ = ["Model", "load"]

@@ -1,173 +1,221 @@
-"""A detector that is ready to predict, as the verbs share it."""
+"""A detector with its weights, ready to detect objects in images."""
 
-import functools
-import itertools
+import dataclasses
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import overload
 
 import jax
 import numpy as np
 
-from kdjax import detectors, files, resources, weights
-from kdjax.data import transforms
-from kdjax.detectors.api import unflatten
-from kdjax.evals import coco
+from kdjax import detectors, resources, weights
+from kdjax.detectors.api import Detector, Tree, unflatten
+from kdjax.errors import UserError
+from kdjax.inference import predict
+from kdjax.structs import Detections
+from kdjax.weights import checkpoint
 
 BATCH = 8  # images that are computed together, at most
 CHECKPOINTS = "checkpoints"  # the folder of a run
 
-
-class Model(NamedTuple):
-    """A detector with its weights."""
-
-    folder: Path
-    detector: detectors.Detector
-    variables: tuple  # (params, stats)
-    classes: tuple[str, ...]
-    category_ids: tuple[int, ...]  # of the results, by label: those of the data it was trained on, else 1 .. K
-    image_size: tuple[int, int]  # height and width of the canvas in pixels
+Image = np.ndarray | str | Path
 
 
-def load(path: str) -> Model:
-    """Reads `--model`.
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Model:
+    """A detector with its weights; see `load`."""
+
+    path: Path
+    detector: Detector
+    variables: tuple[Tree, Tree]  # (params, stats)
+    class_names: tuple[str, ...]  # of the K labels; () if the file does not say
+    category_ids: tuple[int, ...]  # of the K labels in COCO's json: those of the training data, else 1 .. K
+    image_size: tuple[int, int]  # height and width of the network input in pixels
+
+    @overload
+    def detect(self, images: Image) -> Detections: ...
+    @overload
+    def detect(self, images: Sequence[Image]) -> list[Detections]: ...
+    def detect(self, images: Image | Sequence[Image]) -> Detections | list[Detections]:
+        """Detects the objects of one image or of several.
+
+        Args:
+          images: u8[h, w, 3] RGB of any size, or the path of an image file; or a list of them.
+
+        Returns:
+          The detections of the image, best score first, in its pixels; a list of them for a list of images. Low scores
+          are kept: choose with `found[found.scores > 0.3]`.
+
+        Raises:
+          UserError: a file cannot be read, or an array is not u8[h, w, 3].
+        """
+        if isinstance(images, (str, Path)) or (isinstance(images, np.ndarray) and images.ndim == 3):
+            return self.detect([images])[0]
+        arrays = [_array(image) for image in images]
+        return [found for _, found in self.stream(arrays, batch_size=max(1, min(BATCH, len(arrays))))]
+
+    def stream(
+        self, images: Iterable[np.ndarray], *, batch_size: int = BATCH
+    ) -> Iterator[tuple[np.ndarray, Detections]]:
+        """Detects the objects of many images, which are read as they are needed.
+
+        Args:
+          images: u8[h, w, 3] RGB each.
+          batch_size: images that are computed together.
+
+        Yields:
+          Each image with its detections.
+        """
+        canvas, round_down = self.image_size, self.detector.round_down
+        batches = predict.canvases(images, canvas, batch_size=batch_size, round_down=round_down)
+        for batch, detections in self.predict(batches, devices=jax.local_devices()[:batch_size]):
+            yield from zip(batch["originals"], detections, strict=False)  # the last batch is filled up
+
+    def predict(
+        self,
+        batches: Iterable[predict.Batch],
+        *,
+        devices: Sequence[jax.Device] | None = None,
+        run: predict.Program | None = None,
+    ) -> Iterator[tuple[predict.Batch, list[Detections]]]:
+        """`kdjax.inference.predict.predict` with this model."""
+        return predict.predict(
+            self.detector,
+            self.variables,
+            batches,
+            devices=devices,
+            run=run,
+            class_names=self.class_names,
+            category_ids=self.category_ids,
+        )
+
+
+def _array(image: Image) -> np.ndarray:
+    if isinstance(image, (str, Path)):
+        return predict.read_image(Path(image).expanduser())
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        what = f"{image.dtype}{list(image.shape)}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise UserError(f"an image must be u8[h, w, 3] RGB or a path, not {what}")
+    return image
+
+
+def load(
+    path: str | Path,
+    detector: str | None = None,
+    *,
+    class_names: Sequence[str] | None = None,
+    image_size: tuple[int, int] = (640, 640),
+    network: str = "student",
+) -> Model:
+    """Loads a model.
 
     Args:
-      path: a folder of weights (a run's `student/`, or of import-weights); or the workdir of a run: its `student/`, or,
-        before its end, the newest checkpoint that is sound; or a run's `checkpoints/` or `checkpoints/STEP`.
+      path: a folder of weights (a run's `student/`, or one that `kdjax import-weights` wrote); or the workdir of a run:
+        its `student/`, or, before its end, its newest sound checkpoint; or a run's `checkpoints/` or
+        `checkpoints/STEP`; or, with `detector`, a file of weights: `.pth`, `.safetensors` or `.npz` of mmdetection,
+        mmyolo, mmrazor or the authors of YOLOX, or an `.onnx` file of YOLOX.
+      detector: what a file of weights is of, a name that `kdjax.detectors.build` knows; None for folders.
+      class_names: names of the K classes of a file of weights; None: those that it holds, if any.
+      image_size: height and width of the network input in pixels, for a file of weights.
+      network: "student" or "teacher", where a file of weights holds a pair of mmrazor.
 
     Returns:
       The model.
 
     Raises:
-      ValueError: there is no such model, or it is broken; one sentence.
+      UserError: there is no such model, or it cannot be used.
+
+    Example:
+      >>> model = load("assets/quickstart_teacher")  # doctest: +SKIP
+      >>> found = model.detect("image.jpg")  # doctest: +SKIP
     """
-    if not jax.config.jax_compilation_cache_dir:  # a second command starts in seconds
-        jax.config.update("jax_compilation_cache_dir", str(files.cache_root() / "jax"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     folder = resources.model_path(Path(path).expanduser())
     if not folder.exists():
-        raise ValueError(f"--model={path}: there is no such folder.")
+        raise UserError(f"{path}: there is no such file or folder")
+    if detector is not None:
+        if folder.is_dir():
+            raise UserError(f"{path}: a folder names its detector itself: detector must be None, not {detector!r}")
+        return _from_file(folder, detector, class_names, image_size, network)
     if folder.is_file() and folder.name != weights.WEIGHTS:
-        raise ValueError(f"--model={path} is a file: `kdjax import-weights` makes a folder of a checkpoint.")
+        raise UserError(
+            f"{path}: a file does not name its detector: make a folder of it with `kdjax import-weights`, or give the "
+            "argument `detector`"
+        )
     folder = folder.parent if folder.is_file() else folder
     if folder.name == CHECKPOINTS:
-        return _of_checkpoint(folder.parent)
+        return _from_checkpoint(folder.parent)
     if folder.parent.name == CHECKPOINTS and folder.name.isdigit():
-        return _of_checkpoint(folder.parent.parent, step=int(folder.name))
+        return _from_checkpoint(folder.parent.parent, step=int(folder.name))
     if not (folder / weights.WEIGHTS).exists() and (folder / "student").is_dir():
         folder = folder / "student"
     if not (folder / weights.WEIGHTS).exists() and (folder / CHECKPOINTS).is_dir():
-        return _of_checkpoint(folder)
-    detector, params, stats, classes = weights.load(folder)
+        return _from_checkpoint(folder)
+    built, params, stats, names = weights.load(folder)
     config = json.loads((folder / weights.CONFIG).read_text())
-    ids = config["extra"].get("category_ids") or list(range(1, len(classes) + 1))
+    ids = config["extra"].get("category_ids") or list(range(1, built.num_classes + 1))
     whole = isinstance(ids, list) and all(isinstance(k, int) for k in ids)
-    if not whole or len(ids) != len(classes) or len(set(ids)) != len(ids):
-        raise ValueError(f"{folder / weights.CONFIG}: category_ids is {ids!r}, not a number for each of the classes.")
-    return Model(folder, detector, (params, stats), tuple(classes), tuple(ids), tuple(config["image_size"]))
+    if not whole or len(ids) != built.num_classes or len(set(ids)) != len(ids):
+        raise UserError(f"{folder / weights.CONFIG}: category_ids must be one integer per class, not {ids!r}")
+    return Model(
+        path=folder,
+        detector=built,
+        variables=(params, stats),
+        class_names=tuple(names or ()),
+        category_ids=tuple(ids),
+        image_size=_pair(config["image_size"]),
+    )
 
 
-def _of_checkpoint(workdir: Path, step: int | None = None) -> Model:
-    """The moving average of the student in one checkpoint of a run, the newest that is sound if none is named."""
-    from kdjax.training import checkpoint  # Orbax takes a second
+def _pair(size: Sequence[int]) -> tuple[int, int]:
+    height, width = size
+    return int(height), int(width)
 
+
+def _from_file(
+    path: Path, name: str, class_names: Sequence[str] | None, image_size: tuple[int, int], network: str
+) -> Model:
+    """A file of weights that others wrote."""
+    probe = detectors.build(name, 1)
+    if any(side < 1 or side % probe.size_divisor for side in image_size):
+        raise UserError(f"image_size must be two multiples of {probe.size_divisor}, not {tuple(image_size)}")
+    state, own_names = weights.read_checkpoint(path)
+    plain = weights.plain(probe, state, network)
+    count = weights.count_classes(probe, plain)
+    if not count:
+        raise UserError(f"{path}: it holds no classifier of {name} for the {network}")
+    names = class_names or own_names or ()
+    if names and len(names) != count:
+        whose = "class_names" if class_names else "its own metadata"
+        raise UserError(f"{path}: it has {count} classes, but {whose} names {len(names)}")
+    built = weights.infer_options(detectors.build(name, count), state)
+    variables = weights.from_torch(built, plain, keep_classifiers=True)
+    return Model(
+        path=path,
+        detector=built,
+        variables=variables,
+        class_names=tuple(names),
+        category_ids=tuple(range(1, count + 1)),
+        image_size=_pair(image_size),
+    )
+
+
+def _from_checkpoint(workdir: Path, step: int | None = None) -> Model:
+    """The moving average of the student in one checkpoint of a run; None: the newest that is sound."""
     note, arrays = checkpoint.arrays(workdir / CHECKPOINTS, "student/ema/", step=step)
     try:
         config = json.loads((workdir / "config.json").read_text())["config"]
         name, size = note["run"]["student"], config["data"]["image_size"]
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{workdir / 'config.json'} cannot be read as the config of a run: {error!r}.") from None
-    classes = note["run"]["classes"]
-    detector = detectors.build(name, len(classes), **note["run"].get("options", {}))
+        raise UserError(f"{workdir / 'config.json'}: it cannot be read as the config of a run: {error!r}") from None
+    names = note["run"]["classes"]
     tree = unflatten({path: jax.numpy.asarray(value) for path, value in arrays.items()})
-    ids = note.get("category_ids") or range(1, len(classes) + 1)  # which older runs did not write
-    return Model(workdir, detector, (tree["params"], tree["stats"]), tuple(classes), tuple(ids), tuple(size))
-
-
-def check_out(path: str) -> Path:
-    """Makes the folder `--out`, before anything is computed.
-
-    Raises:
-      ValueError: it cannot be made.
-    """
-    folder = Path(path).expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out={path} cannot be made ({error.strerror}): choose another folder.") from None
-    return folder
-
-
-def aligned(rows: list[list[str]]) -> str:
-    """Rows of a table as text: the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
+    ids = note.get("category_ids") or range(1, len(names) + 1)  # which older runs did not write
+    return Model(
+        path=workdir,
+        detector=detectors.build(name, len(names), **note["run"].get("options", {})),
+        variables=(tree["params"], tree["stats"]),
+        class_names=tuple(names),
+        category_ids=tuple(ids),
+        image_size=_pair(size),
     )
-
-
-def on_canvas(image: np.ndarray, canvas: tuple[int, int], *, round_down: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """An image as a detector gets it in every evaluation.
-
-    Args:
-      image: u8[h, w, 3], RGB.
-      canvas: height and width in pixels.
-      round_down: `Detector.round_down`.
-
-    Returns:
-      The canvas u8[H, W, 3], the image fitted to its top left, and the image's size on it, i32[2].
-    """
-    size = transforms.fitted(image.shape[:2], canvas, round_down=round_down)[1]
-    sample = transforms.Sample(image, np.zeros((0, 4), np.float32), np.zeros(0, np.int32))
-    return transforms.pad(transforms.resize(sample, size), canvas).image, np.array(size, np.int32)
-
-
-def detect(
-    model: Model, images: Iterable[tuple[int, np.ndarray]], *, batch: int = BATCH
-) -> Iterator[tuple[tuple[int, np.ndarray], list[dict]]]:
-    """Detects the objects of images, some at a time in one program.
-
-    Args:
-      model: from `load`.
-      images: (image id, u8[h, w, 3] RGB) of each; read as they are needed.
-      batch: images that are computed together; the last batch is filled up.
-
-    Returns:
-      Each of `images` with its COCO results in pixels of the image, best score first (`evals.coco.to_coco`).
-    """
-    images = iter(images)
-    while chunk := list(itertools.islice(images, batch)):
-        placed = [on_canvas(image, model.image_size, round_down=model.detector.round_down) for _, image in chunk]
-        placed += placed[-1:] * (batch - len(chunk))
-        canvases, sizes = (np.stack(arrays) for arrays in zip(*placed, strict=True))
-        rows = {
-            "image_id": np.array([image_id for image_id, _ in chunk]),
-            "image_size": sizes[: len(chunk)],
-            "original_size": np.array([image.shape[:2] for _, image in chunk]),
-            "real": np.ones(len(chunk), bool),
-        }
-        found = jax.device_get(program(model.detector)(model.variables, canvases, sizes))
-        results = coco.to_coco(rows, found, model.category_ids)
-        for image_id, image in chunk:
-            yield (image_id, image), [row for row in results if row["image_id"] == image_id]
-
-
-def program(detector: detectors.Detector):
-    """The jitted (variables, images u8[B, H, W, 3], image_size i32[B, 2]) -> PaddedDetections."""
-    return _program(detector.name, detector.num_classes, json.dumps(detector.options, sort_keys=True))
-
-
-@functools.cache
-def _program(name: str, num_classes: int, options: str):
-    detector = detectors.build(name, num_classes, **json.loads(options))
-
-    def predict(variables, images, image_size):
-        output, _ = detector.apply(*variables, detector.preprocess(images), train=False)
-        return detector.decode(output, image_size)
-
-    return jax.jit(predict)

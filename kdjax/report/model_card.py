@@ -17,16 +17,12 @@ _USE = """\
 (`--model` is this folder; `evaluate`, `export` and `latency` take it too.) In Python:
 
 ```python
-import numpy as np
-from PIL import Image
+import kdjax
 
-from kdjax.inference import model
-
-detector = model.load("{role}")  # this folder
-image = np.asarray(Image.open("image.jpg").convert("RGB"))
-[(_, found)] = model.detect(detector, [(1, image)])
-for one in found:  # best first; the box is x, y, width, height in pixels
-    print(detector.classes[detector.category_ids.index(one["category_id"])], one["score"], one["bbox"])
+model = kdjax.load("{role}")  # this folder
+found = model.detect("image.jpg")
+for box, score, label in zip(found.boxes, found.scores, found.labels):  # best first
+    print(found.class_names[label], score, box)  # the box is x1, y1, x2, y2 in pixels
 ```
 """
 

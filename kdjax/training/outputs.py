@@ -52,7 +52,7 @@ def evaluate(setup: Setup, role: str, *, limit: int = 0) -> Evaluation:
     def fetch() -> None:
         batch, output = pending.popleft()
         output = jax.device_get(output)
-        rows.extend(coco.to_coco(batch, output, dataset.category_ids))
+        rows.extend(coco.batch_to_coco(batch, output, dataset.category_ids))
         for row in np.flatnonzero(batch["real"] & batch["valid"].any(axis=1))[: EXAMPLES - len(examples)]:
             examples.append(_example(role, batch, output, row))
 

@@ -175,7 +175,7 @@ def test_to_coco_undoes_the_resize():
         labels=np.array([[0, 1], [1, 0], [0, 0]]),
         valid=np.array([[True, False], [True, True], [True, True]]),
     )
-    got = coco.to_coco(batch, found, [10, 20])
+    got = coco.batch_to_coco(batch, found, [10, 20])
     assert [(row["image_id"], row["category_id"]) for row in got] == [(5, 10), (6, 20), (6, 10)]
     assert [row["bbox"] for row in got] == [[4, 8, 20, 24], [1, 2, 5, 6], [0, 0, 20, 30]]
     assert [row["score"] for row in got] == [float(found.scores[0, 0]), *found.scores[1].tolist()]

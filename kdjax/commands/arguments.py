@@ -1,0 +1,159 @@
+"""What several commands do with their arguments."""
+
+import collections
+import dataclasses
+from collections.abc import Container, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from kdjax import data, files, inference
+from kdjax.errors import UserError, prefix
+from kdjax.training import config as settings
+
+SCENES = 400  # images of the generated validation split, as in a run
+
+
+def load_model(path: str, flag: str = "--model") -> inference.Model:
+    """The model of a flag; compiled programs are kept on disk, so that the next command starts in seconds."""
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(files.cache_root() / "jax"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    with prefix(flag):
+        return inference.load(path)
+
+
+def make_folder(path: str | Path) -> Path:
+    """Makes the folder `--out` before anything is computed.
+
+    Raises:
+      UserError: it cannot be made.
+    """
+    folder = Path(path).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out: {path} cannot be made ({error.strerror}): choose another folder") from None
+    return folder
+
+
+def output_file(path: str) -> Path:
+    """The file `--out`, whose folder is made.
+
+    Raises:
+      UserError: it is a folder, or its folder cannot be made.
+    """
+    file = Path(path).expanduser()
+    if file.is_dir():
+        raise UserError(f"--out: {path} is a folder: name the file to write")
+    make_folder(file.parent)
+    return file
+
+
+def aligned(rows: list[list[str]]) -> str:
+    """Rows of a table as text: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """The data of `--data` and `--split`."""
+
+    name: str
+    dataset: data.Dataset  # its split "val" is the one of --split
+    config: Mapping[str, Any]  # as `config.data` of a run
+
+    @property
+    def split(self) -> data.Split:
+        """The images and their boxes."""
+        return self.dataset.splits["val"]
+
+    @property
+    def truth(self) -> dict[str, Any]:
+        """COCO instances."""
+        return self.split.truth
+
+    def stream(self, only: Container[int] | None = None) -> Iterator[tuple[int, np.ndarray]]:
+        """(image id, u8[h, w, 3] RGB) of all images in order, or of some ids."""
+        return ((i, self.split.image(i)) for i in self.split.image_ids if only is None or i in only)
+
+    def batches(self, model: inference.Model, *, batch_size: int) -> data.Batches:
+        """The batches that the model is evaluated on."""
+        config = {**self.config, "image_size": model.image_size}
+        round_down = model.detector.round_down
+        return data.eval_batches(self.dataset, "val", config, batch_size=batch_size, round_down=round_down)
+
+
+def open_data(source: str, split: str, annotations: str, images: str, limit: int) -> Data:
+    """Opens and checks the data of `--data`; every image is decoded once when it is first used.
+
+    Args:
+      source: "scenes", a folder in COCO layout, or a prepared TFDS directory.
+      split: as `config.data.val_split` of a run.
+      annotations: as `config.data.val_annotations` of a run.
+      images: as `config.data.val_images` of a run.
+      limit: only the first images; 0 takes all.
+
+    Raises:
+      UserError: the data cannot be used.
+    """
+    if limit < 0:
+        raise UserError(f"--limit: {limit} must be a number of images, or 0 for all")
+    config = settings.base().data
+    config.limit = limit
+    if source == "scenes":
+        if split != "val" or annotations or images:
+            raise UserError("--data: scenes has no --split, --annotations or --images: it has the split val alone")
+        config.update(source="scenes", scenes_val=min(limit or SCENES, SCENES))
+    else:
+        folder = Path(source).expanduser()
+        if not folder.is_dir():
+            raise UserError(
+                f"--data: there is no folder {source}: give a folder in COCO layout, a TFDS directory, or scenes"
+            )
+        config.update(source="coco_folder", root=source, val_split=split, val_annotations=annotations)
+        config.val_images = images
+        if not (folder / "annotations").is_dir() and any(
+            any(folder.glob("*/" * k + "features.json")) for k in range(4)
+        ):
+            config.source = "tfds"
+            if images:
+                raise UserError("--images: a TFDS directory holds its images itself: leave it out")
+    with prefix(f"--data={source}"):
+        dataset = data.open_dataset(config, splits=("val",))
+        opened = Data(source, dataset, config.to_dict())
+        listed = opened.truth
+        if all(row["iscrowd"] for row in listed["annotations"]):
+            raise UserError(f"its {len(listed['images'])} images hold no object, so nothing can be measured")
+    names = {image["file_name"] for image in listed["images"]}
+    dropped = [row["reason"] for row in opened.split.log if row["action"] == "dropped" and row["file"] in names]
+    if dropped:
+        reasons = ", ".join(f"{reason} ({count})" for reason, count in collections.Counter(dropped).most_common())
+        print(f"{len(dropped)} boxes of {source} are left out, as in training: {reasons}")
+    return opened
+
+
+def match_classes(model: inference.Model, opened: Data) -> inference.Model:
+    """The model with the category ids of the data; classes are matched by name.
+
+    Raises:
+      UserError: the class names differ.
+    """
+    ids = dict(zip(opened.dataset.classes, opened.dataset.category_ids, strict=True))
+    if set(ids) != set(model.class_names):
+        unknown = [name for name in ids if name not in model.class_names]
+        missing = [name for name in model.class_names if name not in ids]
+        what = f"the data has {unknown[0]!r}" if unknown else f"the data lacks {missing[0]!r}"
+        of_data, of_model = (", ".join([*names][:6]) + ", …" * (len(names) > 6) for names in (ids, model.class_names))
+        raise UserError(
+            f"--data={opened.name}: its classes ({of_data}) are not those of {model.path} ({of_model}): {what}"
+        )
+    return dataclasses.replace(model, category_ids=tuple(ids[name] for name in model.class_names))

@@ -1,0 +1,95 @@
+"""LiteRT (TensorFlow Lite) files; needs `kdjax[litert]`."""
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kdjax import nn
+from kdjax.boxes import nms
+from kdjax.boxes.convert import clip
+from kdjax.errors import UserError
+from kdjax.export import graphs
+from kdjax.inference.model import Model
+from kdjax.structs import Array, PaddedDetections
+
+if TYPE_CHECKING:
+    from ai_edge_litert.interpreter import Interpreter
+
+PRE_NMS = 30000  # candidates that enter the NMS of `runner`
+
+
+def write(model: Model, path: str | Path, *, raw: bool = False) -> None:
+    """Writes the model as a LiteRT (TensorFlow Lite) file in float32 for one image, by way of StableHLO.
+
+    Its outputs are, by name, the head's maps, or `boxes` f32[1, N, 4] and `scores` f32[1, N, K] of all priors. NMS is
+    left out, because LiteRT's converter cannot write the bodies of loops.
+
+    Args:
+      model: from `kdjax.inference.load`.
+      path: the file.
+      raw: the head's maps instead of boxes and scores.
+    """
+    from litert_converter import converter_api_ext as converter
+    from litert_converter.mlir import ir, passmanager
+
+    def candidates(images: Array, image_size: Array) -> tuple[Array, Array]:
+        boxes, scores, _ = graphs.candidates(model, {}, images, image_size)
+        return boxes, jnp.swapaxes(scores, 1, 2)
+
+    function = functools.partial(graphs.portable_maps, model) if raw else candidates
+    with nn.portable():
+        program = jax.jit(function).trace(*graphs.inputs(model, raw=raw)).lower(lowering_platforms=("cpu",))
+    context = ir.Context()
+    converter.prepare_mlir_context(context)
+    with context:
+        module = ir.Module.parse(program.as_text())  # the portable artifact has a sort for top_k, which LiteRT lacks
+        names = graphs.map_names(model) if raw else ["boxes", "scores"]
+        converter.set_signature(module.operation, "serving_default", list(graphs.INPUTS[: 1 if raw else 2]), names)
+        settings = converter.ConvertToTFLConfig()
+        converter.run_convert_to_tfl_passes(module, passmanager.PassManager(), settings)
+        content = converter.export_flatbuffer_to_bytes(module.operation)
+    Path(path).write_bytes(content)
+
+
+def interpreter(path: str | Path, *, threads: int = 1) -> "Interpreter":
+    """LiteRT's interpreter of a file, on the CPU.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    from ai_edge_litert.interpreter import Interpreter
+
+    try:
+        made = Interpreter(model_path=str(path), num_threads=threads)
+        made.allocate_tensors()
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"{path}: LiteRT cannot read it: {str(error).splitlines()[0]}") from error
+    return made
+
+
+def runner(path: str | Path, model: Model, *, raw: bool = False) -> Callable[..., Sequence[np.ndarray]]:
+    """A function from the inputs of a LiteRT file to its outputs, both in order; NMS is done in JAX unless `raw`."""
+    running = interpreter(path).get_signature_runner()
+    if raw:
+        names = graphs.map_names(model)
+        return lambda image: list(map(running(image=image).get, names))
+    limits = graphs.nms_settings(model)
+
+    @jax.jit
+    def suppress(boxes: Array, scores: Array, image_size: Array) -> PaddedDetections:
+        found = nms.select(
+            boxes, scores, level_sizes=boxes.shape[1:2], image_size=None, score_threshold=0.0, pre_nms=PRE_NMS, **limits
+        )
+        return found._replace(boxes=clip(found.boxes, image_size))
+
+    def call(image: np.ndarray, image_size: np.ndarray) -> Sequence[np.ndarray]:
+        outputs = running(image=image, image_size=image_size)
+        *found, valid = (np.asarray(value)[0] for value in suppress(outputs["boxes"], outputs["scores"], image_size))
+        return [value[valid] for value in found]
+
+    return call

@@ -1,0 +1,51 @@
+"""What an exported file says about itself."""
+
+import json
+
+import kdjax
+from kdjax.evals import complexity
+from kdjax.export import graphs
+from kdjax.inference.model import Model
+
+
+def describe(model: Model, *, raw: bool, nms: bool = True) -> dict[str, str]:
+    """The facts that a user of an exported file needs, as text by name.
+
+    Args:
+      model: from `kdjax.inference.load`.
+      raw: whether the outputs are the head's maps.
+      nms: whether the file holds the NMS.
+    """
+    height, width = model.image_size
+    fit = "scaled to fit, fractions of a pixel cut off" if model.detector.round_down else "scaled to fit"
+    image = f"image u8[1, {height}, {width}, 3], RGB, {fit}, at the top left, the rest {model.detector.pad_value}"
+    outputs = "boxes f32[n, 4] x1 y1 x2 y2 in pixels of the canvas, scores f32[n], labels i64[n], best first"
+    if not nms:
+        limits = graphs.nms_settings(model)
+        outputs = (
+            "boxes f32[1, N, 4] x1 y1 x2 y2 in pixels of the canvas, scores f32[1, N, K], 0 where a class is left "
+            f"out; not included: class-wise NMS over an IoU of {limits['iou_threshold']:g}, the best "
+            f"{limits['max_detections']}, clipping to image_size"
+        )
+    if raw:
+        outputs = f"{', '.join(graphs.map_names(model))}: f32[1, H, W, C] as in kdjax.structs.DetectorOutput"
+    return {
+        "kdjax": kdjax.__version__,
+        "detector": model.detector.name,
+        "classes": json.dumps(model.class_names),
+        "category_ids": json.dumps(model.category_ids),
+        "image_size": json.dumps(model.image_size),
+        "input": image if raw else f"{image}; image_size i32[1, 2], height and width of the image on it",
+        "normalisation": _normalisation(model),
+        "output": outputs,
+        "parameters": str(complexity.parameters(model.variables[0])),
+        "flops": str(complexity.flops(model.detector, model.image_size)),
+    }
+
+
+def _normalisation(model: Model) -> str:
+    kernel, offset = graphs.affine(model)
+    std = 1 / kernel.sum(0)
+    order = "RGB" if kernel[0, 0] else "BGR"
+    mean, std = (" ".join(f"{value:g}" for value in values.round(3)) for values in (-offset * std, std))
+    return f"inside the graph: {order}, minus {mean}, divided by {std}"

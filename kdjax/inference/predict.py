@@ -1,0 +1,254 @@
+"""The one prediction loop: batches of images in, detections in pixels of the original images out."""
+
+import collections
+import functools
+import io
+import itertools
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import jax
+import numpy as np
+import PIL.Image
+
+from kdjax import sharding
+from kdjax.data import records, transforms
+from kdjax.detectors.api import Detector, Tree
+from kdjax.errors import UserError
+from kdjax.structs import Array, Detections, PaddedDetections
+
+Batch = Mapping[str, Any]
+# (variables, images u8[B, H, W, 3] RGB, image_size i32[B, 2]) -> detections in pixels of the canvas
+Program = Callable[[tuple[Tree, Tree], np.ndarray, np.ndarray], PaddedDetections]
+Preprocess = Callable[[Array], Array]  # u8[B, H, W, 3] RGB -> f32[B, H, W, 3]
+
+_ORIENTATION = 274  # EXIF's tag
+_traces: collections.Counter[tuple[Callable, Callable]] = collections.Counter()
+
+
+def predict(
+    detector: Detector,
+    variables: tuple[Tree, Tree],
+    batches: Iterable[Batch],
+    *,
+    devices: Sequence[jax.Device] | None = None,
+    run: Program | None = None,
+    class_names: Sequence[str] = (),
+    category_ids: Sequence[int] = (),
+) -> Iterator[tuple[Batch, list[Detections]]]:
+    """Detects the objects of batches of images; the host works on a batch while the devices compute the next.
+
+    Args:
+      detector: the detector.
+      variables: its params and stats.
+      batches: dicts with `image` u8[B, H, W, 3], `image_size` i32[B, 2] (height and width on the canvas),
+        `original_size` i32[B, 2] and, if some rows are padding, `real` bool[B]; from `kdjax.data.eval_batches` or
+        `canvases`.
+      devices: each batch is split over them; None: those of this host. With devices of several hosts, every host calls
+        this function with the same batches and gets all detections.
+      run: what computes a batch; None: `program(detector, devices=devices)`.
+      class_names: names of the K classes, for the detections.
+      category_ids: COCO's ids of the K classes, for the detections.
+
+    Yields:
+      Each batch with the detections of its rows; none for a row that is not real.
+    """
+    names, ids = tuple(class_names), tuple(int(k) for k in category_ids)
+    devices = tuple(jax.local_devices() if devices is None else devices)
+    if run is None:
+        run = program(detector, devices=devices)
+        variables = sharding.replicate(tuple(variables), sharding.make_mesh(devices))
+    pending: collections.deque[tuple[Batch, PaddedDetections]] = collections.deque()
+
+    def finish() -> tuple[Batch, list[Detections]]:
+        batch, padded = pending.popleft()
+        return batch, in_originals(batch, sharding.gather(padded), names, ids)
+
+    for batch in batches:
+        pending.append((batch, run(variables, batch["image"], batch["image_size"])))
+        if len(pending) > 1:
+            yield finish()
+    while pending:
+        yield finish()
+
+
+def program(
+    detector: Detector, *, devices: Sequence[jax.Device] | None = None, preprocess: Preprocess | None = None
+) -> Program:
+    """The compiled function from pixels to detections on the canvas; equal detectors share it.
+
+    Args:
+      detector: the detector.
+      devices: a batch is split over them, padded to a whole number of images a device; None: those of this host.
+      preprocess: instead of the detector's own. It is called outside of the compiled program: any number of them share
+        one compilation.
+    """
+    devices = tuple(jax.local_devices() if devices is None else devices)
+    compiled = _compiled(detector.apply, detector.decode, None if preprocess else detector.preprocess, devices)
+    mesh = sharding.make_mesh(devices)
+
+    def run(variables: tuple[Tree, Tree], images: np.ndarray, image_size: np.ndarray) -> PaddedDetections:
+        count, extra = len(images), -len(images) % len(devices)
+        if preprocess:
+            images = np.asarray(preprocess(jax.numpy.asarray(images)))
+        images, image_size = (
+            np.concatenate([part, np.repeat(part[-1:], extra, 0)]) if extra else np.asarray(part)
+            for part in (images, image_size)
+        )
+        placed = (sharding.split(part, mesh) for part in (images, image_size))
+        padded = compiled(sharding.replicate(tuple(variables), mesh), *placed)
+        return jax.tree.map(lambda rows: rows[:count], sharding.gather(padded)) if extra else padded
+
+    return run
+
+
+def traces(detector: Detector) -> int:
+    """How often this process has traced the `program` of this detector, for all shapes and devices together."""
+    return _traces[detector.apply, detector.decode]
+
+
+@functools.lru_cache(maxsize=32)
+def _compiled(
+    apply: Callable, decode: Callable, preprocess: Preprocess | None, devices: tuple[jax.Device, ...]
+) -> Callable:
+    def predict_batch(variables: tuple[Tree, Tree], images: Array, image_size: Array) -> PaddedDetections:
+        _traces[apply, decode] += 1
+        x = preprocess(images) if preprocess else images
+        output, _ = apply(*variables, x, train=False)
+        return decode(output, image_size)
+
+    if len(devices) == 1:
+        return jax.jit(predict_batch)
+    # Each device works on its own rows: non-maximum suppression loops until its slowest image is done, and needs no
+    # communication.
+    mesh, whole, split = sharding.make_mesh(devices), sharding.WHOLE, sharding.SPLIT
+    return jax.jit(
+        jax.shard_map(predict_batch, mesh=mesh, in_specs=(whole, split, split), out_specs=split, check_vma=False)
+    )
+
+
+def in_originals(
+    batch: Batch, padded: PaddedDetections, class_names: tuple[str, ...] = (), category_ids: tuple[int, ...] = ()
+) -> list[Detections]:
+    """Detections on the canvas as detections of the original images, clipped to them.
+
+    Args:
+      batch: as for `predict`. Each axis has its own ratio, because sizes on the canvas are whole pixels.
+      padded: NumPy arrays, in pixels of the canvas.
+      class_names: names of the K classes.
+      category_ids: COCO's ids of the K classes.
+
+    Returns:
+      One Detections a row of the batch, empty for a row that is not real.
+
+    Scope: each image on its own.
+
+    Example:
+      >>> batch = {"image_size": np.array([[10, 15]]), "original_size": np.array([[20, 30]])}
+      >>> padded = PaddedDetections(np.array([[[1.0, 2, 5, 6]]]), *np.array([[[0.5]], [[1]], [[True]]]))
+      >>> in_originals(batch, padded)[0].boxes.tolist()
+      [[2.0, 4.0, 10.0, 12.0]]
+    """
+    found = []
+    real = batch.get("real", np.ones(len(batch["image_size"]), bool))
+    for row, (height, width) in enumerate(batch["original_size"]):
+        if not real[row]:
+            empty = np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int32)
+            found.append(Detections(*empty, class_names, category_ids))
+            continue
+        kept = np.asarray(padded.valid[row], bool)
+        ratio = (np.asarray(batch["image_size"][row]) / np.asarray(batch["original_size"][row]))[[1, 0, 1, 0]]
+        boxes = np.clip(np.asarray(padded.boxes[row], np.float64)[kept] / ratio, 0, [width, height, width, height])
+        scores, labels = np.asarray(padded.scores[row])[kept], np.asarray(padded.labels[row])[kept]
+        arrays = (boxes.astype(np.float32), scores.astype(np.float32), labels.astype(np.int32))
+        found.append(Detections(*arrays, class_names, category_ids))
+    return found
+
+
+def on_canvas(image: np.ndarray, canvas: tuple[int, int], *, round_down: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """An image as a detector gets it in every evaluation.
+
+    Args:
+      image: u8[h, w, 3], RGB.
+      canvas: height and width in pixels.
+      round_down: `Detector.round_down`.
+
+    Returns:
+      The canvas u8[H, W, 3], the image fitted to its top left, and the image's size on it, i32[2].
+    """
+    size = transforms.fitted(image.shape[:2], canvas, round_down=round_down)[1]
+    sample = transforms.Sample(image, np.zeros((0, 4), np.float32), np.zeros(0, np.int32))
+    return transforms.pad(transforms.resize(sample, size), canvas).image, np.array(size, np.int32)
+
+
+def read_image(file: Path, *, warn: Callable[[str], None] = warnings.warn) -> np.ndarray:
+    """Reads an image file as training and evaluation do: the stored pixels, without EXIF's rotation.
+
+    Args:
+      file: the image file.
+      warn: is called with a sentence if EXIF would rotate the image, or if it uses little of the range of 16 bits.
+
+    Returns:
+      u8[h, w, 3] RGB.
+
+    Raises:
+      UserError: the file cannot be read, or only in part.
+    """
+    try:
+        encoded = file.read_bytes()
+    except OSError as error:
+        raise UserError(f"{file}: it cannot be read: {error.strerror}") from None
+    orientation = 1
+    try:
+        with PIL.Image.open(io.BytesIO(encoded)) as opened:
+            opened.load()
+            orientation = opened.getexif().get(_ORIENTATION, 1)
+    except PIL.UnidentifiedImageError:
+        pass  # OpenCV reads some kinds that Pillow does not
+    except (OSError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+        raise UserError(f"{file}: the image is broken: {str(error).rstrip('.')}") from None
+    image = records.decode(encoded)
+    if image is None:
+        raise UserError(f"{file}: it cannot be read as an image{': it is empty' if not encoded else ''}")
+    if orientation != 1:
+        warn(f"{file}: EXIF orientation {orientation} is not applied: boxes are in the stored pixels")
+    if image.max() < 32 and _depth(encoded) == np.uint16:
+        warn(f"{file}: less than an eighth of the range of 16 bits is used: the image is read as nearly black")
+    return image
+
+
+def _depth(encoded: bytes) -> np.dtype | None:
+    stored = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_UNCHANGED)
+    return None if stored is None else stored.dtype
+
+
+def canvases(
+    images: Iterable[np.ndarray], canvas: tuple[int, int], *, batch_size: int, round_down: bool = False
+) -> Iterator[Batch]:
+    """Batches for `predict` of images of any size.
+
+    Args:
+      images: u8[h, w, 3] RGB each; read as they are needed.
+      canvas: height and width of the network input in pixels.
+      batch_size: images of a batch; the last batch is filled up with rows that are not real.
+      round_down: `Detector.round_down`.
+
+    Yields:
+      `image`, `image_size`, `original_size`, `real` as for `predict`, and `originals`, the list of the images.
+    """
+    images = iter(images)
+    while originals := list(itertools.islice(images, batch_size)):
+        rows = [on_canvas(image, canvas, round_down=round_down) for image in originals]
+        sizes = [image.shape[:2] for image in originals]
+        missing = batch_size - len(rows)
+        placed, image_size = (np.stack(part) for part in zip(*rows + rows[-1:] * missing, strict=True))
+        yield {
+            "image": placed,
+            "image_size": image_size,
+            "original_size": np.array(sizes + sizes[-1:] * missing, np.int32),
+            "real": np.arange(batch_size) < len(rows),
+            "originals": originals,
+        }
