@@ -27,3 +27,6 @@ def pytest_collection_modifyitems(items):
         return FIRST.index(name) if name in FIRST else len(FIRST)
 
     items.sort(key=rank)
+
+
+from tests.support.models import cache, exported, finished, made, state  # noqa: E402, F401

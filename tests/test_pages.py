@@ -17,8 +17,8 @@ import yaml
 from jax.sharding import Mesh
 
 from kdjax import cli
-from kdjax.commands import export
 from kdjax.commands.settings import read
+from kdjax.export import packages
 from kdjax.training import config as settings
 from kdjax.training import sharding
 from tests.shared import ROOT
@@ -165,7 +165,7 @@ def test_the_tutorial_runs(tmp_path):
     told = {}
     for line in tutorial():
         program, *rest = shlex.split(line)
-        if export.missing() and (".onnx" in line):
+        if packages.missing() and (".onnx" in line):
             continue  # needs kdjax[export]
         done = call(*(["-m", "kdjax"] if program == "kdjax" else []), *rest, *SHORT.get(rest[0], []))
         # An untrained teacher is a fault, which the doctor names.
@@ -175,7 +175,7 @@ def test_the_tutorial_runs(tmp_path):
     assert "faults" in next(text for line, text in told.items() if "doctor" in line)
     assert set(json.loads((tmp_path / "runs" / "mkd" / "results.json").read_text())["gain"]) > {"AP", "AP50"}
     made = ["runs/mkd/report.html", "runs/mkd/student/README.md", "evaluated/report.html", "predicted/detections.json"]
-    made += [] if export.missing() else ["student.onnx", "student_int8.onnx"]
+    made += [] if packages.missing() else ["student.onnx", "student_int8.onnx"]
     assert [name for name in made if not (tmp_path / name).is_file()] == []
     assert len(list((tmp_path / "predicted" / "drawn").iterdir())) == 6
 

@@ -173,33 +173,6 @@ def coco_metrics(
     return metrics(curves(ground_truth, detections, iou_type=iou_type, use_categories=use_categories))
 
 
-def per_class(
-    ground_truth: Mapping[str, Any], detections: Sequence[Mapping[str, Any]], *, iou_type: IouType = "bbox"
-) -> dict[str, float]:
-    """Average precision of each class: `class_metrics(curves(...))`.
-
-    Args:
-      ground_truth: COCO instances, see `curves`.
-      detections: COCO results, see `curves`.
-      iou_type: `bbox` or `segm`.
-
-    Returns:
-      {class: AP}, by category id; -1 for a class without objects.
-
-    Scope: the whole data set.
-
-    Raises:
-      ValueError: if an image or a category is not listed in the ground truth.
-
-    Example:
-      >>> box = {"image_id": 1, "category_id": 3, "bbox": [0, 0, 40, 40]}
-      >>> truth = {"images": [{"id": 1}], "categories": [{"id": 3, "name": "cat"}], "annotations": [box]}
-      >>> per_class(truth, [])
-      {'cat': 0.0}
-    """
-    return class_metrics(curves(ground_truth, detections, iou_type=iou_type))
-
-
 def to_coco(detections: Detections, image_id: int) -> list[dict[str, Any]]:
     """The detections of one image as COCO results, the rows of a results json.
 

@@ -16,12 +16,12 @@ from kdjax.evals.matching import detections_by_image, truth_by_image
 from kdjax.report import drawing, model_card
 from kdjax.report import run as run_report
 from kdjax.structs import Detections, PaddedDetections
-from kdjax.training.checkpoint import fingerprint
 from kdjax.training.checks import check_programs
 from kdjax.training.log import Log
 from kdjax.training.provenance import environment
 from kdjax.training.setup import Setup, model
 from kdjax.training.step import Teacher
+from kdjax.weights.checkpoint import fingerprint
 
 EXAMPLES = 8  # images in the report
 

@@ -17,9 +17,10 @@ from kdjax.distill import Distiller, Method
 from kdjax.errors import UserError
 from kdjax.structs import Array, PaddedDetections
 from kdjax.training import optim, sharding
-from kdjax.training.checkpoint import Checkpoints, fingerprint
+from kdjax.training.checkpoint import Checkpoints
 from kdjax.training.config import Config
 from kdjax.training.step import Teacher, TrainState, init_state, make_step
+from kdjax.weights.checkpoint import fingerprint
 
 # Options of glibc's mallopt: one arena (M_ARENA_MAX), no mmap for large blocks (M_MMAP_MAX), no trimming
 # (M_TRIM_THRESHOLD).

@@ -1,5 +1,6 @@
 """YOLOX: shapes, initialisation, loss against NumPy, training, decoding, names of weights, and real weights."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -18,7 +19,8 @@ from kdjax.detectors import build, cspdarknet, yolox
 from kdjax.detectors.api import flatten, pure, unflatten
 from kdjax.detectors.layers import BatchNorm
 from kdjax.evals import coco, complexity
-from kdjax.inference import model as models
+from kdjax.inference import load
+from kdjax.inference.predict import on_canvas
 from kdjax.structs import DetectorOutput, Targets
 from kdjax.weights import torch_names
 from kdjax.weights import yolox as yolox_names
@@ -522,7 +524,7 @@ def nano(tmp_path_factory):
         image_size="416,416",
         network="student",
     )
-    return models.load(str(out))
+    return load(out)
 
 
 def corners(rows, factor=1.0, edge=np.inf):
@@ -541,12 +543,13 @@ def test_published_weights_find_what_is_stored(nano, split):
     metrics = coco.coco_metrics(truth, stored)
     assert (metrics["AP"], metrics["AP50"]) == pytest.approx(README[split], abs=1e-4)
 
-    given = nano._replace(category_ids=tuple(sorted(entry["id"] for entry in truth["categories"])))
-    files = ((entry["id"], data / "images" / split / entry["file_name"]) for entry in truth["images"])
-    images = ((image_id, records.decode(file.read_bytes())) for image_id, file in files)
+    given = dataclasses.replace(nano, category_ids=tuple(sorted(entry["id"] for entry in truth["categories"])))
+    files = {entry["id"]: data / "images" / split / entry["file_name"] for entry in truth["images"]}
+    images = (records.decode(file.read_bytes()) for file in files.values())
     sizes = {entry["id"]: np.array([entry["width"], entry["height"]] * 2) for entry in truth["images"]}
     found, best = [], []
-    for (image_id, _), rows in models.detect(given, images):
+    for image_id, (_, detections) in zip(files, given.stream(images), strict=True):
+        rows = coco.to_coco(detections, image_id)
         found, best = found + rows, best + rows[:100]  # as many as are stored of an image at most
         mine, theirs = rows[:100], [row for row in stored if row["image_id"] == image_id]
         assert len(mine) == len(theirs)
@@ -569,7 +572,7 @@ def test_published_weights_find_what_is_stored(nano, split):
 def test_maps_equal_onnxruntimes(nano):
     runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     image = next((SHARED / "data" / "coco_mini" / "images" / "val").glob("*.jpg"))
-    canvas, _ = models.on_canvas(records.decode(image.read_bytes()), (416, 416), round_down=True)
+    canvas, _ = on_canvas(records.decode(image.read_bytes()), (416, 416), round_down=True)
     x = nano.detector.preprocess(canvas[None])
     session = runtime.InferenceSession(str(SHARED / "weights" / "yolox_nano.onnx"), providers=["CPUExecutionProvider"])
     (theirs,) = session.run(None, {"images": np.asarray(x).transpose(0, 3, 1, 2)})

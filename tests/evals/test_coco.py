@@ -117,7 +117,7 @@ def test_perfect_detections():
     found = [{key: row[key] for key in ("image_id", "category_id", "bbox")} | {"score": 0.5} for row in solid]
     metrics = coco.coco_metrics({**truth, "annotations": solid}, found)
     assert metrics["AP"] == pytest.approx(1) and metrics["AR100"] == pytest.approx(1)
-    classes = coco.per_class({**truth, "annotations": solid}, found)
+    classes = coco.class_metrics(coco.curves({**truth, "annotations": solid}, found))
     assert list(classes) == [category["name"] for category in truth["categories"]]
     assert list(classes.values())[-1] == -1 and list(classes.values())[0] == pytest.approx(1)
 
@@ -155,7 +155,7 @@ def test_classes_of_one_name_stay_apart():
         "categories": [{"id": 1, "name": "cat"}, {"id": 4, "name": "cat"}],
         "annotations": [{**box, "category_id": 1}, {**box, "category_id": 4}],
     }
-    got = coco.per_class(truth, [{**box, "category_id": 4, "score": 0.9}])
+    got = coco.class_metrics(coco.curves(truth, [{**box, "category_id": 4, "score": 0.9}]))
     assert got == {"cat": 0.0, "cat (4)": pytest.approx(1)}
 
 

@@ -1,0 +1,65 @@
+"""`kdjax export`."""
+
+import collections
+import shutil
+
+import numpy as np
+import pytest
+
+from kdjax import cli
+from kdjax.export import onnx, packages, verify
+from tests.support.models import refused, refused_at_the_end
+
+
+def test_what_a_format_needs_is_reported(made, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(packages, "missing", lambda packages: list(packages))
+    for format, told in (
+        ("onnx", "ONNX needs jax2onnx, onnx, onnxruntime: pip install 'kdjax[export]'"),
+        ("litert", "LiteRT needs litert_converter, ai_edge_litert: pip install 'kdjax[litert]'"),
+    ):
+        command = ("export", f"--model={made / 'model'}", f"--format={format}", f"--out={tmp_path / 'x'}")
+        assert told in refused(capsys, *command)
+
+
+def test_a_wrong_export_is_refused(made, exported, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(onnx, "write", lambda loaded, path, *, raw: shutil.copy(exported[0], path))
+    command = ["export", f"--model={made / 'other'}", "--format=onnx", f"--out={tmp_path / 'x.onnx'}"]
+    assert "differ from the JAX model's by" in refused_at_the_end(capsys, *command)
+    command[1] = f"--model={made / 'model'}"
+    running = onnx.runner(exported[0])
+
+    def runner(change):
+        return lambda path: lambda *inputs: [change(value) for value in running(*inputs)]
+
+    for change, told in (
+        (lambda value: value + 2e-3 * (value.dtype == np.float32), "differ from the JAX model's by 0.002"),
+        (lambda value: value * np.nan if value.ndim == 2 else value, "hold numbers that are not finite"),
+        (lambda value: value[::2], "are other detections than the JAX model's"),
+    ):
+        monkeypatch.setattr(onnx, "runner", runner(change))
+        assert told in refused_at_the_end(capsys, *command)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_int8_keeps_to_its_budget(made, exported, tmp_path, capsys, monkeypatch):
+    format = pytest.importorskip("onnx")
+    monkeypatch.setattr(onnx, "write", lambda loaded, path, *, raw: shutil.copy(exported[0], path))
+    command = ["export", f"--model={made / 'model'}", "--format=onnx", f"--data={made / 'data'}", "--dtype=int8"]
+    assert cli.main([*command, f"--out={tmp_path / 'small.onnx'}", "--max-ap-loss=100"]) == 0
+    assert "calibrated on the images of val itself" in capsys.readouterr().out
+    assert (tmp_path / "small.onnx").stat().st_size < 0.6 * exported[0].stat().st_size
+    facts = onnx.session(tmp_path / "small.onnx").get_modelmeta().custom_metadata_map
+    assert facts["dtype"] == "int8" and "AP of this file, int8" in facts
+    nodes = format.load(str(tmp_path / "small.onnx")).graph.node
+    as_bytes = {name for node in nodes if node.op_type == "DequantizeLinear" for name in node.output}
+    kinds = collections.Counter(node.op_type for node in nodes if node.input and node.input[0] in as_bytes)
+    assert kinds["Conv"] == sum(node.op_type == "Conv" for node in nodes)
+    assert kinds["Sigmoid"] == kinds["Mul"] > kinds["Conv"] / 2  # SiLUs, and no score or box
+    assert kinds["Sigmoid"] < sum(node.op_type == "Sigmoid" for node in nodes)
+    # The loss is set by hand: the AP of random weights may rise as well.
+    monkeypatch.setattr(verify, "average_precision", lambda *_, run: 0.40 if run is None else 0.37)
+    refusal = refused_at_the_end(capsys, *command, f"--out={tmp_path / 'no.onnx'}")
+    assert "int8 loses 3.00 points of AP (40.00 to 37.00), more than --max-ap-loss=1" in refusal
+    assert not (tmp_path / "no.onnx").exists()
+    assert "--data" in refused(capsys, *[part for part in command if "--data" not in part], f"--out={tmp_path / 'n'}")

@@ -1,0 +1,85 @@
+"""`kdjax latency`."""
+
+import pickle
+import shutil
+import time
+
+import pytest
+
+from kdjax import cli
+from kdjax.commands import latency
+from kdjax.export import onnx
+from tests.support.checkpoints import Code
+from tests.support.models import read, refused
+
+
+def test_a_damaged_onnx_file_is_refused(tmp_path, capsys):
+    pytest.importorskip("onnxruntime", reason="ONNX needs kdjax[export]")
+    for content in (b"", b"no graph", pickle.dumps({"code": Code(tmp_path / "executed")})):
+        (tmp_path / "x.onnx").write_bytes(content)
+        assert "x.onnx: onnxruntime cannot read it" in refused(capsys, "latency", f"--model={tmp_path / 'x.onnx'}")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_onnx_files_of_other_programs(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("onnxruntime", reason="ONNX needs kdjax[export]")
+    format = pytest.importorskip("onnx")
+    monkeypatch.setattr(latency, "clock", lambda call, runs, name: dict(median=1.0 if call() else 0, p25=1.0, p75=2.0))
+    command = ("latency", f"--model={tmp_path / 'x.onnx'}")
+
+    def write(*shapes):
+        values = [format.helper.make_tensor_value_info(f"x{i}", 1, shape) for i, shape in enumerate(shapes)]
+        outputs = [format.helper.make_tensor_value_info(f"y{i}", 1, None) for i in range(len(shapes))]
+        nodes = [format.helper.make_node("Relu", [f"x{i}"], [f"y{i}"]) for i in range(len(shapes))]
+        graph = format.helper.make_graph(nodes, "g", values, outputs)
+        opset = format.helper.make_opsetid("", 19)
+        format.save(format.helper.make_model(graph, opset_imports=[opset], ir_version=9), str(tmp_path / "x.onnx"))
+
+    write((1, 2), ("N", 3, 32, 64))
+    assert cli.main(command) == 0 and "32x64" in capsys.readouterr().out
+    write((7,))
+    assert "takes no image" in refused(capsys, *command)
+    write((1, 3, "h", "w"))
+    assert "the size of x0 is not fixed ([1, 3, 'h', 'w'])" in refused(capsys, *command)
+    write((1, 3, 32, 32))
+    monkeypatch.setattr(onnx, "session", lambda path, real=onnx.session, **rest: _Deaf(real(path, **rest)))
+    assert "does not run: no" in refused(capsys, *command)
+
+
+class _Deaf:
+    """A session that cannot be run."""
+
+    def __init__(self, session):
+        self.get_inputs, self.get_modelmeta = session.get_inputs, session.get_modelmeta
+
+    def run(self, *_):
+        raise RuntimeError("no\nat all")
+
+
+def test_a_damaged_litert_file_is_refused(tmp_path, capsys):
+    pytest.importorskip("ai_edge_litert", reason="LiteRT needs kdjax[litert]")
+    for content in (b"", b"no graph", pickle.dumps({"code": Code(tmp_path / "executed")})):
+        (tmp_path / "x.tflite").write_bytes(content)
+        assert "x.tflite: LiteRT cannot read it" in refused(capsys, "latency", f"--model={tmp_path / 'x.tflite'}")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_latency(made, exported, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(onnx, "write", lambda loaded, path, *, raw: shutil.copy(exported[0], path))
+    monkeypatch.setattr(latency, "clock", lambda call, runs, name: dict(median=1.0 * runs, p25=1.0, p75=2.0))
+    table = tmp_path / "t.json"
+    command = ["latency", f"--model={made / 'model'}", f"--model={exported[0]}", "--runs=3", f"--out={table}"]
+    assert cli.main([*command, "--threads=1"]) == 0
+    rows = read(table)["rows"]
+    assert [row["runtime"] for row in rows] == ["XLA", "onnxruntime", "onnxruntime"]
+    assert {(row["params"], row["flops"]) for row in rows} == {(550_882, 9_254_656)}
+    assert rows[2]["bytes"] == exported[0].stat().st_size and all(row["image_size"] == [64, 64] for row in rows)
+    told = capsys.readouterr().out
+    assert "1 thread, 3 runs after 20 to warm up" in told and told.count("64x64") == 3
+    assert "--threads: 99999" in refused(capsys, "latency", f"--model={made / 'model'}", "--threads=99999")
+
+
+def test_the_clock_leaves_the_warm_up_out():
+    calls = []
+    times = latency.clock(lambda: time.sleep(0.02 if len(calls) < latency.WARM_UP else 0) or calls.append(1), 5, "x")
+    assert len(calls) == latency.WARM_UP + 5 and 0 <= times["p25"] <= times["median"] <= times["p75"] < 15

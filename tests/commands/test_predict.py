@@ -1,0 +1,135 @@
+"""`kdjax predict`."""
+
+import re
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from kdjax import cli
+from kdjax.commands import predict
+from kdjax.data import records
+from kdjax.evals import coco
+from tests.support.models import CLASSES, read
+from tests.support.pages import Page
+
+
+def test_predict_finds_what_evaluate_measures(made, tmp_path, capsys):
+    folder = made / "data"
+    assert cli.main(["predict", str(folder / "images"), f"--model={made / 'model'}", f"--out={tmp_path / 'p'}"]) == 0
+    command = ["evaluate", f"--model={made / 'model'}", f"--data={folder}", f"--out={tmp_path / 'e'}"]
+    assert cli.main([*command, f"--against={made / 'other'}"]) == 0
+    told = capsys.readouterr().out
+    images = {entry["id"]: Path(entry["file_name"]).name for entry in read(tmp_path / "p" / "images.json")["images"]}
+    truth = read(folder / "annotations" / "instances_val.json")
+    names = {entry["file_name"]: entry["id"] for entry in truth["images"]}
+
+    def rows(path, image_id, factor):
+        return np.array(
+            [[image_id(r["image_id"]), factor * r["category_id"], *r["bbox"], r["score"]] for r in read(path)]
+        )
+
+    mine = rows(tmp_path / "p" / "detections.json", lambda i: names[images[i]], 5)
+    theirs = rows(tmp_path / "e" / "detections.json", lambda i: i, 1)
+    assert len(mine) > 100 and len(set(theirs[:, -1])) > 100
+    np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-4)
+    for name in names:
+        assert cv2.imread(str(tmp_path / "p" / "drawn" / "val" / name.replace(".png", ".jpg"))).shape == (128, 128, 3)
+
+    written = read(tmp_path / "e" / "evaluation.json")
+    detections = read(tmp_path / "e" / "detections.json")
+    assert written["model"]["metrics"] == coco.coco_metrics(truth, detections) != written["other"]["metrics"]
+    assert written["model"]["params"] == 550_882
+    for entry in written["model"]["classes"].values():
+        if entry["objects"]:
+            assert np.mean(entry["precision"]) == pytest.approx(entry["AP50"])
+    objects = [entry["objects"] for entry in written["model"]["classes"].values()]
+    assert [sum(row) for row in written["model"]["confusion"]][:-1] == objects and sum(objects) == len(
+        truth["annotations"]
+    )
+    for word in ("AP75", "difference", "best score", "background", "checked"):
+        assert word in told
+    page = Page((tmp_path / "e" / "report.html").read_text())
+    assert len(page.all("img")) == 6 * 3 and len(page.all("svg")) == sum(n > 0 for n in objects)
+    for figure in coco.METRICS:
+        assert any(row and row[0].startswith(figure) for row in page.rows)
+    again = rows(tmp_path / "e" / "detections_against.json", lambda i: i, 1)
+    assert again.shape != theirs.shape or (again != theirs).any()
+    assert not re.search(r"""(src|href)=["']?https?:""", (tmp_path / "e" / "report.html").read_text())
+
+
+def test_predict_reports_unreadable_files_and_continues(made, tmp_path, capsys):
+    good = records.decode((made / "data" / "images" / "val" / "val_00000.png").read_bytes())
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    Image.fromarray(good).save(folder / "a.jpg")
+    Image.fromarray(good).save(folder / "a.png")
+    cv2.imwrite(str(folder / "deep.png"), good[:, :, ::-1].astype(np.uint16) * 257)
+    cv2.imwrite(str(folder / "deep.tif"), good[:, :, ::-1].astype(np.uint16) * 16)  # 12 bits, as of a microscope
+    Image.fromarray(good).convert("L").save(folder / "grey.png")
+    Image.fromarray(good).convert("CMYK").save(folder / "cmyk.jpg")
+    turned = Image.Exif()
+    turned[274] = 6
+    Image.fromarray(good).save(folder / "turned.jpg", exif=turned)
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "text.jpg").write_text("no image\n" * 20)
+    (folder / "cut.jpg").write_bytes((folder / "a.jpg").read_bytes()[:1500])
+    (folder / "notes.txt").write_text("ignored")
+    video = cv2.VideoWriter(str(folder / "clip.avi"), cv2.VideoWriter_fourcc(*"MJPG"), 5, (64, 48))
+    for _ in range(3):
+        video.write(good[:48, :64])
+    video.release()
+    (folder / "broken.mp4").write_bytes(b"no video")
+    (folder / "moving.gif").write_bytes(b"GIF89a")
+    (tmp_path / "x.gif").write_bytes(b"GIF89a")
+    paths = [str(folder), str(tmp_path / "x.gif")]
+    assert cli.main(["predict", *paths, f"--model={made / 'model'}", f"--out={folder / 'out'}"]) == 2
+    told = [
+        line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line.strip().startswith("kdjax:")
+    ]
+    assert len(told) == 8
+    for file, why in (
+        ("moving.gif", "neither an image nor a video of a supported kind"),
+        ("x.gif", "neither an image nor a video of a supported kind"),
+        ("empty.png", "it is empty"),
+        ("text.jpg", "cannot be read as an image"),
+        ("cut.jpg", "truncated"),
+        ("broken.mp4", "OpenCV cannot read it as a video"),
+        ("turned.jpg", "EXIF orientation 6"),
+        ("deep.tif", "less than an eighth"),
+    ):
+        assert any(file in line and why in line for line in told), (file, told)
+    images = read(folder / "out" / "images.json")
+    assert [Path(entry["file_name"]).name for entry in images["images"]] == [
+        "a.jpg", "a.png", "clip.avi#0", "clip.avi#1", "clip.avi#2", "cmyk.jpg", "deep.png", "deep.tif", "grey.png",
+        "turned.jpg",
+    ]  # fmt: skip
+    assert [entry["name"] for entry in images["categories"]] == CLASSES
+    found = {}
+    for row in read(folder / "out" / "detections.json"):
+        found.setdefault(row["image_id"], []).append(row["score"])
+    assert found[2][:5] == pytest.approx(found[7][:5], rel=1e-3)  # 16 bits hold the same image as 8
+    drawn = folder / "out" / "drawn"
+    assert sorted(path.name for path in drawn.iterdir()) == [
+        "a.jpg", "a_.jpg", "clip.mp4", "cmyk.jpg", "deep.jpg", "deep_.jpg", "grey.jpg", "turned.jpg",
+    ]  # fmt: skip
+    assert int(cv2.VideoCapture(str(drawn / "clip.mp4")).get(cv2.CAP_PROP_FRAME_COUNT)) == 3
+    # A second time, what the first wrote is not read.
+    assert len(predict.find([str(folder)], folder / "out")) == 13
+
+
+@pytest.mark.parametrize("share", [0.3, 0.7])
+def test_a_video_that_is_cut_short_is_reported(tmp_path, share):
+    video = cv2.VideoWriter(str(tmp_path / "clip.avi"), cv2.VideoWriter_fourcc(*"MJPG"), 5, (64, 48))
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        video.write(rng.integers(0, 255, (48, 64, 3), np.uint8))
+    video.release()
+    whole = (tmp_path / "clip.avi").read_bytes()
+    assert len(list(predict.frames(tmp_path / "clip.avi"))) == 20
+    (tmp_path / "clip.avi").write_bytes(whole[: int(share * len(whole))])
+    seen = []
+    with pytest.raises(ValueError, match=r"clip.avi: the video is broken: only \d+ of its 20 frames can be read"):
+        seen += [1 for _ in predict.frames(tmp_path / "clip.avi")]

@@ -1,0 +1,83 @@
+"""Loading models and detecting objects."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+from PIL import Image
+
+from kdjax import cli
+from kdjax.commands import latency, predict
+from kdjax.data import records, scenes
+from kdjax.export import packages
+from kdjax.inference import load
+from kdjax.weights import checkpoint
+from tests.support.models import CLASSES, read, refused
+
+
+def test_a_damaged_config_of_a_model_is_refused(made, tmp_path, capsys):
+    shutil.copytree(made / "model", tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    whole = read(file)
+    for change, told in (
+        ({"image_size": [0, 0]}, "image_size is [0, 0]"),
+        ({"extra": {"category_ids": [1, 2]}}, "category_ids must be one integer per class, not [1, 2]"),
+        ({"extra": {"category_ids": [1, 1, 2, 3, 4, 5]}}, "must be one integer per class"),
+        ({"extra": {"category_ids": [[1], 1, 2, 3, 4, 5]}}, "must be one integer per class"),
+        ({"extra": {"category_ids": "123456"}}, "must be one integer per class"),
+    ):
+        file.write_text(json.dumps(whole | change))
+        assert told in refused(capsys, "evaluate", "--data=scenes", f"--model={tmp_path / 'model'}"), change
+
+
+def test_the_model_card_is_true_and_its_example_runs(made, finished, tmp_path, monkeypatch, capsys):
+    text = (finished[0] / "student" / "README.md").read_text()
+    assert f"initial weights: `{made / 'model'}`" in text and "without a teacher" in text and "gain" not in text
+    shutil.copytree(finished[0] / "student", tmp_path / "student")
+    Image.fromarray(records.decode(next(scenes.stream("val", 1))[1])).save(tmp_path / "image.jpg", quality=95)
+    monkeypatch.chdir(tmp_path)
+    [block] = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    exec(block, {})
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) > 10 and all(line.split()[0] in CLASSES for line in told)
+    [command] = re.findall(r"^    kdjax (.*)$", text, re.MULTILINE)
+    monkeypatch.setattr(
+        predict, "run", lambda *, paths, model, **rest: 7 * (Path(paths[0]).exists() and model == "student")
+    )
+    assert cli.main(command.replace("IMAGES", "image.jpg").split()) == 7
+
+
+def test_an_unfinished_run_is_read_from_its_checkpoint(made, finished, tmp_path, capsys, monkeypatch):
+    half = finished[0].parent / "half"
+    loaded, given = load(str(half)), load(str(made / "model"))
+    assert loaded.detector.name == "rtmdet_pico" and loaded.class_names == tuple(CLASSES)
+    assert loaded.image_size == (64, 64) and loaded.category_ids == (2, 3, 5, 7, 11, 13)
+    jax.tree.map(np.testing.assert_array_equal, loaded.variables, given.variables)
+    for path in (half / "checkpoints", half / "checkpoints" / "1"):
+        again = load(str(path))
+        jax.tree.map(np.testing.assert_array_equal, again.variables, given.variables)
+        assert again.path == half
+    told = refused(capsys, "latency", f"--model={half / 'checkpoints' / '7'}")
+    assert "there is no such file or folder" in told
+    with monkeypatch.context() as patched:
+        note, arrays = checkpoint.arrays(half / "checkpoints", "student/ema/")
+        note["run"]["options"] = {"exp_on_reg": False}
+        patched.setattr(checkpoint, "arrays", lambda *_, **__: (note, arrays))
+        assert load(str(half)).detector.options == {"exp_on_reg": False} != loaded.detector.options
+        patched.undo()
+        patched.setattr(latency, "clock", lambda *_: dict(median=1.0, p25=1.0, p75=2.0))
+        patched.setattr(packages, "missing", lambda: ["onnx"])
+        assert cli.main(["latency", f"--model={half}"]) == 0
+    shutil.copytree(half, tmp_path / "half")
+    for file in (tmp_path / "half" / "checkpoints").rglob("*"):
+        if file.is_file() and file.stat().st_size > 100_000:
+            content = bytearray(file.read_bytes())
+            content[len(content) // 2] ^= 1
+            file.write_bytes(content)
+    told = refused(capsys, "evaluate", f"--model={tmp_path / 'half'}", "--data=scenes")
+    assert "no checkpoint can be used" in told
+    told = refused(capsys, "evaluate", f"--model={tmp_path / 'half' / 'checkpoints' / '1'}", "--data=scenes")
+    assert "checkpoint 1 cannot be used" in told
