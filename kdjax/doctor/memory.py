@@ -35,7 +35,7 @@ def check_memory(setup: Setup, batch: Mapping[str, np.ndarray]) -> list[Finding]
         finding = Finding(ERROR, "memory", f"{message}: lower config.batch_size or config.data.image_size")
     else:
         finding = Finding(WARNING if need > 0.8 * have else OK, "memory", message)
-    programs = len(setup.steps) + len(set(map(id, setup.predict.values())))
+    programs = len(setup.steps) + 1 + bool(setup.teacher_detects)  # updates and predictions
     return [finding, Finding(OK, "programs", f"the run compiles {programs} programs")]
 
 

@@ -1,6 +1,6 @@
 """The results of a run: evaluations, models with their cards, detections and the report."""
 
-import collections
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -13,9 +13,10 @@ from tqdm import tqdm
 from kdjax import data, files, weights
 from kdjax.evals import coco, complexity, voc
 from kdjax.evals.matching import detections_by_image, truth_by_image
+from kdjax.inference.predict import predict
 from kdjax.report import drawing, model_card
 from kdjax.report import run as run_report
-from kdjax.structs import Detections, PaddedDetections
+from kdjax.structs import Detections
 from kdjax.training.checks import check_programs
 from kdjax.training.log import Log
 from kdjax.training.provenance import environment
@@ -36,7 +37,7 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(setup: Setup, role: str, *, limit: int = 0) -> Evaluation:
-    """Evaluates a model; the host processes a batch while the device computes the next.
+    """Evaluates a model on all devices of this host; with several hosts, each evaluates all images.
 
     Args:
       setup: of the run.
@@ -45,17 +46,6 @@ def evaluate(setup: Setup, role: str, *, limit: int = 0) -> Evaluation:
     """
     config, dataset = setup.config, setup.dataset
     detector, variables = model(setup, role)
-    here = jax.local_devices()[0]
-    variables = jax.tree.map(lambda leaf: jax.device_put(leaf.addressable_data(0), here), variables)
-    rows, examples, pending = [], [], collections.deque()
-
-    def fetch() -> None:
-        batch, output = pending.popleft()
-        output = jax.device_get(output)
-        rows.extend(coco.batch_to_coco(batch, output, dataset.category_ids))
-        for row in np.flatnonzero(batch["real"] & batch["valid"].any(axis=1))[: EXAMPLES - len(examples)]:
-            examples.append(_example(role, batch, output, row))
-
     batches = data.eval_batches(
         dataset,
         "val",
@@ -64,25 +54,24 @@ def evaluate(setup: Setup, role: str, *, limit: int = 0) -> Evaluation:
         limit=limit or None,
         round_down=detector.round_down,
     )
-    for batch in tqdm(batches, desc=f"evaluate {role}", unit="batch", leave=False, disable=jax.process_index() > 0):
-        pending.append((batch, setup.predict[role](variables, batch["image"], batch["image_size"])))
-        if len(pending) > 1:
-            fetch()
-    while pending:
-        fetch()
+    bar = tqdm(batches, desc=f"evaluate {role}", unit="batch", leave=False, disable=jax.process_index() > 0)
+    devices = setup.mesh.local_devices
+    rows, examples = [], []
+    for batch, detections in predict(detector, variables, bar, devices=devices, category_ids=dataset.category_ids):
+        rows += coco.collect([(batch, detections)])
+        for row in np.flatnonzero(batch["real"] & batch["valid"].any(axis=1))[: EXAMPLES - len(examples)]:
+            examples.append(_example(role, batch, detections[row], row))
     curves = coco.curves(data.ground_truth(dataset, "val", limit=limit or None), rows)
     return Evaluation(coco.metrics(curves), coco.class_metrics(curves), rows, examples)
 
 
-def _example(role: str, batch: Mapping[str, np.ndarray], output: PaddedDetections, row: int) -> drawing.Example:
+def _example(role: str, batch: Mapping[str, np.ndarray], detections: Detections, row: int) -> drawing.Example:
     """One image without the padding of the canvas, with its objects and detections."""
-    height, width = batch["image_size"][row]
-    valid, kept = batch["valid"][row], output.valid[row]
+    (height, width), valid = batch["image_size"][row], batch["valid"][row]
+    scale = (batch["image_size"][row] / batch["original_size"][row])[[1, 0, 1, 0]]
+    on_canvas = dataclasses.replace(detections, boxes=(detections.boxes * scale).astype(np.float32))
     return drawing.Example(
-        batch["image"][row, :height, :width],
-        batch["boxes"][row][valid],
-        batch["labels"][row][valid],
-        {role: Detections(*(np.asarray(part[row])[kept] for part in (output.boxes, output.scores, output.labels)))},
+        batch["image"][row, :height, :width], batch["boxes"][row][valid], batch["labels"][row][valid], {role: on_canvas}
     )
 
 

@@ -15,7 +15,7 @@ from kdjax import data, detectors, files, methods, weights
 from kdjax.detectors.api import Detector, Tree
 from kdjax.distill import Distiller, Method
 from kdjax.errors import UserError
-from kdjax.structs import Array, PaddedDetections
+from kdjax.structs import Array
 from kdjax.training import optim, sharding
 from kdjax.training.checkpoint import Checkpoints
 from kdjax.training.config import Config
@@ -44,7 +44,6 @@ class Setup(NamedTuple):
     variables: Teacher | None  # on all devices
     states: dict[str, TrainState]  # "student" and, with a twin, "twin"; on all devices
     steps: dict[str, Any]  # role -> jitted `Update`
-    predict: dict[str, Any]  # role -> jitted prediction
     programs: collections.Counter[str]  # how often each program was traced
     mesh: Mesh
 
@@ -234,20 +233,11 @@ def prepare(config: Config, dataset: data.Dataset) -> Setup:
         step = make_step(trained, optimizer, lambda at: optim.ema_rate(config, at), distiller=distiller)
         return program(name, step, donate_argnums=0, out_shardings=everywhere)
 
-    def predictor(name: str, detector: Detector) -> Any:
-        def predict(variables: tuple[Tree, Tree], images: Array, image_size: Array) -> PaddedDetections:
-            output, _ = detector.apply(*variables, detector.preprocess(images), train=False)
-            return detector.decode(output, image_size)
-
-        return program(name, predict)
-
     roles = ["student", "twin"] if config.twin else ["student"]
     states = {role: init_state(student, key, start, adapters if role == "student" else {}, optimizer) for role in roles}
     steps = {role: update(role) for role in roles}
-    predict = dict.fromkeys(roles, predictor("predict_student", student))
     if teacher:
         steps["student"] = update("student", teacher=teacher)
-        predict["teacher"] = predictor("predict_teacher", teacher)
     variables = jax.device_put(Teacher(*loaded), everywhere) if loaded else None
     return Setup(
         config,
@@ -260,7 +250,6 @@ def prepare(config: Config, dataset: data.Dataset) -> Setup:
         variables,
         jax.device_put(states, everywhere),
         steps,
-        predict,
         programs,
         mesh,
     )
