@@ -4,6 +4,7 @@ Heads, anchors and box codes are written out here, so that only losses and metho
 replays the same files from the images on, with kdjax's detectors.
 """
 
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -401,7 +402,8 @@ def ld(path: Path) -> Checks:
     options = {"main_weight": config["loss_weight"], "temperature": config["T"], "normalizer": "sum"}
     method = methods.build("ld", region_weight=0.0, class_weight=0.0, **options)
     context = context_of(student, teacher, boxes, valid, positive, np.zeros_like(positive), priors)
-    (term,) = method.apply(method.init(None, student, teacher), context).values()
+    specs = (dataclasses.replace(out, rows=rows_of(out, priors)) for out in (student, teacher))
+    (term,) = method.apply(method.init(None, *specs), context).values()
     weighted = float(term) * method.weights["main"]
     yield Check("method: main term", relative_error(weighted, arrays["train/loss/loss_ld"].sum()), LOSS)
 
