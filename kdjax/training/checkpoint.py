@@ -1,7 +1,6 @@
 """Checkpoints with Orbax: written atomically, verified by hashes, with a fallback to the step before."""
 
 import contextlib
-import hashlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from kdjax.errors import UserError
+from kdjax.weights.checkpoint import digest, flat
 
 log = logging.getLogger(__name__)
 
@@ -117,52 +117,3 @@ class Checkpoints:
         """Waits until all writes are finished, and closes the directory."""
         self.manager.wait_until_finished()
         self.manager.close()
-
-
-def arrays(directory: Path, prefix: str, *, step: int | None = None) -> tuple[dict, dict]:
-    """Arrays of one step, without a tree to fit them into; nothing in the directory is changed.
-
-    Args:
-      directory: of `Checkpoints`.
-      prefix: which arrays, by the beginning of their names.
-      step: which one; None is the newest that can be trusted.
-
-    Returns:
-      The note, and name without the prefix -> array.
-
-    Raises:
-      ValueError: there is no such step that can be trusted.
-    """
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
-    options = ocp.CheckpointManagerOptions(read_only=True)
-    with ocp.CheckpointManager(Path(directory).absolute(), options=options) as manager:
-        for at in sorted(manager.all_steps(), reverse=True) if step is None else [step]:
-            with contextlib.suppress(Exception):  # whatever Orbax raises for a damaged file means the same to us
-                both = ocp.args.Composite(state=ocp.args.StandardRestore(), note=ocp.args.JsonRestore())
-                restored = manager.restore(at, args=both)
-                named = {name: np.asarray(value) for name, value in restored.state.items()}
-                if all(digest(value) == restored.note["sha256"][name] for name, value in named.items()):
-                    chosen = {name: value for name, value in named.items() if name.startswith(prefix)}
-                    return restored.note, {name.removeprefix(prefix): value for name, value in chosen.items()}
-    if step is None:
-        raise ValueError(f"no checkpoint in {directory} can be used.")
-    raise ValueError(f"the checkpoint {step} in {directory} cannot be used.")
-
-
-def flat(tree, *, copy: bool = True) -> dict:
-    """The leaves by their path, "student/params/..."; on the host unless `copy` is False."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): np.array(leaf) if copy else leaf
-        for path, leaf in leaves
-    }
-
-
-def fingerprint(tree) -> str:
-    """The hash of all leaves of a tree and of their paths."""
-    return hashlib.sha256(str({name: digest(value) for name, value in flat(tree).items()}).encode()).hexdigest()
-
-
-def digest(value) -> str:
-    """The hash of an array's bytes."""
-    return hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()
