@@ -42,9 +42,9 @@ def measure_gradients(setup: Setup, batch: Mapping[str, np.ndarray], adapters: A
     """
     student, distiller, state = setup.student, setup.distiller, setup.states["student"]
     adapters = adapters or state.params["adapters"]
-    batch = sharding.shard_batch(setup.mesh, batch)
+    placed = sharding.shard_batch(setup.mesh, batch)
     in_neck = neck_parameters(
-        lambda params: student.apply(params, state.stats, student.preprocess(batch["image"]), train=True)[0],
+        lambda params: student.apply(params, state.stats, student.preprocess(placed["image"]), train=True)[0],
         state.params["student"],
     )
 
@@ -65,7 +65,7 @@ def measure_gradients(setup: Setup, batch: Mapping[str, np.ndarray], adapters: A
         return jnp.dot(chosen, jnp.stack([values[name] for name in sorted(values)])), (values, score)
 
     neck = [leaf for leaf, inside in zip(jax.tree.leaves(state.params["student"]), in_neck, strict=True) if inside]
-    arguments = (neck, state, adapters, setup.variables, batch)
+    arguments = (neck, state, adapters, setup.variables, placed)
     names = sorted(jax.eval_shape(total, *arguments, 0.0)[1][0])
     gradient, grad_norms, values, score = jax.jit(jax.grad(total, has_aux=True)), {}, {}, None
     bar = tqdm(names, desc="losses and terms", unit="term", leave=False)
