@@ -50,7 +50,7 @@ def slow_iou(a, b, mode: str) -> float:
     return np.clip(diou - alpha * v, -1, 1)
 
 
-all_modes = jax.jit(lambda a, b: {mode: iou.pairwise(a, b, mode=mode) for mode in iou.MODES})
+all_modes = jax.jit(lambda a, b: {mode: iou.pairwise_iou(a, b, mode=mode) for mode in iou.MODES})
 
 
 @FAST
@@ -170,7 +170,7 @@ class Variants(chex.TestCase):
     @chex.variants(with_jit=True, without_jit=True, with_pmap=True)
     def test_overlaps(self):
         a, b = some_boxes(2), some_boxes(3, 9)
-        got = self.variant(lambda a, b: {mode: iou.pairwise(a, b, mode=mode) for mode in iou.MODES})(a, b)
+        got = self.variant(lambda a, b: {mode: iou.pairwise_iou(a, b, mode=mode) for mode in iou.MODES})(a, b)
         chex.assert_trees_all_close(got, all_modes(a, b), atol=1e-5)
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from kdjax.boxes import assign, coding, priors
+from kdjax.boxes import assign, coding, priors, topk
 from kdjax.structs import Targets
 
 FAST = settings(deadline=None, max_examples=25, derandomize=True, database=None)
@@ -87,7 +87,7 @@ def slow_assigner(logits, boxes, targets: Targets, row: int, topk=13):
 
 def test_k_smallest_is_a_stable_sort():
     rng = np.random.default_rng(0)
-    search = jax.jit(assign.k_smallest, static_argnums=1)
+    search = jax.jit(topk.k_smallest, static_argnums=1)
     for size, k in ((5, 5), (208, 13), (209, 13), (700, 13), (37, 2)):
         for missing in (0.0, 0.9, 1.0):
             values = rng.integers(0, 40, (4, size)).astype(np.float32)

@@ -18,7 +18,7 @@ OPTIONS = dict(score_threshold=0.3, iou_threshold=0.5, pre_nms=20, max_detection
 IMAGE_SIZE = np.array([[64, 64], [40, 50]], np.int32)
 
 selects = {
-    agnostic: jax.jit(functools.partial(nms.select, level_sizes=LEVELS, class_agnostic=agnostic, **OPTIONS))
+    agnostic: jax.jit(functools.partial(nms.select_detections, level_sizes=LEVELS, class_agnostic=agnostic, **OPTIONS))
     for agnostic in (False, True)
 }
 
@@ -103,7 +103,7 @@ def test_without_image_size_nothing_is_clipped():
 
 def test_fewer_pairs_than_places():
     boxes, scores = some_predictions(3)
-    got = nms.select(
+    got = nms.select_detections(
         boxes[:, :2],
         scores[:, :2],
         level_sizes=(2,),
@@ -121,18 +121,18 @@ def test_bfloat16_and_wrong_levels():
     got = selects[False](jnp.asarray(boxes, jnp.bfloat16), jnp.asarray(scores, jnp.bfloat16), image_size=IMAGE_SIZE)
     assert got.boxes.dtype == got.scores.dtype == jnp.float32 and np.all(np.isfinite(got.boxes))
     with pytest.raises(ValueError, match="add up to 30, but there are 32 priors"):
-        nms.select(boxes, scores, level_sizes=(24, 6), image_size=None, **OPTIONS)
+        nms.select_detections(boxes, scores, level_sizes=(24, 6), image_size=None, **OPTIONS)
 
 
 def test_quality_multiplies_the_scores_that_go_on():
     boxes = np.array([[[0.0, 0, 8, 8], [0, 0, 8, 7], [20, 20, 30, 30]]], np.float32)
     scores, quality = np.array([[[0.8], [0.6], [0.2]]], np.float32), np.array([[0.1, 0.5, 1.0]], np.float32)
     options = {"level_sizes": (3,), "image_size": None, "score_threshold": 0.3, "iou_threshold": 0.5}
-    found = nms.select(boxes, scores, quality=quality, pre_nms=10, max_detections=3, **options)
+    found = nms.select_detections(boxes, scores, quality=quality, pre_nms=10, max_detections=3, **options)
     # The third scores too little although its quality is best; the first is suppressed by the second.
     np.testing.assert_array_equal(found.valid[0], [True, False, False])
     np.testing.assert_allclose(found.scores[0, 0], 0.3)
     np.testing.assert_array_equal(found.boxes[0, 0], boxes[0, 1])
     # Which pairs go on is decided by the scores alone.
-    first = nms.select(boxes, scores, quality=quality, pre_nms=1, max_detections=3, **options)
+    first = nms.select_detections(boxes, scores, quality=quality, pre_nms=1, max_detections=3, **options)
     np.testing.assert_allclose(first.scores[0], [0.08, 0, 0], rtol=1e-6)

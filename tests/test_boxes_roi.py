@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kdjax.boxes import roi_align as roi
+from kdjax.boxes import roi
 from tests.support.arrays import quick_jit
 
 STRIDES = (8, 16)
@@ -100,6 +100,6 @@ def test_more_samples_than_allowed_are_cut():
 def test_levels_by_size():
     side = np.array([1.0, 55, 111, 112.5, 223, 225, 5000], np.float32)
     boxes = np.stack([side, side, 2 * side, 2 * side], -1)
-    assert roi.levels_by_size(boxes, 3).tolist() == [0, 0, 0, 1, 1, 2, 2]
-    assert roi.levels_by_size(boxes, 3, finest=112.0).tolist() == [0, 0, 0, 0, 0, 1, 2]
-    assert roi.levels_by_size(np.array([[5.0, 5, 5, 9], [9, 9, 0, 0]]), 3).tolist() == [0, 0]
+    assert roi.roi_levels(boxes, 3).tolist() == [0, 0, 0, 1, 1, 2, 2]
+    assert roi.roi_levels(boxes, 3, finest=112.0).tolist() == [0, 0, 0, 0, 0, 1, 2]
+    assert roi.roi_levels(np.array([[5.0, 5, 5, 9], [9, 9, 0, 0]]), 3).tolist() == [0, 0]

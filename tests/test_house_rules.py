@@ -15,15 +15,16 @@ import kdjax
 from kdjax import methods
 
 ROOT = Path(kdjax.__file__).parent
-CORE = {"errors", "structs", "nn", "boxes", "losses", "distill"}
+CORE = {"errors", "shapes", "structs", "nn", "boxes", "losses", "distill"}
 ALLOWED = {
     "errors": set(),
     "plugins": set(),
+    "shapes": {"errors"},
     "structs": set(),
-    "nn": {"errors", "structs"},
-    "boxes": {"errors", "structs", "nn"},
-    "losses": {"errors", "structs", "nn", "boxes"},
-    "distill": {"errors", "structs", "nn", "boxes", "losses"},
+    "nn": {"errors", "shapes", "structs"},
+    "boxes": {"errors", "shapes", "structs", "nn"},
+    "losses": {"errors", "shapes", "structs", "nn", "boxes"},
+    "distill": {"errors", "shapes", "structs", "nn", "boxes", "losses"},
     "methods": CORE | {"plugins"},
     "detectors": CORE - {"distill"} | {"plugins"},
     "data": {"errors"},

@@ -7,7 +7,7 @@ import pytest
 from jax.test_util import check_grads
 
 from kdjax import nn
-from kdjax.losses import attention, cross, feature, generation, relation
+from kdjax.losses import attention, distance, normalization, reconstruction, relation
 from tests.support.arrays import maps, quick_jit
 
 SHAPE = (2, 4, 5, 4)
@@ -19,9 +19,11 @@ SHAPE = (2, 4, 5, 4)
 def test_attended_weights_are_the_teachers_and_have_no_gradient():
     student, teacher = maps(0, SHAPE)
     weight = attention.spatial_attention(teacher) * attention.channel_attention(teacher)
-    np.testing.assert_allclose(attention.attended(student, teacher), weight * (student - teacher) ** 2, rtol=1e-5)
+    np.testing.assert_allclose(
+        attention.attention_weighted(student, teacher), weight * (student - teacher) ** 2, rtol=1e-5
+    )
     fixed = quick_jit(jax.grad(lambda t: (jax.lax.stop_gradient(weight) * (student - t) ** 2).sum()))(teacher)
-    found = quick_jit(jax.grad(lambda t: attention.attended(student, t).sum()))(teacher)
+    found = quick_jit(jax.grad(lambda t: attention.attention_weighted(student, t).sum()))(teacher)
     np.testing.assert_allclose(found, fixed, rtol=1e-4, atol=1e-6)
 
 
@@ -37,7 +39,7 @@ def test_context_block_starts_as_the_identity():
     student, teacher = maps(2, SHAPE)
     params = [relation.init_context(jax.random.key(i), 4) for i in range(2)]
     blocks = [quick_jit(relation.context_block)(x, p) for x, p in zip((student, teacher), params, strict=True)]
-    np.testing.assert_array_equal(feature.squared(*blocks), feature.squared(student, teacher))
+    np.testing.assert_array_equal(distance.squared(*blocks), distance.squared(student, teacher))
     odd = relation.init_context(jax.random.key(3), 1)
     assert relation.context_block(student[..., :1], odd).shape == (2, 4, 5, 1)
 
@@ -90,13 +92,13 @@ def test_frobenius():
     student, teacher = maps(6, SHAPE)
     mask = attention.joint_spatial_attention(student, teacher)
     np.testing.assert_allclose(mask.sum((1, 2, 3)), 20, rtol=1e-5)
-    value = feature.frobenius(student, teacher, weight=mask)
+    value = distance.frobenius(student, teacher, weight=mask)
     np.testing.assert_allclose(value, np.sqrt((np.float64(mask) * np.float64(student - teacher) ** 2).sum()), rtol=1e-5)
     twice = [jnp.concatenate([x, x]) for x in (student, teacher, mask)]
-    np.testing.assert_allclose(feature.frobenius(twice[0], twice[1], weight=twice[2]), np.sqrt(2) * value, rtol=1e-5)
-    zero, gradient = jax.value_and_grad(lambda s: feature.frobenius(s, teacher))(teacher)
+    np.testing.assert_allclose(distance.frobenius(twice[0], twice[1], weight=twice[2]), np.sqrt(2) * value, rtol=1e-5)
+    zero, gradient = jax.value_and_grad(lambda s: distance.frobenius(s, teacher))(teacher)
     assert zero == 0 and np.all(np.asarray(gradient) == 0)
-    loss = jax.jit(lambda s: feature.frobenius(s, teacher))
+    loss = jax.jit(lambda s: distance.frobenius(s, teacher))
     check_grads(loss, (student,), order=1, modes=["rev"], atol=1e-2, rtol=1e-2, eps=1e-2)
 
 
@@ -106,12 +108,12 @@ def test_frobenius():
 def test_keep_mask_rate_and_limits():
     uniform = jax.random.uniform(jax.random.key(7), (100000,))
     for drop in (0.15, 0.45, 0.65):
-        rate = float(generation.keep_mask(uniform, drop).mean())
+        rate = float(reconstruction.keep_mask(uniform, drop).mean())
         assert abs(rate - (1 - drop)) < 4 * np.sqrt(drop * (1 - drop) / 100000)
-    np.testing.assert_array_equal(generation.keep_mask(jnp.array([0.0, 1 - 2**-24]), 0.0), 1)
-    np.testing.assert_array_equal(generation.keep_mask(jnp.array([0.0, 0.5]), 1.0), 0)
+    np.testing.assert_array_equal(reconstruction.keep_mask(jnp.array([0.0, 1 - 2**-24]), 0.0), 1)
+    np.testing.assert_array_equal(reconstruction.keep_mask(jnp.array([0.0, 0.5]), 1.0), 0)
     with pytest.raises(ValueError, match="keep_mask"):
-        generation.keep_mask(uniform, 1.5)
+        reconstruction.keep_mask(uniform, 1.5)
 
 
 def generator(seed):
@@ -127,7 +129,7 @@ def test_everything_masked_is_independent_of_the_student():
     params = generator(9)
 
     def loss(student, mask, params):
-        return feature.squared(generation.generate(mask * student, params), teacher).sum()
+        return distance.squared(reconstruction.reconstruct(mask * student, params), teacher).sum()
 
     found = quick_jit(jax.grad(loss, (0, 2)))
     gradients = [found(s, 0.0, params) for s in (student, 5 * student)]
@@ -142,7 +144,7 @@ def test_everything_masked_is_independent_of_the_student():
 
 def test_align_takes_the_teachers_statistics_and_ignores_the_students():
     student, teacher = maps(10, SHAPE)
-    align = quick_jit(cross.align)
+    align = quick_jit(normalization.match_statistics)
     aligned = align(student, teacher)
     np.testing.assert_allclose(aligned.mean((0, 1, 2)), teacher.mean((0, 1, 2)), atol=1e-5)
     np.testing.assert_allclose(aligned.std((0, 1, 2)), teacher.std((0, 1, 2)), rtol=1e-4)
@@ -154,13 +156,15 @@ def test_align_takes_the_teachers_statistics_and_ignores_the_students():
 def test_align_of_a_constant_channel_gives_the_teachers_mean():
     student, teacher = maps(11, SHAPE)
     student = student.at[..., 0].set(0.3)
-    np.testing.assert_allclose(cross.align(student, teacher)[..., 0], teacher[..., 0].mean(), rtol=1e-5)
+    np.testing.assert_allclose(
+        normalization.match_statistics(student, teacher)[..., 0], teacher[..., 0].mean(), rtol=1e-5
+    )
 
 
 def test_align_gradient_flows_through_the_students_statistics():
     student, teacher = maps(12, (1, 2, 3, 2))
     weights = np.random.default_rng(13).normal(size=student.shape)
-    loss = jax.jit(lambda s: (cross.align(s, teacher) * weights).sum())
+    loss = jax.jit(lambda s: (normalization.match_statistics(s, teacher) * weights).sum())
     check_grads(loss, (student,), order=1, modes=["rev"], atol=2e-2, rtol=2e-2, eps=1e-2)
     gradient = jax.grad(loss)(student)
     np.testing.assert_allclose(gradient.sum((0, 1, 2)), 0, atol=1e-4)  # a shift of a channel changes nothing

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
 
-from kdjax.losses import box, classification
+from kdjax.losses import box, classification, distance
 
 FAST = settings(deadline=None, max_examples=30, derandomize=True, database=None)
 SEEDS = st.integers(0, 2**32 - 1)
@@ -22,8 +22,8 @@ BOX = {
     "iou_linear": lambda p, t: box.iou(p, t, form="linear"),
     "iou_square": lambda p, t: box.iou(p, t, form="square"),
     "iou_log": lambda p, t: box.iou(p, t, form="log"),
-    "smooth_l1": lambda p, t: box.smooth_l1(p, t, beta=0.5),
-    "l1": box.l1,
+    "smooth_l1": lambda p, t: distance.smooth_l1(p, t, beta=0.5),
+    "l1": distance.l1,
 }
 IN_0_2 = ("giou", "diou", "ciou")
 IN_0_1 = ("iou_linear", "iou_square")

@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from kdjax.losses import attention, distribution
+from kdjax.losses import attention, divergence
 from tests.support.arrays import assert_finite, maps, on_shards
 
 
 def losses(student, teacher):
     joint = attention.joint_spatial_attention(student, teacher)
     return {
-        "channel_kl": distribution.channel_kl(student, teacher),
-        "channel_kl_4": distribution.channel_kl(student, teacher, temperature=4.0),
-        "attended": distribution.channel_kl(student, teacher, position_weight=joint),
+        "channel_kl": divergence.channel_kl(student, teacher),
+        "channel_kl_4": divergence.channel_kl(student, teacher, temperature=4.0),
+        "attended": divergence.channel_kl(student, teacher, position_weight=joint),
         "spatial": attention.spatial_attention(student),
         "channel": attention.channel_attention(student),
         "joint": attention.joint_spatial_attention(student, teacher, paper=True, temperature=0.8),
@@ -52,30 +52,30 @@ def test_channel_kl_equals_numpy(temperature):
 
     p, q = log_softmax(teacher), log_softmax(student)
     expected = temperature**2 * (np.exp(p) * (p - q)).sum((1, 2))
-    np.testing.assert_allclose(distribution.channel_kl(student, teacher, temperature=temperature), expected, rtol=1e-4)
+    np.testing.assert_allclose(divergence.channel_kl(student, teacher, temperature=temperature), expected, rtol=1e-4)
     assert np.all(expected > 0)
 
 
 def test_channel_kl_zero_and_invariances():
     student, teacher = maps(3)
-    np.testing.assert_array_equal(distribution.channel_kl(teacher, teacher), 0)
+    np.testing.assert_array_equal(divergence.channel_kl(teacher, teacher), 0)
     shift = 3 * maps(4, (2, 1, 1, 3))[0]  # one constant an image and channel
-    value = distribution.channel_kl(student, teacher)
-    np.testing.assert_allclose(distribution.channel_kl(student + shift, teacher - shift), value, rtol=1e-4, atol=1e-6)
-    assert np.max(np.abs(distribution.channel_kl(2 * student, teacher) - value)) > 0.1  # scale counts
+    value = divergence.channel_kl(student, teacher)
+    np.testing.assert_allclose(divergence.channel_kl(student + shift, teacher - shift), value, rtol=1e-4, atol=1e-6)
+    assert np.max(np.abs(divergence.channel_kl(2 * student, teacher) - value)) > 0.1  # scale counts
 
 
 def test_channel_kl_large_temperature_is_half_the_centred_squared_difference():
     student, teacher = maps(5)
     centred = (student - teacher) - (student - teacher).mean((1, 2), keepdims=True)
     np.testing.assert_allclose(
-        distribution.channel_kl(student, teacher, temperature=30.0), jnp.square(centred).mean((1, 2)) / 2, rtol=0.05
+        divergence.channel_kl(student, teacher, temperature=30.0), jnp.square(centred).mean((1, 2)) / 2, rtol=0.05
     )
 
 
 def test_channel_kl_of_peaked_and_huge_maps_is_finite():
     student, teacher = maps(6, scale=1e3)
-    value, _ = assert_finite(distribution.channel_kl, student, teacher)
+    value, _ = assert_finite(divergence.channel_kl, student, teacher)
     assert value > 0
 
 
@@ -86,22 +86,22 @@ def test_finite_in_bfloat16_and_on_constant_maps(shape):
     total = jax.jit(lambda s, t: sum(v.mean() for v in losses(s, t).values()))
     for student, teacher in (noise, constant, (constant[0], noise[1])):
         assert_finite(total, student, teacher)
-    assert float(distribution.channel_kl(*constant).max()) < 1e-6  # constants are the same distribution
+    assert float(divergence.channel_kl(*constant).max()) < 1e-6  # constants are the same distribution
     if shape[1:3] == (1, 1):
-        np.testing.assert_array_equal(distribution.channel_kl(*noise), 0)
+        np.testing.assert_array_equal(divergence.channel_kl(*noise), 0)
 
 
 def test_gradients_by_finite_differences():
     student, teacher = maps(8, (1, 3, 4, 2))
     total = jax.jit(
         lambda s: (
-            distribution.channel_kl(s, teacher, temperature=2.0).mean()
+            divergence.channel_kl(s, teacher, temperature=2.0).mean()
             + jnp.square(attention.spatial_attention(s)).mean()
             + jnp.square(attention.channel_attention(s)).mean()
         )
     )
     check_grads(total, (student,), order=1, modes=["rev"], atol=1e-2, rtol=1e-2, eps=1e-3)
-    gradient = jax.jit(jax.grad(lambda s: distribution.channel_kl(s, teacher).sum()))(student)
+    gradient = jax.jit(jax.grad(lambda s: divergence.channel_kl(s, teacher).sum()))(student)
     expected = jax.nn.softmax(student, (1, 2)) - jax.nn.softmax(teacher, (1, 2))  # q - p
     np.testing.assert_allclose(gradient, expected, atol=1e-6)
 
@@ -124,12 +124,12 @@ def test_attention_maps():
 
 def test_uniform_position_weight_changes_nothing():
     student, teacher = maps(10)
-    value = distribution.channel_kl(student, teacher, position_weight=jnp.ones((2, 4, 5, 1)))
-    np.testing.assert_allclose(value, distribution.channel_kl(student, teacher), rtol=1e-6)
+    value = divergence.channel_kl(student, teacher, position_weight=jnp.ones((2, 4, 5, 1)))
+    np.testing.assert_allclose(value, divergence.channel_kl(student, teacher), rtol=1e-6)
 
 
 def test_refused():
     with pytest.raises(ValueError, match="temperature"):
-        distribution.channel_kl(*maps(11), temperature=0.0)
+        divergence.channel_kl(*maps(11), temperature=0.0)
     with pytest.raises(ValueError, match="adapter"):
-        distribution.channel_kl(jnp.zeros((1, 4, 4, 2)), jnp.zeros((1, 4, 4, 1)))
+        divergence.channel_kl(jnp.zeros((1, 4, 4, 2)), jnp.zeros((1, 4, 4, 1)))

@@ -9,20 +9,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
 
-from kdjax.losses import feature
+from kdjax.losses import distance, normalization
 from tests.support.arrays import assert_finite, maps, on_pmap, on_shards
 
 LOSSES = {
-    "squared": feature.squared,
-    "absolute": feature.absolute,
-    "unit_norm": lambda s, t: feature.squared(feature.unit_norm(s), feature.unit_norm(t)),
-    "multiscale": feature.multiscale,
-    "multiscale_mean": lambda s, t: feature.multiscale(s, t, scales=(2, 3), per_scale_mean=True),
-    "hcl": lambda s, t: feature.multiscale(s, t, mode="hcl"),
-    "pearson": feature.pearson,
-    "pearson_ddof1": lambda s, t: feature.pearson(s, t, ddof=1),
-    "batch_norm": lambda s, t: feature.squared(
-        feature.standardize(s, eps=0, variance_eps=1e-5), feature.standardize(t, eps=0, variance_eps=1e-5)
+    "squared": distance.squared,
+    "absolute": distance.l1,
+    "unit_norm": lambda s, t: distance.squared(normalization.unit_norm(s), normalization.unit_norm(t)),
+    "multiscale": distance.multiscale,
+    "multiscale_mean": lambda s, t: distance.multiscale(s, t, scales=(2, 3), per_scale_mean=True),
+    "hcl": lambda s, t: distance.multiscale(s, t, mode="hcl"),
+    "pearson": distance.pearson,
+    "pearson_ddof1": lambda s, t: distance.pearson(s, t, ddof=1),
+    "batch_norm": lambda s, t: distance.squared(
+        normalization.standardize(s, eps=0, variance_eps=1e-5), normalization.standardize(t, eps=0, variance_eps=1e-5)
     ),
 }
 PER_IMAGE = ("squared", "absolute", "unit_norm", "multiscale", "multiscale_mean", "hcl")
@@ -88,7 +88,7 @@ def test_bfloat16_is_computed_in_float32():
     chex.assert_trees_all_close(jitted(student, teacher), wide, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("loss", [feature.squared, feature.absolute, feature.multiscale, feature.pearson])
+@pytest.mark.parametrize("loss", [distance.squared, distance.l1, distance.multiscale, distance.pearson])
 def test_shapes_that_differ_are_refused(loss):
     with pytest.raises(ValueError, match="adapter"):
         loss(jnp.zeros((1, 2, 2, 3)), jnp.zeros((1, 2, 2, 1)))
@@ -116,23 +116,23 @@ def test_multiscale_equals_a_slow_loop(shape, scales, per_scale_mean):
         expected = expected + (
             squares.mean((1, 2)) if per_scale_mean else squares.sum((1, 2)) / (s.shape[1] * s.shape[2])
         )
-    loss = jax.jit(lambda s, t: feature.multiscale(s, t, scales=scales, per_scale_mean=per_scale_mean))
+    loss = jax.jit(lambda s, t: distance.multiscale(s, t, scales=scales, per_scale_mean=per_scale_mean))
     value = loss(student, teacher)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
 
 
 def test_multiscale_of_scale_one_is_fitnet():
     student, teacher = maps(8)
-    plain = feature.squared(student, teacher).mean()
-    np.testing.assert_allclose(feature.multiscale(student, teacher, scales=(1,)).mean(), plain, rtol=1e-6)
+    plain = distance.squared(student, teacher).mean()
+    np.testing.assert_allclose(distance.multiscale(student, teacher, scales=(1,)).mean(), plain, rtol=1e-6)
 
 
 def test_multiscale_ignores_a_common_shift():
     student, teacher = maps(9)
     for options in ({}, {"mode": "hcl"}):
         np.testing.assert_allclose(
-            feature.multiscale(student + 3, teacher + 3, **options),
-            feature.multiscale(student, teacher, **options),
+            distance.multiscale(student + 3, teacher + 3, **options),
+            distance.multiscale(student, teacher, **options),
             rtol=1e-4,
         )
 
@@ -140,22 +140,22 @@ def test_multiscale_ignores_a_common_shift():
 @pytest.mark.parametrize("k", [2, 4])
 def test_multiscale_jensen_bound(k):
     student, teacher = maps(10, (2, 8, 4, 3))
-    coarse = feature.multiscale(student, teacher, scales=(k,))
-    fine = feature.multiscale(student, teacher, scales=(1,))
+    coarse = distance.multiscale(student, teacher, scales=(k,))
+    fine = distance.multiscale(student, teacher, scales=(1,))
     assert np.all(coarse <= fine / k**2 * (1 + 1e-6))
 
 
 def test_multiscale_without_scale_one_has_a_null_space():
     checkerboard = jnp.asarray((-1.0) ** np.add.outer(range(4), range(4))).reshape(1, 4, 4, 1)
     zero = jnp.zeros((1, 4, 4, 1))
-    assert float(feature.multiscale(checkerboard, zero, scales=(2, 4)).max()) == 0
-    assert float(feature.multiscale(checkerboard, zero, scales=(1, 2)).max()) == 1
+    assert float(distance.multiscale(checkerboard, zero, scales=(2, 4)).max()) == 0
+    assert float(distance.multiscale(checkerboard, zero, scales=(1, 2)).max()) == 1
 
 
 def test_hcl_by_hand():
     # The sides of 3 use o = 2 and 1 only; cells of o = 2 cover 2 x 2 of the 3 x 3 map, overlapping in the middle.
     student = jnp.arange(9.0).reshape(1, 3, 3, 1)
-    value = feature.multiscale(student, jnp.zeros_like(student), mode="hcl")
+    value = distance.multiscale(student, jnp.zeros_like(student), mode="hcl")
     full, two, one = np.mean(np.arange(9.0) ** 2), np.mean(np.array([2.0, 3, 5, 6]) ** 2), 16.0
     np.testing.assert_allclose(value, [[(full + two / 4 + one / 8) / (1 + 1 / 4 + 1 / 8)]], rtol=1e-6)
 
@@ -163,7 +163,7 @@ def test_hcl_by_hand():
 @pytest.mark.parametrize("options", [{"scales": ()}, {"scales": (0, 1)}, {"scales": (1.5,)}, {"mode": "max"}])
 def test_multiscale_refuses_impossible_options(options):
     with pytest.raises(ValueError, match="multiscale"):
-        feature.multiscale(*maps(11), **options)
+        distance.multiscale(*maps(11), **options)
 
 
 # Standardised --------------------------------------------------------------------------------------------------------
@@ -177,7 +177,7 @@ def test_pearson_is_one_minus_the_correlation(seed, ddof):
     correlation = np.array([np.corrcoef(s[:, c], t[:, c])[0, 1] for c in range(2)])
     m = len(s)
     expected = np.mean(1 - correlation) * ((m - 1) / m if ddof else 1)
-    value = feature.pearson(student, teacher, ddof=ddof).mean()
+    value = distance.pearson(student, teacher, ddof=ddof).mean()
     np.testing.assert_allclose(value, expected, rtol=1e-4)
     assert 0 <= value <= 2
 
@@ -185,7 +185,7 @@ def test_pearson_is_one_minus_the_correlation(seed, ddof):
 def test_pearson_invariances():
     student, teacher = maps(12, (2, 4, 5, 3))
     scale, shift = jnp.array([0.1, 1.0, 20.0]), jnp.array([-3.0, 0.0, 5.0])
-    loss = jax.jit(lambda s, t: feature.pearson(s, t).mean((0, 1, 2)))
+    loss = jax.jit(lambda s, t: distance.pearson(s, t).mean((0, 1, 2)))
     value = loss(student, teacher)
     np.testing.assert_allclose(loss(scale * student + shift, teacher), value, rtol=1e-4)
     np.testing.assert_allclose(loss(student, teacher + shift), value, rtol=1e-4)
@@ -196,8 +196,8 @@ def test_pearson_invariances():
 
 def test_pearson_gradient_is_centred_orthogonal_and_as_derived():
     student, teacher = maps(13, (2, 3, 4, 2))
-    gradient = np.float64(jax.jit(jax.grad(lambda s: feature.pearson(s, teacher).mean((0, 1, 2)).sum()))(student))
-    s, t = (np.float64(feature.standardize(x)) for x in (student, teacher))
+    gradient = np.float64(jax.jit(jax.grad(lambda s: distance.pearson(s, teacher).mean((0, 1, 2)).sum()))(student))
+    s, t = (np.float64(normalization.standardize(x)) for x in (student, teacher))
     m = s[..., 0].size
     expected = ((s * t).mean((0, 1, 2)) * s - t) / (m * np.float64(student).std((0, 1, 2)))
     np.testing.assert_allclose(gradient, expected, atol=1e-6)
@@ -207,7 +207,7 @@ def test_pearson_gradient_is_centred_orthogonal_and_as_derived():
 
 def test_pearson_counts_a_constant_channel_as_one_half():
     student, teacher = maps(14)
-    value, gradient = assert_finite(lambda s: feature.pearson(s.at[..., 0].set(0.3), teacher)[..., 0].mean(), student)
+    value, gradient = assert_finite(lambda s: distance.pearson(s.at[..., 0].set(0.3), teacher)[..., 0].mean(), student)
     np.testing.assert_allclose(value, 0.5, rtol=1e-5)
     assert float(jnp.max(jnp.abs(gradient))) == 0
 
@@ -215,8 +215,10 @@ def test_pearson_counts_a_constant_channel_as_one_half():
 def test_pearson_equals_batch_norm_on_both_sides():
     student, teacher = maps(15)
     options = {"eps": 0.0, "variance_eps": 1e-5}
-    of_batch_norm = feature.squared(feature.standardize(student, **options), feature.standardize(teacher, **options))
-    np.testing.assert_allclose(of_batch_norm.mean() / 2, feature.pearson(student, teacher).mean(), rtol=1e-4)
+    of_batch_norm = distance.squared(
+        normalization.standardize(student, **options), normalization.standardize(teacher, **options)
+    )
+    np.testing.assert_allclose(of_batch_norm.mean() / 2, distance.pearson(student, teacher).mean(), rtol=1e-4)
 
 
 def test_standardize_is_accurate_far_from_zero():
@@ -224,30 +226,30 @@ def test_standardize_is_accurate_far_from_zero():
     far = np.asarray(x + 1000)
     wide = np.float64(far)
     expected = (wide - wide.mean((0, 1, 2))) / wide.std((0, 1, 2))
-    np.testing.assert_allclose(feature.standardize(far), expected, atol=2e-5)
+    np.testing.assert_allclose(normalization.standardize(far), expected, atol=2e-5)
 
 
 @pytest.mark.parametrize("options", [{}, {"ddof": 1}])
 def test_splitting_the_batch_over_devices_changes_no_statistic(options):
     student, teacher = maps(17, (8, 3, 2, 4))
-    whole = feature.pearson(student, teacher, **options)
+    whole = distance.pearson(student, teacher, **options)
     np.testing.assert_allclose(
-        on_shards(lambda s, t: feature.pearson(s, t, **options), student, teacher), whole, rtol=1e-5, atol=1e-6
+        on_shards(lambda s, t: distance.pearson(s, t, **options), student, teacher), whole, rtol=1e-5, atol=1e-6
     )
 
     def mapped(s, t, axis_name):
-        loss = feature.pearson(s, t, axis_name=axis_name, **options)
-        gradient = jax.grad(lambda s: feature.pearson(s, t, axis_name=axis_name, **options).mean())(s)
+        loss = distance.pearson(s, t, axis_name=axis_name, **options)
+        gradient = jax.grad(lambda s: distance.pearson(s, t, axis_name=axis_name, **options).mean())(s)
         return loss, gradient
 
     loss, gradient = on_pmap(mapped, student, teacher)
     np.testing.assert_allclose(loss, whole, rtol=1e-5, atol=1e-6)
     # The devices' means add up under the mapped axis: their gradient is eight times that of the global mean.
-    expected = jax.grad(lambda s: feature.pearson(s, teacher, **options).mean())(student)
+    expected = jax.grad(lambda s: distance.pearson(s, teacher, **options).mean())(student)
     np.testing.assert_allclose(gradient / 8, expected, rtol=1e-4, atol=1e-7)
 
 
 def test_standardize_over_devices_without_the_axis_name_would_differ():
     student, _ = maps(18, (8, 1, 2, 1))
-    per_device = on_pmap(lambda x, axis_name: feature.standardize(x), student)
-    assert np.max(np.abs(per_device - feature.standardize(student))) > 0.1
+    per_device = on_pmap(lambda x, axis_name: normalization.standardize(x), student)
+    assert np.max(np.abs(per_device - normalization.standardize(student))) > 0.1

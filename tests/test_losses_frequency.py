@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from kdjax.losses import feature, frequency
+from kdjax.losses import distance, frequency
 from tests.support.arrays import assert_finite, maps, on_shards
 
 SIZES = [(4, 6), (5, 4), (5, 3), (1, 6), (1, 1)]
@@ -47,7 +47,7 @@ def test_apply_mask_is_the_complex_transform(size, hermitian):
     x, _ = maps(1, (2, *size, 3))
     mask = draw(jax.random.key(2), (2, *size), 0.5, hermitian=hermitian)
     expected = full_transform(x, mask)
-    value = jax.jit(frequency.apply_mask)(x, mask)
+    value = jax.jit(frequency.apply_frequency_mask)(x, mask)
     assert value.dtype == jnp.float32
     np.testing.assert_allclose(value, expected.real, atol=2e-6)
     if hermitian:  # the inverse is exactly real: the imaginary part is rounding of the double precision transform
@@ -79,7 +79,7 @@ def test_keep_dc_keeps_the_channel_mean():
     x, _ = maps(4)
     mask = draw(jax.random.key(4), x.shape[:3], 1.0, keep_dc=True)
     np.testing.assert_allclose(
-        frequency.apply_mask(x, mask), jnp.broadcast_to(x.mean((1, 2), keepdims=True), x.shape), atol=1e-6
+        frequency.apply_frequency_mask(x, mask), jnp.broadcast_to(x.mean((1, 2), keepdims=True), x.shape), atol=1e-6
     )
 
 
@@ -88,7 +88,7 @@ def test_zeta_zero_is_the_squared_difference(size):
     student, teacher = maps(5, (2, *size, 3))
     mask = draw(jax.random.key(5), student.shape[:3], 0.0)
     value = masked(student, teacher, mask)
-    np.testing.assert_allclose(value, feature.squared(student, teacher), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(value, distance.squared(student, teacher), rtol=1e-4, atol=1e-5)
 
 
 def test_zeta_one_is_the_teacher_with_no_gradient():
@@ -152,7 +152,7 @@ def test_amplitude_of_the_optimum():
     best = {}
     for hermitian in (True, False):
         mask = draw(jax.random.key(10), wave.shape[:3], zeta, hermitian=hermitian)
-        filtered = np.asarray(jax.jit(frequency.apply_mask)(wave, mask))
+        filtered = np.asarray(jax.jit(frequency.apply_frequency_mask)(wave, mask))
         best[hermitian] = np.sum(filtered * np.asarray(wave)) / np.sum(np.square(filtered))
     np.testing.assert_allclose([best[True], best[False]], [1, 2 / (2 - zeta)], rtol=0.02)
 
@@ -167,7 +167,7 @@ def test_keys():
 def test_mask_per_channel_and_shared_over_the_batch():
     x, _ = maps(11)
     mask = (np.random.default_rng(12).uniform(size=(1, *x.shape[1:])) > 0.5).astype(np.float32)
-    np.testing.assert_allclose(frequency.apply_mask(x, mask), full_transform(x, mask).real, atol=2e-6)
+    np.testing.assert_allclose(frequency.apply_frequency_mask(x, mask), full_transform(x, mask).real, atol=2e-6)
 
 
 @pytest.mark.parametrize("size", [(4, 5), (1, 1), (1, 4)])
@@ -191,6 +191,6 @@ def test_refused():
     with pytest.raises(ValueError, match="zeta"):
         draw(jax.random.key(0), (1, 2, 2), 1.5)
     with pytest.raises(ValueError, match="mask"):
-        frequency.apply_mask(jnp.zeros((1, 4, 4, 2)), jnp.ones((1, 4, 3, 1)))
+        frequency.apply_frequency_mask(jnp.zeros((1, 4, 4, 2)), jnp.ones((1, 4, 3, 1)))
     with pytest.raises(ValueError, match="adapter"):
         frequency.frequency_masked(jnp.zeros((1, 4, 4, 2)), jnp.zeros((1, 4, 4, 1)), jnp.ones((1, 4, 4, 1)))

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdjax.losses import instances, localization, regions
+from kdjax.boxes import assign
+from kdjax.losses import disagreement, regions, relation
 from tests.support.arrays import maps, quick_jit
 
 HEIGHT, WIDTH, CANVAS = 5, 7, (40, 56)
@@ -77,7 +78,7 @@ def test_focal_masks_take_a_size_for_each_image():
 
 
 STRIDES, SIZES = (8, 16, 32), ((16, 20), (8, 10), (4, 5))
-levelled = quick_jit(lambda boxes, valid: regions.levelled_masks(boxes, valid, STRIDES, SIZES))
+levelled = quick_jit(lambda boxes, valid: regions.level_masks(boxes, valid, STRIDES, SIZES))
 
 
 @settings(max_examples=30, deadline=None)
@@ -152,8 +153,8 @@ LEVELS = [HEIGHT * WIDTH, 12]
 
 @quick_jit
 def region(boxes, valid):
-    index, overlap, threshold = localization.candidates(ANCHORS, boxes, LEVELS, topk=9)
-    weights = [localization.valuable_region(ANCHORS, boxes, valid, threshold, gamma=g) for g in (0.0, 0.25, 1.0)]
+    index, _, overlap, threshold = assign.atss_candidates(ANCHORS, boxes, level_sizes=LEVELS, topk=9)
+    weights = [regions.valuable_region(ANCHORS, boxes, valid, threshold, gamma=g) for g in (0.0, 0.25, 1.0)]
     return index, overlap, threshold, weights
 
 
@@ -210,7 +211,7 @@ def test_general_instances():
     gap = np.asarray(jax.nn.sigmoid(teacher) - jax.nn.sigmoid(student))
     score = np.abs(gap).max(-1)[0]
     order = [i for i in np.argsort(-score) if i not in ({0, 1} - {np.argmax(score[:2])})]  # 0 and 1 overlap
-    found, labels, valid = instances.general_instances(student, teacher, student_boxes, boxes, count=4)
+    found, labels, valid = disagreement.general_instances(student, teacher, student_boxes, boxes, count=4)
     for place, prior in enumerate(order[:4]):
         surer = gap[0, prior, np.abs(gap[0, prior]).argmax()] > 0
         np.testing.assert_allclose(found[0, place], (boxes if surer else student_boxes)[0, prior], rtol=1e-6)
@@ -222,7 +223,7 @@ def test_general_instances():
 def test_relation_is_invariant_to_scale_and_rotation():
     student, teacher = maps(4, (2, 5, 3))
     valid = np.array([[True] * 5, [True, True, True, False, False]])
-    loss = quick_jit(lambda s, t: instances.relation(s, t, valid))
+    loss = quick_jit(lambda s, t: relation.pairwise_relation(s, t, valid))
     value = loss(student, teacher)
     rotation = np.linalg.qr(np.random.default_rng(5).normal(size=(3, 3)))[0].astype(np.float32)
     np.testing.assert_allclose(loss(7 * student @ rotation + 1, teacher), value, rtol=1e-3)
@@ -234,7 +235,7 @@ def test_relation_is_invariant_to_scale_and_rotation():
 
 def test_relation_needs_three_instances():
     student, teacher = maps(6, (1, 4, 3))
-    total = quick_jit(jax.value_and_grad(lambda s, v: instances.relation(s, teacher, v).sum()))
+    total = quick_jit(jax.value_and_grad(lambda s, v: relation.pairwise_relation(s, teacher, v).sum()))
     for count in (0, 1, 2):
         valid = np.arange(4)[None] < count
         value, gradient = total(student, valid)
@@ -252,7 +253,9 @@ def test_relation_equals_a_slow_loop():
     difference = np.abs(distances(student) - distances(teacher))
     smooth = np.where(difference < 1, difference**2 / 2, difference - 0.5)
     expected = smooth[~np.eye(4, dtype=bool)].mean()
-    np.testing.assert_allclose(instances.relation(student, teacher, np.ones((1, 4), bool)), [expected], rtol=1e-3)
+    np.testing.assert_allclose(
+        relation.pairwise_relation(student, teacher, np.ones((1, 4), bool)), [expected], rtol=1e-3
+    )
 
 
 @pytest.mark.parametrize("count", [0, 1])

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from kdjax.losses import structural
+from kdjax.losses import normalization, similarity
 from tests.support.arrays import assert_finite, maps, quick_jit
 
 
 def unit(seed, shape=(2, 8, 9, 3)):
     """Student and teacher within 0 .. 1."""
-    return tuple(structural.min_max(x) for x in maps(seed, shape))
+    return tuple(normalization.min_max(x) for x in maps(seed, shape))
 
 
 def slow_ssim(s, t, window, exponents=(1, 1, 1)):
@@ -47,7 +47,7 @@ def slow_ssim(s, t, window, exponents=(1, 1, 1)):
 @pytest.mark.parametrize(("window", "exponents"), [(5, (1, 1, 1)), (3, (1, 2, 0.5)), (5, (0, 0, 1))])
 def test_definition(window, exponents):
     student, teacher = unit(0)
-    value = quick_jit(lambda s, t: structural.ssim(s, t, window=window, exponents=exponents))(student, teacher)
+    value = quick_jit(lambda s, t: similarity.ssim(s, t, window=window, exponents=exponents))(student, teacher)
     np.testing.assert_allclose(value, slow_ssim(student, teacher, window, exponents), atol=2e-5)
 
 
@@ -55,7 +55,7 @@ def test_two_factor_form_is_the_product_of_three():
     student, teacher = unit(1)
     three = quick_jit(
         lambda s, t: [
-            structural.ssim(s, t, window=7, exponents=e) for e in ((1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1))
+            similarity.ssim(s, t, window=7, exponents=e) for e in ((1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1))
         ]
     )(student, teacher)
     np.testing.assert_allclose(three[0] * three[1] * three[2], three[3], atol=1e-5)
@@ -63,18 +63,18 @@ def test_two_factor_form_is_the_product_of_three():
 
 def test_bounds_symmetry_and_self():
     student, teacher = unit(2)
-    ssim = quick_jit(lambda s, t: structural.ssim(s, t, window=5))
+    ssim = quick_jit(lambda s, t: similarity.ssim(s, t, window=5))
     value = ssim(student, teacher)
     assert -1 <= float(value.min()) and float(value.max()) <= 1
     np.testing.assert_allclose(ssim(teacher, student), value, atol=1e-6)
     np.testing.assert_allclose(ssim(teacher, teacher), 1, atol=1e-6)
-    loss = quick_jit(structural.structural)(student, teacher)
+    loss = quick_jit(similarity.structural_dissimilarity)(student, teacher)
     assert 0 <= float(loss.min()) and float(loss.max()) <= 1
 
 
 def test_constant_zero_against_constant_one():
     c1 = 0.01**2
-    value = structural.ssim(np.zeros((1, 5, 5, 1)), np.ones((1, 5, 5, 1)), window=5)
+    value = similarity.ssim(np.zeros((1, 5, 5, 1)), np.ones((1, 5, 5, 1)), window=5)
     np.testing.assert_allclose(value, c1 / (1 + c1), rtol=1e-3)
 
 
@@ -84,13 +84,15 @@ def test_min_max_makes_it_invariant_to_positive_affine_maps(scope):
 
     @quick_jit
     def loss(s, t):
-        return structural.structural(structural.min_max(s, scope=scope), structural.min_max(t, scope=scope)).mean()
+        return similarity.structural_dissimilarity(
+            normalization.min_max(s, scope=scope), normalization.min_max(t, scope=scope)
+        ).mean()
 
     value = loss(student, teacher)
     np.testing.assert_allclose(loss(7 * student - 3, teacher), value, rtol=1e-4)
     np.testing.assert_allclose(loss(student, 0.1 * teacher + 5), value, rtol=1e-3)
     assert abs(loss(-student, teacher) - value) > 1e-2
-    rescaled = structural.min_max(student, scope=scope)
+    rescaled = normalization.min_max(student, scope=scope)
     assert float(rescaled.min()) == 0 and abs(float(rescaled.max()) - 1) < 1e-6
 
 
@@ -99,34 +101,38 @@ def test_flat_maps_have_finite_value_and_gradient():
     for flat in (jnp.zeros_like(teacher), jnp.full_like(teacher, 0.7)):
         for exponents in ((1.0, 1.0, 1.0), (0.5, 0.5, 0.5)):
             assert_finite(
-                lambda s, t, e=exponents: structural.structural(
-                    structural.min_max(s), structural.min_max(t), exponents=e
+                lambda s, t, e=exponents: similarity.structural_dissimilarity(
+                    normalization.min_max(s), normalization.min_max(t), exponents=e
                 ),
                 flat,
                 teacher,
             )
-    gradient = jax.grad(lambda s: structural.min_max(s).sum())(jnp.full((1, 2, 2, 1), 0.7))
+    gradient = jax.grad(lambda s: normalization.min_max(s).sum())(jnp.full((1, 2, 2, 1), 0.7))
     np.testing.assert_array_equal(gradient, 0)
 
 
 def test_gradient_by_finite_differences():
     student, teacher = maps(5, (1, 5, 6, 2))
-    loss = jax.jit(lambda s: structural.structural(structural.min_max(s), structural.min_max(teacher), window=5).mean())
+    loss = jax.jit(
+        lambda s: similarity.structural_dissimilarity(
+            normalization.min_max(s), normalization.min_max(teacher), window=5
+        ).mean()
+    )
     check_grads(loss, (student,), order=1, modes=["rev"], atol=1e-2, rtol=2e-2, eps=1e-3)
 
 
 def test_window_shrinks_to_the_map():
-    assert structural.fitting_window(11, (80, 80)) == 11
-    assert structural.fitting_window(11, (5, 5)) == 5 == structural.fitting_window(11, (6, 10))
-    assert structural.fitting_window(11, (1, 20)) == 1
+    assert similarity.fitting_window(11, (80, 80)) == 11
+    assert similarity.fitting_window(11, (5, 5)) == 5 == similarity.fitting_window(11, (6, 10))
+    assert similarity.fitting_window(11, (1, 20)) == 1
     student, teacher = unit(6, (2, 5, 5, 3))
-    fitting = (1 - structural.ssim(student, teacher, window=5)) / 2
-    np.testing.assert_allclose(structural.structural(student, teacher), fitting, atol=1e-6)
-    np.testing.assert_array_equal(structural.structural(*unit(6, (2, 1, 5, 3))), 0)
+    fitting = (1 - similarity.ssim(student, teacher, window=5)) / 2
+    np.testing.assert_allclose(similarity.structural_dissimilarity(student, teacher), fitting, atol=1e-6)
+    np.testing.assert_array_equal(similarity.structural_dissimilarity(*unit(6, (2, 1, 5, 3))), 0)
 
 
 def test_gaussian_matrix_reflects_at_the_border():
-    matrix = structural._gaussian_matrix(6, 5, 1.5, "same")
+    matrix = similarity._gaussian_matrix(6, 5, 1.5, "same")
     padded = np.pad(np.eye(6), ((2, 2), (0, 0)), mode="reflect")
     weights = np.exp(-(np.arange(-2, 3) ** 2) / 4.5)
     expected = np.stack([(weights / weights.sum()) @ padded[i : i + 5] for i in range(6)])
@@ -137,6 +143,6 @@ def test_refused():
     x = np.zeros((1, 8, 8, 1))
     for options in ({"window": 4}, {"window": 9}, {"window": 3, "padding": "zero"}):
         with pytest.raises(ValueError, match="ssim"):
-            structural.ssim(x, x, **options)
+            similarity.ssim(x, x, **options)
     with pytest.raises(ValueError, match="scope"):
-        structural.min_max(x, scope="level")
+        normalization.min_max(x, scope="level")

@@ -6,21 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kdjax.losses import (
-    attention,
-    cross,
-    decoupled,
-    feature,
-    generation,
-    instances,
-    localization,
-    logits,
-    prediction,
-    rank,
-    regions,
-    relation,
-    structural,
-)
+from kdjax.boxes import assign
+from kdjax.losses import attention, classification, disagreement, distance, divergence, normalization, reconstruction, regions, relation, similarity
 from tests.support.arrays import maps, on_pmap, on_shards, quick_jit
 
 CONTEXT = [relation.init_context(jax.random.key(i), 4) for i in range(2)]
@@ -52,59 +39,61 @@ def per_image(student, teacher):
     batch, priors = s.shape[:2]
     labels = jnp.broadcast_to(jnp.arange(priors) % 4, (batch, priors))
     matched, positive = labels % 3, labels < 3
-    scores = [rank.label_score(x, labels) for x in (s, t)]
+    scores = [classification.label_score(x, labels) for x in (s, t)]
     boxes = jnp.broadcast_to(jnp.array([[2.0, 3, 20, 18], [10, 0, 40, 30], [0, 0, 0, 0]]), (batch, 3, 4))
     valid = jnp.broadcast_to(jnp.array([True, True, False]), (batch, 3))
     anchors = boxes_of(jnp.zeros((1, priors, 4)))[0]
     size = jnp.array([32, 40])
     foreground, background = regions.focal_masks(boxes, valid, size, student.shape[1:3])
-    (fine,) = regions.levelled_masks(boxes, valid, (8,), (student.shape[1:3],))
+    (fine,) = regions.level_masks(boxes, valid, (8,), (student.shape[1:3],))
     grid = anchors.reshape(*student.shape[1:3], 1, 4)
     imitated = regions.fine_grained_mask(boxes, valid, grid)
-    _, _, threshold = localization.candidates(anchors, boxes, [priors], topk=5)
-    valuable = localization.valuable_region(anchors, boxes, valid, threshold)
-    scaled = [structural.min_max(x) for x in (student, teacher)]
-    target, others = decoupled.decoupled(s, t, labels, temperature=2.0)
-    sigmoid_target, sigmoid_others = decoupled.decoupled_sigmoid(s, t, labels)
-    found, _, found_valid = instances.general_instances(s, t, boxes_of(s), boxes_of(t), count=4)
-    drop = generation.keep_mask(jnp.linspace(0, 0.99, priors).reshape(1, *student.shape[1:3], 1), 0.4)
+    *_, threshold = assign.atss_candidates(anchors, boxes, level_sizes=[priors], topk=5)
+    valuable = regions.valuable_region(anchors, boxes, valid, threshold)
+    scaled = [normalization.min_max(x) for x in (student, teacher)]
+    target, others = divergence.decoupled_kl(s, t, labels, temperature=2.0)
+    sigmoid_target, sigmoid_others = divergence.decoupled_sigmoid_kl(s, t, labels)
+    found, _, found_valid = disagreement.general_instances(s, t, boxes_of(s), boxes_of(t), count=4)
+    drop = reconstruction.keep_mask(jnp.linspace(0, 0.99, priors).reshape(1, *student.shape[1:3], 1), 0.4)
     return {
-        "ssim": structural.structural(*scaled, window=3),
-        "ssim factors": structural.structural(*scaled, window=3, exponents=(1.0, 2.0, 0.5)),
-        "min-max by channel": structural.min_max(student, scope="channel"),
-        "rm": rank.rank_kl(*scores, matched, positive, boxes=3),
-        "rm boxes": rank.has_positives(matched, positive, boxes=3).astype(jnp.float32),
-        "pfi": prediction.prediction_guided(student, teacher, prediction.disagreement(student, teacher)),
-        "pfi probs": prediction.disagreement(student, teacher, space="probs"),
-        "fgd focal": (foreground + background) * attention.attended(student, teacher),
+        "ssim": similarity.structural_dissimilarity(*scaled, window=3),
+        "ssim factors": similarity.structural_dissimilarity(*scaled, window=3, exponents=(1.0, 2.0, 0.5)),
+        "min-max by channel": normalization.min_max(student, scope="channel"),
+        "rm": divergence.rank_kl(*scores, matched, positive, boxes=3),
+        "rm boxes": divergence.has_positives(matched, positive, boxes=3).astype(jnp.float32),
+        "pfi": distance.guided_squared(student, teacher, disagreement.class_disagreement(student, teacher)),
+        "pfi probs": disagreement.class_disagreement(student, teacher, space="probs"),
+        "fgd focal": (foreground + background) * attention.attention_weighted(student, teacher),
         "fgd attention": attention.attention_difference(student, teacher),
-        "fgd relation": feature.squared(*map(relation.context_block, (student, teacher), CONTEXT)),
-        "mgd": feature.squared(generation.generate(drop * student, GENERATOR), teacher),
-        "hinton softmax": logits.softmax_kl(s, t, temperature=4.0),
-        "hinton sigmoid": logits.sigmoid_kl(s, t, temperature=2.0),
+        "fgd relation": distance.squared(*map(relation.context_block, (student, teacher), CONTEXT)),
+        "mgd": distance.squared(reconstruction.reconstruct(drop * student, GENERATOR), teacher),
+        "hinton softmax": divergence.softmax_kl(s, t, temperature=4.0),
+        "hinton sigmoid": divergence.sigmoid_kl(s, t, temperature=2.0),
         "dkd target": target,
         "dkd others": others,
         "yao target": sigmoid_target,
         "yao others": sigmoid_others,
-        "crosskd, bckd": logits.modulated_bce(s, t),
-        "crosskd beta": logits.modulated_bce(s, t, beta=2.0),
-        "bckd gap": logits.score_gap(s, t),
-        "ld": valuable * logits.softmax_kl(s, t, temperature=10.0, class_reduction="mean"),
-        "defeat": fine * feature.squared(student, teacher),
-        "fgfi": imitated * feature.squared(student, teacher),
+        "crosskd, bckd": classification.modulated_bce(s, t),
+        "crosskd beta": classification.modulated_bce(s, t, beta=2.0),
+        "bckd gap": disagreement.score_gap(s, t),
+        "ld": valuable * divergence.softmax_kl(s, t, temperature=10.0, class_reduction="mean"),
+        "defeat": fine * distance.squared(student, teacher),
+        "fgfi": imitated * distance.squared(student, teacher),
         "gid instances": found * found_valid[..., None],
-        "gid relation": instances.relation(s[:, :4], t[:, :4], jnp.ones((batch, min(4, priors)), bool)),
+        "gid relation": relation.pairwise_relation(s[:, :4], t[:, :4], jnp.ones((batch, min(4, priors)), bool)),
     }
 
 
 def over_batch(student, teacher, axis_name=None):
     """Losses with a statistic of the global batch; each keeps the batch axis, so that shards can be put together."""
-    norm = feature.frobenius(student, teacher, axis_name=axis_name)
+    norm = distance.frobenius(student, teacher, axis_name=axis_name)
     return {
-        "crosskd align": cross.align(student, teacher, axis_name=axis_name),
-        "crosskd align ddof 0": cross.align(student, teacher, ddof=0, axis_name=axis_name),
-        "ssim by batch": structural.min_max(student, scope="batch", axis_name=axis_name),
-        "pfi normalised": prediction.unit_mean(prediction.disagreement(student, teacher), axis_name=axis_name),
+        "crosskd align": normalization.match_statistics(student, teacher, axis_name=axis_name),
+        "crosskd align ddof 0": normalization.match_statistics(student, teacher, ddof=0, axis_name=axis_name),
+        "ssim by batch": normalization.min_max(student, scope="batch", axis_name=axis_name),
+        "pfi normalised": normalization.unit_mean(
+            disagreement.class_disagreement(student, teacher), axis_name=axis_name
+        ),
         "fkd norm": jnp.broadcast_to(norm, student.shape[:1]),
         "fkd non-local": relation.non_local_block(student, NON_LOCAL, pool=2, axis_name=axis_name),
     }
@@ -218,14 +207,14 @@ def test_nonnegative():
 @pytest.mark.parametrize(
     ("loss", "arrays"),
     [
-        (feature.frobenius, 2), (structural.ssim, 2), (structural.structural, 2), (logits.softmax_kl, 2),
-        (logits.sigmoid_kl, 2), (logits.modulated_bce, 2), (logits.score_gap, 2), (attention.attended, 2),
-        (attention.attention_difference, 2), (prediction.disagreement, 2), (prediction.prediction_guided, 3),
-        (cross.align, 2), (decoupled.decoupled, 3), (decoupled.decoupled_sigmoid, 3), (rank.rank_kl, 4),
+        (distance.frobenius, 2), (similarity.ssim, 2), (similarity.structural_dissimilarity, 2), (divergence.softmax_kl, 2),
+        (divergence.sigmoid_kl, 2), (classification.modulated_bce, 2), (disagreement.score_gap, 2), (attention.attention_weighted, 2),
+        (attention.attention_difference, 2), (disagreement.class_disagreement, 2), (distance.guided_squared, 3),
+        (normalization.match_statistics, 2), (divergence.decoupled_kl, 3), (divergence.decoupled_sigmoid_kl, 3), (divergence.rank_kl, 4),
     ],
 )  # fmt: skip
 def test_shapes_that_differ_are_refused(loss, arrays):
     student, teacher = np.zeros((1, 2, 2, 3), np.float32), np.zeros((1, 2, 2, 1), np.float32)
-    options = {"boxes": 1} if loss is rank.rank_kl else {}
+    options = {"boxes": 1} if loss is divergence.rank_kl else {}
     with pytest.raises(ValueError, match="shape"):
         loss(student, teacher, *[student] * (arrays - 2), **options)

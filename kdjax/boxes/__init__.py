@@ -1,1 +1,53 @@
-"""Pure geometry: boxes, priors, assignment, suppression."""
+"""Geometry of boxes as pure functions: overlap, coders, priors, assigners, NMS and RoIAlign.
+
+Boxes are `x1 y1 x2 y2` in pixels of the network input.
+"""
+
+from kdjax.boxes.assign import atss, atss_candidates, dynamic_soft_label, inside_padding, max_iou, sim_ota, smallest_box
+from kdjax.boxes.coding import (
+    boxes_to_cells,
+    boxes_to_deltas,
+    boxes_to_distance,
+    cells_to_boxes,
+    centreness,
+    deltas_to_boxes,
+    distance_to_boxes,
+    expected_distance,
+)
+from kdjax.boxes.convert import clip, from_xywh, to_xywh
+from kdjax.boxes.iou import box_iou, pairwise_iou
+from kdjax.boxes.nms import greedy_nms, select_detections
+from kdjax.boxes.priors import grid_anchors, grid_priors, octave_scales
+from kdjax.boxes.roi import roi_align, roi_levels
+from kdjax.boxes.topk import k_smallest
+
+__all__ = [
+    "atss",
+    "atss_candidates",
+    "box_iou",
+    "boxes_to_cells",
+    "boxes_to_deltas",
+    "boxes_to_distance",
+    "cells_to_boxes",
+    "centreness",
+    "clip",
+    "deltas_to_boxes",
+    "distance_to_boxes",
+    "dynamic_soft_label",
+    "expected_distance",
+    "from_xywh",
+    "greedy_nms",
+    "grid_anchors",
+    "grid_priors",
+    "inside_padding",
+    "k_smallest",
+    "max_iou",
+    "octave_scales",
+    "pairwise_iou",
+    "roi_align",
+    "roi_levels",
+    "select_detections",
+    "sim_ota",
+    "smallest_box",
+    "to_xywh",
+]

@@ -1,16 +1,22 @@
-"""Assigners: which prior answers for which box of the ground truth. No gradient flows through them."""
+"""Assigners match priors with ground-truth boxes. No gradient flows through them.
+
+The file is longer than others because half of it documents the rules of the five assigners.
+"""
 
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
-from kdjax.boxes.iou import pairwise
+from kdjax import shapes
+from kdjax.boxes.iou import pairwise_iou
+from kdjax.boxes.topk import k_smallest
+from kdjax.errors import UserError
 from kdjax.structs import Array, Assignment, Targets
 
 
 def inside_padding(priors: Array, pad_size: Array) -> Array:
-    """Which priors belong to the padded image: those whose cell starts inside it.
+    """Whether each prior lies in the padded image: its cell starts inside.
 
     Args:
       priors: f32[N, 4], `x y stride_w stride_h` in pixels, offset 0 .. 1 (exclusive).
@@ -33,53 +39,8 @@ def inside_padding(priors: Array, pad_size: Array) -> Array:
     return jnp.all(cell < size_xy, axis=-1)
 
 
-def k_smallest(values: Array, k: int) -> tuple[Array, Array]:
-    """The k smallest entries of each row in ascending order, equal ones by index: `lax.top_k` for a sharded batch.
-
-    `lax.top_k` itself would collect the rows of all devices on every device. Reductions do not.
-
-    Args:
-      values: f32[..., N]; inf where there is nothing to take.
-      k: how many, small, at most N.
-
-    Returns:
-      (f32[..., k] the entries, i32[..., k] their indices).
-
-    Scope: each row on its own.
-
-    Example:
-      >>> import numpy as np
-      >>> smallest, index = k_smallest(np.array([[5.0, 1.0, 3.0, 1.0]]), 3)
-      >>> smallest.tolist(), index.tolist()
-      ([[1.0, 1.0, 3.0]], [[1, 3, 2]])
-    """
-    block, size = 16, values.shape[-1]
-    if size <= block * k:
-        # What has been taken becomes inf, so what was inf must be less.
-        largest = jnp.finfo(jnp.float32).max
-
-        def take_one(left, _):
-            lowest = jnp.min(left, axis=-1, keepdims=True)
-            index = jnp.min(jnp.where(left == lowest, jnp.arange(size), size), axis=-1, keepdims=True)
-            return jnp.where(jnp.arange(size) == index, jnp.inf, left), (lowest[..., 0], index[..., 0])
-
-        _, (lowest, index) = jax.lax.scan(take_one, jnp.minimum(values, largest), length=k)
-        lowest, index = jnp.moveaxis(lowest, 0, -1), jnp.moveaxis(index, 0, -1)
-        return jnp.where(lowest == largest, jnp.inf, lowest), index
-
-    # The k smallest entries are in the k blocks with the smallest minima.
-    rows = values.shape[:-1]
-    padded = jnp.pad(values, [(0, 0)] * len(rows) + [(0, -size % block)], constant_values=jnp.inf)
-    blocks = padded.reshape(*rows, -1, block)
-    _, best = k_smallest(jnp.min(blocks, axis=-1), k)
-    best = jnp.sort(best, axis=-1)
-    candidates = jnp.take_along_axis(blocks, best[..., None], axis=-2).reshape(*rows, -1)
-    lowest, index = k_smallest(candidates, k)
-    return lowest, jnp.take_along_axis(best, index // block, axis=-1) * block + index % block
-
-
 def _assignment(matched: Array, ignore: Array, quality: Array, num_classes: int, targets: Targets) -> Assignment:
-    """Fill in the struct from what an assigner decided; `matched` is -1 for background."""
+    """The struct for the box of each prior, `matched`, which is -1 for background."""
     positive = matched >= 0
     index = jnp.maximum(matched, 0)
     labels = jnp.take_along_axis(targets.labels, index, axis=1)
@@ -96,9 +57,9 @@ def _assignment(matched: Array, ignore: Array, quality: Array, num_classes: int,
 
 
 def _cheapest(cost: Array, iou: Array, topk: int) -> Array:
-    """The box that each prior goes to, i32[B, N] or -1: every box takes its k cheapest priors, k = sum of best IoUs.
+    """The box of each prior, i32[B, N] or -1: each box takes its k cheapest priors, k the sum of its `topk` best IoUs.
 
-    `cost` f32[B, M, N] is inf where a prior is not to be taken, and there `iou` f32[B, M, N] is 0.
+    Where `cost` f32[B, M, N] is inf, a prior cannot be taken, and `iou` f32[B, M, N] is 0.
     """
     num_boxes, num_priors = cost.shape[1:]
     topk = min(topk, num_priors)
@@ -107,8 +68,8 @@ def _cheapest(cost: Array, iou: Array, topk: int) -> Array:
     lowest, taken = k_smallest(cost, topk)
     takes = (jnp.arange(topk) < k[..., None]) & jnp.isfinite(lowest)
 
-    def claims(taken, takes):
-        """For every prior how many boxes take it, and the last of them."""
+    def claims(taken: Array, takes: Array) -> tuple[Array, Array]:
+        """For each prior the number of boxes that take it, and the last of them."""
         owner = jnp.broadcast_to(jnp.arange(num_boxes)[:, None], taken.shape)
         place = jnp.where(takes, taken, num_priors)  # out of range: dropped
         count = jnp.zeros(num_priors, jnp.int32).at[place].add(1, mode="drop")
@@ -119,8 +80,18 @@ def _cheapest(cost: Array, iou: Array, topk: int) -> Array:
     return jnp.where(count > 1, jnp.argmin(cost, axis=1).astype(jnp.int32), last)
 
 
+def _check_targets(assigner: str, targets: Targets, **priors: Array) -> None:
+    """Checks priors or anchors [N, 4] and the targets."""
+    shapes.check(
+        assigner,
+        **{name: (array, "N 4") for name, array in priors.items()},
+        **{"targets.boxes": (targets.boxes, "B M 4"), "targets.labels": (targets.labels, "B M")},
+        **{"targets.valid": (targets.valid, "B M"), "targets.pad_size": (targets.pad_size, "B 2")},
+    )
+
+
 def _of_matched(values: Array, matched: Array) -> Array:
-    """f32[B, M, N] -> f32[B, N]: the value of the matched box; anything for background."""
+    """f32[B, M, N] -> f32[B, N]: the value of the matched box; undefined for background."""
     return jnp.take_along_axis(values, jnp.maximum(matched, 0)[:, None, :], axis=1)[:, 0]
 
 
@@ -139,25 +110,25 @@ def dynamic_soft_label(
     iou_weight: float = 3.0,
     radius: float = 3.0,
 ) -> Assignment:
-    """RTMDet's assigner: every box takes the k priors that would cost it least, k from the overlaps themselves.
+    """RTMDet's assigner: each box takes the k priors of the lowest cost, where k depends on its IoUs.
 
     Candidates are the priors inside the padded image and strictly inside any box. The cost of prior n for box m of
     class c, with v their IoU, p = sigmoid(logits) and t the vector with v at c and 0 elsewhere, is
 
-      sum_j (t_j - p_j)^2 BCE(p_j, t_j)  -  iou_weight log(v + 1e-7)  +  10^(|x_n - centre_m| / stride_n - radius)
+        sum_j (t_j - p_j)^2 BCE(p_j, t_j)  -  iou_weight log(v + 1e-7)  +  10^(|x_n - centre_m| / stride_n - radius)
 
-    Box m takes its k_m cheapest candidates, k_m being the sum of its `topk` best IoUs, cut to an integer and at least
-    1. A prior that several boxes take goes to the box, of all boxes, for which it costs least. A box without a prior
-    inside it can take a prior that is inside another box. Equal costs go to the lower index.
+    Box m takes its k_m cheapest candidates, k_m being the sum of its `topk` best IoUs, truncated to an integer and at
+    least 1. A prior that several boxes take is matched with the box, of all boxes, for which its cost is lowest. A box
+    with no prior inside can take a prior that is inside another box. Equal costs are resolved by the lower index.
 
     Args:
       logits: f32[B, N, K], class logits.
       boxes: f32[B, N, 4], predicted boxes in pixels.
       priors: f32[N, 4], `x y stride_w stride_h` in pixels.
-      targets: the ground truth, M >= 1; rows that are not valid change nothing.
-      topk: number of IoUs that are summed.
-      iou_weight: weight of the IoU's cost.
-      radius: distance from the box's centre, in strides, at which the third cost is 1.
+      targets: the ground truth, M >= 1; invalid rows are ignored.
+      topk: number of IoUs in the sum that gives k.
+      iou_weight: weight of the IoU term.
+      radius: distance from the box's centre, in strides, at which the third term is 1.
 
     Returns:
       Assignment. `quality` is the IoU of the predicted box with the matched one; `ignore` marks priors outside the
@@ -165,7 +136,7 @@ def dynamic_soft_label(
 
     Scope: each image on its own.
 
-    Peers: mmdetection's `DynamicSoftLabelAssigner`; the prior's distance is measured in its horizontal stride.
+    Peers: mmdetection's `DynamicSoftLabelAssigner`. The distance is measured in the prior's horizontal stride.
 
     Reference: Lyu et al., RTMDet, arXiv:2212.07784, equations 1 to 4.
 
@@ -178,7 +149,9 @@ def dynamic_soft_label(
       >>> dynamic_soft_label(np.zeros((1, 4, 2), np.float32), predicted, priors, truth).matched.tolist()
       [[-1, -1, -1, 0]]
     """
-    # All [.., M, N] arrays have the priors last, along which the rows are searched; nothing has a class axis beside.
+    _check_targets("dynamic_soft_label", targets, priors=priors)
+    shapes.check("dynamic_soft_label", priors=(priors, "N 4"), logits=(logits, "B N K"), boxes=(boxes, "B N 4"))
+    # All [.., M, N] arrays have the priors last, the axis of the searches. None has a class axis too.
     logits, boxes, priors, targets = jax.lax.stop_gradient((logits, boxes, jnp.asarray(priors), targets))
     logits, boxes = logits.astype(jnp.float32), boxes.astype(jnp.float32)
     num_classes = logits.shape[-1]
@@ -190,9 +163,9 @@ def dynamic_soft_label(
     candidate = jnp.any(inside, axis=1) & padded
     usable = candidate[:, None, :] & targets.valid[..., None]
 
-    iou = jnp.where(usable, pairwise(targets.boxes, boxes), 0)
-    # Only the true class has another target than zero, so the sum over classes is the one for an all-zero target with
-    # that class's summand exchanged.
+    iou = jnp.where(usable, pairwise_iou(targets.boxes, boxes), 0)
+    # Only the true class has a target other than 0, so the sum over classes is that of an all-zero target with the
+    # term of the true class replaced.
     probs, softplus = jax.nn.sigmoid(logits), jax.nn.softplus(logits)
     negative = softplus * probs**2
     true_logit, true_negative = _of_class(logits, targets.labels), _of_class(negative, targets.labels)
@@ -200,7 +173,7 @@ def dynamic_soft_label(
     class_cost = jnp.sum(negative, axis=-1)[:, None, :] - true_negative + positive
     iou_cost = -jnp.log(iou + 1e-7) * iou_weight
     distance = jnp.sqrt((x - (x1 + x2) / 2) ** 2 + (y - (y1 + y2) / 2) ** 2) / stride
-    centre_cost = 10.0 ** (distance - radius)  # beyond float32 from 41 strides on, and still to be taken
+    centre_cost = 10.0 ** (distance - radius)  # overflows from 41 strides on; such a prior can be taken, too
     cost = jnp.where(usable, jnp.minimum(class_cost + iou_cost + centre_cost, 3e38), jnp.inf)
 
     matched = _cheapest(cost, iou, topk)
@@ -218,24 +191,24 @@ def sim_ota(
     iou_weight: float = 3.0,
     class_weight: float = 1.0,
 ) -> Assignment:
-    """YOLOX's assigner: every box takes the k priors that would cost it least, near its centre if there are such.
+    """YOLOX's assigner: each box takes the k priors of the lowest cost, if possible near its centre.
 
     Candidates are the priors inside the padded image that are strictly inside any box or any box's centre region (the
     square of `radius` strides around its centre). The cost of prior n for box m of class c, with v their IoU, is
 
-      class_weight sum_j BCE(p_j, [j = c])  -  iou_weight log(v + 1e-7)  +  1e5 unless n is in box m and its region
+        class_weight sum_j BCE(p_j, [j = c])  -  iou_weight log(v + 1e-7)  +  1e5 unless n is in box m and its region
 
-    k, and what happens to priors that several boxes take, are those of `dynamic_soft_label`.
+    k, and the rule for priors that several boxes take, are those of `dynamic_soft_label`.
 
     Args:
-      probs: f32[B, N, K], class probabilities in 0 .. 1 (YOLOX: the root of their product with the objectness).
+      probs: f32[B, N, K], class probabilities in 0 .. 1 (YOLOX: the square root of their product with the objectness).
       boxes: f32[B, N, 4], predicted boxes in pixels.
       priors: f32[N, 4], `x y stride_w stride_h` in pixels: the centres of the cells.
-      targets: the ground truth, M >= 1; rows that are not valid change nothing.
-      topk: number of IoUs that are summed.
+      targets: the ground truth, M >= 1; invalid rows are ignored.
+      topk: number of IoUs in the sum that gives k.
       radius: half the side of the centre region, in strides.
-      iou_weight: weight of the IoU's cost.
-      class_weight: weight of the classes' cost.
+      iou_weight: weight of the IoU term.
+      class_weight: weight of the class term.
 
     Returns:
       Assignment. `quality` is the IoU of the predicted box with the matched one; `ignore` marks priors outside the
@@ -256,6 +229,8 @@ def sim_ota(
       >>> sim_ota(np.full((1, 2, 1), 0.5, np.float32), predicted, priors, truth).matched.tolist()
       [[0, -1]]
     """
+    _check_targets("sim_ota", targets, priors=priors)
+    shapes.check("sim_ota", priors=(priors, "N 4"), probs=(probs, "B N K"), boxes=(boxes, "B N 4"))
     probs, boxes, priors, targets = jax.lax.stop_gradient((probs, boxes, jnp.asarray(priors), targets))
     probs, boxes = probs.astype(jnp.float32), boxes.astype(jnp.float32)
     x, y, stride = priors[:, 0], priors[:, 1], priors[:, 2]
@@ -269,8 +244,8 @@ def sim_ota(
     candidate = jnp.any(inside | central, axis=1) & padded
     usable = candidate[:, None, :] & valid
 
-    iou = jnp.where(usable, pairwise(targets.boxes, boxes), 0)
-    # Logarithms are cut where float32 ends for the peers.
+    iou = jnp.where(usable, pairwise_iou(targets.boxes, boxes), 0)
+    # The peers clip logarithms at -100.
     positive, negative = -jnp.maximum(jnp.log(probs), -100), -jnp.maximum(jnp.log1p(-probs), -100)
     of_class = (_of_class(values, targets.labels) for values in (positive, negative))
     class_cost = jnp.sum(negative, axis=-1)[:, None, :] + next(of_class) - next(of_class)
@@ -292,30 +267,30 @@ def max_iou(
     ignored_boxes: Array | None = None,
     ignore_iof: float | None = None,
 ) -> Assignment:
-    """Assigns every anchor to the box that it overlaps most, if by enough, and to every box its best anchors.
+    """Assigns each anchor to the box with the highest IoU, if it is high enough, and to each box its best anchors.
 
-    Background is an anchor whose largest IoU is below `negative_iou`, a match is one with at least `positive_iou`, and
-    what lies between is ignored. With `match_low_quality` every box also gets all anchors that share its largest IoU,
-    if that is at least `min_positive_iou` (0: even anchors that do not touch it); the last such box wins.
+    An anchor whose largest IoU is below `negative_iou` is background; with at least `positive_iou` it is matched;
+    between the two it is ignored. With `match_low_quality` a box also gets all anchors that share its largest IoU, if
+    that is at least `min_positive_iou` (0: even anchors that do not touch it). Of several such boxes the last one wins.
 
     Args:
       anchors: f32[N, 4], `x1 y1 x2 y2` in pixels.
-      targets: the ground truth, M >= 1; rows that are not valid change nothing.
+      targets: the ground truth, M >= 1; invalid rows are ignored.
       num_classes: K, the label of background.
       positive_iou: 0 .. 1.
       negative_iou: 0 .. 1, at most `positive_iou`.
       min_positive_iou: 0 .. 1.
-      match_low_quality: see above.
-      inside: bool[B, N], which anchors take part (`inside_padding`); None: all.
+      match_low_quality: whether each box gets its best anchors, see above.
+      inside: bool[B, N], the anchors that take part (`inside_padding`); None: all.
       ignored_boxes: f32[B, C, 4], regions such as crowds, in pixels; zeros are padding.
-      ignore_iof: anchors that lie in an ignored box by more than this share of their area are ignored; None: none are.
+      ignore_iof: anchors with more than this share of their area in an ignored box are ignored; None: none are.
 
     Returns:
       Assignment with `quality` 1 at matches. An image without boxes is all background.
 
     Scope: each image on its own.
 
-    Peers: mmdetection's `MaxIoUAssigner`. Exactly equal IoUs may fall out otherwise there, by rounding.
+    Peers: mmdetection's `MaxIoUAssigner`. IoUs that are exactly equal here may differ there, by rounding.
 
     Reference: Ren et al., Faster R-CNN, NeurIPS 2015, section 3.1.2.
 
@@ -327,12 +302,13 @@ def max_iou(
       >>> max_iou(anchors, truth, num_classes=3, positive_iou=0.5, negative_iou=0.2).labels.tolist()
       [[2, 3, 3]]
     """
+    _check_targets("max_iou", targets, anchors=anchors)
     batch, num_anchors = targets.boxes.shape[0], anchors.shape[0]
     takes_part = jnp.ones((batch, num_anchors), bool) if inside is None else inside
     usable = takes_part
     if ignored_boxes is not None and ignore_iof is not None:
-        usable &= jnp.max(pairwise(jnp.asarray(anchors), ignored_boxes, mode="iof"), axis=-1) <= ignore_iof
-    iou = jnp.where(targets.valid[..., None] & usable[:, None, :], pairwise(targets.boxes, anchors), -1)
+        usable &= jnp.max(pairwise_iou(jnp.asarray(anchors), ignored_boxes, mode="iof"), axis=-1) <= ignore_iof
+    iou = jnp.where(targets.valid[..., None] & usable[:, None, :], pairwise_iou(targets.boxes, anchors), -1)
 
     best = jnp.max(iou, axis=1)
     matched = jnp.where(best >= positive_iou, jnp.argmax(iou, axis=1).astype(jnp.int32), -1)
@@ -342,9 +318,74 @@ def max_iou(
         low = (iou == best_of_box) & (best_of_box >= min_positive_iou) & targets.valid[..., None] & takes_part[:, None]
         last = jnp.max(jnp.where(low, jnp.arange(iou.shape[1])[:, None], -1), axis=1).astype(jnp.int32)
         matched = jnp.where(last >= 0, last, matched)
-    nothing = ~jnp.any(targets.valid, axis=1, keepdims=True)
-    ignore = ~takes_part | ((matched < 0) & ~background & ~nothing)
+    empty = ~jnp.any(targets.valid, axis=1, keepdims=True)
+    ignore = ~takes_part | ((matched < 0) & ~background & ~empty)
     return _assignment(matched, ignore, jnp.ones_like(best), num_classes, targets)
+
+
+def atss_candidates(
+    anchors: Array,
+    boxes: Array,
+    *,
+    level_sizes: Sequence[int],
+    topk: int = 9,
+    inside: Array | None = None,
+) -> tuple[Array, Array, Array, Array]:
+    """The anchors whose centres are nearest to each box on each level, and the IoU threshold that they give.
+
+    Args:
+      anchors: f32[N, 4], `x1 y1 x2 y2` in pixels.
+      boxes: f32[B, M, 4], the same.
+      level_sizes: number of anchors of each level; their sum is N.
+      topk: number of candidates per level; all, if a level has fewer.
+      inside: bool[B, N], the anchors that take part (`inside_padding`); None: all.
+
+    Returns:
+      (index i32[B, M, T] into the anchors; near bool[B, M, T], False where the anchor takes no part; IoU f32[B, M, T];
+      threshold f32[B, M], the mean plus the standard deviation (divisor n - 1) of the IoUs).
+
+    Scope: each box on its own.
+
+    Peers: mmdetection's `ATSSAssigner`.
+
+    Reference: Zhang et al., ATSS, CVPR 2020, algorithm 1, lines 3 to 11.
+
+    Raises:
+      UserError: the levels do not add up to N, or a shape is wrong.
+
+    Example:
+      >>> import numpy as np
+      >>> anchors = np.array([[0.0, 0, 8, 8], [8, 0, 16, 8], [16, 0, 24, 8]], np.float32)
+      >>> box = np.array([[[0.0, 0, 8, 8]]], np.float32)
+      >>> index, _, overlap, threshold = atss_candidates(anchors, box, level_sizes=[3], topk=2)
+      >>> index.tolist(), overlap.tolist(), round(float(threshold[0, 0]), 3)
+      ([[[0, 1]]], [[[1.0, 0.0]]], 1.207)
+    """
+    shapes.check("atss_candidates", anchors=(anchors, "N 4"), boxes=(boxes, "B M 4"))
+    if sum(level_sizes) != len(anchors):
+        raise UserError(
+            f"atss_candidates: level_sizes must add up to the {len(anchors)} anchors, not {sum(level_sizes)}"
+        )
+    anchors, boxes = jnp.asarray(anchors), jnp.asarray(boxes)
+    takes_part = jnp.ones((boxes.shape[0], anchors.shape[0]), bool) if inside is None else inside
+    iou = pairwise_iou(boxes, anchors)
+    centre = (anchors[:, :2] + anchors[:, 2:]) / 2
+    centre_of_box = (boxes[..., :2] + boxes[..., 2:]) / 2
+    distance = jnp.sqrt(jnp.sum((centre_of_box[:, :, None] - centre) ** 2, axis=-1))
+    distance = jnp.where(takes_part[:, None, :], distance, jnp.inf)
+
+    nears, candidates, start = [], [], 0
+    for size in level_sizes:
+        lowest, index = k_smallest(distance[..., start : start + size], min(topk, size))
+        nears.append(jnp.isfinite(lowest))
+        candidates.append(index + start)
+        start += size
+    near, index = jnp.concatenate(nears, axis=-1), jnp.concatenate(candidates, axis=-1)
+    overlap = jnp.take_along_axis(iou, index, axis=-1)
+    count, where = (overlap.shape[-1], None) if inside is None else (jnp.sum(near, axis=-1, keepdims=True), near)
+    mean = jnp.sum(overlap, axis=-1, where=where, keepdims=True) / jnp.maximum(count, 1)
+    variance = jnp.sum((overlap - mean) ** 2, axis=-1, where=where, keepdims=True) / jnp.maximum(count - 1, 1)
+    return index, near, overlap, (mean + jnp.sqrt(variance))[..., 0]
 
 
 def atss(
@@ -356,19 +397,19 @@ def atss(
     topk: int = 9,
     inside: Array | None = None,
 ) -> Assignment:
-    """Adaptive training sample selection: a box sets its own IoU threshold from the anchors near its centre.
+    """Adaptive training sample selection (ATSS): the IoU threshold of a box comes from the anchors near its centre.
 
-    Candidates of a box are, on every level, the `topk` anchors whose centres are closest to its own. Those match whose
-    IoU reaches the mean plus the standard deviation (n - 1) of the candidates' IoUs and whose centre lies inside the
-    box by more than 0.01 px. An anchor that several boxes match goes to the one with the largest IoU.
+    Of the candidates of a box (`atss_candidates`), those match whose IoU is at least the threshold of the box and whose
+    centre lies inside the box by more than 0.01 px. An anchor that several boxes match goes to the one with the largest
+    IoU.
 
     Args:
       anchors: f32[N, 4], `x1 y1 x2 y2` in pixels.
-      targets: the ground truth, M >= 1; rows that are not valid change nothing.
+      targets: the ground truth, M >= 1; invalid rows are ignored.
       num_classes: K, the label of background.
       level_sizes: number of anchors of each level; their sum is N.
-      topk: candidates a level.
-      inside: bool[B, N], which anchors take part (`inside_padding`); None: all.
+      topk: number of candidates per level.
+      inside: bool[B, N], the anchors that take part (`inside_padding`); None: all.
 
     Returns:
       Assignment with `quality` 1 at matches; `ignore` marks anchors that do not take part. An image without boxes is
@@ -388,56 +429,44 @@ def atss(
       >>> atss(anchors, truth, num_classes=3, level_sizes=(3,)).labels.tolist()
       [[2, 3, 3]]
     """
+    _check_targets("atss", targets, anchors=anchors)
     anchors = jnp.asarray(anchors)
-    takes_part = jnp.ones((targets.boxes.shape[0], anchors.shape[0]), bool) if inside is None else inside
-    iou = pairwise(targets.boxes, anchors)
+    candidates, near, overlap, threshold = atss_candidates(
+        anchors, targets.boxes, level_sizes=level_sizes, topk=topk, inside=inside
+    )
+    iou = pairwise_iou(targets.boxes, anchors)
     centre = (anchors[:, :2] + anchors[:, 2:]) / 2
-    centre_of_box = (targets.boxes[..., :2] + targets.boxes[..., 2:]) / 2
-    distance = jnp.sqrt(jnp.sum((centre_of_box[:, :, None] - centre) ** 2, axis=-1))
-    distance = jnp.where(takes_part[:, None, :], distance, jnp.inf)
-
-    near, candidates, start = [], [], 0
-    for size in level_sizes:
-        lowest, index = k_smallest(distance[..., start : start + size], min(topk, size))
-        near.append(jnp.isfinite(lowest))
-        candidates.append(index + start)
-        start += size
-    near, candidates = jnp.concatenate(near, axis=-1), jnp.concatenate(candidates, axis=-1)
-    overlap = jnp.take_along_axis(iou, candidates, axis=-1)
-    count = jnp.sum(near, axis=-1, keepdims=True)
-    mean = jnp.sum(overlap, axis=-1, where=near, keepdims=True) / jnp.maximum(count, 1)
-    variance = jnp.sum((overlap - mean) ** 2, axis=-1, where=near, keepdims=True) / jnp.maximum(count - 1, 1)
     x, y = (centre[:, i][candidates] for i in (0, 1))
     x1, y1, x2, y2 = (targets.boxes[:, :, i, None] for i in range(4))
     border = jnp.minimum(jnp.minimum(x - x1, x2 - x), jnp.minimum(y - y1, y2 - y))
-    matches = near & (overlap >= mean + jnp.sqrt(variance)) & (border > 0.01) & targets.valid[..., None]
+    matches = near & (overlap >= threshold[..., None]) & (border > 0.01) & targets.valid[..., None]
 
     mark = jax.vmap(jax.vmap(lambda index, matches: jnp.zeros(anchors.shape[0], bool).at[index].max(matches)))
     iou_of_match = jnp.where(mark(candidates, matches), iou, -1)
     best = jnp.max(iou_of_match, axis=1)
     matched = jnp.where(best >= 0, jnp.argmax(iou_of_match, axis=1).astype(jnp.int32), -1)
-    return _assignment(matched, ~takes_part, jnp.ones_like(best), num_classes, targets)
+    ignore = jnp.zeros(matched.shape, bool) if inside is None else ~inside
+    return _assignment(matched, ignore, jnp.ones_like(best), num_classes, targets)
 
 
 def smallest_box(
     priors: Array, targets: Targets, *, num_classes: int, ranges: Array, radius: float | None = None
 ) -> Assignment:
-    """FCOS's assigner: a point answers for the smallest box around it whose size belongs to the point's level.
+    """FCOS's assigner: a point is matched with the smallest box around it whose size belongs to its level.
 
-    A box is a candidate of a point strictly inside it whose largest distance to the box's sides lies in the point's
-    range. With a `radius`, the point must also lie strictly inside the square of so many strides around the box's
-    centre, cut to the box. Of several candidates the one of least area is taken, of equal ones the first.
+    A box is a candidate if the point is strictly inside and its largest distance to the sides lies in the range of the
+    point. With a `radius` the point must also be strictly inside the square around the box's centre whose half side is
+    `radius` strides, clipped to the box. Of several candidates the smallest is taken, of equal ones the first.
 
     Args:
       priors: f32[N, 4], `x y stride_w stride_h` in pixels: the centres of the cells.
-      targets: the ground truth, M >= 1; rows that are not valid change nothing.
+      targets: the ground truth, M >= 1; invalid rows are ignored.
       num_classes: K, the label of background.
-      ranges: f32[N, 2], smallest and largest distance of each point, both included, in pixels.
+      ranges: f32[N, 2], smallest and largest distance of each point, both inclusive, in pixels.
       radius: half the side of the centre region, in strides; None: the whole box.
 
     Returns:
-      Assignment with `quality` 1 at matches; nothing is ignored, as points outside the padded image are background. A
-      image without boxes is all background.
+      Assignment with `quality` 1 at matches; nothing is ignored: points outside the padded image are background.
 
     Scope: each image on its own.
 
@@ -453,11 +482,13 @@ def smallest_box(
       >>> smallest_box(priors, truth, num_classes=2, ranges=np.array([[0, 64], [0, 64]])).matched.tolist()
       [[0, 1]]
     """
+    _check_targets("smallest_box", targets, priors=priors)
+    shapes.check("smallest_box", priors=(priors, "N 4"), ranges=(ranges, "N 2"))
     priors, ranges = jnp.asarray(priors), jnp.asarray(ranges)
     x, y, stride = priors[:, 0], priors[:, 1], priors[:, 2]
     x1, y1, x2, y2 = (targets.boxes[:, :, i, None] for i in range(4))
 
-    def nearest_side(x1, y1, x2, y2):
+    def nearest_side(x1: Array, y1: Array, x2: Array, y2: Array) -> Array:
         return jnp.minimum(jnp.minimum(x - x1, x2 - x), jnp.minimum(y - y1, y2 - y))
 
     farthest_side = jnp.maximum(jnp.maximum(x - x1, x2 - x), jnp.maximum(y - y1, y2 - y))
@@ -474,5 +505,5 @@ def smallest_box(
         candidate &= nearest_side(*region) > 0
     area = jnp.where(candidate, (x2 - x1) * (y2 - y1), jnp.inf)
     matched = jnp.where(jnp.any(candidate, axis=1), jnp.argmin(area, axis=1).astype(jnp.int32), -1)
-    nothing = jnp.zeros(matched.shape, bool)
-    return _assignment(matched, nothing, jnp.ones(matched.shape, jnp.float32), num_classes, targets)
+    ignore = jnp.zeros(matched.shape, bool)
+    return _assignment(matched, ignore, jnp.ones(matched.shape, jnp.float32), num_classes, targets)

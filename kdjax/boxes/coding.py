@@ -1,4 +1,4 @@
-"""Box coders: between what a network regresses and boxes in pixels."""
+"""Box coders convert between the numbers that a network regresses and boxes in pixels."""
 
 import math
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from kdjax.structs import Array
 
-LARGEST_GROWTH = math.log(1000 / 16)  # of a side, as a logarithm: keeps the exponential finite
+LARGEST_LOG_SCALE = math.log(1000 / 16)  # keeps the exponential finite
 
 
 def distance_to_boxes(points: Array, distances: Array) -> Array:
@@ -16,10 +16,10 @@ def distance_to_boxes(points: Array, distances: Array) -> Array:
 
     Args:
       points: f32[..., 2], `x y` in pixels; leading axes broadcast against those of `distances`.
-      distances: f32[..., 4], `l t r b` in pixels. Negative ones are allowed: then boxes may be inverted.
+      distances: f32[..., 4], `l t r b` in pixels. Negative values are allowed; boxes may then be inverted.
 
     Returns:
-      f32[..., 4], `x1 y1 x2 y2` in pixels, not clipped (`convert.clip`).
+      f32[..., 4], `x1 y1 x2 y2` in pixels, not clipped (see `clip`).
 
     Scope: each box on its own.
 
@@ -41,9 +41,9 @@ def boxes_to_distance(points: Array, boxes: Array, *, max_distance: float | None
     Args:
       points: f32[..., 2], `x y` in pixels; leading axes broadcast against those of `boxes`.
       boxes: f32[..., 4], `x1 y1 x2 y2` in pixels.
-      max_distance: if given, distances are cut to `0 .. max_distance - eps`, in the unit of the inputs (detectors with
-        a binned regression divide both by the stride and give the number of bins).
-      eps: what keeps a cut distance below the last bin.
+      max_distance: if set, distances are clipped to `0 .. max_distance - eps`, in the unit of the inputs (detectors
+        with a binned regression divide points and boxes by the stride and pass the number of bins).
+      eps: keeps a clipped distance below the last bin.
 
     Returns:
       f32[..., 4], `l t r b`; negative where the point is outside the box and `max_distance` is None.
@@ -52,8 +52,8 @@ def boxes_to_distance(points: Array, boxes: Array, *, max_distance: float | None
 
     Peers: mmdetection's `DistancePointBBoxCoder.encode`.
 
-    Reference: Tian et al., FCOS, ICCV 2019, equation 1; the cut is that of Li et al., Generalized Focal Loss,
-      NeurIPS 2020.
+    Reference: Tian et al., FCOS, ICCV 2019, equation 1; the clipping is that of Li et al., Generalized Focal
+      Loss, NeurIPS 2020.
 
     Example:
       >>> import numpy as np
@@ -65,14 +65,14 @@ def boxes_to_distance(points: Array, boxes: Array, *, max_distance: float | None
 
 
 def cells_to_boxes(priors: Array, regressed: Array) -> Array:
-    """Boxes whose centre and size are told in cells: centre `point + stride (dx, dy)`, size `stride exp(w, h)`.
+    """Boxes from centre and size in cells: centre `point + stride (dx, dy)`, size `stride exp(w, h)`.
 
     Args:
       priors: f32[N, 4], `x y stride_w stride_h` in pixels.
       regressed: f32[..., N, 4], `dx dy` in strides and the logarithms of width and height in strides.
 
     Returns:
-      f32[..., N, 4], `x1 y1 x2 y2` in pixels, not clipped (`convert.clip`).
+      f32[..., N, 4], `x1 y1 x2 y2` in pixels, not clipped (see `clip`).
 
     Scope: each box on its own.
 
@@ -117,7 +117,7 @@ def boxes_to_cells(priors: Array, boxes: Array, *, eps: float = 1e-8) -> Array:
 
 
 def expected_distance(logits: Array) -> Array:
-    """Distances that stand as distributions over whole numbers: `sum_i i softmax(logits)_i` of each of the four sides.
+    """Expected values of the distributions of the four distances: `sum_i i softmax(logits)_i`.
 
     Args:
       logits: f32[..., 4 (n + 1)], the bins 0 .. n of the left side, then of the top, right and bottom one.
@@ -141,13 +141,13 @@ def expected_distance(logits: Array) -> Array:
 
 
 def centreness(distances: Array) -> Array:
-    """How central a point is in its box: `sqrt(min(l, r) / max(l, r) * min(t, b) / max(t, b))`.
+    """Centreness of a point in its box: `sqrt(min(l, r) / max(l, r) * min(t, b) / max(t, b))`.
 
     Args:
       distances: f32[..., 4], `l t r b` of the point to the sides, any unit.
 
     Returns:
-      f32[...], 1 in the middle, 0 on the border and outside.
+      f32[...], 1 at the centre, 0 on the border and outside.
 
     Scope: each box on its own.
 
@@ -178,15 +178,15 @@ def _float32(values: Sequence[float]) -> Array:
 def boxes_to_deltas(
     anchors: Array, boxes: Array, *, means: Sequence[float] = (0, 0, 0, 0), stds: Sequence[float] = (1, 1, 1, 1)
 ) -> Array:
-    """Boxes relative to their anchors: shift of the centre in sides of the anchor, and logarithm of the growth.
+    """Boxes relative to their anchors: shift of the centre in sides of the anchor, and logarithm of the scale.
 
-    `((x - x_a) / w_a, (y - y_a) / h_a, log(w / w_a), log(h / h_a))`, less `means`, divided by `stds`.
+        ((x - x_a) / w_a, (y - y_a) / h_a, log(w / w_a), log(h / h_a)), minus `means`, divided by `stds`
 
     Args:
       anchors: f32[..., 4], `x1 y1 x2 y2` in pixels, with area; leading axes broadcast against those of `boxes`.
       boxes: f32[..., 4], the same.
-      means: of the four numbers.
-      stds: of the four numbers.
+      means: means of the four numbers.
+      stds: standard deviations of the four numbers.
 
     Returns:
       f32[..., 4].
@@ -215,17 +215,18 @@ def deltas_to_boxes(
     stds: Sequence[float] = (1, 1, 1, 1),
     max_shift: float | None = None,
 ) -> Array:
-    """Boxes from what `boxes_to_deltas` gives, the logarithms of the growth cut to -log(1000 / 16) .. log(1000 / 16).
+    """Boxes from deltas, the inverse of `boxes_to_deltas`; log scales are clipped to -log(1000 / 16) .. log(1000 / 16).
 
     Args:
       anchors: f32[..., 4], `x1 y1 x2 y2` in pixels; leading axes broadcast against those of `deltas`.
       deltas: f32[..., 4].
-      means: of the four numbers.
-      stds: of the four numbers.
-      max_shift: if given, centres move at most so many pixels along each axis, and shrinking is not cut (YOLOF).
+      means: means of the four numbers.
+      stds: standard deviations of the four numbers.
+      max_shift: if set, centres move by at most this number of pixels along each axis, and only positive log scales are
+        clipped (YOLOF).
 
     Returns:
-      f32[..., 4], `x1 y1 x2 y2` in pixels, not clipped (`convert.clip`).
+      f32[..., 4], `x1 y1 x2 y2` in pixels, not clipped (see `clip`).
 
     Scope: each box on its own.
 
@@ -240,10 +241,10 @@ def deltas_to_boxes(
     """
     centre_a, size_a = _centre_and_size(anchors)
     deltas = deltas * _float32(stds) + _float32(means)
-    shift, growth = deltas[..., :2] * size_a, deltas[..., 2:]
+    shift, log_scale = deltas[..., :2] * size_a, deltas[..., 2:]
     if max_shift is None:
-        growth = jnp.clip(growth, -LARGEST_GROWTH, LARGEST_GROWTH)
+        log_scale = jnp.clip(log_scale, -LARGEST_LOG_SCALE, LARGEST_LOG_SCALE)
     else:
-        shift, growth = jnp.clip(shift, -max_shift, max_shift), jnp.minimum(growth, LARGEST_GROWTH)
-    centre, half = centre_a + shift, size_a * jnp.exp(growth) / 2
+        shift, log_scale = jnp.clip(shift, -max_shift, max_shift), jnp.minimum(log_scale, LARGEST_LOG_SCALE)
+    centre, half = centre_a + shift, size_a * jnp.exp(log_scale) / 2
     return jnp.concatenate([centre - half, centre + half], axis=-1)

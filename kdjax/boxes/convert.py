@@ -1,12 +1,13 @@
-"""Boxes from one notation to another. Inside kdjax a box is always `x1 y1 x2 y2` in pixels of the network input."""
+"""Formats of boxes. Inside kdjax a box is always `x1 y1 x2 y2` in pixels of the network input."""
 
 import jax.numpy as jnp
 
+from kdjax import shapes
 from kdjax.structs import Array
 
 
 def to_xywh(boxes: Array) -> Array:
-    """Corner and size of boxes, as COCO writes them: `(x1, y1, x2 - x1, y2 - y1)`.
+    """Corner and size of boxes, the format of COCO: `(x1, y1, x2 - x1, y2 - y1)`.
 
     Args:
       boxes: f32[..., 4], `x1 y1 x2 y2`, any unit.
@@ -25,7 +26,7 @@ def to_xywh(boxes: Array) -> Array:
 
 
 def from_xywh(boxes: Array) -> Array:
-    """Corners of boxes given as corner and size, the inverse of `to_xywh`: `(x, y, x + w, y + h)`.
+    """Corners of boxes from corner and size, the inverse of `to_xywh`: `(x, y, x + w, y + h)`.
 
     Args:
       boxes: f32[..., 4], `x y w h`, any unit.
@@ -44,14 +45,14 @@ def from_xywh(boxes: Array) -> Array:
 
 
 def clip(boxes: Array, image_size: Array) -> Array:
-    """Boxes cut to their image: x to `0 .. width`, y to `0 .. height`.
+    """Boxes clipped to their image: x to `0 .. width`, y to `0 .. height`.
 
     Args:
       boxes: f32[..., N, 4], pixels.
       image_size: i32[..., 2], height and width of the image in pixels; its leading axes are those of `boxes`.
 
     Returns:
-      f32[..., N, 4], pixels. A box outside the image keeps no area.
+      f32[..., N, 4], pixels. A box outside the image has no area.
 
     Scope: each box on its own.
 
@@ -62,6 +63,7 @@ def clip(boxes: Array, image_size: Array) -> Array:
       >>> clip(np.array([[-3.0, 2.0, 9.0, 30.0]]), np.array([20, 8])).tolist()
       [[0.0, 2.0, 8.0, 20.0]]
     """
+    shapes.check("clip", boxes=(boxes, "... N 4"), image_size=(image_size, "... 2"))
     boxes = jnp.asarray(boxes)
     height, width = (jnp.asarray(image_size)[..., i] for i in (0, 1))
     upper = jnp.stack([width, height, width, height], axis=-1)[..., None, :].astype(boxes.dtype)

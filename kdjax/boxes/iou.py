@@ -1,4 +1,4 @@
-"""Overlap of boxes: IoU and its relatives."""
+"""Overlap of boxes: IoU and its variants."""
 
 import math
 from typing import Literal
@@ -6,6 +6,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from kdjax import shapes
+from kdjax.errors import UserError
 from kdjax.structs import Array
 
 Mode = Literal["iou", "iof", "giou", "diou", "ciou"]
@@ -13,7 +15,7 @@ MODES = ("iou", "iof", "giou", "diou", "ciou")
 
 
 def _positive_part(x: Array) -> Array:
-    # Not `maximum`: where boxes just touch its gradient would be one half, and the peers have none.
+    # Where boxes just touch, the gradient of `maximum` would be 1/2; that of the peers is 0.
     return jnp.where(x > 0, x, 0)
 
 
@@ -33,8 +35,8 @@ def box_iou(a: Array, b: Array, *, mode: Mode = "iou", eps: float = 1e-6) -> Arr
     Args:
       a: f32[..., 4], `x1 y1 x2 y2` in pixels.
       b: f32[..., 4], the same; leading axes broadcast against those of `a`.
-      mode: which of the five.
-      eps: what keeps the quotients finite for boxes without area, px^2.
+      mode: `iou`, `iof`, `giou`, `diou` or `ciou`.
+      eps: keeps the quotients finite for boxes without area, in px^2.
 
     Returns:
       f32[...]: iou and iof in 0 .. 1, giou and diou above -1 up to 1, ciou in -1 .. 1 (all for boxes with
@@ -49,7 +51,7 @@ def box_iou(a: Array, b: Array, *, mode: Mode = "iou", eps: float = 1e-6) -> Arr
       Distance-IoU Loss, AAAI 2020, equations 7, 10 and 11.
 
     Raises:
-      ValueError: for another mode.
+      UserError: `mode` is another word, or a last axis is not 4.
 
     Example:
       >>> import numpy as np
@@ -58,14 +60,15 @@ def box_iou(a: Array, b: Array, *, mode: Mode = "iou", eps: float = 1e-6) -> Arr
       (0.3333, 0.5)
     """
     if mode not in MODES:
-        raise ValueError(f"box_iou knows the modes {', '.join(MODES)}, not {mode!r}")
+        raise UserError(f"box_iou: mode must be one of {', '.join(MODES)}, not {mode!r}")
+    shapes.check("box_iou", a=(a, "... 4"), b=(b, "... 4"))
     ax1, ay1, ax2, ay2 = (a[..., i] for i in range(4))
     bx1, by1, bx2, by2 = (b[..., i] for i in range(4))
     area_a, area_b = (ax2 - ax1) * (ay2 - ay1), (bx2 - bx1) * (by2 - by1)
     width = _positive_part(jnp.minimum(ax2, bx2) - jnp.maximum(ax1, bx1))
     height = _positive_part(jnp.minimum(ay2, by2) - jnp.maximum(ay1, by1))
     overlap = width * height
-    # Each product rounded by itself, as the peers do: fused with the sums below, equal overlaps would come out unequal.
+    # Each product is rounded on its own, as in the peers: fused with the sums below, equal overlaps would differ.
     area_a, area_b, overlap = (jnp.where(x == x, x, jnp.nan) for x in (area_a, area_b, overlap))
     if mode == "iof":
         return overlap / jnp.maximum(area_a, eps)
@@ -88,14 +91,14 @@ def box_iou(a: Array, b: Array, *, mode: Mode = "iou", eps: float = 1e-6) -> Arr
     angle = jnp.arctan((bx2 - bx1) / (by2 - by1 + eps)) - jnp.arctan((ax2 - ax1) / (ay2 - ay1 + eps))
     v = (2 / math.pi * angle) ** 2
     denominator = 1 - iou + v
-    # For equal boxes both are zero: there is no difference of shape to punish.
+    # For equal boxes both are zero.
     alpha = jnp.where((iou > 0.5) & (denominator > 0), v / jnp.where(denominator > 0, denominator, 1), 0)
     ciou = diou - jax.lax.stop_gradient(alpha) * v
     return jnp.where(ciou < -1, -1, jnp.where(ciou > 1, 1, ciou))
 
 
-def pairwise(a: Array, b: Array, *, mode: Mode = "iou", eps: float = 1e-6) -> Array:
-    """Overlap of every box of `a` with every box of `b`; the formulas are those of `box_iou`.
+def pairwise_iou(a: Array, b: Array, *, mode: Mode = "iou", eps: float = 1e-6) -> Array:
+    """Overlap of each box of `a` with each box of `b`, by the formulas of `box_iou`.
 
     Args:
       a: f32[..., N, 4], `x1 y1 x2 y2` in pixels.
@@ -111,11 +114,11 @@ def pairwise(a: Array, b: Array, *, mode: Mode = "iou", eps: float = 1e-6) -> Ar
     Peers: mmdetection's `bbox_overlaps`.
 
     Raises:
-      ValueError: for another mode.
+      UserError: `mode` is another word, or a last axis is not 4.
 
     Example:
       >>> import numpy as np
-      >>> pairwise(np.array([[0.0, 0, 2, 2]]), np.array([[0.0, 0, 2, 2], [0, 0, 1, 2]])).tolist()
+      >>> pairwise_iou(np.array([[0.0, 0, 2, 2]]), np.array([[0.0, 0, 2, 2], [0, 0, 1, 2]])).tolist()
       [[1.0, 0.5]]
     """
     return box_iou(a[..., :, None, :], b[..., None, :, :], mode=mode, eps=eps)

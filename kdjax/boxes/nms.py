@@ -5,25 +5,29 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from kdjax import shapes
 from kdjax.boxes.convert import clip
+from kdjax.errors import UserError
 from kdjax.structs import Array, PaddedDetections
 
+State = tuple[Array, Array, Array, Array]  # step, scores left, indices kept, valid
 
-def suppress(
+
+def greedy_nms(
     boxes: Array, scores: Array, labels: Array | None = None, *, iou_threshold: float, max_detections: int
 ) -> tuple[Array, Array]:
-    """Greedy suppression: take the best box, drop what overlaps it by more than the threshold, repeat.
+    """Greedy NMS: takes the box with the best score, drops those that overlap it by more than the threshold, repeats.
 
     Args:
       boxes: f32[B, C, 4], candidates, `x1 y1 x2 y2` in pixels.
-      scores: f32[B, C]; -inf marks what is no candidate.
-      labels: i32[B, C]: only boxes of one label suppress each other. None: all do.
-      iou_threshold: an IoU above it suppresses.
-      max_detections: D, the number of boxes to keep.
+      scores: f32[B, C]; -inf marks rows that are no candidates.
+      labels: i32[B, C]: a box drops only boxes of the same label. None: of all.
+      iou_threshold: boxes with an IoU above it are dropped, 0 .. 1.
+      max_detections: D, the largest number of boxes to keep.
 
     Returns:
-      (i32[B, D] indices into the candidates, best score first, equal scores in the order of the candidates;
-      bool[B, D] whether there is such a box). Where there is none, the index is 0.
+      (indices i32[B, D] into the candidates, best score first, equal scores in the order of the candidates;
+      valid bool[B, D]). Where `valid` is False, the index is 0.
 
     Scope: each image on its own.
 
@@ -32,22 +36,23 @@ def suppress(
     Example:
       >>> import numpy as np
       >>> boxes = np.array([[[0.0, 0, 4, 4], [0, 0, 4, 3.5], [9, 9, 12, 12]]])
-      >>> index, valid = suppress(boxes, np.array([[0.5, 0.9, 0.1]]), iou_threshold=0.65, max_detections=3)
+      >>> index, valid = greedy_nms(boxes, np.array([[0.5, 0.9, 0.1]]), iou_threshold=0.65, max_detections=3)
       >>> index.tolist(), valid.tolist()
       ([[1, 2, 0]], [[True, True, False]])
     """
+    shapes.check("greedy_nms", boxes=(boxes, "B C 4"), scores=(scores, "B C"))
     x1, y1, x2, y2 = (boxes[..., i] for i in range(4))
     area = (x2 - x1) * (y2 - y1)
 
-    def unfinished(state):
+    def unfinished(state: State) -> Array:
         step, scores, _, _ = state
         return (step < max_detections) & jnp.any(scores > -jnp.inf)
 
-    def take_best(state):
+    def take_best(state: State) -> State:
         step, scores, kept, valid = state
         best = jnp.argmax(scores, axis=1, keepdims=True).astype(jnp.int32)
 
-        def of_best(values):
+        def of_best(values: Array) -> Array:
             return jnp.take_along_axis(values, best, axis=1)
 
         width = jnp.minimum(x2, of_best(x2)) - jnp.maximum(x1, of_best(x1))
@@ -58,9 +63,9 @@ def suppress(
         if labels is not None:
             drop &= labels == of_best(labels)
         drop |= jnp.arange(scores.shape[1]) == best
-        found = of_best(scores) > -jnp.inf
-        kept = jax.lax.dynamic_update_slice(kept, jnp.where(found, best, 0), (0, step))
-        valid = jax.lax.dynamic_update_slice(valid, found, (0, step))
+        exists = of_best(scores) > -jnp.inf
+        kept = jax.lax.dynamic_update_slice(kept, jnp.where(exists, best, 0), (0, step))
+        valid = jax.lax.dynamic_update_slice(valid, exists, (0, step))
         return step + 1, jnp.where(drop, -jnp.inf, scores), kept, valid
 
     places = (scores.shape[0], max_detections)
@@ -69,7 +74,7 @@ def suppress(
     return kept, valid
 
 
-def select(
+def select_detections(
     boxes: Array,
     scores: Array,
     *,
@@ -79,22 +84,20 @@ def select(
     iou_threshold: float,
     pre_nms: int,
     max_detections: int,
-    class_agnostic: bool = False,
     quality: Array | None = None,
 ) -> PaddedDetections:
-    """Detections among dense predictions: per level the best (prior, class) pairs, then suppression over all levels.
+    """Selects detections among dense predictions: the best (prior, class) pairs of each level, then NMS over all.
 
     Args:
-      boxes: f32[B, N, 4], one box a prior, `x1 y1 x2 y2` in pixels.
+      boxes: f32[B, N, 4], the box of each prior, `x1 y1 x2 y2` in pixels.
       scores: f32[B, N, K], probabilities in 0 .. 1.
       level_sizes: number of priors of each level; their sum is N.
       image_size: i32[B, 2], height and width in pixels to which boxes are clipped; None: no clipping.
-      score_threshold: pairs count only if they score more.
-      iou_threshold: a box is dropped if its IoU with a better one is above it.
-      pre_nms: how many pairs of a level go on.
-      max_detections: D, the number of places for detections of an image.
-      class_agnostic: suppress over classes as well.
-      quality: f32[B, N], 0 .. 1; the scores of the pairs that go on are multiplied by it. None: they are not.
+      score_threshold: pairs with a score at or below it are dropped.
+      iou_threshold: a box is dropped if its IoU with a better one of its class is above it.
+      pre_nms: largest number of pairs of a level that enter NMS.
+      max_detections: D, the largest number of detections per image.
+      quality: f32[B, N], 0 .. 1; multiplies the scores of the pairs that enter NMS. None: 1.
 
     Returns:
       PaddedDetections, best first, with boxes of zero width or height (after clipping) left out.
@@ -104,20 +107,22 @@ def select(
     Peers: mmdetection's dense heads (`filter_scores_and_topk`, then `batched_nms`).
 
     Raises:
-      ValueError: if the levels do not add up to N.
+      UserError: the levels do not add up to N, or a shape is wrong.
 
     Example:
       >>> import numpy as np
       >>> boxes = np.array([[[0.0, 0, 8, 8], [0, 0, 8, 7], [8, 8, 20, 20]]])
-      >>> found = select(boxes, np.array([[[0.8], [0.9], [0.5]]]), level_sizes=(3,), image_size=np.array([[16, 16]]),
-      ...                score_threshold=0.1, iou_threshold=0.5, pre_nms=10, max_detections=3)
+      >>> scores, size = np.array([[[0.8], [0.9], [0.5]]]), np.array([[16, 16]])
+      >>> options = dict(score_threshold=0.1, iou_threshold=0.5, pre_nms=10, max_detections=3)
+      >>> found = select_detections(boxes, scores, level_sizes=(3,), image_size=size, **options)
       >>> found.boxes[0, :2].tolist(), found.valid.tolist()
       ([[0.0, 0.0, 8.0, 7.0], [8.0, 8.0, 16.0, 16.0]], [[True, True, False]])
     """
+    shapes.check("select_detections", boxes=(boxes, "B N 4"), scores=(scores, "B N K"))
     batch, num_priors, num_classes = scores.shape
     if sum(level_sizes) != num_priors:
-        raise ValueError(
-            f"level_sizes {tuple(level_sizes)} add up to {sum(level_sizes)}, but there are {num_priors} priors"
+        raise UserError(
+            f"select_detections: level_sizes must add up to the {num_priors} priors, not {sum(level_sizes)}"
         )
     boxes, scores = jnp.asarray(boxes).astype(jnp.float32), jnp.asarray(scores).astype(jnp.float32)
     if image_size is not None:
@@ -136,14 +141,14 @@ def select(
     boxes = jnp.take_along_axis(boxes, prior[..., None], axis=1)
 
     has_area = (boxes[..., 2] > boxes[..., 0]) & (boxes[..., 3] > boxes[..., 1])
-    goes_on = has_area & (scores > score_threshold)
+    enters = has_area & (scores > score_threshold)
     if quality is not None:
         scores = scores * jnp.take_along_axis(jnp.asarray(quality), prior, axis=1)
-    scores = jnp.where(goes_on, scores, -jnp.inf)
-    kept, valid = suppress(
+    scores = jnp.where(enters, scores, -jnp.inf)
+    kept, valid = greedy_nms(
         boxes,
         scores,
-        None if class_agnostic else labels,
+        labels,
         iou_threshold=iou_threshold,
         max_detections=max_detections,
     )

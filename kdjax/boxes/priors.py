@@ -1,4 +1,4 @@
-"""Priors: the places of an image at which a dense detector predicts. NumPy, because they depend on shapes alone."""
+"""Priors, the points or anchors of an image for which a dense detector predicts. NumPy: they depend on shapes only."""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ def grid_priors(hw: tuple[int, int], strides: Sequence[int], *, offset: float = 
     Args:
       hw: height and width of the network input in pixels; a map has `ceil(h / s)` x `ceil(w / s)` cells.
       strides: strides of the levels, fine to coarse, in pixels.
-      offset: place of the point inside its cell, 0 (top left corner) to 1, in cells.
+      offset: position of the point in its cell, 0 (top left corner) to 1, in cells.
 
     Returns:
       f32[N, 4], `x, y, stride, stride` in pixels; levels in order, row-major inside a level.
@@ -37,7 +37,7 @@ def octave_scales(base: float, per_octave: int) -> tuple[float, ...]:
 
     Args:
       base: the smallest, in strides.
-      per_octave: how many.
+      per_octave: number of scales per octave.
 
     Returns:
       The scales, in strides.

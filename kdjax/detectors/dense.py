@@ -279,7 +279,7 @@ def decoder(decode_boxes: Callable[[DetectorOutput], Array], *, iou_threshold: f
         iou_threshold: float = iou_threshold,
         pre_nms: int = 1000,
         max_detections: int = 100,
-        select: Callable[..., PaddedDetections] = nms.select,
+        select: Callable[..., PaddedDetections] = nms.select_detections,
     ) -> PaddedDetections:
         """Turns predictions into detections by class-wise non-maximum suppression.
 
@@ -292,7 +292,7 @@ def decoder(decode_boxes: Callable[[DetectorOutput], Array], *, iou_threshold: f
           iou_threshold: a box goes if a better one of its class overlaps it by more.
           pre_nms: (prior, class) pairs of each level that enter the suppression at most.
           max_detections: D, rows of the result.
-          select: what chooses among boxes and scores, with the arguments of `boxes.nms.select`.
+          select: what chooses among boxes and scores, with the arguments of `kdjax.boxes.select_detections`.
 
         Returns:
           D detections an image, padded.

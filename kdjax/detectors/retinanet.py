@@ -16,7 +16,7 @@ from kdjax.boxes import assign, coding, priors
 from kdjax.detectors import dense, levels
 from kdjax.detectors.api import Detector
 from kdjax.detectors.layers import FOCAL_BIAS
-from kdjax.losses import box, classification
+from kdjax.losses import classification, distance
 from kdjax.structs import Assignment, DetectorOutput, Targets
 
 Array = jax.Array
@@ -155,7 +155,7 @@ def prior_losses(output: DetectorOutput, assignment: Assignment) -> dict[str, Ar
     positive, count = assignment.positive, dense.positives_of_images(assignment)
     focal = jnp.sum(classification.sigmoid_focal(levels.class_logits(output), assignment.labels), -1)
     boxes = jnp.where(positive[..., None], assignment.boxes, anchors(output))
-    apart = jnp.sum(box.l1(levels.join(output.box_reg, 4), coding.boxes_to_deltas(anchors(output), boxes)), -1)
+    apart = jnp.sum(distance.l1(levels.join(output.box_reg, 4), coding.boxes_to_deltas(anchors(output), boxes)), -1)
     return {
         "loss_cls": jnp.where(assignment.ignore, 0.0, focal) / count,
         "loss_box": jnp.where(positive, apart, 0.0) / count,

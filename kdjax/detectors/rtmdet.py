@@ -388,7 +388,7 @@ def decode(
     iou_threshold: float = 0.65,
     pre_nms: int = 30000,
     max_detections: int = 300,
-    select: Callable[..., PaddedDetections] = nms.select,
+    select: Callable[..., PaddedDetections] = nms.select_detections,
 ) -> PaddedDetections:
     """Turns predictions into detections by class-wise non-maximum suppression.
 
@@ -399,7 +399,7 @@ def decode(
       iou_threshold: a box goes if a better one of its class overlaps it by more.
       pre_nms: (prior, class) pairs of each level that enter the suppression at most.
       max_detections: D, rows of the result.
-      select: what chooses among boxes and scores, with the arguments of `boxes.nms.select`.
+      select: what chooses among boxes and scores, with the arguments of `kdjax.boxes.select_detections`.
 
     Returns:
       D detections an image, padded.

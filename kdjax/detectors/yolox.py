@@ -24,7 +24,7 @@ from kdjax.detectors.layers import FOCAL_BIAS, Conv, constant
 from kdjax.detectors.options import changed, own_values, resolve
 from kdjax.detectors.pafpn import PAFPN
 from kdjax.errors import UserError
-from kdjax.losses import box, classification
+from kdjax.losses import box, classification, distance
 from kdjax.structs import Assignment, DetectorOutput, PaddedDetections, Targets
 
 Array = jax.Array
@@ -286,7 +286,7 @@ def prior_losses(output: DetectorOutput, assignment: Assignment) -> dict[str, Ar
     presence = classification.soft_binary_cross_entropy(_objectness(output), positive.astype(jnp.float32))
     # A background prior has no box: its own cell stands in.
     boxes = jnp.where(positive[..., None], assignment.boxes, coding.cells_to_boxes(points, jnp.zeros((len(points), 4))))
-    difference = jnp.sum(box.l1(levels.join(output.box_reg, 4), coding.boxes_to_cells(points, boxes)), -1)
+    difference = jnp.sum(distance.l1(levels.join(output.box_reg, 4), coding.boxes_to_cells(points, boxes)), -1)
     return {
         "loss_cls": jnp.where(positive, entropy, 0.0) / count,
         "loss_box": 5.0 * jnp.where(positive, apart, 0.0) / count,
@@ -303,7 +303,7 @@ def decode(
     iou_threshold: float = 0.65,
     pre_nms: int = 30000,
     max_detections: int = 300,
-    select: Callable[..., PaddedDetections] = nms.select,
+    select: Callable[..., PaddedDetections] = nms.select_detections,
 ) -> PaddedDetections:
     """Turns predictions into detections by class-wise non-maximum suppression.
 
@@ -317,7 +317,7 @@ def decode(
       iou_threshold: a box goes if a better one of its class overlaps it by more.
       pre_nms: (prior, class) pairs of each level that enter the suppression at most.
       max_detections: D, rows of the result.
-      select: what chooses among boxes and scores, with the arguments of `boxes.nms.select`.
+      select: what chooses among boxes and scores, with the arguments of `kdjax.boxes.select_detections`.
 
     Returns:
       D detections an image, padded.

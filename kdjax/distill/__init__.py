@@ -1,6 +1,6 @@
 """Observe, pair, compare: what a teacher saw meets what a student saw, and methods say how far they are apart."""
 
-from kdjax.distill.adapters import adapt, init_adapters, init_conv, init_generators
+from kdjax.distill.adapters import adapt, init_adapters, init_generators
 from kdjax.distill.distiller import Distiller
 from kdjax.distill.method import Context, Method, check, check_choice, mean_over_levels, mean_over_positives
 from kdjax.distill.pairing import by_hungarian, by_location, by_overlap, by_place
@@ -24,7 +24,6 @@ __all__ = [
     "check",
     "check_choice",
     "init_adapters",
-    "init_conv",
     "init_generators",
     "mean_over_levels",
     "mean_over_positives",

@@ -82,7 +82,7 @@ def runner(path: str | Path, model: Model, *, raw: bool = False) -> Callable[...
 
     @jax.jit
     def suppress(boxes: Array, scores: Array, image_size: Array) -> PaddedDetections:
-        found = nms.select(
+        found = nms.select_detections(
             boxes, scores, level_sizes=boxes.shape[1:2], image_size=None, score_threshold=0.0, pre_nms=PRE_NMS, **limits
         )
         return found._replace(boxes=clip(found.boxes, image_size))

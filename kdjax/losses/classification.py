@@ -1,10 +1,15 @@
-"""Classification losses of detectors."""
+"""Losses of class logits."""
 
 import jax
 import jax.numpy as jnp
-import optax
 
+from kdjax.losses import common
 from kdjax.structs import Array
+
+
+def _binary_cross_entropy(logits: Array, target: Array) -> Array:
+    target = target.astype(logits.dtype)
+    return -target * jax.nn.log_sigmoid(logits) - (1.0 - target) * jax.nn.log_sigmoid(-logits)
 
 
 def quality_focal(logits: Array, labels: Array, quality: Array, *, beta: float = 2.0) -> Array:
@@ -21,7 +26,7 @@ def quality_focal(logits: Array, labels: Array, quality: Array, *, beta: float =
       beta: strength of the focus, > 1.
 
     Returns:
-      f32[...], >= 0; 0 only where every probability equals its target and is 0 or 1, or equals it (weight 0).
+      f32[...], >= 0; 0 where every probability equals its target.
 
     Scope: each prior on its own, summed over its classes.
 
@@ -35,15 +40,16 @@ def quality_focal(logits: Array, labels: Array, quality: Array, *, beta: float =
       >>> loss.shape, round(float(loss[0]), 4)
       ((1,), 0.1733)
     """
+    common.check_labels("quality_focal", logits, labels)
     logits = jnp.asarray(logits).astype(jnp.float32)
-    # A label of K has no column: its target is zero everywhere.
+    # The label K has no column, so its target is zero everywhere.
     target = jax.nn.one_hot(labels, logits.shape[-1], dtype=jnp.float32) * quality[..., None]
     weight = jnp.abs(target - jax.nn.sigmoid(logits)) ** beta
-    return jnp.sum(weight * optax.sigmoid_binary_cross_entropy(logits, target), axis=-1)
+    return jnp.sum(weight * _binary_cross_entropy(logits, target), axis=-1)
 
 
 def sigmoid_focal(logits: Array, labels: Array, *, alpha: float = 0.25, gamma: float = 2.0) -> Array:
-    """Focal loss of independent classes: cross-entropy, weighted down where the prediction is already good.
+    """Focal loss of independent classes: cross-entropy with less weight where the prediction is already good.
 
     With the target t_c = 1 where c is the label and 0 elsewhere, and p = sigmoid(logits):
 
@@ -69,11 +75,12 @@ def sigmoid_focal(logits: Array, labels: Array, *, alpha: float = 0.25, gamma: f
       >>> sigmoid_focal(np.zeros((1, 2)), np.array([2])).round(4).tolist()
       [[0.12999999523162842, 0.12999999523162842]]
     """
+    common.check_labels("sigmoid_focal", logits, labels)
     logits = jnp.asarray(logits).astype(jnp.float32)
     target = jax.nn.one_hot(labels, logits.shape[-1], dtype=jnp.float32)
     balance = alpha * target + (1 - alpha) * (1 - target)
     weight = balance * jnp.abs(target - jax.nn.sigmoid(logits)) ** gamma
-    return weight * optax.sigmoid_binary_cross_entropy(logits, target)
+    return weight * _binary_cross_entropy(logits, target)
 
 
 def cross_entropy(logits: Array, labels: Array) -> Array:
@@ -95,7 +102,10 @@ def cross_entropy(logits: Array, labels: Array) -> Array:
       >>> round(float(cross_entropy(np.zeros((1, 2)), np.array([0]))[0]), 4)
       0.6931
     """
-    return optax.softmax_cross_entropy_with_integer_labels(jnp.asarray(logits).astype(jnp.float32), jnp.asarray(labels))
+    common.check_labels("cross_entropy", logits, labels)
+    logits, labels = jnp.asarray(logits).astype(jnp.float32), jnp.asarray(labels)
+    at_label = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - at_label
 
 
 def binary_cross_entropy(logits: Array, labels: Array) -> Array:
@@ -117,8 +127,9 @@ def binary_cross_entropy(logits: Array, labels: Array) -> Array:
       >>> round(float(binary_cross_entropy(np.zeros((1, 1)), np.array([1]))[0, 0]), 4)
       0.6931
     """
+    common.check_labels("binary_cross_entropy", logits, labels)
     logits = jnp.asarray(logits).astype(jnp.float32)
-    return optax.sigmoid_binary_cross_entropy(logits, jax.nn.one_hot(labels, logits.shape[-1], dtype=jnp.float32))
+    return _binary_cross_entropy(logits, jax.nn.one_hot(labels, logits.shape[-1], dtype=jnp.float32))
 
 
 def soft_binary_cross_entropy(logits: Array, target: Array) -> Array:
@@ -140,4 +151,59 @@ def soft_binary_cross_entropy(logits: Array, target: Array) -> Array:
       >>> round(float(soft_binary_cross_entropy(np.array(0.0), np.array(0.3))), 4)
       0.6931
     """
-    return optax.sigmoid_binary_cross_entropy(jnp.asarray(logits).astype(jnp.float32), jnp.asarray(target))
+    return _binary_cross_entropy(jnp.asarray(logits).astype(jnp.float32), jnp.asarray(target))
+
+
+def modulated_bce(student: Array, teacher: Array, *, beta: float = 1.0) -> Array:
+    """Binary cross-entropy with the teacher's score as target, weighted by the distance of the scores.
+
+        e = |sigmoid(student) - sigmoid(teacher)|^beta BCE(student, sigmoid(teacher))
+
+    The weight is not detached.
+
+    Args:
+      student: f32[...], logits of the student (BCKD), or of the teacher's head on the student's features (CrossKD).
+      teacher: f32[...], logits.
+      beta: exponent of the weight, >= 1.
+
+    Returns:
+      f32[...], >= 0, zero exactly where the scores agree (for beta = 1 the loss has a kink there, and its
+      gradient is 0).
+
+    Scope: element.
+    Peers: CrossKD's `KDQualityFocalLoss`; BCKD's class loss is its sum over classes.
+    Reference: Wang et al., "CrossKD", 2024, Eq. 5; Yang et al., "Bridging Cross-task Protocol Inconsistency for
+      Distillation in Dense Object Detection", 2023, Eq. 3.
+
+    Example:
+      >>> [round(float(modulated_bce(jnp.array(x), jnp.array(0.0))), 4) for x in (0.0, 2.0)]
+      [0.0, 0.4291]
+    """
+    student, teacher = common.float32_pair(student, teacher, "modulated_bce")
+    target = jax.nn.sigmoid(teacher)
+    cross_entropy = jax.nn.softplus(student) - target * student
+    difference = jax.nn.sigmoid(student) - target
+    distance = common.absolute(difference) if beta == 1 else common.power(jnp.abs(difference), beta)
+    return distance * cross_entropy
+
+
+def label_score(logits: Array, labels: Array) -> Array:
+    """Score of each prior for its label: sigmoid(logits[..., label]).
+
+    Args:
+      logits: f32[..., K].
+      labels: i32[...]; values outside 0 .. K-1 (background) are clipped to the nearest class: mask them afterwards.
+
+    Returns:
+      f32[...] in 0 .. 1.
+
+    Scope: prior.
+
+    Example:
+      >>> label_score(jnp.array([[0.0, 50.0]]), jnp.array([1])).tolist()
+      [1.0]
+    """
+    common.check_labels("label_score", logits, labels)
+    logits = jnp.asarray(logits).astype(jnp.float32)
+    index = jnp.clip(labels, 0, logits.shape[-1] - 1)[..., None]
+    return jax.nn.sigmoid(jnp.take_along_axis(logits, index, -1)[..., 0])

@@ -1,45 +1,75 @@
-"""Global relations within a feature map: FGD's context block and FKD's non-local block, as functions of parameters."""
+"""Relations among the instances of an image or the cells of a map."""
 
 import jax
 import jax.numpy as jnp
 
-from kdjax import nn
-from kdjax.losses import feature
+from kdjax import nn, shapes
+from kdjax.losses import common, distance, normalization
 from kdjax.structs import Array
 
-
-def _init_conv(key: Array, inputs: int, outputs: int) -> dict:
-    """A 1x1 convolution, kernel and bias uniform in +-1/sqrt(inputs)."""
-    limit = inputs**-0.5
-    key_kernel, key_bias = jax.random.split(key)
-    return {
-        "kernel": jax.random.uniform(key_kernel, (1, 1, inputs, outputs), jnp.float32, -limit, limit),
-        "bias": jax.random.uniform(key_bias, (outputs,), jnp.float32, -limit, limit),
-    }
+Params = dict[str, dict[str, Array]]
 
 
-def init_context(key: Array, channels: int) -> dict:
-    """Parameters of `context_block`; with these it is the identity, because its last convolution starts at 0."""
+def pairwise_relation(student: Array, teacher: Array, valid: Array, *, eps: float = 1e-6) -> Array:
+    """Smooth L1 distance of the pairwise distances among an image's instances, each model's divided by their mean.
+
+    Args:
+      student: f32[B, R, D], one feature vector per instance.
+      teacher: f32[B, R, D'].
+      valid: bool[B, R], False where there is no instance.
+      eps: smallest mean distance.
+
+    Returns:
+      f32[B], >= 0: the mean over pairs of different instances; 0 with fewer than three. A common scaling or rotation of
+      the student's vectors changes nothing.
+
+    Scope: image.
+    Peers: a third-party Detectron2 port; no official code.
+    Reference: Dai et al., "General Instance Distillation for Object Detection", 2021, Eq. 5.
+
+    Example:
+      >>> x = jnp.array([[[0.0], [1.0], [3.0]]])
+      >>> pairwise_relation(4 * x, x, jnp.ones((1, 3), bool)).tolist()
+      [0.0]
+    """
+    shapes.check("pairwise_relation", student=(student, "B R D"), teacher=(teacher, "B R E"), valid=(valid, "B R"))
+    pair = valid[:, :, None] & valid[:, None, :] & ~jnp.eye(valid.shape[1], dtype=bool)
+    pairs = jnp.maximum(jnp.sum(pair, (1, 2), keepdims=True), 1)
+
+    def distances(x: Array) -> Array:
+        x = jnp.asarray(x, jnp.float32)
+        square = jnp.sum(jnp.square(x[:, :, None] - x[:, None, :]), -1)
+        apart = jnp.where(pair, common.safe_sqrt(square), 0.0)
+        return apart / jnp.maximum(jnp.sum(apart, (1, 2), keepdims=True) / pairs, eps)
+
+    smooth = distance.smooth_l1(distances(student), distances(teacher))
+    mean = jnp.sum(jnp.where(pair, smooth, 0.0), (1, 2)) / pairs[:, 0, 0]
+    return jnp.where(jnp.sum(valid, 1) >= 3, mean, 0.0)
+
+
+def init_context(key: Array, channels: int) -> Params:
+    """Initial parameters of `context_block`, with which it is the identity: its last convolution is 0."""
     hidden = max(channels // 2, 1)
     key_attend, key_down = jax.random.split(key)
     kaiming = (2 / channels) ** 0.5 * jax.random.normal(key_attend, (1, 1, channels, 1), jnp.float32)
     return {
         "attend": {"kernel": kaiming, "bias": jnp.zeros(1)},
-        "down": _init_conv(key_down, channels, hidden),
+        "down": nn.init_conv2d(key_down, 1, channels, hidden),
         "norm": {"scale": jnp.ones(hidden), "bias": jnp.zeros(hidden)},
         "up": {"kernel": jnp.zeros((1, 1, hidden, channels)), "bias": jnp.zeros(channels)},
     }
 
 
-def context_block(x: Array, params: dict) -> Array:
-    """Adds a global context to every cell: x + W2 relu(LN(W1 c)), c = sum_hw softmax_hw(conv1x1(x)) x.
+def context_block(x: Array, params: Params) -> Array:
+    """Adds a global context to each cell (FGD): x + W2 relu(LN(W1 c)), c = sum_hw softmax_hw(conv1x1(x)) x.
 
     Args:
       x: f32[B, H, W, C], any range.
       params: of `init_context`: attend (C -> 1), down (C -> C/2), norm (over the C/2 channels), up (C/2 -> C).
 
     Returns:
-      f32[B, H, W, C]. Student and teacher have a block each, both trained; FGD compares the outputs by `squared`.
+      f32[B, H, W, C]. FGD has a block for the student and one for the teacher, trains both, and compares the outputs
+      by `squared`.
 
     Scope: image.
     Peers: `FeatureLoss` of FGD (GcBlock).
@@ -49,27 +79,29 @@ def context_block(x: Array, params: dict) -> Array:
       >>> context_block(jnp.ones((1, 2, 2, 4)), init_context(jax.random.key(0), 4)).mean().tolist()
       1.0
     """
+    shapes.check("context_block", x=(x, "B H W C"))
     x = jnp.asarray(x, jnp.float32)
-    weights = jax.nn.softmax(nn.conv2d(x, **params["attend"]), (1, 2))
+    weights = jax.nn.softmax(common.conv(x, params["attend"]), (1, 2))
     context = jnp.sum(weights * x, (1, 2), keepdims=True)
-    hidden = nn.conv2d(context, **params["down"])
-    hidden = feature.standardize(hidden, axes=(1, 2, 3), eps=0.0, variance_eps=1e-5)
+    hidden = common.conv(context, params["down"])
+    hidden = normalization.standardize(hidden, axes=(1, 2, 3), eps=0.0, variance_eps=1e-5)
     hidden = jax.nn.relu(hidden * params["norm"]["scale"] + params["norm"]["bias"])
-    return x + nn.conv2d(hidden, **params["up"])
+    return x + common.conv(hidden, params["up"])
 
 
-def init_non_local(key: Array, channels: int, *, reduction: int = 2) -> dict:
-    """Parameters of `non_local_block`; with these it is the identity, because its norm's scale starts at 0."""
+def init_non_local(key: Array, channels: int, *, reduction: int = 2) -> Params:
+    """Initial parameters of `non_local_block`, with which it is the identity: the scale of its norm is 0."""
     hidden = max(channels // reduction, 1)
     keys = jax.random.split(key, 4)
-    params = {name: _init_conv(k, channels, hidden) for name, k in zip(("theta", "phi", "g"), keys, strict=False)}
-    params["out"] = _init_conv(keys[3], hidden, channels)
+    names = ("theta", "phi", "g")
+    params = {name: nn.init_conv2d(k, 1, channels, hidden) for name, k in zip(names, keys[:3], strict=True)}
+    params["out"] = nn.init_conv2d(keys[3], 1, hidden, channels)
     params["norm"] = {"scale": jnp.zeros(channels), "bias": jnp.zeros(channels)}
     return params
 
 
-def non_local_block(x: Array, params: dict, *, pool: int = 1, axis_name: str | None = None) -> Array:
-    """Mixes every cell with all others: x + BN(W (theta(x) phi(x)^T / n) g(x)), n the number of pooled cells.
+def non_local_block(x: Array, params: Params, *, pool: int = 1, axis_name: str | None = None) -> Array:
+    """Mixes each cell with all others (FKD): x + BN(W (theta(x) phi(x)^T / n) g(x)), n the number of pooled cells.
 
     Args:
       x: f32[B, H, W, C], any range.
@@ -88,20 +120,21 @@ def non_local_block(x: Array, params: dict, *, pool: int = 1, axis_name: str | N
       >>> non_local_block(jnp.ones((1, 2, 2, 4)), init_non_local(jax.random.key(0), 4), pool=2).mean().tolist()
       1.0
     """
+    shapes.check("non_local_block", x=(x, "B H W C"))
     x = jnp.asarray(x, jnp.float32)
     batch, height, width, channels = x.shape
     pool = min(pool, height, width)
 
-    def cells(name, pooled):
-        y = nn.conv2d(x, **params[name])
-        if pooled and pool > 1:  # windows side by side, what they leave at the border is dropped
+    def cells(name: str, pooled: bool) -> Array:
+        y = common.conv(x, params[name])
+        if pooled and pool > 1:  # windows do not overlap; a rest at the border is dropped
             y = y[:, : height // pool * pool, : width // pool * pool]
             y = y.reshape(batch, height // pool, pool, width // pool, pool, -1).max((2, 4))
         return y.reshape(batch, -1, y.shape[-1])
 
     theta, phi, g = cells("theta", False), cells("phi", True), cells("g", True)
-    # (theta phi^T) g = theta (phi^T g): the small product first, no matrix of all pairs of cells.
+    # (theta phi^T) g = theta (phi^T g): the small product first avoids a matrix of all pairs of cells.
     mixed = jnp.einsum("bnk,bkc->bnc", theta, jnp.einsum("bmk,bmc->bkc", phi, g)) / phi.shape[1]
-    y = nn.conv2d(mixed.reshape(batch, height, width, -1), **params["out"])
-    y = feature.standardize(y, eps=0.0, variance_eps=1e-5, axis_name=axis_name)
+    y = common.conv(mixed.reshape(batch, height, width, -1), params["out"])
+    y = normalization.standardize(y, eps=0.0, variance_eps=1e-5, axis_name=axis_name)
     return x + y * params["norm"]["scale"] + params["norm"]["bias"]

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kdjax.distill import method, taps
-from kdjax.losses import box, logits
+from kdjax.losses import box, classification, disagreement
 
 
 def make(
@@ -66,10 +66,10 @@ def make(
             scored = scored & jnp.concatenate(gates)
         terms = {}
         if weights["classes"]:
-            terms["classes"] = jnp.sum(logits.modulated_bce(s, t), -1)
+            terms["classes"] = jnp.sum(classification.modulated_bce(s, t), -1)
         if weights["boxes"]:
             apart = box_loss(context.student_rows.boxes, context.teacher_rows.boxes)
-            terms["boxes"] = jax.lax.stop_gradient(logits.score_gap(s, t)) * apart
+            terms["boxes"] = jax.lax.stop_gradient(disagreement.score_gap(s, t)) * apart
         positives = jnp.maximum(jnp.sum(positive), 1)
         return {name: jnp.sum(jnp.where(scored, value, 0.0)) / positives for name, value in terms.items()}
 

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 
 from kdjax.distill import adapters, method, taps
-from kdjax.losses import box, classification, cross, logits
+from kdjax.losses import box, classification, divergence, normalization
 
 TOWERS = {"cls": "cls_tower", "reg": "reg_tower"}
 
@@ -103,14 +103,14 @@ def make(
         for _, s, t in adapters.adapt(params[tower], pairs):
             if rectify and go_on:
                 s, t = jax.nn.relu(s), jax.nn.relu(t)
-            features.append(cross.align(s, t))
+            features.append(normalization.match_statistics(s, t))
         return tuple(context.teacher_head(tuple(features), branch=branch, start=go_on))
 
     def box_term(params, context, trust, positives):
         reused_maps, own = reused(params, context, "reg"), context.teacher.box_reg
         edges = [rows_of(maps, context) for maps in (reused_maps, own)]
         if edges[0].shape[-1] > 4:
-            kl = logits.softmax_kl(*(x.reshape(*x.shape[:2], 4, -1) for x in edges))
+            kl = divergence.softmax_kl(*(x.reshape(*x.shape[:2], 4, -1) for x in edges))
             return jnp.sum(trust * jnp.mean(kl, -1)) / jnp.maximum(jnp.sum(trust), 1e-6)
         boxes = [context.teacher_boxes(maps) for maps in (reused_maps, own)]
         apart = box.giou(*boxes) if box_loss == "giou" else box.iou(*boxes, form="log")
@@ -123,7 +123,7 @@ def make(
         terms = {}
         if weights["classes"]:
             found = rows_of(reused(params, context, "cls"), context)
-            by_prior = jnp.sum(logits.modulated_bce(found, own), -1)
+            by_prior = jnp.sum(classification.modulated_bce(found, own), -1)
             terms["classes"] = jnp.sum(jnp.where(scored, by_prior, 0.0)) / positives
         if weights["boxes"]:
             trust = jnp.max(jax.nn.sigmoid(own), -1) if confidence else 1.0

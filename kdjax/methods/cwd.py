@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from kdjax.distill import adapters, method, taps
 from kdjax.errors import UserError
-from kdjax.losses import distribution
+from kdjax.losses import divergence
 
 
 def make(
@@ -58,6 +58,6 @@ def make(
 
     def apply(params, context):
         pairs = adapters.adapt(params, taps.pair(context.student, context.teacher, student, teacher))
-        return {"cwd": sum(jnp.mean(distribution.channel_kl(s, t, temperature=temperature)) for _, s, t in pairs)}
+        return {"cwd": sum(jnp.mean(divergence.channel_kl(s, t, temperature=temperature)) for _, s, t in pairs)}
 
     return method.Method(init, apply, {"cwd": weight}, taps.Reads((student,), (teacher,)))

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from kdjax.distill import adapters, method, taps
-from kdjax.losses import feature, regions
+from kdjax.losses import distance, regions
 
 
 def make(
@@ -48,7 +48,7 @@ def make(
         return adapters.init_adapters(key, pairs, kernel_size=3, always=True, deviation=1e-4)
 
     def compare(s, t, inside):
-        error = feature.squared(jax.nn.relu(s) if relu else s, t)
+        error = distance.squared(jax.nn.relu(s) if relu else s, t)
 
         def half_mean(mask):
             return jnp.sum(mask * error) / jnp.maximum(2 * t.shape[-1] * jnp.sum(mask), 1)
@@ -57,7 +57,7 @@ def make(
 
     def apply(params, context):
         pairs = adapters.adapt(params, taps.pair(context.student, context.teacher, student, teacher))
-        masks = regions.levelled_masks(
+        masks = regions.level_masks(
             context.targets.boxes,
             context.targets.valid,
             [p.stride for p in pairs],

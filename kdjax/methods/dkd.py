@@ -19,7 +19,7 @@ Status: formula
 """
 
 from kdjax.distill import method, taps
-from kdjax.losses import decoupled
+from kdjax.losses import divergence
 
 
 def make(
@@ -45,7 +45,7 @@ def make(
     method.check_choice("dkd: head", head, ("sigmoid", "softmax"))
     method.check("dkd: temperature", temperature, temperature > 0, "above 0")
     weights = {"target": weight * target_weight, "others": weight * other_weight}
-    divergences = decoupled.decoupled_sigmoid if head == "sigmoid" else decoupled.decoupled
+    divergences = divergence.decoupled_sigmoid_kl if head == "sigmoid" else divergence.decoupled_kl
 
     def init(key, student_spec, teacher_spec):
         del key, student_spec, teacher_spec

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from kdjax.distill import adapters, method, taps
-from kdjax.losses import attention, feature, regions, relation
+from kdjax.losses import attention, distance, regions, relation
 
 
 def make(
@@ -77,14 +77,14 @@ def make(
     def compare(s, t, blocks, targets):
         size = targets.image_size if unpadded else targets.pad_size
         foreground, background = regions.focal_masks(targets.boxes, targets.valid, size, t.shape[1:3])
-        attended = attention.attended(s, t, temperature=temperature)
+        attended = attention.attention_weighted(s, t, temperature=temperature)
         s_context = relation.context_block(s, blocks["student"])
         t_context = relation.context_block(t, blocks["teacher"])
         return {
             "foreground": foreground * attended,
             "background": background * attended,
             "attention": attention.attention_difference(s, t, temperature=temperature),
-            "relation": feature.squared(s_context, t_context),
+            "relation": distance.squared(s_context, t_context),
         }
 
     def apply(params, context):

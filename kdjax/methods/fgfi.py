@@ -20,9 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdjax.boxes import priors, roi_align
+from kdjax.boxes import priors, roi
 from kdjax.distill import adapters, method, taps
-from kdjax.losses import feature, regions
+from kdjax.losses import distance, regions
 
 
 def make(
@@ -68,7 +68,7 @@ def make(
         offset = location[:2] / location[2:]
         grids = [anchors(stride, t.shape, offset) for stride, _, t in pairs]
         if port:
-            level = roi_align.levels_by_size(boxes + jnp.array([0.0, 0.0, 1.0, 1.0]), len(pairs))
+            level = roi.roi_levels(boxes + jnp.array([0.0, 0.0, 1.0, 1.0]), len(pairs))
             return [
                 regions.fine_grained_mask(boxes, valid & (level == i), grid, psi=psi) for i, grid in enumerate(grids)
             ]
@@ -83,7 +83,7 @@ def make(
         kept = masks(pairs, context)
         cells = [jnp.sum(mask) for mask in kept]
         errors = [
-            jnp.sum(mask * feature.squared(jax.nn.relu(s) if relu else s, t))
+            jnp.sum(mask * distance.squared(jax.nn.relu(s) if relu else s, t))
             for mask, (_, s, t) in zip(kept, pairs, strict=True)
         ]
         if port:

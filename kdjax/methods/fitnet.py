@@ -16,9 +16,9 @@ Status: proven
 import jax.numpy as jnp
 
 from kdjax.distill import adapters, method, taps
-from kdjax.losses import feature
+from kdjax.losses import distance
 
-DISTANCES = {"l2": feature.squared, "l1": feature.absolute}
+DISTANCES = {"l2": distance.squared, "l1": distance.l1}
 
 
 def make(

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 
 from kdjax import nn
 from kdjax.distill import adapters, method, taps
-from kdjax.losses import attention, feature, relation
+from kdjax.losses import attention, distance, relation
 
 
 def make(
@@ -74,7 +74,7 @@ def make(
         }
         spatial, *blocks = keys
         params["spatial"] = {
-            str(p.stride): adapters.init_conv(jax.random.fold_in(spatial, p.stride), 3, 1, 1) for p in pairs
+            str(p.stride): nn.init_conv2d(jax.random.fold_in(spatial, p.stride), 3, 1, 1) for p in pairs
         }
         params["blocks"] = {
             str(p.stride): {
@@ -103,14 +103,14 @@ def make(
         )
         adapted = nn.conv2d(s, **adapter["feature"])
         norms = {
-            "feature": feature.frobenius(adapted, t, weight=mask(s, adapted, t)),
-            "channel": feature.frobenius(
+            "feature": distance.frobenius(adapted, t, weight=mask(s, adapted, t)),
+            "channel": distance.frobenius(
                 nn.conv2d(jnp.mean(s, (1, 2), keepdims=True), **adapter["channel"]), jnp.mean(t, (1, 2), keepdims=True)
             ),
-            "spatial": feature.frobenius(
+            "spatial": distance.frobenius(
                 nn.conv2d(jnp.mean(s, 3, keepdims=True), **adapter["spatial"]), jnp.mean(t, 3, keepdims=True)
             ),
-            "non_local": feature.frobenius(nn.conv2d(s_related, **adapter["non_local"]), t_related),
+            "non_local": distance.frobenius(nn.conv2d(s_related, **adapter["non_local"]), t_related),
         }
         return {name: norm if parity else norm / len(s) ** 0.5 for name, norm in norms.items()}
 

@@ -25,10 +25,11 @@ Status: formula
 
 import jax.numpy as jnp
 
-from kdjax.boxes import roi_align
+from kdjax import nn
+from kdjax.boxes import roi
 from kdjax.distill import adapters, method, taps
 from kdjax.errors import UserError
-from kdjax.losses import feature, instances, logits
+from kdjax.losses import disagreement, distance, divergence, relation
 
 
 def make(
@@ -79,28 +80,28 @@ def make(
             )
         for stride, s, t in pairs:
             taps.check_sizes(stride, s.shape, t.shape)
-        return adapters.init_conv(key, 3, *widths[0])
+        return nn.init_conv2d(key, 3, *widths[0])
 
     def features(params, context, boxes):
         """Both nets' features of the boxes, f32[B, R, 10, 10, C]."""
         pairs = taps.pair(context.student, context.teacher, student, teacher)
         pairs = adapters.adapt({str(p.stride): params for p in pairs}, pairs)
         strides = [p.stride for p in pairs]
-        level = roi_align.levels_by_size(boxes, len(pairs), finest=14.0 * strides[0])
+        level = roi.roi_levels(boxes, len(pairs), finest=14.0 * strides[0])
         return (
-            roi_align.roi_align(maps, boxes, level, strides=strides, size=10)
+            roi.roi_align(maps, boxes, level, strides=strides, size=10)
             for maps in ([p.student for p in pairs], [p.teacher for p in pairs])
         )
 
-    def relation(s, t, valid):
+    def pair_distance(s, t, valid):
         rows = (1, -1) if parity else valid.shape
         s, t = (x.reshape(*rows, x[0, 0].size) for x in (s, t))
-        return jnp.mean(instances.relation(s, t, valid.reshape(rows)))
+        return jnp.mean(relation.pairwise_relation(s, t, valid.reshape(rows)))
 
     def apply(params, context):
         rows = context.student_rows, context.teacher_rows
         scores, predicted = [side.logits for side in rows], [side.boxes for side in rows]
-        boxes, labels, valid = instances.general_instances(
+        boxes, labels, valid = disagreement.general_instances(
             *scores, *predicted, count=count, iou_threshold=iou_threshold
         )
         s, t = features(params, context, boxes)
@@ -110,10 +111,10 @@ def make(
         positive = assignment.positive & ~assignment.ignore
         strides = jnp.tile(context.student_rows.location[..., 2:], 2)
         terms = {
-            "feature": method.mean_over_positives(jnp.sum(feature.squared(s, t), -1), pixels),
-            "relation": relation(s, t, valid),
-            "class": method.mean_over_positives(jnp.sum(logits.sigmoid_kl(*scores), -1), positive),
-            "box": method.mean_over_positives(jnp.sum(feature.absolute(*predicted) / strides, -1), positive),
+            "feature": method.mean_over_positives(jnp.sum(distance.squared(s, t), -1), pixels),
+            "relation": pair_distance(s, t, valid),
+            "class": method.mean_over_positives(jnp.sum(divergence.sigmoid_kl(*scores), -1), positive),
+            "box": method.mean_over_positives(jnp.sum(distance.l1(*predicted) / strides, -1), positive),
         }
         return {name: terms[name] for name in weights if weights[name]}
 

@@ -18,7 +18,6 @@ Status: formula
 import jax.numpy as jnp
 
 from kdjax.distill import method, taps
-from kdjax.losses import logits
 
 
 def make(
@@ -52,8 +51,8 @@ def make(
 
     def divergence(s, t):
         if head == "softmax":
-            return logits.softmax_kl(s, t, temperature=temperature, class_reduction=class_reduction)
-        by_class = logits.sigmoid_kl(s, t, temperature=temperature)
+            return divergence.softmax_kl(s, t, temperature=temperature, class_reduction=class_reduction)
+        by_class = divergence.sigmoid_kl(s, t, temperature=temperature)
         return jnp.sum(by_class, -1) if class_reduction == "sum" else jnp.mean(by_class, -1)
 
     def apply(params, context):

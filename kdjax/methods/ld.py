@@ -23,9 +23,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kdjax.boxes import assign
 from kdjax.distill import method, taps
 from kdjax.errors import UserError
-from kdjax.losses import localization, logits
+from kdjax.losses import divergence, regions
 
 
 def make(
@@ -76,15 +77,15 @@ def make(
         centres, half = location[:, :2], location[:, 2:] * anchor_scale / 2
         anchors = jnp.concatenate([centres - half, centres + half], -1)
         boxes, valid = context.targets.boxes, context.targets.valid
-        _, _, threshold = localization.candidates(anchors, boxes, sizes, topk=candidates)
-        return localization.valuable_region(anchors, boxes, valid, threshold, gamma=gamma)
+        *_, threshold = assign.atss_candidates(anchors, boxes, level_sizes=sizes, topk=candidates)
+        return regions.valuable_region(anchors, boxes, valid, threshold, gamma=gamma)
 
     def apply(params, context):
         del params
         rows, assignment = (context.student_rows, context.teacher_rows), context.assignment
         sizes, class_logits = rows[0].level_sizes, [side.logits for side in rows]
         by_edge = [side.distribution for side in rows]
-        kl = jnp.mean(logits.softmax_kl(*by_edge, temperature=temperature, class_reduction="mean"), -1)
+        kl = jnp.mean(divergence.softmax_kl(*by_edge, temperature=temperature, class_reduction="mean"), -1)
         confidence = jax.lax.stop_gradient(jnp.max(jax.nn.sigmoid(class_logits[0]), -1))
         confidence = jnp.where(assignment.positive, confidence, 0.0)
         total = jnp.maximum(jnp.sum(confidence), 1.0) if normalizer == "weights" else 1.0
@@ -93,7 +94,7 @@ def make(
             valuable = jnp.where(assignment.ignore, 0.0, region(context, sizes))
             terms["region"] = jnp.sum(valuable * kl) / total
         if weights["classes"]:
-            soft = logits.softmax_kl(*class_logits, temperature=class_temperature, class_reduction="mean")
+            soft = divergence.softmax_kl(*class_logits, temperature=class_temperature, class_reduction="mean")
             levels = (jnp.split(x, np.cumsum(sizes)[:-1], 1) for x in (soft, assignment.positive))
             terms["classes"] = sum(method.mean_over_positives(*level) for level in zip(*levels, strict=True))
         return {name: value for name, value in terms.items() if weights[name]}

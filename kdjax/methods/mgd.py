@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from kdjax.distill import adapters, method, taps
-from kdjax.losses import feature, generation
+from kdjax.losses import distance, reconstruction
 
 
 def make(
@@ -51,8 +51,8 @@ def make(
     def compare(s, t, generator, key):
         batch, height, width, channels = s.shape
         shape = (batch, height, width, 1) if mask == "cells" else (batch, 1, 1, channels)
-        kept = generation.keep_mask(jax.random.uniform(key, shape), drop)
-        return jnp.sum(feature.squared(generation.generate(kept * s, generator), t)) / batch
+        kept = reconstruction.keep_mask(jax.random.uniform(key, shape), drop)
+        return jnp.sum(distance.squared(reconstruction.reconstruct(kept * s, generator), t)) / batch
 
     def apply(params, context):
         pairs = adapters.adapt(params, taps.pair(context.student, context.teacher, student, teacher))

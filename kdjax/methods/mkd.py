@@ -40,7 +40,7 @@ import jax
 import jax.numpy as jnp
 
 from kdjax.distill import adapters, method, taps
-from kdjax.losses import attention, distribution, feature, frequency, generation
+from kdjax.losses import attention, distance, divergence, frequency, normalization, reconstruction
 
 
 def make(
@@ -103,21 +103,23 @@ def make(
     def compare(pair, params, key):
         stride, s, t = pair
         if normalize == "pkd":
-            s, t = feature.standardize(s), feature.standardize(t)
+            s, t = normalization.standardize(s), normalization.standardize(t)
         mask = frequency.frequency_mask(key, s.shape[:3], zeta, hermitian=hermitian, keep_dc=keep_dc)
         if generator:
-            made = generation.generate(frequency.apply_mask(s, mask), params["generators"][str(stride)])
-            masked = feature.squared(made, t)
+            made = reconstruction.reconstruct(
+                frequency.apply_frequency_mask(s, mask), params["generators"][str(stride)]
+            )
+            masked = distance.squared(made, t)
         else:
             masked = frequency.frequency_masked(s, t, mask)
         positions = attention.joint_spatial_attention(s, t) if attention_weighted else None
         return {
-            "feature": feature.squared(s, t),
-            "multiscale": feature.multiscale(
+            "feature": distance.squared(s, t),
+            "multiscale": distance.multiscale(
                 s, t, scales=tuple(scales), mode=multiscale_mode, per_scale_mean=per_scale_mean
             ),
             "frequency": masked,
-            "alignment": distribution.channel_kl(s, t, temperature=temperature, position_weight=positions),
+            "alignment": divergence.channel_kl(s, t, temperature=temperature, position_weight=positions),
         }
 
     def apply(params, context):

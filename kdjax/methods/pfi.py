@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from kdjax.distill import adapters, method, taps
 from kdjax.errors import UserError
-from kdjax.losses import feature, prediction
+from kdjax.losses import disagreement, distance, normalization
 
 
 def make(
@@ -63,14 +63,14 @@ def make(
         return adapters.init_adapters(key, pairs)
 
     def compare(s, t, logits):
-        guide = prediction.disagreement(logits.student, logits.teacher, space=space)
+        guide = disagreement.class_disagreement(logits.student, logits.teacher, space=space)
         if normalize_guide:
-            guide = prediction.unit_mean(guide)
+            guide = normalization.unit_mean(guide)
         if detach_guide:
             guide = jax.lax.stop_gradient(guide)
-        cells = prediction.prediction_guided(s, t, guide)
+        cells = distance.guided_squared(s, t, guide)
         if form == "norm":
-            norms = jax.vmap(lambda x: feature.frobenius(x, jnp.zeros_like(x)))(cells)
+            norms = jax.vmap(lambda x: distance.frobenius(x, jnp.zeros_like(x)))(cells)
             return jnp.mean(norms) / (s.shape[1] * s.shape[2])
         return jnp.mean(cells)
 

@@ -17,7 +17,7 @@ Status: proven
 import jax.numpy as jnp
 
 from kdjax.distill import adapters, method, taps
-from kdjax.losses import feature
+from kdjax.losses import distance
 
 
 def make(
@@ -44,6 +44,6 @@ def make(
 
     def apply(params, context):
         pairs = adapters.adapt(params, taps.pair(context.student, context.teacher, student, teacher))
-        return {"correlation": sum(jnp.mean(feature.pearson(s, t, ddof=ddof)) for _, s, t in pairs)}
+        return {"correlation": sum(jnp.mean(distance.pearson(s, t, ddof=ddof)) for _, s, t in pairs)}
 
     return method.Method(init, apply, {"correlation": weight}, taps.Reads((student,), (teacher,)))

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from kdjax.boxes import iou
 from kdjax.distill import method, taps
-from kdjax.losses import rank
+from kdjax.losses import classification, divergence
 
 
 def make(
@@ -51,7 +51,7 @@ def make(
         return {}
 
     def scores(rows, assignment):
-        score = 1.0 if quality == "iou" else rank.label_score(rows.logits, assignment.labels)
+        score = 1.0 if quality == "iou" else classification.label_score(rows.logits, assignment.labels)
         return score if quality == "cls" else score * iou.box_iou(rows.boxes, assignment.boxes)
 
     def apply(params, context):
@@ -60,11 +60,11 @@ def make(
         student_scores = scores(context.student_rows, assignment)
         teacher_scores = scores(context.teacher_rows, assignment)
         owner, positive, boxes = assignment.matched, assignment.positive, context.targets.valid.shape[1]
-        divergence = rank.rank_kl(student_scores, teacher_scores, owner, positive, boxes=boxes, theta=theta)
-        ranked = jnp.sum(rank.has_positives(owner, positive, boxes=boxes), 1)
+        by_object = divergence.rank_kl(student_scores, teacher_scores, owner, positive, boxes=boxes, theta=theta)
+        ranked = jnp.sum(divergence.has_positives(owner, positive, boxes=boxes), 1)
         if per_image:
-            return {"rank": jnp.mean(jnp.sum(divergence, 1) / jnp.maximum(ranked, 1))}
-        return {"rank": jnp.sum(divergence) / jnp.maximum(jnp.sum(ranked), 1)}
+            return {"rank": jnp.mean(jnp.sum(by_object, 1) / jnp.maximum(ranked, 1))}
+        return {"rank": jnp.sum(by_object) / jnp.maximum(jnp.sum(ranked), 1)}
 
     names = ("rows.logits", *(() if quality == "cls" else ("rows.boxes",)))
     reads = taps.Reads((*names, "assignment", "targets"), names)

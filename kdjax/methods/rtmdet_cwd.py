@@ -18,7 +18,7 @@ Status: formula
 import jax.numpy as jnp
 
 from kdjax.distill import adapters, method, taps
-from kdjax.losses import distribution, feature
+from kdjax.losses import divergence, normalization
 
 
 def make(
@@ -41,13 +41,12 @@ def make(
         return adapters.init_adapters(key, pairs, bias=False, always=True)
 
     def normalized(x):
-        return feature.standardize(x, eps=0.0, variance_eps=1e-5)
+        return normalization.standardize(x, eps=0.0, variance_eps=1e-5)
 
     def apply(params, context):
         pairs = adapters.adapt(params, taps.pair(context.student, context.teacher, student, teacher))
         levels = [
-            jnp.mean(distribution.channel_kl(normalized(s), normalized(t), temperature=temperature))
-            for _, s, t in pairs
+            jnp.mean(divergence.channel_kl(normalized(s), normalized(t), temperature=temperature)) for _, s, t in pairs
         ]
         return {"cwd": sum(levels)}
 

@@ -21,7 +21,7 @@ Status: formula
 import jax.numpy as jnp
 
 from kdjax.distill import adapters, method, taps
-from kdjax.losses import structural
+from kdjax.losses import normalization, similarity
 
 
 def make(
@@ -58,8 +58,8 @@ def make(
         return adapters.init_adapters(key, pairs, always=always_adapt)
 
     def compare(s, t):
-        s, t = structural.min_max(s, scope=scope), structural.min_max(t, scope=scope)
-        return jnp.mean(structural.structural(s, t, window=window, exponents=tuple(exponents)))
+        s, t = normalization.min_max(s, scope=scope), normalization.min_max(t, scope=scope)
+        return jnp.mean(similarity.structural_dissimilarity(s, t, window=window, exponents=tuple(exponents)))
 
     def apply(params, context):
         pairs = adapters.adapt(params, taps.pair(context.student, context.teacher, student, teacher))

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 from kdjax import nn
 from kdjax.distill import adapters, method, taps
-from kdjax.losses import attention, decoupled, feature, generation
+from kdjax.losses import attention, distance, divergence, reconstruction
 
 
 def make(
@@ -77,7 +77,7 @@ def make(
         "others": weight * logit_weight * other_weight,
         "many": weight * many_weight,
     }
-    divergences = decoupled.decoupled_sigmoid if head == "sigmoid" else decoupled.decoupled
+    divergences = divergence.decoupled_sigmoid_kl if head == "sigmoid" else divergence.decoupled_kl
 
     def neighbours(pairs):
         """Every pair of levels (student i, teacher j) that is compared, with its weight o_ij."""
@@ -96,7 +96,7 @@ def make(
             }
             if spatial_attention:
                 params["attention"] = {
-                    str(pair.stride): adapters.init_conv(
+                    str(pair.stride): nn.init_conv2d(
                         jax.random.fold_in(jax.random.fold_in(key, 1), pair.stride), 7, 2, 1
                     )
                     for pair in pairs
@@ -106,14 +106,14 @@ def make(
             for i, s, j, t, _ in neighbours(pairs):
                 first, second = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, 2), 1000 * i + j))
                 params["many"][f"{i}-{j}"] = {
-                    "first": adapters.init_conv(first, 1, s.shape[-1], t.shape[-1]),
-                    "second": adapters.init_conv(second, 3, t.shape[-1], t.shape[-1]),
+                    "first": nn.init_conv2d(first, 1, s.shape[-1], t.shape[-1]),
+                    "second": nn.init_conv2d(second, 3, t.shape[-1], t.shape[-1]),
                 }
         return params
 
     def resampled(x, key):
         if resample == "mask":
-            return x * generation.keep_mask(jax.random.uniform(key, (*x.shape[:3], 1)), drop)
+            return x * reconstruction.keep_mask(jax.random.uniform(key, (*x.shape[:3], 1)), drop)
         if resample == "interp":
             return nn.resize_bilinear(nn.avg_pool(x, int(factor)), x.shape[1:3])
         return x
@@ -125,13 +125,13 @@ def make(
         if spatial_attention:
             summary = jnp.concatenate([jnp.mean(x, -1, keepdims=True), jnp.max(x, -1, keepdims=True)], -1)
             x = x * jax.nn.sigmoid(nn.conv2d(summary, **params["attention"][str(stride)]))
-        error = feature.squared(generation.generate(x, params["generators"][str(stride)]), t)
+        error = distance.squared(reconstruction.reconstruct(x, params["generators"][str(stride)]), t)
         return jnp.mean(error * attention.spatial_attention(t) if foreground else error)
 
     def aligned(params, s, t):
         """One FAM, in form a generator whose first convolution is 1x1, and its distance."""
         s = nn.resize_bilinear(s.astype(jnp.float32), t.shape[1:3]) if s.shape[1:3] != t.shape[1:3] else s
-        return jnp.mean(feature.squared(generation.generate(s, params), t))
+        return jnp.mean(distance.squared(reconstruction.reconstruct(s, params), t))
 
     def apply(params, context):
         pairs = taps.pair(context.student, context.teacher, student, teacher)

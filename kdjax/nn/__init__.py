@@ -1,6 +1,6 @@
 """Primitives of detectors and adapters, in plain JAX: every layer is a function. Maps are NHWC, kernels HWIO."""
 
-from kdjax.nn.conv import conv2d
+from kdjax.nn.conv import conv2d, init_conv2d
 from kdjax.nn.flops import count
 from kdjax.nn.norm import batch_moments, batch_norm, group_norm
 from kdjax.nn.portability import is_portable, portable
@@ -14,6 +14,7 @@ __all__ = [
     "count",
     "global_average_pool",
     "group_norm",
+    "init_conv2d",
     "is_portable",
     "max_pool",
     "portable",

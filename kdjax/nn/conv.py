@@ -8,9 +8,11 @@ they can be differentiated any number of times in reverse mode, but not in forwa
 """
 
 import functools
-from typing import Literal
+import math
+from typing import Literal, cast
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from kdjax.errors import UserError
@@ -84,8 +86,43 @@ def conv2d(
         y = _dense(x, kernel, stride, pads)
     else:
         y = conv_builtin.conv(x, kernel, stride, pads, groups)
+    y = cast(Array, y)  # pyright loses the type of functions with a `custom_vjp`
     record("conv", y.size * height * width * channels)
     return y if bias is None else y + bias
+
+
+def init_conv2d(
+    key: Array, size: int, inputs: int, outputs: int, *, bias: bool = True, deviation: float | None = None
+) -> dict[str, Array]:
+    """Initial parameters of a convolution: kernel and bias uniform in +-1 / sqrt(size^2 inputs), as in PyTorch.
+
+    Args:
+      key: PRNG key.
+      size: side of the kernel.
+      inputs: C.
+      outputs: O.
+      bias: whether there is one.
+      deviation: if set, the kernel is normal with this standard deviation and the bias is 0.
+
+    Returns:
+      {"kernel": f32[size, size, C, O], "bias": f32[O]}, the arguments of `conv2d`; without `bias` the kernel alone.
+
+    Peers: torch.nn.Conv2d.
+
+    Example:
+      >>> {name: value.shape for name, value in init_conv2d(jax.random.key(0), 3, 2, 4).items()}
+      {'kernel': (3, 3, 2, 4), 'bias': (4,)}
+    """
+    limit = 1 / math.sqrt(size * size * inputs)
+    key_kernel, key_bias = jax.random.split(key)
+    shape = (size, size, inputs, outputs)
+    if deviation is not None:
+        kernel = deviation * jax.random.normal(key_kernel, shape, jnp.float32)
+        return {"kernel": kernel} | ({"bias": jnp.zeros(outputs)} if bias else {})
+    params = {"kernel": jax.random.uniform(key_kernel, shape, jnp.float32, -limit, limit)}
+    if bias:
+        params["bias"] = jax.random.uniform(key_bias, (outputs,), jnp.float32, -limit, limit)
+    return params
 
 
 # The platform is chosen inside the forward and the backward rule, never around them: differentiating through the choice

@@ -73,7 +73,7 @@ def pointwise(x: Array, kernel: Array) -> Array:
     return (rows @ kernel[0, 0]).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
-def _shifts(x: Array, size: tuple[int, int], out: tuple[int, int], stride: int) -> Iterator[tuple[int, int, Array]]:
+def _shifts(x: Array, size: Sequence[int], out: Sequence[int], stride: int) -> Iterator[tuple[int, int, Array]]:
     """Yields (i, j, the part of the padded map that the kernel's cell (i, j) multiplies), each of the output's size."""
     batch, _, _, channels = x.shape
     for i in range(size[0]):
@@ -82,7 +82,7 @@ def _shifts(x: Array, size: tuple[int, int], out: tuple[int, int], stride: int) 
             yield i, j, lax.slice(x, (0, i, j, 0), stop, (1, stride, stride, 1))
 
 
-def _output_size(x: Array, kernel_size: tuple[int, int], stride: int, pads: tuple[int, int]) -> tuple[int, int]:
+def _output_size(x: Array, kernel_size: Sequence[int], stride: int, pads: tuple[int, int]) -> tuple[int, int]:
     return (
         (x.shape[1] + 2 * pads[0] - kernel_size[0]) // stride + 1,
         (x.shape[2] + 2 * pads[1] - kernel_size[1]) // stride + 1,

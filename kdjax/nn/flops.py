@@ -19,7 +19,7 @@ def record(kind: str, flops: int) -> None:
 
 @contextmanager
 def _counting() -> Iterator[dict[str, int]]:
-    counts = dict.fromkeys(("conv", "norm", "pool", "upsample"), 0)
+    counts: dict[str, int] = {"conv": 0, "norm": 0, "pool": 0, "upsample": 0}
     token = _counter.set(counts)
     try:
         yield counts

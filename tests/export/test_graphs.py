@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kdjax import nn
-from kdjax.boxes.iou import pairwise
+from kdjax.boxes.iou import pairwise_iou
 from kdjax.detectors import build, layers
 from kdjax.export import graphs
 from kdjax.inference.model import Model
@@ -15,7 +15,7 @@ from tests.support.models import OTHERS
 
 def greedy(boxes, scores, *, iou_threshold: float, max_detections: int):
     """ONNX's NonMaxSuppression and the choice behind it, slowly: rows (score, class, candidate), best first."""
-    found, overlap = [], np.asarray(pairwise(boxes, boxes))
+    found, overlap = [], np.asarray(pairwise_iou(boxes, boxes))
     for k, row in enumerate(scores):
         kept = []
         for i in sorted(np.flatnonzero(row > 0), key=lambda i: -row[i]):

@@ -9,18 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kdjax import nn
-from kdjax.losses import (
-    attention,
-    decoupled,
-    distribution,
-    feature,
-    frequency,
-    generation,
-    logits,
-    regions,
-    relation,
-    structural,
-)
+from kdjax.losses import attention, classification, distance, divergence, frequency, normalization, reconstruction, regions, relation, similarity
 from tests.golden_checks.api import NOT_PART, Check, Checks, UnknownCase, each_case, mismatches, relative_error
 
 VALUE, GRADIENT, SSIM_GRADIENT = 1e-5, 1e-4, 1e-3  # relative, from the reference's README
@@ -73,7 +62,7 @@ def cwd(what: str, params: Params, arrays: Arrays) -> Checks:
     if not what.startswith("CWD"):
         raise UnknownCase(f"no check for {what!r}")
     temperature, weight = take(params, tau=1.0, loss_weight=1.0)
-    loss = lambda s, t: weight * jnp.mean(distribution.channel_kl(s, t, temperature=temperature))  # noqa: E731
+    loss = lambda s, t: weight * jnp.mean(divergence.channel_kl(s, t, temperature=temperature))  # noqa: E731
     yield from value_and_gradient(arrays, loss)
 
 
@@ -85,13 +74,13 @@ def feature_misc(what: str, params: Params, arrays: Arrays) -> Checks:
 
         def l2(s, t):
             if normalize:
-                s, t = feature.unit_norm(s), feature.unit_norm(t)
-            return weight * jnp.sum(feature.squared(s, t)) / (s.size if div_element else s.shape[0])
+                s, t = normalization.unit_norm(s), normalization.unit_norm(t)
+            return weight * jnp.sum(distance.squared(s, t)) / (s.size if div_element else s.shape[0])
 
         yield from value_and_gradient(arrays, l2)
     elif what.startswith("mmrazor MGDLoss"):
         (alpha,) = take(params, alpha_mgd=2e-5)
-        yield from value_and_gradient(arrays, lambda s, t: alpha * jnp.sum(feature.squared(s, t)) / s.shape[0])
+        yield from value_and_gradient(arrays, lambda s, t: alpha * jnp.sum(distance.squared(s, t)) / s.shape[0])
     elif what.startswith("multi-scale average pooling"):
         yield from multiscale(params, arrays)
     elif what.startswith("multi-scale ADAPTIVE average pooling"):
@@ -107,8 +96,8 @@ def feature_misc(what: str, params: Params, arrays: Arrays) -> Checks:
 
 
 def adaptive(student, teacher, outputs: int):
-    pooled = [feature.adaptive_avg_pool(x, (outputs, outputs)) for x in (student, teacher)]
-    return jnp.mean(feature.squared(*pooled))
+    pooled = [distance.adaptive_avg_pool(x, (outputs, outputs)) for x in (student, teacher)]
+    return jnp.mean(distance.squared(*pooled))
 
 
 def multiscale(params: Params, arrays: Arrays) -> Checks:
@@ -120,7 +109,7 @@ def multiscale(params: Params, arrays: Arrays) -> Checks:
             # The peer drops the windows that reach over the border, kdjax averages what they have.
             rows, columns = s.shape[1] // k * k, s.shape[2] // k * k
             inner = s[:, :rows, :columns], t[:, :rows, :columns]
-            total += weight * jnp.mean(feature.multiscale(*inner, scales=(k,), per_scale_mean=True))
+            total += weight * jnp.mean(distance.multiscale(*inner, scales=(k,), per_scale_mean=True))
         return total
 
     yield from value_and_gradient(arrays, pooled)
@@ -135,12 +124,12 @@ def frequency_mask(what: str, params: Params, arrays: Arrays) -> Checks:
 
     def masked(s, t):
         if "both" in what:
-            t = frequency.apply_mask(t, mask)
+            t = frequency.apply_frequency_mask(t, mask)
         return jnp.mean(frequency.frequency_masked(s, t, mask))
 
     yield from value_and_gradient(arrays, masked)
     if "filtered" in arrays:
-        filtered = frequency.apply_mask(nhwc(arrays["student"]), mask)
+        filtered = frequency.apply_frequency_mask(nhwc(arrays["student"]), mask)
         yield Check("filtered", relative_error(nchw(filtered), arrays["filtered"]), VALUE)
 
 
@@ -154,7 +143,7 @@ def pkd(what: str, params: Params, arrays: Arrays) -> Checks:
             s, t = (
                 (nn.resize_bilinear(s, t.shape[1:3]), t) if resize_student else (s, nn.resize_bilinear(t, s.shape[1:3]))
             )
-        return weight * jnp.mean(feature.pearson(s, t, ddof=1))
+        return weight * jnp.mean(distance.pearson(s, t, ddof=1))
 
     if "student" in arrays and "constant student channel" not in what:
         constant = np.ptp(arrays["student"], axis=(0, 2, 3)) == 0
@@ -178,22 +167,22 @@ def ssim(what: str, params: Params, arrays: Arrays) -> Checks:
     if what.startswith("pytorch_msssim"):
         data_range, window, sigma, (k1, k2) = take(params, data_range=255.0, win_size=11, win_sigma=1.5, K=[0.01, 0.03])
         options = {"data_range": data_range, "k1": k1, "k2": k2, "padding": "valid"}
-        loss = lambda s, t: jnp.mean(1 - structural.ssim(s, t, window=window, sigma=sigma, **options))  # noqa: E731
+        loss = lambda s, t: jnp.mean(1 - similarity.ssim(s, t, window=window, sigma=sigma, **options))  # noqa: E731
     elif what.startswith("kornia ssim_loss"):
         data_range, window, padding, eps = take(params, max_val=1.0, window_size=None, padding="same", eps=1e-12)
         if eps != 1e-12:
             raise UnknownCase(f"no check for the parameter eps={eps}")
         options = {"data_range": data_range, "padding": padding, "window": window}
-        loss = lambda s, t: jnp.mean(structural.structural(s, t, **options))  # noqa: E731
+        loss = lambda s, t: jnp.mean(similarity.structural_dissimilarity(s, t, **options))  # noqa: E731
     else:
         raise UnknownCase(f"no check for {what!r}")
     yield from value_and_gradient(arrays, loss, tolerances=(VALUE, SSIM_GRADIENT))
     student, teacher = nhwc(arrays["student"]), nhwc(arrays["teacher"])
     if "ssim_per_image" in arrays:
-        by_image = jnp.mean(structural.ssim(student, teacher, window=window, sigma=sigma, **options), (1, 2, 3))
+        by_image = jnp.mean(similarity.ssim(student, teacher, window=window, sigma=sigma, **options), (1, 2, 3))
         yield Check("by image", relative_error(by_image, arrays["ssim_per_image"]), VALUE)
     if "skimage_gauss_per_channel" in arrays:  # its window is always 11 x 11, its sigma 1.5
-        by_channel = jnp.mean(structural.ssim(student, teacher, **options), (1, 2))
+        by_channel = jnp.mean(similarity.ssim(student, teacher, **options), (1, 2))
         yield Check("scikit-image by channel", relative_error(by_channel, arrays["skimage_gauss_per_channel"]), VALUE)
     if "skimage_uniform7_per_channel" in arrays:
         yield Check("scikit-image, uniform window", skip="kdjax has the Gaussian window alone, as the paper's operator")
@@ -219,7 +208,7 @@ def logit(what: str, params: Params, arrays: Arrays) -> Checks:
         temperature, reduction, weight = take(params, tau=1.0, reduction="batchmean", loss_weight=1.0)
 
         def loss(s, t):
-            kl = logits.softmax_kl(s, t, temperature=temperature)
+            kl = divergence.softmax_kl(s, t, temperature=temperature)
             if reduction == "mean":  # PyTorch's mean runs over the classes too
                 kl = kl / s.shape[-1]
             return weight * (jnp.sum(kl) / s.shape[0] if reduction == "batchmean" else reduced(kl, {}, reduction))
@@ -232,32 +221,32 @@ def logit(what: str, params: Params, arrays: Arrays) -> Checks:
         reduction, weight = rest or ("batchmean", 1.0)
 
         def loss(s, t):
-            target, others = decoupled.decoupled(s, t, jnp.asarray(arrays["labels"]), temperature=temperature)
+            target, others = divergence.decoupled_kl(s, t, jnp.asarray(arrays["labels"]), temperature=temperature)
             total = alpha * target + beta * others
             # mmrazor's port sums whatever its `reduction` is, but PyTorch still divides a "batchmean" by the batch.
             return weight * (jnp.mean(total) if reduction == "batchmean" else jnp.sum(total))
 
     elif what.startswith("KD (mdistiller)"):
         (temperature,) = take(params, temperature=4.0)
-        loss = lambda s, t: jnp.mean(logits.softmax_kl(s, t, temperature=temperature))  # noqa: E731
+        loss = lambda s, t: jnp.mean(divergence.softmax_kl(s, t, temperature=temperature))  # noqa: E731
     elif what.startswith(("LD / KD: mmdet", "LD (LD repo)", "CrossKD KL")):
         options = take(params, T=10, loss_weight=1.0, reduction="mean", avg_factor=None, class_reduction="mean")
         temperature, weight, reduction, avg_factor, class_reduction = options
 
         def loss(s, t):
-            kl = logits.softmax_kl(s, t, temperature=temperature, class_reduction=class_reduction)
+            kl = divergence.softmax_kl(s, t, temperature=temperature, class_reduction=class_reduction)
             return weight * reduced(kl, arrays, reduction, avg_factor)
 
     elif what.startswith(("CrossKD KD-QFL", "BCKD classification")):
         beta, weight, avg_factor = take(params, beta=1.0, loss_weight=1.0, avg_factor=None)
 
         def loss(s, t):
-            bce = logits.modulated_bce(s, t, beta=beta)
+            bce = classification.modulated_bce(s, t, beta=beta)
             return weight * reduced(jnp.sum(bce, -1) if what.startswith("BCKD") else bce, arrays, "mean", avg_factor)
 
     elif what.startswith("CrossKD PKD"):
         (weight,) = take(params, loss_weight=1.0)
-        loss = lambda s, t: weight * jnp.mean(feature.pearson(s, t, ddof=1))  # noqa: E731
+        loss = lambda s, t: weight * jnp.mean(distance.pearson(s, t, ddof=1))  # noqa: E731
     else:
         raise UnknownCase(f"no check for {what!r}")
     yield from value_and_gradient(arrays, loss)
@@ -315,13 +304,13 @@ def fgd(what: str, params: Params, arrays: Arrays) -> Checks:
 
     def terms(student, w):
         student = nn.conv2d(student, **w["align"]) if align else student
-        attended = attention.attended(student, teacher, temperature=temperature)
+        attended = attention.attention_weighted(student, teacher, temperature=temperature)
         blocks = relation.context_block(student, w["s"]), relation.context_block(teacher, w["t"])
         return student, {
             "fg_loss": jnp.sum(foreground * attended) / count,
             "bg_loss": jnp.sum(background * attended) / count,
             "mask_loss": jnp.sum(attention.attention_difference(student, teacher, temperature=temperature)) / count,
-            "rela_loss": jnp.sum(feature.squared(*blocks)) / count,
+            "rela_loss": jnp.sum(distance.squared(*blocks)) / count,
         }
 
     def total(student, w):
@@ -354,12 +343,12 @@ def mgd(what: str, params: Params, arrays: Arrays) -> Checks:
         return {key: convolution(arrays, name) for key, name in found.items()}
 
     student, teacher = jnp.asarray(nhwc(arrays["student"])), jnp.asarray(nhwc(arrays["teacher"]))
-    mask = generation.keep_mask(nhwc(arrays["uniform"]), drop)
+    mask = reconstruction.keep_mask(nhwc(arrays["uniform"]), drop)
 
     def total(student, w):
         student = nn.conv2d(student, **w["align"]) if align else student
-        generated = generation.generate(mask * student, w)
-        return alpha * jnp.sum(feature.squared(generated, teacher)) / len(student)
+        generated = reconstruction.reconstruct(mask * student, w)
+        return alpha * jnp.sum(distance.squared(generated, teacher)) / len(student)
 
     value, (gradient, of_weights) = jax.jit(jax.value_and_grad(total, (0, 1)))(student, weights("w"))
     yield Check("mask", mismatches(nchw(mask), arrays["mask"]), 0)

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from kdjax import methods, nn
-from kdjax.boxes import coding, iou
+from kdjax.boxes import assign, coding, iou
 from kdjax.distill import Context
-from kdjax.losses import box, cross, feature, localization, logits
+from kdjax.losses import box, classification, distance, divergence, normalization
 from kdjax.structs import Assignment, DetectorOutput, Rows, Targets
 from tests.golden_checks.api import Check, Checks, UnknownCase, load, relative_error
 from tests.golden_checks.kd import convolution, nhwc
@@ -75,7 +75,8 @@ def decode_deltas(anchors, deltas, coder: dict):
 def atss_positives(anchors: list[np.ndarray], boxes, valid, topk: int) -> np.ndarray:
     """bool[B, N]: candidates above the threshold of their box whose centre lies inside it."""
     flat = np.concatenate(anchors)
-    index, overlap, threshold = localization.candidates(flat, boxes, [len(a) for a in anchors], topk=topk)
+    sizes = [len(a) for a in anchors]
+    index, _, overlap, threshold = assign.atss_candidates(flat, boxes, level_sizes=sizes, topk=topk)
     centre = ((flat[:, :2] + flat[:, 2:]) / 2)[np.asarray(index)]
     inside = np.minimum(centre - boxes[:, :, None, :2], boxes[:, :, None, 2:] - centre).min(-1) > 0.01
     chosen = (np.asarray(overlap) >= np.asarray(threshold)[..., None]) & inside & valid[..., None]
@@ -87,7 +88,7 @@ def atss_positives(anchors: list[np.ndarray], boxes, valid, topk: int) -> np.nda
 
 def ignored_by_overlap(anchors: list[np.ndarray], boxes, valid, assigner: dict) -> np.ndarray:
     """bool[B, N]: anchors between the two thresholds of a `MaxIoUAssigner` that are no box's best one."""
-    overlap = np.where(valid[..., None], np.asarray(iou.pairwise(boxes, np.concatenate(anchors))), -1)
+    overlap = np.where(valid[..., None], np.asarray(iou.pairwise_iou(boxes, np.concatenate(anchors))), -1)
     best = np.any(valid[..., None] & (overlap == overlap.max(-1, keepdims=True)), 1)
     largest = overlap.max(1)
     return (largest >= assigner["neg_iou_thr"]) & (largest < assigner["pos_iou_thr"]) & ~best
@@ -95,7 +96,7 @@ def ignored_by_overlap(anchors: list[np.ndarray], boxes, valid, assigner: dict) 
 
 def group_norm(x, scale, bias, groups: int):
     grouped = x.reshape(*x.shape[:-1], groups, -1)
-    grouped = feature.standardize(grouped, axes=(1, 2, 4), eps=0.0, variance_eps=1e-5)
+    grouped = normalization.standardize(grouped, axes=(1, 2, 4), eps=0.0, variance_eps=1e-5)
     return grouped.reshape(x.shape) * scale + bias
 
 
@@ -148,7 +149,7 @@ def reused(kind: str, head: dict, start: int, student, teacher, student_map, tea
                 jax.nn.relu(tower(weights, head, branch, x)[start - 1])
                 for weights, x in zip((student, teacher), maps, strict=True)
             ]
-        found |= rest_of_head(kind, head, teacher, branch, start, cross.align(*maps), level)
+        found |= rest_of_head(kind, head, teacher, branch, start, normalization.match_statistics(*maps), level)
     return found
 
 
@@ -171,7 +172,7 @@ def crosskd(path: Path) -> Checks:
         necks = list(zip(student, teacher, strict=True))
         start = kd["reused_teacher_head_idx"]
         predictions = [reused(kind, head, start, *weights, *maps, level) for level, maps in enumerate(necks)]
-        return predictions, [jnp.mean(feature.pearson(*maps, ddof=1)) for maps in necks]
+        return predictions, [jnp.mean(distance.pearson(*maps, ddof=1)) for maps in necks]
 
     predictions, pkd = of_necks(args["student neck"], args["teacher neck"])
     for level, found in enumerate(predictions):
@@ -298,7 +299,7 @@ def crosskd_heads(kind: str, head: dict, kd: dict, meta: dict, arrays, args, sto
     sizes = [x.shape[1:3] for x in args["teacher cls"]]
     cls = rows(args["reused cls"], classes), rows(args["teacher cls"], classes)
     beta = kd["loss_cls_kd"]["beta"]
-    classification = kd["loss_cls_kd"]["loss_weight"] * jax.jit(lambda s, t: logits.modulated_bce(s, t, beta=beta))(
+    by_class = kd["loss_cls_kd"]["loss_weight"] * jax.jit(lambda s, t: classification.modulated_bce(s, t, beta=beta))(
         *cls
     )
     confidence = np.asarray(jax.nn.sigmoid(cls[1]).max(-1))
@@ -309,7 +310,7 @@ def crosskd_heads(kind: str, head: dict, kd: dict, meta: dict, arrays, args, sto
         reg = [coding.distance_to_boxes(points, rows(args[f"{who} reg"], 4)) for who in ("reused", "teacher")]
         count = fcos_centreness(points, [h * w for h, w in sizes], *padded_ground_truth(arrays, images)).sum()
         box_term = weight * np.sum(confidence * box_losses[kd["loss_reg_kd"]["type"]](*reg))
-        yield Check("class term", relative_error(np.sum(classification) / count, stored["loss_cls_kd"]), LOSS)
+        yield Check("class term", relative_error(np.sum(by_class) / count, stored["loss_cls_kd"]), LOSS)
         yield Check("box term", relative_error(box_term / count, stored["loss_reg_kd"]), LOSS)
         return
     boxes, valid = padded_ground_truth(arrays, images)
@@ -318,8 +319,8 @@ def crosskd_heads(kind: str, head: dict, kd: dict, meta: dict, arrays, args, sto
     assigner = meta["student_cfg"]["train_cfg"]["assigner"]
     if kind == "RetinaNet":
         scored = ~ignored_by_overlap(anchors, boxes, valid, assigner)
-        classification, confidence = classification * scored[..., None], confidence * scored
-    class_term = by_level(classification, counts)
+        by_class, confidence = by_class * scored[..., None], confidence * scored
+    class_term = by_level(by_class, counts)
     if kind == "RetinaNet":  # exact ties of overlaps make the number of positives depend on rounding: it must be whole
         count = class_term.sum() / stored["loss_cls_kd"].sum()
         yield Check("number of positives is whole", abs(count - round(count)) / count, LOSS)
@@ -332,7 +333,7 @@ def crosskd_heads(kind: str, head: dict, kd: dict, meta: dict, arrays, args, sto
         bins = head["reg_max"] + 1
         reg = [rows(args[f"{who} reg"], 4 * bins).reshape(images, -1, 4, bins) for who in ("reused", "teacher")]
         options = {"temperature": kd["loss_reg_kd"]["T"], "class_reduction": kd["loss_reg_kd"]["class_reduction"]}
-        distance = jax.jit(lambda s, t: jnp.mean(logits.softmax_kl(s, t, **options), -1))(*reg)
+        distance = jax.jit(lambda s, t: jnp.mean(divergence.softmax_kl(s, t, **options), -1))(*reg)
         count_boxes = confidence.sum()
     else:
         decode = jax.jit(lambda deltas: decode_deltas(np.concatenate(anchors), deltas, head["bbox_coder"]))
@@ -384,7 +385,7 @@ def ld(path: Path) -> Checks:
     anchors = anchors_of(head["anchor_generator"], [x.shape[1:3] for x in cls])
     positive = atss_positives(anchors, boxes, valid, meta["student_cfg"]["train_cfg"]["assigner"]["topk"])
     confidence = jax.nn.sigmoid(rows(cls, head["num_classes"])).max(-1)
-    kl = jnp.mean(logits.softmax_kl(*edges, temperature=config["T"], class_reduction="mean"), -1)
+    kl = jnp.mean(divergence.softmax_kl(*edges, temperature=config["T"], class_reduction="mean"), -1)
     # The original sums over the batch instead of dividing by the weights: normalizer="sum".
     found = config["loss_weight"] * by_level(positive * confidence * kl, [len(a) for a in anchors])
     yield Check("localisation term", relative_error(found, arrays["train/loss/loss_ld"]), LOSS)

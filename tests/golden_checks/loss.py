@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from kdjax.losses import box, classification
+from kdjax.losses import box, classification, distance
 from tests.golden_checks.api import NOT_PART, Check, Checks, UnknownCase, each_case, relative_error
 
 VALUE, GRADIENT = 1e-5, 1e-4
@@ -39,9 +39,9 @@ def loss_of(cls: str, init: Mapping[str, Any]) -> tuple[Callable, dict[str, Any]
     if cls == "IoULoss":
         return box.iou, options(init, mode="form", eps="eps")
     if cls == "SmoothL1Loss":
-        return box.smooth_l1, options(init, beta="beta")
+        return distance.smooth_l1, options(init, beta="beta")
     if cls == "L1Loss":
-        return box.l1, options(init)
+        return distance.l1, options(init)
     raise UnknownCase(f"no check for {cls}")
 
 

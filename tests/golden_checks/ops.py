@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from kdjax.boxes import assign, coding, convert, iou, nms, priors, roi_align
+from kdjax.boxes import assign, coding, convert, iou, nms, priors, roi
 from kdjax.structs import Assignment, Targets
 from tests.golden_checks.api import (
     NOT_PART,
@@ -30,9 +30,9 @@ dynamic_soft_label = jax.jit(assign.dynamic_soft_label, static_argnames="topk")
 sim_ota = jax.jit(assign.sim_ota, static_argnames="topk")
 max_iou = jax.jit(assign.max_iou, static_argnames=("num_classes", "match_low_quality", "ignore_iof"))
 atss = jax.jit(assign.atss, static_argnames=("num_classes", "level_sizes", "topk"))
-align = jax.jit(roi_align.roi_align, static_argnames=("strides", "size", "sampling_ratio"))
-suppress = jax.jit(nms.suppress, static_argnames="max_detections")
-select = jax.jit(nms.select, static_argnames=("level_sizes", "pre_nms", "max_detections"))
+align = jax.jit(roi.roi_align, static_argnames=("strides", "size", "sampling_ratio"))
+suppress = jax.jit(nms.greedy_nms, static_argnames="max_detections")
+select = jax.jit(nms.select_detections, static_argnames=("level_sizes", "pre_nms", "max_detections"))
 
 
 def only_known(params: Mapping[str, Any], *known: str) -> None:
@@ -105,7 +105,7 @@ def coders(what: str, params: Mapping[str, Any], arrays: Arrays) -> Checks:
         yield Check("distance-point encode", relative_error(got, arrays["distances"]), VALUE)
     elif what.startswith("pairwise"):
         only_known(params, "mode", "eps")
-        got = iou.pairwise(arrays["a"], arrays["b"], **params)
+        got = iou.pairwise_iou(arrays["a"], arrays["b"], **params)
         yield Check(f"pairwise {params['mode']}", relative_error(got, arrays["out"]), VALUE)
     else:
         raise UnknownCase(f"no check for {what!r}")
@@ -206,7 +206,7 @@ def suppression(what: str, params: Mapping[str, Any], arrays: Arrays) -> Checks:
         )
         keep = set(np.asarray(index[0])[np.asarray(valid[0])].tolist())
         # Equal scores leave the order open, and an overlap at the threshold leaves open what goes.
-        overlaps = np.asarray(iou.pairwise(boxes, boxes))
+        overlaps = np.asarray(iou.pairwise_iou(boxes, boxes))
         open_cases = np.any(np.abs(overlaps - params["iou_threshold"]) < NEAR_THRESHOLD, axis=1)
         wrong = [i for i in keep ^ set(arrays["keep"].tolist()) if not open_cases[i]]
         yield Check(f"{what} indices", len(wrong), 0)
@@ -218,7 +218,7 @@ def region_features(path: Path) -> Checks:
     """What the RoI extractor of a two-stage model took out of its neck, and from where: a sample a map cell."""
     arrays, _ = load(path)
     image, boxes = arrays["eval/rois"][:, 0].astype(int), arrays["eval/rois"][:, 1:]
-    level = roi_align.levels_by_size(boxes, 4)
+    level = roi.roi_levels(boxes, 4)
     yield Check("levels of regions", mismatches(level, arrays["eval/roi_levels"]), 0)
     want = np.moveaxis(arrays["eval/roi_feats_first8"], 1, -1)
     first = slice(len(want))

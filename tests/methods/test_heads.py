@@ -11,7 +11,8 @@ import pytest
 from kdjax import detectors, methods
 from kdjax.distill import Method
 from kdjax.errors import UserError
-from kdjax.losses import localization
+from kdjax.boxes import assign
+from kdjax.losses import regions
 from tests.support import methods as made
 from tests.support.arrays import quick_jit
 from tests.support.methods import Scene, apply, init
@@ -301,8 +302,8 @@ def expected_ld(
     anchors = np.stack([x - half, y - half, x + half, y + half], -1)
     slices, truth = level_slices(context), context.targets
     sizes = [level.stop - level.start for level in slices]
-    _, _, threshold = localization.candidates(anchors, truth.boxes, sizes, topk=candidates)
-    region = np.float64(localization.valuable_region(anchors, truth.boxes, truth.valid, threshold, gamma=gamma))
+    *_, threshold = assign.atss_candidates(anchors, truth.boxes, level_sizes=sizes, topk=candidates)
+    region = np.float64(regions.valuable_region(anchors, truth.boxes, truth.valid, threshold, gamma=gamma))
     total = max(weight.sum(), 1) if normalizer == "weights" else 1.0
     class_kl = kl(s, t, class_temperature).mean(-1) * positive
     return {

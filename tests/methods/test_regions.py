@@ -10,10 +10,10 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kdjax import methods
-from kdjax.boxes import roi_align
+from kdjax.boxes import roi
 from kdjax.distill import Method, Reads
 from kdjax.errors import UserError
-from kdjax.losses import instances, relation
+from kdjax.losses import disagreement, relation
 from kdjax.structs import Assignment
 from tests.support.arrays import quick_jit
 from tests.support.methods import CLASSES, STRIDES, Scene, apply, batch_of, distiller, init, output
@@ -251,10 +251,10 @@ def slow_gid(params, ctx) -> dict:
     def look(student, teacher):
         scores = [jnp.concatenate([m.reshape(2, -1, CLASSES) for m in out.cls_logits], 1) for out in (student, teacher)]
         predicted = ctx.decode_student(student), ctx.decode_teacher(teacher)
-        boxes, _, valid = instances.general_instances(*scores, *predicted)
-        level = roi_align.levels_by_size(boxes, 3, finest=14 * 8)
+        boxes, _, valid = disagreement.general_instances(*scores, *predicted)
+        level = roi.roi_levels(boxes, 3, finest=14 * 8)
         maps = adapted, teacher.neck
-        of = [roi_align.roi_align(m, boxes, level, strides=STRIDES, size=10) for m in maps]
+        of = [roi.roi_align(m, boxes, level, strides=STRIDES, size=10) for m in maps]
         return scores, predicted, boxes, valid, of
 
     scores, predicted, boxes, valid, of = jax.tree.map(np.asarray, look(ctx.student, ctx.teacher))

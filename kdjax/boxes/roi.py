@@ -1,21 +1,23 @@
-"""RoIAlign: features of one size from boxes of any size, each on the level of the pyramid that suits it."""
+"""RoIAlign: features of one size from boxes of any size, each on the pyramid level that matches its size."""
 
+import functools
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kdjax import shapes
 from kdjax.structs import Array
 
 
-def levels_by_size(boxes: Array, count: int, *, finest: float = 56.0) -> Array:
-    """The level of every box: floor(log2(sqrt(w h) / finest)), within 0 .. count - 1.
+def roi_levels(boxes: Array, count: int, *, finest: float = 56.0) -> Array:
+    """The pyramid level of each box: floor(log2(sqrt(w h) / finest)), within 0 .. count - 1.
 
     Args:
       boxes: f32[..., 4], `x1 y1 x2 y2` in pixels; one without area is on level 0.
       count: number of levels.
-      finest: smallest side in pixels that level 0 is meant for; the next level begins at its double. With 14 times the
+      finest: smallest side in pixels of boxes on level 0; the next level starts at twice as much. With 14 times the
         finest stride (56 for a stride of 4) a box is 14 to 28 cells wide on its level.
 
     Returns:
@@ -30,9 +32,10 @@ def levels_by_size(boxes: Array, count: int, *, finest: float = 56.0) -> Array:
 
     Example:
       >>> import numpy as np
-      >>> levels_by_size(np.array([[0.0, 0, 100, 100], [0, 0, 120, 120], [0, 0, 999, 999]]), 3).tolist()
+      >>> roi_levels(np.array([[0.0, 0, 100, 100], [0, 0, 120, 120], [0, 0, 999, 999]]), 3).tolist()
       [0, 1, 2]
     """
+    shapes.check("roi_levels", boxes=(boxes, "... 4"))
     sides = jnp.maximum(boxes[..., 2:] - boxes[..., :2], 0)
     octave = jnp.floor(jnp.log2(jnp.sqrt(sides[..., 0] * sides[..., 1]) / finest + 1e-6))
     return jnp.clip(octave, 0, count - 1).astype(jnp.int32)
@@ -41,7 +44,7 @@ def levels_by_size(boxes: Array, count: int, *, finest: float = 56.0) -> Array:
 def _samples(low: Array, high: Array, cells: Array, *, size: int, ratio: int, most: int) -> tuple[Array, Array]:
     """Map cells (i32[..., size, 2 S]) and weights along one side, for S points in each of `size` cells.
 
-    A point has two cells, those around it; beyond the map by more than one cell it counts as a zero.
+    A point has the two cells around it. A point more than one cell outside the map has the value 0.
     """
     width = (high - low) / size
     many = jnp.full_like(width, ratio) if ratio else jnp.clip(jnp.ceil(width), 0, most)
@@ -72,16 +75,16 @@ def roi_align(
     """Divides every box into size x size cells and averages bilinear samples of a map in each.
 
     Args:
-      maps: L of f32[B, H, W, C], fine to coarse, one C.
+      maps: L of f32[B, H, W, C], fine to coarse, with the same C.
       boxes: f32[B, R, 4], `x1 y1 x2 y2` in pixels of the network input.
-      level: i32[B, R], which map each box looks at, 0 .. L - 1.
+      level: i32[B, R], the map of each box, 0 .. L - 1.
       strides: of the maps, in pixels.
       size: cells along each side of the result.
-      sampling_ratio: samples along each side of such a cell, evenly spaced. 0: as many as it is map cells long, rounded
-        up, and at most `max_samples`, because shapes are static.
-      max_samples: see `sampling_ratio`.
-      aligned: pixel centres are at half coordinates, as they are on the maps. Without it boxes lie half a cell too far
-        to the lower right and are at least one map cell wide.
+      sampling_ratio: number of evenly spaced samples along each side of a cell. 0: its length in map cells, rounded up,
+        but at most `max_samples`, because shapes are static.
+      max_samples: largest number of samples for `sampling_ratio=0`.
+      aligned: whether pixel centres are at half coordinates, as on the maps. Without it (torchvision's default) boxes
+        are shifted by half a cell to the lower right and are at least one map cell wide.
 
     Returns:
       f32[B, R, size, size, C]. Samples more than one cell outside a map are zero. The gradient reaches maps and boxes.
@@ -99,6 +102,7 @@ def roi_align(
       >>> roi_align([ramp], box, level, strides=[8], size=2)[0, 0, 0, :, 0].tolist()
       [1.5, 3.5]
     """
+    shapes.check("roi_align", boxes=(boxes, "B R 4"), level=(level, "B R"))
     heights, widths = np.array([m.shape[1] for m in maps]), np.array([m.shape[2] for m in maps])
     starts = np.cumsum([0, *(heights * widths)[:-1]])
     flat = jnp.concatenate([m.reshape(m.shape[0], -1, m.shape[3]) for m in maps], 1)
@@ -109,11 +113,11 @@ def roi_align(
     low, high = corners[..., :2], corners[..., 2:]
     if not aligned:
         high = jnp.maximum(high, low + 1)
-    sampling = {"size": size, "ratio": sampling_ratio, "most": max_samples}
-    rows, row_weights = _samples(low[..., 1], high[..., 1], height, **sampling)
-    columns, column_weights = _samples(low[..., 0], high[..., 0], width, **sampling)
+    samples = functools.partial(_samples, size=size, ratio=sampling_ratio, most=max_samples)
+    rows, row_weights = samples(low[..., 1], high[..., 1], height)
+    columns, column_weights = samples(low[..., 0], high[..., 0], width)
 
-    # [B, R, size, 2 S, size, 2 S]: every row with every column.
+    # [B, R, size, 2 S, size, 2 S]: each row with each column.
     start, width = (x[..., None, None, None, None] for x in (start, width))
     index = start + rows[..., None, None] * width + columns[..., None, None, :, :]
     weights = row_weights[..., None, None] * column_weights[..., None, None, :, :]
