@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kdjax.errors import UserError
 from kdjax.boxes import assign, coding, convert, iou, priors
 
 FAST = settings(deadline=None, max_examples=30, derandomize=True, database=None)
@@ -94,7 +95,7 @@ def test_gradient_of_overlaps_is_finite_for_equal_empty_touching_and_inverted_bo
 
 
 def test_unknown_overlap_is_named():
-    with pytest.raises(ValueError, match="iou, iof, giou, diou, ciou, not 'siou'"):
+    with pytest.raises(UserError, match="iou, iof, giou, diou, ciou, not 'siou'"):
         iou.box_iou(np.zeros(4), np.zeros(4), mode="siou")
 
 

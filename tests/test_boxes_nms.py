@@ -9,18 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kdjax.errors import UserError
 from kdjax.boxes import nms
 
 FAST = settings(deadline=None, max_examples=25, derandomize=True, database=None)
 SEEDS = st.integers(0, 2**32 - 1)
 BATCH, CLASSES, LEVELS = 2, 3, (24, 6, 2)
 OPTIONS = dict(score_threshold=0.3, iou_threshold=0.5, pre_nms=20, max_detections=12)
+greedy = jax.jit(functools.partial(nms.greedy_nms, iou_threshold=0.5, max_detections=12))
 IMAGE_SIZE = np.array([[64, 64], [40, 50]], np.int32)
 
-selects = {
-    agnostic: jax.jit(functools.partial(nms.select_detections, level_sizes=LEVELS, class_agnostic=agnostic, **OPTIONS))
-    for agnostic in (False, True)
-}
+select = jax.jit(functools.partial(nms.select_detections, level_sizes=LEVELS, **OPTIONS))
 
 
 def some_predictions(seed: int):
@@ -38,7 +37,7 @@ def overlap(a, b) -> float:
     return both / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - both)
 
 
-def slow_select(boxes, scores, size, agnostic: bool):
+def slow_select(boxes, scores, size):
     height, width = size
     boxes = np.clip(boxes, 0, np.array([width, height, width, height], np.float32))
     candidates, start = [], 0
@@ -52,7 +51,7 @@ def slow_select(boxes, scores, size, agnostic: bool):
         box = boxes[n]
         if -score <= OPTIONS["score_threshold"] or box[2] <= box[0] or box[3] <= box[1]:
             continue
-        rivals = [boxes[other] for _, other, label in kept if agnostic or label == c]
+        rivals = [boxes[other] for _, other, label in kept if label == c]
         if all(overlap(rival, box) <= OPTIONS["iou_threshold"] for rival in rivals):
             kept.append((score, n, c))
     kept = kept[: OPTIONS["max_detections"]]
@@ -60,12 +59,12 @@ def slow_select(boxes, scores, size, agnostic: bool):
 
 
 @FAST
-@given(SEEDS, st.booleans())
-def test_select_equals_slow_loop(seed, agnostic):
+@given(SEEDS)
+def test_select_detections_equals_a_slow_loop(seed):
     boxes, scores = some_predictions(seed)
-    got = jax.tree.map(np.asarray, selects[agnostic](boxes, scores, image_size=IMAGE_SIZE))
+    got = jax.tree.map(np.asarray, select(boxes, scores, image_size=IMAGE_SIZE))
     for row in range(BATCH):
-        want_boxes, want_scores, want_labels = slow_select(boxes[row], scores[row], IMAGE_SIZE[row], agnostic)
+        want_boxes, want_scores, want_labels = slow_select(boxes[row], scores[row], IMAGE_SIZE[row])
         valid = got.valid[row]
         assert valid.sum() == len(want_scores) and np.all(valid[: len(want_scores)])
         np.testing.assert_array_equal(got.boxes[row][valid], want_boxes.reshape(-1, 4))
@@ -73,22 +72,35 @@ def test_select_equals_slow_loop(seed, agnostic):
         np.testing.assert_array_equal(got.labels[row][valid], want_labels)
 
 
+@FAST
+@given(SEEDS)
+def test_greedy_nms_without_labels_compares_all_boxes(seed):
+    boxes, scores = some_predictions(seed)
+    index, valid = greedy(boxes, scores[..., 0])
+    for row in range(BATCH):
+        kept = []
+        for n in np.argsort(-scores[row, :, 0], kind="stable"):
+            if all(overlap(boxes[row, other], boxes[row, n]) <= 0.5 for other in kept):
+                kept.append(n)
+        assert np.asarray(index[row])[np.asarray(valid[row])].tolist() == kept[:12]
+
+
 def test_empty_places_hold_zeros():
     boxes, scores = some_predictions(0)
-    got = jax.tree.map(np.asarray, selects[False](boxes, np.where(scores > 0.97, scores, 0), image_size=IMAGE_SIZE))
+    got = jax.tree.map(np.asarray, select(boxes, np.where(scores > 0.97, scores, 0), image_size=IMAGE_SIZE))
     assert 0 < got.valid.sum() < got.valid.size
     for values in (got.boxes, got.scores, got.labels):
         assert not values[~got.valid].any()
     at_threshold = np.full_like(scores, OPTIONS["score_threshold"])
-    none = selects[False](boxes, at_threshold, image_size=IMAGE_SIZE)
+    none = select(boxes, at_threshold, image_size=IMAGE_SIZE)
     assert not np.any(none.valid) and not np.any(none.boxes) and not np.any(none.scores)
 
 
 def test_image_does_not_depend_on_its_neighbours():
     boxes, scores = some_predictions(1)
-    both = selects[False](boxes, scores, image_size=IMAGE_SIZE)
+    both = select(boxes, scores, image_size=IMAGE_SIZE)
     scores[1] = 0
-    one = selects[False](boxes, scores, image_size=IMAGE_SIZE)
+    one = select(boxes, scores, image_size=IMAGE_SIZE)
     for a, b in zip(both, one, strict=True):
         np.testing.assert_array_equal(a[0], b[0])
     assert not np.any(one.valid[1])
@@ -97,7 +109,7 @@ def test_image_does_not_depend_on_its_neighbours():
 def test_without_image_size_nothing_is_clipped():
     boxes, scores = some_predictions(2)
     boxes = boxes - 20
-    got = selects[False](boxes, scores, image_size=None)
+    got = select(boxes, scores, image_size=None)
     assert np.any(np.asarray(got.boxes)[np.asarray(got.valid)] < 0)
 
 
@@ -118,9 +130,9 @@ def test_fewer_pairs_than_places():
 
 def test_bfloat16_and_wrong_levels():
     boxes, scores = some_predictions(4)
-    got = selects[False](jnp.asarray(boxes, jnp.bfloat16), jnp.asarray(scores, jnp.bfloat16), image_size=IMAGE_SIZE)
+    got = select(jnp.asarray(boxes, jnp.bfloat16), jnp.asarray(scores, jnp.bfloat16), image_size=IMAGE_SIZE)
     assert got.boxes.dtype == got.scores.dtype == jnp.float32 and np.all(np.isfinite(got.boxes))
-    with pytest.raises(ValueError, match="add up to 30, but there are 32 priors"):
+    with pytest.raises(UserError, match="level_sizes must add up to the 32 priors, not 30"):
         nms.select_detections(boxes, scores, level_sizes=(24, 6), image_size=None, **OPTIONS)
 
 

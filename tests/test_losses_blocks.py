@@ -7,6 +7,7 @@ import pytest
 from jax.test_util import check_grads
 
 from kdjax import nn
+from kdjax.errors import UserError
 from kdjax.losses import attention, distance, normalization, reconstruction, relation
 from tests.support.arrays import maps, quick_jit
 
@@ -112,7 +113,7 @@ def test_keep_mask_rate_and_limits():
         assert abs(rate - (1 - drop)) < 4 * np.sqrt(drop * (1 - drop) / 100000)
     np.testing.assert_array_equal(reconstruction.keep_mask(jnp.array([0.0, 1 - 2**-24]), 0.0), 1)
     np.testing.assert_array_equal(reconstruction.keep_mask(jnp.array([0.0, 0.5]), 1.0), 0)
-    with pytest.raises(ValueError, match="keep_mask"):
+    with pytest.raises(UserError, match="keep_mask"):
         reconstruction.keep_mask(uniform, 1.5)
 
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
 
+from kdjax.errors import UserError
 from kdjax.losses import box, classification, distance
 
 FAST = settings(deadline=None, max_examples=30, derandomize=True, database=None)
@@ -153,5 +154,5 @@ def test_finite_on_bad_boxes_large_logits_and_bfloat16():
 
 
 def test_unknown_form_is_named():
-    with pytest.raises(ValueError, match="linear, square and log, not 'cubic'"):
+    with pytest.raises(UserError, match="form must be one of linear, square, log, not 'cubic'"):
         box.iou(np.zeros((1, 4)), np.zeros((1, 4)), form="cubic")

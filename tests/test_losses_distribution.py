@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
+from kdjax.errors import UserError
 from kdjax.losses import attention, divergence
 from tests.support.arrays import assert_finite, maps, on_shards
 
@@ -129,7 +130,7 @@ def test_uniform_position_weight_changes_nothing():
 
 
 def test_refused():
-    with pytest.raises(ValueError, match="temperature"):
+    with pytest.raises(UserError, match="temperature"):
         divergence.channel_kl(*maps(11), temperature=0.0)
-    with pytest.raises(ValueError, match="adapter"):
+    with pytest.raises(UserError, match="adapter"):
         divergence.channel_kl(jnp.zeros((1, 4, 4, 2)), jnp.zeros((1, 4, 4, 1)))

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
 
+from kdjax.errors import UserError
 from kdjax.losses import distance, normalization
 from tests.support.arrays import assert_finite, maps, on_pmap, on_shards
 
@@ -90,7 +91,7 @@ def test_bfloat16_is_computed_in_float32():
 
 @pytest.mark.parametrize("loss", [distance.squared, distance.l1, distance.multiscale, distance.pearson])
 def test_shapes_that_differ_are_refused(loss):
-    with pytest.raises(ValueError, match="adapter"):
+    with pytest.raises(UserError, match="adapter"):
         loss(jnp.zeros((1, 2, 2, 3)), jnp.zeros((1, 2, 2, 1)))
 
 
@@ -162,7 +163,7 @@ def test_hcl_by_hand():
 
 @pytest.mark.parametrize("options", [{"scales": ()}, {"scales": (0, 1)}, {"scales": (1.5,)}, {"mode": "max"}])
 def test_multiscale_refuses_impossible_options(options):
-    with pytest.raises(ValueError, match="multiscale"):
+    with pytest.raises(UserError, match="multiscale"):
         distance.multiscale(*maps(11), **options)
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
+from kdjax.errors import UserError
 from kdjax.losses import distance, frequency
 from tests.support.arrays import assert_finite, maps, on_shards
 
@@ -188,9 +189,9 @@ def test_vmap_and_sharded_batch_are_the_batch():
 
 
 def test_refused():
-    with pytest.raises(ValueError, match="zeta"):
+    with pytest.raises(UserError, match="zeta"):
         draw(jax.random.key(0), (1, 2, 2), 1.5)
-    with pytest.raises(ValueError, match="mask"):
+    with pytest.raises(UserError, match="mask"):
         frequency.apply_frequency_mask(jnp.zeros((1, 4, 4, 2)), jnp.ones((1, 4, 3, 1)))
-    with pytest.raises(ValueError, match="adapter"):
+    with pytest.raises(UserError, match="adapter"):
         frequency.frequency_masked(jnp.zeros((1, 4, 4, 2)), jnp.zeros((1, 4, 4, 1)), jnp.ones((1, 4, 4, 1)))

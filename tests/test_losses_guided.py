@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
+from kdjax.errors import UserError
 from kdjax.losses import classification, disagreement, distance, divergence, normalization
 from tests.support.arrays import maps, quick_jit
 
@@ -142,5 +143,5 @@ def test_unit_mean():
 
 
 def test_refused():
-    with pytest.raises(ValueError, match="space"):
-        disagreement.class_disagreement(np.zeros(2), np.zeros(2), space="softmax")
+    with pytest.raises(UserError, match="space"):
+        disagreement.class_disagreement(np.zeros((1, 1, 1, 2)), np.zeros((1, 1, 1, 2)), space="softmax")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
+from kdjax.errors import UserError
 from kdjax.losses import classification, disagreement, divergence
 from tests.support.arrays import assert_finite, maps, quick_jit
 
@@ -160,9 +161,9 @@ def test_duplicating_the_batch_leaves_means_unchanged():
 
 @pytest.mark.parametrize("loss", [divergence.softmax_kl, divergence.sigmoid_kl])
 def test_refused(loss):
-    with pytest.raises(ValueError, match="temperature"):
+    with pytest.raises(UserError, match="temperature"):
         loss(np.zeros((1, 2)), np.zeros((1, 2)), temperature=0.0)
-    with pytest.raises(ValueError, match="sum"):
+    with pytest.raises(UserError, match="sum"):
         divergence.softmax_kl(np.zeros((1, 2)), np.zeros((1, 2)), class_reduction="max")
-    with pytest.raises(ValueError, match="temperature"):
+    with pytest.raises(UserError, match="temperature"):
         divergence.decoupled_kl(np.zeros((1, 2)), np.zeros((1, 2)), np.zeros(1, int), temperature=-1.0)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
+from kdjax.errors import UserError
 from kdjax.losses import normalization, similarity
 from tests.support.arrays import assert_finite, maps, quick_jit
 
@@ -142,7 +143,7 @@ def test_gaussian_matrix_reflects_at_the_border():
 def test_refused():
     x = np.zeros((1, 8, 8, 1))
     for options in ({"window": 4}, {"window": 9}, {"window": 3, "padding": "zero"}):
-        with pytest.raises(ValueError, match="ssim"):
+        with pytest.raises(UserError, match="ssim"):
             similarity.ssim(x, x, **options)
-    with pytest.raises(ValueError, match="scope"):
+    with pytest.raises(UserError, match="scope"):
         normalization.min_max(x, scope="level")

@@ -6,8 +6,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kdjax.errors import UserError
 from kdjax.boxes import assign
-from kdjax.losses import attention, classification, disagreement, distance, divergence, normalization, reconstruction, regions, relation, similarity
+from kdjax.losses import (
+    attention,
+    classification,
+    disagreement,
+    distance,
+    divergence,
+    normalization,
+    reconstruction,
+    regions,
+    relation,
+    similarity,
+)
 from tests.support.arrays import maps, on_pmap, on_shards, quick_jit
 
 CONTEXT = [relation.init_context(jax.random.key(i), 4) for i in range(2)]
@@ -216,5 +228,5 @@ def test_nonnegative():
 def test_shapes_that_differ_are_refused(loss, arrays):
     student, teacher = np.zeros((1, 2, 2, 3), np.float32), np.zeros((1, 2, 2, 1), np.float32)
     options = {"boxes": 1} if loss is divergence.rank_kl else {}
-    with pytest.raises(ValueError, match="shape"):
+    with pytest.raises(UserError, match="shape"):
         loss(student, teacher, *[student] * (arrays - 2), **options)

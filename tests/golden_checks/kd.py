@@ -9,7 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from kdjax import nn
-from kdjax.losses import attention, classification, distance, divergence, frequency, normalization, reconstruction, regions, relation, similarity
+from kdjax.losses import (
+    attention,
+    classification,
+    distance,
+    divergence,
+    frequency,
+    normalization,
+    reconstruction,
+    regions,
+    relation,
+    similarity,
+)
 from tests.golden_checks.api import NOT_PART, Check, Checks, UnknownCase, each_case, mismatches, relative_error
 
 VALUE, GRADIENT, SSIM_GRADIENT = 1e-5, 1e-4, 1e-3  # relative, from the reference's README

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from kdjax import detectors, methods
+from kdjax.boxes import assign
 from kdjax.distill import Method
 from kdjax.errors import UserError
-from kdjax.boxes import assign
 from kdjax.losses import regions
 from tests.support import methods as made
 from tests.support.arrays import quick_jit
