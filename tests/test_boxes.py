@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdjax.errors import UserError
 from kdjax.boxes import assign, coding, convert, iou, priors
+from kdjax.errors import UserError
 
 FAST = settings(deadline=None, max_examples=30, derandomize=True, database=None)
 SEEDS = st.integers(0, 2**32 - 1)

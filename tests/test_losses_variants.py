@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kdjax.errors import UserError
 from kdjax.boxes import assign
+from kdjax.errors import UserError
 from kdjax.losses import (
     attention,
     classification,
@@ -219,10 +219,12 @@ def test_nonnegative():
 @pytest.mark.parametrize(
     ("loss", "arrays"),
     [
-        (distance.frobenius, 2), (similarity.ssim, 2), (similarity.structural_dissimilarity, 2), (divergence.softmax_kl, 2),
-        (divergence.sigmoid_kl, 2), (classification.modulated_bce, 2), (disagreement.score_gap, 2), (attention.attention_weighted, 2),
+        (distance.frobenius, 2), (similarity.ssim, 2), (similarity.structural_dissimilarity, 2),
+        (divergence.softmax_kl, 2), (divergence.sigmoid_kl, 2), (classification.modulated_bce, 2),
+        (disagreement.score_gap, 2), (attention.attention_weighted, 2),
         (attention.attention_difference, 2), (disagreement.class_disagreement, 2), (distance.guided_squared, 3),
-        (normalization.match_statistics, 2), (divergence.decoupled_kl, 3), (divergence.decoupled_sigmoid_kl, 3), (divergence.rank_kl, 4),
+        (normalization.match_statistics, 2), (divergence.decoupled_kl, 3), (divergence.decoupled_sigmoid_kl, 3),
+        (divergence.rank_kl, 4),
     ],
 )  # fmt: skip
 def test_shapes_that_differ_are_refused(loss, arrays):

@@ -66,7 +66,7 @@ def affine(model: Model) -> tuple[np.ndarray, np.ndarray]:
 
 
 def candidates(model: Model, settings: dict[str, Any], images: Array, image_size: Array) -> tuple[Array, Array, Array]:
-    """The inputs of an NMS that is not `boxes.nms.select`.
+    """The inputs of an NMS that is not `kdjax.boxes.select_detections`.
 
     Args:
       model: from `kdjax.inference.load`.
