@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from method_cost import timed
 
 from kdjax import nn
-from kdjax.commands import study
 from kdjax.nn import conv_builtin
+from kdjax.report import study
 from kdjax.training import provenance, setup
 
 # Side of the map, channels, outputs, side of the kernel, stride, groups.

@@ -14,14 +14,19 @@ from pathlib import Path
 import jax
 
 from kdjax import detectors, weights
-from kdjax.commands import latency, study
+from kdjax.commands import latency
+
+
+def words(text: str) -> list[str]:
+    """ "a,b" -> ["a", "b"]."""
+    return [word for word in text.split(",") if word]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--detector", default="rtmdet_tiny", choices=detectors.names())
-    parser.add_argument("--sizes", type=study.words, default=["320", "640"], help="sides of the images in pixels")
-    parser.add_argument("--onnx", type=study.words, default=[], help="files that are timed as they are")
+    parser.add_argument("--sizes", type=words, default=["320", "640"], help="sides of the images in pixels")
+    parser.add_argument("--onnx", type=words, default=[], help="files that are timed as they are")
     parser.add_argument("--threads", type=int, help="all cores by default")
     parser.add_argument("--runs", type=int, default=100)
     parser.add_argument("--classes", type=int, default=80)

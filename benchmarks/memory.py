@@ -12,13 +12,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-from kdjax.commands import study
+from kdjax.report import study
 from kdjax.training import provenance
+
+
+def words(text: str) -> list[str]:
+    """ "a,b" -> ["a", "b"]."""
+    return [word for word in text.split(",") if word]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--boxes", type=study.words, default=["16", "100", "300", "1000"])
+    parser.add_argument("--boxes", type=words, default=["16", "100", "300", "1000"])
     parser.add_argument("--log", type=Path)
     args, flags = parser.parse_known_args()  # what is left over describes the step: see step_time.py
     rows, found = [], []

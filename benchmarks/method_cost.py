@@ -34,8 +34,8 @@ import numpy as np
 
 from kdjax import detectors
 from kdjax import methods as zoo
-from kdjax.commands import study
 from kdjax.distill import Distiller
+from kdjax.report import study
 from kdjax.training import config as settings
 from kdjax.training import optim, provenance, setup
 from kdjax.training.step import Teacher, init_state, make_step

@@ -80,7 +80,7 @@ def compare(folder: Path, x: np.ndarray):
     import jax
 
     from kdjax import detectors, weights
-    from kdjax.commands import study
+    from kdjax.report import study
 
     rows = []
     for name in CONFIGS:

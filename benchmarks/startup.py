@@ -15,20 +15,20 @@ import tempfile
 import time
 from pathlib import Path
 
-from kdjax.commands import study
+from kdjax.report import study
 from kdjax.training import provenance
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="configs/quickstart.py")
+    parser.add_argument("--config", default="quickstart")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--log", type=Path)
     args, flags = parser.parse_known_args()
-    command = [sys.executable, "train.py", f"--config={args.config}", *flags]
+    command = [sys.executable, "-m", "kdjax", "train", f"--config={args.config}", *flags]
     seconds = {"cold": [], "warm": []}
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([*command, "--config.data.check=True", f"--workdir={folder}/check"], cwd=study.ROOT, check=True)
+        subprocess.run([*command, "--config.data.check=True", f"--workdir={folder}/check"], check=True)
         for i in range(args.rounds):
             for kind, taken in seconds.items():
                 taken.append(start([*command, f"--config.compile_cache={folder}/{i}"], Path(folder) / f"{kind}{i}"))
@@ -51,10 +51,10 @@ def main():
 def start(command: list[str], workdir: Path) -> float:
     """Seconds until the first loss of a run is written; the run is stopped then."""
     lines, since = workdir / "metrics.jsonl", time.perf_counter()
-    with subprocess.Popen([*command, "--config.log_every=1", f"--workdir={workdir}"], cwd=study.ROOT) as process:
+    with subprocess.Popen([*command, "--config.log_every=1", f"--workdir={workdir}"]) as process:
         while not (lines.exists() and any('"kind": "train"' in line for line in lines.read_text().splitlines())):
             if process.poll() is not None:
-                raise SystemExit(f"train.py ended with {process.returncode} before its first step")
+                raise SystemExit(f"the run ended with {process.returncode} before its first step")
             time.sleep(0.05)
         taken = time.perf_counter() - since
         process.terminate()

@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import step_time
 from jax.profiler import ProfileData
 
-from kdjax.commands import study
 from kdjax.evals import complexity
+from kdjax.report import study
 from kdjax.training import provenance, setup
 
 DEAREST = 10

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from kdjax import detectors, methods, plugins
+from kdjax.commands import settings
 from kdjax.distill import Distiller, taps
 from kdjax.structs import Assignment
 from tests import golden_replay
 from tests.methods import test_contract
 from tests.shared import ROOT, SHARED, script
-from tests.test_configs import load
 
 generate = script(ROOT / "docs" / "generate.py")
 GUIDE = (ROOT / "docs" / "add_a_method.md").read_text()
@@ -166,7 +166,6 @@ def test_the_guide_works(guide):
     """Its method keeps the contract, its recipe, test and check of reference numbers run, and the page describes it."""
     assert set(BLOCKS) == {
         "methods/cosine.py",
-        "configs/distill/cosine.py",
         "tests/test_cosine.py",
         "tests/golden_checks/cosine.py",
     }
@@ -181,7 +180,8 @@ def test_the_guide_works(guide):
                 run += 1
     assert run > 8
 
-    assert load(guide / "configs" / "distill" / "cosine.py").methods.cosine.warmup == 500
+    config = settings.read("distill/coco_folder:cosine", ["--config.methods.cosine.warmup=500"])
+    assert config.methods.cosine.warmup == 500
     own = script(guide / "tests" / "test_cosine.py")
     own.test_cosine_is_one_minus_the_cosine()
     own.test_a_negative_weight_is_refused()
