@@ -1,10 +1,10 @@
-# The README's commands. They need git, make and a Python from 3.11 on; PYTHON=... chooses one.
+# The README's commands. They need git, make and Python >= 3.11; PYTHON=... chooses one.
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
-.PHONY: quickstart test test-all setup lint docs
+.PHONY: quickstart test test-all setup lint format docs package
 
 # Trains the student with and without its teacher on the embedded default and writes runs/quickstart/report.html.
 quickstart: setup
@@ -21,7 +21,17 @@ test-all: setup
 lint: setup
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
 
-# The site, into site/; a link that leads nowhere fails.
+format: setup
+	$(VENV)/bin/ruff check --fix . && $(VENV)/bin/ruff format .
+
+# Wheel and sdist, into dist/.
+package: setup
+	$(PY) -m pip install --quiet --disable-pip-version-check build twine
+	rm -rf dist
+	$(PY) -m build
+	$(PY) -m twine check --strict dist/*
+
+# The site, into site/; a broken link fails.
 docs: setup
 	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
 	$(PY) -m mkdocs build --strict
