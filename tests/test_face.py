@@ -1,6 +1,7 @@
 """`import kdjax`: what it offers and what it costs."""
 
 import importlib.metadata
+import re
 import subprocess
 import sys
 import tomllib
@@ -47,3 +48,11 @@ def test_the_version_is_said_once():
     assert kdjax.__version__ == importlib.metadata.version("kdjax") == version
     assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
     assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_example_of_the_readme_runs():
+    text = (ROOT / "README.md").read_text()
+    [block] = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    names: dict = {}
+    exec(block, names)
+    assert set(names["adapters"]) == {"cwd", "pfi"}
