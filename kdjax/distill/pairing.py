@@ -27,7 +27,7 @@ def by_place(student: Rows, teacher: Rows) -> None:
       UserError: the rows are not of the same places and classes.
     """
     sides = [_shape(rows) for rows in (student, teacher)]
-    if sides[0] != sides[1]:
+    if sides[0][0] != sides[1][0] or (None not in (sides[0][1], sides[1][1]) and sides[0][1] != sides[1][1]):
         raise UserError(
             "predictions are compared row by row, which needs the same levels, anchors and classes on both sides: "
             f"rows per level and classes are {sides[0]} (student) and {sides[1]} (teacher)"

@@ -65,10 +65,10 @@ def resolve(output: DetectorOutput, name: str) -> tuple[str, list[int] | None]:
     Raises:
       UserError: no such tap; the valid ones are listed.
     """
-    field, _, index = name.partition(".")
+    field, dot, index = name.partition(".")
     first, several, last = index.partition(":")
     count = len(getattr(output, field)) if field in LEVELS + TOWERS else 0
-    if field in LEVELS and count and not index:
+    if field in LEVELS and count and not dot:
         return field, None
     if field in LEVELS and several and first.isdigit() and last.isdigit():
         if int(first) < int(last) <= count:

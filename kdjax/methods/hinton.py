@@ -18,6 +18,7 @@ Status: formula
 import jax.numpy as jnp
 
 from kdjax.distill import method, taps
+from kdjax.losses import divergence
 
 
 def make(
@@ -49,7 +50,7 @@ def make(
         del key, student_spec, teacher_spec
         return {}
 
-    def divergence(s, t):
+    def row_divergence(s, t):
         if head == "softmax":
             return divergence.softmax_kl(s, t, temperature=temperature, class_reduction=class_reduction)
         by_class = divergence.sigmoid_kl(s, t, temperature=temperature)
@@ -60,7 +61,8 @@ def make(
         assignment = context.assignment
         compared = assignment.positive if priors == "positive" else ~assignment.ignore
         counted = compared if head == "softmax" else assignment.positive
-        total = jnp.sum(jnp.where(compared, divergence(context.student_rows.logits, context.teacher_rows.logits), 0.0))
+        by_row = row_divergence(context.student_rows.logits, context.teacher_rows.logits)
+        total = jnp.sum(jnp.where(compared, by_row, 0.0))
         return {"classes": total / jnp.maximum(jnp.sum(counted), 1)}
 
     return method.Method(init, apply, {"classes": weight}, taps.Reads(("rows.logits", "assignment"), ("rows.logits",)))

@@ -163,7 +163,7 @@ def test_one_trace_a_program_in_twenty_steps(finished):
 
 
 def test_eight_devices_equal_one(folder, teacher_folder):
-    """SGD, 4 steps, relative 2e-5 (1.1e-5 was seen): batch statistics, counts and gradients are those of the global batch."""
+    """SGD, 4 steps, relative 2e-5: batch statistics, counts and gradients are those of the global batch."""
     config = tiny_config(folder, teacher=teacher_folder)
     dataset = data.open_dataset(config.data)
     detector, *variables, _ = weights.load(teacher_folder)
