@@ -40,16 +40,6 @@ def test_method_cost_summary_and_table():
     ]
 
 
-def test_method_cost_finds_the_taps_that_are_read():
-    cost = of("method_cost")
-    maps = {"a": jnp.ones(3), "b": jnp.ones(3), "c": jnp.ones(3)}
-    assert cost.reads(lambda seen, x: {"out": jnp.sum(seen["a"] * x) + jnp.max(seen["c"])}, maps, jnp.ones(3)) == [
-        True,
-        False,
-        True,
-    ]
-
-
 def test_method_cost_memory_counts_a_donated_argument_once():
     cost = of("method_cost")
     x = jnp.ones((256, 256))
