@@ -155,7 +155,7 @@ def test_sgd_drops_its_rate_and_decays_what_decays():
     assert (float(second["kernel"][0]), float(second["bias"][0])) == pytest.approx((-0.018, -0.015))
     for drops in ((5, 3), (0,), (10,)):
         config.optimizer.drops = drops
-        with pytest.raises(ValueError, match="drops is .* must ascend between the end of the warm-up"):
+        with pytest.raises(ValueError, match="drops must be ascending steps between the end of the warm-up"):
             optim.learning_rate(config)
 
 
