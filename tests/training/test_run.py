@@ -163,7 +163,7 @@ def test_one_trace_a_program_in_twenty_steps(finished):
 
 
 def test_eight_devices_equal_one(folder, teacher_folder):
-    """SGD, 4 steps, relative 2e-5: batch statistics, counts and gradients are those of the global batch."""
+    """SGD, 4 steps, relative 1e-4: batch statistics, counts and gradients are those of the global batch."""
     config = tiny_config(folder, teacher=teacher_folder)
     dataset = data.open_dataset(config.data)
     detector, *variables, _ = weights.load(teacher_folder)
@@ -203,7 +203,7 @@ def test_eight_devices_equal_one(folder, teacher_folder):
     for name in one:
         # Biases and means of norms start at 0 and are still tiny: they are compared with 0.1, their usual size.
         size = max(np.linalg.norm(one[name]), 0.1 * np.sqrt(one[name].size))
-        assert np.linalg.norm(eight[name] - one[name]) < 2e-5 * size, name
+        assert np.linalg.norm(eight[name] - one[name]) < 1e-4 * size, name
         change = np.linalg.norm(one[name] - start[name])
         if name.startswith("params") and change > 1e-5:
             assert np.linalg.norm(eight[name] - one[name]) < 0.02 * change, name
