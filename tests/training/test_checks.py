@@ -30,7 +30,10 @@ from tests.support.runs import tiny_config
         (dict(methods__mkd__weight=0.0), "config.methods.mkd: it has no effect"),
         (dict(student__detector=""), "config.student.detector: there is no student.*rtmdet_tiny"),
         (dict(student__detector="rtmdet_huge"), "rtmdet_huge.*rtmdet_tiny"),
-        (dict(teacher__weights="/no/such/folder"), "config.teacher.weights: there is no file or folder /no/such/folder"),
+        (
+            dict(teacher__weights="/no/such/folder"),
+            "config.teacher.weights: there is no file or folder /no/such/folder",
+        ),
         (dict(teacher__detector="rtmdet_s"), "rtmdet_pico"),
         (dict(teacher__weights=""), "config.methods: mkd without a teacher"),
         (dict(data__image_size=(60, 64)), "image_size must be multiples of 32 .*, not 60x64"),
