@@ -25,7 +25,7 @@ from kdjax.structs import DetectorOutput, Targets
 from kdjax.weights import torch_names
 from kdjax.weights import yolox as yolox_names
 from tests.shared import SHARED
-from tests.test_boxes_assign import slow_sim_ota
+from tests.support.boxes import slow_sim_ota
 
 SIDE, BATCH, CLASSES = 64, 2, 3
 STRIDES = (8, 16, 32)
