@@ -1,6 +1,9 @@
-"""How arrays lie on devices: batches are split over the axis `data`, all else is on every device."""
+"""How arrays are distributed over devices; no other file of the package mentions shardings.
 
-from collections.abc import Sequence
+Batches are split over the axis `data`; states and variables have a copy on each device.
+"""
+
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,13 +13,50 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 SPLIT, WHOLE = PartitionSpec("data"), PartitionSpec()
 
 
-def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Devices along the one axis `data`; None: all devices of all hosts."""
-    return Mesh(np.array(jax.devices() if devices is None else devices), ("data",))
+def make_mesh() -> Mesh:
+    """All devices of all hosts along one axis `data`, over which the rows of a batch are split."""
+    return mesh_of(jax.devices())
+
+
+def mesh_of(devices: Sequence[jax.Device]) -> Mesh:
+    """Some devices along one axis `data`."""
+    return Mesh(np.array(devices), ("data",))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of states and variables: a copy on each device."""
+    return NamedSharding(mesh, WHOLE)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of a batch: rows split over all devices."""
+    return NamedSharding(mesh, SPLIT)
+
+
+def shard_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Puts the rows of this host on its devices, as a part of the global batch.
+
+    Args:
+      mesh: of `make_mesh`.
+      batch: arrays with the rows of this host.
+
+    Returns:
+      The global arrays by name.
+    """
+    sharding = batch_sharding(mesh)
+    return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
+
+
+def split(array: np.ndarray | jax.Array, mesh: Mesh) -> jax.Array:
+    """Splits the rows of an array that every host has over the mesh, whose size divides their number."""
+    if isinstance(array, jax.Array) and mesh.size == 1 and array.sharding.device_set == set(mesh.devices.flat):
+        return array
+    array = np.asarray(array)
+    return jax.make_array_from_callback(array.shape, batch_sharding(mesh), lambda index: array[index])
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
-    """The tree on every device of the mesh; arrays that lie on these devices already stay as they are."""
+    """Puts a tree on every device of the mesh; arrays that are on exactly these devices stay as they are."""
     devices = set(mesh.devices.flat)
 
     def put(leaf: Any) -> jax.Array:
@@ -24,14 +64,9 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
             return leaf
         if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
             leaf = leaf.addressable_data(0)
-        return jax.device_put(leaf, NamedSharding(mesh, WHOLE))
+        return jax.device_put(leaf, replicated(mesh))
 
     return jax.tree.map(put, tree)
-
-
-def split(array: np.ndarray, mesh: Mesh) -> jax.Array:
-    """An array that every host has, with its rows split over the mesh; a whole number of rows a device."""
-    return jax.make_array_from_callback(array.shape, NamedSharding(mesh, SPLIT), lambda index: array[index])
 
 
 def gather(tree: Any) -> Any:

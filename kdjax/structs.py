@@ -95,13 +95,13 @@ class Detections:
     `len(detections)` is n. `detections[rows]` are the detections that a boolean mask, indices or a slice select.
 
     Example:
-      >>> found = Detections(np.zeros((2, 4), np.float32), np.array([0.9, 0.2]), np.array([1, 0]), ("cat", "dog"))
+      >>> found = Detections(np.zeros((2, 4)), np.array([0.9, 0.2]), np.array([1, 0]), ("cat", "dog"))
       >>> strong = found[found.scores >= 0.5]
       >>> len(strong), strong.class_names[strong.labels[0]]
       (1, 'dog')
     """
 
-    boxes: np.ndarray  # f32[n, 4], x1 y1 x2 y2 in pixels of the original image
+    boxes: np.ndarray  # f64[n, 4], x1 y1 x2 y2 in pixels of the original image
     scores: np.ndarray  # f32[n], 0 .. 1
     labels: np.ndarray  # i32[n], 0 .. K-1
     class_names: tuple[str, ...] = ()  # K names, the same for all images; () if unknown

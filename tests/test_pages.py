@@ -16,11 +16,10 @@ import pytest
 import yaml
 from jax.sharding import Mesh
 
-from kdjax import cli
+from kdjax import cli, sharding
 from kdjax.commands.settings import read
 from kdjax.export import packages
 from kdjax.training import config as settings
-from kdjax.training import sharding
 from tests.shared import ROOT
 
 DOCS = ROOT / "docs"

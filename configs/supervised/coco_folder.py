@@ -1,4 +1,4 @@
-"""A detector trained alone on your own images in COCO format: a teacher, or a baseline.
+"""A detector trained alone on your own images in COCO format: a teacher, or a student without one.
 
 kdjax train --config=supervised/coco_folder:rtmdet_s --config.data.root=DIR --workdir=runs/teacher
 """

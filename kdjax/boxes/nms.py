@@ -1,4 +1,4 @@
-"""Non-maximum suppression with a fixed number of results."""
+"""Non-maximum suppression (NMS) with a fixed number of results."""
 
 from collections.abc import Sequence
 

@@ -138,7 +138,7 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
         rows.append([name, *(f"{one[name]:,}" for one in results.values())] + [""] * two)
     text = [arguments.aligned(rows)]
     for one in results.values():
-        rows = [["class", "objects", "AP", "AP50", "best score", "precision", "recall"]]
+        rows = [["class", "objects", "AP", "AP50", "threshold", "precision", "recall"]]
         for label, entry in one["classes"].items():
             best = entry["threshold"] or {}
             at = f"{best['score']:.2f}" if best else "–"
@@ -147,7 +147,7 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
             rows.append([label, str(entry["objects"]), *metrics])
         text.append((f"{one['path']}\n" if two else "") + arguments.aligned(rows))
     names = [f"{one['path']} " * two for one in results.values()]
-    rows = [["kind of error"] + [f"{name}{word}" for name in names for word in ("costs AP50", "times")]]
+    rows = [["error"] + [f"{name}{word}" for name in names for word in ("AP50 cost", "count")]]
     for kind in tide.KINDS:
         costs = [(_points(one["errors"][kind]["AP50"]), str(one["errors"][kind]["count"])) for one in results.values()]
         rows.append([kind, *itertools.chain(*costs)])

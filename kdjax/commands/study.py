@@ -36,10 +36,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kdjax import detectors, resources, weights
+from kdjax import detectors, resources
 from kdjax import methods as zoo
 from kdjax.commands import settings
 from kdjax.errors import UserError
+from kdjax.inference import load
+from kdjax.inference import predict as prediction
 from kdjax.report import study as report
 
 MKD_PARTS = ("feature", "multiscale", "frequency", "alignment")
@@ -294,18 +296,14 @@ def twin_flags(options: Options, variant: Variant, seed: int) -> list[str]:
 
 def latency(folder: Path, repeats: int = 50) -> float:
     """Median milliseconds from image to boxes under XLA: first device, batch 1, the size it was trained at."""
-    detector, params, stats, _ = weights.load(folder, None)
-    height, width = json.loads((folder / "config.json").read_text())["image_size"]
-    image, hw = jnp.zeros((1, height, width, 3), jnp.uint8), jnp.array([[height, width]])
-
-    @jax.jit
-    def predict(params, stats, image, hw):
-        return detector.decode(detector.apply(params, stats, detector.preprocess(image), train=False)[0], hw)
-
+    model, device = load(folder), jax.devices()[:1]
+    image, image_size = jnp.zeros((1, *model.image_size, 3), jnp.uint8), jnp.array([model.image_size])
+    run_model = prediction.program(model.detector, devices=device)
+    variables = jax.device_put(model.variables, device[0])
     times = []
     for _ in range(10 + repeats):
         before = time.perf_counter()
-        jax.block_until_ready(predict(params, stats, image, hw))
+        jax.block_until_ready(run_model(variables, image, image_size))
         times.append(time.perf_counter() - before)
     return round(1000 * statistics.median(times[10:]), 3)
 

@@ -281,7 +281,7 @@ def decoder(decode_boxes: Callable[[DetectorOutput], Array], *, iou_threshold: f
         max_detections: int = 100,
         select: Callable[..., PaddedDetections] = nms.select_detections,
     ) -> PaddedDetections:
-        """Turns predictions into detections by class-wise non-maximum suppression.
+        """Turns predictions into detections by NMS within each class.
 
         Where there is a quality, scores are multiplied by it, behind the threshold and the choice of `pre_nms`.
 
@@ -290,7 +290,7 @@ def decoder(decode_boxes: Callable[[DetectorOutput], Array], *, iou_threshold: f
           image_size: i32[B, 2], height and width that boxes are clipped to.
           score_threshold: class scores lie above it, 0 .. 1.
           iou_threshold: a box goes if a better one of its class overlaps it by more.
-          pre_nms: (prior, class) pairs of each level that enter the suppression at most.
+          pre_nms: (prior, class) pairs of each level that enter NMS at most.
           max_detections: D, rows of the result.
           select: what chooses among boxes and scores, with the arguments of `kdjax.boxes.select_detections`.
 

@@ -305,7 +305,7 @@ def decode(
     max_detections: int = 300,
     select: Callable[..., PaddedDetections] = nms.select_detections,
 ) -> PaddedDetections:
-    """Turns predictions into detections by class-wise non-maximum suppression.
+    """Turns predictions into detections by NMS within each class.
 
     Scores are sigmoid(logit) sigmoid(objectness). Boxes are suppressed as they are and clipped afterwards; those that
     lie outside the image are left out.
@@ -315,7 +315,7 @@ def decode(
       image_size: i32[B, 2], height and width that boxes are clipped to.
       score_threshold: detections score above it, 0 .. 1.
       iou_threshold: a box goes if a better one of its class overlaps it by more.
-      pre_nms: (prior, class) pairs of each level that enter the suppression at most.
+      pre_nms: (prior, class) pairs of each level that enter NMS at most.
       max_detections: D, rows of the result.
       select: what chooses among boxes and scores, with the arguments of `kdjax.boxes.select_detections`.
 

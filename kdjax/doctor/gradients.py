@@ -11,10 +11,9 @@ import optax
 from jax.extend.core import Literal
 from tqdm import tqdm
 
-from kdjax import methods
+from kdjax import methods, sharding
 from kdjax.doctor.findings import ERROR, OK, Finding
 from kdjax.structs import Array, DetectorOutput, targets_of
-from kdjax.training import sharding
 from kdjax.training.setup import Setup
 
 MAX_INITIAL_SCORE = 0.1  # mean probability of a class; a classifier with a focal prior starts at 0.01

@@ -7,8 +7,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from kdjax import sharding
 from kdjax.doctor.findings import ERROR, OK, WARNING, Finding
-from kdjax.training import sharding
 from kdjax.training.setup import Setup
 
 # Linux: available memory of the machine, and the limit of a container.

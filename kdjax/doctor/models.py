@@ -5,19 +5,19 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
 from kdjax import data, detectors, methods, weights
-from kdjax.detectors.api import Detector, Tree, flatten
+from kdjax.detectors.api import Detector, flatten
 from kdjax.distill import tap
 from kdjax.doctor.findings import ERROR, OK, WARNING, Finding
 from kdjax.errors import UserError
 from kdjax.evals import coco, complexity, tide
 from kdjax.evals.matching import detections_by_image, truth_by_image
-from kdjax.structs import Array, PaddedDetections
+from kdjax.inference import predict as prediction
+from kdjax.structs import Array
 from kdjax.training.config import Config
 from kdjax.training.setup import Setup, model, named_detector
 
@@ -81,16 +81,8 @@ def check_weights(role: str, setup: Setup, image_count: int) -> list[Finding]:
 def _detections(role: str, setup: Setup, image_count: int, changes: Sequence[Change]) -> list[list[dict[str, Any]]]:
     """COCO results of a detector for each change of its input; all share one compiled program."""
     detector, variables = model(setup, role)
-    here = jax.local_devices()[0]
-    variables = jax.tree.map(lambda leaf: jax.device_put(leaf.addressable_data(0), here), variables)
-
-    @jax.jit
-    def predict(variables: tuple[Tree, Tree], x: Array, image_size: Array) -> PaddedDetections:
-        return detector.decode(detector.apply(*variables, x, train=False)[0], image_size)
-
     results = []
     for change in tqdm(changes, desc=f"{role}'s input", unit="input", leave=False):
-        rows = []
         batches = data.eval_batches(
             setup.dataset,
             "val",
@@ -99,12 +91,14 @@ def _detections(role: str, setup: Setup, image_count: int, changes: Sequence[Cha
             limit=image_count,
             round_down=detector.round_down,
         )
+        run = prediction.program(
+            detector,
+            devices=setup.mesh.local_devices,
+            preprocess=lambda images, change=change: change(images, detector.preprocess(images)),
+        )
+        ids = setup.dataset.category_ids
         with contextlib.closing(batches):
-            for batch in batches:
-                images = jnp.asarray(batch["image"])
-                output = predict(variables, change(images, detector.preprocess(images)), batch["image_size"])
-                rows += coco.batch_to_coco(batch, jax.device_get(output), list(setup.dataset.category_ids))
-        results.append(rows)
+            results.append(coco.collect(prediction.predict(detector, variables, batches, run=run, category_ids=ids)))
     return results
 
 

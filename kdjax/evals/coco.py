@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
 
-from kdjax.structs import Detections, PaddedDetections
+from kdjax.structs import Detections
 
 IouType = Literal["bbox", "segm"]
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
@@ -233,7 +233,7 @@ def from_coco(
     boxes = np.array([row["bbox"] for row in rows], np.float64).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
     return Detections(
-        boxes=boxes.astype(np.float32),
+        boxes=boxes,
         scores=np.array([row.get("score", 1.0) for row in rows], np.float32),
         labels=np.array([label[row["category_id"]] for row in rows], np.int32),
         class_names=tuple(class_names),
@@ -247,45 +247,3 @@ def by_image(rows: Sequence[Mapping[str, Any]], image_ids: Sequence[int]) -> dic
     for row in rows:
         groups[row["image_id"]].append(row)
     return groups
-
-
-def batch_to_coco(
-    batch: Mapping[str, np.ndarray], detections: PaddedDetections, category_ids: Sequence[int]
-) -> list[dict[str, Any]]:
-    """Detections of a batch as COCO results, in pixels of the original images.
-
-    Args:
-      batch: an evaluation batch; read are `image_id` i64[B], `image_size` and `original_size` i32[B, 2] (height, width
-        on the canvas and of the original: each axis has its own ratio, because sizes are whole) and `real` bool[B].
-      detections: NumPy arrays, in pixels of the canvas.
-      category_ids: id of each label's category.
-
-    Returns:
-      One entry a valid detection of a real row: `image_id`, `category_id`, `bbox` (x y w h, cut to the image) and
-      `score`.
-
-    Scope: each image on its own.
-
-    Example:
-      >>> batch = {"image_id": np.array([7]), "image_size": np.array([[10, 15]]),
-      ...          "original_size": np.array([[20, 30]]), "real": np.array([True])}
-      >>> found = PaddedDetections(boxes=np.array([[[1.0, 2, 5, 6]]]), scores=np.array([[0.5]]), labels=np.array([[1]]),
-      ...                    valid=np.array([[True]]))
-      >>> batch_to_coco(batch, found, [3, 9])
-      [{'image_id': 7, 'category_id': 9, 'bbox': [2.0, 4.0, 8.0, 8.0], 'score': 0.5}]
-    """
-    results = []
-    for row in np.flatnonzero(batch["real"]):
-        valid = np.asarray(detections.valid[row])
-        height, width = batch["original_size"][row]
-        ratio = (batch["image_size"][row] / batch["original_size"][row])[[1, 0, 1, 0]]
-        boxes = np.asarray(detections.boxes[row], np.float64)[valid] / ratio
-        boxes = np.clip(boxes, 0, [width, height, width, height])
-        boxes[:, 2:] -= boxes[:, :2]
-        scores, labels = np.asarray(detections.scores[row])[valid], np.asarray(detections.labels[row])[valid]
-        image = int(batch["image_id"][row])
-        results += [
-            {"image_id": image, "category_id": int(category_ids[label]), "bbox": box, "score": score}
-            for box, score, label in zip(boxes.tolist(), scores.tolist(), labels.tolist(), strict=True)
-        ]
-    return results

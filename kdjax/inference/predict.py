@@ -60,7 +60,7 @@ def predict(
     devices = tuple(jax.local_devices() if devices is None else devices)
     if run is None:
         run = program(detector, devices=devices)
-        variables = sharding.replicate(tuple(variables), sharding.make_mesh(devices))
+        variables = sharding.replicate(tuple(variables), sharding.mesh_of(devices))
     pending: collections.deque[tuple[Batch, PaddedDetections]] = collections.deque()
 
     def finish() -> tuple[Batch, list[Detections]]:
@@ -82,25 +82,22 @@ def program(
 
     Args:
       detector: the detector.
-      devices: a batch is split over them, padded to a whole number of images a device; None: those of this host.
+      devices: a batch is split over them, padded to a whole number of images a device (the result has these rows, too);
+        None: those of this host.
       preprocess: instead of the detector's own. It is called outside of the compiled program: any number of them share
         one compilation.
     """
     devices = tuple(jax.local_devices() if devices is None else devices)
     compiled = _compiled(detector.apply, detector.decode, None if preprocess else detector.preprocess, devices)
-    mesh = sharding.make_mesh(devices)
+    mesh = sharding.mesh_of(devices)
 
     def run(variables: tuple[Tree, Tree], images: np.ndarray, image_size: np.ndarray) -> PaddedDetections:
-        count, extra = len(images), -len(images) % len(devices)
-        if preprocess:
-            images = np.asarray(preprocess(jax.numpy.asarray(images)))
-        images, image_size = (
-            np.concatenate([part, np.repeat(part[-1:], extra, 0)]) if extra else np.asarray(part)
-            for part in (images, image_size)
-        )
-        placed = (sharding.split(part, mesh) for part in (images, image_size))
-        padded = compiled(sharding.replicate(tuple(variables), mesh), *placed)
-        return jax.tree.map(lambda rows: rows[:count], sharding.gather(padded)) if extra else padded
+        extra = -len(images) % len(devices)
+        inputs = (preprocess(jax.numpy.asarray(images)) if preprocess else images, image_size)
+        if extra:
+            inputs = (np.concatenate([part, np.repeat(part[-1:], extra, 0)]) for part in map(np.asarray, inputs))
+        placed = (sharding.split(part, mesh) for part in inputs)
+        return compiled(sharding.replicate(tuple(variables), mesh), *placed)
 
     return run
 
@@ -122,9 +119,9 @@ def _compiled(
 
     if len(devices) == 1:
         return jax.jit(predict_batch)
-    # Each device works on its own rows: non-maximum suppression loops until its slowest image is done, and needs no
+    # Each device works on its own rows: NMS loops until its slowest image is done, and needs no
     # communication.
-    mesh, whole, split = sharding.make_mesh(devices), sharding.WHOLE, sharding.SPLIT
+    mesh, whole, split = sharding.mesh_of(devices), sharding.WHOLE, sharding.SPLIT
     return jax.jit(
         jax.shard_map(predict_batch, mesh=mesh, in_specs=(whole, split, split), out_specs=split, check_vma=False)
     )
@@ -156,14 +153,14 @@ def in_originals(
     real = batch.get("real", np.ones(len(batch["image_size"]), bool))
     for row, (height, width) in enumerate(batch["original_size"]):
         if not real[row]:
-            empty = np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int32)
+            empty = np.zeros((0, 4)), np.zeros(0, np.float32), np.zeros(0, np.int32)
             found.append(Detections(*empty, class_names, category_ids))
             continue
         kept = np.asarray(padded.valid[row], bool)
         ratio = (np.asarray(batch["image_size"][row]) / np.asarray(batch["original_size"][row]))[[1, 0, 1, 0]]
         boxes = np.clip(np.asarray(padded.boxes[row], np.float64)[kept] / ratio, 0, [width, height, width, height])
         scores, labels = np.asarray(padded.scores[row])[kept], np.asarray(padded.labels[row])[kept]
-        arrays = (boxes.astype(np.float32), scores.astype(np.float32), labels.astype(np.int32))
+        arrays = (boxes, scores.astype(np.float32), labels.astype(np.int32))
         found.append(Detections(*arrays, class_names, category_ids))
     return found
 

@@ -55,7 +55,7 @@ def make(
       class_weight: 0.1 in the port.
       box_weight: 0.1 in the port.
       count: instances an image, at least 1; 10. Relations need three.
-      iou_threshold: of the suppression, 0 .. 1; 0.3.
+      iou_threshold: of NMS, 0 .. 1; 0.3.
       parity: relates the instances of the whole batch to each other, not those of an image.
 
     Raises:

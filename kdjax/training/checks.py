@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdjax import data, detectors, methods, resources
+from kdjax import data, detectors, methods, resources, sharding
 from kdjax.errors import UserError, prefix
 from kdjax.structs import Array, DetectorOutput, targets_of
 from kdjax.training import config as settings
-from kdjax.training import optim, sharding
+from kdjax.training import optim
 from kdjax.training.config import Config
 from kdjax.training.setup import Setup, build_methods, named_detector
 from kdjax.training.step import Teacher, TrainState

@@ -13,8 +13,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from kdjax import data
-from kdjax.training import optim, sharding
+from kdjax import data, sharding
+from kdjax.training import optim
 from kdjax.training.checkpoint import Checkpoints
 from kdjax.training.checks import check_programs
 from kdjax.training.log import Log

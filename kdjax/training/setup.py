@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from kdjax import data, detectors, files, methods, weights
+from kdjax import data, detectors, files, methods, sharding, weights
 from kdjax.detectors.api import Detector, Tree
 from kdjax.distill import Distiller, Method
 from kdjax.errors import UserError
 from kdjax.structs import Array
-from kdjax.training import optim, sharding
+from kdjax.training import optim
 from kdjax.training.checkpoint import Checkpoints
 from kdjax.training.config import Config
 from kdjax.training.step import Teacher, TrainState, init_state, make_step

@@ -20,7 +20,7 @@ class TrainState(NamedTuple):
     params: Any  # {"student": ..., "adapters": {method: ...}}
     stats: Any  # running statistics of the student's norms
     opt_state: Any
-    ema: Any  # {"params": ..., "stats": ...} of the student: what is evaluated and handed out
+    ema: Any  # {"params": ..., "stats": ...} of the student: what is evaluated and exported
     key: jax.Array  # never changes; every step folds its number in
 
 

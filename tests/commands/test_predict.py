@@ -49,7 +49,7 @@ def test_predict_finds_what_evaluate_measures(made, tmp_path, capsys):
     assert [sum(row) for row in written["model"]["confusion"]][:-1] == objects and sum(objects) == len(
         truth["annotations"]
     )
-    for word in ("AP75", "difference", "best score", "background", "checked"):
+    for word in ("AP75", "difference", "threshold", "background", "checked"):
         assert word in told
     page = Page((tmp_path / "e" / "report.html").read_text())
     assert len(page.all("img")) == 6 * 3 and len(page.all("svg")) == sum(n > 0 for n in objects)

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from kdjax import detectors, plugins, weights
+from kdjax import detectors, plugins, sharding, weights
 from kdjax.errors import UserError
 from kdjax.training import config as settings
-from kdjax.training import run, sharding
+from kdjax.training import run
 from tests.shared import ROOT
 
 GUIDE = (ROOT / "docs" / "add_a_detector.md").read_text()

@@ -11,7 +11,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from kdjax.evals import coco
-from kdjax.structs import PaddedDetections
+from kdjax.inference.predict import in_originals
+from kdjax.structs import Detections, PaddedDetections
 
 SIDE = 200
 
@@ -159,6 +160,15 @@ def test_classes_of_one_name_stay_apart():
     assert got == {"cat": 0.0, "cat (4)": pytest.approx(1)}
 
 
+def test_from_coco_inverts_to_coco():
+    boxes = np.array([[1, 2, 5, 8], [0, 0, 3, 3]], np.float32)
+    found = Detections(boxes, np.array([0.5, 0.25], np.float32), np.array([1, 0], np.int32), ("a", "b"), (3, 9))
+    again = coco.from_coco(coco.to_coco(found, 7), (3, 9), ("a", "b"))
+    for field in ("boxes", "scores", "labels"):
+        np.testing.assert_array_equal(getattr(again, field), getattr(found, field))
+    assert (again.class_names, again.category_ids, len(coco.from_coco([], (3, 9)))) == (("a", "b"), (3, 9), 0)
+
+
 def test_to_coco_undoes_the_resize():
     rng = np.random.default_rng(0)
     batch = {
@@ -175,7 +185,7 @@ def test_to_coco_undoes_the_resize():
         labels=np.array([[0, 1], [1, 0], [0, 0]]),
         valid=np.array([[True, False], [True, True], [True, True]]),
     )
-    got = coco.batch_to_coco(batch, found, [10, 20])
+    got = coco.collect([(batch, in_originals(batch, found, category_ids=(10, 20)))])
     assert [(row["image_id"], row["category_id"]) for row in got] == [(5, 10), (6, 20), (6, 10)]
     assert [row["bbox"] for row in got] == [[4, 8, 20, 24], [1, 2, 5, 6], [0, 0, 20, 30]]
     assert [row["score"] for row in got] == [float(found.scores[0, 0]), *found.scores[1].tolist()]

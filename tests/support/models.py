@@ -150,8 +150,8 @@ def finished(made, tmp_path_factory):
     import jax
     from jax.sharding import Mesh
 
-    from kdjax import data
-    from kdjax.training import checkpoint, outputs, provenance, sharding
+    from kdjax import data, sharding
+    from kdjax.training import checkpoint, outputs, provenance
     from kdjax.training import config as settings
     from kdjax.training.log import Log
     from kdjax.training.setup import prepare, run_fingerprint

@@ -10,9 +10,8 @@ import pytest
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from kdjax import data, detectors, weights
+from kdjax import data, detectors, sharding, weights
 from kdjax.training import config as settings
-from kdjax.training import sharding
 from tests.shared import ROOT
 
 STEPS = 20

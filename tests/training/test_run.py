@@ -15,11 +15,11 @@ import pytest
 import yaml
 from jax.sharding import Mesh
 
-from kdjax import data, detectors, methods, weights
+from kdjax import data, detectors, methods, sharding, weights
 from kdjax.distill import Distiller
 from kdjax.errors import UserError
 from kdjax.report import model_card
-from kdjax.training import checkpoint, checks, loop, outputs, sharding
+from kdjax.training import checkpoint, checks, loop, outputs
 from kdjax.training import config as settings
 from kdjax.training import step as steps
 from kdjax.training.run import run
