@@ -1,4 +1,6 @@
-"""The command line: `kdjax COMMAND ...`, or `python -m kdjax COMMAND ...`; one file each in `kdjax/commands/`.
+"""The command line: `kdjax COMMAND ...`, or `python -m kdjax COMMAND ...`.
+
+The commands are one file each in `kdjax/commands/`; `train` is `kdjax.training.run.main`.
 
 Nothing heavy is imported before the arguments are read.
 """
@@ -11,9 +13,13 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from kdjax.errors import UserError
+
 DESCRIPTION = "Distil object detectors: `kdjax COMMAND --help` has the options of a command."
 MODEL = "a run's workdir, student/ or checkpoints/STEP, a folder of import-weights, or quickstart_teacher"
 CONFIG = "name of a config that comes with kdjax (quickstart, distill/dense, ...) or a file"
+# The commands that look at one run: their function gets the config.
+RUNS = {"train": ("kdjax.training.run", "main"), "doctor": ("kdjax.commands.doctor", "run")}
 # These take --config.a.b=value.
 OVERRIDABLE = ("train", "doctor", "study")
 # These take --model more than once.
@@ -47,12 +53,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chosen["overrides"] = rest
     elif rest:
         parser.error(f"unexpected argument {rest[0]!r}")
-    run = importlib.import_module(f"kdjax.commands.{command.replace('-', '_')}").run
     try:
-        return run(**chosen)
+        if command in RUNS:
+            from kdjax.commands.settings import read
+
+            chosen["config"] = read(chosen["config"], chosen.pop("overrides"))
+        module, function = RUNS.get(command, (f"kdjax.commands.{command.replace('-', '_')}", "run"))
+        return getattr(importlib.import_module(module), function)(**chosen)
     except KeyboardInterrupt:
         return 130
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (UserError, OSError, FloatingPointError) as error:
         if os.environ.get("KDJAX_TRACEBACK"):
             raise
         print(f"kdjax: {sentence(error)}", file=sys.stderr)

@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
 
+from kdjax.errors import UserError
 from kdjax.structs import Detections
 
 IouType = Literal["bbox", "segm"]
@@ -31,9 +32,9 @@ def _check(ground_truth: Mapping[str, Any], detections: Sequence[Mapping[str, An
     for what, rows in (("annotation", ground_truth["annotations"]), ("detection", detections)):
         for row in rows:
             if row["image_id"] not in images:
-                raise ValueError(f"{what} of image {row['image_id']}, which the ground truth does not list")
+                raise UserError(f"{what} of image {row['image_id']}, which the ground truth does not list")
             if row["category_id"] not in categories:
-                raise ValueError(f"{what} of category {row['category_id']}, which the ground truth does not list")
+                raise UserError(f"{what} of category {row['category_id']}, which the ground truth does not list")
 
 
 def curves(
@@ -61,7 +62,7 @@ def curves(
     Peers: pycocotools' `COCOeval.eval`; also that masks with a `bbox` beside them count with the area of the box.
 
     Raises:
-      ValueError: if an image or a category is not listed in the ground truth.
+      UserError: if an image or a category is not listed in the ground truth.
     """
     _check(ground_truth, detections)
     images = [dict(image) for image in ground_truth["images"]]
@@ -161,7 +162,7 @@ def coco_metrics(
     Peers: pycocotools' `COCOeval.stats`.
 
     Raises:
-      ValueError: if an image or a category is not listed in the ground truth.
+      UserError: if an image or a category is not listed in the ground truth.
 
     Example:
       >>> box = {"image_id": 1, "category_id": 3, "bbox": [0, 0, 40, 40]}

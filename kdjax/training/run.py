@@ -1,20 +1,69 @@
-"""A run from its config to its results, top to bottom."""
+"""A run from its config to its results, top to bottom: checks, training loop, results."""
 
+import collections
 import contextlib
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from concurrent import futures
 from pathlib import Path
+from types import FrameType
 from typing import Any, cast
 
+import jax
+import numpy as np
+from absl import logging
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
-from kdjax import data
-from kdjax.errors import prefix
+from kdjax import data, sharding
+from kdjax.errors import UserError, prefix
 from kdjax.report import preview
-from kdjax.training import checks, loop, outputs, provenance
+from kdjax.training import checks, optim, outputs, provenance
 from kdjax.training.checkpoint import Checkpoints
 from kdjax.training.config import Config
 from kdjax.training.log import Log
 from kdjax.training.schedule import schedule
-from kdjax.training.setup import prepare, prepare_process, resume
+from kdjax.training.setup import Setup, prepare, prepare_process, resume, run_fingerprint
+from kdjax.training.step import Teacher, TrainState
+
+
+class Stopped(Exception):
+    """The process was asked to stop, and the state of the run is saved."""
+
+
+def main(*, config: ConfigDict, workdir: str | None, multihost: bool) -> int:
+    """What `kdjax train` runs.
+
+    Args:
+      config: the settings.
+      workdir: the folder of the run; only a dry run (`config.data.check`) needs none.
+      multihost: several hosts run the same command (jax.distributed).
+
+    Returns:
+      Exit code: 0; 143 if the run was stopped and its state saved, 130 after Ctrl-C.
+
+    Raises:
+      UserError: before any training, for a setting, file or model that cannot be used; later only if prepared data
+        cannot be read any more.
+      FloatingPointError: a loss or gradient is not finite.
+    """
+    logging.set_verbosity(logging.WARNING)  # the progress messages of the libraries; kdjax shows a bar
+    if not (workdir or config.data.check):
+        raise UserError("--workdir is missing, as in --workdir=runs/quickstart")
+    if multihost:
+        jax.distributed.initialize()
+    try:
+        run(cast(Config, config), workdir)
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        return 143
+    except KeyboardInterrupt:
+        print("kdjax train: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
 
 
 def run(config: Config, workdir: str | Path | None) -> dict[str, Any] | None:
@@ -32,7 +81,7 @@ def run(config: Config, workdir: str | Path | None) -> dict[str, Any] | None:
       UserError: a setting, file or model cannot be used; raised before any training, or when prepared data becomes
         unreadable.
       FloatingPointError: a loss or gradient is not finite; the message names it.
-      kdjax.training.loop.Stopped: the process received SIGTERM or SIGINT; the state is saved.
+      Stopped: the process received SIGTERM or SIGINT; the state is saved.
     """
     checks.check_settings(config)
     if config.data.check:
@@ -51,8 +100,168 @@ def run(config: Config, workdir: str | Path | None) -> dict[str, Any] | None:
             checks.check_terms(setup, checks.first_batch_with_objects(setup))
         provenance.write_config(config, folder)
         with Log(folder, start) as log:
-            states = loop.train(setup, start, checkpoints, log)
+            states = train(setup, start, checkpoints, log)
             return outputs.finish(setup._replace(states=states), folder, log)
+
+
+def train(setup: Setup, start: int, checkpoints: Checkpoints, log: Log) -> dict[str, TrainState]:
+    """Runs all updates from `start` to the end.
+
+    Args:
+      setup: of the run, with the states after `start` updates.
+      start: number of updates so far.
+      checkpoints: for the states.
+      log: for the metrics.
+
+    Returns:
+      The final states by role.
+
+    Raises:
+      FloatingPointError: a loss or gradient is not finite.
+      Stopped: the process received SIGTERM or SIGINT; the state is saved.
+    """
+    config, states = setup.config, dict(setup.states)
+    rate = optim.learning_rate(config)
+    batches = data.train_batches(
+        setup.dataset,
+        config.data,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        start_step=start,
+        shard=(jax.process_index(), jax.process_count()),
+    )
+
+    fingerprint, category_ids = run_fingerprint(setup), list(setup.dataset.category_ids)
+
+    def save(step: int) -> None:
+        checkpoints.save(step, states, {"next_batch": step, "run": fingerprint, "category_ids": category_ids})
+
+    pending, window = collections.deque(), []
+    waited, since, decoded = 0.0, time.perf_counter(), 0
+    bar = tqdm(total=config.steps, initial=start, desc="train", unit="step", disable=jax.process_index() > 0)
+    with contextlib.closing(batches), contextlib.closing(bar), Signals() as signals:
+        for step in range(start + 1, config.steps + 1):
+            before = time.perf_counter()
+            batch = sharding.shard_batch(setup.mesh, next(batches))
+            waited += time.perf_counter() - before
+            metrics = {}
+            if step == start + 1:
+                compile_steps(setup, states, batch)
+            for role in states:
+                states[role], of_role = setup.steps[role](states[role], teacher_variables(setup, role), batch)
+                metrics |= {f"{role}/{name}": value for name, value in of_role.items()}
+            pending.append((step, metrics))
+            last = step == config.steps or stop_requested(signals.stop, step, config.log_every)
+            logs, saves = last or step % config.log_every == 0, last or step % config.checkpoint.every == 0
+            # Metrics are read one step late, so that the device has its next step before the host waits. Before
+            # anything is written, all of them have been checked.
+            while len(pending) > (0 if logs or saves else 1):
+                window.append(check_finite(*pending.popleft()))
+            bar.update()
+            if logs:
+                seconds, images = time.perf_counter() - since, len(window) * config.batch_size
+                row = {name: float(np.mean([m[name] for m in window])) for name in window[0]}
+                row = {name: value for name, value in row.items() if not name.endswith("/finite")}
+                weights = setup.distiller.weights(step - 1) if setup.distiller else {}
+                row |= {f"weight/{name}": float(w) for name, w in weights.items()}
+                row |= {
+                    "lr": float(np.asarray(rate(step - 1))),
+                    "seconds": seconds,
+                    "images_per_s": images / seconds,
+                    "wait_share": waited / seconds,
+                    "decoded_per_image": (batches.decoded - decoded) * jax.process_count() / images,
+                }
+                log.write(step, "train", row)
+                bar.set_postfix({role: f"{row[f'{role}/total']:.3g}" for role in states})
+                window, waited, since, decoded = [], 0.0, time.perf_counter(), batches.decoded
+                checks.check_programs(setup)
+            if saves:
+                save(step)
+            if config.eval.every and step % config.eval.every == 0 and step < config.steps:
+                begun = time.perf_counter()
+                for role in states:
+                    measured = outputs.evaluate(setup._replace(states=states), role, limit=config.eval.limit).metrics
+                    log.write(step, "eval", {f"{role}/{name}": value for name, value in measured.items()})
+                since += time.perf_counter() - begun
+            if last and step < config.steps:
+                checkpoints.wait()
+                raise Stopped(f"stopped at step {step} of {config.steps}, saved: run the same command to continue")
+    return states
+
+
+def teacher_variables(setup: Setup, role: str) -> Teacher | None:
+    """The variables of the teacher for the student, None for the twin."""
+    return setup.variables if role == "student" else None
+
+
+def compile_steps(setup: Setup, states: Mapping[str, TrainState], batch: Mapping[str, jax.Array]) -> None:
+    """Compiles the updates of all roles in parallel threads, before their first calls."""
+    with futures.ThreadPoolExecutor(len(states)) as pool:
+        compiling = [
+            pool.submit(setup.steps[role].lower(states[role], teacher_variables(setup, role), batch).compile)
+            for role in states
+        ]
+        for each in compiling:
+            each.result()
+
+
+def check_finite(step: int, metrics: Mapping[str, jax.Array]) -> dict[str, float]:
+    """Fetches the metrics of a step.
+
+    Args:
+      step: number of the update, from 1.
+      metrics: f32[] by name.
+
+    Returns:
+      The metrics on the host.
+
+    Raises:
+      FloatingPointError: names the first metric that is not finite.
+    """
+    values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
+    if any(value == 0 for name, value in values.items() if name.endswith("/finite")):
+        bad = [name for name, value in values.items() if not np.isfinite(value)]
+        losses = [name for name in bad if not name.endswith(("/total", "/grad_norm"))]
+        raise FloatingPointError(
+            f"{(losses or bad)[0]} is not finite at step {step}: lower the learning rate or the weight of that term; "
+            "checkpoints of earlier steps are intact"
+        )
+    return values
+
+
+def stop_requested(stop: bool, step: int, every: int) -> bool:
+    """Whether all hosts stop at this step.
+
+    Args:
+      stop: whether this host was asked to stop.
+      step: number of the update.
+      every: with several hosts, they exchange `stop` at multiples of this step only.
+    """
+    if jax.process_count() == 1:
+        return stop
+    return step % every == 0 and bool(multihost_utils.process_allgather(np.array(stop)).any())
+
+
+class Signals:
+    """A context in which SIGTERM and SIGINT set `stop`, so that the state can be saved; a second Ctrl-C interrupts."""
+
+    def __enter__(self) -> "Signals":
+        self.stop = False
+        self.before = {}
+        with contextlib.suppress(ValueError):  # only the main thread can set handlers
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self.before[number] = signal.signal(number, self.handle)
+        return self
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """The handler of both signals."""
+        if self.stop and number == signal.SIGINT:  # second Ctrl-C: exit without saving
+            raise KeyboardInterrupt
+        self.stop = True
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 def dry_run(config: Config, workdir: str | Path | None) -> None:

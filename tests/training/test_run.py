@@ -19,8 +19,9 @@ from kdjax import data, detectors, methods, sharding, weights
 from kdjax.distill import Distiller
 from kdjax.errors import UserError
 from kdjax.report import model_card
-from kdjax.training import checkpoint, checks, loop, outputs
+from kdjax.training import checkpoint, checks, outputs
 from kdjax.training import config as settings
+from kdjax.training import run as training
 from kdjax.training import step as steps
 from kdjax.training.run import run
 from kdjax.training.setup import prepare
@@ -126,7 +127,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(finished, folder, 
 
     with monkeypatch.context() as patched:
         patched.setattr(sharding, "shard_batch", stop_in_step_seven)
-        with pytest.raises(loop.Stopped, match="step 7 of 20"):
+        with pytest.raises(training.Stopped, match="step 7 of 20"):
             run(config, workdir)
     assert not (workdir / "results.json").exists()
     results = run(config, workdir)
@@ -137,7 +138,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(finished, folder, 
 
 def test_twin_is_a_supervised_run_to_the_bit(finished, folder, monkeypatch):
     """Also, no state is saved before the metrics of its steps have been checked."""
-    check_finite, save, checked, saved = loop.check_finite, checkpoint.Checkpoints.save, [], []
+    check_finite, save, checked, saved = training.check_finite, checkpoint.Checkpoints.save, [], []
 
     def check(step, metrics):
         checked.append(step)
@@ -147,7 +148,7 @@ def test_twin_is_a_supervised_run_to_the_bit(finished, folder, monkeypatch):
         saved.append((step, checked[-1]))
         return save(self, step, *rest)
 
-    monkeypatch.setattr(loop, "check_finite", check)
+    monkeypatch.setattr(training, "check_finite", check)
     monkeypatch.setattr(checkpoint.Checkpoints, "save", save_and_note)
     config = tiny_config(folder, teacher=None)
     config.checkpoint.every = 7
@@ -241,7 +242,7 @@ def test_a_step_that_is_not_finite_changes_nothing(finished, folder, teacher_fol
     assert after.pop("step") == 1 and before.pop("step") == 0
     assert_equal_bits(after, before)
     with pytest.raises(FloatingPointError, match="twin/loss_.*step 3"):
-        loop.check_finite(3, {f"twin/{name}": value for name, value in metrics.items()})
+        training.check_finite(3, {f"twin/{name}": value for name, value in metrics.items()})
 
 
 def test_workdir_of_another_run_is_refused(finished, folder, teacher_folder):
@@ -278,7 +279,7 @@ def test_data_that_is_damaged_while_it_trains_gets_a_sentence(folder, tmp_path, 
     def train(*_):
         raise data.Damaged("DIR: record 3 cannot be read: prepare the data again")
 
-    monkeypatch.setattr(loop, "train", train)
+    monkeypatch.setattr(training, "train", train)
     with pytest.raises(UserError, match="DIR: record 3"):
         run(tiny_config(folder, teacher=None), tmp_path / "run")
 
