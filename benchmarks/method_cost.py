@@ -38,7 +38,7 @@ from kdjax.distill import Distiller
 from kdjax.report import study
 from kdjax.training import config as settings
 from kdjax.training import optim, provenance, setup
-from kdjax.training.step import Teacher, init_state, make_step
+from kdjax.training.step import TeacherVariables, init_state, make_step
 
 BOXES = 16  # padded boxes an image
 WARM = 2  # rounds that are not counted
@@ -89,7 +89,7 @@ class Bench:
         self.student, self.teacher = (detectors.build(name, args.classes) for name in (args.student, args.teacher))
         self.key, self.image_size = jax.random.PRNGKey(0), (args.size, args.size)
         self.batch = jax.tree.map(jax.numpy.asarray, made_up_batch(args.batch, args.size, args.classes))
-        self.variables = Teacher(*self.teacher.init(jax.random.PRNGKey(1)))
+        self.variables = TeacherVariables(*self.teacher.init(jax.random.PRNGKey(1)))
         config = settings.base()
         config.batch_size, config.steps = args.batch, 100_000
         self.ema_rate = functools.partial(optim.ema_rate, config)

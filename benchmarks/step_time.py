@@ -22,7 +22,7 @@ from kdjax import methods as zoo
 from kdjax.distill import Distiller
 from kdjax.training import config as settings
 from kdjax.training import optim, provenance, setup
-from kdjax.training.step import Teacher, init_state, make_step
+from kdjax.training.step import TeacherVariables, init_state, make_step
 
 
 class Built(NamedTuple):
@@ -91,7 +91,7 @@ def build(args) -> Built:
     methods = [zoo.build(args.method)] if args.method else []
     if teacher:
         adapters = Distiller(student, teacher, methods).init(key, (args.size, args.size))
-        variables = Teacher(*teacher.init(jax.random.PRNGKey(1)))
+        variables = TeacherVariables(*teacher.init(jax.random.PRNGKey(1)))
     config = settings.base()
     config.steps = 100_000
     optimizer = optim.optimizer(config, lambda params: jax.tree.map(lambda leaf: leaf.ndim <= 1, params))

@@ -19,7 +19,7 @@ from kdjax.structs import Array, Assignment, DetectorOutput, Pairing, Rows, Targ
 
 @dataclasses.dataclass(frozen=True)
 class Distiller:
-    """Pure functions of a student, a teacher and methods; it holds no arrays.
+    """Pure functions of a student, a teacher and methods; the arrays that they need are their arguments.
 
     Attributes:
       student: a `Detector`, or anything with `spec` (`kdjax.distill.teachers.Student`).
@@ -27,6 +27,8 @@ class Distiller:
         its detector is taken, and its weights wherever a call is given none.
       methods: `Method`s of `kdjax.methods`, in a sequence or by name.
       pairing: which row meets which (`kdjax.distill.pairing`).
+      variables: of the teacher, for calls that give none; those of a loaded model. Inside a jitted function they become
+        constants of the program: pass them to `terms` or `observe` instead.
 
     Example:
       >>> from kdjax import detectors, methods
@@ -96,7 +98,17 @@ class Distiller:
     # --------------------------------------------------------------------------------------------------- in the step
 
     def observe(self, batch: Batch, variables: Any = None) -> DetectorOutput:
-        """What the teacher saw in a batch: the taps that the methods read, without gradient."""
+        """What the teacher saw in a batch: the taps that the methods read, without gradient.
+
+        Args:
+          batch: what the teacher reads of it; a detector reads `image` u8[B, H, W, 3].
+          variables: of the teacher; by default those of the loaded model that the distiller was made with.
+
+        Raises:
+          UserError: the teacher has no `observe`, or its output lacks a tap that a method reads.
+        """
+        if getattr(self.teacher, "observe", None) is None:
+            raise UserError("teacher: it has no `observe`: pass its output to `terms` as `observed`")
         variables = self.variables if variables is None else variables
         output = taps.only(self.teacher.observe(variables, batch), self.teacher_reads)
         return jax.lax.stop_gradient(output)
@@ -129,7 +141,7 @@ class Distiller:
           {"method/term": f32[]}; `total` adds them up with their weights.
 
         Raises:
-          UserError: an output lacks a tap that a method reads.
+          UserError: an output lacks a tap that a method reads, or the batch lacks the ground truth.
         """
         key = key if step is None else jax.random.fold_in(key, step)
         variables = self.variables if variables is None else variables
@@ -137,7 +149,7 @@ class Distiller:
             observed = self.observe(batch, variables)
         whole = self._with_rows(output)
         reads = {name for method in self.methods.values() for name in method.reads.student}
-        targets = targets_of(batch) if reads & {"targets", "assignment"} else None
+        targets = _targets(batch) if reads & {"targets", "assignment"} else None
         if "assignment" in reads and assignment is None:
             assignment = self._assign(output, targets, key)
         student, teacher = taps.shared_levels(whole, jax.lax.stop_gradient(observed))
@@ -234,6 +246,13 @@ class Distiller:
 def method_key(key: Array, name: str) -> Array:
     """A key of the method's own, the same whatever other methods run beside it."""
     return jax.random.fold_in(key, zlib.crc32(name.encode()))
+
+
+def _targets(batch: Batch) -> Targets:
+    missing = [name for name in ("image", "boxes", "labels", "valid", "image_size") if name not in batch]
+    if missing:
+        raise UserError(f"batch: {', '.join(missing)} missing: a method reads the ground truth")
+    return targets_of(batch)
 
 
 def _compares_rows(method: Method) -> bool:

@@ -18,7 +18,7 @@ from kdjax.training import config as settings
 from kdjax.training import optim
 from kdjax.training.config import Config
 from kdjax.training.setup import Setup, build_methods, named_detector
-from kdjax.training.step import Teacher, TrainState
+from kdjax.training.step import TeacherVariables, TrainState
 
 # Settings that may differ between a run and its resumption, because they do not change the result.
 FREE_KEYS = {"log_every", "checkpoint", "compile_cache", "data.workers", "data.cache", "data.root", "eval"}
@@ -169,7 +169,7 @@ def check_terms(setup: Setup, batch: Mapping[str, np.ndarray]) -> None:
             raise UserError(f"config.methods.{name}: it has no effect: the weights of all its terms are 0")
     student, state = setup.student, setup.states["student"]
 
-    def probe(state: TrainState, variables: Teacher, batch: Mapping[str, Array]) -> Any:
+    def probe(state: TrainState, variables: TeacherVariables, batch: Mapping[str, Array]) -> Any:
         params = state.params
         output, _ = student.apply(params["student"], state.stats, student.preprocess(batch["image"]), train=True)
         targets = targets_of(batch)

@@ -21,7 +21,7 @@ from kdjax.training.checks import check_programs
 from kdjax.training.log import Log
 from kdjax.training.provenance import environment
 from kdjax.training.setup import Setup, model
-from kdjax.training.step import Teacher
+from kdjax.training.step import TeacherVariables
 from kdjax.weights.checkpoint import fingerprint
 
 EXAMPLES = 8  # images in the report
@@ -158,7 +158,7 @@ def save_model(setup: Setup, role: str, folder: Path, results: Mapping[str, Any]
         image_size=tuple(config.data.image_size),
         extra=extra,
     )
-    fingerprints = {role: fingerprint(Teacher(params, stats))}
+    fingerprints = {role: fingerprint(TeacherVariables(params, stats))}
     if setup.teacher:
         fingerprints["teacher"] = fingerprint(setup.variables)
     text = model_card.card(

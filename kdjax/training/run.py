@@ -27,7 +27,7 @@ from kdjax.training.config import Config
 from kdjax.training.log import Log
 from kdjax.training.schedule import schedule
 from kdjax.training.setup import Setup, prepare, prepare_process, resume, run_fingerprint
-from kdjax.training.step import Teacher, TrainState
+from kdjax.training.step import TeacherVariables, TrainState
 
 
 class Stopped(Exception):
@@ -189,7 +189,7 @@ def train(setup: Setup, start: int, checkpoints: Checkpoints, log: Log) -> dict[
     return states
 
 
-def teacher_variables(setup: Setup, role: str) -> Teacher | None:
+def teacher_variables(setup: Setup, role: str) -> TeacherVariables | None:
     """The variables of the teacher for the student, None for the twin."""
     return setup.variables if role == "student" else None
 

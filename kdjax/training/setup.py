@@ -19,7 +19,7 @@ from kdjax.structs import Array
 from kdjax.training import optim
 from kdjax.training.checkpoint import Checkpoints
 from kdjax.training.config import Config
-from kdjax.training.step import Teacher, TrainState, init_state, make_step
+from kdjax.training.step import TeacherVariables, TrainState, init_state, make_step
 from kdjax.weights.checkpoint import fingerprint
 
 # Options of glibc's mallopt: one arena (M_ARENA_MAX), no mmap for large blocks (M_MMAP_MAX), no trimming
@@ -28,7 +28,7 @@ MALLOC = {-8: 1, -4: 0, -1: -1}
 
 
 # (state, teacher variables or None, batch) -> (state, metrics)
-Update = Callable[[TrainState, Teacher | None, Mapping[str, Array]], tuple[TrainState, dict[str, Array]]]
+Update = Callable[[TrainState, TeacherVariables | None, Mapping[str, Array]], tuple[TrainState, dict[str, Array]]]
 
 
 class Setup(NamedTuple):
@@ -41,7 +41,7 @@ class Setup(NamedTuple):
     methods: dict[str, Method]
     distiller: Distiller | None  # of student, teacher and methods, in float32
     teacher_detects: bool  # the teacher has the classes of the data, so that it can be evaluated
-    variables: Teacher | None  # on all devices
+    variables: TeacherVariables | None  # on all devices
     states: dict[str, TrainState]  # "student" and, with a twin, "twin"; on all devices
     steps: dict[str, Any]  # role -> jitted `Update`
     programs: collections.Counter[str]  # how often each program was traced
@@ -238,7 +238,7 @@ def prepare(config: Config, dataset: data.Dataset) -> Setup:
     steps = {role: update(role) for role in roles}
     if teacher:
         steps["student"] = update("student", teacher=teacher)
-    variables = jax.device_put(Teacher(*loaded), everywhere) if loaded else None
+    variables = jax.device_put(TeacherVariables(*loaded), everywhere) if loaded else None
     return Setup(
         config,
         dataset,

@@ -24,7 +24,7 @@ class TrainState(NamedTuple):
     key: jax.Array  # never changes; every step folds its number in
 
 
-class Teacher(NamedTuple):
+class TeacherVariables(NamedTuple):
     """The frozen side: an argument of the step, never closed over, never trained, never saved."""
 
     params: Any

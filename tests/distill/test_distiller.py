@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from kdjax import detectors, methods
-from kdjax.distill import Distiller, Method, Reads, by_overlap
+from kdjax.distill import Custom, Distiller, Method, Reads, by_overlap
 from kdjax.errors import UserError
 from kdjax.structs import DetectorOutput
 from tests.support.arrays import quick_jit
@@ -122,3 +122,15 @@ def test_it_holds_no_arrays():
     leaves = jax.tree.leaves([values, [list(m) for m in made.methods.values()]])
     assert not any(isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves)
     assert made.variables is None
+
+
+def test_what_is_missing_is_named():
+    student, teacher = detectors.build("rtmdet_pico", 3), detectors.build("rtmdet_nano", 3)
+    output = student.spec((64, 64))
+    blind = Distiller(student, Custom(spec=teacher.spec), [methods.build("cwd")])
+    with pytest.raises(UserError, match="teacher: it has no `observe`: pass its output to `terms` as `observed`"):
+        blind.observe({"image": None})
+    with pytest.raises(UserError, match="batch: boxes, labels missing: a method reads the ground truth"):
+        Distiller(student, teacher, [methods.build("defeat")]).terms(
+            {}, output, {"image": 0, "valid": 0, "image_size": 0}, observed=output, key=jax.random.key(0)
+        )

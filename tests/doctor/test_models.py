@@ -12,7 +12,7 @@ from kdjax.commands.settings import read
 from kdjax.doctor import models
 from kdjax.doctor.findings import OK, WARNING
 from kdjax.training.setup import Setup
-from kdjax.training.step import Teacher
+from kdjax.training.step import TeacherVariables
 from kdjax.weights import folder
 from tests.shared import ROOT
 from tests.support.findings import errors
@@ -27,7 +27,10 @@ def shipped(tmp_path_factory):
     config.data.update(dict(cache=str(tmp_path_factory.mktemp("shipped")), scenes_train=4, scenes_val=IMAGES))
     detector, params, stats, _ = weights.load(ROOT / "assets" / "quickstart_teacher")
     known = dict(
-        config=config, dataset=data.open_dataset(config.data), teacher=detector, variables=Teacher(params, stats)
+        config=config,
+        dataset=data.open_dataset(config.data),
+        teacher=detector,
+        variables=TeacherVariables(params, stats),
     )
     return Setup(**dict.fromkeys(Setup._fields) | known)
 
@@ -60,13 +63,13 @@ def test_a_wrong_class_map_is_named(shipped, order):
     names, (params, stats) = shipped.dataset.classes, shipped.variables
     head = jax.tree.map(lambda leaf: leaf[..., jnp.array(order)], params["bbox_head"]["rtm_cls"])
     params = params | {"bbox_head": params["bbox_head"] | {"rtm_cls": head}}
-    message = errors(check(shipped, variables=Teacher(params, stats)))["teacher's classes"]
+    message = errors(check(shipped, variables=TeacherVariables(params, stats)))["teacher's classes"]
     assert f"{names[0]!r} detections are {names[1]!r} objects" in message
 
 
 def test_an_untrained_teacher_is_named(shipped):
     detector = detectors.build("rtmdet_nano", len(shipped.dataset.classes))
-    variables = Teacher(*detector.init(jax.random.PRNGKey(0)))
+    variables = TeacherVariables(*detector.init(jax.random.PRNGKey(0)))
     assert (
         "the teacher barely detects anything"
         in errors(check(shipped, teacher=detector, variables=variables))["teacher"]

@@ -64,7 +64,7 @@ def whole_step(arrays, meta, chosen: dict, terms: dict[str, str], *, by_centrene
     """`terms`: kdjax's name of a term -> the reference's loss; `by_centreness`: divide CrossKD's terms as FCOS does."""
     student, teacher = (detector_of(meta[f"{who}_cfg"]) for who in ("student", "teacher"))
     params, stats = fill.from_torch(student, below(arrays, "student"))
-    frozen = step.Teacher(*fill.from_torch(teacher, below(arrays, "teacher")))
+    frozen = step.TeacherVariables(*fill.from_torch(teacher, below(arrays, "teacher")))
     batch = {"image": nhwc(arrays["input"])} | targets_of(arrays)._asdict()
     points = student.priors(arrays["input"].shape[2:])[:, :2]
     key = jax.random.key(0)

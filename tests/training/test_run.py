@@ -89,7 +89,7 @@ def test_a_model_card_names_data_teacher_and_hashes(finished, teacher_folder):
         [metric] = entry["results"][0]["metrics"]
         assert metric["value"] == pytest.approx(results[role]["AP"], abs=1e-4)
         _, params, stats, classes = weights.load(workdir / role)
-        assert f"hash of the weights: {fingerprint(steps.Teacher(params, stats))}" in body
+        assert f"hash of the weights: {fingerprint(steps.TeacherVariables(params, stats))}" in body
         assert f"classes: {', '.join(classes)}" in body and f"- jax: {jax.__version__}" in body
         assert "data, train: scenes, split `train`: 24 images" in body and "seed 0" in body
         assert "20 steps of 8 images" in body and "claims no rights" in body
@@ -100,7 +100,7 @@ def test_a_model_card_names_data_teacher_and_hashes(finished, teacher_folder):
         f"{100 * results['gain']['AP']:+.1f}",
     ]
     assert rows["params"].split(" | ")[1] == f"{results['student']['params']:,}"
-    of_teacher = fingerprint(steps.Teacher(*weights.load(teacher_folder)[1:3]))
+    of_teacher = fingerprint(steps.TeacherVariables(*weights.load(teacher_folder)[1:3]))
     assert f"weights `{teacher_folder}`, hash {of_teacher}" in student
     assert "method mkd: weight 1.0; other options at their defaults" in student and "the teacher's weights" in student
     assert "- teacher" not in texts["twin"] and "- method" not in texts["twin"] and "gain" not in texts["twin"]
@@ -181,7 +181,7 @@ def test_eight_devices_equal_one(folder, teacher_folder):
         mesh = Mesh(np.array(devices), ("data",))
         everywhere = sharding.replicated(mesh)
         state = steps.init_state(student, key, None, distiller.init(key, (64, 64)), optimizer)
-        state, frozen = jax.device_put((state, steps.Teacher(*variables)), everywhere)
+        state, frozen = jax.device_put((state, steps.TeacherVariables(*variables)), everywhere)
         program = jax.jit(update, donate_argnums=0, out_shardings=everywhere)
         program = program.lower(state, frozen, sharding.shard_batch(mesh, batches[0])).compile()
         totals, first = [], None
