@@ -5,11 +5,13 @@ import ctypes
 import dataclasses
 import gc
 import platform
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
+from tqdm import tqdm
 
 from kdjax import data, detectors, files, methods, sharding, weights
 from kdjax.detectors.api import Detector, Tree
@@ -180,6 +182,11 @@ def load_teacher(
             raise
     detector = named_detector(chosen, len(dataset.classes)) if chosen.detector else None
     detector, params, stats, _ = weights.load(chosen.weights, detector, key=key)
+    tqdm.write(
+        f"config.teacher.weights: the classes of {chosen.weights} are not those of the data: only its feature maps teach; "
+        "it is not evaluated",
+        file=sys.stderr,
+    )
     return detector, (params, stats), False
 
 

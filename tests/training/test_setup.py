@@ -24,14 +24,15 @@ def test_class_map_of_the_teacher_must_fit(folder, teacher_folder, tmp_path):
         run(config, tmp_path / "run")
 
 
-def test_a_teacher_whose_maps_alone_are_read_may_have_other_classes(folder, tmp_path):
-    """It is not evaluated."""
+def test_a_teacher_whose_maps_alone_are_read_may_have_other_classes(folder, tmp_path, capsys):
+    """It is not evaluated, and the user is told so."""
     dataset = data.open_dataset(tiny_config(folder, teacher=None).data)
     detector = detectors.build("rtmdet_pico", 2)
     params, stats = detector.init(jax.random.PRNGKey(0))
     weights.save(tmp_path, detector, params, stats, classes=["cat", "dog"], image_size=(64, 64))
     setup = prepare(tiny_config(folder, teacher=tmp_path, method="cwd"), dataset)
     assert setup.teacher is not None and not setup.teacher_detects
+    assert "are not those of the data: only its feature maps teach; it is not evaluated" in capsys.readouterr().err
 
 
 def test_a_teacher_of_another_number_of_classes_is_refused(folder, teacher_folder, tmp_path):
