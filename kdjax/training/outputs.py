@@ -226,7 +226,7 @@ def notes(setup: Setup, rows: Sequence[Mapping[str, Any]]) -> list[str]:
         lines.append("The twin has the student's initial weights and batches, but no teacher.")
     if setup.teacher and not setup.teacher_detects:
         lines.append(
-            "The teacher's classes are not those of the data: only its feature maps teach; it is not evaluated."
+            "The teacher has other classes than the data: only its feature maps teach; it is not evaluated."
         )
     if config.eval.every and config.eval.limit:
         lines.append(

@@ -183,8 +183,8 @@ def load_teacher(
     detector = named_detector(chosen, len(dataset.classes)) if chosen.detector else None
     detector, params, stats, _ = weights.load(chosen.weights, detector, key=key)
     tqdm.write(
-        f"config.teacher.weights: the classes of {chosen.weights} are not those of the data: only its feature maps teach; "
-        "it is not evaluated",
+        f"config.teacher.weights: the classes of {chosen.weights} are not those of the data: only its feature maps "
+        "teach; it is not evaluated",
         file=sys.stderr,
     )
     return detector, (params, stats), False
