@@ -29,7 +29,7 @@ def test_devices_do_not_change_the_detections(model, images):
     assert expected[0].class_names == model.class_names and expected[0].category_ids == model.category_ids
     for found, image in zip(expected, images, strict=True):
         height, width = image.shape[:2]
-        assert found.boxes.dtype == np.float32 and found.labels.dtype == np.int32
+        assert found.boxes.dtype == np.float64 and found.labels.dtype == np.int32
         assert (found.boxes >= 0).all() and (found.boxes <= [width, height, width, height]).all()
         assert (np.diff(found.scores) <= 0).all()
     for size, devices in ((6, 4), (4, 1)):
