@@ -11,6 +11,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from kdjax import data
+from kdjax.commands import arguments
 from kdjax.errors import UserError
 from kdjax.evals.matching import detections_by_image, truth_by_image
 from kdjax.evals.voc import voc_metrics
@@ -98,6 +99,18 @@ def test_a_directory_is_read(directory, tmp_path):
     assert {(e["action"], e["reason"]) for e in dataset.splits["train"].log} == {("dropped", "box has no extent")}
     assert perfect_ap(truth) == pytest.approx(1)
     assert opened(directory / "coco" / "1.1.0", tmp_path, source="tfds").splits["train"].size == 7
+
+
+def test_evaluate_and_export_read_a_directory(directory, tmp_path, monkeypatch):
+    """By the reader of `--data`, with the ground truth that a run has."""
+    monkeypatch.setenv("KDJAX_CACHE", str(tmp_path))
+    found = arguments.open_data(str(directory / "coco" / "1.1.0"), "val", "", "", 0)
+    dataset = opened(directory, tmp_path, source="tfds")
+    assert found.truth == data.ground_truth(dataset, "val") and len(found.truth["images"]) == 4
+    for image in found.truth["images"]:
+        assert found.split.image(image["id"]).shape == (50, 40, 3)
+    with pytest.raises(UserError, match="--images: a TFDS directory holds its images itself"):
+        arguments.open_data(str(directory), "val", "", "x", 0)
 
 
 def test_the_original_json_gives_category_ids_and_areas(directory, tmp_path):
