@@ -75,7 +75,7 @@ def joined(text: str) -> str:
     return re.sub(r"\\\n\s*", "", text)
 
 
-def verbs() -> list[str]:
+def documented() -> list[str]:
     """Every line of a block of code that calls kdjax."""
     text = "\n".join(joined(path.read_text()) for path in PAGES)
     lines = re.findall(r"^    (?:\.venv/bin/)?(kdjax .*)$", text, re.MULTILINE)
@@ -98,16 +98,20 @@ def resolved(arguments: list[str]):
 
 
 @pytest.mark.filterwarnings("ignore:the load_module")  # of ml_collections
-@pytest.mark.parametrize("line", verbs())
-def test_a_verb_understands_its_documented_command(line, monkeypatch):
-    _, verb, *rest = shlex.split(line, comments=True)
-    name = f"kdjax.commands.{verb.replace('-', '_')}"
-    asked = inspect.signature(importlib.import_module(name).run)
+@pytest.mark.parametrize("line", documented())
+def test_a_documented_command_is_understood(line, monkeypatch):
+    """Its config and flags are read; what it would run is replaced."""
+    _, command, *rest = shlex.split(line.replace("DIR", "x"), comments=True)
+    rest = [flag for flag in rest if flag not in ("…", "...")]
+    rest = [flag.replace(":NAME", ":cwd").replace("methods.NAME.", "methods.cwd.") for flag in rest]
+    module, name = cli.RUNS.get(command, (f"kdjax.commands.{command.replace('-', '_')}", "run"))
+    asked = inspect.signature(getattr(importlib.import_module(module), name))
     taken = {}
-    monkeypatch.setattr(f"{name}.run", lambda **arguments: taken.update(asked.bind(**arguments).arguments) or 0)
-    assert cli.main([verb, *rest]) == 0 and taken
-    if verb == "doctor" and "…" not in line:
-        resolved([flag.replace("DIR", "x") for flag in rest])
+    monkeypatch.setattr(f"{module}.{name}", lambda **arguments: taken.update(asked.bind(**arguments).arguments) or 0)
+    assert cli.main([command, *rest]) == 0 and taken
+    if command in cli.RUNS:
+        assert settings.unknown_keys(taken["config"]) == []
+        settings.check_numbers(taken["config"])
 
 
 @pytest.mark.filterwarnings("ignore:the load_module")
@@ -116,7 +120,7 @@ def test_the_tutorials_commands_are_understood_and_fit_together():
     there = {"images", "images/images/val"}
     for line in tutorial():
         program, *rest = shlex.split(line)
-        assert (program, rest[0]) == ("python", "train.py") or (program in ("kdjax",) and line in verbs()), line
+        assert (program, rest[0]) == ("python", "train.py") or (program in ("kdjax",) and line in documented()), line
         flags = [tuple(flag.removeprefix("--").split("=", 1)) for flag in rest if flag.startswith("--")]
         read = {value for name, value in flags if name in ("model", "against", "data", "config.data.root")}
         read |= {value for name, value in flags if name == "config.teacher.weights"}
@@ -129,7 +133,7 @@ def test_the_tutorials_commands_are_understood_and_fit_together():
             assert config.data.check or any(name == "workdir" for name, _ in flags)
 
 
-# What makes the tutorial short: flags that are added to a command, by its program or verb.
+# What makes the tutorial short: flags that are added to a command, by its program or command.
 TINY = [
     "--config.steps=4",
     "--config.batch_size=4",

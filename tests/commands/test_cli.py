@@ -27,8 +27,8 @@ def test_help_is_instant_and_names_every_command():
     done = subprocess.run([sys.executable, "-X", "importtime", "-m", "kdjax", "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and time.perf_counter() - begun < 5
     assert not {"jax", "numpy", "matplotlib"} & {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
-    for verb in ("train", "study", "doctor", "predict", "evaluate", "latency", "export", "import-weights"):
-        assert verb in done.stdout
+    for command in ("train", "study", "doctor", "predict", "evaluate", "latency", "export", "import-weights"):
+        assert command in done.stdout
 
 
 def test_a_damaged_model_is_refused_by_every_command(made, tmp_path, capsys, monkeypatch):
@@ -115,9 +115,9 @@ def test_the_examples_of_the_help_run(made, state, tmp_path):
         name: torch.tensor(value) for name, value in weights.to_torch(tiny, *tiny.init(jax.random.key(0))).items()
     }
     torch.save({"meta": {"dataset_meta": {"classes": CLASSES}}, "state_dict": arrays}, tmp_path / "rtmdet_tiny.pth")
-    for verb in ("train", "study", "doctor", "predict", "evaluate", "latency", "export", "import-weights"):
-        help_ = subprocess.run([sys.executable, "-m", "kdjax", verb, "--help"], capture_output=True, text=True).stdout
+    for command in ("train", "study", "doctor", "predict", "evaluate", "latency", "export", "import-weights"):
+        help_ = subprocess.run([sys.executable, "-m", "kdjax", command, "--help"], capture_output=True, text=True).stdout
         example = help_.split("example:\n")[1].split()
-        assert example[:2] == ["kdjax", verb]
+        assert example[:2] == ["kdjax", command]
         done = subprocess.run([sys.executable, "-m", *example], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
