@@ -17,7 +17,7 @@ Array = jax.Array
 
 
 class Targets(NamedTuple):
-    """Ground truth of a batch, padded to M boxes an image.
+    """Ground truth of a batch, padded to M boxes per image.
 
     Rows whose `valid` is False are padding: they hold zeros and change nothing.
     """
@@ -80,7 +80,7 @@ class Assignment(NamedTuple):
 
 
 class PaddedDetections(NamedTuple):
-    """A fixed number D of detections an image, best score first; rows whose `valid` is False hold zeros."""
+    """A fixed number D of detections per image, best score first; rows whose `valid` is False hold zeros."""
 
     boxes: Array  # f32[B, D, 4], pixels of the network input
     scores: Array  # f32[B, D], 0 .. 1

@@ -32,7 +32,7 @@ def run(*, file: str, detector: str, out: str, classes: str | None, image_size: 
     if not model.class_names:
         count = model.detector.num_classes
         raise UserError(
-            f"{file}: it does not name its {count} classes: give --classes=FILE, with one name a line or COCO's json"
+            f"{file}: it does not name its {count} classes: give --classes=FILE, with one name per line or COCO's json"
         )
     params, stats = model.variables
     arguments.make_folder(out)

@@ -25,7 +25,7 @@ def summary(dataset: Dataset, cfg: Settings) -> str:
     height, width = canvas_size(cfg)
     lines = [
         f"{dataset.name}: {len(dataset.classes)} classes, canvas {height}x{width} px (height x width), "
-        f"{dataset.max_boxes} box rows an image",
+        f"{dataset.max_boxes} padded boxes per image",
     ]
     truths = {role: ground_truth(dataset, role) for role in dataset.splits}
     for role, split in dataset.splits.items():
@@ -52,7 +52,7 @@ def _split(role: str, name: str, truth: dict[str, Any], max_boxes: int) -> list[
 
 
 def _table(dataset: Dataset, truths: dict[str, dict[str, Any]]) -> list[str]:
-    """Boxes by class and size, one line a class."""
+    """Boxes by class and size, one line per class."""
     label = {category: index for index, category in enumerate(dataset.category_ids)}
     counts = np.zeros((len(dataset.classes), len(truths), 3), int)
     for column, truth in enumerate(truths.values()):

@@ -295,7 +295,7 @@ def decoder(decode_boxes: Callable[[DetectorOutput], Array], *, iou_threshold: f
           select: what chooses among boxes and scores, with the arguments of `kdjax.boxes.select_detections`.
 
         Returns:
-          D detections an image, padded.
+          D detections per image, padded.
 
         Scope: one image.
 

@@ -7,7 +7,7 @@ from kdjax.structs import Array, DetectorOutput
 
 
 def join(maps: tuple[Array, ...], width: int) -> Array:
-    """L of f32[B, H, W, A * width] -> f32[B, N, width], one row a prior."""
+    """L of f32[B, H, W, A * width] -> f32[B, N, width], one row per prior."""
     return jnp.concatenate([m.reshape(m.shape[0], -1, width) for m in maps], 1)
 
 

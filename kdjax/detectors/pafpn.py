@@ -1,4 +1,4 @@
-"""PAFPN, the neck of RTMDet and YOLOX: a top-down and a bottom-up path, then one convolution a level.
+"""PAFPN, the neck of RTMDet and YOLOX: a top-down and a bottom-up path, then one convolution per level.
 
 Reference: Liu et al., Path Aggregation Network for Instance Segmentation, CVPR 2018; module names follow mmdetection
 3.3.0.

@@ -402,7 +402,7 @@ def decode(
       select: what chooses among boxes and scores, with the arguments of `kdjax.boxes.select_detections`.
 
     Returns:
-      D detections an image, padded.
+      D detections per image, padded.
 
     Scope: one image.
 

@@ -16,7 +16,7 @@ def init_adapters(
     always: bool = False,
     deviation: float | None = None,
 ) -> dict:
-    """One convolution a level that takes the student's channels to the teacher's: {stride: params}.
+    """One convolution per level that takes the student's channels to the teacher's: {stride: params}.
 
     A level whose channels agree gets none (identity), unless `always`. Adapters are trained with the student and not
     exported. Also checks that the maps of a pair can be compared (see `adapt`). `bias`, `deviation`: see

@@ -222,7 +222,7 @@ def rank_kl(
       teacher: f32[B, N], on the same priors.
       matched: i32[B, N], index of the object of each prior, 0 .. boxes-1 where `positive`.
       positive: bool[B, N], the priors that belong to an object.
-      boxes: M, the number of (padded) objects an image.
+      boxes: M, the number of (padded) objects per image.
       theta: temperature, > 0; values below 1 sharpen the distribution, which is nearly flat for scores in 0 .. 1.
 
     Returns:

@@ -12,7 +12,7 @@ Paper: Zhang and Ma, "Improve Object Detection with Feature-based Knowledge Dist
 Taps: neck (any detector). Needs nothing else. Trains A, D, E, F and a non-local block R for each net and level, which
   is the identity at first. Channels of R are reduced by 4, 4, 2, 2 and phi and g pooled by 8, 4, 2, 2 at P2 .. P5.
 Open: the printed norms run over the whole batch, so the loss grows with sqrt(B); here it is divided by that
-  (`parity=True` is the original, whose weights belong to two images a device). The paper's masks are softmaxes of the
+  (`parity=True` is the original, whose weights belong to two images per device). The paper's masks are softmaxes of the
   sum of both nets' maps, over space and over channels (`paper=True`, with the channels of A(S)); mmrazor's port,
   followed here, averages two softmaxes over space and has none over channels, as its comment says of the authors' code.
   The means over space and channels are signed as in the port. The defaults are the port's, the weights of two-stage

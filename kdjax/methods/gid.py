@@ -45,7 +45,7 @@ def make(
     iou_threshold: float = 0.3,
     parity: bool = False,
 ) -> method.Method:
-    """Distances of the features, the mutual distances and the predictions of a fixed number of instances an image.
+    """Distances of the features, the mutual distances and the predictions of a fixed number of instances per image.
 
     Args:
       weight: of everything; 1.
@@ -54,7 +54,7 @@ def make(
       relation_weight: 40 in the port.
       class_weight: 0.1 in the port.
       box_weight: 0.1 in the port.
-      count: instances an image, at least 1; 10. Relations need three.
+      count: instances per image, at least 1; 10. Relations need three.
       iou_threshold: of NMS, 0 .. 1; 0.3.
       parity: relates the instances of the whole batch to each other, not those of an image.
 

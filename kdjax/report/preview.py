@@ -19,7 +19,7 @@ IMAGES = 8  # at most, of a batch
 def save(
     dataset: data.Dataset, config: ConfigDict, curves: Mapping[str, np.ndarray], workdir: str | Path | None
 ) -> dict[str, Path]:
-    """Writes a contact sheet of a batch of each stage, and a plot of the schedule.
+    """Writes a contact sheet for a batch of each augmentation stage, and a plot of the schedule.
 
     The images are rows of a batch that the run would train on. With Mosaic or MixUp it is the first batch whose
     partners come from a full cache.

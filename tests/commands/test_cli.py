@@ -116,7 +116,9 @@ def test_the_examples_of_the_help_run(made, state, tmp_path):
     }
     torch.save({"meta": {"dataset_meta": {"classes": CLASSES}}, "state_dict": arrays}, tmp_path / "rtmdet_tiny.pth")
     for command in ("train", "study", "doctor", "predict", "evaluate", "latency", "export", "import-weights"):
-        help_ = subprocess.run([sys.executable, "-m", "kdjax", command, "--help"], capture_output=True, text=True).stdout
+        help_ = subprocess.run(
+            [sys.executable, "-m", "kdjax", command, "--help"], capture_output=True, text=True
+        ).stdout
         example = help_.split("example:\n")[1].split()
         assert example[:2] == ["kdjax", command]
         done = subprocess.run([sys.executable, "-m", *example], cwd=tmp_path, capture_output=True, text=True)
