@@ -82,7 +82,7 @@ def program(
 
     Args:
       detector: the detector.
-      devices: a batch is split over them, padded to a whole number of images per device (the result has these rows, too);
+      devices: a batch is split over them, padded to a whole number of images per device (so is the result);
         None: those of this host.
       preprocess: instead of the detector's own. It is called outside of the compiled program: any number of them share
         one compilation.
