@@ -3,11 +3,14 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 p
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 VENV ?= .venv
 PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+# The tested versions for this minor version of Python, if there is such a file; otherwise the newest that pyproject.toml allows.
+PINNED = $$(f=constraints/py$$($(PY) -c 'import sys; print("%d%d" % sys.version_info[:2])').txt; test -f $$f && echo "--constraint $$f")
 
 .PHONY: quickstart test test-all setup lint format docs package
 
 # Trains the student with and without its teacher on the embedded default and writes runs/quickstart/report.html.
-quickstart: setup
+quickstart: $(VENV)/.installed
 	$(PY) train.py --config=configs/quickstart.py --workdir=runs/quickstart
 	@echo "The report: runs/quickstart/report.html"
 
@@ -26,23 +29,24 @@ format: setup
 
 # Wheel and sdist, into dist/.
 package: setup
-	$(PY) -m pip install --quiet --disable-pip-version-check build twine
 	rm -rf dist
-	$(PY) -m build
+	$(PY) -m build --no-isolation
 	$(PY) -m twine check --strict dist/*
 
 # The site, into site/; a broken link fails.
 docs: setup
-	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
 	$(PY) -m mkdocs build --strict
 
+# What `make test` and the other targets need; the quickstart needs kdjax alone.
 setup: $(VENV)/.ready
 
-# The tested versions of this Python's line, where there is such a file; otherwise the newest that fit pyproject.toml.
-$(VENV)/.ready: pyproject.toml $(wildcard constraints/*.txt)
+$(VENV)/.ready: $(VENV)/.installed
+	$(PIP) $(PINNED) --editable '.[dev]'
+	touch $@
+
+$(VENV)/.installed: pyproject.toml $(wildcard constraints/*.txt)
 	@test -n "$(PYTHON)" || { echo "kdjax needs Python 3.11 or newer; none was found. PYTHON=/path/to/python chooses one."; exit 1; }
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check --upgrade pip
-	pinned=constraints/py$$($(PY) -c 'import sys; print("%d%d" % sys.version_info[:2])').txt; \
-	$(PY) -m pip install --quiet --disable-pip-version-check $$(test -f $$pinned && echo "--constraint $$pinned") --editable '.[dev]'
+	$(PIP) --upgrade pip
+	$(PIP) $(PINNED) --editable .
 	touch $@
