@@ -14,7 +14,7 @@ from typing import Any
 
 from kdjax import plugins
 from kdjax.detectors.api import Detector
-from kdjax.detectors.options import annotations, check_types
+from kdjax.detectors.keywords import annotations, check_types
 from kdjax.errors import UserError
 
 __all__ = ["Detector", "build", "families", "names", "options"]

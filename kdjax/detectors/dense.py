@@ -29,8 +29,8 @@ from kdjax.detectors.api import (
     unflatten,
 )
 from kdjax.detectors.fpn import FPN, SOURCES
+from kdjax.detectors.keywords import changed, own_values, resolve
 from kdjax.detectors.layers import Conv, GroupNorm, constant, normal
-from kdjax.detectors.options import changed, own_values, resolve
 from kdjax.errors import UserError
 from kdjax.structs import Assignment, DetectorOutput, PaddedDetections, Targets
 

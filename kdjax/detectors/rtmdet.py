@@ -32,8 +32,8 @@ from kdjax.detectors.api import (
     pure,
 )
 from kdjax.detectors.cspnext import Block, CSPNeXt
+from kdjax.detectors.keywords import changed, own_values, resolve
 from kdjax.detectors.layers import FOCAL_BIAS, BatchNorm, Conv, CSPLayer, constant, normal
-from kdjax.detectors.options import changed, own_values, resolve
 from kdjax.detectors.pafpn import PAFPN
 from kdjax.errors import UserError
 from kdjax.losses import box, classification

@@ -20,8 +20,8 @@ from kdjax.boxes.convert import clip
 from kdjax.detectors import levels
 from kdjax.detectors.api import Detector, Tree, all_but_kernels, check_entry, check_images, pure
 from kdjax.detectors.cspdarknet import CSPDarknet, conv_norm, csp_layer, separable
+from kdjax.detectors.keywords import changed, own_values, resolve
 from kdjax.detectors.layers import FOCAL_BIAS, Conv, constant
-from kdjax.detectors.options import changed, own_values, resolve
 from kdjax.detectors.pafpn import PAFPN
 from kdjax.errors import UserError
 from kdjax.losses import box, classification, distance
