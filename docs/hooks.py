@@ -37,10 +37,9 @@ def on_page_markdown(markdown, page, config, files):
     def moved(link: re.Match) -> str:
         text, path, anchor = link.groups(default="")
         target = posixpath.normpath(posixpath.join(posixpath.dirname(source), path))
-        if target in pages:
-            return f"[{text}]({pages[target]}{anchor})"
-        if target.startswith("docs/"):
-            return f"[{text}]({target.removeprefix('docs/')}{anchor})"
+        if target in pages or target.startswith("docs/"):
+            name = pages.get(target, target.removeprefix("docs/"))
+            return f"[{text}]({posixpath.relpath(name, posixpath.dirname(here) or '.')}{anchor})"
         if (ROOT / target).exists():
             return text
         return link[0]  # leads nowhere: mkdocs says so

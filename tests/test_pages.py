@@ -16,14 +16,15 @@ import pytest
 import yaml
 from jax.sharding import Mesh
 
+import kdjax
 from kdjax import cli, sharding
 from kdjax.commands.settings import read
 from kdjax.export import packages
 from kdjax.training import config as settings
-from tests.shared import ROOT
+from tests.shared import ROOT, script
 
 DOCS = ROOT / "docs"
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.glob("*.md")), ROOT / "benchmarks" / "README.md"]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md")), ROOT / "benchmarks" / "README.md"]
 PAGES += [ROOT / "assets" / "README.md", ROOT / "tests" / "golden" / "README.md"]
 TUTORIAL = (DOCS / "tutorial.md").read_text()
 NOTEBOOK = DOCS / "quickstart.ipynb"
@@ -53,10 +54,17 @@ def test_links_lead_somewhere(path):
         assert not anchor or anchor in headings(found), f"{target}#{anchor}"
 
 
+def pages_of(nav: list) -> list[str]:
+    """The pages of a table of contents, with those of its sections."""
+    values = [value for entry in nav for value in entry.values()]
+    return [page for value in values for page in (pages_of(value) if isinstance(value, list) else [value])]
+
+
 def test_every_page_is_in_the_sites_contents():
-    listed = [name for entry in yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"] for name in entry.values()]
+    listed = pages_of(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
     outside = re.findall(r'^    "(\w+\.md)": "([\w/]+\.md)",$', (DOCS / "hooks.py").read_text(), re.MULTILINE)
-    assert sorted(listed) == sorted([*(path.name for path in DOCS.glob("*.md")), *(page for page, _ in outside)])
+    inside = [path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")]
+    assert sorted(listed) == sorted([*inside, *(page for page, _ in outside)])
     assert len(outside) == 4 and all((ROOT / path).is_file() for _, path in outside)
 
 
@@ -66,6 +74,25 @@ def test_the_site_builds(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "The folder" in (tmp_path / "tutorial" / "index.html").read_text()
+    assert 'href="../../methods/"' in (tmp_path / "reference" / "methods" / "index.html").read_text()
+    for name in ("losses", "boxes", "methods", "detectors", "distill", "inference"):
+        module = importlib.import_module(f"kdjax.{name}")
+        page = (tmp_path / "reference" / name / "index.html").read_text()
+        assert not [public for public in module.__all__ if f'id="kdjax.{name}.{public}"' not in page]
+    page = (tmp_path / "reference" / "kdjax" / "index.html").read_text()
+    modules = {"__version__", "boxes", "detectors", "losses", "methods"}
+    assert not [name for name in set(kdjax.__all__) - modules if f'id="kdjax.{name}"' not in page]
+    assert 'id="kdjax.training.run.run"' in (tmp_path / "reference" / "training" / "index.html").read_text()
+
+
+def test_docstrings_become_what_the_reference_reads():
+    """See docs/docstrings.py."""
+    pytest.importorskip("griffe", reason="the site needs kdjax[docs]")
+    text = "One.\n\nArgs:\n  a, *b: both\n    of them.\n  c: alone.\n\n"
+    text += "Scope: all\n  of it.\nPeers: none.\n\nExample:\n  >>> 1"
+    wanted = "One.\n\nArgs:\n  a: both\n    of them.\n  *b: both\n    of them.\n  c: alone.\n\n"
+    wanted += "\n**Scope:** all of it.\n\n\n**Peers:** none.\n\n\nExamples:\n  >>> 1"
+    assert script(DOCS / "docstrings.py").rewritten(text) == wanted
 
 
 # ----------------------------------------------------------------------------------------------------------- commands
