@@ -1,4 +1,7 @@
-"""One check of the shapes that a public function is called with. (`import chex` would take as long as `import jax`.)"""
+"""One check of the shapes that a public function is called with.
+
+`chex` is not used: its import takes as long as that of jax.
+"""
 
 from typing import Any
 

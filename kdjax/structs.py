@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 Array = jax.Array
+AnyArray = jax.Array | np.ndarray  # what pure functions take; they return an `Array`
+PyTree = Any  # nested dicts, lists, tuples and dataclasses of arrays
 
 
 class Targets(NamedTuple):
@@ -29,7 +31,7 @@ class Targets(NamedTuple):
     pad_size: Array  # i32[B, 2], height and width within which priors are valid; kdjax's own batches have (H, W)
 
 
-def targets_of(batch: Mapping[str, Any]) -> Targets:
+def targets_of(batch: Mapping[str, Array]) -> Targets:
     """The ground truth of a batch of kdjax's loader.
 
     Args:
@@ -55,7 +57,7 @@ class Rows:
     boxes: Array | None = None  # f32[B, N, 4], decoded, x1 y1 x2 y2 in pixels of the network input
     quality: Array | None = None  # f32[B, N], logits of centreness or objectness
     distribution: Array | None = None  # f32[B, N, 4, n + 1], logits of the bins of each edge's distance
-    location: Array | None = None  # f32[N, 4], x, y, stride in x, stride in y, in pixels
+    location: AnyArray | None = None  # f32[N, 4], x, y, stride in x, stride in y, in pixels
     # Rows of each level, fine to coarse; static. () if rows belong to no level.
     level_sizes: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
 

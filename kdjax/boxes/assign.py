@@ -12,10 +12,10 @@ from kdjax import shapes
 from kdjax.boxes.iou import pairwise_iou
 from kdjax.boxes.topk import k_smallest
 from kdjax.errors import UserError
-from kdjax.structs import Array, Assignment, Targets
+from kdjax.structs import AnyArray, Array, Assignment, Targets
 
 
-def inside_padding(priors: Array, pad_size: Array) -> Array:
+def inside_padding(priors: AnyArray, pad_size: AnyArray) -> Array:
     """Whether each prior lies in the padded image: its cell starts inside.
 
     Args:
@@ -39,7 +39,7 @@ def inside_padding(priors: Array, pad_size: Array) -> Array:
     return jnp.all(cell < size_xy, axis=-1)
 
 
-def _assignment(matched: Array, ignore: Array, quality: Array, num_classes: int, targets: Targets) -> Assignment:
+def _assignment(matched: Array, ignore: AnyArray, quality: AnyArray, num_classes: int, targets: Targets) -> Assignment:
     """The struct for the box of each prior, `matched`, which is -1 for background."""
     positive = matched >= 0
     index = jnp.maximum(matched, 0)
@@ -48,7 +48,7 @@ def _assignment(matched: Array, ignore: Array, quality: Array, num_classes: int,
     result = Assignment(
         matched=matched,
         positive=positive,
-        ignore=ignore,
+        ignore=jnp.asarray(ignore),
         labels=jnp.where(positive, labels, num_classes),
         boxes=jnp.where(positive[..., None], boxes, 0),
         quality=jnp.where(positive, quality, 0),
@@ -56,7 +56,7 @@ def _assignment(matched: Array, ignore: Array, quality: Array, num_classes: int,
     return jax.lax.stop_gradient(result)
 
 
-def _cheapest(cost: Array, iou: Array, topk: int) -> Array:
+def _cheapest(cost: AnyArray, iou: AnyArray, topk: int) -> Array:
     """The box of each prior, i32[B, N] or -1: each box takes its k cheapest priors, k the sum of its `topk` best IoUs.
 
     Where `cost` f32[B, M, N] is inf, a prior cannot be taken, and `iou` f32[B, M, N] is 0.
@@ -68,7 +68,7 @@ def _cheapest(cost: Array, iou: Array, topk: int) -> Array:
     lowest, taken = k_smallest(cost, topk)
     takes = (jnp.arange(topk) < k[..., None]) & jnp.isfinite(lowest)
 
-    def claims(taken: Array, takes: Array) -> tuple[Array, Array]:
+    def claims(taken: AnyArray, takes: AnyArray) -> tuple[Array, Array]:
         """For each prior the number of boxes that take it, and the last of them."""
         owner = jnp.broadcast_to(jnp.arange(num_boxes)[:, None], taken.shape)
         place = jnp.where(takes, taken, num_priors)  # out of range: dropped
@@ -80,7 +80,7 @@ def _cheapest(cost: Array, iou: Array, topk: int) -> Array:
     return jnp.where(count > 1, jnp.argmin(cost, axis=1).astype(jnp.int32), last)
 
 
-def _check_targets(assigner: str, targets: Targets, **priors: Array) -> None:
+def _check_targets(assigner: str, targets: Targets, **priors: AnyArray) -> None:
     """Checks priors or anchors [N, 4] and the targets."""
     shapes.check(
         assigner,
@@ -90,20 +90,20 @@ def _check_targets(assigner: str, targets: Targets, **priors: Array) -> None:
     )
 
 
-def _of_matched(values: Array, matched: Array) -> Array:
+def _of_matched(values: AnyArray, matched: AnyArray) -> Array:
     """f32[B, M, N] -> f32[B, N]: the value of the matched box; undefined for background."""
     return jnp.take_along_axis(values, jnp.maximum(matched, 0)[:, None, :], axis=1)[:, 0]
 
 
-def _of_class(values: Array, labels: Array) -> Array:
+def _of_class(values: AnyArray, labels: AnyArray) -> Array:
     """f32[B, N, K], i32[B, M] -> f32[B, M, N]: the columns of the boxes' classes."""
     return jax.vmap(lambda rows, index: rows.T[index])(values, labels)
 
 
 def dynamic_soft_label(
-    logits: Array,
-    boxes: Array,
-    priors: Array,
+    logits: AnyArray,
+    boxes: AnyArray,
+    priors: AnyArray,
     targets: Targets,
     *,
     topk: int = 13,
@@ -181,9 +181,9 @@ def dynamic_soft_label(
 
 
 def sim_ota(
-    probs: Array,
-    boxes: Array,
-    priors: Array,
+    probs: AnyArray,
+    boxes: AnyArray,
+    priors: AnyArray,
     targets: Targets,
     *,
     topk: int = 10,
@@ -255,7 +255,7 @@ def sim_ota(
 
 
 def max_iou(
-    anchors: Array,
+    anchors: AnyArray,
     targets: Targets,
     *,
     num_classes: int,
@@ -263,8 +263,8 @@ def max_iou(
     negative_iou: float,
     min_positive_iou: float = 0.0,
     match_low_quality: bool = True,
-    inside: Array | None = None,
-    ignored_boxes: Array | None = None,
+    inside: AnyArray | None = None,
+    ignored_boxes: AnyArray | None = None,
     ignore_iof: float | None = None,
 ) -> Assignment:
     """Assigns each anchor to the box with the highest IoU, if it is high enough, and to each box its best anchors.
@@ -324,12 +324,12 @@ def max_iou(
 
 
 def atss_candidates(
-    anchors: Array,
-    boxes: Array,
+    anchors: AnyArray,
+    boxes: AnyArray,
     *,
     level_sizes: Sequence[int],
     topk: int = 9,
-    inside: Array | None = None,
+    inside: AnyArray | None = None,
 ) -> tuple[Array, Array, Array, Array]:
     """The anchors whose centres are nearest to each box on each level, and the IoU threshold that they give.
 
@@ -389,13 +389,13 @@ def atss_candidates(
 
 
 def atss(
-    anchors: Array,
+    anchors: AnyArray,
     targets: Targets,
     *,
     num_classes: int,
     level_sizes: Sequence[int],
     topk: int = 9,
-    inside: Array | None = None,
+    inside: AnyArray | None = None,
 ) -> Assignment:
     """Adaptive training sample selection (ATSS): the IoU threshold of a box comes from the anchors near its centre.
 
@@ -450,7 +450,7 @@ def atss(
 
 
 def smallest_box(
-    priors: Array, targets: Targets, *, num_classes: int, ranges: Array, radius: float | None = None
+    priors: AnyArray, targets: Targets, *, num_classes: int, ranges: AnyArray, radius: float | None = None
 ) -> Assignment:
     """FCOS's assigner: a point is matched with the smallest box around it whose size belongs to its level.
 
@@ -488,7 +488,7 @@ def smallest_box(
     x, y, stride = priors[:, 0], priors[:, 1], priors[:, 2]
     x1, y1, x2, y2 = (targets.boxes[:, :, i, None] for i in range(4))
 
-    def nearest_side(x1: Array, y1: Array, x2: Array, y2: Array) -> Array:
+    def nearest_side(x1: AnyArray, y1: AnyArray, x2: AnyArray, y2: AnyArray) -> Array:
         return jnp.minimum(jnp.minimum(x - x1, x2 - x), jnp.minimum(y - y1, y2 - y))
 
     farthest_side = jnp.maximum(jnp.maximum(x - x1, x2 - x), jnp.maximum(y - y1, y2 - y))

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from kdjax.structs import Array
+from kdjax.structs import AnyArray, Array
 
 LARGEST_LOG_SCALE = math.log(1000 / 16)  # keeps the exponential finite
 
 
-def distance_to_boxes(points: Array, distances: Array) -> Array:
+def distance_to_boxes(points: AnyArray, distances: AnyArray) -> Array:
     """Boxes from their four distances to a point: `(x - l, y - t, x + r, y + b)`.
 
     Args:
@@ -35,7 +35,9 @@ def distance_to_boxes(points: Array, distances: Array) -> Array:
     return jnp.concatenate([points - distances[..., :2], points + distances[..., 2:]], axis=-1)
 
 
-def boxes_to_distance(points: Array, boxes: Array, *, max_distance: float | None = None, eps: float = 0.1) -> Array:
+def boxes_to_distance(
+    points: AnyArray, boxes: AnyArray, *, max_distance: float | None = None, eps: float = 0.1
+) -> Array:
     """Distances of a point to a box's sides, the inverse of `distance_to_boxes`: `(x - x1, y - y1, x2 - x, y2 - y)`.
 
     Args:
@@ -64,7 +66,7 @@ def boxes_to_distance(points: Array, boxes: Array, *, max_distance: float | None
     return distances if max_distance is None else jnp.clip(distances, 0, max_distance - eps)
 
 
-def cells_to_boxes(priors: Array, regressed: Array) -> Array:
+def cells_to_boxes(priors: AnyArray, regressed: AnyArray) -> Array:
     """Boxes from centre and size in cells: centre `point + stride (dx, dy)`, size `stride exp(w, h)`.
 
     Args:
@@ -90,7 +92,7 @@ def cells_to_boxes(priors: Array, regressed: Array) -> Array:
     return jnp.concatenate([centre - half, centre + half], axis=-1)
 
 
-def boxes_to_cells(priors: Array, boxes: Array, *, eps: float = 1e-8) -> Array:
+def boxes_to_cells(priors: AnyArray, boxes: AnyArray, *, eps: float = 1e-8) -> Array:
     """Centre and size of boxes in cells, the inverse of `cells_to_boxes`.
 
     Args:
@@ -116,7 +118,7 @@ def boxes_to_cells(priors: Array, boxes: Array, *, eps: float = 1e-8) -> Array:
     return jnp.concatenate([(centre - priors[:, :2]) / priors[:, 2:], jnp.log(size / priors[:, 2:] + eps)], axis=-1)
 
 
-def expected_distance(logits: Array) -> Array:
+def expected_distance(logits: AnyArray) -> Array:
     """Expected values of the distributions of the four distances: `sum_i i softmax(logits)_i`.
 
     Args:
@@ -140,7 +142,7 @@ def expected_distance(logits: Array) -> Array:
     return jnp.sum(probs * jnp.arange(probs.shape[-1], dtype=probs.dtype), axis=-1)
 
 
-def centreness(distances: Array) -> Array:
+def centreness(distances: AnyArray) -> Array:
     """Centreness of a point in its box: `sqrt(min(l, r) / max(l, r) * min(t, b) / max(t, b))`.
 
     Args:
@@ -167,7 +169,7 @@ def centreness(distances: Array) -> Array:
     return jnp.where(inside, jnp.sqrt(jnp.where(inside, ratio, 1)), 0)
 
 
-def _centre_and_size(boxes: Array) -> tuple[Array, Array]:
+def _centre_and_size(boxes: AnyArray) -> tuple[AnyArray, AnyArray]:
     return (boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2]
 
 
@@ -176,7 +178,7 @@ def _float32(values: Sequence[float]) -> Array:
 
 
 def boxes_to_deltas(
-    anchors: Array, boxes: Array, *, means: Sequence[float] = (0, 0, 0, 0), stds: Sequence[float] = (1, 1, 1, 1)
+    anchors: AnyArray, boxes: AnyArray, *, means: Sequence[float] = (0, 0, 0, 0), stds: Sequence[float] = (1, 1, 1, 1)
 ) -> Array:
     """Boxes relative to their anchors: shift of the centre in sides of the anchor, and logarithm of the scale.
 
@@ -208,8 +210,8 @@ def boxes_to_deltas(
 
 
 def deltas_to_boxes(
-    anchors: Array,
-    deltas: Array,
+    anchors: AnyArray,
+    deltas: AnyArray,
     *,
     means: Sequence[float] = (0, 0, 0, 0),
     stds: Sequence[float] = (1, 1, 1, 1),

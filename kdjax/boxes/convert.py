@@ -3,10 +3,10 @@
 import jax.numpy as jnp
 
 from kdjax import shapes
-from kdjax.structs import Array
+from kdjax.structs import AnyArray, Array
 
 
-def to_xywh(boxes: Array) -> Array:
+def to_xywh(boxes: AnyArray) -> Array:
     """Corner and size of boxes, the format of COCO: `(x1, y1, x2 - x1, y2 - y1)`.
 
     Args:
@@ -25,7 +25,7 @@ def to_xywh(boxes: Array) -> Array:
     return jnp.concatenate([boxes[..., :2], boxes[..., 2:] - boxes[..., :2]], axis=-1)
 
 
-def from_xywh(boxes: Array) -> Array:
+def from_xywh(boxes: AnyArray) -> Array:
     """Corners of boxes from corner and size, the inverse of `to_xywh`: `(x, y, x + w, y + h)`.
 
     Args:
@@ -44,7 +44,7 @@ def from_xywh(boxes: Array) -> Array:
     return jnp.concatenate([boxes[..., :2], boxes[..., :2] + boxes[..., 2:]], axis=-1)
 
 
-def clip(boxes: Array, image_size: Array) -> Array:
+def clip(boxes: AnyArray, image_size: AnyArray) -> Array:
     """Boxes clipped to their image: x to `0 .. width`, y to `0 .. height`.
 
     Args:

@@ -8,18 +8,18 @@ import jax.numpy as jnp
 
 from kdjax import shapes
 from kdjax.errors import UserError
-from kdjax.structs import Array
+from kdjax.structs import AnyArray, Array
 
 Mode = Literal["iou", "iof", "giou", "diou", "ciou"]
 MODES = ("iou", "iof", "giou", "diou", "ciou")
 
 
-def _positive_part(x: Array) -> Array:
+def _positive_part(x: AnyArray) -> Array:
     # Where boxes just touch, the gradient of `maximum` would be 1/2; that of the peers is 0.
     return jnp.where(x > 0, x, 0)
 
 
-def box_iou(a: Array, b: Array, *, mode: Mode = "iou", eps: float = 1e-6) -> Array:
+def box_iou(a: AnyArray, b: AnyArray, *, mode: Mode = "iou", eps: float = 1e-6) -> Array:
     """Overlap of each box of `a` with the box of `b` at the same place.
 
     With I the intersection's area, U the union's, A the area of `a`, C the smallest box around both, d the distance of
@@ -97,7 +97,7 @@ def box_iou(a: Array, b: Array, *, mode: Mode = "iou", eps: float = 1e-6) -> Arr
     return jnp.where(ciou < -1, -1, jnp.where(ciou > 1, 1, ciou))
 
 
-def pairwise_iou(a: Array, b: Array, *, mode: Mode = "iou", eps: float = 1e-6) -> Array:
+def pairwise_iou(a: AnyArray, b: AnyArray, *, mode: Mode = "iou", eps: float = 1e-6) -> Array:
     """Overlap of each box of `a` with each box of `b`, by the formulas of `box_iou`.
 
     Args:

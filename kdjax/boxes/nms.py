@@ -8,13 +8,13 @@ import jax.numpy as jnp
 from kdjax import shapes
 from kdjax.boxes.convert import clip
 from kdjax.errors import UserError
-from kdjax.structs import Array, PaddedDetections
+from kdjax.structs import AnyArray, Array, PaddedDetections
 
-State = tuple[Array, Array, Array, Array]  # step, scores left, indices kept, valid
+State = tuple[Array, AnyArray, Array, Array]  # step, scores left, indices kept, valid
 
 
 def greedy_nms(
-    boxes: Array, scores: Array, labels: Array | None = None, *, iou_threshold: float, max_detections: int
+    boxes: AnyArray, scores: AnyArray, labels: AnyArray | None = None, *, iou_threshold: float, max_detections: int
 ) -> tuple[Array, Array]:
     """Greedy NMS: takes the box with the best score, drops those that overlap it by more than the threshold, repeats.
 
@@ -52,7 +52,7 @@ def greedy_nms(
         step, scores, kept, valid = state
         best = jnp.argmax(scores, axis=1, keepdims=True).astype(jnp.int32)
 
-        def of_best(values: Array) -> Array:
+        def of_best(values: AnyArray) -> Array:
             return jnp.take_along_axis(values, best, axis=1)
 
         width = jnp.minimum(x2, of_best(x2)) - jnp.maximum(x1, of_best(x1))
@@ -75,16 +75,16 @@ def greedy_nms(
 
 
 def select_detections(
-    boxes: Array,
-    scores: Array,
+    boxes: AnyArray,
+    scores: AnyArray,
     *,
     level_sizes: Sequence[int],
-    image_size: Array | None,
+    image_size: AnyArray | None,
     score_threshold: float,
     iou_threshold: float,
     pre_nms: int,
     max_detections: int,
-    quality: Array | None = None,
+    quality: AnyArray | None = None,
 ) -> PaddedDetections:
     """Selects detections among dense predictions: the best (prior, class) pairs of each level, then NMS over all.
 

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from kdjax import shapes
-from kdjax.structs import Array
+from kdjax.structs import AnyArray, Array
 
 
-def roi_levels(boxes: Array, count: int, *, finest: float = 56.0) -> Array:
+def roi_levels(boxes: AnyArray, count: int, *, finest: float = 56.0) -> Array:
     """The pyramid level of each box: floor(log2(sqrt(w h) / finest)), within 0 .. count - 1.
 
     Args:
@@ -41,7 +41,9 @@ def roi_levels(boxes: Array, count: int, *, finest: float = 56.0) -> Array:
     return jnp.clip(octave, 0, count - 1).astype(jnp.int32)
 
 
-def _samples(low: Array, high: Array, cells: Array, *, size: int, ratio: int, most: int) -> tuple[Array, Array]:
+def _samples(
+    low: AnyArray, high: AnyArray, cells: AnyArray, *, size: int, ratio: int, most: int
+) -> tuple[Array, Array]:
     """Map cells (i32[..., size, 2 S]) and weights along one side, for S points in each of `size` cells.
 
     A point has the two cells around it. A point more than one cell outside the map has the value 0.
@@ -62,9 +64,9 @@ def _samples(low: Array, high: Array, cells: Array, *, size: int, ratio: int, mo
 
 
 def roi_align(
-    maps: Sequence[Array],
-    boxes: Array,
-    level: Array,
+    maps: Sequence[AnyArray],
+    boxes: AnyArray,
+    level: AnyArray,
     *,
     strides: Sequence[int],
     size: int = 7,

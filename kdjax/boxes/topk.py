@@ -3,10 +3,10 @@
 import jax
 import jax.numpy as jnp
 
-from kdjax.structs import Array
+from kdjax.structs import AnyArray, Array
 
 
-def k_smallest(values: Array, k: int) -> tuple[Array, Array]:
+def k_smallest(values: AnyArray, k: int) -> tuple[Array, Array]:
     """The k smallest entries of each row in ascending order, equal ones in the order of their indices.
 
     On a batch that is split over devices `lax.top_k` gathers all rows on every device; these reductions do not.
@@ -31,7 +31,7 @@ def k_smallest(values: Array, k: int) -> tuple[Array, Array]:
         # Entries that were taken become inf, so missing ones must be smaller.
         largest = jnp.finfo(jnp.float32).max
 
-        def take_one(left: Array, _: None) -> tuple[Array, tuple[Array, Array]]:
+        def take_one(left: AnyArray, _: None) -> tuple[Array, tuple[Array, Array]]:
             lowest = jnp.min(left, axis=-1, keepdims=True)
             index = jnp.min(jnp.where(left == lowest, jnp.arange(size), size), axis=-1, keepdims=True)
             return jnp.where(jnp.arange(size) == index, jnp.inf, left), (lowest[..., 0], index[..., 0])

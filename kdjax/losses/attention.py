@@ -5,10 +5,10 @@ import jax.numpy as jnp
 
 from kdjax import shapes
 from kdjax.losses import common
-from kdjax.structs import Array
+from kdjax.structs import AnyArray, Array
 
 
-def spatial_attention(x: Array, *, temperature: float = 0.5) -> Array:
+def spatial_attention(x: AnyArray, *, temperature: float = 0.5) -> Array:
     """Softmax over space of the mean magnitude, times the number of cells: H W softmax_hw(mean_c |x| / temperature).
 
     Args:
@@ -33,7 +33,7 @@ def spatial_attention(x: Array, *, temperature: float = 0.5) -> Array:
     return x.shape[1] * x.shape[2] * jax.nn.softmax(strength / temperature, (1, 2))
 
 
-def channel_attention(x: Array, *, temperature: float = 0.5) -> Array:
+def channel_attention(x: AnyArray, *, temperature: float = 0.5) -> Array:
     """Softmax over channels of the mean magnitude, times their number: C softmax_c(mean_hw |x| / temperature).
 
     Args:
@@ -58,7 +58,9 @@ def channel_attention(x: Array, *, temperature: float = 0.5) -> Array:
     return x.shape[3] * jax.nn.softmax(strength / temperature, 3)
 
 
-def joint_spatial_attention(student: Array, teacher: Array, *, temperature: float = 0.5, paper: bool = False) -> Array:
+def joint_spatial_attention(
+    student: AnyArray, teacher: AnyArray, *, temperature: float = 0.5, paper: bool = False
+) -> Array:
     """FKD's spatial mask: the mean of the two spatial attention maps; no gradient flows through it.
 
     Args:
@@ -90,7 +92,7 @@ def joint_spatial_attention(student: Array, teacher: Array, *, temperature: floa
     return jax.lax.stop_gradient(mask)
 
 
-def attention_weighted(student: Array, teacher: Array, *, temperature: float = 0.5) -> Array:
+def attention_weighted(student: AnyArray, teacher: AnyArray, *, temperature: float = 0.5) -> Array:
     """Squared difference weighted by the teacher's attention: As(teacher) Ac(teacher) (student - teacher)^2.
 
     FGD's focal term is its product with the masks of `focal_masks`, summed and divided by B.
@@ -116,7 +118,7 @@ def attention_weighted(student: Array, teacher: Array, *, temperature: float = 0
     return jax.lax.stop_gradient(weight) * jnp.square(student - teacher)
 
 
-def attention_difference(student: Array, teacher: Array, *, temperature: float = 0.5) -> Array:
+def attention_difference(student: AnyArray, teacher: AnyArray, *, temperature: float = 0.5) -> Array:
     """L1 distance of the attention maps: sum_hw |As(student) - As(teacher)| + sum_c |Ac(student) - Ac(teacher)|.
 
     Args:

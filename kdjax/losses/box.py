@@ -9,17 +9,17 @@ from kdjax import shapes
 from kdjax.boxes.iou import box_iou
 from kdjax.errors import UserError
 from kdjax.losses import common
-from kdjax.structs import Array
+from kdjax.structs import AnyArray, Array
 
 FORMS = ("linear", "square", "log")
 
 
-def _boxes(loss: str, pred: Array, target: Array) -> tuple[Array, Array]:
+def _boxes(loss: str, pred: AnyArray, target: AnyArray) -> tuple[Array, Array]:
     shapes.check(loss, pred=(pred, "... 4"), target=(target, "... 4"))
     return jnp.asarray(pred).astype(jnp.float32), jnp.asarray(target).astype(jnp.float32)
 
 
-def giou(pred: Array, target: Array, *, eps: float = 1e-6) -> Array:
+def giou(pred: AnyArray, target: AnyArray, *, eps: float = 1e-6) -> Array:
     """One minus the generalised IoU of a predicted box and its target: `1 - GIoU`.
 
     Args:
@@ -44,7 +44,9 @@ def giou(pred: Array, target: Array, *, eps: float = 1e-6) -> Array:
     return 1 - box_iou(*_boxes("giou", pred, target), mode="giou", eps=eps)
 
 
-def iou(pred: Array, target: Array, *, form: Literal["linear", "square", "log"] = "log", eps: float = 1e-6) -> Array:
+def iou(
+    pred: AnyArray, target: AnyArray, *, form: Literal["linear", "square", "log"] = "log", eps: float = 1e-6
+) -> Array:
     """IoU loss: `1 - v`, `1 - v^2` or `-log v` with `v = max(IoU, eps)`.
 
     Args:
@@ -80,7 +82,7 @@ def iou(pred: Array, target: Array, *, form: Literal["linear", "square", "log"] 
     return -jnp.log(overlap)
 
 
-def diou(pred: Array, target: Array, *, eps: float = 1e-6) -> Array:
+def diou(pred: AnyArray, target: AnyArray, *, eps: float = 1e-6) -> Array:
     """One minus the IoU reduced by the distance of the centres: `1 - DIoU`.
 
     Args:
@@ -105,7 +107,7 @@ def diou(pred: Array, target: Array, *, eps: float = 1e-6) -> Array:
     return 1 - box_iou(*_boxes("diou", pred, target), mode="diou", eps=eps)
 
 
-def ciou(pred: Array, target: Array, *, eps: float = 1e-6) -> Array:
+def ciou(pred: AnyArray, target: AnyArray, *, eps: float = 1e-6) -> Array:
     """One minus the IoU reduced by the distance of the centres and the difference of the aspect ratios: `1 - CIoU`.
 
     Args:
@@ -130,7 +132,7 @@ def ciou(pred: Array, target: Array, *, eps: float = 1e-6) -> Array:
     return 1 - box_iou(*_boxes("ciou", pred, target), mode="ciou", eps=eps)
 
 
-def distribution_focal(logits: Array, target: Array) -> Array:
+def distribution_focal(logits: AnyArray, target: AnyArray) -> Array:
     """Distribution focal loss: cross-entropy with the two bins around a target that lies between them.
 
     With i = floor(y) and q = softmax(logits): `-(i + 1 - y) log q_i - (y - i) log q_(i + 1)`.
@@ -160,7 +162,7 @@ def distribution_focal(logits: Array, target: Array) -> Array:
     left = jnp.clip(jnp.floor(target), 0, logits.shape[-1] - 2)
     log_q = jax.nn.log_softmax(logits, axis=-1)
 
-    def log_prob(index: Array) -> Array:
+    def log_prob(index: AnyArray) -> Array:
         return jnp.take_along_axis(log_q, index.astype(jnp.int32)[..., None], axis=-1)[..., 0]
 
     return -(left + 1 - target) * log_prob(left) - (target - left) * log_prob(left + 1)

@@ -4,15 +4,15 @@ import jax
 import jax.numpy as jnp
 
 from kdjax.losses import common
-from kdjax.structs import Array
+from kdjax.structs import AnyArray, Array
 
 
-def _binary_cross_entropy(logits: Array, target: Array) -> Array:
+def _binary_cross_entropy(logits: AnyArray, target: Array) -> Array:
     target = target.astype(logits.dtype)
     return -target * jax.nn.log_sigmoid(logits) - (1.0 - target) * jax.nn.log_sigmoid(-logits)
 
 
-def quality_focal(logits: Array, labels: Array, quality: Array, *, beta: float = 2.0) -> Array:
+def quality_focal(logits: AnyArray, labels: AnyArray, quality: AnyArray, *, beta: float = 2.0) -> Array:
     """Quality focal loss: cross-entropy against a soft label, weighted by the distance to that label.
 
     With the target t_c = quality where c is the label and 0 elsewhere, and p = sigmoid(logits):
@@ -48,7 +48,7 @@ def quality_focal(logits: Array, labels: Array, quality: Array, *, beta: float =
     return jnp.sum(weight * _binary_cross_entropy(logits, target), axis=-1)
 
 
-def sigmoid_focal(logits: Array, labels: Array, *, alpha: float = 0.25, gamma: float = 2.0) -> Array:
+def sigmoid_focal(logits: AnyArray, labels: AnyArray, *, alpha: float = 0.25, gamma: float = 2.0) -> Array:
     """Focal loss of independent classes: cross-entropy with less weight where the prediction is already good.
 
     With the target t_c = 1 where c is the label and 0 elsewhere, and p = sigmoid(logits):
@@ -83,7 +83,7 @@ def sigmoid_focal(logits: Array, labels: Array, *, alpha: float = 0.25, gamma: f
     return weight * _binary_cross_entropy(logits, target)
 
 
-def cross_entropy(logits: Array, labels: Array) -> Array:
+def cross_entropy(logits: AnyArray, labels: AnyArray) -> Array:
     """Softmax cross-entropy: `-log softmax(logits)[label]`.
 
     Args:
@@ -108,7 +108,7 @@ def cross_entropy(logits: Array, labels: Array) -> Array:
     return jax.nn.logsumexp(logits, axis=-1) - at_label
 
 
-def binary_cross_entropy(logits: Array, labels: Array) -> Array:
+def binary_cross_entropy(logits: AnyArray, labels: AnyArray) -> Array:
     """Cross-entropy of independent classes: `-t_c log p_c - (1 - t_c) log(1 - p_c)`, t_c = 1 where c is the label.
 
     Args:
@@ -132,7 +132,7 @@ def binary_cross_entropy(logits: Array, labels: Array) -> Array:
     return _binary_cross_entropy(logits, jax.nn.one_hot(labels, logits.shape[-1], dtype=jnp.float32))
 
 
-def soft_binary_cross_entropy(logits: Array, target: Array) -> Array:
+def soft_binary_cross_entropy(logits: AnyArray, target: AnyArray) -> Array:
     """Cross-entropy of a probability against a soft label: `-t log p - (1 - t) log(1 - p)`, p = sigmoid(logits).
 
     Args:
@@ -154,7 +154,7 @@ def soft_binary_cross_entropy(logits: Array, target: Array) -> Array:
     return _binary_cross_entropy(jnp.asarray(logits).astype(jnp.float32), jnp.asarray(target))
 
 
-def modulated_bce(student: Array, teacher: Array, *, beta: float = 1.0) -> Array:
+def modulated_bce(student: AnyArray, teacher: AnyArray, *, beta: float = 1.0) -> Array:
     """Binary cross-entropy with the teacher's score as target, weighted by the distance of the scores.
 
         e = |sigmoid(student) - sigmoid(teacher)|^beta BCE(student, sigmoid(teacher))
@@ -187,7 +187,7 @@ def modulated_bce(student: Array, teacher: Array, *, beta: float = 1.0) -> Array
     return distance * cross_entropy
 
 
-def label_score(logits: Array, labels: Array) -> Array:
+def label_score(logits: AnyArray, labels: AnyArray) -> Array:
     """Score of each prior for its label: sigmoid(logits[..., label]).
 
     Args:

@@ -9,10 +9,10 @@ from jax.core import Tracer
 
 from kdjax import nn, shapes
 from kdjax.errors import UserError
-from kdjax.structs import Array
+from kdjax.structs import AnyArray, Array
 
 
-def float32_pair(student: Array, teacher: Array, loss: str, layout: str = "...") -> tuple[Array, Array]:
+def float32_pair(student: AnyArray, teacher: AnyArray, loss: str, layout: str = "...") -> tuple[Array, Array]:
     """Casts student and teacher to float32; checks that they have one shape.
 
     Args:
@@ -56,7 +56,7 @@ def check_choice(loss: str, choices: tuple[str, ...], **argument: str) -> None:
             raise UserError(f"{loss}: {name} must be one of {', '.join(choices)}, not {value!r}")
 
 
-def check_labels(loss: str, logits: Array, labels: Array) -> None:
+def check_labels(loss: str, logits: AnyArray, labels: AnyArray) -> None:
     """Checks that there is one label for each row of class logits.
 
     Raises:
@@ -103,7 +103,7 @@ def conv(x: Array, layer: Mapping[str, Array]) -> Array:
     return nn.conv2d(x, layer["kernel"], layer["bias"])
 
 
-def along_sides(x: Array, rows: np.ndarray, columns: np.ndarray) -> Array:
+def along_sides(x: AnyArray, rows: np.ndarray, columns: np.ndarray) -> Array:
     """Multiplies both sides of every map by a matrix: f32[B, H, W, C] -> f32[B, I, J, C], rows [I, H], columns [J, W].
 
     Batched products keep the layout; `einsum` moves the axes first, which takes twice as long.
@@ -119,7 +119,7 @@ def along_sides(x: Array, rows: np.ndarray, columns: np.ndarray) -> Array:
 
 
 def moments(
-    x: Array, *, axes: tuple[int, ...] = (0, 1, 2), ddof: int = 0, axis_name: str | None = None
+    x: AnyArray, *, axes: tuple[int, ...] = (0, 1, 2), ddof: int = 0, axis_name: str | None = None
 ) -> tuple[Array, Array, Array]:
     """Mean, centred x and variance over `axes`, which keep size 1, in float32.
 

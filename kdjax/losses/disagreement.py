@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from kdjax import shapes
 from kdjax.boxes import nms
 from kdjax.losses import common
-from kdjax.structs import Array
+from kdjax.structs import AnyArray, Array
 
 
-def score_gap(student: Array, teacher: Array) -> Array:
+def score_gap(student: AnyArray, teacher: AnyArray) -> Array:
     """Largest difference of the scores over the classes of each prior: max_k |sigmoid(teacher) - sigmoid(student)|.
 
     Args:
@@ -33,7 +33,7 @@ def score_gap(student: Array, teacher: Array) -> Array:
     return jnp.max(jnp.abs(jax.nn.sigmoid(teacher) - jax.nn.sigmoid(student)), -1)
 
 
-def class_disagreement(student: Array, teacher: Array, *, space: Literal["logits", "probs"] = "logits") -> Array:
+def class_disagreement(student: AnyArray, teacher: AnyArray, *, space: Literal["logits", "probs"] = "logits") -> Array:
     """Mean squared difference of the class predictions in each cell: P = mean_{a,k} (p_s - p_t)^2.
 
     Args:
@@ -64,10 +64,10 @@ def class_disagreement(student: Array, teacher: Array, *, space: Literal["logits
 
 
 def general_instances(
-    student_logits: Array,
-    teacher_logits: Array,
-    student_boxes: Array,
-    teacher_boxes: Array,
+    student_logits: AnyArray,
+    teacher_logits: AnyArray,
+    student_boxes: AnyArray,
+    teacher_boxes: AnyArray,
     *,
     count: int = 10,
     iou_threshold: float = 0.3,

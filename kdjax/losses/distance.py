@@ -8,10 +8,10 @@ import numpy as np
 from kdjax import nn, shapes
 from kdjax.errors import UserError
 from kdjax.losses import common, normalization
-from kdjax.structs import Array
+from kdjax.structs import AnyArray, Array
 
 
-def squared(student: Array, teacher: Array) -> Array:
+def squared(student: AnyArray, teacher: AnyArray) -> Array:
     """Squared difference: (student - teacher)^2.
 
     Args:
@@ -33,7 +33,7 @@ def squared(student: Array, teacher: Array) -> Array:
     return jnp.square(student - teacher)
 
 
-def l1(student: Array, teacher: Array) -> Array:
+def l1(student: AnyArray, teacher: AnyArray) -> Array:
     """Absolute difference: |student - teacher|, with slope 0 at 0.
 
     Args:
@@ -55,7 +55,7 @@ def l1(student: Array, teacher: Array) -> Array:
     return common.absolute(student - teacher)
 
 
-def smooth_l1(student: Array, teacher: Array, *, beta: float = 1.0) -> Array:
+def smooth_l1(student: AnyArray, teacher: AnyArray, *, beta: float = 1.0) -> Array:
     """Smooth L1 distance: d^2 / (2 beta) for d = |student - teacher| < beta, else d - beta / 2.
 
     Args:
@@ -81,7 +81,9 @@ def smooth_l1(student: Array, teacher: Array, *, beta: float = 1.0) -> Array:
     return jnp.where(distance < beta, distance**2 / (2 * beta), distance - beta / 2)
 
 
-def frobenius(student: Array, teacher: Array, *, weight: Array | None = None, axis_name: str | None = None) -> Array:
+def frobenius(
+    student: AnyArray, teacher: AnyArray, *, weight: AnyArray | None = None, axis_name: str | None = None
+) -> Array:
     """Euclidean norm of the difference over the whole batch: sqrt(sum weight (student - teacher)^2).
 
     Args:
@@ -109,7 +111,9 @@ def frobenius(student: Array, teacher: Array, *, weight: Array | None = None, ax
     return jnp.where(total > 0, jnp.sqrt(jnp.where(total > 0, total, 1.0)), 0.0)
 
 
-def pearson(student: Array, teacher: Array, *, eps: float = 1e-6, ddof: int = 0, axis_name: str | None = None) -> Array:
+def pearson(
+    student: AnyArray, teacher: AnyArray, *, eps: float = 1e-6, ddof: int = 0, axis_name: str | None = None
+) -> Array:
     """Half the squared difference of the standardised maps: (s^ - t^)^2 / 2, s^ and t^ as in `standardize` (PKD).
 
     Its mean is 1 - r averaged over channels, r the Pearson correlation of student and teacher over (B, H, W).
@@ -142,7 +146,7 @@ def pearson(student: Array, teacher: Array, *, eps: float = 1e-6, ddof: int = 0,
     return 0.5 * jnp.square(student - teacher)
 
 
-def guided_squared(student: Array, teacher: Array, guide: Array) -> Array:
+def guided_squared(student: AnyArray, teacher: AnyArray, guide: AnyArray) -> Array:
     """Mean squared difference of each cell times a guide: P * mean_c (student - teacher)^2 (PFI).
 
     Args:
@@ -165,12 +169,12 @@ def guided_squared(student: Array, teacher: Array, guide: Array) -> Array:
     """
     student, teacher = common.float32_pair(student, teacher, "guided_squared", "B H W C")
     shapes.check("guided_squared", student=(student, "B H W C"), guide=(guide, "B H W 1"))
-    return guide * jnp.mean(jnp.square(student - teacher), -1, keepdims=True)
+    return jnp.multiply(guide, jnp.mean(jnp.square(student - teacher), -1, keepdims=True))
 
 
 def multiscale(
-    student: Array,
-    teacher: Array,
+    student: AnyArray,
+    teacher: AnyArray,
     *,
     scales: tuple[int, ...] = (1, 2, 4),
     mode: Literal["pool", "hcl"] = "pool",
@@ -234,7 +238,7 @@ def multiscale(
     return total
 
 
-def adaptive_avg_pool(x: Array, size: tuple[int, int]) -> Array:
+def adaptive_avg_pool(x: AnyArray, size: tuple[int, int]) -> Array:
     """Average pooling to a given number of cells; cell i of o covers floor(i H / o) .. ceil((i + 1) H / o) - 1.
 
     Args:

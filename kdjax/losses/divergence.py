@@ -8,11 +8,11 @@ import jax.numpy as jnp
 
 from kdjax import shapes
 from kdjax.losses import common
-from kdjax.structs import Array
+from kdjax.structs import AnyArray, Array
 
 
 def channel_kl(
-    student: Array, teacher: Array, *, temperature: float = 1.0, position_weight: Array | None = None
+    student: AnyArray, teacher: AnyArray, *, temperature: float = 1.0, position_weight: AnyArray | None = None
 ) -> Array:
     """KL divergence of the teacher's and the student's softmax over space, channel by channel.
 
@@ -53,7 +53,7 @@ def channel_kl(
 
 
 def softmax_kl(
-    student: Array, teacher: Array, *, temperature: float = 1.0, class_reduction: Literal["sum", "mean"] = "sum"
+    student: AnyArray, teacher: AnyArray, *, temperature: float = 1.0, class_reduction: Literal["sum", "mean"] = "sum"
 ) -> Array:
     """KL divergence of the teacher's and the student's softmax over the last axis.
 
@@ -91,7 +91,7 @@ def softmax_kl(
     return temperature**2 * reduce(jnp.exp(log_p) * (log_p - log_q), -1)
 
 
-def sigmoid_kl(student: Array, teacher: Array, *, temperature: float = 1.0) -> Array:
+def sigmoid_kl(student: AnyArray, teacher: AnyArray, *, temperature: float = 1.0) -> Array:
     """KL divergence of the teacher's and the student's sigmoid, class by class: tau^2 KL(Bern(p) || Bern(q)).
 
     Args:
@@ -121,7 +121,9 @@ def sigmoid_kl(student: Array, teacher: Array, *, temperature: float = 1.0) -> A
     return temperature**2 * (present + absent)
 
 
-def decoupled_kl(student: Array, teacher: Array, labels: Array, *, temperature: float = 1.0) -> tuple[Array, Array]:
+def decoupled_kl(
+    student: AnyArray, teacher: AnyArray, labels: AnyArray, *, temperature: float = 1.0
+) -> tuple[Array, Array]:
     """KL of the target class against the rest, and KL among the other classes, for softmax heads (DKD).
 
         TCKD = tau^2 KL((p_y, 1 - p_y) || (q_y, 1 - q_y))
@@ -163,7 +165,7 @@ def decoupled_kl(student: Array, teacher: Array, labels: Array, *, temperature: 
 
 
 def decoupled_sigmoid_kl(
-    student: Array, teacher: Array, labels: Array, *, temperature: float = 1.0
+    student: AnyArray, teacher: AnyArray, labels: AnyArray, *, temperature: float = 1.0
 ) -> tuple[Array, Array]:
     """`decoupled_kl` for sigmoid heads, on positive priors.
 
@@ -195,20 +197,20 @@ def decoupled_sigmoid_kl(
     return sigmoid_kl(target_s, target_t), temperature**2 * _other_kl(rest_s, rest_t)
 
 
-def _split(x: Array, labels: Array) -> tuple[Array, Array]:
+def _split(x: AnyArray, labels: AnyArray) -> tuple[Array, Array]:
     """Logit of the target; the logits with the target at -1e9, out of every softmax."""
     target = labels[..., None] == jnp.arange(x.shape[-1])
     return jnp.sum(jnp.where(target, x, 0.0), -1), jnp.where(target, -1e9, x)
 
 
-def _other_kl(student: Array, teacher: Array) -> Array:
+def _other_kl(student: AnyArray, teacher: AnyArray) -> Array:
     """KL over the classes other than the target, whose probability is 0 on both sides."""
     log_p, log_q = jax.nn.log_softmax(teacher, -1), jax.nn.log_softmax(student, -1)
     return jnp.sum(jnp.exp(log_p) * (log_p - log_q), -1)
 
 
 def rank_kl(
-    student: Array, teacher: Array, matched: Array, positive: Array, *, boxes: int, theta: float = 1.0
+    student: AnyArray, teacher: AnyArray, matched: AnyArray, positive: AnyArray, *, boxes: int, theta: float = 1.0
 ) -> Array:
     """KL divergence of the teacher's and the student's softmax over the positive priors of one object.
 
@@ -262,7 +264,7 @@ def rank_kl(
     return divergence.reshape(batch, boxes + 1)[:, :boxes]
 
 
-def has_positives(matched: Array, positive: Array, *, boxes: int) -> Array:
+def has_positives(matched: AnyArray, positive: AnyArray, *, boxes: int) -> Array:
     """Whether each object has a positive prior: bool[B, M] from i32[B, N] and bool[B, N].
 
     Example:
@@ -275,7 +277,7 @@ def has_positives(matched: Array, positive: Array, *, boxes: int) -> Array:
     return count.reshape(batch, boxes + 1)[:, :boxes] > 0
 
 
-def _segments(matched: Array, positive: Array, boxes: int) -> Array:
+def _segments(matched: AnyArray, positive: AnyArray, boxes: int) -> Array:
     """Index of each prior's object in the batch; the priors without an object share the last index of their image."""
     image = jnp.arange(matched.shape[0])[:, None]
     return image * (boxes + 1) + jnp.where(positive, matched, boxes)

@@ -7,11 +7,11 @@ import numpy as np
 from kdjax import shapes
 from kdjax.errors import UserError
 from kdjax.losses import common
-from kdjax.structs import Array
+from kdjax.structs import AnyArray, Array
 
 
 def frequency_mask(
-    key: Array, shape: tuple[int, int, int], zeta: float, *, hermitian: bool = True, keep_dc: bool = False
+    key: AnyArray, shape: tuple[int, int, int], zeta: float, *, hermitian: bool = True, keep_dc: bool = False
 ) -> Array:
     """Draws binary masks over the frequencies of a map: M = 1[R >= zeta], R uniform in [0, 1).
 
@@ -52,7 +52,7 @@ def frequency_mask(
     return mask.at[:, 0, 0].set(1.0) if keep_dc else mask
 
 
-def apply_frequency_mask(x: Array, mask: Array) -> Array:
+def apply_frequency_mask(x: AnyArray, mask: AnyArray) -> Array:
     """Filters every channel of a map: Re IDFT(mask . DFT(x)) over (H, W).
 
     Because of the real part, a mask that is not Hermitian acts like (mask(u) + mask(-u)) / 2. That symmetric mask is
@@ -86,7 +86,7 @@ def apply_frequency_mask(x: Array, mask: Array) -> Array:
     return jnp.fft.irfft2(half * jnp.fft.rfft2(x, axes=(1, 2)), s=(height, width), axes=(1, 2))
 
 
-def frequency_masked(student: Array, teacher: Array, mask: Array) -> Array:
+def frequency_masked(student: AnyArray, teacher: AnyArray, mask: AnyArray) -> Array:
     """Squared difference of the masked student and the teacher: (Re IDFT(M . DFT(student)) - teacher)^2.
 
     Args:

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 
 from kdjax import shapes
 from kdjax.losses import common
-from kdjax.structs import Array
+from kdjax.structs import AnyArray, Array
 
 
-def unit_norm(x: Array, *, eps: float = 1e-12) -> Array:
+def unit_norm(x: AnyArray, *, eps: float = 1e-12) -> Array:
     """Scales each image to unit Euclidean norm over (H, W, C): x / max(|x|, eps).
 
     Args:
@@ -32,7 +32,7 @@ def unit_norm(x: Array, *, eps: float = 1e-12) -> Array:
     return x / jnp.sqrt(jnp.maximum(square, eps**2))
 
 
-def unit_mean(x: Array, *, axis_name: str | None = None, eps: float = 1e-12) -> Array:
+def unit_mean(x: AnyArray, *, axis_name: str | None = None, eps: float = 1e-12) -> Array:
     """Scales a nonnegative array to mean 1 over the whole batch: x / max(mean x, eps).
 
     Args:
@@ -56,7 +56,7 @@ def unit_mean(x: Array, *, axis_name: str | None = None, eps: float = 1e-12) -> 
 
 
 def standardize(
-    x: Array,
+    x: AnyArray,
     *,
     axes: tuple[int, ...] = (0, 1, 2),
     eps: float = 1e-6,
@@ -93,7 +93,7 @@ def standardize(
 
 
 def match_statistics(
-    student: Array, teacher: Array, *, eps: float = 1e-6, ddof: int = 1, axis_name: str | None = None
+    student: AnyArray, teacher: AnyArray, *, eps: float = 1e-6, ddof: int = 1, axis_name: str | None = None
 ) -> Array:
     """Gives each channel of the student's map the mean and standard deviation of the teacher's channel (CrossKD).
 
@@ -132,7 +132,7 @@ def match_statistics(
 
 
 def min_max(
-    x: Array,
+    x: AnyArray,
     *,
     scope: Literal["image", "channel", "batch"] = "image",
     eps: float = 1e-6,

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from kdjax import shapes
 from kdjax.errors import UserError
 from kdjax.losses import common
-from kdjax.structs import Array
+from kdjax.structs import AnyArray, Array
 
 
-def keep_mask(uniform: Array, drop: float) -> Array:
+def keep_mask(uniform: AnyArray, drop: float) -> Array:
     """Binary mask from uniform draws: 1 where u < 1 - drop, so an entry is 0 with probability `drop`.
 
     Args:
@@ -37,7 +37,7 @@ def keep_mask(uniform: Array, drop: float) -> Array:
     return (jnp.asarray(uniform) < 1 - drop).astype(jnp.float32)
 
 
-def reconstruct(x: Array, params: Mapping[str, Mapping[str, Array]]) -> Array:
+def reconstruct(x: AnyArray, params: Mapping[str, Mapping[str, Array]]) -> Array:
     """MGD's generator: 3x3 convolution, ReLU, 3x3 convolution, all with C channels.
 
     Args:

@@ -6,10 +6,12 @@ import jax.numpy as jnp
 
 from kdjax import shapes
 from kdjax.boxes import iou
-from kdjax.structs import Array
+from kdjax.structs import AnyArray, Array
 
 
-def focal_masks(boxes: Array, valid: Array, image_size: Array, map_size: tuple[int, int]) -> tuple[Array, Array]:
+def focal_masks(
+    boxes: AnyArray, valid: AnyArray, image_size: AnyArray, map_size: tuple[int, int]
+) -> tuple[Array, Array]:
     """Foreground and background weights of the cells of a map (FGD).
 
     A box covers the cells floor(x1 / W_in * W) .. ceil(x2 / W_in * W), both included, and y alike. A foreground cell
@@ -54,7 +56,7 @@ def focal_masks(boxes: Array, valid: Array, image_size: Array, map_size: tuple[i
 
 
 def level_masks(
-    boxes: Array, valid: Array, strides: Sequence[int], map_sizes: Sequence[tuple[int, int]]
+    boxes: AnyArray, valid: AnyArray, strides: Sequence[int], map_sizes: Sequence[tuple[int, int]]
 ) -> tuple[Array, ...]:
     """Foreground masks of all levels, each box on the level that matches its size (DeFeat).
 
@@ -95,7 +97,7 @@ def level_masks(
     return tuple(masks)
 
 
-def fine_grained_mask(boxes: Array, valid: Array, anchors: Array, *, psi: float = 0.5) -> Array:
+def fine_grained_mask(boxes: AnyArray, valid: AnyArray, anchors: AnyArray, *, psi: float = 0.5) -> Array:
     """Mask of the cells with an anchor whose IoU with a box is above psi times the best IoU of that box (FGFI).
 
     Args:
@@ -126,13 +128,15 @@ def fine_grained_mask(boxes: Array, valid: Array, anchors: Array, *, psi: float 
     return jnp.any(kept, -1, keepdims=True)
 
 
-def _inside(low: Array, high: Array, cells: int) -> Array:
+def _inside(low: AnyArray, high: AnyArray, cells: int) -> Array:
     """bool[B, M, cells]: low <= cell <= high."""
     cell = jnp.arange(cells)
     return (cell >= low[..., None]) & (cell <= high[..., None])
 
 
-def valuable_region(anchors: Array, boxes: Array, valid: Array, threshold: Array, *, gamma: float = 0.25) -> Array:
+def valuable_region(
+    anchors: AnyArray, boxes: AnyArray, valid: AnyArray, threshold: AnyArray, *, gamma: float = 0.25
+) -> Array:
     """Weights of LD's valuable localisation region: the largest IoU with a box whose DIoU lies in [gamma a, a).
 
     Args:

@@ -5,12 +5,12 @@ import jax.numpy as jnp
 
 from kdjax import nn, shapes
 from kdjax.losses import common, distance, normalization
-from kdjax.structs import Array
+from kdjax.structs import AnyArray, Array
 
 Params = dict[str, dict[str, Array]]
 
 
-def pairwise_relation(student: Array, teacher: Array, valid: Array, *, eps: float = 1e-6) -> Array:
+def pairwise_relation(student: AnyArray, teacher: AnyArray, valid: AnyArray, *, eps: float = 1e-6) -> Array:
     """Smooth L1 distance of the pairwise distances among an image's instances, each model's divided by their mean.
 
     Args:
@@ -36,7 +36,7 @@ def pairwise_relation(student: Array, teacher: Array, valid: Array, *, eps: floa
     pair = valid[:, :, None] & valid[:, None, :] & ~jnp.eye(valid.shape[1], dtype=bool)
     pairs = jnp.maximum(jnp.sum(pair, (1, 2), keepdims=True), 1)
 
-    def distances(x: Array) -> Array:
+    def distances(x: AnyArray) -> Array:
         x = jnp.asarray(x, jnp.float32)
         square = jnp.sum(jnp.square(x[:, :, None] - x[:, None, :]), -1)
         apart = jnp.where(pair, common.safe_sqrt(square), 0.0)
@@ -47,7 +47,7 @@ def pairwise_relation(student: Array, teacher: Array, valid: Array, *, eps: floa
     return jnp.where(jnp.sum(valid, 1) >= 3, mean, 0.0)
 
 
-def init_context(key: Array, channels: int) -> Params:
+def init_context(key: AnyArray, channels: int) -> Params:
     """Initial parameters of `context_block`, with which it is the identity: its last convolution is 0."""
     hidden = max(channels // 2, 1)
     key_attend, key_down = jax.random.split(key)
@@ -60,7 +60,7 @@ def init_context(key: Array, channels: int) -> Params:
     }
 
 
-def context_block(x: Array, params: Params) -> Array:
+def context_block(x: AnyArray, params: Params) -> Array:
     """Adds a global context to each cell (FGD): x + W2 relu(LN(W1 c)), c = sum_hw softmax_hw(conv1x1(x)) x.
 
     Args:
@@ -89,7 +89,7 @@ def context_block(x: Array, params: Params) -> Array:
     return x + common.conv(hidden, params["up"])
 
 
-def init_non_local(key: Array, channels: int, *, reduction: int = 2) -> Params:
+def init_non_local(key: AnyArray, channels: int, *, reduction: int = 2) -> Params:
     """Initial parameters of `non_local_block`, with which it is the identity: the scale of its norm is 0."""
     hidden = max(channels // reduction, 1)
     keys = jax.random.split(key, 4)
@@ -100,7 +100,7 @@ def init_non_local(key: Array, channels: int, *, reduction: int = 2) -> Params:
     return params
 
 
-def non_local_block(x: Array, params: Params, *, pool: int = 1, axis_name: str | None = None) -> Array:
+def non_local_block(x: AnyArray, params: Params, *, pool: int = 1, axis_name: str | None = None) -> Array:
     """Mixes each cell with all others (FKD): x + BN(W (theta(x) phi(x)^T / n) g(x)), n the number of pooled cells.
 
     Args:
@@ -122,7 +122,7 @@ def non_local_block(x: Array, params: Params, *, pool: int = 1, axis_name: str |
     """
     shapes.check("non_local_block", x=(x, "B H W C"))
     x = jnp.asarray(x, jnp.float32)
-    batch, height, width, channels = x.shape
+    batch, height, width, _ = x.shape
     pool = min(pool, height, width)
 
     def cells(name: str, pooled: bool) -> Array:

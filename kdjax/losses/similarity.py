@@ -7,7 +7,7 @@ import numpy as np
 
 from kdjax.errors import UserError
 from kdjax.losses import common
-from kdjax.structs import Array
+from kdjax.structs import AnyArray, Array
 
 
 def fitting_window(window: int, size: tuple[int, int]) -> int:
@@ -22,8 +22,8 @@ def fitting_window(window: int, size: tuple[int, int]) -> int:
 
 
 def ssim(
-    student: Array,
-    teacher: Array,
+    student: AnyArray,
+    teacher: AnyArray,
     *,
     window: int = 11,
     sigma: float = 1.5,
@@ -77,7 +77,7 @@ def ssim(
         raise UserError(f"ssim: window must be odd and fit the map of {height} x {width} cells, not {window}")
     rows, columns = (_gaussian_matrix(size, window, sigma, padding) for size in (height, width))
 
-    def local_mean(x: Array) -> Array:
+    def local_mean(x: AnyArray) -> Array:
         return common.along_sides(x, rows, columns)
 
     c1, c2 = (k1 * data_range) ** 2, (k2 * data_range) ** 2
@@ -97,8 +97,8 @@ def ssim(
 
 
 def structural_dissimilarity(
-    student: Array,
-    teacher: Array,
+    student: AnyArray,
+    teacher: AnyArray,
     *,
     window: int = 11,
     sigma: float = 1.5,
