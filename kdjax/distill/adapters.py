@@ -1,28 +1,34 @@
 """Adapters: what brings the student's maps to the teacher's channels and size, trained beside the student."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from kdjax import nn
 from kdjax.distill.taps import Pair, check_sizes
+from kdjax.structs import Array
+
+Params = dict[str, dict[str, Array]]  # {stride: parameters of a convolution}
 
 
 def init_adapters(
-    key,
+    key: Array,
     pairs: list[Pair],
     *,
     kernel_size: int = 1,
     bias: bool = True,
     always: bool = False,
     deviation: float | None = None,
-) -> dict:
+) -> Params:
     """One convolution per level that takes the student's channels to the teacher's: {stride: params}.
 
     A level whose channels agree gets none (identity), unless `always`. Adapters are trained with the student and not
     exported. Also checks that the maps of a pair can be compared (see `adapt`). `bias`, `deviation`: see
     `kdjax.nn.init_conv2d`.
     """
-    params: dict = {}
+    params: Params = {}
     for stride, student, teacher in pairs:
         check_sizes(stride, student.shape, teacher.shape)
         if always or student.shape[-1] != teacher.shape[-1]:
@@ -37,7 +43,7 @@ def init_adapters(
     return params
 
 
-def init_generators(key, pairs: list[Pair]) -> dict:
+def init_generators(key: Array, pairs: list[Pair]) -> dict[str, Params]:
     """Parameters of MGD's generator for each level, on the teacher's channels: {stride: params of `reconstruct`}.
 
     The key may be the one that `init_adapters` gets.
@@ -53,16 +59,16 @@ def init_generators(key, pairs: list[Pair]) -> dict:
     return params
 
 
-def adapt(params: dict, pairs: list[Pair]) -> list[Pair]:
+def adapt(params: Mapping[str, Any], pairs: list[Pair]) -> list[Pair]:
     """The pairs with the student's side brought to the teacher's channels and size, in float32.
 
     Another size is resized bilinearly, student to teacher, before the convolution.
     """
-    adapted = []
+    adapted: list[Pair] = []
     for stride, student, teacher in pairs:
         student, teacher = student.astype(jnp.float32), teacher.astype(jnp.float32)
         if student.shape[1:3] != teacher.shape[1:3]:
-            student = nn.resize_bilinear(student, teacher.shape[1:3])
+            student = nn.resize_bilinear(student, (teacher.shape[1], teacher.shape[2]))
         if str(stride) in params:
             student = nn.conv2d(student, params[str(stride)]["kernel"], params[str(stride)].get("bias"))
         adapted.append(Pair(stride, student, teacher))

@@ -2,8 +2,8 @@
 
 import dataclasses
 import zlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +12,26 @@ from kdjax.distill import pairing as pairings
 from kdjax.distill import taps
 from kdjax.distill.method import Context, Method
 from kdjax.distill.pairing import Rule
-from kdjax.distill.teachers import Batch
+from kdjax.distill.teachers import Batch, Custom, Student, Teacher
 from kdjax.errors import UserError
-from kdjax.structs import Array, Assignment, DetectorOutput, Pairing, Rows, Targets, targets_of
+from kdjax.structs import Array, Assignment, DetectorOutput, Pairing, PyTree, Rows, Targets, targets_of
 
 
-@dataclasses.dataclass(frozen=True)
+class Loaded(Protocol):
+    """What `kdjax.load` returns: a detector with its weights."""
+
+    @property
+    def detector(self) -> Teacher:
+        """Pure functions."""
+        ...
+
+    @property
+    def variables(self) -> PyTree:
+        """Parameters and statistics."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, init=False)
 class Distiller:
     """Pure functions of a student, a teacher and methods; the arrays that they need are their arguments.
 
@@ -38,26 +52,35 @@ class Distiller:
       ['16', '32', '8']
     """
 
-    student: Any
-    teacher: Any
-    methods: Mapping[str, Method] | Sequence[Method]
+    student: Any  # a `Student`, with what its methods need beside `spec`
+    teacher: Any  # a `Teacher`, with what its methods need beside `spec` and `observe`
+    methods: Mapping[str, Method]
     pairing: Rule = pairings.by_place
-    variables: Any = dataclasses.field(default=None, repr=False, compare=False)
+    variables: PyTree = dataclasses.field(default=None, repr=False, compare=False)
 
-    def __post_init__(self) -> None:
-        for role in ("student", "teacher"):
-            model = getattr(self, role)
-            if hasattr(model, "detector") and hasattr(model, "variables"):  # what `kdjax.load` returns
-                object.__setattr__(self, role, model.detector)
-                if role == "teacher" and self.variables is None:
-                    object.__setattr__(self, "variables", model.variables)
-            if not hasattr(getattr(self, role), "spec"):
+    def __init__(
+        self,
+        student: Student | Loaded,
+        teacher: Teacher | Custom | Loaded,
+        methods: Mapping[str, Method] | Sequence[Method],
+        pairing: Rule = pairings.by_place,
+        variables: PyTree = None,
+    ) -> None:
+        models: dict[str, Any] = {"student": student, "teacher": teacher}
+        for role, model in models.items():
+            if hasattr(model, "detector") and hasattr(model, "variables"):
+                models[role] = model.detector
+                if role == "teacher" and variables is None:
+                    variables = model.variables
+            if not hasattr(models[role], "spec"):
                 raise UserError(f"{role}: {model!r} has no `spec`: take a detector or kdjax.distill.Custom")
-        if not isinstance(self.methods, Mapping):
-            names = [method.name for method in self.methods]
+        if not isinstance(methods, Mapping):
+            names = [method.name for method in methods]
             if "" in names or len(set(names)) < len(names):
                 raise UserError(f"methods: the names are {names}: each method needs a name of its own")
-            object.__setattr__(self, "methods", dict(zip(names, self.methods, strict=True)))
+            methods = dict(zip(names, methods, strict=True))
+        for name, value in {**models, "methods": methods, "pairing": pairing, "variables": variables}.items():
+            object.__setattr__(self, name, value)
 
     # ------------------------------------------------------------------------------------------------ before training
 
@@ -97,7 +120,7 @@ class Distiller:
 
     # --------------------------------------------------------------------------------------------------- in the step
 
-    def observe(self, batch: Batch, variables: Any = None) -> DetectorOutput:
+    def observe(self, batch: Batch, variables: PyTree = None) -> DetectorOutput:
         """What the teacher saw in a batch: the taps that the methods read, without gradient.
 
         Args:
@@ -118,7 +141,7 @@ class Distiller:
         adapters: Mapping[str, Any],
         output: DetectorOutput,
         batch: Batch,
-        variables: Any = None,
+        variables: PyTree = None,
         *,
         observed: DetectorOutput | None = None,
         assignment: Assignment | None = None,
@@ -150,25 +173,23 @@ class Distiller:
         whole = self._with_rows(output)
         reads = {name for method in self.methods.values() for name in method.reads.student}
         targets = _targets(batch) if reads & {"targets", "assignment"} else None
-        if "assignment" in reads and assignment is None:
+        if "assignment" in reads and assignment is None and targets is not None:
             assignment = self._assign(output, targets, key)
         student, teacher = taps.shared_levels(whole, jax.lax.stop_gradient(observed))
         pairs = self._pair(student.rows, teacher.rows)
 
-        def paired(given: Assignment | None) -> Assignment | None:
-            if given is None:
-                return None
-            if student.rows is not None:
-                given = jax.tree.map(lambda rows: rows[:, : _count(student.rows)], given)
+        def paired(given: Assignment) -> Assignment:
+            if (own := student.rows) is not None:
+                given = jax.tree.map(lambda rows: rows[:, : _count(own)], given)
             return pairings.take_assignment(given, pairs)
 
-        def assign(targets: Targets) -> Assignment | None:
+        def assign(targets: Targets) -> Assignment:
             return paired(self._assign(output, targets, key))
 
         def boxes(maps: tuple[Array, ...]) -> Array:
             return self.teacher.decode_boxes(dataclasses.replace(teacher, box_reg=maps))
 
-        ready = paired(assignment)
+        ready = None if assignment is None else paired(assignment)
         student_rows, teacher_rows = _paired_rows(student.rows, teacher.rows, pairs)
         values = {}
         for name, method in self.methods.items():
@@ -189,7 +210,7 @@ class Distiller:
             values |= {f"{name}/{term}": value for term, value in terms.items()}
         return values
 
-    def weights(self, step: Array | int) -> dict[str, Array]:
+    def weights(self, step: Array | int) -> dict[str, Array | float]:
         """The weight of every term at a step: {"method/term": f32[]}."""
         return {
             f"{name}/{term}": w * m.scale(step) for name, m in self.methods.items() for term, w in m.weights.items()
@@ -237,7 +258,7 @@ class Distiller:
     def _assign(self, output: DetectorOutput, targets: Targets, key: Array) -> Assignment:
         return jax.lax.stop_gradient(self.student.assign(output, targets, key))
 
-    def _head(self, variables: Any):
+    def _head(self, variables: PyTree) -> Callable[..., tuple[Array, ...]]:
         return lambda features, *, branch, start: self.teacher.head(
             *jax.lax.stop_gradient(variables), features, branch=branch, start=start
         )

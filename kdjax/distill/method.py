@@ -4,14 +4,14 @@ A method is two functions, its weights and the taps that it reads (`Method`). `m
 `kdjax/methods/<name>.py` builds it. Methods see student and teacher only through `Context`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
 from kdjax.distill.taps import Reads
 from kdjax.errors import UserError
-from kdjax.structs import Array, Assignment, DetectorOutput, Rows, Targets
+from kdjax.structs import AnyArray, Array, Assignment, DetectorOutput, Rows, Targets
 
 Params = Mapping[str, Any]  # what a method trains beside the student: nested dicts of arrays
 
@@ -43,14 +43,14 @@ class Method(NamedTuple):
 
     # (key, student spec, teacher spec) -> params; specs are DetectorOutputs of jax.ShapeDtypeStruct
     init: Callable[[Array, DetectorOutput, DetectorOutput], Params]
-    apply: Callable[[Any, Context], dict[str, Array]]  # (params, context) -> {term: f32[], unweighted}
+    apply: Callable[[Any, Context], Mapping[str, Array]]  # (params, context) -> {term: f32[], unweighted}
     weights: Mapping[str, float]  # full weight of each term; `kdjax.methods.build` leaves out terms of weight 0
     reads: Reads
-    scale: Callable[[Any], Any] = lambda step: 1.0  # step i32[] -> f32[] in 0 .. 1, the schedule
+    scale: Callable[[AnyArray | int], Array | float] = lambda step: 1.0  # step i32[] -> f32[] in 0 .. 1, the schedule
     name: str = ""
 
 
-def schedule(*, start: int = 0, stop: int = 0, warmup: int = 0, decay: int = 0) -> Callable[[Any], Array]:
+def schedule(*, start: int = 0, stop: int = 0, warmup: int = 0, decay: int = 0) -> Callable[[AnyArray | int], Array]:
     """The share of its weight that a method has at a step: 0 before `start`, rising over `warmup`, 0 from `stop` on.
 
     Args:
@@ -71,7 +71,7 @@ def schedule(*, start: int = 0, stop: int = 0, warmup: int = 0, decay: int = 0) 
             "(0 means never) must come after start, and decay needs a stop"
         )
 
-    def scale(step: Any) -> Array:
+    def scale(step: AnyArray | int) -> Array:
         step = jnp.asarray(step, jnp.float32)
         share = jnp.where(step >= start, 1.0, 0.0)
         if warmup:
@@ -85,7 +85,7 @@ def schedule(*, start: int = 0, stop: int = 0, warmup: int = 0, decay: int = 0) 
     return scale
 
 
-def check_choice(option: str, value: Any, choices: tuple) -> None:
+def check_choice(option: str, value: str | int, choices: tuple[str | int, ...]) -> None:
     """Refuses a value that an option ("method: option") does not have.
 
     Raises:
@@ -95,7 +95,7 @@ def check_choice(option: str, value: Any, choices: tuple) -> None:
         raise UserError(f"{option} is {value!r}: it must be one of {', '.join(map(repr, choices))}")
 
 
-def check(option: str, value: Any, possible: bool, range_: str) -> None:
+def check(option: str, value: float | str | Sequence[float], possible: bool, range_: str) -> None:
     """Refuses a value that is out of the range of an option ("method: option").
 
     Raises:
@@ -110,6 +110,11 @@ def mean_over_positives(values: Array, positive: Array) -> Array:
     return jnp.sum(jnp.where(positive, values, 0.0)) / jnp.maximum(jnp.sum(positive), 1)
 
 
-def mean_over_levels(values: list[Array]) -> Array:
+def mean_over_levels(values: Sequence[Array]) -> Array:
     """The mean of one scalar per level."""
     return jnp.asarray(sum(values) / len(values))
+
+
+def sum_over_levels(values: Iterable[Array]) -> Array:
+    """The sum of one array per level."""
+    return jnp.asarray(sum(values))

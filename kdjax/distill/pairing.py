@@ -5,14 +5,16 @@ A pairing rule is a function (student rows, teacher rows) -> `Pairing`, or None 
 """
 
 from collections.abc import Callable
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from kdjax.boxes import iou
+from kdjax.distill.taps import ROWS
 from kdjax.errors import UserError
-from kdjax.structs import Array, Assignment, Pairing, Rows
+from kdjax.structs import AnyArray, Array, Assignment, Pairing, Rows
 
 Rule = Callable[[Rows, Rows], Pairing | None]
 
@@ -107,6 +109,8 @@ def by_hungarian(student: Rows, teacher: Rows, *, class_weight: float = 1.0, box
     """
     _check_classes(student, teacher)
     student_boxes, teacher_boxes = _boxes(student, teacher)
+    if student.logits is None or teacher.logits is None:
+        raise UserError("pairing by the Hungarian method: one side has no logits: its rows must have `logits`")
     if isinstance(student_boxes, jax.ShapeDtypeStruct):
         return _spec(student if student_boxes.shape[1] <= teacher_boxes.shape[1] else teacher)
 
@@ -133,8 +137,8 @@ def take(rows: Rows, index: Array | None) -> Rows:
             return jnp.asarray(value)[index]
         return jnp.take_along_axis(value, index.reshape(*index.shape, *[1] * (value.ndim - 2)), 1)
 
-    fields = ("logits", "boxes", "quality", "distribution", "location")
-    return Rows(**{field: gather(field) for field in fields})
+    fields: dict[str, Any] = {field: gather(field) for field in ROWS}
+    return Rows(**fields)
 
 
 def take_assignment(assignment: Assignment, pairing: Pairing | None) -> Assignment:
@@ -166,7 +170,7 @@ def _boxes(student: Rows, teacher: Rows) -> tuple[Array, Array]:
     return student.boxes, teacher.boxes
 
 
-def _nearest(student: Array, teacher: Array) -> tuple[Array, Array]:
+def _nearest(student: AnyArray, teacher: AnyArray) -> tuple[Array, Array]:
     apart = jnp.max(jnp.abs(jnp.asarray(student)[:, None] - jnp.asarray(teacher)[None]), -1)
     return jnp.argmin(apart, 1), jnp.min(apart, 1)
 
@@ -183,5 +187,5 @@ def _broadcast(student: Rows, index: Array, valid: Array) -> Pairing:
 
 def _spec(rows: Rows) -> Pairing:
     shape = (_batch(rows), sum(_shape(rows)[0]))
-    index = jax.ShapeDtypeStruct(shape, jnp.int32)
-    return Pairing(index, index, jax.ShapeDtypeStruct(shape, jnp.bool_))
+    index, valid = jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.bool_)
+    return Pairing(*(cast(Array, spec) for spec in (index, index, valid)))

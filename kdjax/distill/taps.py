@@ -7,12 +7,12 @@ declare the taps that they read (`Reads`).
 
 import dataclasses
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
 from kdjax.errors import UserError
-from kdjax.structs import Array, DetectorOutput, Rows
+from kdjax.structs import AnyArray, Array, DetectorOutput, Rows
 
 LEVELS = ("backbone", "neck", "neck_conv", "cls_logits", "box_reg", "quality")  # fields that run over levels
 TOWERS = ("cls_tower", "reg_tower")
@@ -172,7 +172,7 @@ def first_rows(rows: Rows, levels: int) -> Rows:
     sizes = rows.level_sizes[:levels]
     end = sum(sizes)
 
-    def cut(field: str):
+    def cut(field: str) -> AnyArray | jax.ShapeDtypeStruct | None:
         value = getattr(rows, field)
         if value is None:
             return None
@@ -181,7 +181,8 @@ def first_rows(rows: Rows, levels: int) -> Rows:
             return jax.ShapeDtypeStruct((*value.shape[:axis], end, *value.shape[axis + 1 :]), value.dtype)
         return value[:end] if axis == 0 else value[:, :end]
 
-    return Rows(level_sizes=sizes, **{field: cut(field) for field in ROWS})
+    fields: dict[str, Any] = {field: cut(field) for field in ROWS}
+    return Rows(level_sizes=sizes, **fields)
 
 
 def pair(student: DetectorOutput, teacher: DetectorOutput, student_tap: str, teacher_tap: str = "") -> list[Pair]:

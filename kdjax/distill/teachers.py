@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from kdjax.structs import Array, Assignment, DetectorOutput, Targets
+from kdjax.structs import Array, Assignment, DetectorOutput, PyTree, Targets
 
 Batch = Mapping[str, Any]
 RECORDED = "teacher"  # the key of a batch under which `recorded` finds its output
@@ -30,10 +30,14 @@ class Teacher(Protocol):
     """
 
     @property
-    def spec(self) -> Callable[[tuple[int, int]], DetectorOutput]: ...
+    def spec(self) -> Callable[[tuple[int, int]], DetectorOutput]:
+        """(height, width) -> shapes of the output for one image."""
+        ...
 
     @property
-    def observe(self) -> Callable[[Any, Batch], DetectorOutput]: ...
+    def observe(self) -> Callable[[Any, Batch], DetectorOutput]:
+        """(variables, batch) -> output."""
+        ...
 
 
 class Student(Protocol):
@@ -44,7 +48,9 @@ class Student(Protocol):
     """
 
     @property
-    def spec(self) -> Callable[[tuple[int, int]], DetectorOutput]: ...
+    def spec(self) -> Callable[[tuple[int, int]], DetectorOutput]:
+        """(height, width) -> shapes of the output for one image."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,7 +104,7 @@ def on_host(function: Callable[[Any], DetectorOutput], spec: Callable[[tuple[int
       spec: of its output for one image.
     """
 
-    def observe(variables: Any, batch: Batch) -> DetectorOutput:
+    def observe(variables: PyTree, batch: Batch) -> DetectorOutput:
         images = batch["image"]
         one = spec(images.shape[1:3])
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((len(images), *leaf.shape[1:]), leaf.dtype), one)
