@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from kdjax import nn
-from kdjax.distill.taps import Pair, check_sizes
+from kdjax.distill.taps import Pair, check_sizes, map_size
 from kdjax.structs import Array
 
 Params = dict[str, dict[str, Array]]  # {stride: parameters of a convolution}
@@ -68,7 +68,7 @@ def adapt(params: Mapping[str, Any], pairs: list[Pair]) -> list[Pair]:
     for stride, student, teacher in pairs:
         student, teacher = student.astype(jnp.float32), teacher.astype(jnp.float32)
         if student.shape[1:3] != teacher.shape[1:3]:
-            student = nn.resize_bilinear(student, (teacher.shape[1], teacher.shape[2]))
+            student = nn.resize_bilinear(student, map_size(teacher))
         if str(stride) in params:
             student = nn.conv2d(student, params[str(stride)]["kernel"], params[str(stride)].get("bias"))
         adapted.append(Pair(stride, student, teacher))

@@ -3,14 +3,14 @@
 import dataclasses
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import jax
 import jax.numpy as jnp
 
 from kdjax.distill import pairing as pairings
 from kdjax.distill import taps
-from kdjax.distill.method import Context, Method
+from kdjax.distill.method import Context, Method, PairedRows
 from kdjax.distill.pairing import Rule
 from kdjax.distill.teachers import Batch, Custom, Student, Teacher
 from kdjax.errors import UserError
@@ -293,6 +293,7 @@ def _paired_rows(student: Rows | None, teacher: Rows | None, pairs: Pairing | No
     return pairings.take(student, pairs.student), pairings.take(teacher, pairs.teacher)
 
 
-def _fields(rows: Rows, reads: tuple[str, ...]) -> Rows:
+def _fields(rows: Rows, reads: tuple[str, ...]) -> PairedRows:
     names = [name.removeprefix("rows.") for name in reads if name.startswith("rows.")]
-    return Rows(level_sizes=rows.level_sizes, **{name: getattr(rows, name) for name in names})
+    kept = Rows(level_sizes=rows.level_sizes, **{name: getattr(rows, name) for name in names})
+    return cast(PairedRows, kept)

@@ -5,15 +5,26 @@ A method is two functions, its weights and the taps that it reads (`Method`). `m
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
 
 from kdjax.distill.taps import Reads
 from kdjax.errors import UserError
-from kdjax.structs import AnyArray, Array, Assignment, DetectorOutput, Rows, Targets
+from kdjax.structs import AnyArray, Array, Assignment, DetectorOutput, Targets
 
 Params = Mapping[str, Any]  # what a method trains beside the student: nested dicts of arrays
+
+
+class PairedRows(Protocol):
+    """`kdjax.structs.Rows` as a method sees them: what it declares is there, the rest is None."""
+
+    logits: Array  # f32[B, P, K]
+    boxes: Array  # f32[B, P, 4]
+    quality: Array  # f32[B, P]
+    distribution: Array  # f32[B, P, 4, n + 1]
+    location: Array  # f32[P, 4], or f32[B, P, 4] where rows are paired by index
+    level_sizes: tuple[int, ...]
 
 
 class Context(NamedTuple):
@@ -24,8 +35,8 @@ class Context(NamedTuple):
 
     student: DetectorOutput  # both have the levels that they share
     teacher: DetectorOutput  # without gradient
-    student_rows: Rows  # P paired rows
-    teacher_rows: Rows
+    student_rows: PairedRows  # P paired rows
+    teacher_rows: PairedRows
     targets: Targets
     assignment: Assignment  # of the student's assigner; rows without a partner are ignored
     key: Array  # PRNG key of this step and method

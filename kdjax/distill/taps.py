@@ -202,6 +202,11 @@ def pair(student: DetectorOutput, teacher: DetectorOutput, student_tap: str, tea
     return [Pair(stride, student_maps[stride], teacher_maps[stride]) for stride in common]
 
 
+def map_size(x: Array) -> tuple[int, int]:
+    """Height and width of the maps [B, H, W, C], in cells."""
+    return x.shape[1], x.shape[2]
+
+
 def check_sizes(stride: int, student: tuple[int, ...], teacher: tuple[int, ...]) -> None:
     """Refuses two maps whose sides differ by more than a factor of 2, which no resampling makes comparable.
 

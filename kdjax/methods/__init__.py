@@ -8,13 +8,16 @@ import functools
 import importlib
 import inspect
 import pkgutil
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import jax
 
 from kdjax import plugins
-from kdjax.distill.distiller import Distiller
+from kdjax.distill.distiller import Distiller, Loaded
 from kdjax.distill.method import Method, schedule
+from kdjax.distill.teachers import Custom, Student, Teacher
 from kdjax.errors import UserError
 
 __all__ = ["Method", "build", "names", "options", "refusal"]
@@ -72,7 +75,9 @@ def build(name: str, **chosen: Any) -> Method:
     return method._replace(weights=weights, scale=scale, name=name)
 
 
-def refusal(name: str, student: Any, teacher: Any, image_size: tuple[int, int]) -> str:
+def refusal(
+    name: str, student: Student | Loaded, teacher: Teacher | Custom | Loaded, image_size: tuple[int, int]
+) -> str:
     """The sentence with which a method, with its default options, refuses a student and a teacher; "" if it runs.
 
     Args:
@@ -88,7 +93,7 @@ def refusal(name: str, student: Any, teacher: Any, image_size: tuple[int, int]) 
     return ""
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> Callable[..., Method]:
     """The constructor of a method that was not there when this package was imported."""
     if name.startswith("_") or name not in names():
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -96,13 +101,13 @@ def __getattr__(name: str) -> Any:
     return globals()[name]
 
 
-def _module(name: str) -> Any:
+def _module(name: str) -> ModuleType:
     """The file of a method; its constructor takes the place of the module of the same name in this package."""
     if name not in names():
         raise UserError(f"unknown method {name!r}: the methods are {', '.join(names())}")
     module = importlib.import_module(f"kdjax.methods.{name}")
     if globals().get(name) is module:
-        make = functools.wraps(module.make)(functools.partial(build, name))
+        make: Any = functools.wraps(module.make)(functools.partial(build, name))
         parameters = [p for f in (module.make, schedule) for p in inspect.signature(f).parameters.values()]
         make.__signature__ = inspect.Signature(parameters, return_annotation=Method)
         globals()[name] = make

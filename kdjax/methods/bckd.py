@@ -15,12 +15,15 @@ Proof: the class term: kd/logit_github_* (the authors' code): largest relative e
 Status: proven
 """
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from kdjax.distill import method, taps
 from kdjax.losses import box, classification, disagreement
+from kdjax.structs import Array, DetectorOutput
 
 
 def make(
@@ -28,7 +31,7 @@ def make(
     weight: float = 1.0,
     class_weight: float = 1.0,
     box_weight: float = 4.0,
-    overlap: str = "giou",
+    overlap: Literal["giou", "iou"] = "giou",
     per_level_gate: bool = False,
 ) -> method.Method:
     """Modulated cross-entropy of the scores, and overlap of the boxes weighted by the gap of the scores.
@@ -46,16 +49,16 @@ def make(
     method.check_choice("bckd: overlap", overlap, ("giou", "iou"))
     weights = {"classes": weight * class_weight, "boxes": weight * box_weight}
 
-    def init(key, student_spec, teacher_spec):
+    def init(key: Array, student_spec: DetectorOutput, teacher_spec: DetectorOutput) -> method.Params:
         del key, student_spec, teacher_spec
         return {}
 
-    def box_loss(of_student, of_teacher):
+    def box_loss(of_student: Array, of_teacher: Array) -> Array:
         if overlap == "giou":
             return box.giou(of_student, of_teacher)
         return box.iou(of_student, of_teacher, form="linear")
 
-    def apply(params, context):
+    def apply(params: method.Params, context: method.Context) -> dict[str, Array]:
         del params
         s, t = context.student_rows.logits, context.teacher_rows.logits
         positive = context.assignment.positive

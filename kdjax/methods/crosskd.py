@@ -24,11 +24,14 @@ Proof: kd/crosskd_* (the authors' code on four detectors, through this method, a
 Status: proven
 """
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 
 from kdjax.distill import adapters, method, taps
 from kdjax.losses import box, classification, divergence, normalization
+from kdjax.structs import Array, DetectorOutput
 
 TOWERS = {"cls": "cls_tower", "reg": "reg_tower"}
 
@@ -41,7 +44,7 @@ def make(
     class_weight: float = 1.0,
     box_weight: float = 1.0,
     quality_weight: float = 0.0,
-    box_loss: str = "giou",
+    box_loss: Literal["giou", "log_iou"] = "giou",
     confidence: bool = True,
     rectify: bool = False,
 ) -> method.Method:
@@ -71,23 +74,25 @@ def make(
         "quality": weight * quality_weight,
     }
 
-    def towers(teacher_output):
+    def towers(teacher_output: DetectorOutput) -> list[str]:
         """The towers that the student's features enter."""
         of_terms = {"classes": "cls", "boxes": "reg", "quality": teacher_output.quality_tower}
         return sorted({tower for term, tower in of_terms.items() if weights[term]})
 
-    def place(name, branch):
+    def place(name: str, branch: str) -> str:
         """The tap that "tower.I" means in a branch of a head."""
         return name if name == "neck" else name.replace("tower", TOWERS[branch], 1)
 
-    def pairs_of(student_output, teacher_output, branch):
+    def pairs_of(
+        student_output: DetectorOutput, teacher_output: DetectorOutput, branch: str
+    ) -> tuple[list[taps.Pair], int]:
         """The paired maps of a branch, and where the teacher's head continues from them."""
         teacher_tap = place(teacher, branch)
         field, indices = taps.resolve(teacher_output, teacher_tap)
         pairs = taps.pair(student_output, teacher_output, place(student, branch), teacher_tap)
         return pairs, 0 if field == "neck" or indices is None else indices[0] + 1
 
-    def init(key, student_spec, teacher_spec):
+    def init(key: Array, student_spec: DetectorOutput, teacher_spec: DetectorOutput) -> method.Params:
         chosen = towers(teacher_spec)
         pairs = {tower: pairs_of(student_spec, teacher_spec, tower)[0] for tower in chosen}
         return {
@@ -95,7 +100,7 @@ def make(
             for number, tower in enumerate(chosen)
         }
 
-    def reused(params, context, branch):
+    def reused(params: method.Params, context: method.Context, branch: str) -> tuple[Array, ...]:
         """What a branch of the teacher's head predicts from the student's features."""
         tower = context.teacher.quality_tower if branch == "quality" else branch
         pairs, go_on = pairs_of(context.student, context.teacher, tower)
@@ -106,7 +111,7 @@ def make(
             features.append(normalization.match_statistics(s, t))
         return tuple(context.teacher_head(tuple(features), branch=branch, start=go_on))
 
-    def box_term(params, context, trust, positives):
+    def box_term(params: method.Params, context: method.Context, trust: Array, positives: Array) -> Array:
         reused_maps, own = reused(params, context, "reg"), context.teacher.box_reg
         edges = [rows_of(maps, context) for maps in (reused_maps, own)]
         if edges[0].shape[-1] > 4:
@@ -116,7 +121,7 @@ def make(
         apart = box.giou(*boxes) if box_loss == "giou" else box.iou(*boxes, form="log")
         return jnp.sum(trust * apart) / positives
 
-    def apply(params, context):
+    def apply(params: method.Params, context: method.Context) -> dict[str, Array]:
         own = context.teacher_rows.logits
         scored = ~context.assignment.ignore
         positives = jnp.sum(jnp.maximum(jnp.sum(context.assignment.positive, 1), 1))
@@ -145,7 +150,7 @@ def make(
     return method.Method(init, apply, weights, reads)
 
 
-def rows_of(maps, context):
+def rows_of(maps: tuple[Array, ...], context: method.Context) -> Array:
     """A prediction of all levels with one row each: L of f32[B, H, W, A*C] -> f32[B, N, C], in float32."""
     count = context.teacher_rows.logits.shape[1]
     width = maps[0].shape[-1] * sum(m.shape[1] * m.shape[2] for m in maps) // count

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from kdjax.distill import adapters, method, taps
 from kdjax.errors import UserError
 from kdjax.losses import divergence
+from kdjax.structs import Array, DetectorOutput
 
 
 def make(
@@ -46,7 +47,7 @@ def make(
         )
     method.check("cwd: temperature", temperature, temperature > 0, "above 0")
 
-    def init(key, student_spec, teacher_spec):
+    def init(key: Array, student_spec: DetectorOutput, teacher_spec: DetectorOutput) -> method.Params:
         pairs = taps.pair(student_spec, teacher_spec, student, teacher)
         for stride, s, t in pairs:
             if classes and s.shape[-1] != t.shape[-1]:
@@ -56,8 +57,9 @@ def make(
                 )
         return adapters.init_adapters(key, pairs)
 
-    def apply(params, context):
+    def apply(params: method.Params, context: method.Context) -> dict[str, Array]:
         pairs = adapters.adapt(params, taps.pair(context.student, context.teacher, student, teacher))
-        return {"cwd": sum(jnp.mean(divergence.channel_kl(s, t, temperature=temperature)) for _, s, t in pairs)}
+        levels = [jnp.mean(divergence.channel_kl(s, t, temperature=temperature)) for _, s, t in pairs]
+        return {"cwd": method.sum_over_levels(levels)}
 
     return method.Method(init, apply, {"cwd": weight}, taps.Reads((student,), (teacher,)))

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from kdjax.distill import adapters, method, taps
 from kdjax.losses import distance, regions
+from kdjax.structs import Array, DetectorOutput
 
 
 def make(
@@ -43,25 +44,25 @@ def make(
     """
     weights = {"foreground": weight * foreground_weight, "background": weight * background_weight}
 
-    def init(key, student_spec, teacher_spec):
+    def init(key: Array, student_spec: DetectorOutput, teacher_spec: DetectorOutput) -> method.Params:
         pairs = taps.pair(student_spec, teacher_spec, student, teacher)
         return adapters.init_adapters(key, pairs, kernel_size=3, always=True, deviation=1e-4)
 
-    def compare(s, t, inside):
+    def compare(s: Array, t: Array, inside: Array) -> dict[str, Array]:
         error = distance.squared(jax.nn.relu(s) if relu else s, t)
 
-        def half_mean(mask):
+        def half_mean(mask: Array) -> Array:
             return jnp.sum(mask * error) / jnp.maximum(2 * t.shape[-1] * jnp.sum(mask), 1)
 
         return {"foreground": half_mean(inside), "background": half_mean(~inside)}
 
-    def apply(params, context):
+    def apply(params: method.Params, context: method.Context) -> dict[str, Array]:
         pairs = adapters.adapt(params, taps.pair(context.student, context.teacher, student, teacher))
         masks = regions.level_masks(
             context.targets.boxes,
             context.targets.valid,
             [p.stride for p in pairs],
-            [p.teacher.shape[1:3] for p in pairs],
+            [taps.map_size(p.teacher) for p in pairs],
         )
         levels = [compare(s, t, mask) for (_, s, t), mask in zip(pairs, masks, strict=True)]
         return {name: method.mean_over_levels([level[name] for level in levels]) for name in weights if weights[name]}

@@ -18,14 +18,17 @@ Proof: the softmax form: kd/logit_* (mdistiller and mmrazor): largest relative e
 Status: formula
 """
 
+from typing import Literal
+
 from kdjax.distill import method, taps
 from kdjax.losses import divergence
+from kdjax.structs import Array, DetectorOutput
 
 
 def make(
     *,
     weight: float = 1.0,
-    head: str = "sigmoid",
+    head: Literal["sigmoid", "softmax"] = "sigmoid",
     target_weight: float = 1.0,
     other_weight: float = 0.25,
     temperature: float = 1.0,
@@ -47,11 +50,11 @@ def make(
     weights = {"target": weight * target_weight, "others": weight * other_weight}
     divergences = divergence.decoupled_sigmoid_kl if head == "sigmoid" else divergence.decoupled_kl
 
-    def init(key, student_spec, teacher_spec):
+    def init(key: Array, student_spec: DetectorOutput, teacher_spec: DetectorOutput) -> method.Params:
         del key, student_spec, teacher_spec
         return {}
 
-    def apply(params, context):
+    def apply(params: method.Params, context: method.Context) -> dict[str, Array]:
         del params
         assignment = context.assignment
         logits = context.student_rows.logits, context.teacher_rows.logits

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 
 from kdjax.distill import adapters, method, taps
 from kdjax.losses import attention, distance, regions, relation
+from kdjax.structs import Array, DetectorOutput, Targets
 
 
 def make(
@@ -62,7 +63,7 @@ def make(
         "relation": weight * relation_weight,
     }
 
-    def init(key, student_spec, teacher_spec):
+    def init(key: Array, student_spec: DetectorOutput, teacher_spec: DetectorOutput) -> method.Params:
         pairs = taps.pair(student_spec, teacher_spec, student, teacher)
         key, *keys = jax.random.split(key, 3)
         blocks = {
@@ -74,9 +75,9 @@ def make(
         }
         return adapters.init_adapters(key, pairs) | {"blocks": blocks}
 
-    def compare(s, t, blocks, targets):
+    def compare(s: Array, t: Array, blocks: method.Params, targets: Targets) -> dict[str, Array]:
         size = targets.image_size if unpadded else targets.pad_size
-        foreground, background = regions.focal_masks(targets.boxes, targets.valid, size, t.shape[1:3])
+        foreground, background = regions.focal_masks(targets.boxes, targets.valid, size, taps.map_size(t))
         attended = attention.attention_weighted(s, t, temperature=temperature)
         s_context = relation.context_block(s, blocks["student"])
         t_context = relation.context_block(t, blocks["teacher"])
@@ -87,11 +88,13 @@ def make(
             "relation": distance.squared(s_context, t_context),
         }
 
-    def apply(params, context):
+    def apply(params: method.Params, context: method.Context) -> dict[str, Array]:
         pairs = adapters.adapt(params, taps.pair(context.student, context.teacher, student, teacher))
         levels = [compare(s, t, params["blocks"][str(stride)], context.targets) for stride, s, t in pairs]
         return {
-            name: sum(jnp.sum(level[name]) / len(level[name]) for level in levels) for name in weights if weights[name]
+            name: method.sum_over_levels(jnp.sum(level[name]) / len(level[name]) for level in levels)
+            for name in weights
+            if weights[name]
         }
 
     return method.Method(init, apply, weights, taps.Reads((student, "targets"), (teacher,)))

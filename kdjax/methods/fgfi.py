@@ -23,6 +23,7 @@ import numpy as np
 from kdjax.boxes import priors, roi
 from kdjax.distill import adapters, method, taps
 from kdjax.losses import distance, regions
+from kdjax.structs import Array, DetectorOutput
 
 
 def make(
@@ -51,17 +52,17 @@ def make(
     method.check("fgfi: psi", psi, 0 <= psi <= 1, "within 0 .. 1")
     method.check("fgfi: anchor_scale", anchor_scale, anchor_scale > 0, "above 0")
 
-    def init(key, student_spec, teacher_spec):
+    def init(key: Array, student_spec: DetectorOutput, teacher_spec: DetectorOutput) -> method.Params:
         pairs = taps.pair(student_spec, teacher_spec, student, teacher)
         return adapters.init_adapters(key, pairs, kernel_size=3, always=True, deviation=1e-4)
 
-    def anchors(stride, shape, offset):
+    def anchors(stride: int, shape: tuple[int, ...], offset: Array) -> Array:
         """f32[H, W, 1, 4]; `offset` is the place of a prior in its cell, 0 .. 1."""
         height, width = shape[1:3]
         boxes = priors.grid_anchors((height * stride, width * stride), [stride], ratios=[1.0], scales=[anchor_scale])
-        return boxes.reshape(height, width, 1, 4) + jnp.tile(offset, 2) * stride
+        return jnp.add(boxes.reshape(height, width, 1, 4), jnp.tile(offset, 2) * stride)
 
-    def masks(pairs, context):
+    def masks(pairs: list[taps.Pair], context: method.Context) -> list[Array]:
         """The kept cells of each level, bool[B, H, W, 1]."""
         boxes, valid = context.targets.boxes, context.targets.valid
         location = context.student_rows.location[0]
@@ -78,7 +79,7 @@ def make(
         parts = jnp.split(kept, ends[:-1], 1)
         return [part.reshape(-1, *grid.shape[:2], 1) for part, grid in zip(parts, grids, strict=True)]
 
-    def apply(params, context):
+    def apply(params: method.Params, context: method.Context) -> dict[str, Array]:
         pairs = adapters.adapt(params, taps.pair(context.student, context.teacher, student, teacher))
         kept = masks(pairs, context)
         cells = [jnp.sum(mask) for mask in kept]

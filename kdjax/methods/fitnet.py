@@ -13,10 +13,13 @@ Proof: kd/feature_misc_* (mmrazor's L2Loss, the sum over one level): largest rel
 Status: proven
 """
 
+from typing import Literal
+
 import jax.numpy as jnp
 
 from kdjax.distill import adapters, method, taps
 from kdjax.losses import distance
+from kdjax.structs import Array, DetectorOutput
 
 DISTANCES = {"l2": distance.squared, "l1": distance.l1}
 
@@ -26,8 +29,8 @@ def make(
     weight: float = 1.0,
     student: str = "neck",
     teacher: str = "neck",
-    distance: str = "l2",
-    reduction: str = "mean",
+    distance: Literal["l2", "l1"] = "l2",
+    reduction: Literal["mean", "sum"] = "mean",
 ) -> method.Method:
     """Plain distance of two maps.
 
@@ -43,14 +46,14 @@ def make(
     method.check_choice("fitnet: distance", distance, tuple(DISTANCES))
     method.check_choice("fitnet: reduction", reduction, ("mean", "sum"))
 
-    def init(key, student_spec, teacher_spec):
+    def init(key: Array, student_spec: DetectorOutput, teacher_spec: DetectorOutput) -> method.Params:
         return adapters.init_adapters(key, taps.pair(student_spec, teacher_spec, student, teacher))
 
-    def compare(s, t):
+    def compare(s: Array, t: Array) -> Array:
         loss = DISTANCES[distance](s, t)
         return jnp.mean(loss) if reduction == "mean" else jnp.sum(loss) / len(loss)
 
-    def apply(params, context):
+    def apply(params: method.Params, context: method.Context) -> dict[str, Array]:
         pairs = adapters.adapt(params, taps.pair(context.student, context.teacher, student, teacher))
         return {"feature": method.mean_over_levels([compare(s, t) for _, s, t in pairs])}
 

@@ -21,12 +21,15 @@ Proof: none: no public original; its parts equal loops over the formulas.
 Status: formula
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from kdjax import nn
 from kdjax.distill import adapters, method, taps
 from kdjax.losses import attention, distance, relation
+from kdjax.structs import Array, DetectorOutput
 
 
 def make(
@@ -66,10 +69,10 @@ def make(
         "non_local": weight * non_local_weight,
     }
 
-    def init(key, student_spec, teacher_spec):
+    def init(key: Array, student_spec: DetectorOutput, teacher_spec: DetectorOutput) -> method.Params:
         pairs = taps.pair(student_spec, teacher_spec, student, teacher)
         keys = iter(jax.random.split(key, 6))
-        params = {
+        params: dict[str, Any] = {
             name: adapters.init_adapters(next(keys), pairs, always=True) for name in ("feature", "channel", "non_local")
         }
         spatial, *blocks = keys
@@ -87,14 +90,14 @@ def make(
         }
         return params
 
-    def mask(s, adapted, t):
+    def mask(s: Array, adapted: Array, t: Array) -> Array:
         spatial = attention.joint_spatial_attention(s, t, temperature=temperature, paper=paper)
         if not paper:
             return spatial
         strength = jnp.mean(jnp.abs(adapted), (1, 2), keepdims=True) + jnp.mean(jnp.abs(t), (1, 2), keepdims=True)
         return spatial * jax.lax.stop_gradient(t.shape[-1] * jax.nn.softmax(strength / temperature, 3))
 
-    def compare(stride, s, t, params):
+    def compare(stride: int, s: Array, t: Array, params: method.Params) -> dict[str, Array]:
         adapter = {name: layers[str(stride)] for name, layers in params.items()}
         pool = max(32 // stride, 2)
         s_related, t_related = (
@@ -114,9 +117,9 @@ def make(
         }
         return {name: norm if parity else norm / len(s) ** 0.5 for name, norm in norms.items()}
 
-    def apply(params, context):
+    def apply(params: method.Params, context: method.Context) -> dict[str, Array]:
         pairs = adapters.adapt({}, taps.pair(context.student, context.teacher, student, teacher))  # resizes, if at all
         levels = [compare(stride, s, t, params) for stride, s, t in pairs]
-        return {name: sum(level[name] for level in levels) for name in weights if weights[name]}
+        return {name: method.sum_over_levels(level[name] for level in levels) for name in weights if weights[name]}
 
     return method.Method(init, apply, weights, taps.Reads((student,), (teacher,)))

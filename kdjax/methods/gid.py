@@ -23,6 +23,8 @@ Proof: none: no public original; the parts equal loops over the formulas, RoIAli
 Status: formula
 """
 
+from collections.abc import Iterator
+
 import jax.numpy as jnp
 
 from kdjax import nn
@@ -30,6 +32,7 @@ from kdjax.boxes import roi
 from kdjax.distill import adapters, method, taps
 from kdjax.errors import UserError
 from kdjax.losses import disagreement, distance, divergence, relation
+from kdjax.structs import Array, DetectorOutput
 
 
 def make(
@@ -70,7 +73,7 @@ def make(
         "box": weight * box_weight,
     }
 
-    def init(key, student_spec, teacher_spec):
+    def init(key: Array, student_spec: DetectorOutput, teacher_spec: DetectorOutput) -> method.Params:
         pairs = taps.pair(student_spec, teacher_spec, student, teacher)
         widths = sorted({(p.student.shape[-1], p.teacher.shape[-1]) for p in pairs})
         if len(widths) > 1:
@@ -82,7 +85,7 @@ def make(
             taps.check_sizes(stride, s.shape, t.shape)
         return nn.init_conv2d(key, 3, *widths[0])
 
-    def features(params, context, boxes):
+    def features(params: method.Params, context: method.Context, boxes: Array) -> Iterator[Array]:
         """Both nets' features of the boxes, f32[B, R, 10, 10, C]."""
         pairs = taps.pair(context.student, context.teacher, student, teacher)
         pairs = adapters.adapt({str(p.stride): params for p in pairs}, pairs)
@@ -93,12 +96,12 @@ def make(
             for maps in ([p.student for p in pairs], [p.teacher for p in pairs])
         )
 
-    def pair_distance(s, t, valid):
+    def pair_distance(s: Array, t: Array, valid: Array) -> Array:
         rows = (1, -1) if parity else valid.shape
         s, t = (x.reshape(*rows, x[0, 0].size) for x in (s, t))
         return jnp.mean(relation.pairwise_relation(s, t, valid.reshape(rows)))
 
-    def apply(params, context):
+    def apply(params: method.Params, context: method.Context) -> dict[str, Array]:
         rows = context.student_rows, context.teacher_rows
         scores, predicted = [side.logits for side in rows], [side.boxes for side in rows]
         boxes, labels, valid = disagreement.general_instances(

@@ -15,19 +15,22 @@ Proof: the softmax form: kd/logit_* (mdistiller, mmrazor, mmdetection): largest 
 Status: formula
 """
 
+from typing import Literal
+
 import jax.numpy as jnp
 
 from kdjax.distill import method, taps
 from kdjax.losses import divergence
+from kdjax.structs import Array, DetectorOutput
 
 
 def make(
     *,
     weight: float = 1.0,
-    head: str = "sigmoid",
-    priors: str = "positive",
+    head: Literal["sigmoid", "softmax"] = "sigmoid",
+    priors: Literal["positive", "all"] = "positive",
     temperature: float = 1.0,
-    class_reduction: str = "sum",
+    class_reduction: Literal["sum", "mean"] = "sum",
 ) -> method.Method:
     """KL divergence of the class scores, prior by prior.
 
@@ -46,17 +49,17 @@ def make(
     method.check_choice("hinton: class_reduction", class_reduction, ("sum", "mean"))
     method.check("hinton: temperature", temperature, temperature > 0, "above 0")
 
-    def init(key, student_spec, teacher_spec):
+    def init(key: Array, student_spec: DetectorOutput, teacher_spec: DetectorOutput) -> method.Params:
         del key, student_spec, teacher_spec
         return {}
 
-    def row_divergence(s, t):
+    def row_divergence(s: Array, t: Array) -> Array:
         if head == "softmax":
             return divergence.softmax_kl(s, t, temperature=temperature, class_reduction=class_reduction)
         by_class = divergence.sigmoid_kl(s, t, temperature=temperature)
         return jnp.sum(by_class, -1) if class_reduction == "sum" else jnp.mean(by_class, -1)
 
-    def apply(params, context):
+    def apply(params: method.Params, context: method.Context) -> dict[str, Array]:
         del params
         assignment = context.assignment
         compared = assignment.positive if priors == "positive" else ~assignment.ignore

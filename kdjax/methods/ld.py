@@ -19,6 +19,8 @@ Proof: main: kd/ld_* (mmdetection's whole step, through this method): largest re
 Status: proven
 """
 
+from typing import Literal, cast
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +29,7 @@ from kdjax.boxes import assign
 from kdjax.distill import method, taps
 from kdjax.errors import UserError
 from kdjax.losses import divergence, regions
+from kdjax.structs import Array, DetectorOutput
 
 
 def make(
@@ -40,7 +43,7 @@ def make(
     gamma: float = 0.25,
     anchor_scale: float = 8.0,
     candidates: int = 9,
-    normalizer: str = "weights",
+    normalizer: Literal["weights", "sum"] = "weights",
 ) -> method.Method:
     """Divergence of the edge distributions on positives and around them, and of the classes on positives.
 
@@ -65,14 +68,14 @@ def make(
     method.check("ld: gamma", gamma, 0 <= gamma <= 1, "within 0 .. 1")
     weights = {"main": weight * main_weight, "region": weight * region_weight / 4, "classes": weight * class_weight}
 
-    def init(key, student_spec, teacher_spec):
+    def init(key: Array, student_spec: DetectorOutput, teacher_spec: DetectorOutput) -> method.Params:
         del key
-        bins = [side.rows.distribution.shape[-1] for side in (student_spec, teacher_spec)]
+        bins = [cast(method.PairedRows, side.rows).distribution.shape[-1] for side in (student_spec, teacher_spec)]
         if bins[0] != bins[1]:
             raise UserError(f"the distributions of box edges have {bins[0]} bins (student) and {bins[1]} (teacher)")
         return {}
 
-    def region(context, sizes):
+    def region(context: method.Context, sizes: tuple[int, ...]) -> Array:
         location = context.student_rows.location
         centres, half = location[:, :2], location[:, 2:] * anchor_scale / 2
         anchors = jnp.concatenate([centres - half, centres + half], -1)
@@ -80,7 +83,7 @@ def make(
         *_, threshold = assign.atss_candidates(anchors, boxes, level_sizes=sizes, topk=candidates)
         return regions.valuable_region(anchors, boxes, valid, threshold, gamma=gamma)
 
-    def apply(params, context):
+    def apply(params: method.Params, context: method.Context) -> dict[str, Array]:
         del params
         rows, assignment = (context.student_rows, context.teacher_rows), context.assignment
         sizes, class_logits = rows[0].level_sizes, [side.logits for side in rows]
@@ -89,14 +92,16 @@ def make(
         confidence = jax.lax.stop_gradient(jnp.max(jax.nn.sigmoid(class_logits[0]), -1))
         confidence = jnp.where(assignment.positive, confidence, 0.0)
         total = jnp.maximum(jnp.sum(confidence), 1.0) if normalizer == "weights" else 1.0
-        terms = {"main": jnp.sum(confidence * kl) / total}
+        terms: dict[str, Array] = {"main": jnp.sum(confidence * kl) / total}
         if weights["region"]:
             valuable = jnp.where(assignment.ignore, 0.0, region(context, sizes))
             terms["region"] = jnp.sum(valuable * kl) / total
         if weights["classes"]:
             soft = divergence.softmax_kl(*class_logits, temperature=class_temperature, class_reduction="mean")
             levels = (jnp.split(x, np.cumsum(sizes)[:-1], 1) for x in (soft, assignment.positive))
-            terms["classes"] = sum(method.mean_over_positives(*level) for level in zip(*levels, strict=True))
+            terms["classes"] = method.sum_over_levels(
+                method.mean_over_positives(*level) for level in zip(*levels, strict=True)
+            )
         return {name: value for name, value in terms.items() if weights[name]}
 
     names = ("rows.logits", "rows.distribution")

@@ -15,11 +15,14 @@ Proof: kd/mgd_* (the authors' code) with their mask, and the gradients of the ge
 Status: proven
 """
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 
 from kdjax.distill import adapters, method, taps
 from kdjax.losses import distance, reconstruction
+from kdjax.structs import Array, DetectorOutput
 
 
 def make(
@@ -28,7 +31,7 @@ def make(
     student: str = "neck",
     teacher: str = "neck",
     drop: float = 0.65,
-    mask: str = "cells",
+    mask: Literal["cells", "channels"] = "cells",
 ) -> method.Method:
     """Distance of the teacher's map and what a generator makes of the student's masked one.
 
@@ -44,22 +47,22 @@ def make(
     method.check("mgd: drop", drop, 0 <= drop <= 1, "within 0 .. 1")
     method.check_choice("mgd: mask", mask, ("cells", "channels"))
 
-    def init(key, student_spec, teacher_spec):
+    def init(key: Array, student_spec: DetectorOutput, teacher_spec: DetectorOutput) -> method.Params:
         pairs = taps.pair(student_spec, teacher_spec, student, teacher)
         return adapters.init_adapters(key, pairs) | {"generators": adapters.init_generators(key, pairs)}
 
-    def compare(s, t, generator, key):
+    def compare(s: Array, t: Array, generator: method.Params, key: Array) -> Array:
         batch, height, width, channels = s.shape
         shape = (batch, height, width, 1) if mask == "cells" else (batch, 1, 1, channels)
         kept = reconstruction.keep_mask(jax.random.uniform(key, shape), drop)
         return jnp.sum(distance.squared(reconstruction.reconstruct(kept * s, generator), t)) / batch
 
-    def apply(params, context):
+    def apply(params: method.Params, context: method.Context) -> dict[str, Array]:
         pairs = adapters.adapt(params, taps.pair(context.student, context.teacher, student, teacher))
         levels = [
             compare(s, t, params["generators"][str(stride)], jax.random.fold_in(context.key, stride))
             for stride, s, t in pairs
         ]
-        return {"generation": sum(levels)}
+        return {"generation": method.sum_over_levels(levels)}
 
     return method.Method(init, apply, {"generation": weight}, taps.Reads((student,), (teacher,)))

@@ -36,11 +36,14 @@ Proof: kd/feature_misc_* (multi-scale pooling, the transform under a given mask)
 Status: formula
 """
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 
 from kdjax.distill import adapters, method, taps
 from kdjax.losses import attention, distance, divergence, frequency, normalization, reconstruction
+from kdjax.structs import Array, DetectorOutput
 
 
 def make(
@@ -53,7 +56,7 @@ def make(
     frequency_weight: float = 1.0,
     alignment_weight: float = 1.0,
     scales: tuple[int, ...] = (1, 2, 4),
-    multiscale_mode: str = "pool",
+    multiscale_mode: Literal["pool", "hcl"] = "pool",
     per_scale_mean: bool = False,
     zeta: float = 0.5,
     hermitian: bool = True,
@@ -61,7 +64,7 @@ def make(
     generator: bool = False,
     temperature: float = 1.0,
     attention_weighted: bool = False,
-    normalize: str = "none",
+    normalize: Literal["none", "pkd"] = "none",
 ) -> method.Method:
     """Four comparisons of two maps: as they are, pooled, without random frequencies, as distributions over space.
 
@@ -95,16 +98,16 @@ def make(
         "alignment": weight * alignment_weight,
     }
 
-    def init(key, student_spec, teacher_spec):
+    def init(key: Array, student_spec: DetectorOutput, teacher_spec: DetectorOutput) -> method.Params:
         pairs = taps.pair(student_spec, teacher_spec, student, teacher)
         params = adapters.init_adapters(key, pairs)
         return params | {"generators": adapters.init_generators(key, pairs)} if generator else params
 
-    def compare(pair, params, key):
+    def compare(pair: taps.Pair, params: method.Params, key: Array) -> dict[str, Array]:
         stride, s, t = pair
         if normalize == "pkd":
             s, t = normalization.standardize(s), normalization.standardize(t)
-        mask = frequency.frequency_mask(key, s.shape[:3], zeta, hermitian=hermitian, keep_dc=keep_dc)
+        mask = frequency.frequency_mask(key, (len(s), *taps.map_size(s)), zeta, hermitian=hermitian, keep_dc=keep_dc)
         if generator:
             made = reconstruction.reconstruct(
                 frequency.apply_frequency_mask(s, mask), params["generators"][str(stride)]
@@ -122,7 +125,7 @@ def make(
             "alignment": divergence.channel_kl(s, t, temperature=temperature, position_weight=positions),
         }
 
-    def apply(params, context):
+    def apply(params: method.Params, context: method.Context) -> dict[str, Array]:
         pairs = adapters.adapt(params, taps.pair(context.student, context.teacher, student, teacher))
         levels = [compare(pair, params, jax.random.fold_in(context.key, pair.stride)) for pair in pairs]
         means = {name: [jnp.mean(level[name]) for level in levels] for name in weights if weights[name]}

@@ -16,12 +16,15 @@ Proof: none: no public original (unofficial ports).
 Status: formula
 """
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 
 from kdjax.distill import adapters, method, taps
 from kdjax.errors import UserError
 from kdjax.losses import disagreement, distance, normalization
+from kdjax.structs import Array, DetectorOutput
 
 
 def make(
@@ -29,8 +32,8 @@ def make(
     weight: float = 1.5,
     student: str = "neck",
     teacher: str = "neck",
-    space: str = "logits",
-    form: str = "mean",
+    space: Literal["logits", "probs"] = "logits",
+    form: Literal["mean", "norm"] = "mean",
     normalize_guide: bool = False,
     detach_guide: bool = False,
 ) -> method.Method:
@@ -50,7 +53,7 @@ def make(
     method.check_choice("pfi: space", space, ("logits", "probs"))
     method.check_choice("pfi: form", form, ("mean", "norm"))
 
-    def init(key, student_spec, teacher_spec):
+    def init(key: Array, student_spec: DetectorOutput, teacher_spec: DetectorOutput) -> method.Params:
         pairs = taps.pair(student_spec, teacher_spec, student, teacher)
         predictions = taps.pair(student_spec, teacher_spec, "cls_logits")
         grids = {p.stride: p.teacher.shape[1:3] for p in predictions}
@@ -62,7 +65,7 @@ def make(
                 )
         return adapters.init_adapters(key, pairs)
 
-    def compare(s, t, logits):
+    def compare(s: Array, t: Array, logits: taps.Pair) -> Array:
         guide = disagreement.class_disagreement(logits.student, logits.teacher, space=space)
         if normalize_guide:
             guide = normalization.unit_mean(guide)
@@ -74,7 +77,7 @@ def make(
             return jnp.mean(norms) / (s.shape[1] * s.shape[2])
         return jnp.mean(cells)
 
-    def apply(params, context):
+    def apply(params: method.Params, context: method.Context) -> dict[str, Array]:
         pairs = adapters.adapt(params, taps.pair(context.student, context.teacher, student, teacher))
         predictions = {p.stride: p for p in taps.pair(context.student, context.teacher, "cls_logits")}
         levels = [compare(s, t, predictions[stride]) for stride, s, t in pairs]

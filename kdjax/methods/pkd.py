@@ -14,10 +14,13 @@ Proof: kd/pkd_* (mmrazor's PKDLoss, ddof=1): largest relative error 1.2e-6.
 Status: proven
 """
 
+from typing import Literal
+
 import jax.numpy as jnp
 
 from kdjax.distill import adapters, method, taps
 from kdjax.losses import distance
+from kdjax.structs import Array, DetectorOutput
 
 
 def make(
@@ -25,7 +28,7 @@ def make(
     weight: float = 10.0,
     student: str = "neck",
     teacher: str = "neck",
-    ddof: int = 0,
+    ddof: Literal[0, 1] = 0,
 ) -> method.Method:
     """Distance of standardised maps.
 
@@ -39,11 +42,11 @@ def make(
     """
     method.check_choice("pkd: ddof", ddof, (0, 1))
 
-    def init(key, student_spec, teacher_spec):
+    def init(key: Array, student_spec: DetectorOutput, teacher_spec: DetectorOutput) -> method.Params:
         return adapters.init_adapters(key, taps.pair(student_spec, teacher_spec, student, teacher))
 
-    def apply(params, context):
+    def apply(params: method.Params, context: method.Context) -> dict[str, Array]:
         pairs = adapters.adapt(params, taps.pair(context.student, context.teacher, student, teacher))
-        return {"correlation": sum(jnp.mean(distance.pearson(s, t, ddof=ddof)) for _, s, t in pairs)}
+        return {"correlation": method.sum_over_levels(jnp.mean(distance.pearson(s, t, ddof=ddof)) for _, s, t in pairs)}
 
     return method.Method(init, apply, {"correlation": weight}, taps.Reads((student,), (teacher,)))

@@ -16,18 +16,21 @@ Proof: none: no public original (unofficial ports that contradict each other).
 Status: formula
 """
 
+from typing import Literal
+
 import jax.numpy as jnp
 
 from kdjax.boxes import iou
 from kdjax.distill import method, taps
 from kdjax.losses import classification, divergence
+from kdjax.structs import Array, Assignment, DetectorOutput
 
 
 def make(
     *,
     weight: float = 4.0,
     theta: float = 1.0,
-    quality: str = "cls",
+    quality: Literal["cls", "iou", "cls*iou"] = "cls",
     per_image: bool = False,
 ) -> method.Method:
     """KL divergence of the softmax over the positive priors of every object.
@@ -46,15 +49,17 @@ def make(
     method.check_choice("rm: quality", quality, ("cls", "iou", "cls*iou"))
     method.check("rm: theta", theta, theta > 0, "above 0")
 
-    def init(key, student_spec, teacher_spec):
+    def init(key: Array, student_spec: DetectorOutput, teacher_spec: DetectorOutput) -> method.Params:
         del key, student_spec, teacher_spec
         return {}
 
-    def scores(rows, assignment):
-        score = 1.0 if quality == "iou" else classification.label_score(rows.logits, assignment.labels)
+    def scores(rows: method.PairedRows, assignment: Assignment) -> Array:
+        if quality == "iou":
+            return iou.box_iou(rows.boxes, assignment.boxes)
+        score = classification.label_score(rows.logits, assignment.labels)
         return score if quality == "cls" else score * iou.box_iou(rows.boxes, assignment.boxes)
 
-    def apply(params, context):
+    def apply(params: method.Params, context: method.Context) -> dict[str, Array]:
         del params
         assignment = context.assignment
         student_scores = scores(context.student_rows, assignment)

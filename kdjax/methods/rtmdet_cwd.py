@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from kdjax.distill import adapters, method, taps
 from kdjax.losses import divergence, normalization
+from kdjax.structs import Array, DetectorOutput
 
 
 def make(
@@ -36,18 +37,18 @@ def make(
       temperature: tau of the softmax over space.
     """
 
-    def init(key, student_spec, teacher_spec):
+    def init(key: Array, student_spec: DetectorOutput, teacher_spec: DetectorOutput) -> method.Params:
         pairs = taps.pair(student_spec, teacher_spec, student, teacher)
         return adapters.init_adapters(key, pairs, bias=False, always=True)
 
-    def normalized(x):
+    def normalized(x: Array) -> Array:
         return normalization.standardize(x, eps=0.0, variance_eps=1e-5)
 
-    def apply(params, context):
+    def apply(params: method.Params, context: method.Context) -> dict[str, Array]:
         pairs = adapters.adapt(params, taps.pair(context.student, context.teacher, student, teacher))
         levels = [
             jnp.mean(divergence.channel_kl(normalized(s), normalized(t), temperature=temperature)) for _, s, t in pairs
         ]
-        return {"cwd": sum(levels)}
+        return {"cwd": method.sum_over_levels(levels)}
 
     return method.Method(init, apply, {"cwd": weight}, taps.Reads((student,), (teacher,)))

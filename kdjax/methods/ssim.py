@@ -18,10 +18,13 @@ Proof: kd/ssim_* (kornia, pytorch-msssim, scikit-image), the operator and its lo
 Status: formula
 """
 
+from typing import Literal
+
 import jax.numpy as jnp
 
 from kdjax.distill import adapters, method, taps
 from kdjax.losses import normalization, similarity
+from kdjax.structs import Array, DetectorOutput
 
 
 def make(
@@ -29,7 +32,7 @@ def make(
     weight: float = 4.0,
     student: str = "neck",
     teacher: str = "neck",
-    scope: str = "image",
+    scope: Literal["image", "channel", "batch"] = "image",
     window: int = 11,
     exponents: tuple[float, float, float] = (1.0, 1.0, 1.0),
     always_adapt: bool = False,
@@ -53,16 +56,20 @@ def make(
     possible = len(exponents) == 3 and min(exponents) >= 0
     method.check("ssim: exponents", exponents, possible, "three numbers, none below 0")
 
-    def init(key, student_spec, teacher_spec):
+    def init(key: Array, student_spec: DetectorOutput, teacher_spec: DetectorOutput) -> method.Params:
         pairs = taps.pair(student_spec, teacher_spec, student, teacher)
         return adapters.init_adapters(key, pairs, always=always_adapt)
 
-    def compare(s, t):
-        s, t = normalization.min_max(s, scope=scope), normalization.min_max(t, scope=scope)
-        return jnp.mean(similarity.structural_dissimilarity(s, t, window=window, exponents=tuple(exponents)))
+    luminance, contrast, structure = exponents
 
-    def apply(params, context):
+    def compare(s: Array, t: Array) -> Array:
+        s, t = normalization.min_max(s, scope=scope), normalization.min_max(t, scope=scope)
+        return jnp.mean(
+            similarity.structural_dissimilarity(s, t, window=window, exponents=(luminance, contrast, structure))
+        )
+
+    def apply(params: method.Params, context: method.Context) -> dict[str, Array]:
         pairs = adapters.adapt(params, taps.pair(context.student, context.teacher, student, teacher))
-        return {"structural": sum(compare(s, t) for _, s, t in pairs)}
+        return {"structural": method.sum_over_levels(compare(s, t) for _, s, t in pairs)}
 
     return method.Method(init, apply, {"structural": weight}, taps.Reads((student,), (teacher,)))

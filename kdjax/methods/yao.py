@@ -19,12 +19,16 @@ Proof: none: no public original.
 Status: experimental
 """
 
+from collections.abc import Iterator
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 
 from kdjax import nn
 from kdjax.distill import adapters, method, taps
 from kdjax.losses import attention, distance, divergence, reconstruction
+from kdjax.structs import Array, DetectorOutput
 
 
 def make(
@@ -35,12 +39,12 @@ def make(
     feature_weight: float = 1.0,
     logit_weight: float = 1.0,
     many_weight: float = 1.0,
-    resample: str = "mask",
+    resample: Literal["mask", "interp", "none"] = "mask",
     drop: float = 0.65,
     factor: int = 2,
     spatial_attention: bool = True,
     foreground: bool = False,
-    head: str = "sigmoid",
+    head: Literal["sigmoid", "softmax"] = "sigmoid",
     target_weight: float = 1.0,
     other_weight: float = 0.25,
     temperature: float = 1.0,
@@ -79,14 +83,14 @@ def make(
     }
     divergences = divergence.decoupled_sigmoid_kl if head == "sigmoid" else divergence.decoupled_kl
 
-    def neighbours(pairs):
+    def neighbours(pairs: list[taps.Pair]) -> Iterator[tuple[int, Array, int, Array, float]]:
         """Every pair of levels (student i, teacher j) that is compared, with its weight o_ij."""
         for i, pair in enumerate(pairs):
             near = {j: 2.0 ** -abs(i - j) for j in range(len(pairs)) if abs(i - j) <= reach}
             for j, share in near.items():
                 yield pair.stride, pair.student, pairs[j].stride, pairs[j].teacher, share / sum(near.values())
 
-    def init(key, student_spec, teacher_spec):
+    def init(key: Array, student_spec: DetectorOutput, teacher_spec: DetectorOutput) -> method.Params:
         pairs = taps.pair(student_spec, teacher_spec, student, teacher)
         params = {}
         if weights["features"]:
@@ -111,14 +115,14 @@ def make(
                 }
         return params
 
-    def resampled(x, key):
+    def resampled(x: Array, key: Array) -> Array:
         if resample == "mask":
             return x * reconstruction.keep_mask(jax.random.uniform(key, (*x.shape[:3], 1)), drop)
         if resample == "interp":
-            return nn.resize_bilinear(nn.avg_pool(x, int(factor)), x.shape[1:3])
+            return nn.resize_bilinear(nn.avg_pool(x, int(factor)), taps.map_size(x))
         return x
 
-    def rebuilt(params, pair, key):
+    def rebuilt(params: method.Params, pair: taps.Pair, key: Array) -> Array:
         """The feature part of one level."""
         stride, s, t = pair
         x = resampled(s, jax.random.fold_in(key, stride))
@@ -128,12 +132,12 @@ def make(
         error = distance.squared(reconstruction.reconstruct(x, params["generators"][str(stride)]), t)
         return jnp.mean(error * attention.spatial_attention(t) if foreground else error)
 
-    def aligned(params, s, t):
+    def aligned(params: method.Params, s: Array, t: Array) -> Array:
         """One FAM, in form a generator whose first convolution is 1x1, and its distance."""
-        s = nn.resize_bilinear(s.astype(jnp.float32), t.shape[1:3]) if s.shape[1:3] != t.shape[1:3] else s
+        s = nn.resize_bilinear(s.astype(jnp.float32), taps.map_size(t)) if s.shape[1:3] != t.shape[1:3] else s
         return jnp.mean(distance.squared(reconstruction.reconstruct(s, params), t))
 
-    def apply(params, context):
+    def apply(params: method.Params, context: method.Context) -> dict[str, Array]:
         pairs = taps.pair(context.student, context.teacher, student, teacher)
         terms = {}
         if weights["features"]:
@@ -146,7 +150,9 @@ def make(
             terms["target"] = method.mean_over_positives(target, assignment.positive)
             terms["others"] = method.mean_over_positives(others, assignment.positive)
         if weights["many"]:
-            total = sum(share * aligned(params["many"][f"{i}-{j}"], s, t) for i, s, j, t, share in neighbours(pairs))
+            total = method.sum_over_levels(
+                share * aligned(params["many"][f"{i}-{j}"], s, t) for i, s, j, t, share in neighbours(pairs)
+            )
             terms["many"] = total / len(pairs)
         return {name: value for name, value in terms.items() if weights[name]}
 
