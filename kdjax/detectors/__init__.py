@@ -19,7 +19,7 @@ from kdjax.errors import UserError
 
 __all__ = ["Detector", "build", "families", "names", "options"]
 
-_BUILT: dict[tuple, Detector] = {}
+_BUILT: dict[tuple[Any, ...], Detector] = {}
 
 
 def families() -> list[str]:

@@ -191,7 +191,7 @@ def unflatten(flat: dict[str, Any]) -> Tree:
     return tree
 
 
-def _to_tree(state: nnx.State) -> Tree:
+def _to_tree(state: nnx.State[Any, Any]) -> Tree:
     return unflatten({"/".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)})
 
 

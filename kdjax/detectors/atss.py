@@ -7,8 +7,12 @@ Loads: state dicts with mmdetection's names; for the backbone alone, torchvision
 39.4 and 41.5 (r50, r101, 12 epochs). Not reproduced yet (no published checkpoint was available).
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from kdjax.boxes import coding, priors
@@ -25,7 +29,7 @@ _STDS = (0.1, 0.1, 0.2, 0.2)  # of the deltas
 
 
 class _Head(nnx.Module):
-    def __init__(self, num_classes: int, options: dict):
+    def __init__(self, num_classes: int, options: Mapping[str, Any]) -> None:
         groups = options["groups"]
         self.cls_convs, self.reg_convs = (dense.tower(options, groups=groups, bias=False) for _ in range(2))
         self.atss_cls = dense.predictor(options, num_classes, FOCAL_BIAS)
@@ -33,7 +37,7 @@ class _Head(nnx.Module):
         self.atss_centerness = dense.predictor(options, 1)
         self.scales = nnx.List([Scale() for _ in dense.STRIDES])
 
-    def branch(self, maps: tuple[Array, ...], tower: str, start: int):
+    def branch(self, maps: tuple[Array, ...], tower: str, start: int) -> dense.Branch:
         def predict(level: int, x: Array) -> dict[str, Array]:
             if tower == "cls":
                 return {"cls": self.atss_cls(x).astype(jnp.float32)}
@@ -90,7 +94,7 @@ def make(
     return dense.detector(_FAMILY, make, variant, num_classes, given)
 
 
-def grid_priors(hw: tuple[int, int]):
+def grid_priors(hw: tuple[int, int]) -> np.ndarray:
     """x, y, stride and stride of every cell, f32[N, 4]."""
     return priors.grid_priors(hw, dense.STRIDES)
 

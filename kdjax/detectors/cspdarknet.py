@@ -24,7 +24,7 @@ _STAGES = ((64, 128, 3, True), (128, 256, 9, True), (256, 512, 9, True), (512, 1
 class Focus(nnx.Module):
     """Every 2x2 cells become one with four times the channels, then a 3x3 convolution."""
 
-    def __init__(self, inputs: int, outputs: int):
+    def __init__(self, inputs: int, outputs: int) -> None:
         self.conv = conv_norm(4 * inputs, outputs, 3)
 
     def __call__(self, x: Array, train: bool) -> Array:
@@ -35,7 +35,7 @@ class Focus(nnx.Module):
 class Block(nnx.Module):
     """1x1 convolution, 3x3 convolution, and the identity if asked for."""
 
-    def __init__(self, channels: int, *, identity: bool, depthwise: bool):
+    def __init__(self, channels: int, *, identity: bool, depthwise: bool) -> None:
         self.identity = identity
         self.conv1 = conv_norm(channels, channels, 1)
         self.conv2 = (separable if depthwise else conv_norm)(channels, channels, 3)
@@ -54,7 +54,7 @@ def csp_layer(inputs: int, outputs: int, *, blocks: int, identity: bool, depthwi
 class CSPDarknet(nnx.Module):
     """f32[B, H, W, 3] -> maps at strides 8, 16 and 32 with `channels` channels."""
 
-    def __init__(self, *, widen: float, deepen: float, depthwise: bool):
+    def __init__(self, *, widen: float, deepen: float, depthwise: bool) -> None:
         self.stem = Focus(3, int(64 * widen))
         self.channels = tuple(int(stage[1] * widen) for stage in _STAGES[1:])
         for index, (inputs, outputs, blocks, identity) in enumerate(_STAGES, 1):

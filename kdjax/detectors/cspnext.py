@@ -20,7 +20,7 @@ _STAGES = ((64, 128, 3, True), (128, 256, 6, True), (256, 512, 6, True), (512, 1
 class Block(nnx.Module):
     """3x3 convolution, 5x5 separable convolution, and the identity if asked for."""
 
-    def __init__(self, channels: int, *, identity: bool):
+    def __init__(self, channels: int, *, identity: bool) -> None:
         self.identity = identity
         self.conv1 = ConvNorm(channels, channels, 3)
         self.conv2 = SeparableConv(channels, channels, 5)
@@ -33,7 +33,7 @@ class Block(nnx.Module):
 class CSPNeXt(nnx.Module):
     """f32[B, H, W, 3] -> maps at strides 8, 16 and 32 with `channels` channels."""
 
-    def __init__(self, *, widen: float, deepen: float, expand_ratio: float = 0.5, attention: bool = True):
+    def __init__(self, *, widen: float, deepen: float, expand_ratio: float = 0.5, attention: bool = True) -> None:
         first = int(64 * widen)
         half = int(64 * widen // 2)
         self.stem = nnx.List([ConvNorm(3, half, 3, stride=2), ConvNorm(half, half, 3), ConvNorm(half, first, 3)])

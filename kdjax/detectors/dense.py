@@ -5,7 +5,8 @@ A family (one file) has a head (`DenseHead`), a loss and boxes; `detector` combi
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -43,10 +44,14 @@ PAD_VALUE = 116
 _OF_NETWORK = ("base_channels", "style", "frozen_stages", "norm_eval", "frozen_norm", "neck_channels", "extra_convs")
 
 
+# Outputs of the convolutions of a tower before their activation (conv, then level), and predictions (name, then level).
+Branch = tuple[tuple[tuple[Array, ...], ...], dict[str, tuple[Array, ...]]]
+
+
 class TowerConv(nnx.Module):
     """A 3x3 convolution, with a bias if asked for, and group norm where there are groups."""
 
-    def __init__(self, inputs: int, outputs: int, *, groups: int, bias: bool):
+    def __init__(self, inputs: int, outputs: int, *, groups: int, bias: bool) -> None:
         self.conv = Conv(inputs, outputs, 3, draw=normal(0.01), bias=constant(0.0) if bias else None)
         self.gn = GroupNorm(outputs, groups) if groups else None
 
@@ -55,21 +60,20 @@ class TowerConv(nnx.Module):
         return x if self.gn is None else self.gn(x)
 
 
-def tower(options: dict, *, groups: int, bias: bool) -> nnx.List:
+def tower(options: Mapping[str, Any], *, groups: int, bias: bool) -> nnx.List[TowerConv]:
     """The convolutions of a tower, shared by the levels; `groups` of 0 is no norm."""
     widths = [options["neck_channels"]] + [options["head_channels"]] * options["stacked_convs"]
-    pairs = zip(widths[:-1], widths[1:], strict=True)
-    return nnx.List([TowerConv(inputs, outputs, groups=groups, bias=bias) for inputs, outputs in pairs])
+    return nnx.List([TowerConv(*pair, groups=groups, bias=bias) for pair in itertools.pairwise(widths)])
 
 
-def predictor(options: dict, outputs: int, bias: float = 0.0) -> Conv:
+def predictor(options: Mapping[str, Any], outputs: int, bias: float = 0.0) -> Conv:
     """The last 3x3 convolution after a tower."""
     return Conv(options["head_channels"], outputs, 3, draw=normal(0.01), bias=constant(bias))
 
 
 def run(
-    convs: nnx.List, maps: tuple[Array, ...], start: int, predict: Callable[[int, Array], dict[str, Array]]
-) -> tuple[tuple[tuple[Array, ...], ...], dict[str, tuple[Array, ...]]]:
+    convs: nnx.List[TowerConv], maps: tuple[Array, ...], start: int, predict: Callable[[int, Array], dict[str, Array]]
+) -> Branch:
     """Runs a tower on all levels from conv `start` on (0-based; the maps are activated first if start > 0).
 
     `predict(level, features)` gives the predictions of a level by name. Returns the pre-activation outputs of the convs
@@ -90,9 +94,7 @@ def run(
 class DenseHead(Protocol):
     """An NNX module with two towers; `tower` is "cls" or "reg", and the result is that of `run`."""
 
-    def branch(
-        self, maps: tuple[Array, ...], tower: str, start: int
-    ) -> tuple[tuple[tuple[Array, ...], ...], dict[str, tuple[Array, ...]]]: ...
+    def branch(self, maps: tuple[Array, ...], tower: str, start: int) -> Branch: ...
 
 
 class Dense(nnx.Module):
@@ -108,8 +110,8 @@ class Dense(nnx.Module):
         relu: bool,
         anchors: int,
         quality_tower: str,
-        **of_backbone,
-    ):
+        **of_backbone: Any,
+    ) -> None:
         self.anchors, self.quality_tower = anchors, quality_tower
         self.backbone = resnet.ResNet(depth, **of_backbone)
         inputs = self.backbone.channels[1:]
@@ -146,7 +148,7 @@ class Family:
     """The facts and functions of one family of detectors; `title` is its name in messages."""
 
     title: str
-    variants: dict[str, dict]  # name -> the variant's own options, and the backbone's "depth"
+    variants: Mapping[str, Mapping[str, Any]]  # name -> the variant's own options, and the backbone's "depth"
     classifier: str  # name of the head's module whose outputs are the classes
     head: Callable[[int, Options], DenseHead]  # of a number of classes
     branches: Callable[[Options], dict[str, str]]  # prediction -> the tower that it is predicted from
@@ -241,7 +243,7 @@ def _check(title: str, num_classes: int, options: dict[str, Any]) -> None:
         )
 
 
-def square_anchors(output: DetectorOutput):
+def square_anchors(output: DetectorOutput) -> np.ndarray:
     """The anchors of ATSS and GFL: one square a cell, eight strides wide; f32[N, 4] in NumPy."""
     return priors.grid_anchors(levels.input_size(output), output.strides, ratios=[1.0], scales=[8.0])
 

@@ -11,6 +11,8 @@ reproduced yet (no published checkpoint was available).
 """
 
 import functools
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +48,7 @@ VARIANTS = {
 
 
 class _Head(nnx.Module):
-    def __init__(self, num_classes: int, options: dict):
+    def __init__(self, num_classes: int, options: Mapping[str, Any]) -> None:
         self.cls_convs, self.reg_convs = (
             dense.tower(options, groups=options["groups"], bias=options["conv_bias"]) for _ in range(2)
         )
@@ -57,7 +59,7 @@ class _Head(nnx.Module):
         self.norm_on_bbox = options["norm_on_bbox"]
         self.centerness_tower = "reg" if options["centerness_on_reg"] else "cls"
 
-    def branch(self, maps: tuple[Array, ...], tower: str, start: int):
+    def branch(self, maps: tuple[Array, ...], tower: str, start: int) -> dense.Branch:
         def predict(level: int, x: Array) -> dict[str, Array]:
             if tower == "cls":
                 predictions = {"cls": self.conv_cls(x).astype(jnp.float32)}

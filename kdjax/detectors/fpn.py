@@ -19,7 +19,7 @@ SOURCES = ("on_input", "on_output")
 class PlainConv(nnx.Module):
     """A convolution with bias and nothing behind it, under the name that such a layer has in mmdetection."""
 
-    def __init__(self, inputs: int, outputs: int, size: int, *, stride: int = 1):
+    def __init__(self, inputs: int, outputs: int, size: int, *, stride: int = 1) -> None:
         self.conv = Conv(inputs, outputs, size, stride=stride, draw=uniform_fans, bias=constant(0.0))
 
     def __call__(self, x: Array) -> Array:
@@ -33,7 +33,7 @@ class FPN(nnx.Module):
     "on_output", from its own level of the pyramid; with `relu` the others start from the rectified level before.
     """
 
-    def __init__(self, inputs: tuple[int, ...], outputs: int, *, levels: int, extra_convs: str, relu: bool):
+    def __init__(self, inputs: tuple[int, ...], outputs: int, *, levels: int, extra_convs: str, relu: bool) -> None:
         self.extra_convs, self.relu = extra_convs, relu
         self.lateral_convs = nnx.List([PlainConv(channels, outputs, 1) for channels in inputs])
         sources = [inputs[-1] if extra_convs == "on_input" else outputs] + [outputs] * levels

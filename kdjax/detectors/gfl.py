@@ -8,6 +8,9 @@ Loads: state dicts with mmdetection's names; for the backbone alone, torchvision
 available).
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,14 +30,14 @@ VARIANTS = {f"r{depth}": {"depth": depth} for depth in (18, 34, 50, 101)}
 
 
 class _Head(nnx.Module):
-    def __init__(self, num_classes: int, options: dict):
+    def __init__(self, num_classes: int, options: Mapping[str, Any]) -> None:
         groups = options["groups"]
         self.cls_convs, self.reg_convs = (dense.tower(options, groups=groups, bias=False) for _ in range(2))
         self.gfl_cls = dense.predictor(options, num_classes, FOCAL_BIAS)
         self.gfl_reg = dense.predictor(options, 4 * (options["reg_max"] + 1))
         self.scales = nnx.List([Scale() for _ in dense.STRIDES])
 
-    def branch(self, maps: tuple[Array, ...], tower: str, start: int):
+    def branch(self, maps: tuple[Array, ...], tower: str, start: int) -> dense.Branch:
         def predict(level: int, x: Array) -> dict[str, Array]:
             if tower == "cls":
                 return {"cls": self.gfl_cls(x).astype(jnp.float32)}
@@ -92,7 +95,7 @@ def make(
     return dense.detector(_FAMILY, make, variant, num_classes, given)
 
 
-def grid_priors(hw: tuple[int, int]):
+def grid_priors(hw: tuple[int, int]) -> np.ndarray:
     """x, y, stride and stride of every cell, f32[N, 4]."""
     return priors.grid_priors(hw, dense.STRIDES)
 

@@ -9,7 +9,7 @@ from typing import Any
 from kdjax.errors import UserError
 
 
-def own_values(title: str, variants: Mapping[str, dict[str, Any]], variant: str) -> dict[str, Any]:
+def own_values(title: str, variants: Mapping[str, Mapping[str, Any]], variant: str) -> dict[str, Any]:
     """Returns the values of one variant.
 
     Raises:
@@ -61,7 +61,7 @@ def check_types(name: str, given: Mapping[str, Any], kinds: Mapping[str, Any]) -
             raise UserError(f"{name}: option {option} must be {expected}, not {value!r}")
 
 
-def _has_type(value: Any, kind: Any) -> bool:
+def _has_type(value: object, kind: Any) -> bool:  # noqa: ANN401 - a type, as `typing.get_type_hints` gives it
     origin = typing.get_origin(kind)
     if origin in (typing.Union, types.UnionType):
         return any(_has_type(value, part) for part in typing.get_args(kind))

@@ -80,7 +80,7 @@ class Conv(nnx.Module):
         depthwise: bool = False,
         draw: Draw = uniform_fan_in,
         bias: Draw | None = None,
-    ):
+    ) -> None:
         self.stride, self.groups = stride, inputs if depthwise else 1
         self.kernel = nnx.Param(jnp.zeros((size, size, inputs // self.groups, outputs)), draw=draw)
         self.bias = None if bias is None else nnx.Param(jnp.zeros(outputs), draw=bias)
@@ -100,7 +100,7 @@ class BatchNorm(nnx.Module):
 
     def __init__(
         self, channels: int, *, scale: float = 1.0, learned: bool = True, eps: float = EPS, momentum: float = MOMENTUM
-    ):
+    ) -> None:
         self.learned, self.eps, self.momentum = learned, eps, momentum
         self.scale = nnx.Param(jnp.zeros(channels), draw=constant(scale))
         self.bias = nnx.Param(jnp.zeros(channels), draw=constant(0.0))
@@ -127,7 +127,7 @@ class BatchNorm(nnx.Module):
 class GroupNorm(nnx.Module):
     """Group norm; it has no running statistics."""
 
-    def __init__(self, channels: int, groups: int):
+    def __init__(self, channels: int, groups: int) -> None:
         self.groups = groups
         self.scale = nnx.Param(jnp.zeros(channels), draw=constant(1.0))
         self.bias = nnx.Param(jnp.zeros(channels), draw=constant(0.0))
@@ -139,7 +139,7 @@ class GroupNorm(nnx.Module):
 class Scale(nnx.Module):
     """Multiplies by one learned number."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.factor = nnx.Param(jnp.zeros(()), draw=constant(1.0))
 
     def __call__(self, x: Array) -> Array:
@@ -158,7 +158,7 @@ class ConvNorm(nnx.Module):
         stride: int = 1,
         depthwise: bool = False,
         norm: Callable[[int], BatchNorm] = BatchNorm,
-    ):
+    ) -> None:
         self.conv = Conv(inputs, outputs, size, stride=stride, depthwise=depthwise)
         self.bn = norm(outputs)
 
@@ -182,7 +182,7 @@ MakeConv = Callable[..., ConvNorm]
 class SeparableConv(nnx.Module):
     """Depthwise convolution, then 1x1, each with norm and activation."""
 
-    def __init__(self, inputs: int, outputs: int, size: int, *, stride: int = 1, conv: MakeConv = ConvNorm):
+    def __init__(self, inputs: int, outputs: int, size: int, *, stride: int = 1, conv: MakeConv = ConvNorm) -> None:
         self.depthwise_conv = conv(inputs, inputs, size, stride=stride, depthwise=True)
         self.pointwise_conv = conv(inputs, outputs, 1)
 
@@ -197,7 +197,7 @@ class SeparableConv(nnx.Module):
 class ChannelAttention(nnx.Module):
     """Scales every channel by hard_sigmoid(linear(mean over the map))."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int) -> None:
         self.fc = Conv(channels, channels, 1, bias=constant(0.0))
 
     def __call__(self, x: Array) -> Array:
@@ -220,7 +220,7 @@ class CSPLayer(nnx.Module):
         attention: bool = False,
         expand_ratio: float = 0.5,
         conv: MakeConv = ConvNorm,
-    ):
+    ) -> None:
         middle = int(outputs * expand_ratio)
         self.main_conv = conv(inputs, middle, 1)
         self.short_conv = conv(inputs, middle, 1)
@@ -242,7 +242,7 @@ class CSPLayer(nnx.Module):
 class SPP(nnx.Module):
     """Spatial pyramid pooling: the map beside its largest values over windows of 5, 9 and 13 cells."""
 
-    def __init__(self, inputs: int, outputs: int, *, conv: MakeConv = ConvNorm):
+    def __init__(self, inputs: int, outputs: int, *, conv: MakeConv = ConvNorm) -> None:
         self.conv1 = conv(inputs, inputs // 2, 1)
         self.conv2 = conv(inputs // 2 * 4, outputs, 1)
 

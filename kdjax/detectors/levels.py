@@ -1,6 +1,7 @@
 """What every family does with the levels of an output."""
 
 import jax.numpy as jnp
+import numpy as np
 
 from kdjax.boxes import priors
 from kdjax.structs import Array, DetectorOutput
@@ -17,7 +18,7 @@ def input_size(output: DetectorOutput) -> tuple[int, int]:
     return height * output.strides[0], width * output.strides[0]
 
 
-def grid(output: DetectorOutput):
+def grid(output: DetectorOutput) -> np.ndarray:
     """The points of all cells at their top left corners, f32[N, 4] in NumPy (`boxes.priors.grid_priors`)."""
     return priors.grid_priors(input_size(output), output.strides)
 

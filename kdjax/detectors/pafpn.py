@@ -4,6 +4,7 @@ Reference: Liu et al., Path Aggregation Network for Instance Segmentation, CVPR 
 3.3.0.
 """
 
+import itertools
 from collections.abc import Callable
 
 import jax
@@ -32,8 +33,8 @@ class PAFPN(nnx.Module):
         size: int,
         conv: Callable[..., ConvNorm] = ConvNorm,
         down: Callable[..., ConvNorm | SeparableConv] = ConvNorm,
-    ):
-        pairs = list(zip(inputs[:-1], inputs[1:], strict=True))  # finer, coarser
+    ) -> None:
+        pairs = list(itertools.pairwise(inputs))  # finer, coarser
         self.reduce_layers = nnx.List([conv(coarse, fine, 1) for fine, coarse in reversed(pairs)])
         self.top_down_blocks = nnx.List([layer(2 * fine, fine) for fine, _ in reversed(pairs)])
         self.downsamples = nnx.List([down(fine, fine, 3, stride=2) for fine, _ in pairs])

@@ -4,6 +4,8 @@ Reference: He et al., Deep Residual Learning for Image Recognition, CVPR 2016, t
 3.3.0, torchvision and timm, which agree on them.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,7 +28,7 @@ BGR_MEAN = (103.53, 116.28, 123.675)
 class BasicBlock(nnx.Module):
     """Two 3x3 convolutions beside the identity (or a 1x1 convolution where the shape changes)."""
 
-    def __init__(self, inputs: int, channels: int, *, stride: int, style: str, learned: bool):
+    def __init__(self, inputs: int, channels: int, *, stride: int, style: str, learned: bool) -> None:
         del style  # the first convolution has the stride in both
         self.conv1 = Conv(inputs, channels, 3, stride=stride, draw=normal_fan_out)
         self.bn1 = BatchNorm(channels, learned=learned)
@@ -46,7 +48,7 @@ class Bottleneck(nnx.Module):
     The stride is that of the 3x3 convolution in style "pytorch", of the first 1x1 in style "caffe".
     """
 
-    def __init__(self, inputs: int, channels: int, *, stride: int, style: str, learned: bool):
+    def __init__(self, inputs: int, channels: int, *, stride: int, style: str, learned: bool) -> None:
         first, second = (1, stride) if style == "pytorch" else (stride, 1)
         self.conv1 = Conv(inputs, channels, 1, stride=first, draw=normal_fan_out)
         self.bn1 = BatchNorm(channels, learned=learned)
@@ -63,14 +65,14 @@ class Bottleneck(nnx.Module):
         return jax.nn.relu(y + _passed(self.downsample, x, train))
 
 
-def _shortcut(inputs: int, outputs: int, stride: int, learned: bool) -> nnx.List | None:
+def _shortcut(inputs: int, outputs: int, stride: int, learned: bool) -> nnx.List[Any] | None:
     if stride == 1 and inputs == outputs:
         return None
     conv = Conv(inputs, outputs, 1, stride=stride, draw=normal_fan_out)
     return nnx.List([conv, BatchNorm(outputs, learned=learned)])
 
 
-def _passed(shortcut: nnx.List | None, x: Array, train: bool) -> Array:
+def _passed(shortcut: nnx.List[Any] | None, x: Array, train: bool) -> Array:
     return x if shortcut is None else shortcut[1](shortcut[0](x), train)
 
 
@@ -83,7 +85,7 @@ class ResNet(nnx.Module):
 
     def __init__(
         self, depth: int, *, base_channels: int, style: str, frozen_stages: int, norm_eval: bool, frozen_norm: bool
-    ):
+    ) -> None:
         self.frozen_stages, self.norm_eval = frozen_stages, norm_eval
         block, expansion = (BasicBlock, 1) if depth < 50 else (Bottleneck, 4)
         self.conv1 = Conv(3, base_channels, 7, stride=2, draw=normal_fan_out)

@@ -7,6 +7,9 @@ Loads: state dicts with mmdetection's names; for the backbone alone, torchvision
 36.5 and 38.5 (r50, r101, 12 epochs). Not reproduced yet (no published checkpoint was available).
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,12 +31,12 @@ VARIANTS = {f"r{depth}": {"depth": depth} for depth in (18, 34, 50, 101)}
 
 
 class _Head(nnx.Module):
-    def __init__(self, num_classes: int, options: dict):
+    def __init__(self, num_classes: int, options: Mapping[str, Any]) -> None:
         self.cls_convs, self.reg_convs = (dense.tower(options, groups=0, bias=True) for _ in range(2))
         self.retina_cls = dense.predictor(options, ANCHORS * num_classes, FOCAL_BIAS)
         self.retina_reg = dense.predictor(options, ANCHORS * 4)
 
-    def branch(self, maps: tuple[Array, ...], tower: str, start: int):
+    def branch(self, maps: tuple[Array, ...], tower: str, start: int) -> dense.Branch:
         convs, conv = (self.cls_convs, self.retina_cls) if tower == "cls" else (self.reg_convs, self.retina_reg)
         return dense.run(convs, maps, start, lambda level, x: {tower: conv(x).astype(jnp.float32)})
 

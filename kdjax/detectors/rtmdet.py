@@ -11,7 +11,8 @@ and 52.8 (tiny to x). Not reproduced yet (no published checkpoint was available)
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +75,7 @@ _MMYOLO = (
 class _TowerConv(nnx.Module):
     """A 3x3 convolution (`own_conv=False`: another level's is used) and this level's batch norm."""
 
-    def __init__(self, inputs: int, outputs: int, *, own_conv: bool):
+    def __init__(self, inputs: int, outputs: int, *, own_conv: bool) -> None:
         self.conv = Conv(inputs, outputs, 3, draw=normal(0.01)) if own_conv else None
         self.bn = BatchNorm(outputs)
 
@@ -84,8 +85,8 @@ class _Head(nnx.Module):
 
     def __init__(
         self, inputs: int, channels: int, num_classes: int, *, stacked_convs: int, share_conv: bool, exp_on_reg: bool
-    ):
-        def tower() -> nnx.List:
+    ) -> None:
+        def tower() -> nnx.List[nnx.List[_TowerConv]]:
             return nnx.List(
                 [
                     nnx.List(
@@ -98,7 +99,7 @@ class _Head(nnx.Module):
                 ]
             )
 
-        def predictors(outputs: int, bias: float) -> nnx.List:
+        def predictors(outputs: int, bias: float) -> nnx.List[Conv]:
             return nnx.List([Conv(channels, outputs, 1, draw=normal(0.01), bias=constant(bias)) for _ in STRIDES])
 
         self.exp_on_reg = exp_on_reg
@@ -120,7 +121,7 @@ class _Head(nnx.Module):
             taps.append([])
             for i in range(start, len(convs[level])):
                 layer = convs[level][i]
-                conv = layer.conv if layer.conv is not None else convs[0][i].conv
+                conv = layer.conv if layer.conv is not None else cast(Conv, convs[0][i].conv)
                 taps[level].append(layer.bn(conv(x), train))
                 x = jax.nn.silu(taps[level][-1])
             y = predictors[level](x).astype(jnp.float32)  # losses and boxes are computed in it
@@ -147,7 +148,7 @@ class RTMDet(nnx.Module):
         stacked_convs: int,
         share_conv: bool,
         exp_on_reg: bool,
-    ):
+    ) -> None:
         self.backbone = CSPNeXt(widen=widen, deepen=deepen, expand_ratio=expand_ratio, attention=attention)
         layer = functools.partial(
             CSPLayer,
@@ -192,7 +193,7 @@ class RTMDet(nnx.Module):
         )
 
 
-def network(num_classes: int, **options) -> PureModule:
+def network(num_classes: int, **options: Any) -> PureModule:
     """Returns the network as pure functions; `options` are all keywords of `RTMDet`."""
     return pure(lambda: RTMDet(num_classes, **options))
 
@@ -287,7 +288,7 @@ def make(
     )
 
 
-def _check(num_classes: int, options: dict) -> None:
+def _check(num_classes: int, options: Mapping[str, Any]) -> None:
     if num_classes < 1:
         raise UserError(f"num_classes of RTMDet must be >= 1, not {num_classes}")
     if int(64 * options["widen"] // 2) < 1 or options["deepen"] <= 0 or options["stacked_convs"] < 1:

@@ -8,7 +8,8 @@ YOLOX-nano has 46.8 AP on 11 images of val2017 and 45.6 on 16 of train2017 (in o
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,13 +48,13 @@ _TOWERS = {"cls": "cls", "reg": "reg", "quality": "reg"}
 class _Head(nnx.Module):
     """Two towers and three predictors for each level; the levels share nothing."""
 
-    def __init__(self, channels: int, num_classes: int, *, stacked_convs: int, depthwise: bool):
+    def __init__(self, channels: int, num_classes: int, *, stacked_convs: int, depthwise: bool) -> None:
         conv = separable if depthwise else conv_norm
 
-        def tower() -> nnx.List:
+        def tower() -> nnx.List[nnx.List[Any]]:
             return nnx.List([nnx.List([conv(channels, channels, 3) for _ in range(stacked_convs)]) for _ in STRIDES])
 
-        def predictors(outputs: int, bias: float) -> nnx.List:
+        def predictors(outputs: int, bias: float) -> nnx.List[Conv]:
             return nnx.List([Conv(channels, outputs, 1, bias=constant(bias)) for _ in STRIDES])
 
         self.multi_level_cls_convs, self.multi_level_reg_convs = tower(), tower()
@@ -92,7 +93,7 @@ class _Head(nnx.Module):
 class YOLOX(nnx.Module):
     """The network; its parts have mmdetection's names."""
 
-    def __init__(self, num_classes: int, *, widen: float, deepen: float, depthwise: bool, stacked_convs: int):
+    def __init__(self, num_classes: int, *, widen: float, deepen: float, depthwise: bool, stacked_convs: int) -> None:
         channels, blocks = int(256 * widen), max(round(3 * deepen), 1)
         self.backbone = CSPDarknet(widen=widen, deepen=deepen, depthwise=depthwise)
         self.neck = PAFPN(
@@ -200,7 +201,7 @@ def make(
     )
 
 
-def _check(num_classes: int, options: dict) -> None:
+def _check(num_classes: int, options: Mapping[str, Any]) -> None:
     if num_classes < 1:
         raise UserError(f"num_classes of YOLOX must be >= 1, not {num_classes}")
     if int(64 * options["widen"]) < 1 or options["deepen"] <= 0 or options["stacked_convs"] < 1:
