@@ -51,7 +51,7 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - each name has a type of its own
     if name == "__version__":
         try:
             value = metadata.version("kdjax")

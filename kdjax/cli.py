@@ -70,10 +70,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def sentence(error: Exception) -> str:
-    """An error in one line; of a long list only the first three entries.
+    r"""An error in one line; of a long list only the first three entries.
 
     Example:
-      >>> sentence(ValueError("5 differences:\\n  a\\n  b\\n  c\\n  d\\n  e"))
+      >>> sentence(ValueError("5 differences:\n  a\n  b\n  c\n  d\n  e"))
       '5 differences: a; b; c; and 2 more'
     """
     if isinstance(error, OSError) and error.filename:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ def write_text(path: str | Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8", errors="replace"))
 
 
-def write_json(path: str | Path, value: Any, *, indent: int | None = None) -> None:
+def write_json(path: str | Path, value: Mapping[str, Any] | Sequence[Any], *, indent: int | None = None) -> None:
     """`write_bytes` of a value as json, with a newline at the end."""
     write_text(path, json.dumps(value, indent=indent) + "\n")
 

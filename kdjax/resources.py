@@ -8,10 +8,27 @@ import difflib
 import importlib.util
 import inspect
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from kdjax.errors import UserError
+
+
+class Config(Protocol):
+    """The settings of a run, or a part of them: a `ConfigDict`; each setting is an attribute."""
+
+    def __getattr__(self, name: str, /) -> Any: ...  # noqa: ANN401 - a setting has any type
+
+    def __setattr__(self, name: str, value: Any, /) -> None: ...  # noqa: ANN401
+
+    def __getitem__(self, key: str, /) -> Any: ...  # noqa: ANN401
+
+    def __setitem__(self, key: str, value: Any, /) -> None: ...  # noqa: ANN401
+
+    def __contains__(self, key: str, /) -> bool: ...
+
+    def __iter__(self) -> Iterator[str]: ...
 
 
 def _folder(name: str) -> Path:
@@ -63,21 +80,22 @@ def config_file(text: str) -> tuple[Path, str | None]:
     raise UserError(f"unknown config {name!r}{hint}: configs are files FILE.py, or one of {', '.join(names)}")
 
 
-def load_config(text: str) -> Any:
+def load_config(text: str) -> Config:
     """Calls `get_config` of a config; a config can start from another one by this.
 
     Args:
       text: as for `config_file`.
 
     Returns:
-      The ConfigDict.
+      The config.
 
     Raises:
       UserError: there is no such config, it is not valid Python or has no `get_config`, or that refuses its argument.
     """
     path, argument = config_file(text)
     spec = importlib.util.spec_from_file_location(f"kdjax_config_{path.stem}", path)
-    assert spec and spec.loader
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)

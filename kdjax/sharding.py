@@ -4,12 +4,15 @@ Batches are split over the axis `data`; states and variables have a copy on each
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from kdjax.structs import Array, PyTree
+
+Device: TypeAlias = jax.Device  # pyright: ignore[reportInvalidTypeForm] - jax declares the class as a variable
 SPLIT, WHOLE = PartitionSpec("data"), PartitionSpec()
 
 
@@ -18,7 +21,7 @@ def make_mesh() -> Mesh:
     return mesh_of(jax.devices())
 
 
-def mesh_of(devices: Sequence[jax.Device]) -> Mesh:
+def mesh_of(devices: Sequence[Device]) -> Mesh:
     """Some devices along one axis `data`."""
     return Mesh(np.array(devices), ("data",))
 
@@ -55,11 +58,11 @@ def split(array: np.ndarray | jax.Array, mesh: Mesh) -> jax.Array:
     return jax.make_array_from_callback(array.shape, batch_sharding(mesh), lambda index: array[index])
 
 
-def replicate(tree: Any, mesh: Mesh) -> Any:
+def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
     """Puts a tree on every device of the mesh; arrays that are on exactly these devices stay as they are."""
     devices = set(mesh.devices.flat)
 
-    def put(leaf: Any) -> jax.Array:
+    def put(leaf: Array | np.ndarray | float) -> Array:
         if isinstance(leaf, jax.Array) and leaf.sharding.device_set == devices:
             return leaf
         if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
@@ -69,7 +72,7 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(put, tree)
 
 
-def gather(tree: Any) -> Any:
+def gather(tree: PyTree) -> PyTree:
     """The tree as NumPy arrays on every host."""
     if all(leaf.is_fully_addressable for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)):
         return jax.device_get(tree)

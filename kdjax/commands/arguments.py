@@ -18,7 +18,7 @@ SCENES = 400  # images of the generated validation split, as in a run
 
 def load_model(path: str, flag: str = "--model") -> inference.Model:
     """The model of a flag; compiled programs are kept on disk, so that the next command starts in seconds."""
-    if not jax.config.jax_compilation_cache_dir:
+    if not jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue] - set at run time
         jax.config.update("jax_compilation_cache_dir", str(files.cache_root() / "jax"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     with prefix(flag):

@@ -1,15 +1,15 @@
 """`kdjax doctor`: checks a run before it is started."""
 
 from absl import logging
-from ml_collections import ConfigDict
 
 from kdjax.doctor import examine
 from kdjax.doctor.findings import ERROR, OK, WARNING
+from kdjax.resources import Config
 
 WIDTH = 20  # characters of the column of subjects
 
 
-def run(*, config: ConfigDict) -> int:
+def run(*, config: Config) -> int:
     """Checks the run that `kdjax train` would start with the same arguments, and prints the findings.
 
     Args:
@@ -19,7 +19,7 @@ def run(*, config: ConfigDict) -> int:
       Exit code: 0, or 1 if there is an error.
     """
     logging.set_verbosity(logging.WARNING)
-    counts = dict.fromkeys((ERROR, WARNING, OK), 0)
+    counts: dict[str, int] = dict.fromkeys((ERROR, WARNING, OK), 0)
     for finding in examine.examine(config):
         counts[finding.level] += 1
         print(f"{finding.level:>7}  {finding.subject:<{WIDTH}}  {finding.message}", flush=True)

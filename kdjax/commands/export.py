@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from kdjax.errors import UserError
 from kdjax.export import litert, metadata, onnx, packages, stablehlo, verify
 from kdjax.files import write_json
 from kdjax.inference.model import BATCH, Model
+from kdjax.inference.predict import Program
 
 SAMPLES = 8  # images on which outputs are compared
 CALIBRATION = 64  # images that int8 is calibrated on
@@ -109,7 +110,7 @@ def _measure(
 ) -> dict[str, str]:
     """AP before and after, in points, for the metadata."""
 
-    def average_precision(what: str, run: Callable | None) -> float:
+    def average_precision(what: str, run: Program | None) -> float:
         with contextlib.closing(opened.batches(model, batch_size=BATCH)) as batches:
             bar = tqdm(batches, total=-(-opened.split.size // BATCH), desc=what, unit="batch")
             return 100 * verify.average_precision(model, opened.truth, bar, run=run)

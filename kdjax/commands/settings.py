@@ -10,14 +10,16 @@ from ml_collections import ConfigDict
 
 from kdjax import resources
 from kdjax.errors import UserError
-from kdjax.training.config import unknown_setting
+from kdjax.training.config import Config, unknown_setting
+
+Value = Any  # of a setting
 
 _OVERRIDE = re.compile(r"--config\.([\w-]+(?:\.[\w-]+)*)(?:=(.*))?", re.DOTALL)
 # Sub-configs whose keys are those of a detector; the detector checks them.
 _OPEN = ("student.options", "teacher.options")
 
 
-def read(config: str, overrides: Sequence[str] = ()) -> ConfigDict:
+def read(config: str, overrides: Sequence[str] = ()) -> Config:
     """Loads a config and applies overrides of the command line.
 
     Args:
@@ -31,7 +33,7 @@ def read(config: str, overrides: Sequence[str] = ()) -> ConfigDict:
       UserError: there is no such config or setting, a value does not have the setting's type, an argument is not an
         override, or the config's `get_config` raised a ValueError.
     """
-    made = resources.load_config(config)
+    made: object = resources.load_config(config)
     if not isinstance(made, ConfigDict):
         raise UserError(f"--config={config}: get_config() returns {type(made).__name__}, not a ConfigDict")
     seen = set()
@@ -61,12 +63,13 @@ def _override(config: ConfigDict, name: str, text: str) -> None:
         return
     if not isinstance(node, ConfigDict) or key not in node:
         raise unknown_setting(name, config)
-    if isinstance(node[key], ConfigDict):
-        raise UserError(f"--config.{name}: it is a group of settings: override one of {', '.join(node[key])}")
-    node[key] = _parse(f"--config.{name}", text, node[key])
+    current: Any = node[key]
+    if isinstance(current, ConfigDict):
+        raise UserError(f"--config.{name}: it is a group of settings: override one of {', '.join(current)}")
+    node[key] = _parse(f"--config.{name}", text, current)
 
 
-def _parse(where: str, text: str, current: Any) -> Any:
+def _parse(where: str, text: str, current: Value) -> Value:
     """The value that `text` stands for, of the type that the setting has."""
     if isinstance(current, str):
         return text
@@ -85,7 +88,7 @@ def _parse(where: str, text: str, current: Any) -> Any:
     return value
 
 
-def _literal(text: str) -> Any:
+def _literal(text: str) -> Value:
     """A Python literal, or the text itself."""
     if text in ("inf", "nan"):
         return math.inf if text == "inf" else math.nan

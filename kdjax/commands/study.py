@@ -46,6 +46,8 @@ from kdjax.report import study as report
 
 MKD_PARTS = ("feature", "multiscale", "frequency", "alignment")
 
+Results = dict[str, Any]  # the content of results.json, or a part of it
+
 
 class Variant(NamedTuple):
     """One row of a study."""
@@ -131,7 +133,7 @@ def run(
 
 
 def words(text: str) -> list[str]:
-    """ "a,b" -> ["a", "b"]."""
+    """Splits at commas: "a,b" -> ["a", "b"]."""
     return [word for word in text.split(",") if word]
 
 
@@ -221,8 +223,8 @@ def study(options: Options, variants: list[Variant]) -> int:
       Exit code: 0, or 143 if a run was stopped.
     """
     workdir = options.workdir
-    twins: dict[tuple[int, tuple[str, ...]], dict] = {}
-    students: dict[str, dict[int, dict]] = {variant.name: {} for variant in variants}
+    twins: dict[tuple[int, tuple[str, ...]], Results] = {}
+    students: dict[str, dict[int, Results]] = {variant.name: {} for variant in variants}
     failures: dict[str, dict[int, str]] = {}
     folders: dict[str, Path] = {}
     for seed in range(options.first, options.first + options.seeds):
@@ -380,6 +382,6 @@ def flags_of(workdir: Path) -> list[str]:
     return [flag for flag in command if flag.startswith("--") and not flag.startswith("--workdir=")]
 
 
-def facts_of(workdir: Path) -> dict:
+def facts_of(workdir: Path) -> dict[str, str]:
     """Versions, commit and devices of a run."""
     return report.facts(json.loads((workdir / "config.json").read_text())["runs"][0])

@@ -29,20 +29,24 @@ class Builder(Protocol):
     """Makes the rows of a batch, or of a part of it, from their plan."""
 
     @property
-    def images(self) -> "Images": ...
+    def images(self) -> "Images":
+        """What the rows are made of."""
+        ...
 
-    def __call__(self, plan: list[Any], /) -> list[Arrays]: ...
+    def __call__(self, plan: list[Any], /) -> list[Arrays]:
+        """One dict of arrays for every row of the plan."""
+        ...
 
 
 class Images:
     """Decoded examples of a split by position; keeps those of small splits in memory."""
 
-    def __init__(self, split: Split):
+    def __init__(self, split: Split) -> None:
         self._split = split
         self._kept: dict[int, dict[str, Any]] = {}
         self._thread = threading.local()
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type["Images"], tuple[Split]]:
         return Images, (self._split,)  # a worker process decodes for itself
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -74,6 +78,7 @@ class TrainBuilder:
     streams: int  # number of virtual streams that this process has
 
     def __call__(self, plan: list[Row], /) -> list[Arrays]:
+        """One dict of arrays for every row of the plan."""
         return [_padded(self._mixed(row), self.canvas, self.max_boxes) for row in plan]
 
     def _mixed(self, row: Row) -> Sample:
@@ -139,6 +144,7 @@ class EvalBuilder:
     round_down: bool
 
     def __call__(self, plan: list[int | None], /) -> list[Arrays]:
+        """One dict of arrays for every image of the plan; None is a row that is not real."""
         return [self._row(index) for index in plan]
 
     def _row(self, index: int | None) -> Arrays:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ def root(cache: str = "") -> Path:
     return (Path(cache).expanduser() if cache else files.cache_root()) / "data"
 
 
-def prepared(directory: Path, name: str, fingerprint: Any, write: Callable[[Path], None]) -> Path:
+def prepared(directory: Path, name: str, fingerprint: Mapping[str, Any], write: Callable[[Path], None]) -> Path:
     """The folder `directory`/name-hash(fingerprint), written by `write(folder)` if it does not exist yet.
 
     The folder is written under another name and renamed when it is complete. Processes that want the same folder wait

@@ -138,14 +138,15 @@ def check(data: Mapping[str, Any], name: str) -> tuple[list[ImageRecord], dict[i
     spare = itertools.count(1 + max((a["id"] for a in data["annotations"] if _whole(a.get("id"))), default=0))
     for entry in data["annotations"]:
         where = f"{name}: annotation {entry.get('id')}"
-        record = image_records.get(_hashable(entry.get("image_id")))
+        image_id = entry.get("image_id")
+        record = image_records.get(image_id) if _whole(image_id) else None
         if record is None:
-            raise UserError(f"{where}: image {entry.get('image_id')!r} is not among the images")
+            raise UserError(f"{where}: image {image_id!r} is not among the images")
         if _hashable(entry.get("category_id")) not in categories:
             raise UserError(f"{where}: category {entry.get('category_id')!r} is not among the categories")
         entry = dict(entry)
 
-        def note(action: str, reason: str, record=record, entry=entry) -> None:
+        def note(action: str, reason: str, record: ImageRecord = record, entry: Mapping[str, Any] = entry) -> None:
             log.append({"file": record.file_name, "annotation": entry.get("id"), "action": action, "reason": reason})
 
         bbox = entry.get("bbox")
@@ -219,17 +220,17 @@ def _identity(entry: Mapping[str, Any], name: str, kind: str) -> int:
     return entry["id"]
 
 
-def _whole(value: Any) -> bool:
+def _whole(value: object) -> TypeGuard[int]:
     """Whether it is an integer that a record can hold."""
     return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
 
 
-def _finite(value: Any) -> TypeGuard[float]:
+def _finite(value: object) -> TypeGuard[float]:
     """Whether it is a number that float32 can hold."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e38
 
 
-def _hashable(value: Any) -> Any:
+def _hashable(value: object) -> int | None:
     return value if _whole(value) else None
 
 

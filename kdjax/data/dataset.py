@@ -147,7 +147,10 @@ def ground_truth(dataset: Dataset, split: str, *, limit: int | None = None) -> d
     return chosen.truth
 
 
-def _stored(path: Path) -> Any:
+Json = Any  # the content of a json file
+
+
+def _stored(path: Path) -> Json:
     """A json of the prepared data."""
     try:
         return json.loads(path.read_text())

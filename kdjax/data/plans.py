@@ -32,7 +32,7 @@ class Order(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int, /) -> Any: ...
+    def __getitem__(self, index: int, /) -> Any: ...  # noqa: ANN401 - an integer; Grain declares more
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -12,9 +12,9 @@ import io
 import itertools
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import cv2
 import numpy as np
@@ -42,22 +42,23 @@ class ImageRecord:
     annotations: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
 
+Example = tuple[int, dict[str, Any]]  # key and features, as TFDS takes them
 Stream = Iterable[tuple[ImageRecord, bytes]]  # with the encoded image
 
 
 class RecordsBuilder(tfds.core.GeneratorBasedBuilder):
     """Writes a stream of (image record, encoded bytes) as array_record files."""
 
-    RELEASE_NOTES = {VERSION: "Every split has a folder of its own."}
+    RELEASE_NOTES: ClassVar[dict[str, str]] = {VERSION: "Every split has a folder of its own."}
     VERSION = tfds.core.Version(VERSION)
 
-    def __init__(self, *, classes: list[str], category_ids: list[int], stream: Stream, **kwargs):
+    def __init__(self, *, classes: list[str], category_ids: list[int], stream: Stream, **kwargs: Any) -> None:
         self._classes = classes
         self._label = {category: label for label, category in enumerate(category_ids)}
         self._stream = stream
         super().__init__(**kwargs)
 
-    def _info(self):
+    def _info(self) -> "tfds.core.DatasetInfo":
         features = {
             "image": tfds.features.Image(shape=(None, None, 3)),
             "image/filename": tfds.features.Text(),
@@ -77,10 +78,10 @@ class RecordsBuilder(tfds.core.GeneratorBasedBuilder):
             builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
         )
 
-    def _split_generators(self, dl_manager):
+    def _split_generators(self, dl_manager: "tfds.download.DownloadManager") -> dict[str, Iterator[Example]]:
         return {_SPLIT: self._generate_examples(self._stream)}
 
-    def _generate_examples(self, stream):
+    def _generate_examples(self, stream: Stream) -> Iterator[Example]:
         for index, (image, encoded) in enumerate(stream):
             objects = []
             for annotation in image.annotations:
@@ -163,7 +164,7 @@ class Reader:
     def _ends(self) -> list[int]:
         return list(itertools.accumulate(len(source) for source in self._sources))
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type["Reader"], tuple[Any, ...]]:
         return Reader, (self.parts, self.labels)
 
     def __len__(self) -> int:

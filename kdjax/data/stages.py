@@ -10,7 +10,7 @@ from kdjax.errors import UserError
 class Settings(Protocol):
     """`config.data`, or a part of it: a ConfigDict, or nested dicts with the same keys."""
 
-    def __getitem__(self, key: str, /) -> Any: ...
+    def __getitem__(self, key: str, /) -> Any: ...  # noqa: ANN401 - a setting has any type
 
 
 class Stage(NamedTuple):

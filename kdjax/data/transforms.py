@@ -16,13 +16,16 @@ MIN_SIZE = 1.0  # px: a box with a shorter side after a crop is dropped
 MIN_VISIBLE = 0.1  # a box is dropped if a crop leaves a smaller share of its area
 
 
+Polygons = tuple[tuple[np.ndarray, ...], ...]  # the rings of every object, each f32[k, 2] x y
+
+
 class Sample(NamedTuple):
     """An image with its n objects, all in pixels of that image."""
 
     image: np.ndarray  # u8[h, w, 3] RGB
     boxes: np.ndarray  # f32[n, 4] x1 y1 x2 y2
     labels: np.ndarray  # i32[n]
-    polygons: tuple[tuple[np.ndarray, ...], ...] | None = None  # the rings of every object, each f32[k, 2] x y
+    polygons: Polygons | None = None
     masks: np.ndarray | None = None  # u8[n, h, w], 1 on the object
 
 
@@ -232,7 +235,7 @@ def augment(
     return sample._replace(image=hsv_jitter(sample.image, shifts))
 
 
-def _each(polygons: tuple | None, function: Callable) -> tuple | None:
+def _each(polygons: Polygons | None, function: Callable[[np.ndarray], np.ndarray]) -> Polygons | None:
     """The polygons with `function` applied to every ring."""
     return None if polygons is None else tuple(tuple(function(ring) for ring in rings) for rings in polygons)
 

@@ -9,11 +9,14 @@ import functools
 import multiprocessing
 import os
 import threading
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cv2
 
 from kdjax.data.build import Arrays, Builder, stack
+
+if TYPE_CHECKING:
+    import grain
 
 
 class Batches:
@@ -27,7 +30,7 @@ class Batches:
 
     decoded: int  # number of images that were decoded for the batches returned so far
 
-    def __init__(self, plans: Any, builder: Builder, *, workers: int, together: int = 1):
+    def __init__(self, plans: "grain.MapDataset[Any]", builder: Builder, *, workers: int, together: int = 1) -> None:
         import grain
 
         self.decoded = 0

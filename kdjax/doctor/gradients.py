@@ -1,20 +1,21 @@
 """Checks of losses and terms at the first step: values, and shares of the gradient at the student's neck."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.extend.core import Literal
+from jax.extend.core import Jaxpr, Literal
 from tqdm import tqdm
 
 from kdjax import methods, sharding
 from kdjax.doctor.findings import ERROR, OK, Finding
-from kdjax.structs import Array, DetectorOutput, targets_of
+from kdjax.structs import Array, DetectorOutput, PyTree, targets_of
 from kdjax.training.setup import Setup
+from kdjax.training.step import Batch, TeacherVariables, TrainState
 
 MAX_INITIAL_SCORE = 0.1  # mean probability of a class; a classifier with a focal prior starts at 0.01
 DOMINANT, NEGLIGIBLE = 0.97, 1e-3  # largest and smallest share of the gradient for a method
@@ -31,7 +32,7 @@ class Measured(NamedTuple):
     score: float | None  # mean probability of a class; None without class logits
 
 
-def measure_gradients(setup: Setup, batch: Mapping[str, np.ndarray], adapters: Any = None) -> Measured:
+def measure_gradients(setup: Setup, batch: Mapping[str, np.ndarray], adapters: PyTree = None) -> Measured:
     """Measures the losses and terms on one batch at step 0, and their gradients at the student's neck.
 
     Args:
@@ -47,7 +48,14 @@ def measure_gradients(setup: Setup, batch: Mapping[str, np.ndarray], adapters: A
         state.params["student"],
     )
 
-    def total(neck: list[Array], state: Any, adapters: Any, variables: Any, batch: Any, chosen: Array) -> Any:
+    def total(
+        neck: list[Array],
+        state: TrainState,
+        adapters: PyTree,
+        variables: TeacherVariables | None,
+        batch: Batch,
+        chosen: Array | float,
+    ) -> tuple[Array, tuple[dict[str, Array], Array | None]]:
         leaves, structure = jax.tree.flatten(state.params["student"])
         new = iter(neck)
         params = structure.unflatten(
@@ -58,6 +66,7 @@ def measure_gradients(setup: Setup, batch: Mapping[str, np.ndarray], adapters: A
         assignment = student.assign(output, targets, state.key)
         values = student.loss(output, targets, assignment)
         if distiller:
+            assert variables is not None, "a distiller needs the variables of its teacher"
             values |= distiller.terms(adapters, output, batch, tuple(variables), assignment=assignment, key=state.key)
         logits = student.rows(output).logits
         score = None if logits is None else jnp.mean(jax.nn.sigmoid(logits))
@@ -75,7 +84,7 @@ def measure_gradients(setup: Setup, batch: Mapping[str, np.ndarray], adapters: A
     return Measured(values, grad_norms, None if score is None else float(score))
 
 
-def neck_parameters(output_of: Callable[[Any], DetectorOutput], params: Any) -> list[bool]:
+def neck_parameters(output_of: Callable[[PyTree], DetectorOutput], params: PyTree) -> list[bool]:
     """Which leaves of the parameters belong to the neck: its maps depend on them, those of the backbone do not.
 
     Args:
@@ -86,7 +95,7 @@ def neck_parameters(output_of: Callable[[Any], DetectorOutput], params: Any) -> 
       One bool per leaf, in the order of `jax.tree.leaves`. Without backbone taps, all parameters before the neck count.
     """
 
-    def maps(params: Any) -> tuple[Any, Any]:
+    def maps(params: PyTree) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
         output = output_of(params)
         return output.neck, output.backbone
 
@@ -97,7 +106,7 @@ def neck_parameters(output_of: Callable[[Any], DetectorOutput], params: Any) -> 
     return [v in neck and v not in backbone for v in traced.invars]
 
 
-def _dependencies(traced: Any, outputs: list[Any]) -> set[Any]:
+def _dependencies(traced: Jaxpr, outputs: Sequence[Any]) -> set[Any]:
     """The variables of a jaxpr on which its outputs depend."""
     needed = {v for v in outputs if not isinstance(v, Literal)}
     for equation in reversed(traced.eqns):
@@ -106,7 +115,7 @@ def _dependencies(traced: Any, outputs: list[Any]) -> set[Any]:
     return needed
 
 
-def train_adapters(setup: Setup, batch: Mapping[str, np.ndarray]) -> Any:
+def train_adapters(setup: Setup, batch: Mapping[str, np.ndarray]) -> PyTree:
     """Parameters of the methods after 30 steps of Adam on one batch.
 
     Some adapters start near zero (FGFI, DeFeat), and their terms have almost no gradient before they are trained.
@@ -122,18 +131,18 @@ def train_adapters(setup: Setup, batch: Mapping[str, np.ndarray]) -> Any:
     assert distiller is not None, "the run has no methods"
 
     @jax.jit
-    def trained(state: Any, variables: Any, batch: Any) -> Any:
+    def trained(state: TrainState, variables: TeacherVariables, batch: Batch) -> PyTree:
         output, _ = student.apply(state.params["student"], state.stats, student.preprocess(batch["image"]), train=True)
         assignment = student.assign(output, targets_of(batch), state.key)
         observed = distiller.observe(batch, tuple(variables))
 
-        def total(adapters: Any) -> Array:
+        def total(adapters: PyTree) -> Array:
             terms = distiller.terms(
                 adapters, output, batch, tuple(variables), observed=observed, assignment=assignment, key=state.key
             )
             return jnp.asarray(sum(terms.values()))
 
-        def update(_: Array, carry: Any) -> Any:
+        def update(_: Array, carry: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
             adapters, moments = carry
             updates, moments = optimizer.update(jax.grad(total)(adapters), moments)
             return optax.apply_updates(adapters, updates), moments

@@ -26,6 +26,10 @@ def check_memory(setup: Setup, batch: Mapping[str, np.ndarray]) -> list[Finding]
         setup.states["student"], setup.variables, sharding.shard_batch(setup.mesh, batch)
     )
     analysis = step.compile().memory_analysis()
+    programs = len(setup.steps) + 1 + bool(setup.teacher_detects)  # updates and predictions
+    compiled = Finding(OK, "programs", f"the run compiles {programs} programs")
+    if analysis is None:
+        return [Finding(WARNING, "memory", "XLA does not say how much a step needs on this platform"), compiled]
     states = sum(leaf.nbytes for leaf in jax.tree.leaves((setup.states, setup.variables)))
     new = analysis.output_size_in_bytes - analysis.alias_size_in_bytes  # the state is updated in place
     need = (analysis.temp_size_in_bytes + new + states) / 2**30
@@ -35,8 +39,7 @@ def check_memory(setup: Setup, batch: Mapping[str, np.ndarray]) -> list[Finding]
         finding = Finding(ERROR, "memory", f"{message}: lower config.batch_size or config.data.image_size")
     else:
         finding = Finding(WARNING if need > 0.8 * have else OK, "memory", message)
-    programs = len(setup.steps) + 1 + bool(setup.teacher_detects)  # updates and predictions
-    return [finding, Finding(OK, "programs", f"the run compiles {programs} programs")]
+    return [finding, compiled]
 
 
 def available() -> int:

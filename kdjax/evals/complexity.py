@@ -1,14 +1,31 @@
 """How big a detector is: parameters and floating-point operations, counted as the peers count them."""
 
 import math
+from collections.abc import Callable
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 
 from kdjax import nn
+from kdjax.structs import Array, DetectorOutput, PyTree
 
 
-def parameters(params) -> int:
+class Network(Protocol):
+    """What of a detector is run: pure functions of parameters, statistics and images."""
+
+    @property
+    def shapes(self) -> tuple[PyTree, PyTree]:
+        """Parameters and statistics as trees of `jax.ShapeDtypeStruct`."""
+        ...
+
+    @property
+    def apply(self) -> Callable[..., tuple[DetectorOutput, PyTree]]:
+        """(params, stats, images, *, train) -> output and new statistics."""
+        ...
+
+
+def parameters(params: PyTree) -> int:
     """Counts the trained numbers; what levels share counts once, and running statistics do not count.
 
     Args:
@@ -26,7 +43,7 @@ def parameters(params) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
-def flops(detector, hw: tuple[int, int]) -> int:
+def flops(detector: Network, hw: tuple[int, int]) -> int:
     """Counts the operations of one image through a detector in evaluation mode; nothing is computed.
 
     Multiply-adds of convolutions count one (`kdjax.nn.count` has the whole rule); decoding is free.
@@ -41,7 +58,7 @@ def flops(detector, hw: tuple[int, int]) -> int:
     Peers: mmengine's `get_model_complexity_info`, equal for RTMDet tiny, s, m, l and x.
     """
 
-    def forward(params, stats, x):
+    def forward(params: PyTree, stats: PyTree, x: Array) -> PyTree:
         return detector.apply(params, stats, x, train=False)
 
     return nn.count(forward, *detector.shapes, jax.ShapeDtypeStruct((1, *hw, 3), jnp.float32))["flops"]

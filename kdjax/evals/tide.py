@@ -182,8 +182,10 @@ def confusion(truth: Mapping[int, Truth], detections: Mapping[int, Detections], 
 
 
 def error_counts(outcomes: Outcomes) -> dict[str, int]:
-    """The number of errors of each kind; missed objects are those without a correct detection and without a
-    classification or localization error."""
+    """The number of errors of each kind.
+
+    Missed objects are those without a correct detection and without a classification or localization error.
+    """
     number = np.bincount(outcomes.kinds[outcomes.kinds != CORRECT], minlength=len(KINDS))
     number[_MISSED] = _missed(outcomes).sum()
     return dict(zip(KINDS, number.tolist(), strict=True))

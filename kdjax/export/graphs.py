@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +61,7 @@ def affine(model: Model) -> tuple[np.ndarray, np.ndarray]:
     """The preprocessing of a detector, an affine function of the colour: kernel f32[3 in, 3 out] and offset f32[3]."""
     colours = np.array([(0, 0, 0), (255, 0, 0), (0, 255, 0), (0, 0, 255)], np.uint8)
     with jax.ensure_compile_time_eval():  # also while something is traced
-        offset, *pure = np.asarray(model.detector.preprocess(colours[None, None]))[0, 0]
+        offset, *pure = np.asarray(model.detector.preprocess(cast(Array, colours[None, None])))[0, 0]
     return (np.array(pure) - offset) / 255, offset
 
 

@@ -34,8 +34,9 @@ def write(model: Model, path: str | Path, *, raw: bool = False) -> None:
       path: the file.
       raw: the head's maps instead of boxes and scores.
     """
-    from litert_converter import converter_api_ext as converter
-    from litert_converter.mlir import ir, passmanager
+    # The package is optional.
+    from litert_converter import converter_api_ext as converter  # pyright: ignore[reportMissingImports]
+    from litert_converter.mlir import ir, passmanager  # pyright: ignore[reportMissingImports]
 
     def candidates(images: Array, image_size: Array) -> tuple[Array, Array]:
         boxes, scores, _ = graphs.candidates(model, {}, images, image_size)
@@ -77,7 +78,12 @@ def runner(path: str | Path, model: Model, *, raw: bool = False) -> Callable[...
     running = interpreter(path).get_signature_runner()
     if raw:
         names = graphs.map_names(model)
-        return lambda image: list(map(running(image=image).get, names))
+
+        def maps(image: np.ndarray) -> Sequence[np.ndarray]:
+            found = running(image=image)
+            return [found[name] for name in names]
+
+        return maps
     limits = graphs.nms_settings(model)
 
     @jax.jit

@@ -4,11 +4,10 @@ import contextlib
 import functools
 import io
 import logging
-import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -111,7 +110,7 @@ def _append_nms(graph: "ModelProto", *, iou_threshold: float, max_detections: in
     ]
     axis = {"labels": 1, "rows": 1}
     for kind, inputs, outputs in nodes:
-        options = {"axis": axis.get(outputs[0], 0)} if kind == "Gather" else {}
+        options: dict[str, Any] = {"axis": axis.get(outputs[0], 0)} if kind == "Gather" else {}
         graph.graph.node.append(helper.make_node(kind, inputs, outputs, name=f"nms_{outputs[0]}", **options))
     del graph.graph.output[:]
     for name, kind, shape in (
@@ -151,7 +150,11 @@ def runner(path: str | Path) -> Callable[..., Sequence[np.ndarray]]:
     """A function from the inputs of an ONNX file to its outputs, both in order."""
     running = session(path)
     names = [entry.name for entry in running.get_inputs()]
-    return lambda *inputs: running.run(None, dict(zip(names, inputs, strict=True)))
+
+    def call(*inputs: np.ndarray) -> Sequence[np.ndarray]:
+        return cast(Sequence[np.ndarray], running.run(None, dict(zip(names, inputs, strict=True))))
+
+    return call
 
 
 def add_metadata(path: str | Path, facts: dict[str, str]) -> None:
@@ -184,13 +187,17 @@ def quantise(path: str | Path, model: Model, images: Iterable[np.ndarray]) -> No
     names = [entry.name for entry in session(path).get_inputs()]
     batches = predict.canvases(images, model.image_size, batch_size=1, round_down=model.detector.round_down)
     feeds = ({name: batch[name] for name in names} for batch in batches)
-    reader = types.SimpleNamespace(get_next=lambda: next(feeds, None))
+
+    class Reader(quantization.CalibrationDataReader):
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            return next(feeds, None)
+
     made = path.with_suffix(".int8")
     with quiet():
         quantization.quantize_static(
             str(path),
             str(made),
-            reader,
+            Reader(),
             quant_format=quantization.QuantFormat.QDQ,
             op_types_to_quantize=sorted({node.op_type for node in chosen}),
             nodes_to_quantize=[node.name for node in chosen],

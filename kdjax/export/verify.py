@@ -12,7 +12,7 @@ from kdjax.evals import coco
 from kdjax.export import graphs
 from kdjax.inference import predict
 from kdjax.inference.model import Model
-from kdjax.structs import PaddedDetections
+from kdjax.structs import AnyArray, PaddedDetections, PyTree
 
 TOLERANCE = 1e-4  # of an output, relative where it is larger than 1
 
@@ -99,7 +99,7 @@ def as_program(model: Model, call: Call, *, raw: bool) -> predict.Program:
     def decode(found: Sequence[jax.Array], image_size: jax.Array) -> PaddedDetections:
         return model.detector.decode(graphs.output(model, found), image_size)
 
-    def run(_: Any, images: np.ndarray, image_size: np.ndarray) -> PaddedDetections:
+    def run(_: PyTree, images: AnyArray, image_size: AnyArray) -> PaddedDetections:
         rows = []
         for image, size in zip(images, image_size, strict=True):
             if raw:

@@ -9,7 +9,7 @@ from typing import overload
 import jax
 import numpy as np
 
-from kdjax import detectors, resources, weights
+from kdjax import detectors, resources, sharding, weights
 from kdjax.detectors.api import Detector, Tree, unflatten
 from kdjax.errors import UserError
 from kdjax.inference import predict
@@ -76,7 +76,7 @@ class Model:
         self,
         batches: Iterable[predict.Batch],
         *,
-        devices: Sequence[jax.Device] | None = None,
+        devices: Sequence[sharding.Device] | None = None,
         run: predict.Program | None = None,
     ) -> Iterator[tuple[predict.Batch, list[Detections]]]:
         """`kdjax.inference.predict.predict` with this model."""

@@ -16,17 +16,17 @@ import PIL.Image
 
 from kdjax import sharding
 from kdjax.data import records, transforms
-from kdjax.detectors.api import Detector, Tree
+from kdjax.detectors.api import Apply, Decode, Detector, Tree
 from kdjax.errors import UserError
-from kdjax.structs import Array, Detections, PaddedDetections
+from kdjax.structs import AnyArray, Array, Detections, PaddedDetections
 
 Batch = Mapping[str, Any]
 # (variables, images u8[B, H, W, 3] RGB, image_size i32[B, 2]) -> detections in pixels of the canvas
-Program = Callable[[tuple[Tree, Tree], np.ndarray, np.ndarray], PaddedDetections]
+Program = Callable[[tuple[Tree, Tree], AnyArray, AnyArray], PaddedDetections]
 Preprocess = Callable[[Array], Array]  # u8[B, H, W, 3] RGB -> f32[B, H, W, 3]
 
 _ORIENTATION = 274  # EXIF's tag
-_traces: collections.Counter[tuple[Callable, Callable]] = collections.Counter()
+_traces: collections.Counter[tuple[Apply, Decode]] = collections.Counter()
 
 
 def predict(
@@ -34,7 +34,7 @@ def predict(
     variables: tuple[Tree, Tree],
     batches: Iterable[Batch],
     *,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[sharding.Device] | None = None,
     run: Program | None = None,
     class_names: Sequence[str] = (),
     category_ids: Sequence[int] = (),
@@ -76,7 +76,7 @@ def predict(
 
 
 def program(
-    detector: Detector, *, devices: Sequence[jax.Device] | None = None, preprocess: Preprocess | None = None
+    detector: Detector, *, devices: Sequence[sharding.Device] | None = None, preprocess: Preprocess | None = None
 ) -> Program:
     """The compiled function from pixels to detections on the canvas; equal detectors share it.
 
@@ -91,7 +91,7 @@ def program(
     compiled = _compiled(detector.apply, detector.decode, None if preprocess else detector.preprocess, devices)
     mesh = sharding.mesh_of(devices)
 
-    def run(variables: tuple[Tree, Tree], images: np.ndarray, image_size: np.ndarray) -> PaddedDetections:
+    def run(variables: tuple[Tree, Tree], images: AnyArray, image_size: AnyArray) -> PaddedDetections:
         extra = -len(images) % len(devices)
         inputs = (preprocess(jax.numpy.asarray(images)) if preprocess else images, image_size)
         if extra:
@@ -109,8 +109,8 @@ def traces(detector: Detector) -> int:
 
 @functools.lru_cache(maxsize=32)
 def _compiled(
-    apply: Callable, decode: Callable, preprocess: Preprocess | None, devices: tuple[jax.Device, ...]
-) -> Callable:
+    apply: Apply, decode: Decode, preprocess: Preprocess | None, devices: tuple[sharding.Device, ...]
+) -> Callable[..., PaddedDetections]:
     def predict_batch(variables: tuple[Tree, Tree], images: Array, image_size: Array) -> PaddedDetections:
         _traces[apply, decode] += 1
         x = preprocess(images) if preprocess else images

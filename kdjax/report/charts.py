@@ -4,6 +4,7 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from html import escape
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -107,7 +108,7 @@ _STROKES |= {"other": _STROKES["twin"], "model": _STROKES["student"]}
 def _draw_lines(
     lines: Mapping[str, Series], *, log: bool, level: tuple[str, float] | None, bad: np.ndarray, salt: str
 ) -> str:
-    settings = {
+    settings: dict[Any, Any] = {  # matplotlib has a type of its own for the names
         "svg.fonttype": "none",  # keeps text as text, which the reader's fonts can show in any script
         "svg.hashsalt": salt,
         "font.size": 8.5,

@@ -284,7 +284,9 @@ def _grid(drawn: list[np.ndarray], columns: int, gap: int = 8) -> np.ndarray:
     return np.asarray(sheet)
 
 
-def _outline(pen: ImageDraw.ImageDraw, frame: tuple[float, ...], color: tuple, line: int, *, dashed: bool) -> None:
+def _outline(
+    pen: ImageDraw.ImageDraw, frame: tuple[float, ...], color: tuple[int, ...], line: int, *, dashed: bool
+) -> None:
     x1, y1, x2, y2 = frame
     # A dark halo on both sides keeps the line visible on any background.
     for grow in (-1, line):

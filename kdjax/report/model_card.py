@@ -4,12 +4,11 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from kdjax import methods as zoo
 from kdjax.data import Dataset
 from kdjax.evals import coco
 from kdjax.report.run import verdict
+from kdjax.resources import Config
 
 _USE = """\
     kdjax predict IMAGES --model={role} --out=predicted
@@ -33,7 +32,7 @@ def card(
     student: str,
     teacher: str | None,
     dataset: Dataset,
-    config: ConfigDict,
+    config: Config,
     results: Mapping[str, Any],
     fingerprints: Mapping[str, str],
     versions: Mapping[str, str],
@@ -92,7 +91,7 @@ def _introduction(role: str, results: Mapping[str, Any]) -> str:
     )
 
 
-def _metrics(role: str, results: Mapping[str, Any], config: ConfigDict) -> str:
+def _metrics(role: str, results: Mapping[str, Any], config: Config) -> str:
     """The 12 metrics in percent; the student beside its teacher and twin."""
     shown = ("teacher", "twin", "student", "gain") if role == "student" else (role,)
     shown = [one for one in shown if results.get(one)]
@@ -122,7 +121,7 @@ def _data(dataset: Dataset) -> dict[str, str]:
     return facts | {"classes": ", ".join(dataset.classes)}
 
 
-def _training(config: ConfigDict, teacher: str | None, fingerprints: Mapping[str, str]) -> dict[str, str]:
+def _training(config: Config, teacher: str | None, fingerprints: Mapping[str, str]) -> dict[str, str]:
     facts = {}
     if teacher:
         facts["teacher"] = f"{teacher}, weights `{config.teacher.weights}`, hash {fingerprints['teacher']}"
@@ -142,7 +141,7 @@ def _list(facts: dict[str, str]) -> str:
     return "".join(f"- {name}: {' '.join(str(value).split())}\n" for name, value in facts.items())
 
 
-def _licence(licenses: Sequence[str], config: ConfigDict, *, distilled: bool) -> str:
+def _licence(licenses: Sequence[str], config: Config, *, distilled: bool) -> str:
     """The known licences of what went into the weights."""
     sources = ["the images"] + ["the teacher's weights"] * distilled
     sources += ["the initial weights"] * bool(config.student.weights)

@@ -6,18 +6,18 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from ml_collections import ConfigDict
 from PIL import Image
 
 from kdjax import data
 from kdjax.data import cache
 from kdjax.report import drawing
+from kdjax.resources import Config
 
 IMAGES = 8  # at most, of a batch
 
 
 def save(
-    dataset: data.Dataset, config: ConfigDict, curves: Mapping[str, np.ndarray], workdir: str | Path | None
+    dataset: data.Dataset, config: Config, curves: Mapping[str, np.ndarray], workdir: str | Path | None
 ) -> dict[str, Path]:
     """Writes a contact sheet for a batch of each augmentation stage, and a plot of the schedule.
 
@@ -44,7 +44,7 @@ def save(
     return files
 
 
-def draw_schedule(config: ConfigDict, curves: Mapping[str, np.ndarray]) -> Figure:
+def draw_schedule(config: Config, curves: Mapping[str, np.ndarray]) -> Figure:
     """Plots the curves of `kdjax.training.schedule.schedule`; the second stage is shaded."""
     steps, terms = curves["step"], {k.removeprefix("weight/"): v for k, v in curves.items() if k.startswith("weight/")}
     panels = [
@@ -69,7 +69,7 @@ def draw_schedule(config: ConfigDict, curves: Mapping[str, np.ndarray]) -> Figur
     return figure
 
 
-def sheet(dataset: data.Dataset, config: ConfigDict, step: int) -> np.ndarray:
+def sheet(dataset: data.Dataset, config: Config, step: int) -> np.ndarray:
     """u8[H, W, 3]: up to `IMAGES` rows of the batch of a step, whole canvas, with boxes."""
     rows = max(n for n in range(1, IMAGES + 1) if config.batch_size % n == 0)
     shard = (0, config.batch_size // rows)
@@ -88,7 +88,7 @@ def sheet(dataset: data.Dataset, config: ConfigDict, step: int) -> np.ndarray:
     return drawing.contact_sheet(list(batch["image"]), boxes, labels, dataset.classes, min(rows, 4))
 
 
-def _steps(config: ConfigDict) -> list[int]:
+def _steps(config: Config) -> list[int]:
     """A step of each stage of the run."""
     first, second = config.data.augment, config.data.stage2.start
     end = min(second or config.steps, config.steps)

@@ -144,7 +144,7 @@ def _tiles(results: Mapping[str, Mapping[str, float]]) -> str:
     return f'<div class="tiles">{"".join(tiles)}</div>{explained}'
 
 
-def _read(rows: Sequence[Mapping], kind: str) -> dict[str, Series]:
+def _read(rows: Sequence[Mapping[str, Any]], kind: str) -> dict[str, Series]:
     """{name: (steps, values)} of all numbers; a resumed run repeats steps, and the last value of a step counts."""
     numbers: dict[str, dict[int, float]] = {}
     for row in rows:
@@ -172,7 +172,7 @@ def _by_model(series: Mapping[str, Series]) -> dict[str, dict[str, Series]]:
     return {name: {m: lines[m] for m in MODELS if m in lines} for name, lines in split.items()}
 
 
-def _ap_curves(rows: Sequence[Mapping], results: Mapping[str, Mapping[str, float]]) -> str:
+def _ap_curves(rows: Sequence[Mapping[str, Any]], results: Mapping[str, Mapping[str, float]]) -> str:
     series = _by_model(_read(rows, "eval"))
     charts = []
     for key in ("AP", "AP50", "AP75"):
@@ -187,7 +187,7 @@ def _ap_curves(rows: Sequence[Mapping], results: Mapping[str, Mapping[str, float
     return chart_grid(charts)
 
 
-def _loss_curves(rows: Sequence[Mapping]) -> str:
+def _loss_curves(rows: Sequence[Mapping[str, Any]]) -> str:
     series = _read(rows, "train")
     by_model = _by_model(series)
     weights = {name.removeprefix("weight/"): line for name, line in series.items() if name.startswith("weight/")}

@@ -4,6 +4,7 @@ import json
 import math
 import statistics
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,12 @@ METRICS = ("AP", "AP50")
 Row = dict[str, Any]
 
 
-def gain(run: dict[str, dict], metric: str) -> float:
+def gain(run: Mapping[str, Any], metric: str) -> float:
     """Gain of the student over the twin in points of a metric."""
     return round(100 * (run["student"][metric] - run["twin"][metric]), 3)
 
 
-def summarize(name: str, runs: dict[int, dict], failures: dict[int, str]) -> Row:
+def summarize(name: str, runs: Mapping[int, Mapping[str, Any]], failures: dict[int, str]) -> Row:
     """A row of the table: means with their standard errors in points, over the seeds that are finished."""
     row: Row = {"name": name, "seeds": sorted(runs), "failed": failures}
     if runs:
@@ -87,7 +88,7 @@ def mean_and_error(values: list[float]) -> tuple[float, float | None]:
 
 
 def with_error(values: list[float], sign: str = "") -> str:
-    """ "1.20 ± 0.15"."""
+    """The mean with its standard error, such as "1.20 ± 0.15"."""
     return shown(mean_and_error(values), sign)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from kdjax.errors import UserError
+from kdjax.structs import PyTree
 from kdjax.weights.checkpoint import digest, flat
 
 log = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ class Checkpoints:
         """The newest step on disk, or None."""
         return self.manager.latest_step()
 
-    def save(self, step: int, tree: Any, note: dict[str, Any]) -> None:
+    def save(self, step: int, tree: PyTree, note: dict[str, Any]) -> None:
         """Writes a step in the background.
 
         Args:
@@ -72,7 +73,7 @@ class Checkpoints:
             raise UserError(f"no checkpoint in {self.directory} can be used: their notes cannot be read")
         return None
 
-    def restore(self, like: Any) -> tuple[Any, dict[str, Any]]:
+    def restore(self, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
         """The newest step that passes verification; newer ones are deleted.
 
         Args:
@@ -98,7 +99,7 @@ class Checkpoints:
             return tree, note
         raise UserError(f"no checkpoint in {self.directory} can be used: {'; '.join(problems) or 'there is none'}")
 
-    def _read(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
+    def _read(self, step: int, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
         wanted = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in flat(like, copy=False).items()}
         restored: Any = self.manager.restore(
             step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted), note=ocp.args.JsonRestore())

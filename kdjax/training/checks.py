@@ -5,7 +5,6 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -169,7 +168,9 @@ def check_terms(setup: Setup, batch: Mapping[str, np.ndarray]) -> None:
             raise UserError(f"config.methods.{name}: it has no effect: the weights of all its terms are 0")
     student, state = setup.student, setup.states["student"]
 
-    def probe(state: TrainState, variables: TeacherVariables, batch: Mapping[str, Array]) -> Any:
+    def probe(
+        state: TrainState, variables: TeacherVariables, batch: Mapping[str, Array]
+    ) -> tuple[dict[str, Array], dict[str, Array], dict[str, Array]]:
         params = state.params
         output, _ = student.apply(params["student"], state.stats, student.preprocess(batch["image"]), train=True)
         targets = targets_of(batch)

@@ -3,26 +3,19 @@
 import difflib
 import math
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from kdjax import methods as zoo
 from kdjax.detectors.api import flatten
 from kdjax.errors import UserError
+from kdjax.resources import Config
 
 
-class Config(Protocol):
-    """The settings of a run, or a part of them: a `ConfigDict`; each setting is an attribute."""
-
-    def __getattr__(self, name: str, /) -> Any: ...
-
-    def __getitem__(self, key: str, /) -> Any: ...
-
-
-def base() -> ConfigDict:
+def base() -> Config:
     """The defaults. A run refuses a config with other keys."""
-    config = ConfigDict()
+    config: Config = ConfigDict()
     config.seed = 0
     config.batch_size = 16  # images per step, over all devices of all hosts
     config.steps = 1000  # optimizer updates
@@ -151,7 +144,7 @@ def check_numbers(config: Config) -> None:
             raise UserError(f"config.{name} must be {bounds}, not {value!r}")
 
 
-def methods(names: str) -> ConfigDict:
+def methods(names: str) -> Config:
     """The options of methods at their defaults, as sub-configs that configs and flags can change.
 
     Args:
@@ -212,7 +205,7 @@ def flat(tree: Mapping[str, Any]) -> dict[str, Any]:
     return {path.replace("/", "."): value for path, value in flatten(dict(tree)).items()}
 
 
-def augment(**changes) -> dict:
+def augment(**changes: Any) -> dict[str, Any]:
     """Settings of the augmentation: the defaults with `changes`. RTMDet's are in configs/supervised/rtmdet.py."""
     defaults = dict(
         mosaic=False,  # four images around a point on twice the canvas; three of them are among the last `cache`

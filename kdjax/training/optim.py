@@ -1,14 +1,13 @@
 """Learning rate schedule, optimizer, and the rate of the moving average of the parameters."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from kdjax.errors import UserError
-from kdjax.structs import Array
+from kdjax.structs import Array, PyTree
 from kdjax.training.config import Config
 
 BASE_RATE, BASE_BATCH = 0.004, 256  # RTMDet's, with AdamW
@@ -67,7 +66,7 @@ def learning_rate(config: Config) -> optax.Schedule:
     return optax.join_schedules(parts, bounds)
 
 
-def optimizer(config: Config, no_decay: Callable[[Any], Any]) -> optax.GradientTransformation:
+def optimizer(config: Config, no_decay: Callable[[PyTree], PyTree]) -> optax.GradientTransformation:
     """AdamW, or SGD with momentum and an L2 penalty, with the schedule `learning_rate`.
 
     Args:
@@ -80,7 +79,7 @@ def optimizer(config: Config, no_decay: Callable[[Any], Any]) -> optax.GradientT
     settings = config.optimizer
     rate = learning_rate(config)
 
-    def decayed(params: Any) -> Any:
+    def decayed(params: PyTree) -> PyTree:
         return jax.tree.map(lambda skip: not skip, no_decay(params))
 
     if settings.name == "sgd":

@@ -3,11 +3,10 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from kdjax import data, files, weights
@@ -166,7 +165,7 @@ def save_model(setup: Setup, role: str, folder: Path, results: Mapping[str, Any]
         student=setup.student.name,
         teacher=setup.teacher.name if setup.teacher else None,
         dataset=dataset,
-        config=cast(ConfigDict, config),
+        config=config,
         results=results,
         fingerprints=fingerprints,
         versions=environment(),

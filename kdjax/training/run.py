@@ -9,13 +9,12 @@ from collections.abc import Mapping
 from concurrent import futures
 from pathlib import Path
 from types import FrameType
-from typing import Any, cast
+from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
-from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from kdjax import data, sharding
@@ -34,7 +33,7 @@ class Stopped(Exception):
     """The process was asked to stop, and the state of the run is saved."""
 
 
-def main(*, config: ConfigDict, workdir: str | None, multihost: bool) -> int:
+def main(*, config: Config, workdir: str | None, multihost: bool) -> int:
     """What `kdjax train` runs.
 
     Args:
@@ -56,7 +55,7 @@ def main(*, config: ConfigDict, workdir: str | None, multihost: bool) -> int:
     if multihost:
         jax.distributed.initialize()
     try:
-        run(cast(Config, config), workdir)
+        run(config, workdir)
     except Stopped as stop:
         print(stop, file=sys.stderr)
         return 143
@@ -274,5 +273,5 @@ def dry_run(config: Config, workdir: str | Path | None) -> None:
     with prefix("config.data"):
         dataset = data.open_dataset(config.data)
     print(data.summary(dataset, config.data))
-    for description, file in preview.save(dataset, cast(ConfigDict, config), schedule(config), workdir).items():
+    for description, file in preview.save(dataset, config, schedule(config), workdir).items():
         print(f"{description}: {file}")

@@ -25,7 +25,7 @@ def schedule(config: Config) -> dict[str, np.ndarray]:
     steps = np.unique(np.linspace(0, config.steps - 1, POINTS).round().astype(int))
     methods = build_methods(config)
 
-    def weights(step: Array) -> dict[str, Array]:
+    def weights(step: Array) -> dict[str, Array | float]:
         return {f"{name}/{term}": w * m.scale(step) for name, m in methods.items() for term, w in m.weights.items()}
 
     curves = jax.vmap(

@@ -7,7 +7,7 @@ import gc
 import platform
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 from jax.sharding import Mesh
@@ -17,7 +17,7 @@ from kdjax import data, detectors, files, methods, sharding, weights
 from kdjax.detectors.api import Detector, Tree
 from kdjax.distill import Distiller, Method
 from kdjax.errors import UserError
-from kdjax.structs import Array
+from kdjax.structs import Array, PyTree
 from kdjax.training import optim
 from kdjax.training.checkpoint import Checkpoints
 from kdjax.training.config import Config
@@ -27,10 +27,6 @@ from kdjax.weights.checkpoint import fingerprint
 # Options of glibc's mallopt: one arena (M_ARENA_MAX), no mmap for large blocks (M_MMAP_MAX), no trimming
 # (M_TRIM_THRESHOLD).
 MALLOC = {-8: 1, -4: 0, -1: -1}
-
-
-# (state, teacher variables or None, batch) -> (state, metrics)
-Update = Callable[[TrainState, TeacherVariables | None, Mapping[str, Array]], tuple[TrainState, dict[str, Array]]]
 
 
 class Setup(NamedTuple):
@@ -45,7 +41,7 @@ class Setup(NamedTuple):
     teacher_detects: bool  # the teacher has the classes of the data, so that it can be evaluated
     variables: TeacherVariables | None  # on all devices
     states: dict[str, TrainState]  # "student" and, with a twin, "twin"; on all devices
-    steps: dict[str, Any]  # role -> jitted `Update`
+    steps: dict[str, jax.stages.Wrapped]  # role -> jitted `Update`
     programs: collections.Counter[str]  # how often each program was traced
     mesh: Mesh
 
@@ -61,7 +57,8 @@ def model(setup: Setup, role: str) -> tuple[Detector, tuple[Tree, Tree]]:
       The detector and its (params, stats).
     """
     if role == "teacher":
-        assert setup.teacher is not None and setup.variables is not None, "the run has no teacher"
+        assert setup.teacher is not None, "the run has no teacher"
+        assert setup.variables is not None, "the run has no teacher"
         return setup.teacher, (setup.variables.params, setup.variables.stats)
     average = setup.states[role].ema
     return setup.student, (average["params"], average["stats"])
@@ -213,7 +210,7 @@ def prepare(config: Config, dataset: data.Dataset) -> Setup:
                 f"config.data.image_size must be multiples of {detector.size_divisor} for the {role} "
                 f"{detector.name}, not {height}x{width}"
             )
-    distiller = Distiller(student, teacher, chosen) if chosen else None
+    distiller = Distiller(student, cast(Detector, teacher), chosen) if chosen else None
     adapters = init_adapters(distiller, key, (height, width)) if distiller else {}
 
     def no_decay(params: Tree) -> Tree:
@@ -227,14 +224,14 @@ def prepare(config: Config, dataset: data.Dataset) -> Setup:
     everywhere = sharding.replicated(mesh)
     programs = collections.Counter()
 
-    def program(name: str, function: Callable[..., Any], **options: Any) -> Any:
-        def traced(*args: Any) -> Any:
+    def program(name: str, function: Callable[..., Any], **options: Any) -> jax.stages.Wrapped:
+        def traced(*args: Any) -> PyTree:
             programs[name] += 1
             return function(*args)
 
         return jax.jit(traced, **options)
 
-    def update(name: str, teacher: Detector | None = None) -> Any:
+    def update(name: str, teacher: Detector | None = None) -> jax.stages.Wrapped:
         trained = in_precision(student, config.dtype)
         distiller = Distiller(trained, in_precision(teacher, config.dtype), chosen) if teacher else None
         step = make_step(trained, optimizer, lambda at: optim.ema_rate(config, at), distiller=distiller)

@@ -1,7 +1,7 @@
 """One optimiser update: every gradient, stop-gradient and optimiser call of kdjax is in this file."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,28 +10,39 @@ import optax
 
 from kdjax.detectors.api import Detector
 from kdjax.distill import Distiller
-from kdjax.structs import targets_of
+from kdjax.structs import Array, PyTree, targets_of
 
 
 class TrainState(NamedTuple):
     """Everything that a step changes; a plain tree of arrays."""
 
-    step: jax.Array  # i32[], updates so far
-    params: Any  # {"student": ..., "adapters": {method: ...}}
-    stats: Any  # running statistics of the student's norms
-    opt_state: Any
-    ema: Any  # {"params": ..., "stats": ...} of the student: what is evaluated and exported
-    key: jax.Array  # never changes; every step folds its number in
+    step: Array  # i32[], updates so far
+    params: PyTree  # {"student": ..., "adapters": {method: ...}}
+    stats: PyTree  # running statistics of the student's norms
+    opt_state: PyTree
+    ema: PyTree  # {"params": ..., "stats": ...} of the student: what is evaluated and exported
+    key: Array  # never changes; every step folds its number in
 
 
 class TeacherVariables(NamedTuple):
     """The frozen side: an argument of the step, never closed over, never trained, never saved."""
 
-    params: Any
-    stats: Any
+    params: PyTree
+    stats: PyTree
 
 
-def init_state(student, key, variables, adapters: dict, optimizer: optax.GradientTransformation) -> TrainState:
+# (state, teacher variables or None, batch) -> (state, metrics)
+Batch = Mapping[str, Array]
+Update = Callable[[TrainState, TeacherVariables | None, Batch], tuple[TrainState, dict[str, Array]]]
+
+
+def init_state(
+    student: Detector,
+    key: Array,
+    variables: tuple[PyTree, PyTree] | None,
+    adapters: Mapping[str, PyTree],
+    optimizer: optax.GradientTransformation,
+) -> TrainState:
     """A state at step 0, on the host. `variables` is (params, stats) to start from, or None for `student.init(key)`."""
     params, stats = student.init(key) if variables is None else variables
     params = {"student": params, "adapters": adapters}
@@ -44,10 +55,10 @@ def init_state(student, key, variables, adapters: dict, optimizer: optax.Gradien
 def make_step(
     student: Detector,
     optimizer: optax.GradientTransformation,
-    ema_rate: Callable,
+    ema_rate: Callable[[Array], Array],
     *,
     distiller: Distiller | None = None,
-) -> Callable:
+) -> Update:
     """The update of a student, with a distiller or without: a supervised run and the twin, one program.
 
     Args:
@@ -62,20 +73,25 @@ def make_step(
       not finite changes nothing but the counter.
     """
 
-    def loss(params, stats, variables, batch, step, key):
+    def loss(
+        params: PyTree, stats: PyTree, variables: TeacherVariables | None, batch: Batch, step: Array, key: Array
+    ) -> tuple[Array | int, tuple[dict[str, Array], PyTree]]:
         output, stats = student.apply(params["student"], stats, student.preprocess(batch["image"]), train=True)
         targets = targets_of(batch)
         assignment = student.assign(output, targets, key)
         losses = student.loss(output, targets, assignment)
         total = sum(losses.values())
         if distiller is not None:
+            assert variables is not None, "a distiller needs the variables of its teacher"
             terms = distiller.terms(params["adapters"], output, batch, tuple(variables), assignment=assignment, key=key)
             weights = distiller.weights(step)
             total += sum(weights[name] * value for name, value in terms.items())
             losses |= terms
         return total, (losses, stats)
 
-    def update(state: TrainState, variables, batch):
+    def update(
+        state: TrainState, variables: TeacherVariables | None, batch: Batch
+    ) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(state.key, state.step)
         (total, (losses, stats)), grads = jax.value_and_grad(loss, has_aux=True)(
             state.params, state.stats, variables, batch, state.step, key
@@ -83,7 +99,7 @@ def make_step(
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(total) & jnp.isfinite(norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params: PyTree = optax.apply_updates(state.params, updates)
         rate = ema_rate(state.step)
         ema = jax.tree.map(
             lambda old, new: old + rate * (new - old), state.ema, {"params": params["student"], "stats": stats}

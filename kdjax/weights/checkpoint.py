@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from kdjax.errors import UserError
+from kdjax.structs import AnyArray, PyTree
 
 
 def arrays(directory: Path, prefix: str, *, step: int | None = None) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -44,7 +45,7 @@ def arrays(directory: Path, prefix: str, *, step: int | None = None) -> tuple[di
     raise UserError(f"{directory}: checkpoint {step} cannot be used: it is missing, damaged or incomplete")
 
 
-def flat(tree: Any, *, copy: bool = True) -> dict[str, Any]:
+def flat(tree: PyTree, *, copy: bool = True) -> dict[str, Any]:
     """The leaves by their path, "student/params/..."; on the host unless `copy` is False."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {
@@ -53,11 +54,11 @@ def flat(tree: Any, *, copy: bool = True) -> dict[str, Any]:
     }
 
 
-def fingerprint(tree: Any) -> str:
+def fingerprint(tree: PyTree) -> str:
     """The hash of all leaves of a tree and of their paths."""
     return hashlib.sha256(str({name: digest(value) for name, value in flat(tree).items()}).encode()).hexdigest()
 
 
-def digest(value: Any) -> str:
+def digest(value: AnyArray) -> str:
     """The hash of an array's bytes."""
     return hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file as load_safetensors
 
 from kdjax.detectors.api import State
 from kdjax.errors import UserError
+from kdjax.structs import PyTree
 from kdjax.weights import yolox
 
 FORMATS = (".npz", ".safetensors", ".pth", ".onnx")
@@ -84,7 +85,7 @@ def _read_pth(path: Path) -> tuple[State, list[str] | None]:
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path}: the file holds a {type(checkpoint).__name__}, not weights by name")
 
-    def arrays(tree: Any) -> Any:
+    def arrays(tree: PyTree) -> PyTree:
         if isinstance(tree, dict):
             return {name: arrays(value) for name, value in tree.items() if isinstance(value, dict | torch.Tensor)}
         return (tree.float() if tree.is_floating_point() else tree).detach().numpy()

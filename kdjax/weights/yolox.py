@@ -142,7 +142,7 @@ def _in_order(detector: Detector) -> list[str]:
     """The convolutions of a YOLOX under mmdetection's names, in the order in which the authors' network runs them."""
     order = {new: place for place, (_, new) in enumerate(_MODULES)}
 
-    def place(module: str):
+    def place(module: str) -> tuple[int, list[tuple[bool, int, str]]]:
         parts = module.split(".")
         within = next(count for count in range(len(parts), 0, -1) if ".".join(parts[:count]) in order)
         rest = [str(_RUNS.index(part)) if part in _RUNS else part for part in parts[within:]]
