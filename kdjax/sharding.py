@@ -4,14 +4,13 @@ Batches are split over the axis `data`; states and variables have a copy on each
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from kdjax.structs import Array, PyTree
-
+PyTree = Any  # nested dicts, lists and tuples of arrays
 Device: TypeAlias = jax.Device  # pyright: ignore[reportInvalidTypeForm] - jax declares the class as a variable
 SPLIT, WHOLE = PartitionSpec("data"), PartitionSpec()
 
@@ -62,7 +61,7 @@ def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
     """Puts a tree on every device of the mesh; arrays that are on exactly these devices stay as they are."""
     devices = set(mesh.devices.flat)
 
-    def put(leaf: Array | np.ndarray | float) -> Array:
+    def put(leaf: jax.Array | np.ndarray | float) -> jax.Array:
         if isinstance(leaf, jax.Array) and leaf.sharding.device_set == devices:
             return leaf
         if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:

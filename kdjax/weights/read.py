@@ -63,7 +63,7 @@ def _read_npz(path: Path) -> State:
 
 def _read_pth(path: Path) -> tuple[State, list[str] | None]:
     try:
-        import torch
+        import torch  # pyright: ignore[reportMissingImports] - optional, and missing on the newest Pythons
     except ImportError as error:
         raise UserError(
             f"{path}: reading it needs PyTorch: install the extra kdjax[torch], or convert the file to .safetensors or "
