@@ -160,7 +160,7 @@ def test_sgd_drops_its_rate_and_decays_what_decays():
 
 
 def test_the_dense_recipe_says_what_its_argument_is():
-    with pytest.raises(ValueError, match="must be FAMILY,METHODS with a family of retinanet.*, not 'rtmdet"):
+    with pytest.raises(ValueError, match=r"must be FAMILY,METHODS with a family of retinanet.*, not 'rtmdet"):
         load(ROOT / "configs/distill/dense.py", "rtmdet,mkd")
 
 
@@ -171,10 +171,12 @@ def test_options_of_a_detector():
     checks.check_models(config)
     assert named_detector(config.student, 1).options == {"base_channels": 32, "norm_eval": False}
     config.student.detector = "rtmdet_tiny"
-    with pytest.raises(UserError, match="config.student: rtmdet_tiny has no option base_channels, norm_eval: its opti"):
+    with pytest.raises(
+        UserError, match=r"config.student: rtmdet_tiny has no option base_channels, norm_eval: its opti"
+    ):
         checks.check_models(config)
     config.student.update(detector="", weights="x")
-    with pytest.raises(UserError, match="config.student.options has no effect unless config.student.detector is set"):
+    with pytest.raises(UserError, match=r"config.student.options has no effect unless config.student.detector is set"):
         checks.check_models(config)
 
 

@@ -114,7 +114,7 @@ def test_a_docstring_without_the_layout_is_named_in_one_sentence(old, new, words
     title, what, formula, sections = generate.read_module("x.py", SOUND)
     assert (title, what, formula) == ("Name", "what it is", "    L = 1")
     assert sections["Taps"] == "neck. And more." and generate.short(sections["Paper"]) == "someone, 2020"
-    with pytest.raises(ValueError, match="^x.py: ") as caught:
+    with pytest.raises(ValueError, match=r"^x.py: ") as caught:
         generate.read_module("x.py", SOUND.replace(old, new))
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
@@ -143,7 +143,7 @@ def test_the_table_of_options_comes_from_make():
     assert generate.table(("a",), [("a|b",)]) == "| a |\n| --- |\n| a\\|b |\n"
     for old, new in (("mode:", "node:"), ("weight:", "height:"), ("  mode", "    mode")):
         make.__doc__, before = make.__doc__.replace(old, new), make.__doc__
-        with pytest.raises(ValueError, match="^x.py: .* make( does not)? tell"):
+        with pytest.raises(ValueError, match=r"^x.py: .* make( does not)? tell"):
             generate.read_options("x.py", make)
         make.__doc__ = before
 

@@ -43,7 +43,7 @@ def test_the_sentence_of_a_failed_run():
 
 
 def test_a_run_that_fails_and_one_that_is_stopped():
-    with pytest.raises(study.Failed, match="^no such thing$"):
+    with pytest.raises(study.Failed, match=r"^no such thing$"):
         study.call([sys.executable, "-c", "import sys; print('kdjax: no such thing', file=sys.stderr); sys.exit(2)"])
     with pytest.raises(SystemExit) as stop:
         study.call([sys.executable, "-c", "import sys; sys.exit(143)"])
@@ -57,7 +57,7 @@ def test_a_finished_run_is_kept_and_its_flags_must_be_the_same(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"config": {}, "runs": [run, {}]}))
     assert study.train(["--config=a", "--config.seed=1"], tmp_path) == {"student": {"AP": 0.5}}
     assert study.facts_of(tmp_path) == FACTS
-    with pytest.raises(UserError, match="other flags .--config=a --config.seed=1"):
+    with pytest.raises(UserError, match=r"other flags .--config=a --config.seed=1"):
         study.train(["--config=b", "--config.seed=1"], tmp_path)
 
 

@@ -49,7 +49,7 @@ def slow_align(image, box, stride, size, ratio, aligned):
     return out
 
 
-@pytest.mark.parametrize("ratio,aligned", [(2, True), (1, True), (0, True), (2, False), (0, False)])
+@pytest.mark.parametrize(("ratio", "aligned"), [(2, True), (1, True), (0, True), (2, False), (0, False)])
 def test_roi_align_equals_a_slow_loop(ratio, aligned):
     maps, (boxes, level) = pyramid(), some_boxes()
     align = quick_jit(

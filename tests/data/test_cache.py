@@ -97,5 +97,5 @@ def test_place_of_the_cache(monkeypatch, tmp_path):
 
 def test_a_cache_that_cannot_be_written_is_reported(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cache: cannot write to .*file/data .Not a directory.: choose another"):
+    with pytest.raises(UserError, match=r"cache: cannot write to .*file/data .Not a directory.: choose another"):
         data.open_dataset(settings(tmp_path / "file", source="scenes"))

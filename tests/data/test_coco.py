@@ -58,7 +58,7 @@ def test_a_folder_is_read_unchanged(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "images, changes",
+    ("images", "changes"),
     [
         ("images/{}", {}),
         ("{}", {}),
@@ -159,7 +159,7 @@ def broken(changes):
 
 
 @pytest.mark.parametrize(
-    "changes, words",
+    ("changes", "words"),
     [
         (lambda t: t["annotations"][1].update(image_id=99), "annotation 2: image 99 is not among"),
         (lambda t: t["annotations"][1].update(category_id=4), "annotation 2: category 4 is not among"),
@@ -193,21 +193,21 @@ def test_ambiguous_entries_are_refused(tmp_path, changes, words):
 
 
 def test_messages_for_a_wrong_root_json_or_image(tmp_path):
-    with pytest.raises(UserError, match="there is no folder .*nowhere"):
+    with pytest.raises(UserError, match=r"there is no folder .*nowhere"):
         opened(tmp_path / "nowhere", tmp_path)
-    with pytest.raises(UserError, match="^root is empty"):
+    with pytest.raises(UserError, match=r"^root is empty"):
         opened("", tmp_path)
     root = small_folder(tmp_path / "set", count=3)
-    with pytest.raises(UserError, match="split 'test': no instances json: searched .*instances_test.json"):
+    with pytest.raises(UserError, match=r"split 'test': no instances json: searched .*instances_test.json"):
         opened(root, tmp_path, val_split="test")
     (root / "annotations" / "instances_test.json").write_text("{}")
+    shutil.move(root / "images", root / "moved")
     with pytest.raises(UserError, match="split 'test': no folder of images"):
-        shutil.move(root / "images", root / "moved")
         opened(root, tmp_path, val_split="test", train_images="moved/train")
     shutil.move(root / "moved", root / "images")
     for spoilt in ("", '{"images": [', "[" * 100_000):
         (root / "annotations" / "instances_test.json").write_text(spoilt)
-        with pytest.raises(UserError, match="instances_test.json: not valid json"):
+        with pytest.raises(UserError, match=r"instances_test.json: not valid json"):
             opened(root, tmp_path, val_split="test", val_images="images/val")
     whole = (root / "annotations" / "instances_val.json").read_text()
     (root / "annotations" / "instances_test.json").write_text(whole, encoding="utf-8-sig")
@@ -218,7 +218,7 @@ def test_messages_for_a_wrong_root_json_or_image(tmp_path):
     huge[29:33] = struct.pack(">I", zlib.crc32(huge[12:29]))
     for spoilt in (b"", b"no image", whole[: len(whole) // 2], bytes(huge)):
         (root / "images" / "train" / "p1.png").write_bytes(spoilt)
-        with pytest.raises(UserError, match="p1.png: cannot be read as an image"):
+        with pytest.raises(UserError, match=r"p1.png: cannot be read as an image"):
             opened(root, tmp_path)
     with pytest.raises(UserError, match="source must be one of coco_folder, scenes, tfds, not 'coco'"):
         opened(root, tmp_path, source="coco")

@@ -1,5 +1,6 @@
 """Batches: a function of the seed and the step, for any number of shards and after interruptions."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -107,7 +108,7 @@ def test_batches_depend_on_the_seed_and_the_step_only(dataset, cfg, augment):
     assert len({row.tobytes() for batch in whole for row in batch["image"]}) > 30
 
 
-@pytest.mark.parametrize("count, augment", [(2, {}), (4, {}), (2, MIXED), (4, MIXED)])
+@pytest.mark.parametrize(("count", "augment"), [(2, {}), (4, {}), (2, MIXED), (4, MIXED)])
 def test_shards_join_to_the_whole_batch(dataset, cfg, count, augment):
     cfg = varied(cfg, **augment)
     whole = train(dataset, cfg, 4, batch_size=8)
@@ -144,7 +145,7 @@ def test_mixup_is_the_mean_with_an_earlier_image_of_the_stream(cfg):
                 share.append(0)
                 continue
             # Try all images that may be mixed in; a dark one can look like another.
-            first, end = next((a, b) for a, b in zip(rows, rows[1:], strict=False) if a <= row < b)
+            first, end = next((a, b) for a, b in itertools.pairwise(rows) if a <= row < b)
             stream = [(s, r) for s in range(8) for r in range(first, end)]
             place = stream.index((step, row))
             found = []
@@ -276,7 +277,7 @@ def test_an_image_that_cannot_be_decoded_is_named(cfg, tmp_path):
     reader = fresh.splits["train"].records
     raw = reader.raw(0)
     object.__setattr__(reader, "raw", lambda index: raw | {"image": b"spoilt"})
-    with pytest.raises(data.Damaged, match="image p0.png cannot be decoded"):
+    with pytest.raises(data.Damaged, match=r"image p0.png cannot be decoded"):
         reader[0]
 
 

@@ -9,7 +9,7 @@ from tests.support.data import settings
 
 
 @pytest.mark.parametrize(
-    "changes, words",
+    ("changes", "words"),
     [
         (dict(image_size=(0, 64)), "^image_size must be .height, width. of the canvas in pixels, not .0, 64."),
         (dict(augment=dict(flip=1.5)), "^augment.flip must be a probability in 0 .. 1, not 1.5"),

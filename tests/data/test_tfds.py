@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import shutil
+from typing import ClassVar
 
 import cv2
 import numpy as np
@@ -168,7 +169,7 @@ class BadCoco(tfds.core.GeneratorBasedBuilder):
     """The spec of coco/2017 with boxes that TFDS's own feature refuses."""
 
     VERSION = tfds.core.Version("1.1.0")
-    BOXES = {  # y1 x1 y2 x2 of an image of 50 x 40 px (height x width), and the expected action
+    BOXES: ClassVar = {  # y1 x1 y2 x2 of an image of 50 x 40 px (height x width), and the expected action
         (0.2, 0.1, 0.6, 0.5): None,
         (-0.2, 0.1, 0.6, 1.5): "repaired",
         (0.2, 0.1, 0.6, 1.0 + 1e-4): None,  # rounding
@@ -233,9 +234,12 @@ class Voc(tfds.core.GeneratorBasedBuilder):
     """The feature spec of TFDS's voc. Image i has i % 4 painted boxes, the second is difficult."""
 
     NAMES = ("bird", "cat", "dog")
-    SPLITS = {"2007": {"train": 3, "validation": 2, "test": 4}, "2012": {"train": 2, "validation": 3, "test": 1}}
+    SPLITS: ClassVar = {
+        "2007": {"train": 3, "validation": 2, "test": 4},
+        "2012": {"train": 2, "validation": 3, "test": 1},
+    }
     VERSION = tfds.core.Version("5.0.0")
-    BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=year) for year in SPLITS]
+    BUILDER_CONFIGS: ClassVar = [tfds.core.BuilderConfig(name=year) for year in SPLITS]
 
     def _info(self):
         label = tfds.features.ClassLabel(names=list(self.NAMES))

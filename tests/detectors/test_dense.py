@@ -39,7 +39,7 @@ def specs(detector, hw=(64, 96), *, train=False, dtype=jnp.float32):
     return jax.eval_shape(functools.partial(detector.apply, train=train), *detector.shapes, x)
 
 
-@pytest.mark.parametrize("name", (*NAMES, "retinanet_r50", "fcos_r101"))
+@pytest.mark.parametrize("name", [*NAMES, "retinanet_r50", "fcos_r101"])
 def test_taps_have_their_shapes(name):
     detector = tiny(name)
     output, stats = specs(detector)
@@ -114,7 +114,7 @@ def test_build_errors(name, options, message):
 
 
 def test_apply_wants_sides_that_divide():
-    with pytest.raises(ValueError, match="images of GFL must be .* multiples of 32, not"):
+    with pytest.raises(ValueError, match=r"images of GFL must be .* multiples of 32, not"):
         specs(tiny("gfl_r18"), (48, 64))
 
 
@@ -294,7 +294,7 @@ def test_bins_of_gfl_are_read_and_written():
     np.testing.assert_array_equal(state["bbox_head.integral.project"], np.arange(17))
     assert state["bbox_head.scales.2.scale"].shape == ()
     state["bbox_head.integral.project"] = np.arange(17) / 2
-    with pytest.raises(ValueError, match="bbox_head.integral.project must be 0, 1, ... 16"):
+    with pytest.raises(ValueError, match=r"bbox_head.integral.project must be 0, 1, ... 16"):
         weights.from_torch(detector, state)
 
 
@@ -313,7 +313,7 @@ def test_a_bare_resnet_of_another_form_is_told():
         detector = build("fcos_r18", 3, style=style, **options)
         state = weights.to_torch(detector, *detector.init(jax.random.key(1)))
         bare = {n.removeprefix("backbone."): v for n, v in state.items() if n.startswith("backbone.")}
-        with pytest.warns(UserWarning) as told:
+        with pytest.warns(UserWarning, match="bare ResNet") as told:
             weights.from_torch(detector, bare)
         assert ("the option style=pytorch" in str(told[0].message)) == (style == "caffe")
 
@@ -330,7 +330,10 @@ def test_a_bare_resnet_fills_the_backbone():
     chex.assert_trees_all_equal(params, fresh | {"backbone": variables[0]["backbone"]})
     chex.assert_trees_all_equal(stats, variables[1])
     del bare["layer1.0.conv1.weight"]
-    with pytest.warns(UserWarning), pytest.raises(ValueError, match="backbone.layer1.0.conv1.weight is missing"):
+    with (
+        pytest.warns(UserWarning, match="bare ResNet"),
+        pytest.raises(ValueError, match=r"backbone.layer1.0.conv1.weight is missing"),
+    ):
         weights.from_torch(detector, bare)
     with pytest.raises(ValueError, match="the whole atss_r18 is needed"):
         weights.from_torch(detector, bare, keep_classifiers=True)

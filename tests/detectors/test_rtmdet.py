@@ -112,7 +112,7 @@ def test_options_are_listed_with_their_defaults():
 
 
 @pytest.mark.parametrize(
-    "name, classes, options, message",
+    ("name", "classes", "options", "message"),
     [
         ("rtmdet_huge", 3, {}, "unknown detector 'rtmdet_huge': the detectors are atss_r18"),
         ("yolo", 3, {}, "unknown detector 'yolo'"),
@@ -212,15 +212,15 @@ def test_head_can_be_entered_anywhere():
         chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("branch, start", [("box", 0), ("cls", 3), ("reg", -1)])
+@pytest.mark.parametrize(("branch", "start"), [("box", 0), ("cls", 3), ("reg", -1)])
 def test_head_errors(branch, start):
-    with pytest.raises(ValueError, match="of the head of RTMDet: branch must be one of cls, reg, start in 0 .. 2"):
+    with pytest.raises(ValueError, match=r"of the head of RTMDet: branch must be one of cls, reg, start in 0 .. 2"):
         detector().head(*variables(), evaluated()[0].neck, branch=branch, start=start)
 
 
 @pytest.mark.parametrize("shape", [(1, 48, 64, 3), (1, 64, 64, 1), (64, 64, 3)])
 def test_apply_errors(shape):
-    with pytest.raises(ValueError, match="images of RTMDet must be .* multiples of 32, not"):
+    with pytest.raises(ValueError, match=r"images of RTMDet must be .* multiples of 32, not"):
         detector().apply(*variables(), jnp.zeros(shape), train=False)
 
 

@@ -152,10 +152,10 @@ def test_build_errors(options, message):
 
 
 def test_wrong_inputs_get_a_sentence():
-    with pytest.raises(ValueError, match="images of YOLOX must be .* multiples of 32, not"):
+    with pytest.raises(ValueError, match=r"images of YOLOX must be .* multiples of 32, not"):
         tiny().apply(*variables(), jnp.zeros((1, 48, 64, 3)), train=False)
     for wrong in ({"branch": "obj", "start": 0}, {"branch": "reg", "start": 3}):
-        with pytest.raises(ValueError, match="branch must be one of cls, reg, quality, start in 0 .. 2"):
+        with pytest.raises(ValueError, match=r"branch must be one of cls, reg, quality, start in 0 .. 2"):
             tiny().head(*variables(), specs(tiny())[0].neck, **wrong)
 
 
@@ -496,7 +496,7 @@ def test_an_onnx_file_is_read(tmp_path, monkeypatch):
     assert classes is None and yolox_names.is_folded(state)
     np.testing.assert_array_equal(state["onnx.0.weight"], kernel)
     file.write_bytes(file.read_bytes()[:-9])
-    with pytest.raises(ValueError, match="net.onnx: the weights cannot be read"):
+    with pytest.raises(ValueError, match=r"net.onnx: the weights cannot be read"):
         weights.read_checkpoint(file)
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(ValueError, match=r"net.onnx: reading it needs onnx: install the extra kdjax\[export\]"):

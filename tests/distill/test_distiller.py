@@ -90,12 +90,12 @@ def test_a_sequence_and_a_mapping_of_methods():
 
 def test_init_names_the_method_that_refuses():
     other = SCENE._replace(teacher=DetectorOutput(strides=(8, 16, 32), neck=TEACHER.neck))
-    with pytest.raises(UserError, match="^pfi: teacher: tap 'cls_logits'"):
+    with pytest.raises(UserError, match=r"^pfi: teacher: tap 'cls_logits'"):
         distiller(other, methods.cwd(), methods.pfi()).init(jax.random.key(0), SCENE.canvas)
 
 
 def test_what_is_no_model_is_refused():
-    with pytest.raises(UserError, match="^teacher: 'rtmdet_nano' has no `spec`: take a detector or"):
+    with pytest.raises(UserError, match=r"^teacher: 'rtmdet_nano' has no `spec`: take a detector or"):
         Distiller(detectors.build("rtmdet_pico", 3), "rtmdet_nano", [methods.cwd()])
 
 

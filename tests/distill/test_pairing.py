@@ -108,7 +108,7 @@ def test_shapes_are_checked_before_anything_is_computed(rule):
     assert [(x.shape, x.dtype) for x in spec] == [(x.shape, x.dtype) for x in real]
     with pytest.raises(UserError, match="3 classes and the teacher 4"):
         rule(shapes(student), shapes(rows(1, 4, classes=4)))
-    with pytest.raises(UserError, match="one side has no (locations|decoded boxes)"):
+    with pytest.raises(UserError, match=r"one side has no (locations|decoded boxes)"):
         rule(shapes(student), shapes(Rows(logits=teacher.logits)))
 
 

@@ -70,8 +70,24 @@ def test_a_tap_of_a_tower_is_one_convolution_on_all_levels():
 
 @pytest.mark.parametrize(
     "name",
-    ["nack", "neck.3", "neck.-1", "neck.1:1", "neck.0:4", "neck.:2", "neck.0:2:3", "cls_tower", "cls_tower.2"]
-    + ["cls_tower.-3", "cls_tower.0:1", "reg_tower.0", "rows.logits", "strides", "quality", "neck."],
+    [
+        "nack",
+        "neck.3",
+        "neck.-1",
+        "neck.1:1",
+        "neck.0:4",
+        "neck.:2",
+        "neck.0:2:3",
+        "cls_tower",
+        "cls_tower.2",
+        "cls_tower.-3",
+        "cls_tower.0:1",
+        "reg_tower.0",
+        "rows.logits",
+        "strides",
+        "quality",
+        "neck.",
+    ],
 )
 def test_a_wrong_tap_is_refused_with_the_valid_names(name):
     with pytest.raises(UserError, match=r"^tap .*this model has no such tap.*its taps are backbone, .*cls_tower\.1$"):

@@ -94,19 +94,19 @@ def test_a_teacher_with_nothing_but_a_neck(data, live):
     )
     found = terms(Distiller(STUDENT, neck, [methods.cwd(), methods.mkd()]), output, batch, variables)
     assert found == pytest.approx({name: v for name, v in live.items() if "hinton" not in name}, rel=1e-5)
-    with pytest.raises(UserError, match="^hinton: teacher: tap 'rows.logits': this model has no such tap.*neck"):
+    with pytest.raises(UserError, match=r"^hinton: teacher: tap 'rows.logits': this model has no such tap.*neck"):
         Distiller(STUDENT, neck, [methods.hinton()]).init(jax.random.key(0), SIZE)
 
 
 def test_crosskd_needs_a_teacher_with_a_head():
     Distiller(STUDENT, TEACHER, [methods.crosskd()]).init(jax.random.key(0), SIZE)
-    with pytest.raises(UserError, match="^crosskd: the method reads the teacher's head, which this teacher does not"):
+    with pytest.raises(UserError, match=r"^crosskd: the method reads the teacher's head, which this teacher does not"):
         Distiller(STUDENT, recorded(TEACHER.spec), [methods.crosskd()]).init(jax.random.key(0), SIZE)
 
 
 def test_a_student_of_your_own_needs_an_assigner_where_one_is_read():
     student = Custom(spec=STUDENT.spec)
-    with pytest.raises(UserError, match="^hinton: the method reads the student's assignment, which this student does"):
+    with pytest.raises(UserError, match=r"^hinton: the method reads the student's assignment, which this student does"):
         Distiller(student, TEACHER, [methods.hinton()]).init(jax.random.key(0), SIZE)
     assert Distiller(student, TEACHER, [methods.mkd()]).init(jax.random.key(0), SIZE)["mkd"]
 

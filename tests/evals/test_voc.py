@@ -31,7 +31,7 @@ A, B, FAR = [0, 0, 10, 10], [20, 0, 10, 10], [50, 50, 10, 10]
 
 
 @pytest.mark.parametrize(
-    "recall, precision, area, points",
+    ("recall", "precision", "area", "points"),
     [
         ([], [], 0, 0),
         ([1.0], [1.0], 1, 1),
@@ -48,7 +48,7 @@ def test_average_precision_by_hand(recall, precision, area, points):
 
 
 @pytest.mark.parametrize(
-    "objects, detections, area",
+    ("objects", "detections", "area"),
     [
         ([(0, 1, A)], [], 0),
         ([(0, 1, A)], [(0, 1, A, 0.9)], 1),

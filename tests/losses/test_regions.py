@@ -1,5 +1,7 @@
 """Masks from boxes, the valuable region, general instances: against slow loops, with padding and odd boxes."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -133,7 +135,7 @@ def test_fine_grained_mask(seed):
     union = np.prod(a[..., 2:] - a[..., :2], -1) + np.prod(b[..., 2:] - b[..., :2], -1) - inter
     overlap = (inter / union).reshape(HEIGHT, WIDTH, 3, -1)
     np.testing.assert_array_equal(masks[0], (overlap > 0).any((2, 3)))  # psi = 0 keeps every overlapping cell
-    for wide, narrow in zip(masks, masks[1:], strict=False):
+    for wide, narrow in itertools.pairwise(masks):
         assert np.all(wide | ~narrow)  # larger psi, a subset
     for j in range(overlap.shape[-1]):
         best = overlap[..., j].max()

@@ -30,14 +30,14 @@ def test_schedule():
     np.testing.assert_allclose(at, (0, 0, 0.25, 1, 1, 1, 0.2, 0, 0), rtol=1e-6)
     assert float(methods.build("bckd").scale(0)) == 1.0
     for wrong in (dict(stop=3, start=5), dict(decay=5), dict(warmup=-1)):
-        with pytest.raises(UserError, match="^mkd: schedule .*not possible"):
+        with pytest.raises(UserError, match=r"^mkd: schedule .*not possible"):
             methods.build("mkd", **wrong)
 
 
 def test_unknown_method_and_option_list_the_valid_ones():
-    with pytest.raises(UserError, match="mkdd.*mkd"):
+    with pytest.raises(UserError, match=r"mkdd.*mkd"):
         methods.build("mkdd")
-    with pytest.raises(UserError, match="wieght.*weight"):
+    with pytest.raises(UserError, match=r"wieght.*weight"):
         methods.build("mkd", wieght=1.0)
 
 

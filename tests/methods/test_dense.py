@@ -92,7 +92,7 @@ def refusal(student, teacher, method: str, **options) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("name", ("retinanet_r18", "fcos_r18", "atss_r18", "yolox_pico"))
+@pytest.mark.parametrize("name", ["retinanet_r18", "fcos_r18", "atss_r18", "yolox_pico"])
 def test_ld_is_refused_without_distributions(name):
     sentence = refusal(*networks(name), "ld")
     assert sentence.startswith("ld: student: tap 'rows.distribution': ")

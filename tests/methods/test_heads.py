@@ -209,8 +209,8 @@ def test_pfi_pulls_at_predictions_unless_the_guide_is_detached():
 
 def test_pfi_needs_predictions_on_the_grid_of_the_features():
     context = scene()
-    with pytest.raises(UserError, match="cell by cell.*stride 8"):
-        coarse = dataclasses.replace(context.teacher, neck=tuple(m[:, ::2, ::2] for m in context.teacher.neck))
+    coarse = dataclasses.replace(context.teacher, neck=tuple(m[:, ::2, ::2] for m in context.teacher.neck))
+    with pytest.raises(UserError, match=r"cell by cell.*stride 8"):
         terms("pfi", context._replace(teacher=coarse))
 
 
@@ -314,7 +314,7 @@ def expected_ld(
 
 
 @pytest.mark.parametrize(
-    "options, changed",
+    ("options", "changed"),
     [
         ({}, []),
         (dict(temperature=3.0), ["main", "region"]),
@@ -359,8 +359,8 @@ def test_ld_refuses_heads_without_distributions():
         terms("ld", plain)
     with pytest.raises(UserError, match=needed.format("teacher")):
         terms("ld", context._replace(teacher=plain.teacher))
+    fewer = dataclasses.replace(context.teacher, box_reg=tuple(m[..., :16] for m in context.teacher.box_reg))
     with pytest.raises(UserError, match=r"^ld: .*5 bins \(student\) and 4 \(teacher\)"):
-        fewer = dataclasses.replace(context.teacher, box_reg=tuple(m[..., :16] for m in context.teacher.box_reg))
         terms("ld", context._replace(teacher=fewer))
     # Five anchors a cell with one number an edge are not one anchor with five bins.
     several = {side: several_anchors(getattr(plain, side), BINS) for side in ("student", "teacher")}
@@ -401,7 +401,7 @@ def expected_crosskd(context, *, conv=0, rectify=False, box_loss="giou", confide
 
 
 @pytest.mark.parametrize(
-    "options, reading",
+    ("options", "reading"),
     [
         ({}, {}),
         (dict(student="tower.1", teacher="tower.-1"), dict(conv=1)),
@@ -445,7 +445,7 @@ def test_crosskd_compares_the_quality_behind_its_tower(tower):
     entropy = -(p * np.log(q) + (1 - p) * np.log(1 - q))
     positive, _ = masks(context)
     assert value == pytest.approx((positive * entropy).sum() / np.maximum(positive.sum(1), 1).sum(), rel=3e-4)
-    with pytest.raises(UserError, match="^crosskd: teacher: tap 'quality': .*no such tap"):
+    with pytest.raises(UserError, match=r"^crosskd: teacher: tap 'quality': .*no such tap"):
         terms("crosskd", context, quality_weight=1.0)
 
 
@@ -708,7 +708,7 @@ def test_predictions_of_other_classes_anchors_or_grids_are_refused(name):
 
 
 @pytest.mark.parametrize(
-    "name, options",
+    ("name", "options"),
     [
         ("rm", dict(quality="giou")),
         ("rm", dict(theta=0.0)),

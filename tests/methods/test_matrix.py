@@ -100,7 +100,7 @@ def check(name: str, student_family: str, teacher_family: str) -> None:
     assert np.isfinite(at_student) and at_student > 0 and not any(at_teacher)
 
 
-@pytest.mark.parametrize("number, name", list(enumerate(methods.names())), ids=methods.names())
+@pytest.mark.parametrize(("number", "name"), list(enumerate(methods.names())), ids=methods.names())
 def test_a_method_teaches_across_families(number, name):
     able = runs(name)
     mixed = [pair for pair in able if pair[0] != pair[1]] or able

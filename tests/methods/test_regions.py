@@ -358,7 +358,7 @@ def test_images_without_objects(name):
 
 
 @pytest.mark.parametrize(
-    "name,options,words",
+    ("name", "options", "words"),
     [
         ("fkd", dict(temperature=0.0), "fkd: temperature is 0.0"),
         ("fgfi", dict(psi=1.5), "fgfi: psi is 1.5"),
@@ -380,7 +380,7 @@ def test_gid_refuses_what_it_cannot_compare():
         UserError, match=r"^gid: .*same levels, anchors and classes.* 3\) \(student\) and .* 4\) \(teacher"
     ):
         init(method, scene(STUDENT, classes))
-    with pytest.raises(UserError, match="gid.*shares one adapter"):
+    with pytest.raises(UserError, match=r"gid.*shares one adapter"):
         init(method, scene(dataclasses.replace(STUDENT, neck=(*STUDENT.neck[:2], other.neck[2]))))
 
 

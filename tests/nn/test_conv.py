@@ -137,7 +137,7 @@ def test_conv_keeps_bfloat16():
 
 
 @pytest.mark.parametrize(
-    "kernel, options, message",
+    ("kernel", "options", "message"),
     [
         ((3, 3, 5, 4), {}, "needs 5 input channels"),
         ((3, 3, 2, 4), {"groups": 3}, "needs 6 input channels"),

@@ -8,7 +8,7 @@ from kdjax import nn
 from tests.support.arrays import arrays
 
 
-@pytest.mark.parametrize("window, stride, padding", [(5, 1, 2), (3, 2, 1), (2, 2, 0)])
+@pytest.mark.parametrize(("window", "stride", "padding"), [(5, 1, 2), (3, 2, 1), (2, 2, 0)])
 def test_max_pool(window, stride, padding):
     (x,) = arrays((2, 7, 6, 3))
     x = x - 10  # what the padding adds must not win

@@ -96,7 +96,7 @@ def test_the_page_needs_nothing_but_itself(tmp_path):
             value = attrs.get(name)
             assert value is None or value.startswith("data:image/jpeg") or value[1:] in ids
     assert not re.search(r"url\((?!#)|@import|https?://(?!www\.w3\.org)", text)
-    assert {target for target in re.findall(r"url\(#([^)]*)\)", text)} <= set(ids)
+    assert set(re.findall(r"url\(#([^)]*)\)", text)) <= set(ids)
     images = page.all("img")
     assert len(images) == 8 and all(attrs["alt"] and attrs["width"] for attrs in images)
     assert images[0]["alt"].startswith("ground truth: 3 objects (")

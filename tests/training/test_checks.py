@@ -83,13 +83,13 @@ def test_a_split_without_objects_is_refused(folder, tmp_path, empty):
 def test_a_config_that_lacks_a_setting_is_refused(folder, tmp_path):
     config = tiny_config(folder, teacher=None)
     del config.optimizer.clip_norm
-    with pytest.raises(UserError, match="config.optimizer.clip_norm is missing"):
+    with pytest.raises(UserError, match=r"config.optimizer.clip_norm is missing"):
         run(config, tmp_path)
 
 
 def test_a_term_without_effect_is_named(folder, teacher_folder, tmp_path):
     """A mask that drops all frequencies leaves the student no gradient."""
-    with pytest.raises(UserError, match="term mkd/frequency .*zero gradient"):
+    with pytest.raises(UserError, match=r"term mkd/frequency .*zero gradient"):
         run(tiny_config(folder, teacher=teacher_folder, methods__mkd__zeta=1.0), tmp_path)
 
 
@@ -100,16 +100,16 @@ def test_a_setting_newer_than_the_run_is_at_its_default(folder, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"config": written}))
     checks.check_workdir(config, tmp_path)
     config.optimizer.clip_norm = 1.0
-    with pytest.raises(ValueError, match="optimizer.clip_norm was 0.0, is 1.0"):
+    with pytest.raises(ValueError, match=r"optimizer.clip_norm was 0.0, is 1.0"):
         checks.check_workdir(config, tmp_path)
 
 
 def test_workdir_that_cannot_be_used_is_refused(folder, teacher_folder, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="workdir: .*file/run cannot be created .Not a directory"):
+    with pytest.raises(UserError, match=r"workdir: .*file/run cannot be created .Not a directory"):
         run(tiny_config(folder, teacher=teacher_folder), tmp_path / "file" / "run")
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="config.json is not the config of a run"):
+    with pytest.raises(UserError, match=r"config.json is not the config of a run"):
         run(tiny_config(folder, teacher=teacher_folder), tmp_path)
 
 
@@ -134,6 +134,6 @@ def test_only_mistakes_of_the_user_become_user_errors(folder, teacher_folder, tm
         raise ValueError("a bug")
 
     monkeypatch.setattr(checks, "check_truth", broken)
-    with pytest.raises(ValueError, match="^a bug$") as caught:
+    with pytest.raises(ValueError, match=r"^a bug$") as caught:
         run(tiny_config(folder, teacher=teacher_folder), tmp_path)
     assert not isinstance(caught.value, UserError)

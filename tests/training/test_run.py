@@ -241,12 +241,12 @@ def test_a_step_that_is_not_finite_changes_nothing(finished, folder, teacher_fol
     after = checkpoint.flat(after)
     assert after.pop("step") == 1 and before.pop("step") == 0
     assert_equal_bits(after, before)
-    with pytest.raises(FloatingPointError, match="twin/loss_.*step 3"):
+    with pytest.raises(FloatingPointError, match=r"twin/loss_.*step 3"):
         training.check_finite(3, {f"twin/{name}": value for name, value in metrics.items()})
 
 
 def test_workdir_of_another_run_is_refused(finished, folder, teacher_folder):
-    with pytest.raises(UserError, match="other settings.*seed was 0, is 1"):
+    with pytest.raises(UserError, match=r"other settings.*seed was 0, is 1"):
         run(tiny_config(folder, teacher=teacher_folder, seed=1), finished[0])
 
 

@@ -20,7 +20,7 @@ def test_class_map_of_the_teacher_must_fit(folder, teacher_folder, tmp_path):
     classes = ["zebra", *classes[1:]]
     weights.save(tmp_path / "other", detector, params, stats, classes=classes, image_size=(64, 64))
     config = tiny_config(folder, teacher=tmp_path / "other", method="hinton")
-    with pytest.raises(UserError, match="config.teacher.weights: the class map of .*other does not fit .*unknown"):
+    with pytest.raises(UserError, match=r"config.teacher.weights: the class map of .*other does not fit .*unknown"):
         run(config, tmp_path / "run")
 
 
@@ -40,7 +40,7 @@ def test_a_teacher_of_another_number_of_classes_is_refused(folder, teacher_folde
     detector = detectors.build("rtmdet_pico", 80)
     np.savez(tmp_path / "coco.npz", **weights.to_torch(detector, *detector.init(jax.random.PRNGKey(0))))
     changes = dict(method="hinton", teacher__weights=str(tmp_path / "coco.npz"), teacher__detector="rtmdet_pico")
-    with pytest.raises(UserError, match="coco.npz: the weights are for 80 classes, but 6 are needed"):
+    with pytest.raises(UserError, match=r"coco.npz: the weights are for 80 classes, but 6 are needed"):
         run(tiny_config(folder, teacher=teacher_folder, **changes), tmp_path / "run")
 
 

@@ -41,7 +41,7 @@ def test_all_differences_in_one_error(detector, state):
     broken["backbone.stem.0.conv.weight"] = np.zeros((4, 3, 5, 5))
     broken["bbox_head.cls_convs.1.0.conv.weight"] = 0 * state["bbox_head.cls_convs.1.0.conv.weight"]
     broken["bbox_head.rtm_reg.0.weight"] = np.zeros((5, 32, 1, 1))
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match="do not fit rtmdet_pico") as error:
         weights.from_torch(detector, broken)
     for words in (
         "do not fit rtmdet_pico with 3 classes",

@@ -71,7 +71,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, detector, variables, 
         weights.load(tmp_path / "w")
     name = next(name for name in state if name.endswith("running_var"))
     np.savez(tmp_path / "w.npz", **state | {name: np.full_like(state[name], np.inf)})
-    with pytest.raises(ValueError, match="w.npz: stats/.* contains NaN or Inf"):
+    with pytest.raises(ValueError, match=r"w.npz: stats/.* contains NaN or Inf"):
         weights.load(tmp_path / "w.npz", detector)
 
 
@@ -84,9 +84,9 @@ def test_save_errors(tmp_path, detector, variables):
         save(dtype="int8")
     with pytest.raises(ValueError, match="classes must hold 3 names, not 2"):
         save(classes=["a", "b"])
+    large = jax.tree.map(np.asarray, variables[0])
+    large["backbone"]["stage1"]["0"]["bn"]["bias"] = np.full(16, 1e6, np.float32)
     with pytest.raises(ValueError, match="backbone/stage1/0/bn/bias holds values beyond float16"):
-        large = jax.tree.map(np.asarray, variables[0])
-        large["backbone"]["stage1"]["0"]["bn"]["bias"] = np.full(16, 1e6, np.float32)
         save(large, dtype="float16")
 
 
@@ -103,7 +103,7 @@ def flip_a_bit(folder):
 
 
 @pytest.mark.parametrize(
-    "damage, message",
+    ("damage", "message"),
     [
         (flip_a_bit, "its SHA-256 differs"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b""), "its SHA-256 differs"),

@@ -33,9 +33,9 @@ def test_mmengine_keeps_the_average_in_state_dict():
 
 
 def test_file_errors(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="weights.h5: unknown kind of weights: the kinds are .npz, .saf"):
+    with pytest.raises(ValueError, match=r"weights.h5: unknown kind of weights: the kinds are .npz, .saf"):
         weights.read_checkpoint(tmp_path / "weights.h5")
-    with pytest.raises(ValueError, match="weights.npz: there is no such file"):
+    with pytest.raises(ValueError, match=r"weights.npz: there is no such file"):
         weights.read_checkpoint(tmp_path / "weights.npz")
     for name in ("broken.npz", "broken.safetensors"):
         (tmp_path / name).write_bytes(b"not arrays at all")
@@ -43,7 +43,7 @@ def test_file_errors(tmp_path, monkeypatch):
             weights.read_checkpoint(tmp_path / name)
     np.savez(tmp_path / "whole.npz", a=np.arange(1000))
     (tmp_path / "cut.npz").write_bytes((tmp_path / "whole.npz").read_bytes()[:2000])
-    with pytest.raises(ValueError, match="cut.npz: the weights cannot be read"):
+    with pytest.raises(ValueError, match=r"cut.npz: the weights cannot be read"):
         weights.read_checkpoint(tmp_path / "cut.npz")
     monkeypatch.setitem(sys.modules, "torch", None)
     (tmp_path / "weights.pth").write_bytes(b"")
@@ -57,8 +57,8 @@ def test_spoilt_files_are_refused_and_nothing_in_them_runs(tmp_path, state):
             weights.read_checkpoint(tmp_path / name)
         assert words in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "executed").exists()
+    (tmp_path / "executed").mkdir()
     with pytest.raises(FileExistsError):  # the code is really there
-        (tmp_path / "executed").mkdir()
         pickle.loads((tmp_path / "pickle.npz").read_bytes())
 
 
