@@ -10,6 +10,7 @@ the gradients with respect to the maps and to the kernel, the two forms in turn.
 import argparse
 import functools
 import statistics
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -19,6 +20,7 @@ from method_cost import timed
 from kdjax import nn
 from kdjax.nn import conv_builtin
 from kdjax.report import study
+from kdjax.structs import Array
 from kdjax.training import provenance, setup
 
 # Side of the map, channels, outputs, side of the kernel, stride, groups.
@@ -37,7 +39,7 @@ LAYERS = [
 PARTS = ("forward", "maps", "kernel")
 
 
-def main(arguments=None):
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--batch", type=int, default=8)
@@ -80,7 +82,10 @@ def main(arguments=None):
     )
 
 
-def run(function, part: str, x, kernel, gradient):
+def run(
+    function: Callable[[Array, Array], Array], part: str, x: Array, kernel: Array, gradient: Array
+) -> Array | tuple[Array, ...]:
+    """Runs a convolution, or one of its two gradients."""
     if part == "forward":
         return function(x, kernel)
     if part == "maps":

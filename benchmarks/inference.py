@@ -18,11 +18,11 @@ from kdjax.commands import latency
 
 
 def words(text: str) -> list[str]:
-    """ "a,b" -> ["a", "b"]."""
+    """Splits at commas: "a,b" -> ["a", "b"]."""
     return [word for word in text.split(",") if word]
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--detector", default="rtmdet_tiny", choices=detectors.names())
     parser.add_argument("--sizes", type=words, default=["320", "640"], help="sides of the images in pixels")

@@ -17,6 +17,7 @@ from unittest import mock
 from kdjax import data
 from kdjax.data import build, plans, records
 from kdjax.training import config as settings
+from kdjax.training.config import Config
 
 MIXED = dict(mosaic=True, mixup=1.0, scale=(0.1, 2.0))
 VARIANTS = {  # name: settings of augment, workers, whether anything is kept
@@ -29,7 +30,7 @@ VARIANTS = {  # name: settings of augment, workers, whether anything is kept
 }
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", default="")
     parser.add_argument("--size", type=int, default=640, help="of the canvas, px")
@@ -60,7 +61,7 @@ def main():
         print(f"{name:36}{decoded[name]:>18.2f}{1 / middle:>10.1f}{base / middle:>11.2f}")
 
 
-def decode(config, count: int = 100) -> float:
+def decode(config: Config, count: int = 100) -> float:
     """Images/s that one thread decodes, the first `count` of the split over and over."""
     stored = data.open_dataset(config).splits["train"].records
     encoded = [stored.raw(i % len(stored))["image"] for i in range(count)]
@@ -70,7 +71,7 @@ def decode(config, count: int = 100) -> float:
     return count / (time.perf_counter() - start)
 
 
-def measure(config, batch: int, count: int, kept: bool) -> tuple[float, int]:
+def measure(config: Config, batch: int, count: int, kept: bool) -> tuple[float, int]:
     """Seconds and decoded images of `count` batches, after those that fill the memory and those made ahead."""
     dataset = data.open_dataset(config)
     before = 4

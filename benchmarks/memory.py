@@ -17,11 +17,11 @@ from kdjax.training import provenance
 
 
 def words(text: str) -> list[str]:
-    """ "a,b" -> ["a", "b"]."""
+    """Splits at commas: "a,b" -> ["a", "b"]."""
     return [word for word in text.split(",") if word]
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--boxes", type=words, default=["16", "100", "300", "1000"])
     parser.add_argument("--log", type=Path)

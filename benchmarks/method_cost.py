@@ -27,7 +27,9 @@ import functools
 import gc
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -44,7 +46,7 @@ BOXES = 16  # padded boxes an image
 WARM = 2  # rounds that are not counted
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--student", default="rtmdet_nano")
     parser.add_argument("--teacher", default="rtmdet_tiny")
@@ -84,7 +86,7 @@ def main():
 class Bench:
     """What all methods share: detectors, a batch, the teacher, the twin's program."""
 
-    def __init__(self, args):
+    def __init__(self, args: argparse.Namespace) -> None:
         self.rounds = args.rounds
         self.student, self.teacher = (detectors.build(name, args.classes) for name in (args.student, args.teacher))
         self.key, self.image_size = jax.random.PRNGKey(0), (args.size, args.size)
@@ -115,7 +117,7 @@ class Bench:
             rounds.append((distil, twin, teacher))
         return summarize(name, rounds[WARM:], megabytes(step))
 
-    def forward(self, distiller: Distiller):
+    def forward(self, distiller: Distiller) -> jax.stages.Compiled:
         """The teacher's forward pass to the taps that are read; compiled once for each choice of them."""
         read = distiller.teacher_reads
         if read not in self.forwards:
@@ -139,19 +141,19 @@ def made_up_batch(batch: int, size: int, classes: int, boxes: int = BOXES) -> di
     }
 
 
-def compiled(function, *args, donate: bool = False):
+def compiled(function: Callable[..., Any], *args: Any, donate: bool = False) -> jax.stages.Compiled:
     """The program, which may overwrite its first argument if `donate`."""
     return jax.jit(function, donate_argnums=(0,) if donate else ()).lower(*args).compile()
 
 
-def timed(program, *args):
+def timed(program: Callable[..., Any], *args: Any) -> tuple[float, Any]:
     """Seconds until the results are there, and the results."""
     since = time.perf_counter()
     results = jax.block_until_ready(program(*args))
     return time.perf_counter() - since, results
 
 
-def megabytes(program) -> float:
+def megabytes(program: jax.stages.Compiled) -> float:
     """What the compiler has planned: temporaries, arguments and results, shared places once."""
     plan = program.memory_analysis()
     held = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes

@@ -12,7 +12,7 @@ import os
 import sys
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bench", required=True)
     parser.add_argument("--detector", default="tiny")
@@ -29,11 +29,11 @@ def main():
     image = torch.randn(1, 3, args.size, args.size)
 
     class Network(torch.nn.Module):
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             self.model = model
 
-        def forward(self, x):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
             classes, boxes = self.model._forward(x)
             return (*classes, *boxes)
 

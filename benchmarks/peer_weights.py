@@ -40,7 +40,7 @@ CONFIGS = {
 CLASSES = tuple(f"class {i}" for i in range(80))
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bench", help="of the peer's side: the folder with oracle_common.py")
     parser.add_argument("--folder", type=Path, required=True)
@@ -51,7 +51,7 @@ def main():
     write(args.folder, args.bench, x) if args.bench else compare(args.folder, x)
 
 
-def write(folder: Path, bench: str, x: np.ndarray):
+def write(folder: Path, bench: str, x: np.ndarray) -> None:
     """The peer's side."""
     os.environ.setdefault("ORACLE_THREADS", "2")
     sys.path.insert(0, bench)
@@ -75,7 +75,7 @@ def write(folder: Path, bench: str, x: np.ndarray):
         print(f"wrote {name}")
 
 
-def compare(folder: Path, x: np.ndarray):
+def compare(folder: Path, x: np.ndarray) -> None:
     """Ours."""
     import jax
 

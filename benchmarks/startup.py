@@ -19,7 +19,7 @@ from kdjax.report import study
 from kdjax.training import provenance
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="quickstart")
     parser.add_argument("--rounds", type=int, default=3)

@@ -8,11 +8,13 @@ because each gradient costs about as much, the teacher's once) with the largest 
 the same sitting. `--log FILE` appends the tables, with the versions, to a Markdown file.
 """
 
+import argparse
 import collections
 import re
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -37,7 +39,7 @@ CLASSES = {
 }
 
 
-def main(arguments=None):
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = step_time.parser_of(__doc__)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--log", type=Path)
@@ -105,7 +107,7 @@ def profile(built: step_time.Built, count: int) -> tuple[list[float], collection
     return seconds, spent
 
 
-def roofline(built: step_time.Built, args, median: float) -> str:
+def roofline(built: step_time.Built, args: argparse.Namespace, median: float) -> str:
     """Achieved operations a second beside those of the largest matrix product."""
     hw = (args.size, args.size)
     flops = 3 * complexity.flops(built.student, hw) + (complexity.flops(built.teacher, hw) if built.teacher else 0)

@@ -12,6 +12,7 @@ import argparse
 import json
 import resource
 import statistics
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -20,6 +21,7 @@ from method_cost import BOXES, WARM, compiled, made_up_batch, megabytes, timed
 from kdjax import detectors
 from kdjax import methods as zoo
 from kdjax.distill import Distiller
+from kdjax.structs import Array
 from kdjax.training import config as settings
 from kdjax.training import optim, provenance, setup
 from kdjax.training.step import TeacherVariables, init_state, make_step
@@ -36,7 +38,7 @@ class Built(NamedTuple):
     teacher: object
 
 
-def main(arguments=None):
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--steps", type=int, default=20)
     args = parse(parser, arguments)
@@ -70,20 +72,20 @@ def parser_of(text: str) -> argparse.ArgumentParser:
     return parser
 
 
-def parse(parser: argparse.ArgumentParser, arguments) -> argparse.Namespace:
+def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if bool(args.teacher) != bool(args.method):
         parser.error("a distillation step needs both --teacher and --method")
     return args
 
 
-def title(args) -> str:
+def title(args: argparse.Namespace) -> str:
     """The step in words."""
     what = f"{args.detector} {args.dtype}, batch {args.batch}, {args.size} px"
     return what + (f", {args.method} from {args.teacher}" if args.method else "")
 
 
-def build(args) -> Built:
+def build(args: argparse.Namespace) -> Built:
     """The program that train.py would run, with random weights and images."""
     student = detectors.build(args.detector, args.classes)
     teacher = detectors.build(args.teacher, args.classes) if args.teacher else None
@@ -105,7 +107,7 @@ def build(args) -> Built:
     return Built(program, state, variables, batch, student, teacher)
 
 
-def steps(built: Built, count: int):
+def steps(built: Built, count: int) -> Iterator[tuple[float, dict[str, Array]]]:
     """Seconds and metrics of each step, after two that warm up."""
     state = built.state
     for i in range(-WARM, count):

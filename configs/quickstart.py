@@ -6,10 +6,10 @@
 The teacher was trained on 2000 of the scenes; the student has 200 of them, like a user with few labelled images.
 """
 
-from kdjax.training.config import base, methods
+from kdjax.training.config import Config, base, methods
 
 
-def get_config(names: str = "mkd"):
+def get_config(names: str = "mkd") -> Config:
     config = base()
     config.batch_size = 8
     config.steps = 1600

@@ -7,6 +7,7 @@
 """
 
 import re
+from typing import Any
 
 import griffe
 
@@ -17,7 +18,7 @@ ENTRY = re.compile(r"^  ((?:\*{0,2}\w+, )+\*{0,2}\w+):(.*(?:\n    .*)*)", re.MUL
 class Docstrings(griffe.Extension):
     """Rewrites each docstring after it was read."""
 
-    def on_object(self, *, obj: griffe.Object, **kwargs) -> None:
+    def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         """Called for every module, class, function and attribute."""
         field = isinstance(obj, griffe.Attribute) and obj.lineno and obj.parent and obj.parent.is_class
         if field and not obj.docstring:

@@ -14,8 +14,11 @@ import inspect
 import re
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+
+from kdjax.structs import DetectorOutput
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 
@@ -160,7 +163,7 @@ def flow(text: str) -> str:
     return "\n".join(" ".join(paragraph.split()) for paragraph in paragraphs).strip()
 
 
-def read_options(where: str, make) -> list[tuple[str, str, str]]:
+def read_options(where: str, make: Callable[..., object]) -> list[tuple[str, str, str]]:
     """The rows of the table of options: the Args of `make` with the defaults of its signature."""
     defaults = {name: parameter.default for name, parameter in inspect.signature(make).parameters.items()}
     entries = read_args(inspect.getdoc(make) or "")
@@ -191,7 +194,7 @@ def read_args(doc: str) -> list[tuple[list[str], str]]:
     return entries
 
 
-def shown(default) -> str:
+def shown(default: object) -> str:
     return f'`"{default}"`' if isinstance(default, str) else f"`{default!r}`"
 
 
@@ -210,7 +213,7 @@ def pair_of(family: str) -> tuple[str, str]:
 
 
 @functools.cache
-def specs(name: str):
+def specs(name: str) -> DetectorOutput:
     """Shapes of everything that a detector returns for an image."""
     return detectors.build(name, CLASSES).spec((SIZE, SIZE))
 

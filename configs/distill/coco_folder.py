@@ -1,6 +1,6 @@
-"""A student distilled on your own images in COCO format, with its twin; the argument is the method, or several: a+b.
+r"""A student distilled on your own images in COCO format, with its twin; the argument is the method, or several: a+b.
 
-    kdjax train --config=distill/coco_folder:mkd --config.data.root=DIR \\
+    kdjax train --config=distill/coco_folder:mkd --config.data.root=DIR \
         --config.teacher.weights=runs/teacher/student --workdir=runs/mkd
 
 It trains rtmdet_nano for 3000 steps at 320x320; `--config.student.detector=rtmdet_tiny` trains a larger student.
@@ -9,7 +9,7 @@ authors set for one-stage detectors, or what the scale of RTMDet's maps needs. d
 The papers' own detectors are in distill/dense, and RTMDet's training on COCO is in distill/mkd_rtmdet.
 """
 
-from kdjax.resources import load_config
+from kdjax.resources import Config, load_config
 from kdjax.training.config import methods
 
 OPTIONS = {
@@ -24,7 +24,7 @@ OPTIONS = {
 CLIPPED = {"fgd", "mgd"}  # their authors clip the gradient
 
 
-def get_config(names: str = "mkd"):
+def get_config(names: str = "mkd") -> Config:
     config = load_config("supervised/coco_folder:rtmdet_nano")
     config.methods = methods(names)
     for name, options in config.methods.items():

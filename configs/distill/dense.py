@@ -1,6 +1,6 @@
-"""ResNet-101 to ResNet-50 on COCO, for RetinaNet, FCOS, GFL and ATSS, with the methods that were published on them.
+r"""ResNet-101 to ResNet-50 on COCO, for RetinaNet, FCOS, GFL and ATSS, with the methods that were published on them.
 
-    kdjax train --config=distill/dense:retinanet,fgd --config.teacher.weights=retinanet_r101.pth \\
+    kdjax train --config=distill/dense:retinanet,fgd --config.teacher.weights=retinanet_r101.pth \
         --config.data.root=DIR/coco --config.student.weights=resnet50.pth --workdir=runs/fgd
 
 The argument is FAMILY,METHODS. `--config.teacher.detector` and `--config.student.detector` take other sizes, and a
@@ -18,7 +18,7 @@ Published AP of the student alone -> with the method, R101 -> R50 unless noted:
 These runs have not been made with kdjax.
 """
 
-from kdjax.resources import load_config
+from kdjax.resources import Config, load_config
 from kdjax.training.config import methods
 
 FAMILIES = ("retinanet", "fcos", "gfl", "atss")
@@ -34,7 +34,7 @@ OPTIONS = {
 }
 
 
-def get_config(argument: str = "retinanet,ssim"):
+def get_config(argument: str = "retinanet,ssim") -> Config:
     family, _, names = argument.partition(",")
     if family not in FAMILIES or not names:
         raise ValueError(

@@ -1,6 +1,6 @@
-"""MKD's training on COCO: RTMDet's own recipe (supervised/rtmdet) with a teacher one size larger.
+r"""MKD's training on COCO: RTMDet's own recipe (supervised/rtmdet) with a teacher one size larger.
 
-    kdjax train --config=distill/mkd_rtmdet:tiny,s --config.teacher.weights=rtmdet_s.pth \\
+    kdjax train --config=distill/mkd_rtmdet:tiny,s --config.teacher.weights=rtmdet_s.pth \
         --config.data.root=DIR/coco --workdir=runs/mkd
 
 The argument is STUDENT,TEACHER or STUDENT,TEACHER,METHODS. `--config.methods.mkd.stop=129376`, the value of
@@ -10,11 +10,11 @@ Published AP, with the teacher one size larger: tiny 41.1 -> 41.8, s 44.6 -> 45.
 rtmdet_cwd has the same four. These runs have not been made with kdjax.
 """
 
-from kdjax.resources import load_config
+from kdjax.resources import Config, load_config
 from kdjax.training.config import methods
 
 
-def get_config(argument: str = "tiny,s"):
+def get_config(argument: str = "tiny,s") -> Config:
     student, teacher, names = _words(argument)
     config = load_config(f"supervised/rtmdet:{student}")
     config.teacher.detector = f"rtmdet_{teacher}"

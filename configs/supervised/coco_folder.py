@@ -3,10 +3,10 @@
 kdjax train --config=supervised/coco_folder:rtmdet_s --config.data.root=DIR --workdir=runs/teacher
 """
 
-from kdjax.training.config import base
+from kdjax.training.config import Config, base
 
 
-def get_config(detector: str = "rtmdet_tiny"):
+def get_config(detector: str = "rtmdet_tiny") -> Config:
     config = base()
     config.student.detector = detector
     config.data.source = "coco_folder"

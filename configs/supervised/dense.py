@@ -1,6 +1,6 @@
-"""mmdetection's training of RetinaNet, FCOS, GFL and ATSS on COCO: SGD, 12 epochs with batch 16, any of their sizes.
+r"""mmdetection's training of RetinaNet, FCOS, GFL and ATSS on COCO: SGD, 12 epochs with batch 16, any of their sizes.
 
-    kdjax train --config=supervised/dense:retinanet_r50 --config.data.root=DIR/coco \\
+    kdjax train --config=supervised/dense:retinanet_r50 --config.data.root=DIR/coco \
         --config.student.weights=resnet50.pth --workdir=runs/retinanet_r50
 
 DIR/coco is what `python -m kdjax.data.prepare --data_dir=DIR coco/2017` wrote; resnet50.pth has torchvision's weights
@@ -15,13 +15,13 @@ decay as well, and FCOS's biases have twice the rate and no decay; here no norm 
 one rate.
 """
 
-from kdjax.training.config import augment, base
+from kdjax.training.config import Config, augment, base
 
 IMAGES = 118287  # of COCO train2017
 BATCH = 16
 
 
-def get_config(argument: str = "retinanet_r50"):
+def get_config(argument: str = "retinanet_r50") -> Config:
     detector, _, epochs = argument.partition(",")
     epochs = int(epochs or 12)
     config = base()

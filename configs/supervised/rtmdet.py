@@ -1,19 +1,19 @@
-"""RTMDet's own training on COCO: 300 epochs with batch 256 at 640x640, Mosaic and MixUp for 280 of them; any size.
+r"""RTMDet's own training on COCO: 300 epochs with batch 256 at 640x640, Mosaic and MixUp for 280 of them; any size.
 
     kdjax train --config=supervised/rtmdet:tiny --config.data.root=DIR/coco --workdir=runs/tiny
 
 DIR/coco is what `python -m kdjax.data.prepare --data_dir=DIR coco/2017` wrote. On your own images, shortened, through
 both stages:
 
-    kdjax train --config=supervised/rtmdet:tiny --config.data.source=coco_folder \\
-        --config.data.root=DIR --config.data.val_split=val --config.batch_size=16 --config.steps=1500 \\
-        --config.data.stage2.start=1400 --config.optimizer.warmup=100 \\
+    kdjax train --config=supervised/rtmdet:tiny --config.data.source=coco_folder \
+        --config.data.root=DIR --config.data.val_split=val --config.batch_size=16 --config.steps=1500 \
+        --config.data.stage2.start=1400 --config.optimizer.warmup=100 \
         --config.ema.ramp=150 --workdir=runs/tiny
 
 Published: tiny 41.1 AP, s 44.6, m 49.4, l 51.5, x 52.8; the backbones of tiny and s were trained on ImageNet before.
 """
 
-from kdjax.training.config import augment, base
+from kdjax.training.config import Config, augment, base
 
 IMAGES = 118287  # of COCO train2017
 BATCH = 256
@@ -23,7 +23,7 @@ def steps(epochs: int) -> int:
     return round(epochs * IMAGES / BATCH)
 
 
-def get_config(size: str = "tiny"):
+def get_config(size: str = "tiny") -> Config:
     config = base()
     config.batch_size = BATCH
     config.steps = steps(300)

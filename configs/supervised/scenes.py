@@ -5,10 +5,10 @@
 assets/README.md has the metrics and the command that stores its weights as float16.
 """
 
-from kdjax.training.config import base
+from kdjax.training.config import Config, base
 
 
-def get_config(detector: str = "rtmdet_nano"):
+def get_config(detector: str = "rtmdet_nano") -> Config:
     config = base()
     config.batch_size = 16
     config.steps = 3000
