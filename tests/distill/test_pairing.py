@@ -112,6 +112,12 @@ def test_shapes_are_checked_before_anything_is_computed(rule):
         rule(shapes(student), shapes(Rows(logits=teacher.logits)))
 
 
+def test_hungarian_pairing_needs_logits():
+    student, teacher = rows(0, 5), rows(1, 4)
+    with pytest.raises(UserError, match="one side has no logits"):
+        by_hungarian(student, Rows(boxes=teacher.boxes))
+
+
 @pytest.mark.parametrize("rule", [by_overlap, by_hungarian])
 def test_no_gradient_flows_through_a_pairing(rule):
     student, teacher = rows(0, 5), rows(1, 4)
