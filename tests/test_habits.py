@@ -1,7 +1,10 @@
 """The files that no other test reads: workflows, pre-commit, the script of continuous integration, metadata."""
 
+import os
 import re
+import subprocess
 import tomllib
+from pathlib import Path
 
 import pytest
 import yaml
@@ -13,11 +16,11 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 TARGETS = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 
-def jobs(path) -> dict[str, dict]:
+def jobs(path: Path) -> dict[str, dict]:
     return yaml.safe_load(path.read_text())["jobs"]
 
 
-def commands(path) -> list[str]:
+def commands(path: Path) -> list[str]:
     """The lines of the steps of a workflow."""
     return [line for job in jobs(path).values() for step in job["steps"] for line in step.get("run", "").splitlines()]
 
@@ -77,10 +80,16 @@ def test_pre_commit_runs_tools_that_setup_installs():
     assert all(hook["language"] == "system" for hook in hooks), "nothing is downloaded"
 
 
-def test_continuous_integration_runs_the_tests_last():
-    lines = (ROOT / ".ci" / "run").read_text().splitlines()
-    assert lines[0].startswith("#!") and (ROOT / ".ci" / "run").stat().st_mode & 0o111
-    assert called("\n".join(line for line in lines if not line.startswith("#"))) == {"test"} <= TARGETS
+@pytest.mark.parametrize("failing", ["", "lint", "test"])
+def test_continuous_integration_lints_and_then_tests(failing, tmp_path):
+    """The script with a stand-in for make, which writes its target down and fails for one of them."""
+    make = tmp_path / "make"
+    make.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/called\n[ "$1" != "{failing}" ]\n')
+    make.chmod(0o755)
+    path = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(["bash", str(ROOT / ".ci" / "run")], cwd=tmp_path, env=os.environ | path, timeout=60)
+    assert (done.returncode == 0) == (not failing)
+    assert (tmp_path / "called").read_text().split() == ["lint", "test"]
 
 
 def test_constraints_pin_what_pyproject_asks_for():
