@@ -71,7 +71,6 @@ def test_imports_point_one_way(path):
     assert part == "detectors" or "flax" not in outside, "NNX stays inside kdjax/detectors"
     assert part != "losses" or outside <= {
         "jax",
-        "optax",
         "numpy",
         "kdjax",
         "math",

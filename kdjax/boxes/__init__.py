@@ -3,7 +3,7 @@
 Boxes are `x1 y1 x2 y2` in pixels of the network input.
 """
 
-from kdjax.boxes.assign import atss, atss_candidates, dynamic_soft_label, inside_padding, max_iou, sim_ota, smallest_box
+from kdjax.boxes.assign import atss, atss_candidates, inside_padding, max_iou, smallest_box
 from kdjax.boxes.coding import (
     boxes_to_cells,
     boxes_to_deltas,
@@ -15,6 +15,7 @@ from kdjax.boxes.coding import (
     expected_distance,
 )
 from kdjax.boxes.convert import clip, from_xywh, to_xywh
+from kdjax.boxes.dynamic import dynamic_soft_label, sim_ota
 from kdjax.boxes.iou import box_iou, pairwise_iou
 from kdjax.boxes.nms import greedy_nms, select_detections
 from kdjax.boxes.priors import grid_anchors, grid_priors, octave_scales

@@ -7,6 +7,8 @@ instead of empty; with the exponential both are the same.
 
 Loads: state dicts with the names of mmdetection, mmyolo and mmrazor's distillers. Published AP: 41.1, 44.6, 49.4, 51.5
 and 52.8 (tiny to x). Not reproduced yet (no published checkpoint was available).
+
+The file is longer than others because it holds all of a family: network, loss, decoding and names in PyTorch.
 """
 
 import functools
@@ -19,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from kdjax.boxes import assign, coding, nms, priors
+from kdjax.boxes import coding, dynamic, nms, priors
 from kdjax.detectors import levels
 from kdjax.detectors.api import (
     Detector,
@@ -342,7 +344,7 @@ def assign_targets(output: DetectorOutput, targets: Targets, key: Array | None =
     """
     del key
     logits, boxes = levels.class_logits(output), decode_boxes(output)
-    return assign.dynamic_soft_label(
+    return dynamic.dynamic_soft_label(
         jax.lax.stop_gradient(logits), jax.lax.stop_gradient(boxes), levels.grid(output), targets
     )
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from kdjax.boxes import assign, coding, nms, priors
+from kdjax.boxes import coding, dynamic, nms, priors
 from kdjax.boxes.convert import clip
 from kdjax.detectors import levels
 from kdjax.detectors.api import Detector, Tree, all_but_kernels, check_entry, check_images, pure
@@ -241,7 +241,7 @@ def assign_targets(output: DetectorOutput, targets: Targets, key: Array | None =
     points = levels.grid(output)
     middles = np.concatenate([points[:, :2] + points[:, 2:] / 2, points[:, 2:]], 1)
     scores = jnp.sqrt(jax.nn.sigmoid(levels.class_logits(output)) * jax.nn.sigmoid(_objectness(output))[..., None])
-    return assign.sim_ota(jax.lax.stop_gradient(scores), decode_boxes(output), middles, targets)
+    return dynamic.sim_ota(jax.lax.stop_gradient(scores), decode_boxes(output), middles, targets)
 
 
 def loss(output: DetectorOutput, targets: Targets, assignment: Assignment, *, l1: bool = False) -> dict[str, Array]:

@@ -1,4 +1,4 @@
-"""The assigners of RTMDet and YOLOX against slow loops, and what must not change its result."""
+"""The assigners of RetinaNet, ATSS and FCOS against slow loops, and what must not change their result."""
 
 import math
 
@@ -7,161 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from kdjax.boxes import assign, coding, priors, topk
+from kdjax.boxes import assign, dynamic, priors
 from kdjax.structs import Targets
-from tests.support.boxes import slow_sim_ota
+from tests.support.boxes import CLASSES, GRID, HW, slow_iou, some_batch
 
 FAST = settings(deadline=None, max_examples=25, derandomize=True, database=None)
 SEEDS = st.integers(0, 2**32 - 1)
-HW, CLASSES, ROWS = (64, 96), 4, 6
-GRID = priors.grid_priors(HW, (8, 16, 32))
-
-assigner = jax.jit(lambda logits, boxes, targets: assign.dynamic_soft_label(logits, boxes, GRID, targets))
-
-
-def some_batch(seed: int, batch: int = 3):
-    """Predictions near the truth and images of 0 .. ROWS boxes, among them tiny and equal ones."""
-    rng = np.random.default_rng(seed)
-    height, width = HW
-    counts = rng.integers(0, ROWS + 1, batch)
-    centres = rng.uniform(0, 1, (batch, ROWS, 2)) * [width, height]
-    sizes = np.exp(rng.uniform(np.log(3), np.log(60), (batch, ROWS, 2)))
-    boxes = np.clip(np.concatenate([centres - sizes / 2, centres + sizes / 2], -1), 0, [width, height] * 2)
-    boxes[:, 2] = np.where(rng.random((batch, 1)) < 0.3, boxes[:, 1], boxes[:, 2])  # the same place twice
-    valid = np.arange(ROWS) < counts[:, None]
-    labels = rng.integers(0, CLASSES, (batch, ROWS))
-    pad = np.stack([rng.integers(40, height + 1, batch), rng.integers(40, width + 1, batch)], -1)
-    targets = Targets(
-        boxes=np.where(valid[..., None], boxes, 0).astype(np.float32),
-        labels=np.where(valid, labels, 0).astype(np.int32),
-        valid=valid,
-        image_size=pad.astype(np.int32),
-        pad_size=pad.astype(np.int32),
-    )
-    logits = rng.normal(-1, 2, (batch, len(GRID), CLASSES)).astype(np.float32)
-    distances = np.exp(rng.normal(2.5, 0.8, (batch, len(GRID), 4))).astype(np.float32)
-    return logits, np.asarray(coding.distance_to_boxes(GRID[:, :2], distances)), targets
-
-
-def slow_assigner(logits, boxes, targets: Targets, row: int, topk=13):
-    """One image, prior by prior and box by box, in float64; also how close the decisions were."""
-    logits, boxes = np.float64(logits[row]), np.float64(boxes[row])
-    truth = np.float64(targets.boxes[row][targets.valid[row]])
-    labels = targets.labels[row][targets.valid[row]]
-    padded_height, padded_width = targets.pad_size[row]
-    matched, quality = np.full(len(GRID), -1), np.zeros(len(GRID))
-
-    def sigmoid(x):
-        return 1 / (1 + math.exp(-x))
-
-    candidates = []
-    for n, (x, y, stride, _) in enumerate(GRID):
-        column, line = round(x / stride), round(y / stride)
-        in_padding = line < math.ceil(padded_height / stride) and column < math.ceil(padded_width / stride)
-        if in_padding and any(b[0] < x < b[2] and b[1] < y < b[3] for b in truth):
-            candidates.append(n)
-    cost, overlap = np.zeros((len(truth), len(candidates))), np.zeros((len(truth), len(candidates)))
-    for m, (box, label) in enumerate(zip(truth, labels, strict=True)):
-        for i, n in enumerate(candidates):
-            a = boxes[n]
-            both = max(min(a[2], box[2]) - max(a[0], box[0]), 0) * max(min(a[3], box[3]) - max(a[1], box[1]), 0)
-            areas = [(b[2] - b[0]) * (b[3] - b[1]) for b in (a, box)]
-            v = overlap[m, i] = both / max(sum(areas) - both, 1e-6)
-            for c in range(CLASSES):
-                t, p = (v if c == label else 0.0), sigmoid(logits[n, c])
-                cost[m, i] += (t - p) ** 2 * -(t * math.log(p) + (1 - t) * math.log1p(-p))
-            cost[m, i] -= 3 * math.log(v + 1e-7)
-            away = math.hypot(GRID[n, 0] - (box[0] + box[2]) / 2, GRID[n, 1] - (box[1] + box[3]) / 2)
-            cost[m, i] += 10 ** (away / GRID[n, 2] - 3)
-    takers = {}
-    for m in range(len(truth) if candidates else 0):
-        k = max(int(np.sort(overlap[m])[::-1][:topk].sum()), 1)
-        for i in np.argsort(cost[m], kind="stable")[:k]:
-            takers.setdefault(i, []).append(m)
-    for i, boxes_of in takers.items():
-        m = boxes_of[0] if len(boxes_of) == 1 else int(np.argmin(cost[:, i]))
-        matched[candidates[i]], quality[candidates[i]] = m, overlap[m, i]
-    return matched, quality
-
-
-def test_k_smallest_is_a_stable_sort():
-    rng = np.random.default_rng(0)
-    search = jax.jit(topk.k_smallest, static_argnums=1)
-    for size, k in ((5, 5), (208, 13), (209, 13), (700, 13), (37, 2)):
-        for missing in (0.0, 0.9, 1.0):
-            values = rng.integers(0, 40, (4, size)).astype(np.float32)
-            values[rng.random(values.shape) < missing] = np.inf
-            smallest, index = search(values, k)
-            want = np.argsort(values, axis=-1, kind="stable")[:, :k]
-            np.testing.assert_array_equal(index, want)
-            np.testing.assert_array_equal(smallest, np.take_along_axis(values, want, -1))
-
-
-@FAST
-@given(SEEDS)
-def test_equals_slow_loop(seed):
-    logits, boxes, targets = some_batch(seed)
-    got = assigner(logits, boxes, targets)
-    for row in range(len(logits)):
-        matched, quality = slow_assigner(logits, boxes, targets, row)
-        # Boxes in the same place with the same class have equal costs up to rounding: either will do.
-        same = matched == np.asarray(got.matched[row])
-        at = np.flatnonzero(~same)
-        ours, theirs = np.asarray(got.matched[row])[at], matched[at]
-        assert np.all(ours >= 0) and np.all(theirs >= 0)
-        np.testing.assert_array_equal(targets.boxes[row][ours], targets.boxes[row][theirs])
-        np.testing.assert_array_equal(targets.labels[row][ours], targets.labels[row][theirs])
-        np.testing.assert_allclose(got.quality[row], quality, atol=1e-5)
-
-
-@FAST
-@given(SEEDS)
-def test_fields_agree_with_each_other(seed):
-    logits, boxes, targets = some_batch(seed)
-    got = jax.tree.map(np.asarray, assigner(logits, boxes, targets))
-    np.testing.assert_array_equal(got.positive, got.matched >= 0)
-    np.testing.assert_array_equal(got.ignore, ~np.asarray(assign.inside_padding(GRID, targets.pad_size)))
-    assert not np.any(got.positive & got.ignore)
-    for row in range(len(logits)):
-        index = got.matched[row][got.positive[row]]
-        assert np.all(targets.valid[row][index])
-        np.testing.assert_array_equal(got.labels[row][got.positive[row]], targets.labels[row][index])
-        np.testing.assert_array_equal(got.boxes[row][got.positive[row]], targets.boxes[row][index])
-        assert got.positive[row].any() <= targets.valid[row].any()
-    background = ~got.positive
-    assert np.all(got.labels[background] == CLASSES)
-    assert not got.boxes[background].any() and not got.quality[background].any()
-    assert np.all((got.quality >= 0) & (got.quality <= 1 + 1e-6))
-
-
-def test_padding_rows_change_nothing():
-    logits, boxes, targets = some_batch(5)
-    want = assigner(logits, boxes, targets)
-    # Whatever stands in padding rows, and however many there are.
-    garbage = targets._replace(
-        boxes=np.where(targets.valid[..., None], targets.boxes, [1, 2, 70, 60]).astype(np.float32),
-        labels=np.where(targets.valid, targets.labels, 2).astype(np.int32),
-    )
-    more = targets._replace(
-        boxes=np.pad(targets.boxes, [(0, 0), (0, 5), (0, 0)]),
-        labels=np.pad(targets.labels, [(0, 0), (0, 5)]),
-        valid=np.pad(targets.valid, [(0, 0), (0, 5)]),
-    )
-    for other in (garbage, more):
-        for name, a, b in zip(want._fields, want, assigner(logits, boxes, other), strict=True):
-            np.testing.assert_array_equal(a, b, err_msg=name)
-
-
-def test_a_box_without_a_prior_inside_takes_one_however_far_away():
-    grid = priors.grid_priors((16, 1024), (8,))
-    boxes = np.array([[[3.0, 0, 60, 16], [1001, 5, 1003, 7]]], np.float32)  # the second lies between the cells' corners
-    whole, labels = np.array([[16, 1024]]), np.array([[0, 1]])
-    targets = Targets(boxes=boxes, labels=labels, valid=labels >= 0, image_size=whole, pad_size=whole)
-    spread = coding.distance_to_boxes(grid[:, :2], np.full((1, len(grid), 4), 4.0, np.float32))
-    found = assign.dynamic_soft_label(np.zeros((1, len(grid), 2), np.float32), spread, grid, targets)
-    assert int((found.matched == 1).sum()) == 1 <= int((found.matched == 0).sum())
 
 
 def test_equal_overlaps_stay_equal_when_compiled():
@@ -181,54 +33,29 @@ def test_equal_overlaps_stay_equal_when_compiled():
         np.testing.assert_array_equal(compiled(anchors, targets, **options).matched, wanted.matched)
 
 
-def test_images_without_boxes_are_background():
-    logits, boxes, targets = some_batch(6)
-    got = assigner(logits, boxes, targets._replace(valid=np.zeros_like(targets.valid)))
-    assert not np.any(got.positive) and np.all(np.isfinite(got.quality))
-    assert np.all(got.matched == -1) and np.all(got.labels == CLASSES)
-
-
-MIDDLES = priors.grid_priors(HW, (8, 16, 32), offset=0.5)
-sim_ota = jax.jit(lambda probs, boxes, targets: assign.sim_ota(probs, boxes, MIDDLES, targets))
-
-
-@FAST
-@given(SEEDS)
-def test_sim_ota_equals_slow_loop(seed):
-    logits, boxes, targets = some_batch(seed)
-    probs = np.asarray(jax.nn.sigmoid(logits))
-    got = sim_ota(probs, boxes, targets)
-    for row in range(len(logits)):
-        matched, quality = slow_sim_ota(probs[row], boxes[row], MIDDLES, targets, row)
-        ours = np.asarray(got.matched[row])
-        at = np.flatnonzero(matched != ours)
-        # Boxes in the same place with the same class have equal costs up to rounding: either will do.
-        assert np.all(ours[at] >= 0) and np.all(matched[at] >= 0)
-        np.testing.assert_array_equal(targets.boxes[row][ours[at]], targets.boxes[row][matched[at]])
-        np.testing.assert_array_equal(targets.labels[row][ours[at]], targets.labels[row][matched[at]])
-        np.testing.assert_allclose(got.quality[row], quality, atol=1e-5)
-
-
 ANCHORS = np.concatenate([GRID[:, :2] - 2 * GRID[:, 2:], GRID[:, :2] + 2 * GRID[:, 2:]], axis=1)
 SIZES = (96, 24, 6)
+CROWD = np.array([0.0, 0, 20, 20])
 
 
 def others(logits, boxes, targets: Targets) -> dict:
     """The assigners of other detectors on the same batch."""
     inside = assign.inside_padding(GRID, targets.pad_size)
-    crowds = jnp.zeros((len(logits), 2, 4)).at[:, 0].set(jnp.array([0.0, 0, 20, 20]))
+    crowds = jnp.zeros((len(logits), 2, 4)).at[:, 0].set(CROWD)
     retina = {"positive_iou": 0.5, "negative_iou": 0.4, "num_classes": CLASSES, "inside": inside}
     crowd = {"ignored_boxes": crowds, "ignore_iof": 0.5, "min_positive_iou": 0.3}
     return {
-        "sim_ota": assign.sim_ota(jax.nn.sigmoid(logits), boxes, GRID, targets),
+        "sim_ota": dynamic.sim_ota(jax.nn.sigmoid(logits), boxes, GRID, targets),
         "max_iou": assign.max_iou(ANCHORS, targets, **retina),
         "max_iou_crowd": assign.max_iou(ANCHORS, targets, **retina | crowd),
+        "max_iou_high": assign.max_iou(ANCHORS, targets, **retina, match_low_quality=False),
         "atss": assign.atss(ANCHORS, targets, num_classes=CLASSES, level_sizes=SIZES, inside=inside),
     }
 
 
-def slow_max_iou(targets: Targets, row: int) -> list[int]:
+def slow_max_iou(targets: Targets, row: int, *, low: bool = True, crowd: bool = False) -> list[int]:
     """For each anchor the matched box, -1 for background, -2 for ignored."""
+    least = 0.3 if crowd else 0.0
     truth = np.float64(targets.boxes[row][targets.valid[row]])
     padded_height, padded_width = targets.pad_size[row]
     found = np.zeros((len(truth), len(ANCHORS)))
@@ -240,10 +67,13 @@ def slow_max_iou(targets: Targets, row: int) -> list[int]:
             found[m, n] = both / max(sum(areas) - both, 1e-6) if takes_part[n] else -1
     matched = []
     for n in range(len(ANCHORS)):
+        if crowd and slow_iou(ANCHORS[n], CROWD, "iof") > 0.5:
+            found[:, n] = -1
+    for n in range(len(ANCHORS)):
         best = found[:, n].max() if len(truth) else 0
-        index = int(found[:, n].argmax()) if best >= 0.5 else -1 if best < 0.4 else -2
-        for m in range(len(truth)):
-            if abs(found[m, n] - found[m].max()) < 1e-6:
+        index = int(found[:, n].argmax()) if best >= 0.5 else -1 if 0 <= best < 0.4 else -2
+        for m in range(len(truth) if low else 0):
+            if abs(found[m, n] - found[m].max()) < 1e-6 and found[m].max() >= least:
                 index = m
         matched.append(index if takes_part[n] else -2)
     return matched
@@ -266,33 +96,118 @@ def test_other_assigners():
     for name, got in run(logits, boxes, targets._replace(valid=np.zeros_like(targets.valid))).items():
         assert not np.any(got.positive), name
         np.testing.assert_array_equal(got.ignore, outside, err_msg=name)
-    retina = want["max_iou"]
-    for row in range(len(logits)):
-        got = np.where(retina.ignore[row], -2, retina.matched[row])
-        np.testing.assert_array_equal(got, slow_max_iou(targets, row))
+    slow = {"max_iou": {}, "max_iou_crowd": {"crowd": True}, "max_iou_high": {"low": False}}
+    for name, options in slow.items():
+        found = want[name]
+        for row in range(len(logits)):
+            got = np.where(found.ignore[row], -2, found.matched[row])
+            np.testing.assert_array_equal(got, slow_max_iou(targets, row, **options), err_msg=name)
 
 
-def test_no_gradient_and_bfloat16():
-    logits, boxes, targets = some_batch(7)
-
-    def scalar(logits, boxes):
-        got = assign.dynamic_soft_label(logits, boxes, GRID, targets)
-        return jnp.sum(got.quality) + jnp.sum(got.boxes)
-
-    for gradient in jax.jit(jax.grad(scalar, argnums=(0, 1)))(logits, boxes):
-        assert not np.any(gradient)
-    got = assigner(jnp.asarray(logits, jnp.bfloat16), jnp.asarray(boxes, jnp.bfloat16), targets)
-    assert got.quality.dtype == jnp.float32 and np.all(np.isfinite(got.quality)) and np.any(got.positive)
+def of_anchors(anchors, boxes) -> tuple[np.ndarray, Targets]:
+    """Anchors, and one image with these boxes."""
+    boxes, size = np.array([boxes], np.float32), np.array([[64, 64]])
+    valid = np.ones(boxes.shape[:2], bool)
+    return np.array(anchors, np.float32), Targets(boxes, valid.astype(np.int32) - 1, valid, size, size)
 
 
-def test_sharded_batch_gives_the_same_without_moving_images():
-    logits, boxes, targets = some_batch(8, batch=8)
-    sharding = NamedSharding(Mesh(np.array(jax.devices()[:8]), ("data",)), PartitionSpec("data"))
-    arguments = jax.device_put((logits, boxes, targets), sharding)
-    compiled = assigner.lower(*arguments).compile()
-    for name, a, b in zip(Targets._fields, compiled(*arguments), assigner(logits, boxes, targets), strict=False):
-        np.testing.assert_array_equal(a, b, err_msg=name)
-    assert "all-gather" not in compiled.as_text()
+def test_max_iou_at_its_thresholds():
+    """Overlaps of exactly 3/4, 1/2 and 1/4 of the box, and one that touches it."""
+    anchors, targets = of_anchors([[0, 0, 4, 3], [0, 0, 4, 2], [0, 0, 4, 1], [4, 0, 8, 4]], [[0, 0, 4, 4]])
+
+    def found(**options):
+        options = {"positive_iou": 0.5, "negative_iou": 0.25, "match_low_quality": False} | options
+        got = assign.max_iou(anchors, targets, num_classes=1, **options)
+        return np.where(got.ignore[0], -2, got.matched[0]).tolist()
+
+    assert found() == [0, 0, -2, -1]  # at least positive_iou: matched; below negative_iou: background
+    assert found(positive_iou=0.9) == [-2, -2, -2, -1]
+    low = {"positive_iou": 0.9, "match_low_quality": True}
+    assert found(**low, min_positive_iou=0.75) == [0, -2, -2, -1]
+    assert found(**low, min_positive_iou=0.76) == [-2, -2, -2, -1]
+    region = {"ignored_boxes": np.array([[[0.0, 0, 2, 4]]], np.float32)}  # half of each of the first three
+    assert found(**region, ignore_iof=0.5) == [0, 0, -2, -1]
+    assert found(**region, ignore_iof=0.49) == [-2, -2, -2, -1]
+    assert found(**region) == [0, 0, -2, -1]
+
+
+def test_of_several_boxes_the_last_takes_an_anchor_of_low_quality():
+    anchors, targets = of_anchors([[0, 0, 4, 4]], [[0, 0, 4, 1], [0, 0, 1, 4]])
+    got = assign.max_iou(anchors, targets, num_classes=1, positive_iou=0.9, negative_iou=0.1)
+    assert got.matched.tolist() == [[1]]
+
+
+def slow_atss(targets: Targets, row: int, inside) -> list[int]:
+    """For each anchor the matched box or -1, in float64."""
+    best = np.full(len(ANCHORS), -1.0)
+    matched = np.full(len(ANCHORS), -1)
+    centres = (np.float64(ANCHORS[:, :2]) + ANCHORS[:, 2:]) / 2
+    for m in np.flatnonzero(targets.valid[row]):
+        box = np.float64(targets.boxes[row, m])
+        apart = np.where(inside, np.hypot(*(centres - (box[:2] + box[2:]) / 2).T), np.inf)
+        near, start = [], 0
+        for size in SIZES:
+            order = start + np.argsort(np.float32(apart[start : start + size]), kind="stable")[:9]
+            near += [n for n in order if np.isfinite(apart[n])]
+            start += size
+        overlap = np.array([slow_iou(box, ANCHORS[n]) for n in near])
+        threshold = overlap.mean() + overlap.std(ddof=1)
+        for n, v in zip(near, overlap, strict=True):
+            x, y = centres[n]
+            border = min(x - box[0], y - box[1], box[2] - x, box[3] - y)
+            if v >= threshold and border > 0.01 and v > best[n]:
+                matched[n], best[n] = m, v
+    return matched.tolist()
+
+
+atss = jax.jit(
+    lambda targets, inside: assign.atss(ANCHORS, targets, num_classes=CLASSES, level_sizes=SIZES, inside=inside)
+)
+
+
+@FAST
+@given(SEEDS)
+def test_atss_equals_slow_loop(seed):
+    _, _, targets = some_batch(seed)
+    inside = np.asarray(assign.inside_padding(GRID, targets.pad_size))
+    got = atss(targets, inside)
+    np.testing.assert_array_equal(got.ignore, ~inside)
+    for row in range(len(inside)):
+        assert got.matched[row].tolist() == slow_atss(targets, row, inside[row])
+
+
+def test_atss_at_its_borders():
+    """A centre on the side of a box, or less than 0.01 px inside, is not in it; one candidate is its own threshold."""
+    for left, matched in ((0.0, -1), (-0.005, -1), (-0.02, 0)):
+        anchors, targets = of_anchors([[-4, 0, 4, 8]], [[left, 0, 8, 8]])
+        got = assign.atss(anchors, targets, num_classes=1, level_sizes=(1,))
+        assert got.matched.tolist() == [[matched]], left
+
+
+def test_assignments_have_no_gradient_and_no_quality_of_background():
+    matched, (_, targets) = np.array([[0, -1]]), of_anchors([[0, 0, 4, 4]] * 2, [[0, 0, 4, 4]])
+
+    def total(quality, boxes):
+        got = assign.assignment_of(matched, matched < 0, quality, 1, targets._replace(boxes=boxes))
+        return got.quality.sum() + got.boxes.sum(), got
+
+    gradients, got = jax.grad(total, (0, 1), has_aux=True)(jnp.array([[0.5, 0.7]]), jnp.asarray(targets.boxes))
+    assert not any(np.any(gradient) for gradient in gradients)
+    np.testing.assert_array_equal(got.quality, np.array([[0.5, 0]], np.float32))
+
+
+def test_smallest_box_at_its_borders():
+    points = np.array([[4.0, 4, 8, 8]], np.float32)
+
+    def found(box, low=0.0, high=64.0, radius=None):
+        _, targets = of_anchors([[0, 0, 8, 8]], [box])
+        ranges = np.array([[low, high]])
+        return assign.smallest_box(points, targets, num_classes=1, ranges=ranges, radius=radius).matched.item()
+
+    assert found([4, 0, 8, 8]) == found([0, 4, 8, 8]) == -1 and found([3, 3, 8, 8]) == 0  # strictly inside
+    assert found([0, 0, 8, 8], high=4.0) == found([0, 0, 8, 8], low=4.0) == 0  # the range is inclusive
+    assert found([0, 0, 8, 8], high=3.9) == found([0, 0, 8, 8], low=4.1) == -1
+    assert found([0, 0, 24, 8], radius=1.0) == -1 and found([0, 0, 23.9, 8], radius=1.0) == 0  # the region as well
 
 
 POINTS = priors.grid_priors(HW, (8, 16, 32), offset=0.5)
@@ -330,3 +245,13 @@ def test_smallest_box_equals_slow_loop(seed, radius):
             )
     assert not np.any(got.ignore)
     np.testing.assert_array_equal(got.labels == CLASSES, got.matched < 0)
+
+
+def test_priors_inside_the_padding():
+    grid = priors.grid_priors((32, 32), [8], offset=0.5)
+    inside = np.asarray(assign.inside_padding(grid, np.array([[32, 32], [17, 8]])))
+    assert inside[0].all()
+    # ceil(17 / 8) rows of ceil(8 / 8) columns.
+    np.testing.assert_array_equal(
+        inside[1].reshape(4, 4), np.arange(16).reshape(4, 4) % 4 < np.array([[1], [1], [1], [0]])
+    )

@@ -148,3 +148,17 @@ def test_quality_multiplies_the_scores_that_go_on():
     # Which pairs go on is decided by the scores alone.
     first = nms.select_detections(boxes, scores, quality=quality, pre_nms=1, max_detections=3, **options)
     np.testing.assert_allclose(first.scores[0], [0.08, 0, 0], rtol=1e-6)
+
+
+def test_an_overlap_at_the_threshold_is_kept():
+    boxes, scores = np.array([[[0.0, 0, 4, 4], [0, 0, 4, 2]]], np.float32), np.array([[0.9, 0.8]], np.float32)
+    for threshold, count in ((0.5, 2), (0.49, 1)):
+        _, valid = nms.greedy_nms(boxes, scores, iou_threshold=threshold, max_detections=2)
+        assert valid.sum() == count
+
+
+def test_indices_of_empty_places_are_zero():
+    boxes = np.array([[[0.0, 0, 4, 4], [8, 8, 9, 9]]] * 2, np.float32)
+    scores = np.array([[0.9, 0.8], [-np.inf, 0.8]], np.float32)
+    index, valid = nms.greedy_nms(boxes, scores, iou_threshold=0.5, max_detections=3)
+    assert index.tolist() == [[0, 1, 0], [1, 0, 0]] and valid.tolist() == [[True, True, False], [True, False, False]]

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdjax.boxes import assign, coding
+from kdjax.boxes import assign, coding, dynamic
 from kdjax.detectors import api, rtmdet
 from kdjax.detectors.levels import class_logits
 from kdjax.structs import Assignment, DetectorOutput, Targets
@@ -260,7 +260,7 @@ def running_stats(detector, new_stats, want: dict[str, np.ndarray]) -> Checks:
 
 def _assignments(arrays, targets: Targets, stored: Assignment, priors, end_to_end: Assignment) -> Checks:
     logits = join(maps_of(arrays, "train/cls"))
-    assigner = jax.jit(assign.dynamic_soft_label, compiler_options=QUICK)
+    assigner = jax.jit(dynamic.dynamic_soft_label, compiler_options=QUICK)
     got = assigner(logits, arrays["train/decoded_bboxes"], priors, targets)
     for field in ("labels", "positive", "matched", "ignore"):
         yield Check(f"assign {field}, stored inputs", mismatches(getattr(got, field), getattr(stored, field)), 0)

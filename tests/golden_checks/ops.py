@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from kdjax.boxes import assign, coding, convert, iou, nms, priors, roi
+from kdjax.boxes import assign, coding, convert, dynamic, iou, nms, priors, roi
 from kdjax.structs import Assignment, Targets
 from tests.golden_checks.api import (
     NOT_PART,
@@ -26,8 +26,8 @@ VALUE = 1e-5
 NEAR_THRESHOLD = 1e-4
 FAR = 10**6  # an image so large that it cuts nothing
 
-dynamic_soft_label = jax.jit(assign.dynamic_soft_label, static_argnames="topk")
-sim_ota = jax.jit(assign.sim_ota, static_argnames="topk")
+dynamic_soft_label = jax.jit(dynamic.dynamic_soft_label, static_argnames="topk")
+sim_ota = jax.jit(dynamic.sim_ota, static_argnames="topk")
 max_iou = jax.jit(assign.max_iou, static_argnames=("num_classes", "match_low_quality", "ignore_iof"))
 atss = jax.jit(assign.atss, static_argnames=("num_classes", "level_sizes", "topk"))
 align = jax.jit(roi.roi_align, static_argnames=("strides", "size", "sampling_ratio"))

@@ -1,4 +1,4 @@
-"""The detectors' losses: slow NumPy, the properties of the formulas, and every way to call them."""
+"""Losses of boxes: the properties of the formulas, and every way to call them."""
 
 import chex
 import jax
@@ -9,12 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
 
+from kdjax.boxes import iou
 from kdjax.errors import UserError
-from kdjax.losses import box, classification, distance
+from kdjax.losses import box, distance
+from tests.support.boxes import slow_iou
+from tests.support.losses import ROWS, some_predictions
 
 FAST = settings(deadline=None, max_examples=30, derandomize=True, database=None)
 SEEDS = st.integers(0, 2**32 - 1)
-ROWS, CLASSES, BINS = 16, 5, 8
+BINS = 8
 
 BOX = {
     "giou": box.giou,
@@ -31,26 +34,15 @@ IN_0_1 = ("iou_linear", "iou_square")
 
 
 def some_pairs(seed: int):
-    """Solid boxes and others that overlap them, and logits, labels (CLASSES is background) and qualities."""
-    rng = np.random.default_rng(seed)
-    start = rng.uniform(0, 50, (ROWS, 2))
-    target = np.concatenate([start, start + rng.uniform(4, 40, (ROWS, 2))], 1)
-    pred = target + rng.uniform(-1.9, 1.9, (ROWS, 4))
-    logits = rng.normal(0, 3, (ROWS, CLASSES))
-    labels = rng.integers(0, CLASSES + 1, ROWS)
-    quality = rng.uniform(0, 1, ROWS)
-    return (*tuple(x.astype(np.float32) for x in (pred, target, logits)), labels.astype(np.int32), np.float32(quality))
+    """Solid boxes and others that overlap them, and logits and a place for the distribution."""
+    pred, target, logits, _, quality = some_predictions(seed)
+    return pred, target, logits, quality * (logits.shape[-1] - 1)
 
 
-def every(pred, target, logits, labels, quality):
-    found = {name: loss(pred, target) for name, loss in BOX.items()}
-    found["quality_focal"] = classification.quality_focal(logits, labels, quality)
-    found["quality_focal_1.5"] = classification.quality_focal(logits, labels, quality, beta=1.5)
-    found["sigmoid_focal"] = classification.sigmoid_focal(logits, labels)
-    found["cross_entropy"] = classification.cross_entropy(logits, jnp.minimum(labels, CLASSES - 1))
-    found["binary_cross_entropy"] = classification.binary_cross_entropy(logits, labels)
-    found["distribution_focal"] = box.distribution_focal(logits, quality * (CLASSES - 1))
-    return found
+def every(pred, target, logits, place):
+    return {name: loss(pred, target) for name, loss in BOX.items()} | {
+        "distribution_focal": box.distribution_focal(logits, place)
+    }
 
 
 jitted = jax.jit(every)
@@ -75,10 +67,10 @@ def test_vmap_over_rows_is_the_batch():
 
 
 def test_gradients_by_finite_differences():
-    pred, target, logits, labels, quality = some_pairs(2)
+    pred, target, logits, place = some_pairs(2)
 
     def smooth(pred, logits):
-        found = every(pred, target, logits, labels, quality)
+        found = every(pred, target, logits, place)
         return {name: jnp.mean(value) for name, value in found.items() if name not in ("l1", "smooth_l1", "ciou")}
 
     # CIoU holds its alpha constant, so its gradient is not the derivative; the reference numbers cover it.
@@ -97,38 +89,40 @@ def test_bounds(seed):
 
 @FAST
 @given(SEEDS)
-def test_classification_equals_slow_loop(seed):
-    _, _, logits, labels, quality = some_pairs(seed)
-    got = jitted(*some_pairs(seed))
+def test_equals_slow_loop(seed):
+    pred, target, logits, place = some_pairs(seed)
+    got = jitted(pred, target, logits, place)
     for row in range(ROWS):
-        total = 0.0
-        for c in range(CLASSES):
-            p = 1 / (1 + np.exp(-np.float64(logits[row, c])))
-            t = float(labels[row] == c)
-            entropy = -t * np.log(p) - (1 - t) * np.log1p(-p)
-            weight = (0.25 if t else 0.75) * abs(t - p) ** 2
-            np.testing.assert_allclose(got["binary_cross_entropy"][row, c], entropy, rtol=1e-4, atol=1e-6)
-            np.testing.assert_allclose(got["sigmoid_focal"][row, c], weight * entropy, rtol=1e-4, atol=1e-6)
-            soft = t * quality[row]
-            total += abs(soft - p) ** 2 * (-soft * np.log(p) - (1 - soft) * np.log1p(-p))
-        np.testing.assert_allclose(got["quality_focal"][row], total, rtol=1e-4, atol=1e-6)
+        overlap = {mode: slow_iou(pred[row], target[row], mode) for mode in ("iou", "giou", "diou", "ciou")}
+        v, apart = overlap.pop("iou"), np.abs(np.float64(pred[row]) - target[row])
+        want = {mode: 1 - value for mode, value in overlap.items()}
+        want |= {"iou_linear": 1 - v, "iou_square": 1 - v**2, "iou_log": -np.log(max(v, 1e-6))}
+        want |= {"l1": apart, "smooth_l1": np.where(apart < 0.5, apart**2, apart - 0.25)}
+        q = np.exp(np.float64(logits[row])) / np.exp(np.float64(logits[row])).sum()
+        left = int(place[row])
+        want["distribution_focal"] = -(left + 1 - place[row]) * np.log(q[left]) - (place[row] - left) * np.log(
+            q[left + 1]
+        )
+        assert want.keys() == got.keys()
+        for name, value in want.items():
+            np.testing.assert_allclose(got[name][row], value, rtol=2e-4, atol=2e-5, err_msg=name)
 
 
-def test_zero_where_the_docstring_says_so():
-    _, target, _, labels, _ = some_pairs(3)
+def test_eps_and_the_default_form():
+    pred, target, *_ = some_pairs(5)
+    for name in ("giou", "diou", "ciou"):
+        want = 1 - iou.box_iou(pred, target, mode=name, eps=50.0)
+        np.testing.assert_allclose(BOX[name](pred, target, eps=50.0), want, rtol=1e-6, err_msg=name)
+        assert np.max(np.abs(BOX[name](pred, target) - want)) > 1e-3, name
+    np.testing.assert_array_equal(box.iou(pred, target), box.iou(pred, target, form="log"))
+    far = box.iou(np.array([0.0, 0, 2, 2]), np.array([5.0, 5, 6, 6]), eps=0.01)
+    np.testing.assert_allclose(far, -np.log(0.01), rtol=1e-6)
+
+
+def test_zero_at_equality():
+    _, target, *_ = some_pairs(3)
     for name, loss in BOX.items():
         np.testing.assert_allclose(loss(target, target), 0, atol=1e-5, err_msg=name)
-    sure = np.where(np.arange(CLASSES) == labels[:, None], 40.0, -40.0).astype(np.float32)
-    for value in (
-        classification.quality_focal(sure, labels, np.ones(ROWS, np.float32)),
-        classification.sigmoid_focal(sure, labels),
-        classification.binary_cross_entropy(sure, labels),
-    ):
-        np.testing.assert_allclose(value, 0, atol=1e-6)
-    # A probability that equals its soft label costs nothing, whatever the cross-entropy is.
-    logits = np.full((1, 2), -40.0, np.float32)
-    logits[0, 1] = np.log(0.3 / 0.7)
-    np.testing.assert_allclose(classification.quality_focal(logits, np.array([1]), np.array([0.3])), 0, atol=1e-6)
 
 
 def test_distribution_focal_takes_the_last_bin():
@@ -140,11 +134,11 @@ def test_distribution_focal_takes_the_last_bin():
 
 
 def test_finite_on_bad_boxes_large_logits_and_bfloat16():
-    pred, target, logits, labels, quality = some_pairs(4)
+    pred, target, logits, place = some_pairs(4)
     pred[:4] = [[3, 3, 3, 3], [9, 9, 1, 1], [0, 0, 0, 5], [-1e4, -1e4, 1e4, 1e4]]
     target[:2] = [[3, 3, 3, 3], [500, 500, 600, 600]]
     pred[5] = target[5]
-    arrays = (pred, target, logits * 30, labels, quality)
+    arrays = (pred, target, logits * 30, place)
     half = tuple(jnp.asarray(x, jnp.bfloat16) if x.dtype == np.float32 else x for x in arrays)
     for values in (arrays, half):
         for name, value in jitted(*values).items():

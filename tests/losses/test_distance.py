@@ -1,4 +1,4 @@
-"""Plain, pooled and standardised feature distances against slow NumPy and the properties of their formulas."""
+"""Distances of arrays and maps: slow NumPy and the properties of the formulas."""
 
 import chex
 import jax
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from jax.test_util import check_grads
 
 from kdjax.errors import UserError
-from kdjax.losses import distance, normalization
+from kdjax.losses import attention, distance, normalization
 from tests.support.arrays import assert_finite, maps, on_pmap, on_shards
 
 LOSSES = {
@@ -95,6 +95,19 @@ def test_shapes_that_differ_are_refused(loss):
         loss(jnp.zeros((1, 2, 2, 3)), jnp.zeros((1, 2, 2, 1)))
 
 
+def test_elementwise_distances_equal_numpy():
+    student, teacher = maps(19, scale=2.0)
+    apart = np.float64(student) - np.float64(teacher)
+    np.testing.assert_allclose(distance.squared(student, teacher), apart**2, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(distance.l1(student, teacher), np.abs(apart), rtol=1e-5, atol=1e-7)
+    for beta in (0.5, 1.0, 2.0):
+        small = np.abs(apart) < beta
+        assert small.any() and not small.all()
+        want = np.where(small, apart**2 / (2 * beta), np.abs(apart) - beta / 2)
+        np.testing.assert_allclose(distance.smooth_l1(student, teacher, beta=beta), want, rtol=1e-5, atol=1e-7)
+    np.testing.assert_array_equal(jax.grad(lambda s: distance.l1(s, teacher).sum())(teacher), 0)
+
+
 # Multiscale ----------------------------------------------------------------------------------------------------------
 
 
@@ -161,13 +174,27 @@ def test_hcl_by_hand():
     np.testing.assert_allclose(value, [[(full + two / 4 + one / 8) / (1 + 1 / 4 + 1 / 8)]], rtol=1e-6)
 
 
+def test_hcl_leaves_out_poolings_that_are_no_smaller_than_the_map():
+    student = jnp.arange(6.0).reshape(1, 2, 3, 1)
+    value = distance.multiscale(student, jnp.zeros_like(student), mode="hcl")
+    np.testing.assert_allclose(value, [[(np.mean(np.arange(6.0) ** 2) + 2.5**2 / 8) / (1 + 1 / 8)]], rtol=1e-6)
+
+
+def test_adaptive_avg_pool_equals_a_slow_loop():
+    x, _ = maps(20, (2, 5, 7, 3))
+    got = distance.adaptive_avg_pool(x, (2, 4))
+    for i, j in np.ndindex(2, 4):
+        rows, columns = (slice(k * n // o, -(-(k + 1) * n // o)) for k, n, o in ((i, 5, 2), (j, 7, 4)))
+        np.testing.assert_allclose(got[:, i, j], np.float64(x)[:, rows, columns].mean((1, 2)), rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("options", [{"scales": ()}, {"scales": (0, 1)}, {"scales": (1.5,)}, {"mode": "max"}])
 def test_multiscale_refuses_impossible_options(options):
     with pytest.raises(UserError, match="multiscale"):
         distance.multiscale(*maps(11), **options)
 
 
-# Standardised --------------------------------------------------------------------------------------------------------
+# Pearson -------------------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=10, deadline=None)
@@ -222,14 +249,6 @@ def test_pearson_equals_batch_norm_on_both_sides():
     np.testing.assert_allclose(of_batch_norm.mean() / 2, distance.pearson(student, teacher).mean(), rtol=1e-4)
 
 
-def test_standardize_is_accurate_far_from_zero():
-    x, _ = maps(16)
-    far = np.asarray(x + 1000)
-    wide = np.float64(far)
-    expected = (wide - wide.mean((0, 1, 2))) / wide.std((0, 1, 2))
-    np.testing.assert_allclose(normalization.standardize(far), expected, atol=2e-5)
-
-
 @pytest.mark.parametrize("options", [{}, {"ddof": 1}])
 def test_splitting_the_batch_over_devices_changes_no_statistic(options):
     student, teacher = maps(17, (8, 3, 2, 4))
@@ -250,7 +269,18 @@ def test_splitting_the_batch_over_devices_changes_no_statistic(options):
     np.testing.assert_allclose(gradient / 8, expected, rtol=1e-4, atol=1e-7)
 
 
-def test_standardize_over_devices_without_the_axis_name_would_differ():
-    student, _ = maps(18, (8, 1, 2, 1))
-    per_device = on_pmap(lambda x, axis_name: normalization.standardize(x), student)
-    assert np.max(np.abs(per_device - normalization.standardize(student))) > 0.1
+# Frobenius -----------------------------------------------------------------------------------------------------------
+
+
+def test_frobenius():
+    student, teacher = maps(6, (2, 4, 5, 4))
+    mask = attention.joint_spatial_attention(student, teacher)
+    np.testing.assert_allclose(mask.sum((1, 2, 3)), 20, rtol=1e-5)
+    value = distance.frobenius(student, teacher, weight=mask)
+    np.testing.assert_allclose(value, np.sqrt((np.float64(mask) * np.float64(student - teacher) ** 2).sum()), rtol=1e-5)
+    twice = [jnp.concatenate([x, x]) for x in (student, teacher, mask)]
+    np.testing.assert_allclose(distance.frobenius(twice[0], twice[1], weight=twice[2]), np.sqrt(2) * value, rtol=1e-5)
+    zero, gradient = jax.value_and_grad(lambda s: distance.frobenius(s, teacher))(teacher)
+    assert zero == 0 and np.all(np.asarray(gradient) == 0)
+    loss = jax.jit(lambda s: distance.frobenius(s, teacher))
+    check_grads(loss, (student,), order=1, modes=["rev"], atol=1e-2, rtol=1e-2, eps=1e-2)

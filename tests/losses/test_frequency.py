@@ -195,3 +195,9 @@ def test_refused():
         frequency.apply_frequency_mask(jnp.zeros((1, 4, 4, 2)), jnp.ones((1, 4, 3, 1)))
     with pytest.raises(UserError, match="adapter"):
         frequency.frequency_masked(jnp.zeros((1, 4, 4, 2)), jnp.zeros((1, 4, 4, 1)), jnp.ones((1, 4, 4, 1)))
+
+
+def test_no_gradient_flows_to_the_mask():
+    student, teacher = maps(15)
+    gradient = jax.grad(lambda m: frequency.frequency_masked(student, teacher, m).sum())(jnp.ones((2, 4, 5, 1)))
+    np.testing.assert_array_equal(gradient, 0)

@@ -1,39 +1,15 @@
-"""Attention, context and non-local blocks, the generator, alignment of statistics, and the norm of a batch."""
+"""Context and non-local blocks, and relations of instances."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.test_util import check_grads
 
 from kdjax import nn
-from kdjax.errors import UserError
-from kdjax.losses import attention, distance, normalization, reconstruction, relation
+from kdjax.losses import distance, relation
 from tests.support.arrays import maps, quick_jit
 
 SHAPE = (2, 4, 5, 4)
-
-
-# FGD -----------------------------------------------------------------------------------------------------------------
-
-
-def test_attended_weights_are_the_teachers_and_have_no_gradient():
-    student, teacher = maps(0, SHAPE)
-    weight = attention.spatial_attention(teacher) * attention.channel_attention(teacher)
-    np.testing.assert_allclose(
-        attention.attention_weighted(student, teacher), weight * (student - teacher) ** 2, rtol=1e-5
-    )
-    fixed = quick_jit(jax.grad(lambda t: (jax.lax.stop_gradient(weight) * (student - t) ** 2).sum()))(teacher)
-    found = quick_jit(jax.grad(lambda t: attention.attention_weighted(student, t).sum()))(teacher)
-    np.testing.assert_allclose(found, fixed, rtol=1e-4, atol=1e-6)
-
-
-def test_attention_difference_bound():
-    student, teacher = maps(1, SHAPE, scale=20.0)
-    difference = jax.jit(lambda s, t: attention.attention_difference(s, t, temperature=0.1))
-    value = difference(student, teacher)
-    assert np.all((np.asarray(value) > 1) & (np.asarray(value) <= 2 * (4 * 5 + 4) + 1e-3))
-    np.testing.assert_allclose(difference(teacher, teacher), 0, atol=1e-6)
 
 
 def test_context_block_starts_as_the_identity():
@@ -57,9 +33,6 @@ def test_context_block_equals_numpy():
         hidden = (hidden - hidden.mean()) / np.sqrt(hidden.var() + 1e-5) * p["norm"]["scale"] + p["norm"]["bias"]
         added = np.maximum(hidden, 0) @ p["up"]["kernel"][0, 0] + p["up"]["bias"]
         np.testing.assert_allclose(found, image + added, rtol=1e-3, atol=1e-5)
-
-
-# FKD -----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("pool", [1, 2])
@@ -89,83 +62,50 @@ def test_non_local_pool_is_cut_to_the_map():
     assert relation.non_local_block(x, params, pool=8).shape == x.shape
 
 
-def test_frobenius():
-    student, teacher = maps(6, SHAPE)
-    mask = attention.joint_spatial_attention(student, teacher)
-    np.testing.assert_allclose(mask.sum((1, 2, 3)), 20, rtol=1e-5)
-    value = distance.frobenius(student, teacher, weight=mask)
-    np.testing.assert_allclose(value, np.sqrt((np.float64(mask) * np.float64(student - teacher) ** 2).sum()), rtol=1e-5)
-    twice = [jnp.concatenate([x, x]) for x in (student, teacher, mask)]
-    np.testing.assert_allclose(distance.frobenius(twice[0], twice[1], weight=twice[2]), np.sqrt(2) * value, rtol=1e-5)
-    zero, gradient = jax.value_and_grad(lambda s: distance.frobenius(s, teacher))(teacher)
-    assert zero == 0 and np.all(np.asarray(gradient) == 0)
-    loss = jax.jit(lambda s: distance.frobenius(s, teacher))
-    check_grads(loss, (student,), order=1, modes=["rev"], atol=1e-2, rtol=1e-2, eps=1e-2)
+def test_relation_is_invariant_to_scale_and_rotation():
+    student, teacher = maps(4, (2, 5, 3))
+    valid = np.array([[True] * 5, [True, True, True, False, False]])
+    loss = quick_jit(lambda s, t: relation.pairwise_relation(s, t, valid))
+    value = loss(student, teacher)
+    rotation = np.linalg.qr(np.random.default_rng(5).normal(size=(3, 3)))[0].astype(np.float32)
+    np.testing.assert_allclose(loss(7 * student @ rotation + 1, teacher), value, rtol=1e-3)
+    np.testing.assert_allclose(loss(3 * teacher, teacher), 0, atol=1e-10)
+    assert float(value.min()) > 0
+    padded = student.at[1, 3:].set(100.0)
+    np.testing.assert_allclose(loss(padded, teacher), value, rtol=1e-5)  # padding rows change nothing
 
 
-# MGD -----------------------------------------------------------------------------------------------------------------
+def test_relation_needs_three_instances():
+    student, teacher = maps(6, (1, 4, 3))
+    total = quick_jit(jax.value_and_grad(lambda s, v: relation.pairwise_relation(s, teacher, v).sum()))
+    for count in (0, 1, 2):
+        valid = np.arange(4)[None] < count
+        value, gradient = total(student, valid)
+        assert value == 0 and np.all(np.asarray(gradient) == 0)
 
 
-def test_keep_mask_rate_and_limits():
-    uniform = jax.random.uniform(jax.random.key(7), (100000,))
-    for drop in (0.15, 0.45, 0.65):
-        rate = float(reconstruction.keep_mask(uniform, drop).mean())
-        assert abs(rate - (1 - drop)) < 4 * np.sqrt(drop * (1 - drop) / 100000)
-    np.testing.assert_array_equal(reconstruction.keep_mask(jnp.array([0.0, 1 - 2**-24]), 0.0), 1)
-    np.testing.assert_array_equal(reconstruction.keep_mask(jnp.array([0.0, 0.5]), 1.0), 0)
-    with pytest.raises(UserError, match="keep_mask"):
-        reconstruction.keep_mask(uniform, 1.5)
+def test_relation_equals_a_slow_loop():
+    student, teacher = maps(7, (1, 4, 3))
 
+    def distances(x):
+        x = np.float64(x[0])
+        d = np.sqrt(((x[:, None] - x[None]) ** 2).sum(-1))
+        return d / d[~np.eye(4, dtype=bool)].mean()
 
-def generator(seed):
-    keys = jax.random.split(jax.random.key(seed), 2)
-    return {
-        name: {"kernel": 0.3 * jax.random.normal(key, (3, 3, 4, 4)), "bias": jnp.full(4, 0.1)}
-        for name, key in zip(("first", "second"), keys, strict=True)
-    }
-
-
-def test_everything_masked_is_independent_of_the_student():
-    student, teacher = maps(8, SHAPE)
-    params = generator(9)
-
-    def loss(student, mask, params):
-        return distance.squared(reconstruction.reconstruct(mask * student, params), teacher).sum()
-
-    found = quick_jit(jax.grad(loss, (0, 2)))
-    gradients = [found(s, 0.0, params) for s in (student, 5 * student)]
-    np.testing.assert_array_equal(gradients[0][0], 0)
-    jax.tree.map(np.testing.assert_array_equal, gradients[0][1], gradients[1][1])
-    assert float(loss(student, 0.0, params)) == float(loss(teacher, 0.0, params))
-    assert float(loss(teacher, 1.0, params)) > 0  # not zero at equality
-
-
-# CrossKD -------------------------------------------------------------------------------------------------------------
-
-
-def test_align_takes_the_teachers_statistics_and_ignores_the_students():
-    student, teacher = maps(10, SHAPE)
-    align = quick_jit(normalization.match_statistics)
-    aligned = align(student, teacher)
-    np.testing.assert_allclose(aligned.mean((0, 1, 2)), teacher.mean((0, 1, 2)), atol=1e-5)
-    np.testing.assert_allclose(aligned.std((0, 1, 2)), teacher.std((0, 1, 2)), rtol=1e-4)
-    moved = align(jnp.array([0.1, 1, 5, 30]) * student + jnp.arange(4.0), teacher)
-    np.testing.assert_allclose(moved, aligned, rtol=1e-3, atol=1e-4)
-    np.testing.assert_allclose(align(teacher, teacher), teacher, rtol=1e-4, atol=1e-5)
-
-
-def test_align_of_a_constant_channel_gives_the_teachers_mean():
-    student, teacher = maps(11, SHAPE)
-    student = student.at[..., 0].set(0.3)
+    difference = np.abs(distances(student) - distances(teacher))
+    smooth = np.where(difference < 1, difference**2 / 2, difference - 0.5)
+    expected = smooth[~np.eye(4, dtype=bool)].mean()
     np.testing.assert_allclose(
-        normalization.match_statistics(student, teacher)[..., 0], teacher[..., 0].mean(), rtol=1e-5
+        relation.pairwise_relation(student, teacher, np.ones((1, 4), bool)), [expected], rtol=1e-3
     )
 
 
-def test_align_gradient_flows_through_the_students_statistics():
-    student, teacher = maps(12, (1, 2, 3, 2))
-    weights = np.random.default_rng(13).normal(size=student.shape)
-    loss = jax.jit(lambda s: (normalization.match_statistics(s, teacher) * weights).sum())
-    check_grads(loss, (student,), order=1, modes=["rev"], atol=2e-2, rtol=2e-2, eps=1e-2)
-    gradient = jax.grad(loss)(student)
-    np.testing.assert_allclose(gradient.sum((0, 1, 2)), 0, atol=1e-4)  # a shift of a channel changes nothing
+def test_initial_values():
+    context = relation.init_context(jax.random.key(8), 512)
+    shapes = {name: context[name]["kernel"].shape for name in ("attend", "down", "up")}
+    assert shapes == {"attend": (1, 1, 512, 1), "down": (1, 1, 512, 256), "up": (1, 1, 256, 512)}
+    np.testing.assert_allclose(np.std(context["attend"]["kernel"]), np.sqrt(2 / 512), rtol=0.15)
+    for reduction, hidden in ((2, 4), (4, 2), (16, 1)):
+        params = relation.init_non_local(jax.random.key(9), 8, reduction=reduction)
+        assert all(params[name]["kernel"].shape == (1, 1, 8, hidden) for name in ("theta", "phi", "g"))
+        assert params["out"]["kernel"].shape == (1, 1, hidden, 8)

@@ -16,12 +16,13 @@ def unit(seed, shape=(2, 8, 9, 3)):
     return tuple(normalization.min_max(x) for x in maps(seed, shape))
 
 
-def slow_ssim(s, t, window, exponents=(1, 1, 1)):
-    """By the definition, cell by cell, in double precision, with reflected borders."""
+def slow_ssim(s, t, window, exponents=(1, 1, 1), *, sigma=1.5, data_range=1.0, k1=0.01, k2=0.03, padding="same"):
+    """By the definition, cell by cell, in double precision, with reflected borders or none."""
     half = window // 2
-    weights = np.exp(-(np.arange(-half, half + 1) ** 2) / (2 * 1.5**2))
+    weights = np.exp(-(np.arange(-half, half + 1) ** 2) / (2 * sigma**2))
     weights = np.outer(weights, weights) / weights.sum() ** 2
-    pad = ((0, 0), (half, half), (half, half), (0, 0))
+    border = (half, half) if padding == "same" else (0, 0)
+    pad = ((0, 0), border, border, (0, 0))
     s, t = (np.pad(np.float64(x), pad, mode="reflect") for x in (s, t))
     out = np.empty((s.shape[0], s.shape[1] - 2 * half, s.shape[2] - 2 * half, s.shape[3]))
     for i, j in np.ndindex(*out.shape[1:3]):
@@ -33,7 +34,7 @@ def slow_ssim(s, t, window, exponents=(1, 1, 1)):
         ma, mb = mean(a), mean(b)
         va, vb = mean((a - ma[:, None, None]) ** 2), mean((b - mb[:, None, None]) ** 2)
         cov = mean((a - ma[:, None, None]) * (b - mb[:, None, None]))
-        c1, c2 = 0.01**2, 0.03**2
+        c1, c2 = (k1 * data_range) ** 2, (k2 * data_range) ** 2
         sd = np.sqrt(va * vb)
         factors = (
             (2 * ma * mb + c1) / (ma**2 + mb**2 + c1),
@@ -50,6 +51,27 @@ def test_definition(window, exponents):
     student, teacher = unit(0)
     value = quick_jit(lambda s, t: similarity.ssim(s, t, window=window, exponents=exponents))(student, teacher)
     np.testing.assert_allclose(value, slow_ssim(student, teacher, window, exponents), atol=2e-5)
+
+
+OPTIONS = (
+    {"sigma": 0.8},
+    {"data_range": 30.0},
+    {"k1": 0.5},
+    {"k2": 0.5},
+    {"padding": "valid"},
+    {"exponents": (0.5, 1, 2), "k1": 0.3, "k2": 0.4, "padding": "valid"},
+)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_options(options):
+    student, teacher = unit(7, (1, 6, 7, 2))
+    found = quick_jit(
+        lambda s, t: [f(s, t, window=5, **options) for f in (similarity.ssim, similarity.structural_dissimilarity)]
+    )
+    want = slow_ssim(student, teacher, 5, **options)
+    for got, wanted in zip(found(student, teacher), (want, np.clip((1 - want) / 2, 0, 1)), strict=True):
+        np.testing.assert_allclose(got, wanted, atol=2e-5)
 
 
 def test_two_factor_form_is_the_product_of_three():

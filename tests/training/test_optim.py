@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from kdjax import detectors
+from kdjax.errors import UserError
 from kdjax.training import checkpoint, optim
 from kdjax.training import config as settings
 
@@ -22,6 +23,72 @@ def test_learning_rate_and_moving_average():
         assert float(optim.ema_rate(config, at)) == pytest.approx(
             (1 - 2e-4) * np.exp(-(1 + at) / 2000) + 2e-4, rel=1e-4
         )
+
+
+def config_of(**optimizer):
+    config = settings.base()
+    config.update(dict(batch_size=32, steps=100))
+    config.optimizer.update(dict(warmup=10) | optimizer)
+    return config
+
+
+def test_the_rate_is_that_of_the_settings_or_proportional_to_the_batch():
+    for options, rate in ((dict(lr=0.3), 0.3), ({}, 0.004 / 8), (dict(name="sgd"), 0.02)):
+        assert float(optim.learning_rate(config_of(**options))(20)) == pytest.approx(rate, rel=1e-6)
+
+
+def test_the_cosine_ends_at_its_share_of_the_rate():
+    for end in (0.0, 0.25):
+        rate = optim.learning_rate(config_of(lr=1.0, flat=0.6, end=end))
+        for at, share in ((60, 1.0), (80, (1 + end) / 2), (100, end)):
+            assert float(rate(at)) == pytest.approx(share, rel=1e-5, abs=1e-6), (end, at)
+
+
+def test_the_rate_is_divided_by_ten_at_each_drop():
+    rate = optim.learning_rate(config_of(lr=1.0, drops=(40, 70)))
+    for at, share in ((0, 1e-5), (10, 1), (39, 1), (40, 0.1), (69, 0.1), (70, 0.01), (99, 0.01)):
+        assert float(rate(at)) == pytest.approx(share, rel=1e-5), at
+
+
+@pytest.mark.parametrize("drops", [(40, 30), (40, 40), (10,), (5,), (100,), (200,)])
+def test_drops_that_are_not_possible_are_refused(drops):
+    with pytest.raises(UserError, match=r"config.optimizer.drops must be ascending"):
+        optim.learning_rate(config_of(drops=drops))
+
+
+def test_a_warm_up_longer_than_the_constant_part_is_refused():
+    optim.learning_rate(config_of(warmup=50, flat=0.5))
+    optim.learning_rate(config_of(warmup=51, flat=0.5, drops=(60,)))  # with drops there is no cosine
+    with pytest.raises(UserError, match="config.optimizer.warmup is 51, but the cosine decay starts at step 50"):
+        optim.learning_rate(config_of(warmup=51, flat=0.5))
+
+
+def first_updates(gradient, count=1, **options):
+    """The first updates of a matrix and of a bias, both ones, the bias without weight decay."""
+    config = config_of(**dict(warmup=0, flat=1.0, weight_decay=0.0) | options)
+    optimizer = optim.optimizer(config, lambda params: {"matrix": False, "bias": True})
+    params = {"matrix": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+    state, gradients = optimizer.init(params), jax.tree.map(lambda p: gradient * jnp.ones_like(p), params)
+    for _ in range(count):
+        updates, state = optimizer.update(gradients, state, params)
+    return {name: float(update.ravel()[0]) for name, update in updates.items()}
+
+
+def test_sgd_has_momentum_and_an_l2_penalty():
+    sgd = dict(name="sgd", lr=0.1)
+    assert first_updates(2.0, **sgd) == pytest.approx({"matrix": -0.2, "bias": -0.2})
+    assert first_updates(2.0, **sgd, weight_decay=0.5) == pytest.approx({"matrix": -0.25, "bias": -0.2})
+    assert first_updates(2.0, 2, **sgd, momentum=0.5) == pytest.approx({"matrix": -0.3, "bias": -0.3})
+
+
+def test_gradients_are_clipped_by_their_global_norm():
+    clipped = first_updates(2.0, name="sgd", lr=0.1, clip_norm=1.0)  # the norm of six twos
+    assert clipped == pytest.approx(dict.fromkeys(("matrix", "bias"), -0.1 / np.sqrt(6)), rel=1e-5)
+
+
+def test_an_unknown_optimizer_is_named():
+    with pytest.raises(UserError, match="config.optimizer.name must be 'adamw' or 'sgd', not 'adam'"):
+        optim.optimizer(config_of(name="adam"), lambda params: params)
 
 
 def test_weight_decay_leaves_norms_and_biases_alone():
