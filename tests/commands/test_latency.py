@@ -13,11 +13,15 @@ from tests.support.checkpoints import Code
 from tests.support.models import read, refused
 
 
-def test_a_damaged_onnx_file_is_refused(tmp_path, capsys):
-    pytest.importorskip("onnxruntime", reason="ONNX needs kdjax[export]")
+@pytest.mark.parametrize(
+    ("name", "package", "reader"),
+    [("x.onnx", "onnxruntime", "onnxruntime"), ("x.tflite", "ai_edge_litert", "LiteRT")],
+)
+def test_a_damaged_file_is_refused(tmp_path, capsys, name, package, reader):
+    pytest.importorskip(package, reason=f"{reader} needs kdjax[export] or kdjax[litert]")
     for content in (b"", b"no graph", pickle.dumps({"code": Code(tmp_path / "executed")})):
-        (tmp_path / "x.onnx").write_bytes(content)
-        assert "x.onnx: onnxruntime cannot read it" in refused(capsys, "latency", f"--model={tmp_path / 'x.onnx'}")
+        (tmp_path / name).write_bytes(content)
+        assert f"{name}: {reader} cannot read it" in refused(capsys, "latency", f"--model={tmp_path / name}")
     assert not (tmp_path / "executed").exists()
 
 
@@ -54,14 +58,6 @@ class _Deaf:
 
     def run(self, *_):
         raise RuntimeError("no\nat all")
-
-
-def test_a_damaged_litert_file_is_refused(tmp_path, capsys):
-    pytest.importorskip("ai_edge_litert", reason="LiteRT needs kdjax[litert]")
-    for content in (b"", b"no graph", pickle.dumps({"code": Code(tmp_path / "executed")})):
-        (tmp_path / "x.tflite").write_bytes(content)
-        assert "x.tflite: LiteRT cannot read it" in refused(capsys, "latency", f"--model={tmp_path / 'x.tflite'}")
-    assert not (tmp_path / "executed").exists()
 
 
 def test_latency(made, exported, tmp_path, capsys, monkeypatch):

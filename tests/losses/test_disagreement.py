@@ -59,7 +59,7 @@ def test_general_instances():
         np.testing.assert_allclose(found[0, place], (boxes if surer else student_boxes)[0, prior], rtol=1e-6)
         assert labels[0, place] == np.abs(gap[0, prior]).argmax()
     assert np.all(valid)
-    assert np.all((score >= 0) & (score <= 1))
+    np.testing.assert_allclose(disagreement.score_gap(student, teacher)[0], score, rtol=1e-5)
 
 
 def test_no_gradient_flows_through_general_instances():

@@ -98,14 +98,13 @@ def test_levelled_masks_equal_a_slow_loop(seed):
         np.testing.assert_array_equal(found[0, ..., 0], want)
 
 
-def test_levelled_masks_divide_the_error_evenly():
-    """A constant squared error e costs (w_fg + w_bg) e / 2 if both regions are not empty, over whatever cells."""
+def test_levelled_masks_of_one_box():
     boxes, valid = np.array([[[16.0, 16, 60, 40]]], np.float32), np.array([[True]])
-    mask = np.asarray(levelled(boxes, valid)[0])
-    error, channels = 3.0, 4
-    square = np.full((*mask.shape[:3], channels), error)
-    terms = [(m * square).sum() / max(1, 2 * channels * m.sum()) for m in (mask, ~mask)]
-    np.testing.assert_allclose(3 * terms[0] + 12 * terms[1], (3 + 12) * error / 2)
+    fine, *others = levelled(boxes, valid)
+    wanted = np.zeros(SIZES[0], bool)
+    wanted[2:5, 2:7] = True  # from 16 / 8 to 40 / 8 and to 60 / 8, exclusive
+    np.testing.assert_array_equal(fine[0, ..., 0], wanted)
+    assert not any(np.any(other) for other in others)
 
 
 def grid_anchors():
