@@ -44,18 +44,20 @@ def others(logits, boxes, targets: Targets) -> dict:
     crowds = jnp.zeros((len(logits), 2, 4)).at[:, 0].set(CROWD)
     retina = {"positive_iou": 0.5, "negative_iou": 0.4, "num_classes": CLASSES, "inside": inside}
     crowd = {"ignored_boxes": crowds, "ignore_iof": 0.5, "min_positive_iou": 0.3}
+    high = {"positive_iou": 0.2, "negative_iou": 0.1, "match_low_quality": False}
     return {
         "sim_ota": dynamic.sim_ota(jax.nn.sigmoid(logits), boxes, GRID, targets),
         "max_iou": assign.max_iou(ANCHORS, targets, **retina),
         "max_iou_crowd": assign.max_iou(ANCHORS, targets, **retina | crowd),
-        "max_iou_high": assign.max_iou(ANCHORS, targets, **retina, match_low_quality=False),
+        "max_iou_high": assign.max_iou(ANCHORS, targets, **retina | high),
         "atss": assign.atss(ANCHORS, targets, num_classes=CLASSES, level_sizes=SIZES, inside=inside),
     }
 
 
-def slow_max_iou(targets: Targets, row: int, *, low: bool = True, crowd: bool = False) -> list[int]:
+def slow_max_iou(targets: Targets, row: int, *, high: bool = False, crowd: bool = False) -> list[int]:
     """For each anchor the matched box, -1 for background, -2 for ignored."""
     least = 0.3 if crowd else 0.0
+    positive, negative = (0.2, 0.1) if high else (0.5, 0.4)
     truth = np.float64(targets.boxes[row][targets.valid[row]])
     padded_height, padded_width = targets.pad_size[row]
     found = np.zeros((len(truth), len(ANCHORS)))
@@ -71,8 +73,8 @@ def slow_max_iou(targets: Targets, row: int, *, low: bool = True, crowd: bool = 
             found[:, n] = -1
     for n in range(len(ANCHORS)):
         best = found[:, n].max() if len(truth) else 0
-        index = int(found[:, n].argmax()) if best >= 0.5 else -1 if 0 <= best < 0.4 else -2
-        for m in range(len(truth) if low else 0):
+        index = int(found[:, n].argmax()) if best >= positive else -1 if 0 <= best < negative else -2
+        for m in range(0 if high else len(truth)):
             if abs(found[m, n] - found[m].max()) < 1e-6 and found[m].max() >= least:
                 index = m
         matched.append(index if takes_part[n] else -2)
@@ -96,7 +98,7 @@ def test_other_assigners():
     for name, got in run(logits, boxes, targets._replace(valid=np.zeros_like(targets.valid))).items():
         assert not np.any(got.positive), name
         np.testing.assert_array_equal(got.ignore, outside, err_msg=name)
-    slow = {"max_iou": {}, "max_iou_crowd": {"crowd": True}, "max_iou_high": {"low": False}}
+    slow = {"max_iou": {}, "max_iou_crowd": {"crowd": True}, "max_iou_high": {"high": True}}
     for name, options in slow.items():
         found = want[name]
         for row in range(len(logits)):

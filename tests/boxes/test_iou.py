@@ -82,7 +82,7 @@ def test_alpha_of_ciou_is_a_constant_to_the_gradient():
 
 
 def test_pairwise_is_box_iou_of_every_pair():
-    a, b = some_boxes(4), some_boxes(5, 9)
+    a, b = some_boxes(4, side=5.0), some_boxes(5, 9, side=5.0)
     for mode in iou.MODES:
         got = iou.pairwise_iou(a, b, mode=mode, eps=50.0)
         want = [[iou.box_iou(x, y, mode=mode, eps=50.0) for y in b[:3]] for x in a[:3]]

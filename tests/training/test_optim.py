@@ -47,7 +47,7 @@ def test_the_cosine_ends_at_its_share_of_the_rate():
 def test_the_rate_is_divided_by_ten_at_each_drop():
     rate = optim.learning_rate(config_of(lr=1.0, drops=(40, 70)))
     for at, share in ((0, 1e-5), (10, 1), (39, 1), (40, 0.1), (69, 0.1), (70, 0.01), (99, 0.01)):
-        assert float(rate(at)) == pytest.approx(share, rel=1e-5), at
+        assert float(rate(at)) == pytest.approx(share, rel=2e-3), at
 
 
 @pytest.mark.parametrize("drops", [(40, 30), (40, 40), (10,), (5,), (100,), (200,)])
