@@ -39,7 +39,9 @@ def inside_padding(priors: AnyArray, pad_size: AnyArray) -> Array:
     return jnp.all(cell < size_xy, axis=-1)
 
 
-def assignment_of(matched: Array, ignore: AnyArray, quality: AnyArray, num_classes: int, targets: Targets) -> Assignment:
+def assignment_of(
+    matched: Array, ignore: AnyArray, quality: AnyArray, num_classes: int, targets: Targets
+) -> Assignment:
     """The struct for the box of each prior, `matched`, which is -1 for background."""
     positive = matched >= 0
     index = jnp.maximum(matched, 0)

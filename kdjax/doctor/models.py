@@ -93,7 +93,6 @@ def _detections(role: str, setup: Setup, image_count: int, changes: Sequence[Cha
         )
         run = prediction.program(
             detector,
-            devices=setup.mesh.local_devices,
             preprocess=lambda images, change=change: change(images, detector.preprocess(images)),
         )
         ids = setup.dataset.category_ids

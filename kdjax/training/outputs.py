@@ -54,9 +54,8 @@ def evaluate(setup: Setup, role: str, *, limit: int = 0) -> Evaluation:
         round_down=detector.round_down,
     )
     bar = tqdm(batches, desc=f"evaluate {role}", unit="batch", leave=False, disable=jax.process_index() > 0)
-    devices = setup.mesh.local_devices
     rows, examples = [], []
-    for batch, detections in predict(detector, variables, bar, devices=devices, category_ids=dataset.category_ids):
+    for batch, detections in predict(detector, variables, bar, category_ids=dataset.category_ids):
         rows += coco.collect([(batch, detections)])
         for row in np.flatnonzero(batch["real"] & batch["valid"].any(axis=1))[: EXAMPLES - len(examples)]:
             examples.append(_example(role, batch, detections[row], row))

@@ -31,7 +31,7 @@ def test_schedule(options, steps, shares):
     ids=str,
 )
 def test_a_schedule_that_is_not_possible_is_refused(wrong):
-    with pytest.raises(UserError, match="schedule .*not possible"):
+    with pytest.raises(UserError, match=r"schedule .*not possible"):
         method.schedule(**wrong)
 
 

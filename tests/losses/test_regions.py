@@ -1,5 +1,7 @@
 """Masks from boxes and the valuable region: against slow loops, with padding and odd boxes."""
 
+import itertools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest

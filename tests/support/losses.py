@@ -14,4 +14,4 @@ def some_predictions(seed: int):
     logits = rng.normal(0, 3, (ROWS, CLASSES))
     labels = rng.integers(0, CLASSES + 1, ROWS)
     quality = rng.uniform(0, 1, ROWS)
-    return tuple(x.astype(np.float32) for x in (pred, target, logits)) + (labels.astype(np.int32), np.float32(quality))
+    return (*tuple(x.astype(np.float32) for x in (pred, target, logits)), labels.astype(np.int32), np.float32(quality))

@@ -59,7 +59,7 @@ def test_drops_that_are_not_possible_are_refused(drops):
 def test_a_warm_up_longer_than_the_constant_part_is_refused():
     optim.learning_rate(config_of(warmup=50, flat=0.5))
     optim.learning_rate(config_of(warmup=51, flat=0.5, drops=(60,)))  # with drops there is no cosine
-    with pytest.raises(UserError, match="config.optimizer.warmup is 51, but the cosine decay starts at step 50"):
+    with pytest.raises(UserError, match=r"config.optimizer.warmup is 51, but the cosine decay starts at step 50"):
         optim.learning_rate(config_of(warmup=51, flat=0.5))
 
 
@@ -87,7 +87,7 @@ def test_gradients_are_clipped_by_their_global_norm():
 
 
 def test_an_unknown_optimizer_is_named():
-    with pytest.raises(UserError, match="config.optimizer.name must be 'adamw' or 'sgd', not 'adam'"):
+    with pytest.raises(UserError, match=r"config.optimizer.name must be 'adamw' or 'sgd', not 'adam'"):
         optim.optimizer(config_of(name="adam"), lambda params: params)
 
 
