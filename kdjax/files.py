@@ -1,10 +1,20 @@
-"""Writing files atomically, and the folder of everything that kdjax caches; imports nothing of kdjax."""
+"""Writing files atomically, one writer at a time, and the folder of everything that kdjax caches."""
 
+import contextlib
+import errno
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import filelock
+from absl import logging
+
+from kdjax.errors import UserError
+
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}  # Lustre, some NFS and FUSE
+_STALE = 0.5  # s; the lock of a process that was killed is taken over within some attempts
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
@@ -26,6 +36,48 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, value: Mapping[str, Any] | Sequence[Any], *, indent: int | None = None) -> None:
     """`write_bytes` of a value as json, with a newline at the end."""
     write_text(path, json.dumps(value, indent=indent) + "\n")
+
+
+@contextlib.contextmanager
+def lock(path: str | Path, busy: str, *, wait: bool = False) -> Iterator[None]:
+    """Holds a lock while the body runs: one process at a time has it, on any host that shares the file system.
+
+    The lock of a process that ends or is killed is free again. Where the file system has no locks, a file with the
+    number and host of the process stands for the lock; if that process was killed on another host, the file must be
+    deleted by hand, and the message says so.
+
+    Args:
+      path: the file of the lock, in an existing folder; it stays.
+      busy: the message if another process has the lock, as in 'workdir: another process trains in runs/x'.
+      wait: log `busy` as a warning and wait, instead of refusing.
+
+    Raises:
+      UserError: another process has the lock, and `wait` is False.
+      OSError: the file cannot be created.
+    """
+    held: filelock.BaseFileLock = filelock.FileLock(path, fallback_to_soft=False)
+    try:
+        _acquire(held, busy, wait)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        marker = f"{path}.owner"
+        held = filelock.SoftFileLock(marker)
+        _acquire(held, f"{busy} (if no such process runs any more, delete {marker})", wait)
+    try:
+        yield
+    finally:
+        held.release()
+
+
+def _acquire(held: filelock.BaseFileLock, busy: str, wait: bool) -> None:
+    try:
+        held.acquire(timeout=_STALE)
+    except filelock.Timeout:
+        if not wait:
+            raise UserError(busy) from None
+        logging.warning("%s", busy)
+        held.acquire()
 
 
 def cache_root() -> Path:

@@ -37,7 +37,7 @@ ALLOWED = {
     "doctor": CORE | {"methods", "detectors", "data", "evals", "weights", "inference", "training"},
 }
 ALLOWED = {part: used | {"files", "resources"} for part, used in ALLOWED.items()}
-ALLOWED |= {"files": set(), "resources": {"errors"}, "sharding": set()}
+ALLOWED |= {"files": {"errors"}, "resources": {"errors"}, "sharding": set()}
 for _part in ("inference", "training", "doctor"):
     ALLOWED[_part] |= {"sharding"}
 # The commands may import everything.

@@ -1,15 +1,14 @@
 """A folder that is written once per content and used again while nothing has changed."""
 
+import contextlib
 import hashlib
 import json
 import os
+import platform
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-
-import filelock
-from absl import logging
 
 from kdjax import files
 from kdjax.errors import UserError
@@ -24,7 +23,8 @@ def prepared(directory: Path, name: str, fingerprint: Mapping[str, Any], write: 
     """The folder `directory`/name-hash(fingerprint), written by `write(folder)` if it does not exist yet.
 
     The folder is written under another name and renamed when it is complete. Processes that want the same folder wait
-    for the first one. If that one is killed, its lock is released, and the next one removes what it left and writes.
+    for the first one. If that one is killed, the next one removes what it left and writes. On file systems whose locks
+    do not reach other hosts, two hosts write their own folders, and the first that is complete is used by both.
 
     Args:
       directory: created if it does not exist.
@@ -42,27 +42,27 @@ def prepared(directory: Path, name: str, fingerprint: Mapping[str, Any], write: 
     target = directory / f"{name}-{digest}"
     if target.is_dir():
         return target
-    partial = directory / f".{target.name}.partial"
-    lock = filelock.FileLock(directory / f".{target.name}.lock")
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
+    lock = files.lock(
+        directory / f".{target.name}.lock", f"waiting for another process, which prepares {target}", wait=True
+    )
+    partial = directory / f".{target.name}.{platform.node()}.partial"
+    with contextlib.ExitStack() as held:
         try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            logging.warning("Waiting for another process that prepares %s.", target)
-            lock.acquire()
-    except OSError as error:
-        raise UserError(f"cache: cannot write to {directory} ({error.strerror}): choose another folder") from None
-    try:
-        if not target.is_dir():
+            directory.mkdir(parents=True, exist_ok=True)
+            held.enter_context(lock)
+            if target.is_dir():
+                return target
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
+        except OSError as error:
+            raise UserError(f"cache: cannot write to {directory} ({error.strerror}): choose another folder") from None
+        try:
+            write(partial)
             try:
-                write(partial)
                 os.rename(partial, target)
-            except BaseException:
-                shutil.rmtree(partial, ignore_errors=True)
-                raise
-    finally:
-        lock.release()
+            except OSError:
+                if not target.is_dir():  # else another host was faster
+                    raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     return target

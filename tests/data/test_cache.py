@@ -81,6 +81,19 @@ def test_the_second_waits_for_the_first(tmp_path):
     assert len(writes) == 1 and (first.result() / "whole").exists()
 
 
+def test_the_folder_of_a_faster_host_is_used(tmp_path):
+    """Of two hosts whose locks do not reach each other."""
+
+    def write(folder: Path) -> None:
+        (folder / "slow").write_text("x")
+        target = tmp_path / folder.name.split(".")[1]
+        target.mkdir()
+        (target / "fast").write_text("x")
+
+    assert [p.name for p in cache.prepared(tmp_path, "set", {"a": 1}, write).iterdir()] == ["fast"]
+    assert not list(tmp_path.glob("*.partial"))
+
+
 def test_a_preparation_that_fails_releases_the_lock(tmp_path):
     with pytest.raises(ZeroDivisionError):
         cache.prepared(tmp_path, "set", {"a": 1}, lambda folder: 1 / 0)

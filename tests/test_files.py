@@ -1,0 +1,54 @@
+"""Locks, on file systems with and without them."""
+
+import errno
+import fcntl
+import os
+import subprocess
+import sys
+
+import pytest
+
+from kdjax import files
+from kdjax.errors import UserError
+
+HOLD = """
+import fcntl, os, sys
+from kdjax import files
+if sys.argv[2]:
+    def flock(*_):
+        raise OSError(int(sys.argv[2]), os.strerror(int(sys.argv[2])))
+    fcntl.flock = flock
+with files.lock(sys.argv[1], "busy"):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("name", ["", "ENOSYS", "ENOLCK", "EOPNOTSUPP"])
+def test_a_lock_has_one_holder_and_is_free_when_that_is_killed(tmp_path, monkeypatch, name):
+    """With flock, and with the answers of file systems that have none."""
+    path, number = tmp_path / "x.lock", getattr(errno, name) if name else ""
+    if name:
+
+        def flock(*_):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(fcntl, "flock", flock)
+    command = [sys.executable, "-c", HOLD, str(path), str(number)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        try:
+            assert other.stdout.readline() == b"held\n"
+            message = f"busy (if no such process runs any more, delete {path}.owner)" if name else "busy"
+            with pytest.raises(UserError) as refused, files.lock(path, "busy"):
+                pass
+            assert str(refused.value) == message
+        finally:
+            other.kill()
+    for _ in range(2):
+        with files.lock(path, "busy"):
+            assert tmp_path.joinpath("x.lock.owner").exists() == bool(name)
+
+
+def test_a_lock_that_cannot_be_made_says_so(tmp_path):
+    with pytest.raises(FileNotFoundError), files.lock(tmp_path / "missing" / "x.lock", "busy"):
+        pass
