@@ -47,7 +47,7 @@ def lock(path: str | Path, busy: str, *, wait: bool = False) -> Iterator[None]:
     deleted by hand, and the message says so.
 
     Args:
-      path: the file of the lock, in an existing folder; it stays.
+      path: the file of the lock; it stays.
       busy: the message if another process has the lock, as in 'workdir: another process trains in runs/x'.
       wait: log `busy` as a warning and wait, instead of refusing.
 

@@ -50,5 +50,6 @@ def test_a_lock_has_one_holder_and_is_free_when_that_is_killed(tmp_path, monkeyp
 
 
 def test_a_lock_that_cannot_be_made_says_so(tmp_path):
-    with pytest.raises(FileNotFoundError), files.lock(tmp_path / "missing" / "x.lock", "busy"):
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError), files.lock(tmp_path / "file" / "x.lock", "busy"):
         pass

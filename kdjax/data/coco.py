@@ -1,7 +1,6 @@
 """Folders in COCO layout: finds their files, checks and repairs their json, streams their images."""
 
 import concurrent.futures
-import hashlib
 import itertools
 import json
 import os
@@ -9,12 +8,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from kdjax.data import records
+from kdjax.data import hashes, records
 from kdjax.data.records import ImageRecord
 from kdjax.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 CLIPPED = "box clipped to the image"  # a reason in the log
+LEAVES = "file_name leads out of the folder of images"  # a reason in the log
 CLIP = 0.01  # px: a box that extends beyond the image by less is clipped silently (rounding in the json)
 
 
@@ -63,24 +63,6 @@ def find_json(root: str, split: str, annotations: str = "") -> Path:
 
 def _listed(paths: Iterable[Path]) -> str:
     return ", ".join(str(p) for p in paths)
-
-
-def fingerprint(json_path: Path, folder: Path) -> dict[str, str]:
-    """Hashes of the json's content, and of name, size and time of every image."""
-    images = hashlib.sha256()
-    for where, subfolders, names in os.walk(folder):
-        subfolders.sort()
-        for name in sorted(names):
-            if name.lower().endswith(SUFFIXES):
-                stat = os.stat(os.path.join(where, name))
-                images.update(f"{os.path.relpath(where, folder)}/{name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    return {"json": digest(json_path), "images": images.hexdigest()}
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file's content."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read(json_path: Path) -> dict[str, Any]:
@@ -234,8 +216,37 @@ def _hashable(value: object) -> int | None:
     return value if _whole(value) else None
 
 
+def located(file_names: Iterable[str], folder: Path, name: str) -> dict[str, Path]:
+    """The path of every image, by its file_name; some tools write names that begin with the folder of the split.
+
+    Args:
+      file_names: of the json.
+      folder: of the images.
+      name: the json's name, for messages.
+
+    Raises:
+      UserError: images are missing.
+    """
+    paths = {
+        file_name: next((p for p in (folder / file_name, folder.parent / file_name) if _is_file(p)), None)
+        for file_name in file_names
+    }
+    missing = [file_name for file_name, path in paths.items() if path is None]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserError(f"{name}: {missing[0]}{more}: no such file in {folder}")
+    return {file_name: path for file_name, path in paths.items() if path}
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that is too long, or that no file can have
+        return False
+
+
 def stream(
-    image_records: list[ImageRecord], folder: Path, name: str, log: list[dict[str, Any]]
+    image_records: list[ImageRecord], paths: Mapping[str, Path], folder: Path, name: str, log: list[dict[str, Any]]
 ) -> Iterator[tuple[ImageRecord, bytes]]:
     """Yields every image with its encoded bytes. Each is decoded once, to compare its boxes with its true size.
 
@@ -243,40 +254,38 @@ def stream(
     ground truth keeps them as they are.
 
     Args:
-      image_records: from `check`.
+      image_records: from `check`, with the hash of each image.
+      paths: from `located`.
       folder: of the images.
       name: the json's name, for messages.
-      log: gets what is dropped or repaired.
+      log: gets what is dropped or repaired, and names that lead out of the folder.
 
     Raises:
-      UserError: an image is missing, cannot be read, or has another size than the json says.
+      UserError: an image cannot be read, has another hash, or has another size than the json says.
     """
-    located_paths = [located(record.file_name, folder) for record in image_records]
-    paths = [path for path in located_paths if path is not None]
-    missing = [record.file_name for record, path in zip(image_records, located_paths, strict=True) if path is None]
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise UserError(f"{name}: {missing[0]}{more}: no such file in {folder}")
 
-    def load(path: Path) -> tuple[bytes, tuple[int, ...] | None]:
-        encoded = path.read_bytes()
+    def load(record: ImageRecord) -> tuple[bytes, tuple[int, ...] | None]:
+        path = paths[record.file_name]
+        try:
+            encoded = path.read_bytes()
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        if hashes.of_bytes(encoded) != record.sha256:
+            raise UserError(f"{path}: has changed while the data is prepared: run the same command again")
         image = records.decode(encoded)
         return encoded, None if image is None else image.shape
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         # In portions, so that a large data set is never completely in memory.
         for start in range(0, len(image_records), 64):
-            loaded = pool.map(load, paths[start : start + 64])
-            for record, path, (encoded, shape) in zip(image_records[start:], paths[start:], loaded, strict=False):
+            loaded = pool.map(load, image_records[start : start + 64])
+            for record, (encoded, shape) in zip(image_records[start:], loaded, strict=False):
                 if shape is None:
-                    raise UserError(f"{path}: cannot be read as an image")
+                    raise UserError(f"{paths[record.file_name]}: cannot be read as an image")
+                if not Path(os.path.abspath(folder / record.file_name)).is_relative_to(os.path.abspath(folder)):
+                    log.append({"file": record.file_name, "annotation": None, "action": "noted", "reason": LEAVES})
                 _fit(record, shape, name, log)
                 yield record, encoded
-
-
-def located(file_name: str, folder: Path) -> Path | None:
-    """The path of an image; some tools write names that begin with the folder of the split."""
-    return next((p for p in (folder / file_name, folder.parent / file_name) if p.is_file()), None)
 
 
 def _fit(record: ImageRecord, shape: tuple[int, ...], name: str, log: list[dict[str, Any]]) -> None:

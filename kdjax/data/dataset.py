@@ -2,10 +2,10 @@
 
 import dataclasses
 import functools
-import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-from kdjax.data import cache, coco, records, scenes, tfds
+from kdjax.data import cache, coco, hashes, records, scenes, tfds
 from kdjax.data.records import ImageRecord, Reader
 from kdjax.data.stages import Settings
 from kdjax.errors import UserError
@@ -36,7 +36,7 @@ class Split:
     @functools.cached_property
     def truth(self) -> dict[str, Any]:
         """COCO instances dict of the first `size` images."""
-        truth = _stored(self.folder / TRUTH)
+        truth = hashes.read_json(self.folder / TRUTH)
         if len(truth["images"]) > self.size:
             truth["images"] = truth["images"][: self.size]
             ids = {image["id"] for image in truth["images"]}
@@ -46,7 +46,7 @@ class Split:
     @functools.cached_property
     def log(self) -> list[dict[str, Any]]:
         """Everything that was dropped or repaired: file, annotation, action, reason."""
-        return _stored(self.folder / LOG)
+        return hashes.read_json(self.folder / LOG)
 
     @property
     def image_ids(self) -> list[int]:
@@ -80,9 +80,11 @@ class Dataset:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Hash of the images, boxes and classes that the ground truths list; their place on disk does not matter."""
-        parts = {role: (coco.digest(split.folder / TRUTH), split.size) for role, split in self.splits.items()}
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        """Hash of the encoded images, their boxes and the classes; their place on disk does not matter."""
+        parts = {
+            role: (hashes.read_json(split.folder / _META)["content"], split.size) for role, split in self.splits.items()
+        }
+        return hashes.of_bytes(json.dumps(parts).encode())
 
 
 def open_dataset(cfg: Settings, splits: Sequence[str] = ("train", "val")) -> Dataset:
@@ -106,7 +108,7 @@ def open_dataset(cfg: Settings, splits: Sequence[str] = ("train", "val")) -> Dat
     if source not in _SOURCES:
         raise UserError(f"source must be one of {', '.join(sorted(_SOURCES))}, not {source!r}")
     folders = _SOURCES[source](cfg, splits)
-    metas = {role: _stored(folder / _META) for role, folder in folders.items()}
+    metas = {role: hashes.checked(folder / _META) for role, folder in folders.items()}
     categories = _categories(metas)
     labels = {key: label for label, key in enumerate(categories)}
     limit = int(cfg["limit"])
@@ -118,7 +120,7 @@ def open_dataset(cfg: Settings, splits: Sequence[str] = ("train", "val")) -> Dat
         try:
             reader.raw(meta["size"] - 1)
         except Exception:  # TFDS and array_record raise many exception types
-            raise _damaged(" or ".join(dict.fromkeys(directory for directory, _ in parts)), folder) from None
+            raise hashes.damaged(" or ".join(dict.fromkeys(directory for directory, _ in parts)), folder) from None
         size = min(meta["size"], limit) if limit > 0 else meta["size"]
         opened[role] = Split(_split_name(cfg, role), size, reader, folder, categories)
     return Dataset(
@@ -145,21 +147,6 @@ def ground_truth(dataset: Dataset, split: str, *, limit: int | None = None) -> d
     if limit is not None:
         chosen = dataclasses.replace(chosen, size=min(chosen.size, limit))
     return chosen.truth
-
-
-Json = Any  # the content of a json file
-
-
-def _stored(path: Path) -> Json:
-    """A json of the prepared data."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        raise _damaged(path, path.parent) from None
-
-
-def _damaged(path: Path | str, folder: Path) -> UserError:
-    return UserError(f"{path}: prepared data is damaged or missing: delete {folder} to have it prepared again")
 
 
 def _split_name(cfg: Settings, role: str) -> str:
@@ -209,16 +196,24 @@ def _prepare_folders(cfg: Settings, splits: Sequence[str]) -> dict[str, Path]:
     name = Path(cfg["root"]).expanduser().resolve().name or "folder"
 
     def prepare(role: str, json_path: Path, images: Path) -> Path:
-        def write(folder: Path) -> None:
+        @functools.cache
+        def parsed() -> tuple[dict[str, Any], list[ImageRecord], dict[int, str], list[dict[str, Any]]]:
             truth = coco.read(json_path)
-            image_records, categories, log = coco.check(truth, json_path.name)
-            stream = tqdm(
-                coco.stream(image_records, images, json_path.name, log), **_bar(name, role, len(image_records))
-            )
-            _write(folder, name=name, categories=categories, stream=stream, log=log, licenses=coco.licenses(truth))
+            return truth, *coco.check(truth, json_path.name)
 
-        fingerprint = {"builder": records.VERSION} | coco.fingerprint(json_path, images)
-        return cache.prepared(cache.root(cfg["cache"]), f"folder-{name}", fingerprint, write)
+        def paths(known: hashes.Known) -> dict[str, Path]:
+            return coco.located(known or [record.file_name for record in parsed()[1]], images, json_path.name)
+
+        def write(folder: Path, known: hashes.Known) -> None:
+            truth, image_records, categories, log = parsed()
+            for record in image_records:
+                record.sha256 = known[record.file_name][1]
+            stream = coco.stream(image_records, paths(known), images, json_path.name, log)
+            bar = tqdm(stream, **_bar(name, role, len(image_records)))
+            _write(folder, name=name, categories=categories, stream=bar, log=log, licenses=coco.licenses(truth))
+
+        content = hashes.of_file(json_path)
+        return _prepared(cfg, f"folder-{name}", {"json": content}, [content, os.path.abspath(images)], paths, write)
 
     return {role: prepare(role, *paths) for role, paths in files.items()}
 
@@ -252,7 +247,7 @@ def _prepare_tfds(cfg: Settings, splits: Sequence[str]) -> dict[str, Path]:
         # The records have labels 0 .. K-1 but no category ids: those of any json hold for all splits, else 1 .. K.
         json_path = jsons.get(role) or next(iter(jsons.values()), None)
 
-        def write(folder: Path) -> None:
+        def write(folder: Path, known: hashes.Known) -> None:
             categories, licenses, listed, log = dict(enumerate(classes, start=1)), [], [], []
             if json_path:
                 truth = coco.read(json_path)
@@ -278,15 +273,48 @@ def _prepare_tfds(cfg: Settings, splits: Sequence[str]) -> dict[str, Path]:
             )
 
         fingerprint = {
-            "builder": records.VERSION,
             "records": reader.parts,
-            "files": [tfds.fingerprint(directory) for directory in directories],
-            "json": json_path and coco.digest(json_path),
+            "json": json_path and hashes.of_file(json_path),
             "matched": role in jsons,
         }
-        return cache.prepared(cache.root(cfg["cache"]), f"tfds-{name}", fingerprint, write)
+        parts = [":".join(part) for part in reader.parts]
+        return _prepared(cfg, f"tfds-{name}", fingerprint, parts, lambda known: tfds.files(reader), write)
 
     return {role: prepare(role, reader) for role, reader in readers.items()}
+
+
+def _prepared(
+    cfg: Settings,
+    name: str,
+    fingerprint: Mapping[str, Any],
+    place: Iterable[str],
+    paths: Callable[[hashes.Known], Mapping[str, Path]],
+    write: Callable[[Path, hashes.Known], None],
+) -> Path:
+    """The folder of a split that is made of files.
+
+    Args:
+      cfg: read here: cache.
+      name: start of the folder's name.
+      fingerprint: what the content depends on beside the files.
+      place: where the files are; their hashes are remembered for it.
+      paths: the files by name, given the hashes that are remembered.
+      write: fills the folder, given the hashes of the files.
+    """
+    root = cache.root(cfg["cache"])
+    memory = root / f".{name}-{hashes.together(place)[:16]}.sha256"
+    before = hashes.recall(memory)
+    known = hashes.of_files(paths(before), before, f"check {name}")
+
+    def forget_and_write(folder: Path) -> None:
+        memory.unlink(missing_ok=True)  # if the file system is not to be trusted, the next attempt reads all files
+        write(folder, known)
+
+    key = {"builder": records.VERSION, **fingerprint, "files": hashes.together(sha256 for _, sha256 in known.values())}
+    folder = cache.prepared(root, name, key, forget_and_write)
+    if known != before:
+        hashes.save(memory, known)
+    return folder
 
 
 _SOURCES = {"coco_folder": _prepare_folders, "scenes": _prepare_scenes, "tfds": _prepare_tfds}
@@ -312,6 +340,7 @@ def _write(
 
     def kept() -> Iterable[tuple[ImageRecord, bytes]]:
         for record, encoded in stream:
+            record.sha256 = record.sha256 or hashes.of_bytes(encoded)
             image_records.append(record)
             yield record, encoded
 
@@ -346,6 +375,7 @@ def _save_index(
         "annotations": [annotation for record in image_records for annotation in record.annotations],
         "categories": [dict(id=key, name=label) for key, label in ascending],
     }
+    (folder / TRUTH).write_text(json.dumps(truth))
     boxes = [sum(not a["iscrowd"] for a in record.annotations) for record in image_records]
     meta = {
         "name": name,
@@ -353,8 +383,9 @@ def _save_index(
         "licenses": list(licenses),
         "records": list(parts),  # TFDS directory and split, several one after the other
         "size": len(image_records),
+        "content": hashes.together([hashes.of_file(folder / TRUTH), *(record.sha256 for record in image_records)]),
         "images_by_boxes": np.bincount(boxes, minlength=1).tolist(),
     }
-    (folder / TRUTH).write_text(json.dumps(truth))
     (folder / LOG).write_text(json.dumps(log))
     (folder / _META).write_text(json.dumps(meta))
+    hashes.seal(folder)

@@ -22,7 +22,7 @@ import tensorflow_datasets as tfds
 
 from kdjax.errors import UserError
 
-VERSION = "1.4.0"  # of what the builder writes; part of every cache key
+VERSION = "1.5.0"  # of what the builder writes; part of every cache key
 _SPLIT = "images"  # the only TFDS split that the builder writes
 
 _DECODE = (
@@ -40,6 +40,7 @@ class ImageRecord:
     height: int
     # As in COCO's json, in original pixels: id, category_id, bbox (x y w h), area, iscrowd, and its other fields.
     annotations: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    sha256: str = ""  # of the encoded image
 
 
 Example = tuple[int, dict[str, Any]]  # key and features, as TFDS takes them
@@ -49,7 +50,7 @@ Stream = Iterable[tuple[ImageRecord, bytes]]  # with the encoded image
 class RecordsBuilder(tfds.core.GeneratorBasedBuilder):
     """Writes a stream of (image record, encoded bytes) as array_record files."""
 
-    RELEASE_NOTES: ClassVar[dict[str, str]] = {VERSION: "Every split has a folder of its own."}
+    RELEASE_NOTES: ClassVar[dict[str, str]] = {VERSION: "Everything that is read back has its hash."}
     VERSION = tfds.core.Version(VERSION)
 
     def __init__(self, *, classes: list[str], category_ids: list[int], stream: Stream, **kwargs: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from kdjax.data import coco, records
+from kdjax.data import coco, hashes, records
 from kdjax.data.records import ImageRecord, Reader
 from kdjax.errors import UserError
 
@@ -91,9 +91,14 @@ def _open(directory: Path) -> tfds.core.DatasetBuilder:
     return builder
 
 
-def fingerprint(directory: str) -> list[list[str | int]]:
-    """Name, size and time of every file of the directory."""
-    return sorted([e.name, e.stat().st_size, e.stat().st_mtime_ns] for e in os.scandir(directory) if e.is_file())
+def files(reader: Reader) -> dict[str, Path]:
+    """What is read of the directories, by path: records, and the facts beside them."""
+    paths = set()
+    for directory, split in reader.parts:
+        info: Any = tfds.builder_from_directory(directory).info
+        paths |= {Path(path) for path in info.splits[split].filepaths}
+        paths |= {path for kind in ("*.json", "*.txt") for path in Path(directory).glob(kind) if path.is_file()}
+    return {str(path): path for path in sorted(paths)}
 
 
 def scan(reader: Reader, category_ids: list[int], log: list[dict[str, Any]]) -> Iterator[ImageRecord]:
@@ -111,19 +116,21 @@ def scan(reader: Reader, category_ids: list[int], log: list[dict[str, Any]]) -> 
       UserError: an image cannot be read.
     """
 
-    def load(index: int) -> tuple[dict[str, Any], tuple[int, ...] | None]:
+    def load(index: int) -> tuple[dict[str, Any], tuple[int, ...] | None, str]:
         record = reader.raw(index)
         image = records.decode(record["image"])
-        return record, None if image is None else image.shape
+        return record, None if image is None else image.shape, hashes.of_bytes(record["image"])
 
     number = 0
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(reader), 64):
-            for record, shape in pool.map(load, range(start, min(start + 64, len(reader)))):
+            for record, shape, sha256 in pool.map(load, range(start, min(start + 64, len(reader)))):
                 name = record["image/filename"].decode()
                 if shape is None:
                     raise UserError(f"{', '.join(d for d, _ in reader.parts)}: {name} cannot be read as an image")
-                yield _image_record(record, name, shape[:2], category_ids, number, log)
+                image = _image_record(record, name, shape[:2], category_ids, number, log)
+                image.sha256 = sha256
+                yield image
                 number += len(record["objects"]["label"])
 
 
@@ -187,6 +194,6 @@ def match(scanned: list[ImageRecord], listed: list[ImageRecord], name: str) -> l
         stored, expected = (sorted((a["id"], a["category_id"]) for a in image.annotations) for image in (record, entry))
         if stored != expected:
             raise UserError(f"{name}: the objects of image {record.id} ({entry.file_name}) differ from the records'")
-        entry.width, entry.height = record.width, record.height
+        entry.width, entry.height, entry.sha256 = record.width, record.height, record.sha256
         matched.append(entry)
     return matched

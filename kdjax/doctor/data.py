@@ -3,7 +3,7 @@
 import numpy as np
 
 from kdjax import data
-from kdjax.data.coco import CLIPPED
+from kdjax.data.coco import CLIPPED, LEAVES
 from kdjax.doctor.findings import ERROR, OK, WARNING, Finding
 from kdjax.training.setup import Setup
 
@@ -20,6 +20,9 @@ def check_data(setup: Setup) -> list[Finding]:
         lost = max(dropped, clipped / 2)
         level = ERROR if lost > 0.2 * total else WARNING if lost > 0.05 * total else OK
         message = f"{split.size} images, {dropped} of {total} objects dropped, {clipped} clipped to the image"
+        leave = sum(entry["reason"] == LEAVES for entry in split.log)
+        if leave:
+            message += f", {leave} images are read from outside the folder of images, as their file_name says"
         if level != OK:
             message += (
                 ": --config.data.check=True lists them and draws boxes, which must be x, y, width, height in pixels"

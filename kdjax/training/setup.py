@@ -319,8 +319,8 @@ def resume(setup: Setup, checkpoints: Checkpoints) -> tuple[int, Setup]:
         before = written.get(name)
         if before != value:
             raise UserError(
-                f"workdir: {checkpoints.directory} belongs to a different run: {name} was {before!r}, is {value!r}: "
-                "choose another"
+                f"workdir: {checkpoints.directory} belongs to a different run: {name} was {before!r}, is {value!r}"
+                f"{' (the hash of its images, boxes and classes)' * (name == 'data')}: choose another"
             )
     states, note = checkpoints.restore(setup.states)
     states = jax.device_put(states, sharding.replicated(setup.mesh))

@@ -9,6 +9,8 @@ import sys
 import threading
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 
 from kdjax import data
@@ -20,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_a_split_is_prepared_once_and_again_when_it_changes(tmp_path):
-    root = small_folder(tmp_path / "set", count=3)
+    root = small_folder(tmp_path / "set", count=4)
 
     def folders():
         opened(root, tmp_path)
@@ -29,14 +31,24 @@ def test_a_split_is_prepared_once_and_again_when_it_changes(tmp_path):
     first = folders()
     assert len(first) == 2 and folders() == first
     os.utime(root / "images" / "train" / "p1.png", (1, 1))
-    second = folders()
-    assert len(second) == 3  # train alone
+    assert folders() == first  # the content counts
+    assert cv2.imwrite(str(root / "images" / "train" / "p1.png"), np.zeros((41, 59, 3), np.uint8))
+    assert len(folders()) == 3  # train alone
     path = root / "annotations" / "instances_val.json"
     path.write_text(path.read_text() + "\n")
-    third = folders()
-    assert len(third) == 4  # val alone
-    shutil.copy(root / "images" / "train" / "p1.png", root / "images" / "train" / "p9.png")
-    assert len(folders()) == 5
+    assert len(folders()) == 4  # val alone
+
+
+def test_files_that_no_json_lists_do_not_matter(tmp_path):
+    root = small_folder(tmp_path / "set", count=3)
+    before = opened(root, tmp_path)
+    folder = root / "images" / "train"
+    shutil.copy(folder / "p1.png", folder / "p9.png")
+    shutil.copy(folder / "p1.png", os.fsencode(folder) + b"/gr\xf6\xdfe.png")
+    (folder / "dead.png").symlink_to("/nowhere/else.png")
+    (folder / "folder.png").mkdir()
+    os.mkfifo(folder / "pipe.png")
+    assert opened(root, tmp_path).splits["train"].folder == before.splits["train"].folder
 
 
 def test_a_killed_preparation_leaves_nothing_usable(tmp_path):

@@ -1,6 +1,7 @@
 """Opening splits, limits, and prepared data that is damaged."""
 
 import re
+import shutil
 from pathlib import Path
 
 import cv2
@@ -53,6 +54,33 @@ def test_damaged_prepared_data_is_reported(tmp_path):
         [dataset.splits["val"].image(image_id) for image_id in dataset.splits["val"].image_ids]
     with pytest.raises(data.Damaged):  # the loader's threads pass it on
         list(data.eval_batches(dataset, "val", settings(tmp_path), batch_size=2))
+
+
+def test_one_flipped_bit_of_what_is_prepared_is_noticed(tmp_path):
+    """Apart from the records, which array_record checks itself."""
+    root = small_folder(tmp_path / "set", count=3)
+    folder = opened(root, tmp_path).splits["val"].folder
+    paths = [path for path in folder.rglob("*") if path.is_file() and "array_record" not in path.name]
+    assert {"meta.json", "truth.json", "log.json", "features.json", "dataset_info.json"} < {p.name for p in paths}
+    for path in paths:
+        whole = path.read_bytes()
+        for place in range(0, len(whole), max(1, len(whole) // 5)):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+            with pytest.raises(UserError, match=f"is damaged or missing: delete {folder} to have it prepared again"):
+                _ = (split := opened(root, tmp_path).splits["val"]).truth, split.log
+        path.write_bytes(whole)
+    assert opened(root, tmp_path).splits["val"].log == []
+
+
+def test_the_fingerprint_knows_the_pixels(tmp_path):
+    """Other images under the same names, with the same json; the place on disk does not matter."""
+    root = small_folder(tmp_path / "set", count=3)
+    before = opened(root, tmp_path).fingerprint
+    shutil.copytree(root, tmp_path / "copy")
+    assert opened(tmp_path / "copy", tmp_path).fingerprint == before
+    path = root / "images" / "train" / "p1.png"
+    assert cv2.imwrite(str(path), cv2.imread(str(path)) + 1)
+    assert opened(root, tmp_path).fingerprint != before
 
 
 def test_one_split_opens_without_the_other_and_shares_its_prepared_data(tmp_path):

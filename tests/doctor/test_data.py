@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from kdjax.data.coco import LEAVES
 from kdjax.data.dataset import Split
 from kdjax.doctor.data import check_data
 from kdjax.doctor.findings import ERROR, OK, WARNING
@@ -34,3 +35,7 @@ def test_lost_and_tiny_objects_and_absent_classes_are_noticed(tiny):
         finding = {finding.subject: finding for finding in check_data(setup)}["train data"]
         assert finding.level == level and f"{times} clipped to the image" in finding.message
         assert ("x, y, width, height in pixels" in finding.message) == (level != OK)
+    object.__setattr__(spoilt, "log", 2 * [dict(file="/a", annotation=None, action="noted", reason=LEAVES)])
+    finding = {finding.subject: finding for finding in check_data(setup)}["train data"]
+    assert finding.level == OK
+    assert finding.message.endswith("2 images are read from outside the folder of images, as their file_name says")

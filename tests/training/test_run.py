@@ -264,8 +264,9 @@ def test_a_run_is_not_resumed_with_other_data_or_another_teacher(finished, folde
         weights.save(tmp_path / "teacher", detector, params, stats, classes=classes, image_size=(64, 64))
         config.teacher.weights = str(tmp_path / "teacher")
     shutil.copytree(finished[0] / "checkpoints", tmp_path / "run" / "checkpoints")
-    with pytest.raises(UserError, match=f"belongs to a different run: {changed} was"):
+    with pytest.raises(UserError, match=f"belongs to a different run: {changed} was .*: choose another") as refused:
         run(config, tmp_path / "run")
+    assert ("(the hash of its images, boxes and classes)" in str(refused.value)) == (changed == "data")
 
 
 def test_checkpoint_of_another_detector_is_refused(finished, folder, teacher_folder, tmp_path):
