@@ -2,7 +2,7 @@
 
 import contextlib
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,11 @@ from tqdm import tqdm
 
 from kdjax.commands import arguments
 from kdjax.evals import coco, complexity, tide
-from kdjax.evals.matching import detections_by_image, truth_by_image
+from kdjax.evals.matching import truth_by_image
 from kdjax.files import write_json, write_text
 from kdjax.inference.model import BATCH, Model
 from kdjax.report import evaluation
+from kdjax.structs import Detections
 
 
 def run(
@@ -53,10 +54,10 @@ def run(
     folder = arguments.make_folder(out) if out else None
     opened = arguments.open_data(data, split, annotations, images, limit)
     models = {name: arguments.match_classes(one, opened) for name, one in models.items()}
-    rows, results = {}, {}
+    found, results = {}, {}
     for name, one in models.items():
-        rows[name] = detect(one, opened)
-        results[name] = analyse(opened.truth, rows[name]) | {
+        found[name] = detect(one, opened)
+        results[name] = analyse(opened.truth, found[name]) | {
             "path": str(one.path),
             "params": complexity.parameters(one.variables[0]),
             "flops": complexity.flops(one.detector, one.image_size),
@@ -64,32 +65,33 @@ def run(
     print(table(results))
     if folder:
         write_json(folder / "evaluation.json", {"data": opened.name, "split": split} | results)
-        for name, found in rows.items():
-            write_json(folder / f"detections{'' if name == 'model' else '_against'}.json", found)
-        kept = {}
+        for name, by_image in found.items():
+            path = folder / f"detections{'' if name == 'model' else '_against'}.json"
+            write_json(path, coco.results(by_image))
         truth = truth_by_image(opened.truth)
-        for name, found in rows.items():
-            by_image = detections_by_image(opened.truth, found)
-            kept[name] = tide.without_crowd(truth, tide.above_threshold(truth, by_image, thresholds(results[name])))
+        kept = {
+            name: tide.without_crowd(truth, tide.above_threshold(truth, by_image, thresholds(results[name])))
+            for name, by_image in found.items()
+        }
         text = evaluation.page(results, data=opened.name, truth=opened.truth, stream=opened.stream, kept=kept)
         write_text(folder / "report.html", text)
         print(f"\n{folder / 'report.html'}")
     return 0
 
 
-def detect(model: Model, opened: arguments.Data) -> list[dict[str, Any]]:
-    """COCO results of a model on all images of the data."""
+def detect(model: Model, opened: arguments.Data) -> dict[int, Detections]:
+    """The detections of a model on all images of the data, by image id."""
     with contextlib.closing(opened.batches(model, batch_size=BATCH)) as batches:
         count = -(-opened.split.size // BATCH)
         return coco.collect(tqdm(model.predict(batches), total=count, desc=f"evaluate {model.path}", unit="batch"))
 
 
-def analyse(truth: Mapping[str, Any], detections: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def analyse(truth: Mapping[str, Any], detections: Mapping[int, Detections]) -> dict[str, Any]:
     """The metrics, errors and confusions of one model, ready for json.
 
     Args:
       truth: COCO instances.
-      detections: COCO results.
+      detections: of each image, see `coco.collect`.
 
     Returns:
       metrics: COCO's 12; classes: {name: AP, AP50, objects, threshold (see `tide.best_thresholds`), precision f[101]
@@ -97,11 +99,11 @@ def analyse(truth: Mapping[str, Any], detections: Sequence[Mapping[str, Any]]) -
       thresholds}}; confusion: at the best thresholds, rows and columns in the order of the classes, then background.
     """
     curves = coco.curves(truth, detections)
-    objects, found = truth_by_image(truth), detections_by_image(truth, detections)
+    objects = truth_by_image(truth)
     num_classes = len(truth["categories"])
-    outcomes = tide.outcomes(objects, found, num_classes)
+    outcomes = tide.outcomes(objects, detections, num_classes)
     best = tide.best_thresholds(outcomes)
-    kept = tide.above_threshold(objects, found, best)
+    kept = tide.above_threshold(objects, detections, best)
     ap, ap50 = coco.class_metrics(curves), coco.class_metrics(curves, threshold=0.5)
     number = np.bincount(outcomes.object_labels, minlength=num_classes)
     classes = {}

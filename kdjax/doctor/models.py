@@ -2,7 +2,7 @@
 
 import contextlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,9 +15,9 @@ from kdjax.distill import tap
 from kdjax.doctor.findings import ERROR, OK, WARNING, Finding
 from kdjax.errors import UserError
 from kdjax.evals import coco, complexity, tide
-from kdjax.evals.matching import detections_by_image, truth_by_image
+from kdjax.evals.matching import truth_by_image
 from kdjax.inference import predict as prediction
-from kdjax.structs import Array
+from kdjax.structs import Array, Detections
 from kdjax.training.config import Config
 from kdjax.training.setup import Setup, model, named_detector
 
@@ -52,7 +52,7 @@ def check_weights(role: str, setup: Setup, image_count: int) -> list[Finding]:
     measured = f"AP {100 * ap:.1f}, AP50 {100 * ap50:.1f} on {len(truth['images'])} validation images"
     if min(ap50, ap50_agnostic) < 0:
         return [Finding(WARNING, role, f"the first {image_count} validation images have no objects: it was not tried")]
-    ap50_by_input = {name: coco.coco_metrics(truth, rows)["AP50"] for name, rows in zip(INPUTS, others, strict=True)}
+    ap50_by_input = {name: coco.coco_metrics(truth, found)["AP50"] for name, found in zip(INPUTS, others, strict=True)}
     best = max(ap50_by_input, key=lambda name: ap50_by_input[name])
     confusions = _confusions(truth, own, setup.dataset)
     wrong_input = ap50_by_input[best] > max(ap50 + 0.05, 1.1 * ap50)
@@ -78,8 +78,8 @@ def check_weights(role: str, setup: Setup, image_count: int) -> list[Finding]:
     return [Finding(WARNING if ap50 < 0.3 else OK, role, measured)]
 
 
-def _detections(role: str, setup: Setup, image_count: int, changes: Sequence[Change]) -> list[list[dict[str, Any]]]:
-    """COCO results of a detector for each change of its input; all share one compiled program."""
+def _detections(role: str, setup: Setup, image_count: int, changes: Sequence[Change]) -> list[dict[int, Detections]]:
+    """The detections by image id for each change of a detector's input; all share one compiled program."""
     detector, variables = model(setup, role)
     results = []
     for change in tqdm(changes, desc=f"{role}'s input", unit="input", leave=False):
@@ -101,16 +101,14 @@ def _detections(role: str, setup: Setup, image_count: int, changes: Sequence[Cha
     return results
 
 
-def _confusions(truth: dict[str, Any], rows: list[dict[str, Any]], dataset: data.Dataset) -> list[str]:
+def _confusions(truth: dict[str, Any], found: Mapping[int, Detections], dataset: data.Dataset) -> list[str]:
     """The classes whose detections mostly lie on objects of another class.
 
     Of each image only the highest scores count, as many as the image has objects.
     """
-    kept = []
-    for image in truth["images"]:
-        objects = sum(a["image_id"] == image["id"] and not a["iscrowd"] for a in truth["annotations"])
-        kept += sorted((row for row in rows if row["image_id"] == image["id"]), key=lambda row: -row["score"])[:objects]
-    matrix = tide.confusion(truth_by_image(truth), detections_by_image(truth, kept), len(truth["categories"]))
+    objects = truth_by_image(truth)
+    kept = {image_id: found[image_id][: int((~of.crowd).sum())] for image_id, of in objects.items()}
+    matrix = tide.confusion(objects, kept, len(truth["categories"]))
     objects_by_class = matrix[:-1, :-1].T  # one row per class of the detector
     most = objects_by_class.argmax(1)
     return [

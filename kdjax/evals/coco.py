@@ -1,8 +1,9 @@
 """Detections to COCO's metrics."""
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
@@ -11,6 +12,7 @@ from kdjax.errors import UserError
 from kdjax.structs import Detections
 
 IouType = Literal["bbox", "segm"]
+Found: TypeAlias = Mapping[int, Detections] | Sequence[Mapping[str, Any]]  # by image id, or COCO results
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 THRESHOLDS = np.linspace(0.5, 0.95, 10)  # T, of the IoU
 AREAS = ("all", "small", "medium", "large")  # A, limits at 32^2 and 96^2 px^2
@@ -39,7 +41,7 @@ def _check(ground_truth: Mapping[str, Any], detections: Sequence[Mapping[str, An
 
 def curves(
     ground_truth: Mapping[str, Any],
-    detections: Sequence[Mapping[str, Any]],
+    detections: Found,
     *,
     iou_type: IouType = "bbox",
     use_categories: bool = True,
@@ -49,8 +51,8 @@ def curves(
     Args:
       ground_truth: COCO instances: `images`, `annotations`, `categories`. A missing `iscrowd` is 0, a missing `area`
         that of the box; ids of annotations are not read.
-      detections: COCO results: `image_id`, `category_id`, `score`, and `bbox` (x y w h in pixels of the image) or
-        `segmentation`. May be empty.
+      detections: {image id: its detections, with `category_ids`}, as `collect` gives them; or COCO results:
+        `image_id`, `category_id`, `score`, and `bbox` (x y w h in pixels of the image) or `segmentation`. May be empty.
       iou_type: `bbox` or `segm`.
       use_categories: False: every detection may match every object.
 
@@ -64,7 +66,8 @@ def curves(
     Raises:
       UserError: if an image or a category is not listed in the ground truth.
     """
-    _check(ground_truth, detections)
+    rows = results(detections) if isinstance(detections, Mapping) else detections
+    _check(ground_truth, rows)
     images = [dict(image) for image in ground_truth["images"]]
     categories = sorted((dict(category) for category in ground_truth["categories"]), key=lambda c: c["id"])
     # New ids from 1: the matching uses 0 for "unmatched".
@@ -73,7 +76,7 @@ def curves(
         for i, row in enumerate(ground_truth["annotations"], start=1)
     ]
     truth = COCO({"images": images, "annotations": annotations, "categories": categories})
-    found = truth.loadRes([dict(row) for row in detections])
+    found = truth.loadRes([dict(row) for row in rows])
     evaluation = COCOeval_faster(truth, found, iouType=iou_type)
     evaluation.params.useCats = int(use_categories)
     evaluation.evaluate()
@@ -141,7 +144,7 @@ def class_metrics(curves: Curves, *, threshold: float | None = None) -> dict[str
 
 def coco_metrics(
     ground_truth: Mapping[str, Any],
-    detections: Sequence[Mapping[str, Any]],
+    detections: Found,
     *,
     iou_type: IouType = "bbox",
     use_categories: bool = True,
@@ -150,7 +153,7 @@ def coco_metrics(
 
     Args:
       ground_truth: COCO instances, see `curves`.
-      detections: COCO results, see `curves`.
+      detections: by image id, or COCO results, see `curves`.
       iou_type: `bbox` or `segm`.
       use_categories: False: every detection may match every object.
 
@@ -198,53 +201,46 @@ def to_coco(detections: Detections, image_id: int) -> list[dict[str, Any]]:
     ]
 
 
-def collect(predictions: Iterable[tuple[Mapping[str, Any], Sequence[Detections]]]) -> list[dict[str, Any]]:
-    """The COCO results of all images.
+def results(detections: Mapping[int, Detections]) -> list[dict[str, Any]]:
+    """The detections of many images as COCO results: `to_coco` of each.
 
     Args:
-      predictions: (batch, detections of its rows), as `kdjax.inference.predict.predict` gives them; read of a batch is
-        `image_id` i64[B].
+      detections: {image id: its detections, with `category_ids`}.
     """
-    return [
-        row
-        for batch, detections in predictions
-        for image_id, found in zip(batch["image_id"], detections, strict=True)
-        for row in to_coco(found, int(image_id))
-    ]
+    return [row for image_id, found in detections.items() for row in to_coco(found, image_id)]
 
 
-def from_coco(
-    rows: Sequence[Mapping[str, Any]], category_ids: Sequence[int], class_names: Sequence[str] = ()
-) -> Detections:
-    """The inverse of `to_coco`: rows of one image, in their order.
+def collect(predictions: Iterable[tuple[Mapping[str, Any], Sequence[Detections]]]) -> dict[int, Detections]:
+    """The detections of all images by image id, as metrics take them.
 
     Args:
-      rows: COCO results of one image, or its annotations, whose score is 1.
-      category_ids: the categories in the order of the labels.
-      class_names: their names.
+      predictions: (batch, detections of its rows), as `kdjax.inference.predict.predict` gives them, with
+        `category_ids`; read of a batch are `image_id` i64[B] and `real` bool[B].
 
     Returns:
-      The detections.
+      {image id: its detections}, in the order of the images. Label i is the category with the i-th smallest id, as in
+      `kdjax.evals.matching.truth_by_image`, in whatever order the model has its classes.
 
     Example:
-      >>> from_coco([{"category_id": 9, "bbox": [2, 4, 8, 8], "score": 0.5}], [3, 9]).boxes.tolist()
-      [[2.0, 4.0, 10.0, 12.0]]
+      >>> found = Detections(np.zeros((1, 4)), np.float32([0.5]), np.array([0]), ("dog", "cat"), (9, 3))
+      >>> one = collect([({"image_id": [7], "real": [True]}, [found])])[7]
+      >>> int(one.labels[0]), one.class_names
+      (1, ('cat', 'dog'))
     """
-    label = {int(k): i for i, k in enumerate(category_ids)}
-    boxes = np.array([row["bbox"] for row in rows], np.float64).reshape(-1, 4)
-    boxes[:, 2:] += boxes[:, :2]
-    return Detections(
-        boxes=boxes,
-        scores=np.array([row.get("score", 1.0) for row in rows], np.float32),
-        labels=np.array([label[row["category_id"]] for row in rows], np.int32),
-        class_names=tuple(class_names),
-        category_ids=tuple(label),
+    return {
+        int(image_id): _by_category(found)
+        for batch, detections in predictions
+        for image_id, real, found in zip(batch["image_id"], batch["real"], detections, strict=True)
+        if real
+    }
+
+
+def _by_category(found: Detections) -> Detections:
+    """The same detections with the classes in the order of their category ids."""
+    order = np.argsort(found.category_ids)
+    return dataclasses.replace(
+        found,
+        labels=np.argsort(order)[found.labels].astype(found.labels.dtype),
+        class_names=tuple(found.class_names[k] for k in order) if found.class_names else (),
+        category_ids=tuple(found.category_ids[k] for k in order),
     )
-
-
-def by_image(rows: Sequence[Mapping[str, Any]], image_ids: Sequence[int]) -> dict[int, list[Mapping[str, Any]]]:
-    """{image id: its rows}, of all images, in their order."""
-    groups: dict[int, list[Mapping[str, Any]]] = {image_id: [] for image_id in image_ids}
-    for row in rows:
-        groups[row["image_id"]].append(row)
-    return groups

@@ -37,7 +37,7 @@ def truth_by_image(ground_truth: Mapping[str, Any]) -> dict[int, Truth]:
 
 
 def detections_by_image(ground_truth: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[int, Detections]:
-    """Reads COCO results.
+    """Reads COCO results, the inverse of `kdjax.evals.coco.results`.
 
     Args:
       ground_truth: COCO instances, of which `images` and `categories` are read.
@@ -51,8 +51,11 @@ def detections_by_image(ground_truth: Mapping[str, Any], rows: Sequence[Mapping[
       >>> detections_by_image({"images": [{"id": 1}], "categories": [{"id": 3}]}, [row])[1].boxes
       array([[ 0., 10., 40., 50.]])
     """
+    categories = {category["id"]: str(category.get("name", "")) for category in ground_truth["categories"]}
+    ids = tuple(sorted(categories))
+    names = tuple(categories[k] for k in ids)
     return {
-        image_id: Detections(boxes, np.array([row["score"] for row in own], np.float64), labels)
+        image_id: Detections(boxes, np.array([row["score"] for row in own], np.float64), labels, names, ids)
         for image_id, own, boxes, labels in _by_image(ground_truth, rows)
     }
 

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from kdjax import data, files, weights
 from kdjax.evals import coco, complexity, voc
-from kdjax.evals.matching import detections_by_image, truth_by_image
+from kdjax.evals.matching import truth_by_image
 from kdjax.inference.predict import predict
 from kdjax.report import drawing, model_card
 from kdjax.report import run as run_report
@@ -31,7 +31,7 @@ class Evaluation(NamedTuple):
 
     metrics: dict[str, float]  # COCO's 12
     per_class: dict[str, float]  # class -> AP
-    detections: list[dict[str, Any]]  # COCO results
+    detections: dict[int, Detections]  # by image id, see `coco.collect`
     examples: list[drawing.Example]  # the first images with objects, on the canvas
 
 
@@ -54,13 +54,13 @@ def evaluate(setup: Setup, role: str, *, limit: int = 0) -> Evaluation:
         round_down=detector.round_down,
     )
     bar = tqdm(batches, desc=f"evaluate {role}", unit="batch", leave=False, disable=jax.process_index() > 0)
-    rows, examples = [], []
+    by_image, examples = {}, []
     for batch, detections in predict(detector, variables, bar, category_ids=dataset.category_ids):
-        rows += coco.collect([(batch, detections)])
+        by_image |= coco.collect([(batch, detections)])
         for row in np.flatnonzero(batch["real"] & batch["valid"].any(axis=1))[: EXAMPLES - len(examples)]:
             examples.append(_example(role, batch, detections[row], row))
-    curves = coco.curves(data.ground_truth(dataset, "val", limit=limit or None), rows)
-    return Evaluation(coco.metrics(curves), coco.class_metrics(curves), rows, examples)
+    curves = coco.curves(data.ground_truth(dataset, "val", limit=limit or None), by_image)
+    return Evaluation(coco.metrics(curves), coco.class_metrics(curves), by_image, examples)
 
 
 def _example(role: str, batch: Mapping[str, np.ndarray], detections: Detections, row: int) -> drawing.Example:
@@ -100,9 +100,7 @@ def finish(setup: Setup, workdir: Path, log: Log) -> dict[str, Any]:
     if dataset.name == "voc":
         truth = data.ground_truth(dataset, "val")
         results["voc"] = {
-            role: voc.voc_metrics(
-                truth_by_image(truth), detections_by_image(truth, one.detections), len(dataset.classes)
-            )
+            role: voc.voc_metrics(truth_by_image(truth), one.detections, len(dataset.classes))
             for role, one in evaluations.items()
         }
     if results["twin"]:
@@ -118,7 +116,7 @@ def finish(setup: Setup, workdir: Path, log: Log) -> dict[str, Any]:
         save_model(setup, role, workdir / role, results, evaluations[role].metrics)
     (workdir / "detections").mkdir(exist_ok=True)
     for role, evaluation in evaluations.items():
-        files.write_json(workdir / "detections" / f"{role}.json", evaluation.detections, indent=1)
+        files.write_json(workdir / "detections" / f"{role}.json", coco.results(evaluation.detections), indent=1)
     per_class = {role: evaluation.per_class for role, evaluation in evaluations.items()}
     files.write_json(workdir / "per_class.json", per_class, indent=1)
     write_report(setup, workdir / "report.html", results, evaluations, log.rows())

@@ -11,6 +11,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from kdjax.evals import coco
+from kdjax.evals.matching import detections_by_image, truth_by_image
 from kdjax.inference.predict import in_originals
 from kdjax.structs import Detections, PaddedDetections
 
@@ -160,13 +161,32 @@ def test_classes_of_one_name_stay_apart():
     assert got == {"cat": 0.0, "cat (4)": pytest.approx(1)}
 
 
-def test_from_coco_inverts_to_coco():
-    boxes = np.array([[1, 2, 5, 8], [0, 0, 3, 3]], np.float32)
+def test_results_are_read_back():
+    boxes = np.array([[1, 2, 5, 8], [0, 0, 3, 3]], np.float64)
     found = Detections(boxes, np.array([0.5, 0.25], np.float32), np.array([1, 0], np.int32), ("a", "b"), (3, 9))
-    again = coco.from_coco(coco.to_coco(found, 7), (3, 9), ("a", "b"))
+    truth = {"images": [{"id": 7}, {"id": 8}], "categories": [{"id": 9, "name": "b"}, {"id": 3, "name": "a"}]}
+    again = detections_by_image(truth, coco.results({7: found, 8: found[:0]}))
     for field in ("boxes", "scores", "labels"):
-        np.testing.assert_array_equal(getattr(again, field), getattr(found, field))
-    assert (again.class_names, again.category_ids, len(coco.from_coco([], (3, 9)))) == (("a", "b"), (3, 9), 0)
+        np.testing.assert_array_equal(getattr(again[7], field), getattr(found, field))
+    assert (again[7].class_names, again[7].category_ids, len(again[8])) == (("a", "b"), (3, 9), 0)
+
+
+def test_collect_orders_classes_by_their_ids_and_leaves_out_padding():
+    """The data has its classes in the order of their ids, the model in any: the analysis of errors compares labels."""
+    boxes = np.array([[0, 0, 40, 40], [50, 0, 90, 40.0], [0, 50, 40, 90]])
+    found = Detections(boxes, np.float32([0.9, 0.8, 0.7]), np.array([0, 1, 2]), ("c", "a", "b"), (9, 1, 4))
+    truth = {
+        "images": [{"id": 7}],
+        "categories": [{"id": 1, "name": "a"}, {"id": 4, "name": "b"}, {"id": 9, "name": "c"}],
+        "annotations": [
+            {"image_id": 7, "category_id": k, "bbox": [x, y, 40, 40]} for k, x, y in ((9, 0, 0), (1, 50, 0), (4, 0, 50))
+        ],
+    }
+    got = coco.collect([({"image_id": np.array([7, -1]), "real": np.array([True, False])}, [found, found[:0]])])
+    assert list(got) == [7] and got[7].class_names == ("a", "b", "c") and got[7].category_ids == (1, 4, 9)
+    np.testing.assert_array_equal(got[7].labels, truth_by_image(truth)[7].labels)
+    assert coco.coco_metrics(truth, got) == coco.coco_metrics(truth, coco.to_coco(found, 7))
+    assert coco.coco_metrics(truth, got)["AP"] == pytest.approx(1)
 
 
 def test_to_coco_undoes_the_resize():
