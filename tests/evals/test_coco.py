@@ -189,7 +189,7 @@ def test_collect_orders_classes_by_their_ids_and_leaves_out_padding():
     assert coco.coco_metrics(truth, got)["AP"] == pytest.approx(1)
 
 
-def test_to_coco_undoes_the_resize():
+def test_results_undo_the_resize():
     rng = np.random.default_rng(0)
     batch = {
         "image_id": np.array([5, 6, 7]),
@@ -205,7 +205,7 @@ def test_to_coco_undoes_the_resize():
         labels=np.array([[0, 1], [1, 0], [0, 0]]),
         valid=np.array([[True, False], [True, True], [True, True]]),
     )
-    got = coco.collect([(batch, in_originals(batch, found, category_ids=(10, 20)))])
+    got = coco.results(coco.collect([(batch, in_originals(batch, found, category_ids=(10, 20)))]))
     assert [(row["image_id"], row["category_id"]) for row in got] == [(5, 10), (6, 20), (6, 10)]
     assert [row["bbox"] for row in got] == [[4, 8, 20, 24], [1, 2, 5, 6], [0, 0, 20, 30]]
     assert [row["score"] for row in got] == [float(found.scores[0, 0]), *found.scores[1].tolist()]
