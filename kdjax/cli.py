@@ -228,7 +228,10 @@ def _parser() -> argparse.ArgumentParser:
         "kdjax import-weights rtmdet_tiny.pth --detector=rtmdet_tiny --out=rtmdet_tiny",
     )
     one.add_argument(
-        "file", metavar="FILE", help=".pth (needs kdjax[torch]), .safetensors, .npz, or YOLOX's .onnx (needs onnx)"
+        "file",
+        metavar="FILE",
+        help=".pth, .pt, .ckpt or .bin (needs kdjax[torch]), .safetensors (or the index of several), .npz, or YOLOX's "
+        ".onnx (needs onnx)",
     )
     one.add_argument("--detector", required=True, metavar="NAME", help="rtmdet_tiny, rtmdet_s, ...")
     one.add_argument("--out", required=True, metavar="DIR", help="the folder to write")

@@ -57,10 +57,15 @@ def read_classes(path: str) -> list[str]:
     try:
         if Path(path).suffix == ".json":
             categories = coco.read(Path(path))["categories"]
-            return [str(entry["name"]) for entry in sorted(categories, key=lambda entry: entry["id"])]
-        return [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+            names = [str(entry["name"]) for entry in sorted(categories, key=lambda entry: entry["id"])]
+        else:
+            names = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (KeyError, TypeError, UnicodeDecodeError) as error:
         raise UserError(f"--classes: {path} cannot be read as class names: {error!r}") from None
+    double = next((name for name in names if names.count(name) > 1), None)
+    if double is not None:
+        raise UserError(f"--classes: {path} has the name {double!r} twice: every class needs a name of its own")
+    return names
 
 
 def _size(text: str) -> tuple[int, int]:

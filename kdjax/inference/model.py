@@ -11,7 +11,7 @@ import numpy as np
 
 from kdjax import detectors, resources, sharding, weights
 from kdjax.detectors.api import Detector, Tree, unflatten
-from kdjax.errors import UserError
+from kdjax.errors import UserError, prefix
 from kdjax.inference import predict
 from kdjax.structs import Detections
 from kdjax.weights import checkpoint
@@ -113,8 +113,8 @@ def load(
     Args:
       path: a folder of weights (a run's `student/`, or one that `kdjax import-weights` wrote); or the workdir of a run:
         its `student/`, or, before its end, its newest sound checkpoint; or a run's `checkpoints/` or
-        `checkpoints/STEP`; or, with `detector`, a file of weights: `.pth`, `.safetensors` or `.npz` of mmdetection,
-        mmyolo, mmrazor or the authors of YOLOX, or an `.onnx` file of YOLOX.
+        `checkpoints/STEP`; or, with `detector`, what `kdjax.weights.read_checkpoint` reads: weights of mmdetection,
+        mmyolo, mmrazor or the authors of YOLOX in a file of PyTorch, safetensors or NumPy, or an `.onnx` file of YOLOX.
       detector: what a file of weights is of, a name that `kdjax.detectors.build` knows; None for folders.
       class_names: names of the K classes of a file of weights; None: those that it holds, if any.
       image_size: height and width of the network input in pixels, for a file of weights.
@@ -134,7 +134,7 @@ def load(
     if not folder.exists():
         raise UserError(f"{path}: there is no such file or folder")
     if detector is not None:
-        if folder.is_dir():
+        if folder.is_dir() and not any(folder.glob(f"*{weights.INDEX}")):
             raise UserError(f"{path}: a folder names its detector itself: detector must be None, not {detector!r}")
         return _from_file(folder, detector, class_names, image_size, network)
     if folder.is_file() and folder.name != weights.WEIGHTS:
@@ -183,13 +183,20 @@ def _from_file(
     plain = weights.plain(probe, state, network)
     count = weights.count_classes(probe, plain)
     if not count:
-        raise UserError(f"{path}: it holds no classifier of {name} for the {network}")
+        why = weights.foreign(probe, plain)
+        raise UserError(f"{path}: it holds no classifier of {name} for the {network}" + (f": {why}" if why else ""))
     names = class_names or own_names or ()
     if names and len(names) != count:
         whose = "class_names" if class_names else "its own metadata"
-        raise UserError(f"{path}: it has {count} classes, but {whose} names {len(names)}")
+        told = ", ".join([*names][:6]) + ", …" * (len(names) > 6)
+        raise UserError(f"{path}: it has {count} classes, but {whose} names {len(names)}: {told}")
+    if own_names and sorted(own_names) == sorted(names) and list(own_names) != list(names):
+        raise UserError(
+            f"{path}: its own metadata has the classes of class_names in another order: {', '.join(own_names)}"
+        )
     built = weights.infer_options(detectors.build(name, count), state)
-    variables = weights.from_torch(built, plain, keep_classifiers=True)
+    with prefix(str(path)):
+        variables = weights.from_torch(built, plain, keep_classifiers=True)
     return Model(
         path=path,
         detector=built,

@@ -2,13 +2,15 @@
 
 from kdjax.weights.fill import count_classes, from_torch, reset_classifiers, to_torch
 from kdjax.weights.folder import CONFIG, WEIGHTS, infer_options, load, save
-from kdjax.weights.read import read_checkpoint
-from kdjax.weights.torch_names import plain
+from kdjax.weights.read import INDEX, read_checkpoint
+from kdjax.weights.torch_names import foreign, plain
 
 __all__ = [
     "CONFIG",
+    "INDEX",
     "WEIGHTS",
     "count_classes",
+    "foreign",
     "from_torch",
     "infer_options",
     "load",

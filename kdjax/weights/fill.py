@@ -10,6 +10,7 @@ from kdjax.errors import UserError
 from kdjax.weights import yolox
 from kdjax.weights.torch_names import (
     COUNTERS,
+    foreign,
     from_torch_layout,
     is_classifier,
     plain,
@@ -33,10 +34,10 @@ def from_torch(
 ) -> tuple[Tree, Tree]:
     """Fills a detector from a PyTorch state dict.
 
-    The names may be mmdetection's, mmyolo's of RTMDet or the authors' of YOLOX, behind `module.` (parallel wrappers and
-    averaged models) and mmrazor's `architecture.`, `student.` and `teacher.`. Every key must be used and every array
-    filled. If only the number of classes differs, the classifiers are re-initialised with a warning. A bare ResNet, as
-    torchvision and timm have it, fills the backbone, and everything else is initialised.
+    The names may be mmdetection's, mmyolo's of RTMDet or the authors' of YOLOX, behind wrappers
+    (`kdjax.weights.wrappers.unwrap`) and mmrazor's `architecture.`, `student.` and `teacher.`. Every key must be used
+    and every array filled. If only the number of classes differs, the classifiers are re-initialised with a warning. A
+    bare ResNet, as torchvision and timm have it, fills the backbone, and everything else is initialised.
 
     Args:
       detector: what to fill.
@@ -49,7 +50,8 @@ def from_torch(
       (params, stats) of float32 arrays.
 
     Raises:
-      UserError: one that lists every unused key, every missing array and every shape that differs.
+      UserError: one that lists every unused key, every missing array and every shape that differs, or every array with
+        values that cannot be used (NaN, infinite, a negative variance, integers).
 
     Warns:
       UserWarning: the classifiers are not the state's, or its norms are folded.
@@ -67,11 +69,16 @@ def from_torch(
             )
     if _STEM in state:
         return _fill_backbone(detector, state, key, keep_classifiers)
-    filled, classes, problems = _match(detector, state)
+    if why := foreign(detector, state):
+        raise UserError(why)
+    filled, classes, problems, unusable = _match(detector, state)
+    if unusable:
+        count = f"{len(unusable)} {'array' if len(unusable) == 1 else 'arrays'}"
+        raise UserError(f"the values of {count} cannot be used:\n  " + "\n  ".join(unusable))
     if problems:
         raise UserError(
             f"the weights do not fit {detector.name} with {detector.num_classes} classes and options "
-            f"{detector.options}; {len(problems)} differences:\n  " + "\n  ".join(problems)
+            f"{detector.options}; {len(problems)} difference{'s' * (len(problems) > 1)}:\n  " + "\n  ".join(problems)
         )
     if keep_classifiers and classes != detector.num_classes:
         raise UserError(f"the weights are for {classes} classes, but {detector.num_classes} are needed")
@@ -81,13 +88,17 @@ def from_torch(
     return reset_classifiers(detector, tree["params"], key=key), tree["stats"]
 
 
-def _match(detector: Detector, state: State) -> tuple[dict[str, np.ndarray], int, list[str]]:
-    """The arrays by path, classifiers of the state's own number of classes; that number; and all that does not fit."""
+def _match(detector: Detector, state: State) -> tuple[dict[str, np.ndarray], int, list[str], list[str]]:
+    """The arrays by path, classifiers of the state's own number of classes, and that number.
+
+    Also what does not fit the detector, and whose values cannot be used, by PyTorch's names.
+    """
     shapes = {f"{side}/{path}": leaf.shape for side, tree in zip(("params", "stats"), detector.shapes, strict=True)
               for path, leaf in flatten(tree).items()}  # fmt: skip
     filled: dict[str, np.ndarray] = {}
     counts: set[int] = set()
-    problems = []
+    problems: list[str] = []
+    unusable: list[str] = []
     for name, values in detector.torch.constants.items():
         if name in state and not np.array_equal(state[name], values):
             problems.append(f"{name} must be {values[0]:g}, {values[1]:g}, ... {values[-1]:g}")
@@ -97,6 +108,9 @@ def _match(detector: Detector, state: State) -> tuple[dict[str, np.ndarray], int
         absent = [name for name in names if name not in state]
         if absent:
             problems += [f"{name} is missing" for name in absent]
+            continue
+        if wrong := [why for name in names if (why := wrong_values(name, state[name], path))]:
+            unusable += wrong
             continue
         values = [from_torch_layout(state[name], path) for name in names]
         shape, wanted = values[0].shape, shapes[path]
@@ -112,7 +126,33 @@ def _match(detector: Detector, state: State) -> tuple[dict[str, np.ndarray], int
     problems += [f"{name} has no place in the detector" for name in sorted(unused)]
     if len(counts) > 1:
         problems.append(f"the classifiers have different numbers of classes: {sorted(counts)}")
-    return filled, min(counts, default=detector.num_classes), problems
+    return filled, min(counts, default=detector.num_classes), problems, unusable
+
+
+def wrong_values(name: str, value: np.ndarray, path: str) -> str:
+    """What is wrong with the values of an array of weights, after its name; "" if nothing is.
+
+    Args:
+      name: of the array, for the message.
+      value: the array.
+      path: in params or stats: variances are told from it.
+
+    Example:
+      >>> wrong_values("bn.running_var", np.float32([0.5, -1]), "stats/bn/var")
+      'bn.running_var has a negative variance (-1)'
+    """
+    if value.dtype.kind in "biu":
+        return f"{name} holds integers ({value.dtype}): weights that are quantised are not read"
+    with np.errstate(over="ignore"):
+        single = np.asarray(value, np.float32)
+    if np.isnan(single).any():
+        return f"{name} contains NaN (a diverged run?)"
+    if not np.isfinite(single).all():
+        beyond = value.dtype.itemsize > 4 and np.isfinite(value).all()
+        return f"{name} contains {'values beyond float32' if beyond else 'infinite values (a diverged run?)'}"
+    if path.endswith("/var") and single.min(initial=0) < 0:
+        return f"{name} has a negative variance ({single.min():g})"
+    return ""
 
 
 def _fits_but_classes(detector: Detector, shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:

@@ -8,8 +8,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load as deserialize
 from safetensors.numpy import save as serialize
 
 import kdjax
@@ -18,7 +16,8 @@ from kdjax.detectors import build
 from kdjax.detectors.api import Detector, State, Tree, flatten, unflatten
 from kdjax.errors import UserError, prefix
 from kdjax.files import write_bytes, write_json
-from kdjax.weights.fill import from_torch
+from kdjax.weights.containers import read_safetensors
+from kdjax.weights.fill import from_torch, wrong_values
 from kdjax.weights.read import read_checkpoint
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -90,7 +89,7 @@ def load(
     """Loads weights: a folder that `save` wrote, a PyTorch state dict, or an ONNX file of YOLOX.
 
     Args:
-      path: the folder (or the `model.safetensors` in it), or a file that `kdjax.weights.read_checkpoint` reads.
+      path: the folder (or the `model.safetensors` in it), or what `kdjax.weights.read_checkpoint` reads.
       detector: needed for PyTorch weights, which do not name their detector. Options that the state dict implies are
         set unless the detector has them set (mmyolo's RTMDet has linear distances in all sizes). For a folder: if
         given, name and options must be the folder's; the number of classes is the folder's.
@@ -99,16 +98,16 @@ def load(
 
     Returns:
       (detector, params, stats, names of the classes); arrays are float32. The names are None if the file has none; of
-      PyTorch files only a `.pth` with mmengine's or mmdetection 2's `meta` has them.
+      PyTorch files only one with mmengine's or mmdetection 2's `meta` has them.
 
     Raises:
-      UserError: anything is missing, broken, not finite, or of another detector.
+      UserError: anything is missing, broken, not finite, negative where it is a variance, or of another detector.
     """
     path = resources.model_path(path)
     if path.is_file() and path.name == WEIGHTS and (path.parent / CONFIG).is_file():
         path = path.parent
     if path.is_dir():
-        return _check_finite(path, *_load_folder(path, detector))
+        return _checked(path, *_load_folder(path, detector))
     if not path.exists():
         raise UserError(f"{path}: there are no weights")
     if detector is None:
@@ -119,16 +118,16 @@ def load(
         params, stats = from_torch(detector, state, key=key, keep_classifiers=keep_classifiers)
     if classes and len(classes) != detector.num_classes:  # the names belong to classifiers that were re-initialised
         classes = None
-    return _check_finite(path, detector, params, stats, classes)
+    return detector, params, stats, classes
 
 
-def _check_finite(
+def _checked(
     path: Path, detector: Detector, params: Tree, stats: Tree, classes: list[str] | None
 ) -> tuple[Detector, Tree, Tree, list[str] | None]:
-    """Returns what `load` returns, if all values are finite."""
+    """Returns what `load` returns, if all values can be used."""
     for name, value in flatten({"params": params, "stats": stats}).items():
-        if not np.isfinite(value).all():
-            raise UserError(f"{path}: {name} contains NaN or Inf (a diverged run?)")
+        if why := wrong_values(name, np.asarray(value), name):
+            raise UserError(f"{path}: {why}")
     return detector, params, stats, classes
 
 
@@ -159,7 +158,7 @@ def _load_folder(folder: Path, detector: Detector | None) -> tuple[Detector, Tre
         height, width = config["image_size"]
         if not (isinstance(height, int) and isinstance(width, int) and min(height, width) > 0):
             raise TypeError(f"image_size is {config['image_size']!r}")
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(f"{folder / CONFIG}: it cannot be read as the config of weights: {error!r}") from error
     stored = build(name, num_classes, **options)
     if detector is not None and (detector.name, detector.options) != (name, stored.options):
@@ -170,10 +169,8 @@ def _load_folder(folder: Path, detector: Detector | None) -> tuple[Detector, Tre
     blob = (folder / WEIGHTS).read_bytes()
     if hashlib.sha256(blob).hexdigest() != digest:
         raise UserError(f"{folder / WEIGHTS}: it is not the file that {CONFIG} describes: its SHA-256 differs")
-    try:
-        arrays = deserialize(blob)
-    except SafetensorError as error:
-        raise UserError(f"{folder / WEIGHTS}: it cannot be read: {error}") from error
+    with prefix(str(folder / WEIGHTS)):
+        arrays = read_safetensors(blob)
     wanted = flatten(dict(zip(("params", "stats"), stored.shapes, strict=True)))
     wrong = sorted(
         path

@@ -1,114 +1,197 @@
-"""Reads PyTorch state dicts from files; code inside a file is never run."""
+"""Reads state dicts from the files of other programs; code inside a file is never run."""
 
+import codecs
+import json
 import pickle
 import re
 import warnings
-import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file as load_safetensors
-
 from kdjax.detectors.api import State
-from kdjax.errors import UserError
-from kdjax.structs import PyTree
-from kdjax.weights import yolox
+from kdjax.errors import UserError, prefix
+from kdjax.weights import containers, wrappers, yolox
 
-FORMATS = (".npz", ".safetensors", ".pth", ".onnx")
+TORCH = (".pth", ".pt", ".ckpt", ".bin", ".tar")
+FORMATS = (".npz", ".safetensors", *TORCH, ".onnx")
+INDEX = ".index.json"
+# A part of sharded weights, as in model-00001-of-00002.safetensors.
+_PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.\w+)")
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}
 
 
 def read_checkpoint(path: str | Path) -> tuple[State, list[str] | None]:
     """Reads a state dict, and the names of the classes if the file has them.
 
-    Where a checkpoint of mmengine holds `state_dict` and `ema_state_dict`, the first is taken: mmengine swaps them when
-    it saves, so that the first holds the averaged weights.
+    What the file is, its content tells, not its suffix. Wrappers around the weights are removed
+    (`kdjax.weights.wrappers.unwrap`). Where a checkpoint of mmengine holds `state_dict` and `ema_state_dict`, the first
+    is taken: mmengine swaps them when it saves, so that the first holds the averaged weights.
 
     Args:
-      path: `.npz`, `.safetensors`, `.pth` (needs the extra `kdjax[torch]`), or `.onnx` of YOLOX (needs onnx).
+      path: `.npz`; `.safetensors`; `.pth`, `.pt`, `.ckpt`, `.bin` or `.tar` of PyTorch (needs the extra
+        `kdjax[torch]`); the index of sharded ones (`model.safetensors.index.json`), or a folder with one; or `.onnx` of
+        YOLOX (needs onnx).
 
     Returns:
-      name -> array, and the classes in mmengine's or mmdetection 2's `meta` of a `.pth`, else None.
+      name -> array, and the classes in mmengine's or mmdetection 2's `meta` of a PyTorch file, else None.
 
     Raises:
       UserError: the file is missing, of another kind, or broken, or PyTorch or onnx is needed and not installed.
+
+    Warns:
+      UserWarning: the file holds the weights and an average of them, and it is not known which is better.
     """
     path = Path(path)
-    if path.suffix not in FORMATS:
-        raise UserError(f"{path}: unknown kind of weights: the kinds are {', '.join(FORMATS)}")
+    if path.is_dir():
+        path = find_index(path)
+    name = path.name.lower()
+    if not name.endswith((*FORMATS, INDEX)):
+        raise UserError(f"{path}: unknown kind of weights: the kinds are {', '.join((*FORMATS, INDEX))}")
     if not path.is_file():
         raise UserError(f"{path}: there is no such file")
-    if path.suffix == ".onnx":
-        return yolox.load_onnx(path), None
-    if path.suffix == ".pth":
-        return _read_pth(path)
+    if (part := _PART.fullmatch(path.name)) and int(part[3]) > 1:
+        start, number, count, suffix = part.groups()
+        raise UserError(
+            f"{path}: it is part {int(number)} of {int(count)} of the weights: give their index, "
+            f"{start}{suffix}{INDEX} beside it"
+        )
+    if name.endswith(INDEX):
+        return _read_parts(path), None
+    flat, classes = _read_file(path)
+    with prefix(str(path)):
+        state = {key: containers.array(key, value) for key, value in wrappers.unwrap(flat).items()}
+        if not state:
+            raise UserError("it holds no arrays by name")
+    return state, classes
+
+
+def find_index(folder: Path) -> Path:
+    """The index of the sharded weights in a folder.
+
+    Raises:
+      UserError: the folder has none, or several.
+    """
+    found = sorted(folder.glob(f"*{INDEX}"))
+    if len(found) != 1:
+        what = "several indices" if found else "no index"
+        raise UserError(f"{folder}: the folder has {what} of weights (*{INDEX}): choose a file of weights")
+    return found[0]
+
+
+def _read_file(path: Path) -> tuple[dict[str, Any], list[str] | None]:
+    """All that one file holds by name (arrays, or tensors of PyTorch), and the names of the classes if it has them."""
+    head = _head(path)
+    with prefix(str(path)):
+        containers.check_size(path)
+        if path.suffix.lower() == ".onnx" and not _text(head):
+            return yolox.load_onnx(path), None
+        if head.startswith(b"PK"):
+            members = containers.check_archive(path)
+            if not any(name.split("/")[-1] == "data.pkl" for name in members):
+                return containers.read_npz(path), None
+            return _read_torch(path)
+        if head[8:9] == b"{":
+            return containers.read_safetensors(path), None
+        if head[:1] == b"\x80" or head[257:262] == b"ustar":
+            return _read_torch(path)
+        if text := _text(head):
+            raise UserError(f"it is a text file, not weights: it begins with {text!r}")
+        raise UserError("it is not a file of npz, safetensors or PyTorch, or its beginning is damaged")
+
+
+def _head(path: Path) -> bytes:
+    """The first bytes of a file that is not one of the usual things that are downloaded instead of weights."""
+    with open(path, "rb") as file:
+        head = file.read(512)
+    if not head:
+        raise UserError(f"{path}: the file is empty")
+    if head.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path}: it is a pointer of git-lfs, not the weights: download them with `git lfs pull`")
+    if re.match(rb"(?:\xef\xbb\xbf)?\s*<(?:!doctype|!--|html|head|body|\?xml|error)", head, re.IGNORECASE):
+        raise UserError(f"{path}: it is an HTML or XML page, not weights: download the file itself, not its page")
+    packed = next((name for magic, name in _COMPRESSED.items() if head.startswith(magic)), None)
+    if packed:
+        raise UserError(f"{path}: it is compressed with {packed}: unpack it")
+    return head
+
+
+def _text(head: bytes) -> str:
+    """The beginning of a text; "" if not all bytes are of printable text."""
     try:
-        return _unwrap(_read_npz(path) if path.suffix == ".npz" else load_safetensors(path)), None
-    except (OSError, ValueError, KeyError, EOFError, SafetensorError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{path}: the weights cannot be read: {error}") from error
+        text = codecs.getincrementaldecoder("utf-8-sig")().decode(head)  # the last letter may be cut
+    except UnicodeDecodeError:
+        return ""
+    return text.strip()[:40] if all(letter.isprintable() or letter.isspace() for letter in text) else ""
 
 
-def _read_npz(path: Path) -> State:
-    if not zipfile.is_zipfile(path):  # a single array, or a pickle; neither is opened
-        raise ValueError("it is not an npz file, or it is truncated")
-    with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-        state = {name: arrays[name] for name in arrays.files}
-    odd = [name for name, value in state.items() if value.dtype.kind not in "biuf"]
-    if odd:
-        raise ValueError(f"{odd[0]} is not an array of numbers")
-    return state
+def _read_parts(index: Path) -> State:
+    """Sharded weights; every part holds exactly the arrays that the index lists for it."""
+    try:
+        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
+            raise TypeError("weight_map is not a file for each array")
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        _head(index)  # tells what it is instead
+        raise UserError(f"{index}: it cannot be read as the index of sharded weights: {error!r}") from error
+    state: dict[str, Any] = {}
+    for file in sorted(set(listed.values())):
+        if Path(file).name != file or "\\" in file:
+            raise UserError(f"{index}: it names {file!r}: the parts must lie beside their index")
+        part = index.parent / file
+        if not part.is_file():
+            raise UserError(f"{part}: there is no such file, but {index.name} names it")
+        found, _ = _read_file(part)
+        names = {name for name, where in listed.items() if where == file}
+        if odd := sorted(names ^ set(found)):
+            what = "lacks" if odd[0] in names else "holds"
+            raise UserError(f"{part}: it is not the file that {index.name} describes: it {what} {odd[0]}")
+        state |= found
+    with prefix(str(index)):
+        return {key: containers.array(key, value) for key, value in wrappers.unwrap(state).items()}
 
 
-def _read_pth(path: Path) -> tuple[State, list[str] | None]:
+def _read_torch(path: Path) -> tuple[dict[str, Any], list[str] | None]:
     try:
         import torch  # pyright: ignore[reportMissingImports] - optional, and missing on the newest Pythons
     except ImportError as error:
         raise UserError(
-            f"{path}: reading it needs PyTorch: install the extra kdjax[torch], or convert the file to .safetensors or "
-            ".npz"
+            "reading it needs PyTorch: install the extra kdjax[torch], or convert the file to .safetensors or .npz"
         ) from error
     try:
-        with warnings.catch_warnings(action="ignore"):  # of old formats; their content is checked all the same
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        # Warnings of old formats are left out: their content is checked all the same. PyTorch would go by the suffix of
+        # a path.
+        with warnings.catch_warnings(action="ignore"), open(path, "rb") as file:
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         needed = re.search(r"GLOBAL (\S+)", str(error))
         what = f"it needs {needed[1]}" if needed else "it is not a PyTorch file, or holds other objects"
         raise UserError(
-            f"{path}: it cannot be read as weights alone: {what}, and kdjax never runs code from a file: save its "
-            "state_dict by itself where it was written"
+            f"it cannot be loaded safely: {what}, and kdjax never runs code from a file: save only its state_dict, "
+            "with the program that wrote it"
         ) from error
     except Exception as error:  # torch's exceptions differ from version to version
-        reason = str(error).partition(". ")[0].strip() or "it is empty"
-        raise UserError(f"{path}: the weights cannot be read: {reason}") from error
+        if "TorchScript" in str(error):
+            raise UserError(
+                "it is a TorchScript program, and kdjax never runs code from a file: save only its state_dict"
+            ) from error
+        reason = str(error).partition(". ")[0].strip() or type(error).__name__
+        raise UserError(f"the weights cannot be read: {reason}") from error
     if not isinstance(checkpoint, dict):
-        raise UserError(f"{path}: the file holds a {type(checkpoint).__name__}, not weights by name")
+        raise UserError(f"the file holds a {type(checkpoint).__name__}, not weights by name")
+    tensors = wrappers.flatten(checkpoint, torch.Tensor)
+    dense = [value for value in tensors.values() if value.layout == torch.strided and value.device.type != "meta"]
+    containers.check_declared(path, sum(value.numel() * value.element_size() for value in dense))
+    return tensors, _classes(checkpoint.get("meta"))
 
-    def arrays(tree: PyTree) -> PyTree:
-        if isinstance(tree, dict):
-            return {name: arrays(value) for name, value in tree.items() if isinstance(value, dict | torch.Tensor)}
-        return (tree.float() if tree.is_floating_point() else tree).detach().numpy()
 
-    meta = checkpoint.get("meta")
-    meta = meta if isinstance(meta, dict) else {}
+def _classes(meta: object) -> list[str] | None:
+    """The names of the classes in the `meta` of mmengine (`dataset_meta`) or of mmdetection 2."""
+    if not isinstance(meta, dict):
+        return None
     data = meta.get("dataset_meta")
     data = data if isinstance(data, dict) else meta
-    classes = data.get("classes") or data.get("CLASSES")
-    names = [str(name) for name in classes] if isinstance(classes, list | tuple) else None
-    return _unwrap(arrays(checkpoint)), names
-
-
-def _unwrap(checkpoint: dict[str, Any]) -> State:
-    """The state dict inside a checkpoint, nested or with its name as a prefix."""
-    for wrapper in ("state_dict", "ema_state_dict", "model"):  # the last one is YOLOX's authors'
-        if isinstance(checkpoint.get(wrapper), dict):
-            return checkpoint[wrapper]
-        inner = {
-            name[len(wrapper) + 1 :]: value
-            for name, value in checkpoint.items()
-            if name.startswith((f"{wrapper}.", f"{wrapper}/"))
-        }
-        if inner:
-            return inner
-    return checkpoint
+    for key in ("classes", "CLASSES"):
+        names = data.get(key)
+        if isinstance(names, list | tuple) and names and all(isinstance(name, str | int) for name in names):
+            return [str(name) for name in names]
+    return None

@@ -1,10 +1,12 @@
 """The table of names between a detector's parameters and a PyTorch state dict, and the layout of its arrays."""
 
+import collections
+
 import numpy as np
 
 from kdjax.detectors.api import Detector, State, flatten
-from kdjax.errors import UserError
 from kdjax.weights import yolox
+from kdjax.weights.wrappers import unwrap
 
 # Paths follow mmdetection's module names (those of torchvision and timm in a ResNet); only the leaves are renamed.
 _LEAVES = {
@@ -86,28 +88,35 @@ def plain(detector: Detector, state: State, network: str = "student") -> State:
       >>> list(plain(build("rtmdet_pico", 3), state))
       ['bbox_head.rtm_cls.0.bias']
     """
-    return detector.torch.rename(yolox.renamed(_unwrapped(state, network)))
+    state = unwrap(state, network)
+    own = {part for names in table(detector).values() for name in names for part in name.split(".")}
+    if "module" not in own:  # a wrapper around a part of the network
+        state = {name.replace(".module.", "."): value for name, value in state.items()}
+    return detector.torch.rename(yolox.renamed(state))
 
 
-def _unwrapped(state: State, network: str) -> State:
-    prefixes = {"student": ("architecture.", "student."), "teacher": ("teacher.",)}
-    if network not in prefixes:
-        raise UserError(f"network must be student or teacher, not {network!r}")
-    # "steps" is the counter of an averaged model.
-    state = {name.removeprefix("module."): value for name, value in state.items() if name != "steps"}
-    groups = {
-        role: {
-            name.removeprefix(prefix).removeprefix("module."): value
-            for prefix in of_role
-            for name, value in state.items()
-            if name.startswith(prefix)
-        }
-        for role, of_role in prefixes.items()
-    }
-    present = [role for role, group in groups.items() if group]
-    if not present:
-        return state
-    chosen = network if network in present else present[0]
-    # The rest of a distiller (the other network, connectors) is not the detector's; anything else is kept.
-    others = [name for name in state if not name.startswith(("architecture.", "student.", "teacher.", "distiller."))]
-    return groups[chosen] | {name: state[name] for name in others}
+def foreign(detector: Detector, state: State) -> str:
+    """Why no name of a state dict is one of the detector's; "" if some are.
+
+    Args:
+      detector: of the family that the state dict should be of.
+      state: of `plain`.
+
+    Example:
+      >>> from kdjax.detectors import build
+      >>> foreign(build("rtmdet_pico", 3), {"net.bbox_head.rtm_cls.0.bias": np.zeros(3)})
+      "its names have the unknown prefix 'net.' (net.bbox_head.rtm_cls.0.bias): save the weights without it"
+    """
+    own = {name for names in table(detector).values() for name in names}
+    prefix, inner = "", state
+    while inner and not own & set(plain(detector, inner)):
+        firsts = collections.Counter(name.partition(".")[0] for name in inner if "." in name)
+        if not firsts:
+            names = ", ".join(sorted(state)[:3]) + ", …" * (len(state) > 3)
+            return f"its names ({names}) are not those of {detector.name}: choose the detector that they are of"
+        first = firsts.most_common(1)[0][0] + "."
+        prefix += first
+        inner = {name.removeprefix(first): value for name, value in inner.items() if name.startswith(first)}
+    if not prefix:
+        return ""
+    return f"its names have the unknown prefix {prefix!r} ({prefix}{min(inner)}): save the weights without it"

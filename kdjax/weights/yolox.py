@@ -40,6 +40,8 @@ _SEPARABLE = {"dconv": "depthwise_conv", "pconv": "pointwise_conv"}
 _RUNS = ("main_conv", "short_conv", "blocks", "final_conv")  # of a CSP layer
 # What `load_onnx` calls the convolutions that have no name of their own.
 _UNNAMED = "onnx."
+# The first version that reads no external data through `..` or links out of the folder of a file.
+ONNX = (1, 21)
 
 
 def renamed(state: State) -> State:
@@ -85,18 +87,23 @@ def load_onnx(path: Path) -> State:
     try:
         import onnx
     except ImportError as error:
-        raise UserError(f"{path}: reading it needs onnx: install the extra kdjax[export]") from error
+        raise UserError("reading it needs onnx: install the extra kdjax[export]") from error
+    if tuple(int(part) for part in onnx.__version__.split(".")[:2]) < ONNX:
+        raise UserError(
+            f"reading it needs onnx {'.'.join(map(str, ONNX))} or newer, not {onnx.__version__}: older ones may read "
+            "external data outside of the folder"
+        )
     try:
         graph = onnx.load(str(path)).graph
         arrays = {entry.name: onnx.numpy_helper.to_array(entry) for entry in graph.initializer}
     except Exception as error:  # protobuf raises many types
-        raise UserError(f"{path}: the weights cannot be read: {error}") from error
+        raise UserError(f"the weights cannot be read: {error}") from error
     state = {}
     for number, node in enumerate(node for node in graph.node if node.op_type == "Conv"):
         absent = [name for name in node.input[1:] if name not in arrays]
         if absent:
             missing = f"{', '.join(absent)} of {node.name}"
-            raise UserError(f"{path}: the weights cannot be read: {missing} is not stored in the file")
+            raise UserError(f"the weights cannot be read: {missing} is not stored in the file")
         for name, leaf in zip(node.input[1:], ("weight", "bias"), strict=False):
             own = name if name.endswith(f".{leaf}") else f"{_UNNAMED}{number}.{leaf}"
             state[own] = arrays[name]

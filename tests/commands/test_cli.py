@@ -51,7 +51,7 @@ def test_a_damaged_model_is_refused_by_every_command(made, tmp_path, capsys, mon
                 ("latency",),
             ):
                 told = refused(capsys, *arguments, f"--model={tmp_path / 'model'}")
-                assert "model.safetensors: it cannot be read" in told or "its SHA-256 differs" in told
+                assert "model.safetensors: the weights cannot be read" in told or "its SHA-256 differs" in told
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 

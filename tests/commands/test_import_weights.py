@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from kdjax import cli, weights
+from kdjax import cli, inference, weights
 from kdjax.detectors import build
 from kdjax.detectors.api import flatten
 from tests.support.checkpoints import spoilt
@@ -55,7 +55,11 @@ def test_import_weights_refuses(tmp_path, capsys, state):
     base = ("import-weights", str(file), f"--out={tmp_path / 'm'}")
     assert "does not name its 6 classes" in refused(capsys, *base, "--detector=rtmdet_pico")
     names = f"--classes={tmp_path / 'names.txt'}"
-    assert "has 6 classes, but" in refused(capsys, *base, "--detector=rtmdet_pico", names)
+    told = refused(capsys, *base, "--detector=rtmdet_pico", names)
+    assert told.endswith("w.npz: it has 6 classes, but class_names names 2: a, b")
+    (tmp_path / "twice.txt").write_text("a\nb\na\n")
+    told = refused(capsys, *base, "--detector=rtmdet_pico", f"--classes={tmp_path / 'twice.txt'}")
+    assert told.endswith("twice.txt has the name 'a' twice: every class needs a name of its own")
     assert "unknown detector 'rtmdet_big'" in refused(capsys, *base, "--detector=rtmdet_big", names)
     assert "multiples of 32" in refused(capsys, *base, "--detector=rtmdet_pico", names, "--image-size=100,64")
     (tmp_path / "six.txt").write_text("\n".join(CLASSES))
@@ -67,10 +71,30 @@ def test_import_weights_refuses(tmp_path, capsys, state):
     )
     assert "required: --detector" in refused(capsys, *base)
     np.savez(tmp_path / "other.npz", a=np.zeros(3))
-    assert "no classifier of rtmdet_pico" in refused(
-        capsys, "import-weights", str(tmp_path / "other.npz"), "--detector=rtmdet_pico", f"--out={tmp_path / 'm'}"
-    )
+    other = ("import-weights", str(tmp_path / "other.npz"), "--detector=rtmdet_pico", f"--out={tmp_path / 'm'}")
+    told = "it holds no classifier of rtmdet_pico for the student: its names (a) are not those of rtmdet_pico: choose"
+    assert told in refused(capsys, *other)
+    np.savez(tmp_path / "other.npz", **{f"net.{name}": value for name, value in state[1].items()})
+    assert "student: its names have the unknown prefix 'net.' (net.backbone." in refused(capsys, *other)
     assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("backbone.stem.0.conv.weight", np.nan, "contains NaN (a diverged run?)"),
+        ("bbox_head.reg_convs.1.0.conv.weight", -np.inf, "contains infinite values (a diverged run?)"),
+        ("backbone.stem.0.bn.running_var", -0.5, "has a negative variance (-0.5)"),
+        ("backbone.stem.0.bn.weight", 1e39, "contains values beyond float32"),
+        ("backbone.stem.0.bn.weight", 3, "holds integers (int64): weights that are quantised are not read"),
+    ],
+)
+def test_values_that_cannot_be_used(tmp_path, capsys, state, name, value, told):
+    (tmp_path / "names.txt").write_text("\n".join(CLASSES))
+    np.savez(tmp_path / "w.npz", **state[1] | {name: np.full(state[1][name].shape, value)})
+    command = ("import-weights", str(tmp_path / "w.npz"), "--detector=rtmdet_pico", f"--out={tmp_path / 'm'}")
+    found = refused(capsys, *command, f"--classes={tmp_path / 'names.txt'}")
+    assert found == f"kdjax: {tmp_path / 'w.npz'}: the values of 1 array cannot be used: {name} {told}"
 
 
 def test_import_weights_of_damaged_files(tmp_path, capsys, state):
@@ -94,3 +118,9 @@ def test_pth_tells_its_classes(tmp_path, state):
     for key, meta in (("new", {"dataset_meta": {"classes": tuple(CLASSES)}}), ("old", {"CLASSES": CLASSES})):
         torch.save({"meta": meta, "state_dict": arrays}, tmp_path / f"{key}.pth")
         assert weights.read_checkpoint(tmp_path / f"{key}.pth")[1] == CLASSES
+    with pytest.raises(
+        ValueError, match=r"old\.pth: its own metadata has the classes of class_names in another order: di"
+    ):
+        inference.load(tmp_path / "old.pth", "rtmdet_pico", class_names=CLASSES[::-1])
+    renamed = [f"{name}s" for name in CLASSES]
+    assert inference.load(tmp_path / "old.pth", "rtmdet_pico", class_names=renamed).class_names == tuple(renamed)

@@ -34,11 +34,12 @@ def spoilt(folder: Path, state: dict) -> dict[str, str]:
     np.save(folder / "one.npy", np.zeros(3))
     (folder / "one.npy").rename(folder / "one.npz")
     told = {
-        "objects.npz": "allow_pickle=False",
+        "objects.npz": "code holds Python objects, and kdjax never runs code from a file",
         "words.npz": "is not an array of numbers",
-        "one.npz": "it is not an npz file",
+        "one.npz": "it is not a file of npz, safetensors or PyTorch",
     }
-    kinds = {"npz": "not an npz file", "safetensors": "Error while deserializing header"}
+    cut = "the file is damaged or cut off"
+    kinds = {"npz": cut, "safetensors": cut}
     if importlib.util.find_spec("torch"):
         import torch
 
@@ -50,10 +51,15 @@ def spoilt(folder: Path, state: dict) -> dict[str, str]:
         torch.save(list(tensors.values()), folder / "list.pth")
         told |= dict.fromkeys(("code.pth", "old.pth"), f"it needs {os.mkdir.__module__}.mkdir")
         told |= {"list.pth": "holds a list, not weights by name"}
-        kinds["pth"] = "cannot be read"
+        kinds["pth"] = cut
+    pickled = "it cannot be loaded safely" if "pth" in kinds else "reading it needs PyTorch"
     for kind, words in kinds.items():
         whole = (folder / f"whole.{kind}").read_bytes()
-        for name, content in (("cut", whole[: len(whole) // 2]), ("empty", b""), ("pickle", pickle.dumps(code))):
+        for name, content, why in (
+            ("cut", whole[: len(whole) // 2], words),
+            ("empty", b"", "the file is empty"),
+            ("pickle", pickle.dumps(code), pickled),
+        ):
             (folder / f"{name}.{kind}").write_bytes(content)
-            told[f"{name}.{kind}"] = words
+            told[f"{name}.{kind}"] = why
     return told

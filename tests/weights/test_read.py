@@ -10,7 +10,6 @@ import pytest
 from safetensors.numpy import save_file as save_safetensors
 
 from kdjax import weights
-from kdjax.weights import read
 from tests.support.checkpoints import CLASSES, spoilt
 
 
@@ -27,26 +26,21 @@ def test_files_of_arrays(tmp_path, detector, variables, state, wrapper):
         chex.assert_trees_all_equal(weights.from_torch(detector, arrays), variables)
 
 
-def test_mmengine_keeps_the_average_in_state_dict():
-    checkpoint = {"meta": {}, "state_dict": {"a": np.ones(1)}, "ema_state_dict": {"module.a": np.zeros(1)}}
-    assert read._unwrap(checkpoint)["a"] == 1
-
-
 def test_file_errors(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"weights.h5: unknown kind of weights: the kinds are .npz, .saf"):
         weights.read_checkpoint(tmp_path / "weights.h5")
     with pytest.raises(ValueError, match=r"weights.npz: there is no such file"):
         weights.read_checkpoint(tmp_path / "weights.npz")
     for name in ("broken.npz", "broken.safetensors"):
-        (tmp_path / name).write_bytes(b"not arrays at all")
-        with pytest.raises(ValueError, match=f"{name}: the weights cannot be read"):
+        (tmp_path / name).write_bytes(b"\0not arrays at all")
+        with pytest.raises(ValueError, match=f"{name}: it is not a file of npz, safetensors or PyTorch, or its begin"):
             weights.read_checkpoint(tmp_path / name)
     np.savez(tmp_path / "whole.npz", a=np.arange(1000))
     (tmp_path / "cut.npz").write_bytes((tmp_path / "whole.npz").read_bytes()[:2000])
     with pytest.raises(ValueError, match=r"cut.npz: the weights cannot be read"):
         weights.read_checkpoint(tmp_path / "cut.npz")
     monkeypatch.setitem(sys.modules, "torch", None)
-    (tmp_path / "weights.pth").write_bytes(b"")
+    (tmp_path / "weights.pth").write_bytes(pickle.dumps({}))
     with pytest.raises(ValueError, match=r"weights.pth: reading it needs PyTorch: install the extra kdjax\[torch\]"):
         weights.read_checkpoint(tmp_path / "weights.pth")
 
@@ -60,6 +54,38 @@ def test_spoilt_files_are_refused_and_nothing_in_them_runs(tmp_path, state):
     (tmp_path / "executed").mkdir()
     with pytest.raises(FileExistsError):  # the code is really there
         pickle.loads((tmp_path / "pickle.npz").read_bytes())
+
+
+def test_onnx_reads_nothing_outside_of_its_folder(tmp_path, monkeypatch):
+    onnx = pytest.importorskip("onnx", reason="reading .onnx needs kdjax[export]")
+    (tmp_path / "secret").write_bytes(np.ones(9, np.float32).tobytes())
+    (tmp_path / "in").mkdir()
+    file = tmp_path / "in" / "w.onnx"
+
+    def write(location: str):
+        kernel = onnx.numpy_helper.from_array(np.ones((1, 1, 3, 3), np.float32), "w")
+        onnx.external_data_helper.set_external_data(kernel, location)
+        kernel.ClearField("raw_data")
+        kernel.data_location = onnx.TensorProto.EXTERNAL
+        conv = onnx.helper.make_node("Conv", ["x", "w"], ["y"])
+        sides = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in "xy"]
+        file.write_bytes(
+            onnx.helper.make_model(onnx.helper.make_graph([conv], "g", *zip(sides), [kernel])).SerializeToString()
+        )
+
+    (tmp_path / "in" / "data").write_bytes((tmp_path / "secret").read_bytes())
+    write("data")
+    assert weights.read_checkpoint(file)[0]["onnx.0.weight"].sum() == 9
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "secret")
+    for location in ("../secret", "x/../../secret", str(tmp_path / "secret"), "link"):
+        write(location)
+        with pytest.raises(ValueError, match=r"w\.onnx: the weights cannot be read: "):
+            weights.read_checkpoint(file)
+    monkeypatch.setattr(onnx, "__version__", "1.20.1")
+    with pytest.raises(
+        ValueError, match=r"w\.onnx: reading it needs onnx 1\.21 or newer, not 1\.20\.1: older ones may read"
+    ):
+        weights.read_checkpoint(file)
 
 
 def test_pth_is_read_as_weights_alone(tmp_path, detector, variables, state):
@@ -79,5 +105,5 @@ def test_pth_is_read_as_weights_alone(tmp_path, detector, variables, state):
     chex.assert_trees_all_equal(tuple(found), variables)
     assert classes is None
     torch.save({"state_dict": {}, "code": PurePath("x")}, tmp_path / "code.pth")
-    with pytest.raises(ValueError, match="cannot be read as weights alone"):
+    with pytest.raises(ValueError, match="it cannot be loaded safely: it needs pathlib"):
         weights.read_checkpoint(tmp_path / "code.pth")
