@@ -216,7 +216,7 @@ def _hashable(value: object) -> int | None:
     return value if _whole(value) else None
 
 
-def located(file_names: Iterable[str], folder: Path, name: str) -> dict[str, Path]:
+def located(file_names: Iterable[str], folder: Path, name: str) -> dict[str, str]:
     """The path of every image, by its file_name; some tools write names that begin with the folder of the split.
 
     Args:
@@ -227,26 +227,22 @@ def located(file_names: Iterable[str], folder: Path, name: str) -> dict[str, Pat
     Raises:
       UserError: images are missing.
     """
-    paths = {
-        file_name: next((p for p in (folder / file_name, folder.parent / file_name) if _is_file(p)), None)
-        for file_name in file_names
-    }
-    missing = [file_name for file_name, path in paths.items() if path is None]
+    paths, missing, folders = {}, [], (str(folder), str(folder.parent))
+    for file_name in file_names:
+        # Strings, because a Path takes longer than the file system.
+        path = next(filter(os.path.isfile, (os.path.join(where, file_name) for where in folders)), None)
+        if path is None:
+            missing.append(file_name)
+        else:
+            paths[file_name] = path
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(f"{name}: {missing[0]}{more}: no such file in {folder}")
-    return {file_name: path for file_name, path in paths.items() if path}
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):  # a name that is too long, or that no file can have
-        return False
+    return paths
 
 
 def stream(
-    image_records: list[ImageRecord], paths: Mapping[str, Path], folder: Path, name: str, log: list[dict[str, Any]]
+    image_records: list[ImageRecord], paths: Mapping[str, str], folder: Path, name: str, log: list[dict[str, Any]]
 ) -> Iterator[tuple[ImageRecord, bytes]]:
     """Yields every image with its encoded bytes. Each is decoded once, to compare its boxes with its true size.
 
@@ -267,7 +263,7 @@ def stream(
     def load(record: ImageRecord) -> tuple[bytes, tuple[int, ...] | None]:
         path = paths[record.file_name]
         try:
-            encoded = path.read_bytes()
+            encoded = Path(path).read_bytes()
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
         if hashes.of_bytes(encoded) != record.sha256:

@@ -201,7 +201,7 @@ def _prepare_folders(cfg: Settings, splits: Sequence[str]) -> dict[str, Path]:
             truth = coco.read(json_path)
             return truth, *coco.check(truth, json_path.name)
 
-        def paths(known: hashes.Known) -> dict[str, Path]:
+        def paths(known: hashes.Known) -> dict[str, str]:
             return coco.located(known or [record.file_name for record in parsed()[1]], images, json_path.name)
 
         def write(folder: Path, known: hashes.Known) -> None:
@@ -288,7 +288,7 @@ def _prepared(
     name: str,
     fingerprint: Mapping[str, Any],
     place: Iterable[str],
-    paths: Callable[[hashes.Known], Mapping[str, Path]],
+    paths: Callable[[hashes.Known], Mapping[str, str]],
     write: Callable[[Path, hashes.Known], None],
 ) -> Path:
     """The folder of a split that is made of files.

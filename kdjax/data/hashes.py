@@ -28,7 +28,7 @@ _SEAL = "sha256.json"
 _YOUNG = 2 * 10**9  # ns; a file that changed so shortly before may change again without a new time
 
 
-def of_file(path: Path) -> str:
+def of_file(path: str | Path) -> str:
     """SHA-256 of a file's content.
 
     Raises:
@@ -51,7 +51,7 @@ def together(digests: Iterable[str]) -> str:
     return of_bytes("\n".join(digests).encode())
 
 
-def of_files(paths: Mapping[str, Path], known: Known, title: str) -> Known:
+def of_files(paths: Mapping[str, str], known: Known, title: str) -> Known:
     """The hashes of files, in the order of `paths`.
 
     Args:
@@ -75,7 +75,7 @@ def of_files(paths: Mapping[str, Path], known: Known, title: str) -> Known:
     }
 
 
-def _state(path: Path) -> list[int]:
+def _state(path: str) -> list[int]:
     try:
         stat = os.stat(path)
     except OSError as error:

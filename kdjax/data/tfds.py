@@ -91,14 +91,14 @@ def _open(directory: Path) -> tfds.core.DatasetBuilder:
     return builder
 
 
-def files(reader: Reader) -> dict[str, Path]:
+def files(reader: Reader) -> dict[str, str]:
     """What is read of the directories, by path: records, and the facts beside them."""
     paths = set()
     for directory, split in reader.parts:
         info: Any = tfds.builder_from_directory(directory).info
-        paths |= {Path(path) for path in info.splits[split].filepaths}
-        paths |= {path for kind in ("*.json", "*.txt") for path in Path(directory).glob(kind) if path.is_file()}
-    return {str(path): path for path in sorted(paths)}
+        paths |= {os.fspath(path) for path in info.splits[split].filepaths}
+        paths |= {str(path) for kind in ("*.json", "*.txt") for path in Path(directory).glob(kind) if path.is_file()}
+    return {path: path for path in sorted(paths)}
 
 
 def scan(reader: Reader, category_ids: list[int], log: list[dict[str, Any]]) -> Iterator[ImageRecord]:
