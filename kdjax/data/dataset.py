@@ -226,13 +226,22 @@ def _prepare_scenes(cfg: Settings, splits: Sequence[str]) -> dict[str, Path]:
 
         def write(folder: Path) -> None:
             categories = dict(enumerate(scenes.CLASSES, start=1))
-            stream = tqdm(scenes.stream(role, count), **_bar("scenes", role, count))
+            stream = tqdm(_hashed(scenes.stream(role, count)), **_bar("scenes", role, count))
             _write(folder, name="scenes", categories=categories, stream=stream, log=[])
 
         fingerprint = {"builder": records.VERSION, "scenes": scenes.fingerprint(), "split": role, "count": count}
         return cache.prepared(cache.root(cfg["cache"]), "scenes", fingerprint, write)
 
     return {role: prepare(role) for role in splits}
+
+
+def _hashed(stream: records.Stream) -> records.Stream:
+    """The stream with the hashes of the pixels: with another version of the encoder, a run may still be resumed."""
+    for record, encoded in stream:
+        image = records.decode(encoded)
+        assert image is not None, record.file_name
+        record.sha256 = hashes.of_bytes(image.tobytes())
+        yield record, encoded
 
 
 def _prepare_tfds(cfg: Settings, splits: Sequence[str]) -> dict[str, Path]:
@@ -340,7 +349,6 @@ def _write(
 
     def kept() -> Iterable[tuple[ImageRecord, bytes]]:
         for record, encoded in stream:
-            record.sha256 = record.sha256 or hashes.of_bytes(encoded)
             image_records.append(record)
             yield record, encoded
 

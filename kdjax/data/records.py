@@ -40,7 +40,7 @@ class ImageRecord:
     height: int
     # As in COCO's json, in original pixels: id, category_id, bbox (x y w h), area, iscrowd, and its other fields.
     annotations: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    sha256: str = ""  # of the encoded image
+    sha256: str = ""  # of the encoded image; of the pixels of a generated one
 
 
 Example = tuple[int, dict[str, Any]]  # key and features, as TFDS takes them
