@@ -1,5 +1,6 @@
 """The generated images."""
 
+import cv2
 import numpy as np
 import pytest
 
@@ -41,3 +42,14 @@ def test_scenes_have_all_classes_and_sizes():
     assert set(labels) == set(range(len(scenes.CLASSES)))
     assert min(map(len, drawn)) == 0 and max(map(len, drawn)) >= 4
     assert (areas < 32**2).mean() > 0.2 and (areas > 32**2).mean() > 0.15
+
+
+def test_the_fingerprint_knows_pixels_not_the_encoder(tmp_path, monkeypatch):
+    """A run goes on where another version of the encoder writes other bytes."""
+    before, encode = opened("", tmp_path / "a", source="scenes"), cv2.imencode
+    monkeypatch.setattr(cv2, "imencode", lambda suffix, image: encode(suffix, image, [cv2.IMWRITE_PNG_COMPRESSION, 9]))
+    after = opened("", tmp_path / "b", source="scenes")
+    first, second = (each.splits["train"].records.raw(0)["image"] for each in (before, after))
+    assert first != second and before.fingerprint == after.fingerprint
+    monkeypatch.setattr(cv2, "imencode", lambda suffix, image: encode(suffix, image + 1))
+    assert opened("", tmp_path / "c", source="scenes").fingerprint != before.fingerprint
