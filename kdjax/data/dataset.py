@@ -116,7 +116,8 @@ def open_dataset(cfg: Settings, splits: Sequence[str] = ("train", "val")) -> Dat
     for role, meta in metas.items():
         folder = folders[role]
         parts = tuple((str(folder / path), part) for path, part in meta["records"])  # an absolute path stays itself
-        reader = Reader(parts, tuple(labels[key] for key, _ in meta["categories"]))
+        remedy = f"delete {folder} to have it prepared again" if cfg["source"] != "tfds" else Reader.remedy
+        reader = Reader(parts, tuple(labels[key] for key, _ in meta["categories"]), remedy)
         try:
             reader.raw(meta["size"] - 1)
         except Exception:  # TFDS and array_record raise many exception types

@@ -153,6 +153,7 @@ class Reader:
 
     parts: tuple[tuple[str, str], ...]  # TFDS directory and split; several come one after the other
     labels: tuple[int, ...] = ()  # the data set's label of every stored label; needed for decoded examples
+    remedy: str = "prepare the data again"  # what to do if a record cannot be read
 
     @functools.cached_property
     def _sources(self) -> list[Any]:
@@ -166,7 +167,7 @@ class Reader:
         return list(itertools.accumulate(len(source) for source in self._sources))
 
     def __reduce__(self) -> tuple[type["Reader"], tuple[Any, ...]]:
-        return Reader, (self.parts, self.labels)
+        return Reader, (self.parts, self.labels, self.remedy)
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -181,7 +182,7 @@ class Reader:
         try:
             record = self._sources[part][index - (self._ends[part - 1] if part else 0)]
         except Exception:  # TFDS and array_record raise many exception types
-            raise Damaged(f"{self.parts[part][0]}: record {index} cannot be read: prepare the data again") from None
+            raise Damaged(f"{self.parts[part][0]}: record {index} cannot be read: {self.remedy}") from None
         return {"image/id": index + 1} | record
 
     def image(self, index: int) -> np.ndarray:
@@ -196,7 +197,7 @@ class Reader:
         image = decode(record["image"])
         if image is None:
             name, directory = record["image/filename"].decode(), self.parts[bisect.bisect(self._ends, index)][0]
-            raise Damaged(f"{directory}: image {name} cannot be decoded: prepare the data again")
+            raise Damaged(f"{directory}: image {name} cannot be decoded: {self.remedy}")
         return image
 
     def __getitem__(self, index: int) -> dict[str, Any]:
