@@ -33,8 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
       arguments: those of the command line; by default the process's own.
 
     Returns:
-      Exit code: 0; 1 if the doctor found an error; 2 after one sentence on stderr about an argument, setting, file or
-      value that cannot be used; 130 after Ctrl-C; 143 if a run was stopped by SIGTERM.
+      Exit code: 0; 1 if the doctor found an error; 2 if an argument, setting, file or value cannot be used, which
+      one sentence on stderr says; 130 after Ctrl-C; 143 if a run was stopped by SIGTERM.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = _parser()
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def sentence(error: Exception) -> str:
-    r"""An error in one line; of a long list only the first three entries.
+    r"""An error message in one line; a list in it is cut after three entries.
 
     Example:
       >>> sentence(ValueError("5 differences:\n  a\n  b\n  c\n  d\n  e"))
@@ -111,9 +111,9 @@ def _parser() -> argparse.ArgumentParser:
         )
 
     def add_split(to: argparse.ArgumentParser) -> None:
-        to.add_argument("--split", default="val", help="of the folder (val): annotations/instances_SPLIT.json")
-        to.add_argument("--annotations", default="", metavar="FILE", help="the json, if it is elsewhere in DIR")
-        to.add_argument("--images", default="", metavar="DIR", help="the images, if they are elsewhere in DIR")
+        to.add_argument("--split", default="val", help="split, as in annotations/instances_SPLIT.json (val)")
+        to.add_argument("--annotations", default="", metavar="FILE", help="the json, if not in its usual place in DIR")
+        to.add_argument("--images", default="", metavar="DIR", help="the images, if not in their usual place in DIR")
         to.add_argument("--limit", type=int, default=0, metavar="N", help="only the first N images")
 
     one = add(
@@ -122,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
         "kdjax train --config=quickstart --workdir=runs/quickstart --config.steps=800",
     )
     add_config(one)
-    one.add_argument("--workdir", metavar="DIR", help="gets checkpoints, metrics, models and report.html")
+    one.add_argument("--workdir", metavar="DIR", help="folder for checkpoints, metrics, models and report.html")
     one.add_argument("--multihost", action="store_true", help="several hosts run the same command (jax.distributed)")
 
     one = add(
@@ -140,25 +140,34 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument(
         "name",
         choices=("methods", "components", "weight", "teacher", "sizes"),
-        help="methods; components, weight of MKD; teacher; sizes of the student",
+        help="what the runs differ in: method; MKD's components, weight or teacher; size of the student",
     )
     one.add_argument(
         "--config",
         default="quickstart",
         metavar="NAME[:ARG]",
-        help=f"{CONFIG}; the methods are its last argument (quickstart)",
+        help=f"{CONFIG}; it must take the methods as its last argument (quickstart)",
     )
-    one.add_argument("--workdir", required=True, metavar="DIR", help="gets the runs and NAME.png")
+    one.add_argument("--workdir", required=True, metavar="DIR", help="folder for the runs and the chart NAME.png")
     one.add_argument("--seeds", type=int, default=3, metavar="N", help="number of seeds (3)")
     one.add_argument("--first", type=int, default=0, metavar="N", help="the first seed (0)")
-    one.add_argument("--methods", default="", metavar="A,B+C", help="of the study `methods` (all methods)")
-    one.add_argument("--weights", default="0.1,1,5", metavar="W,W", help="of the study `weight` (0.1,1,5)")
-    one.add_argument("--teachers", default="", metavar="DIR,DIR", help="student/ folders of other runs")
+    one.add_argument(
+        "--methods", default="", metavar="A,B+C", help="for the study `methods`; + adds methods up (all methods)"
+    )
+    one.add_argument(
+        "--weights", default="0.1,1,5", metavar="W,W", help="for the study `weight`: weights of MKD (0.1,1,5)"
+    )
+    one.add_argument(
+        "--teachers",
+        default="",
+        metavar="DIR,DIR",
+        help="for the studies `methods` and `teacher`: student/ folders of other runs",
+    )
     one.add_argument(
         "--students",
         default="rtmdet_pico,rtmdet_nano",
         metavar="A,B",
-        help="of the study `sizes` (rtmdet_pico,rtmdet_nano)",
+        help="for the study `sizes`: detectors (rtmdet_pico,rtmdet_nano)",
     )
     one.add_argument("--log", default="", metavar="FILE", help="a Markdown file to which the results are appended")
 
@@ -169,7 +178,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     one.add_argument("paths", nargs="+", metavar="PATH", help="images, videos, folders of them")
     one.add_argument("--model", required=True, metavar="DIR", help=MODEL)
-    one.add_argument("--out", required=True, metavar="DIR", help="gets detections.json, images.json and drawn/")
+    one.add_argument("--out", required=True, metavar="DIR", help="folder for detections.json, images.json and drawn/")
     one.add_argument("--threshold", type=float, default=0.3, metavar="S", help="lowest score that is drawn (0.3)")
 
     one = add(
@@ -183,7 +192,7 @@ def _parser() -> argparse.ArgumentParser:
         "--data", required=True, metavar="DIR", help="a folder in COCO layout, or scenes (the quickstart's)"
     )
     add_split(one)
-    one.add_argument("--out", metavar="DIR", help="gets evaluation.json, detections.json and report.html")
+    one.add_argument("--out", metavar="DIR", help="folder for evaluation.json, detections.json and report.html")
 
     one = add(
         "latency",
@@ -211,7 +220,7 @@ def _parser() -> argparse.ArgumentParser:
     needs = "onnx needs kdjax[export], litert needs kdjax[litert]"
     one.add_argument("--format", required=True, choices=("onnx", "litert", "stablehlo"), help=needs)
     one.add_argument("--out", required=True, metavar="FILE", help="the file to write")
-    one.add_argument("--data", metavar="DIR", help="labelled data to check and measure on: as for evaluate")
+    one.add_argument("--data", metavar="DIR", help="labelled data to compare outputs and AP on, as for evaluate")
     add_split(one)
     one.add_argument("--dtype", choices=("float32", "int8"), default="float32", help="int8: static quantisation, ONNX")
     one.add_argument("--raw", action="store_true", help="the maps of the head, without decoding and NMS")
@@ -238,7 +247,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--classes", metavar="FILE", help="COCO json, or text with a name per line; needed if the file has no names"
     )
-    one.add_argument("--image-size", default="640,640", metavar="H,W", help="of the network input, in pixels (640,640)")
+    one.add_argument("--image-size", default="640,640", metavar="H,W", help="of the network input in pixels (640,640)")
     one.add_argument(
         "--network", choices=("student", "teacher"), default="student", help="which network of an mmrazor checkpoint"
     )

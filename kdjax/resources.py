@@ -81,7 +81,7 @@ def config_file(text: str) -> tuple[Path, str | None]:
 
 
 def load_config(text: str) -> Config:
-    """Calls `get_config` of a config; a config can start from another one by this.
+    """Calls `get_config` of a config; configs use it to start from another config.
 
     Args:
       text: as for `config_file`.
@@ -104,7 +104,7 @@ def load_config(text: str) -> Config:
     if not hasattr(module, "get_config"):
         raise UserError(f"{path}: it does not define get_config()")
     if argument is not None and not inspect.signature(module.get_config).parameters:
-        raise UserError(f"{path}: it takes no argument, but has {argument!r}")
+        raise UserError(f"{path}: it takes no argument, but was given {argument!r}")
     try:
         return module.get_config() if argument is None else module.get_config(argument)
     except ValueError as error:

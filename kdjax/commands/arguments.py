@@ -1,4 +1,4 @@
-"""What several commands do with their arguments."""
+"""Arguments that several commands share."""
 
 import collections
 import dataclasses
@@ -17,7 +17,7 @@ SCENES = 400  # images of the generated validation split, as in a run
 
 
 def load_model(path: str, flag: str = "--model") -> inference.Model:
-    """The model of a flag; compiled programs are kept on disk, so that the next command starts in seconds."""
+    """The model that a flag names; compiled programs are kept on disk, so that the next command starts in seconds."""
     if not jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue] - set at run time
         jax.config.update("jax_compilation_cache_dir", str(files.cache_root() / "jax"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -26,24 +26,24 @@ def load_model(path: str, flag: str = "--model") -> inference.Model:
 
 
 def make_folder(path: str | Path) -> Path:
-    """Makes the folder `--out` before anything is computed.
+    """Creates the folder `--out` before anything is computed.
 
     Raises:
-      UserError: it cannot be made.
+      UserError: it cannot be created.
     """
     folder = Path(path).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--out: {path} cannot be made ({error.strerror}): choose another folder") from None
+        raise UserError(f"--out: {path} cannot be created ({error.strerror}): choose another folder") from None
     return folder
 
 
 def output_file(path: str) -> Path:
-    """The file `--out`, whose folder is made.
+    """The file `--out`; its folder is created.
 
     Raises:
-      UserError: it is a folder, or its folder cannot be made.
+      UserError: it is a folder, or its folder cannot be created.
     """
     file = Path(path).expanduser()
     if file.is_dir():
@@ -53,7 +53,7 @@ def output_file(path: str) -> Path:
 
 
 def aligned(rows: list[list[str]]) -> str:
-    """Rows of a table as text: the first column to the left, the others to the right."""
+    """Rows of a table as text: the first column is left-aligned, the others are right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(
@@ -106,12 +106,12 @@ def open_data(source: str, split: str, annotations: str, images: str, limit: int
       UserError: the data cannot be used.
     """
     if limit < 0:
-        raise UserError(f"--limit: {limit} must be a number of images, or 0 for all")
+        raise UserError(f"--limit must be >= 0 (0: all images), not {limit}")
     config = settings.base().data
     config.limit = limit
     if source == "scenes":
         if split != "val" or annotations or images:
-            raise UserError("--data: scenes has no --split, --annotations or --images: it has the split val alone")
+            raise UserError("--data=scenes takes no --split, --annotations or --images: its only split is val")
         config.update(source="scenes", scenes_val=min(limit or SCENES, SCENES))
     else:
         folder = Path(source).expanduser()
@@ -126,13 +126,13 @@ def open_data(source: str, split: str, annotations: str, images: str, limit: int
         ):
             config.source = "tfds"
             if images:
-                raise UserError("--images: a TFDS directory holds its images itself: leave it out")
+                raise UserError("--images: a TFDS directory contains its images: omit this flag")
     with prefix(f"--data={source}"):
         dataset = data.open_dataset(config, splits=("val",))
         opened = Data(source, dataset, config.to_dict())
         listed = opened.truth
         if all(row["iscrowd"] for row in listed["annotations"]):
-            raise UserError(f"its {len(listed['images'])} images hold no object, so nothing can be measured")
+            raise UserError(f"its {len(listed['images'])} images have no objects: metrics need some")
     names = {image["file_name"] for image in listed["images"]}
     dropped = [row["reason"] for row in opened.split.log if row["action"] == "dropped" and row["file"] in names]
     if dropped:

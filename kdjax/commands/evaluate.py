@@ -29,13 +29,13 @@ def run(
     limit: int,
     out: str | None,
 ) -> int:
-    """Evaluates a model and prints tables; with `out`, writes them as json and as a page, and the detections.
+    """Evaluates a model and prints tables; with `out`, also writes them as json and HTML, and the detections.
 
     Args:
       model: see `kdjax.inference.load`.
       against: another one, or None.
-      data: see `arguments.open_data`, as the next three.
-      split: of the data.
+      data: see `arguments.open_data`.
+      split: the split of the data.
       annotations: the json, where it is not at its usual place.
       images: the images, where they are not at their usual place.
       limit: only the first images; 0 takes all.
@@ -161,7 +161,7 @@ def _points(value: float | None) -> str:
 
 
 def _beside(values: list[float]) -> list[str]:
-    """The values, followed by their difference if they are two."""
+    """The values, followed by their difference if there are two."""
     both = len(values) > 1 and min(values) >= 0
     difference = [f"{100 * (values[0] - values[1]):+.1f}" if both else "–"] if len(values) > 1 else []
     return [_points(value) for value in values] + difference

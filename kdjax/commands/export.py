@@ -58,9 +58,9 @@ def run(
       UserError: something is missing, or the exported model differs too much: in its outputs or in AP.
     """
     if dtype == "int8" and (format != "onnx" or not data):
-        raise UserError("--dtype: int8 needs --format=onnx, and --data=DIR to calibrate and to measure AP on")
+        raise UserError("--dtype=int8 needs --format=onnx and --data=DIR, for calibration and AP")
     if max_ap_loss is not None and not data:
-        raise UserError("--max-ap-loss: it needs --data=DIR to measure AP on")
+        raise UserError("--max-ap-loss needs --data=DIR, on which AP is measured")
     target = arguments.output_file(out)
     if format in ("onnx", "litert"):
         packages.check_installed(packages.ONNX if format == "onnx" else packages.LITERT)
@@ -133,7 +133,7 @@ def _generated(split: str, count: int) -> list[np.ndarray]:
 
 
 def _calibration(data: str, split: str, opened: arguments.Data | None) -> Iterator[np.ndarray]:
-    """Images of the training split, or, where the data has none, of the one that is measured on."""
+    """Images for calibration: of the training split or, if the data has none, of the split that AP is measured on."""
     if data == "scenes":
         return iter(_generated("train", CALIBRATION))
     try:
@@ -142,5 +142,5 @@ def _calibration(data: str, split: str, opened: arguments.Data | None) -> Iterat
         if opened is None:
             raise
         train = opened
-        print(f"calibrated on the images of {split} itself: {data} has no split train that can be used")
+        print(f"calibrated on the split {split}, on which AP is measured too: {data} has no usable split train")
     return (image for _, image in itertools.islice(train.stream(), CALIBRATION))

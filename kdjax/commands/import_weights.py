@@ -16,7 +16,7 @@ def run(*, file: str, detector: str, out: str, classes: str | None, image_size: 
       file: see `kdjax.inference.load`.
       detector: a name that `kdjax.detectors.build` knows.
       out: the folder to write.
-      classes: file with the class names: COCO json, or text with one a line; None: those of the checkpoint.
+      classes: file with the class names: COCO json, or text with one per line; None: those of the checkpoint.
       image_size: "H,W" of the network input in pixels.
       network: "student" or "teacher" of a distiller.
 
@@ -24,7 +24,7 @@ def run(*, file: str, detector: str, out: str, classes: str | None, image_size: 
       Exit code 0.
 
     Raises:
-      UserError: the checkpoint, the detector and the class names do not fit.
+      UserError: the checkpoint, the detector and the class names do not fit each other.
     """
     size = _size(image_size)
     names = read_classes(classes) if classes else None
@@ -51,7 +51,7 @@ def run(*, file: str, detector: str, out: str, classes: str | None, image_size: 
 
 
 def read_classes(path: str) -> list[str]:
-    """Class names of a COCO json (by ascending category id) or of a text file with one a line."""
+    """Class names of a COCO json (by ascending category id) or of a text file with one per line."""
     if not Path(path).is_file():
         raise UserError(f"--classes: there is no file {path}")
     try:
@@ -72,5 +72,5 @@ def _size(text: str) -> tuple[int, int]:
     try:
         height, width = (int(side) for side in text.split(","))
     except ValueError:
-        raise UserError(f"--image-size: {text} must be height and width in pixels, as in 640,640") from None
+        raise UserError(f"--image-size must be height and width in pixels, as in 640,640, not {text}") from None
     return height, width

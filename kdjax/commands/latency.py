@@ -43,9 +43,9 @@ def run(*, models: list[str], threads: int | None, runs: int, out: str | None) -
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if runs < 1:
-        raise UserError(f"--runs: {runs} must be at least 1")
+        raise UserError(f"--runs must be >= 1, not {runs}")
     if threads is not None and not 1 <= threads <= cores:
-        raise UserError(f"--threads: {threads} must be in 1 .. {cores}")
+        raise UserError(f"--threads must be in 1 .. {cores}, not {threads}")
     threads, target = threads or cores, arguments.output_file(out) if out else None
     with only(threads):  # before the first array: XLA starts its threads then
         files = {path: None if path.endswith((".onnx", ".tflite")) else arguments.load_model(path) for path in models}
@@ -55,8 +55,8 @@ def run(*, models: list[str], threads: int | None, runs: int, out: str | None) -
         rows = [row for path, loaded in files.items() for row in measure(path, loaded, threads=threads, runs=runs)]
     print(table(rows))
     print(
-        f"\nOne image, {threads} {'thread' if threads == 1 else 'threads'}, {runs} runs after {WARM_UP} to warm up; "
-        "networks of folders without decoding, exported files as they are."
+        f"\nOne image, {threads} {'thread' if threads == 1 else 'threads'}, {runs} runs after {WARM_UP} to warm up. "
+        "Models in folders are timed without decoding, exported files as they are."
     )
     if missing := packages.missing():
         print(f"onnxruntime timings skipped (missing: {', '.join(missing)}): pip install 'kdjax[export]'")
@@ -130,7 +130,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 @contextlib.contextmanager
 def only(threads: int) -> Iterator[None]:
-    """Restricts this process to some of its cores, as many as the threads that XLA starts with."""
+    """Restricts this process to `threads` of its cores: XLA starts one thread for each core."""
     if not hasattr(os, "sched_setaffinity"):
         yield
         return
@@ -147,7 +147,7 @@ def exported_file(path: Path, *, threads: int = 1) -> tuple[str, Callable[[], ob
 
     Args:
       path: the file; the first dimension of an input is the batch, 1 where it is not fixed.
-      threads: number of threads of an operator.
+      threads: number of threads that compute an operator.
 
     Returns:
       (runtime, function that runs it, shape of the image, metadata that `kdjax export` wrote).

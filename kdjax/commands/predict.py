@@ -46,7 +46,7 @@ def run(*, paths: list[str], model: str, out: str, threshold: float) -> int:
       OSError: a drawn image cannot be written.
     """
     if not 0 <= threshold <= 1:
-        raise UserError(f"--threshold: {threshold} must be a score in 0 .. 1")
+        raise UserError(f"--threshold must be a score in 0 .. 1, not {threshold}")
     folder = Path(out).expanduser()
     files = find(paths, folder)
     loaded = arguments.load_model(model)

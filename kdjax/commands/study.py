@@ -1,4 +1,4 @@
-"""`kdjax study`: runs compared. Variants over seeds, each beside its seed's twin, end in one table and one chart.
+"""`kdjax study`: compares variants of a run over seeds with their twins, in one table and one chart.
 
     kdjax study methods --workdir=runs/study --methods=mkd,rtmdet_cwd,ssim --seeds=3
     kdjax study components --workdir=runs/study
@@ -6,10 +6,11 @@
     kdjax study teacher --workdir=runs/study --teachers=runs/a/student,runs/b/student
     kdjax study sizes --workdir=runs/study --students=rtmdet_pico,rtmdet_nano
 
-`methods` compares methods, with the config's teacher or with each of `--teachers`. The others are MKD's tables:
-without each of its components (table 4), its weight (table 5), the size of its teacher (table 3), and parameters,
-FLOPs, latency and AP over sizes of the student (table 1). `--config` takes the names of methods as its argument, or
-as the last of several, as in `--config=distill/mkd_rtmdet:tiny,s`. Any `--config.a.b=value` applies to every run.
+`methods` compares methods, with the config's teacher or with each of `--teachers`. The others follow tables of MKD's
+paper: without each of its components (table 4), its weight (table 5), the size of its teacher (table 3), and
+parameters, FLOPs, latency and AP over sizes of the student (table 1). `--config` takes the names of methods as its
+argument, or as the last of several, as in `--config=distill/mkd_rtmdet:tiny,s`. Any `--config.a.b=value` applies to
+every run.
 
 The gain of a run is its student's AP minus that of the twin: the same student from the same initial weights on the
 same batches, without a teacher. The twin does not depend on method or teacher, to the bit, so it is trained once per
@@ -93,7 +94,7 @@ def run(
     log: str,
     overrides: list[str],
 ) -> int:
-    """Trains what is missing of a study, and prints its table.
+    """Trains the runs of a study that are missing, and prints its table.
 
     Args:
       name: a key of `STUDIES`.
@@ -160,7 +161,7 @@ def of_components(options: Options) -> list[Variant]:
 
 
 def of_weight(options: Options) -> list[Variant]:
-    """MKD with several weights; the default's runs are those of plain MKD, which other studies have too."""
+    """MKD with several weights; with the default weight it is plain MKD, whose runs other studies share."""
     plain = zoo.options("mkd")["weight"]
     variants = []
     for text in options.weights:
@@ -176,7 +177,7 @@ def of_weight(options: Options) -> list[Variant]:
 def of_teacher(options: Options) -> list[Variant]:
     """MKD with several teachers."""
     if not options.teachers:
-        raise UserError("--teachers is missing: name them, as in --teachers=runs/a/student,runs/b/student")
+        raise UserError("--teachers is missing: name student/ folders, as in --teachers=runs/a/student,runs/b/student")
     return [Variant(teacher, "mkd", flags) for teacher, flags in teachers(options.teachers)]
 
 
@@ -213,7 +214,7 @@ STUDIES: dict[str, Callable[[Options], list[Variant]]] = {
 
 
 def study(options: Options, variants: list[Variant]) -> int:
-    """Trains what is missing, prints table and summary, and draws the chart.
+    """Trains the runs that are missing, prints table and summary, and draws the chart.
 
     Args:
       options: arguments of the command.
@@ -234,7 +235,7 @@ def study(options: Options, variants: list[Variant]) -> int:
                 try:
                     twins[seed, variant.student] = train(twin_flags(options, variant, seed), of_twin)["student"]
                 except Failed as error:
-                    raise UserError(f"the twin of seed {seed}, with which all are compared: {error}") from error
+                    raise UserError(f"the twin of seed {seed}, which all runs need, failed: {error}") from error
                 folders.setdefault("twin", of_twin)
             folder = workdir / f"seed{seed}" / label(variant.methods, *variant.flags, *variant.student)
             try:
@@ -281,7 +282,7 @@ def label(name: str, *flags: str) -> str:
 
 
 def run_flags(options: Options, variant: Variant, seed: int) -> list[str]:
-    """The flags of a run with methods and without a twin of its own; of a repeated flag the last one."""
+    """The flags of a run with methods and without a twin of its own; if one is repeated, the last one counts."""
     common = ("--config.twin=False", "--config.eval.every=0", f"--config.seed={seed}")
     config = f"--config={options.config}{',' if ':' in options.config else ':'}{variant.methods}"
     flags = (config, *options.flags, *variant.student, *variant.flags, *common)
@@ -337,7 +338,7 @@ def train(flags: list[str], workdir: Path) -> dict[str, Any]:
 
 
 def call(command: list[str]) -> None:
-    """Runs a command, copies its stderr, and forwards a stop in both directions.
+    """Runs a command and copies its stderr. SIGTERM to this process stops it; if it was stopped, this process exits.
 
     Args:
       command: program and arguments.

@@ -21,7 +21,7 @@ CLIP = 0.01  # px: a box that extends beyond the image by less is clipped silent
 def find(root: str, split: str, *, annotations: str = "", images: str = "") -> tuple[Path, Path]:
     """Finds the json and the folder of images of a split.
 
-    Tried under `root`: annotations/instances_{split}.json, annotations/{split}.json, {split}/_annotations.coco.json;
+    Searched under `root`: annotations/instances_{split}.json, annotations/{split}.json, {split}/_annotations.coco.json;
     images/{split}/, {split}/, images/.
 
     Args:
@@ -101,17 +101,17 @@ def licenses(data: Mapping[str, Any]) -> list[str]:
 def check(data: Mapping[str, Any], name: str) -> tuple[list[ImageRecord], dict[int, str], list[dict[str, Any]]]:
     """Checks a json: images with their annotations in its order, categories by id, and the list of all changes.
 
-    Refused is an annotation of an unknown image or category, an id that is double or not an integer, and
-    boxes as fractions of the image. Dropped or repaired, and listed, is what is unusable: boxes that are not four
-    finite numbers or have no extent are dropped, missing or double annotation ids are replaced. A missing `iscrowd`
-    (0) or `area` (that of the box) is filled in silently.
+    A json is refused if an annotation names an unknown image or category, if an id is duplicate or not an integer, or
+    if boxes are fractions of the image. What is dropped or repaired is listed: boxes that are not four finite numbers
+    or have no extent are dropped, missing or duplicate annotation ids are replaced. A missing `iscrowd` (0) or `area`
+    (that of the box) is filled in silently.
 
     Args:
       data: from `read`.
       name: the file's name, for messages.
 
     Raises:
-      UserError: something is refused.
+      UserError: the json is refused.
     """
     categories = _categories(data, name)
     image_records = _image_records(data, name)
@@ -140,7 +140,7 @@ def check(data: Mapping[str, Any], name: str) -> tuple[list[ImageRecord], dict[i
             continue
         if not _whole(entry.get("id")) or entry["id"] in used or entry["id"] < 1:
             # COCO's evaluation takes a match with annotation 0 for no match.
-            note("repaired", "annotation id is missing, double or below 1: replaced")
+            note("repaired", "annotation id is missing, duplicate or below 1: replaced")
             entry["id"] = next(spare)
         used.add(entry["id"])
         if entry.get("iscrowd") not in (None, 0, 1):
@@ -198,7 +198,7 @@ def _image_records(data: Mapping[str, Any], name: str) -> dict[int, ImageRecord]
 
 def _identity(entry: Mapping[str, Any], name: str, kind: str) -> int:
     if not _whole(entry.get("id")):
-        raise UserError(f"{name}: {kind} id {entry.get('id')!r} is not an integer of 64 bits")
+        raise UserError(f"{name}: {kind} id {entry.get('id')!r} is not a 64-bit integer")
     return entry["id"]
 
 
@@ -254,7 +254,7 @@ def stream(
       paths: from `located`.
       folder: of the images.
       name: the json's name, for messages.
-      log: gets what is dropped or repaired, and names that lead out of the folder.
+      log: what is dropped or repaired, and names that lead out of the folder, are appended to it.
 
     Raises:
       UserError: an image cannot be read, has another hash, or has another size than the json says.

@@ -110,7 +110,7 @@ def scan(reader: Reader, category_ids: list[int], log: list[dict[str, Any]]) -> 
     Args:
       reader: of the split.
       category_ids: of the labels.
-      log: gets what is dropped or repaired.
+      log: what is dropped or repaired is appended to it.
 
     Raises:
       UserError: an image cannot be read.

@@ -1,4 +1,4 @@
-"""`Distiller`: the one place where teacher, student and methods meet. It observes, pairs and compares."""
+"""`Distiller` combines a student, a teacher and methods: it runs the teacher, pairs the outputs and compares them."""
 
 import dataclasses
 import zlib
@@ -40,7 +40,7 @@ class Distiller:
       teacher: a `Detector`, or anything with `spec` and `observe` (`kdjax.distill.teachers.Teacher`); of a loaded model
         its detector is taken, and its weights wherever a call is given none.
       methods: `Method`s of `kdjax.methods`, in a sequence or by name.
-      pairing: which row meets which (`kdjax.distill.pairing`).
+      pairing: which rows are compared (`kdjax.distill.pairing`).
       variables: of the teacher, for calls that give none; those of a loaded model. Inside a jitted function they become
         constants of the program: pass them to `terms` or `observe` instead.
 
@@ -73,7 +73,7 @@ class Distiller:
                 if role == "teacher" and variables is None:
                     variables = model.variables
             if not hasattr(models[role], "spec"):
-                raise UserError(f"{role}: {model!r} has no `spec`: take a detector or kdjax.distill.Custom")
+                raise UserError(f"{role}: {model!r} has no `spec`: pass a detector or a kdjax.distill.Custom")
         if not isinstance(methods, Mapping):
             names = [method.name for method in methods]
             if "" in names or len(set(names)) < len(names):
@@ -89,7 +89,7 @@ class Distiller:
         return taps.shared_levels(self._with_rows(self.student.spec(image_size)), self.teacher.spec(image_size))
 
     def init(self, key: Array, image_size: tuple[int, int]) -> dict[str, Any]:
-        """What each method trains beside the student; checks taps, channels, sizes and pairs on the way.
+        """What each method trains beside the student; also checks taps, channels, sizes and pairs.
 
         Args:
           key: PRNG key; what a method gets does not depend on the other methods.
@@ -121,7 +121,7 @@ class Distiller:
     # --------------------------------------------------------------------------------------------------- in the step
 
     def observe(self, batch: Batch, variables: PyTree = None) -> DetectorOutput:
-        """What the teacher saw in a batch: the taps that the methods read, without gradient.
+        """The teacher's output for a batch: the taps that the methods read, without gradient.
 
         Args:
           batch: what the teacher reads of it; a detector reads `image` u8[B, H, W, 3].

@@ -51,7 +51,8 @@ def check_weights(role: str, setup: Setup, image_count: int) -> list[Finding]:
     ap, ap50, ap50_agnostic = metrics["AP"], metrics["AP50"], agnostic["AP50"]
     measured = f"AP {100 * ap:.1f}, AP50 {100 * ap50:.1f} on {len(truth['images'])} validation images"
     if min(ap50, ap50_agnostic) < 0:
-        return [Finding(WARNING, role, f"the first {image_count} validation images have no objects: it was not tried")]
+        message = f"the first {image_count} validation images have no objects: the {role} was not evaluated"
+        return [Finding(WARNING, role, message)]
     ap50_by_input = {name: coco.coco_metrics(truth, found)["AP50"] for name, found in zip(INPUTS, others, strict=True)}
     best = max(ap50_by_input, key=lambda name: ap50_by_input[name])
     confusions = _confusions(truth, own, setup.dataset)
@@ -71,8 +72,8 @@ def check_weights(role: str, setup: Setup, image_count: int) -> list[Finding]:
         return [Finding(ERROR, f"{role}'s classes", message)]
     if ap50 < 0.1:
         message = (
-            f"{measured}: the {role} barely detects anything: wrong data set, untrained weights, or misplaced boxes "
-            "(--config.data.check=True draws them)"
+            f"{measured}: the {role} barely detects anything: wrong data set, untrained weights, or boxes of the data "
+            "are misplaced (--config.data.check=True draws them)"
         )
         return [Finding(ERROR if role == "teacher" else WARNING, role, message)]
     return [Finding(WARNING if ap50 < 0.3 else OK, role, measured)]

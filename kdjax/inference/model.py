@@ -112,7 +112,7 @@ def load(
 
     Args:
       path: a folder of weights (a run's `student/`, or one that `kdjax import-weights` wrote); or the workdir of a run:
-        its `student/`, or, before its end, its newest sound checkpoint; or a run's `checkpoints/` or
+        its `student/`, or, before its end, its newest intact checkpoint; or a run's `checkpoints/` or
         `checkpoints/STEP`; or, with `detector`, what `kdjax.weights.read_checkpoint` reads: weights of mmdetection,
         mmyolo, mmrazor or the authors of YOLOX in a file of PyTorch, safetensors or NumPy, or an `.onnx` file of YOLOX.
       detector: what a file of weights is of, a name that `kdjax.detectors.build` knows; None for folders.
@@ -139,7 +139,7 @@ def load(
         return _from_file(folder, detector, class_names, image_size, network)
     if folder.is_file() and folder.name != weights.WEIGHTS:
         raise UserError(
-            f"{path}: a file does not name its detector: make a folder of it with `kdjax import-weights`, or give the "
+            f"{path}: a file does not name its detector: convert it with `kdjax import-weights`, or pass the "
             "argument `detector`"
         )
     folder = folder.parent if folder.is_file() else folder
@@ -175,7 +175,7 @@ def _pair(size: Sequence[int]) -> tuple[int, int]:
 def _from_file(
     path: Path, name: str, class_names: Sequence[str] | None, image_size: tuple[int, int], network: str
 ) -> Model:
-    """A file of weights that others wrote."""
+    """Loads a file of weights that another program wrote."""
     probe = detectors.build(name, 1)
     if any(side < 1 or side % probe.size_divisor for side in image_size):
         raise UserError(f"image_size must be two multiples of {probe.size_divisor}, not {tuple(image_size)}")
@@ -208,7 +208,7 @@ def _from_file(
 
 
 def _from_checkpoint(workdir: Path, step: int | None = None) -> Model:
-    """The moving average of the student in one checkpoint of a run; None: the newest that is sound."""
+    """The moving average of the student in one checkpoint of a run; None: the newest intact one."""
     note, arrays = checkpoint.arrays(workdir / CHECKPOINTS, "student/ema/", step=step)
     try:
         config = json.loads((workdir / "config.json").read_text())["config"]

@@ -211,7 +211,7 @@ def read_image(file: Path, *, warn: Callable[[str], None] = warnings.warn) -> np
     if image is None:
         raise UserError(f"{file}: it cannot be read as an image{': it is empty' if not encoded else ''}")
     if orientation != 1:
-        warn(f"{file}: EXIF orientation {orientation} is not applied: boxes are in the stored pixels")
+        warn(f"{file}: EXIF orientation {orientation} is not applied: boxes refer to the stored pixels")
     if image.max() < 32 and _depth(encoded) == np.uint16:
         warn(f"{file}: less than an eighth of the range of 16 bits is used: the image is read as nearly black")
     return image

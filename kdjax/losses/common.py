@@ -13,7 +13,7 @@ from kdjax.structs import AnyArray, Array
 
 
 def float32_pair(student: AnyArray, teacher: AnyArray, loss: str, layout: str = "...") -> tuple[Array, Array]:
-    """Casts student and teacher to float32; checks that they have one shape.
+    """Casts student and teacher to float32; checks that they have the same shape.
 
     Args:
       student: f32[...] or another dtype.
@@ -28,7 +28,7 @@ def float32_pair(student: AnyArray, teacher: AnyArray, loss: str, layout: str = 
     student, teacher = jnp.asarray(student, jnp.float32), jnp.asarray(teacher, jnp.float32)
     if student.shape != teacher.shape:
         raise UserError(
-            f"{loss}: student and teacher must have one shape, not {student.shape} and {teacher.shape}: "
+            f"{loss}: student and teacher must have the same shape, not {student.shape} and {teacher.shape}: "
             "an adapter must first bring the student to the teacher's shape"
         )
     return student, teacher

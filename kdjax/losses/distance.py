@@ -220,7 +220,7 @@ def multiscale(
     student, teacher = common.float32_pair(student, teacher, "multiscale", "B H W C")
     common.check_choice("multiscale", ("pool", "hcl"), mode=mode)
     if mode == "pool" and (not scales or any(int(k) != k or k < 1 for k in scales)):
-        raise UserError(f"multiscale: scales must be whole numbers >= 1, at least one, not {tuple(scales)}")
+        raise UserError(f"multiscale: scales must be one or more integers >= 1, not {tuple(scales)}")
     difference = student - teacher  # pooling is linear: one map is pooled, not two
     height, width = difference.shape[1:3]
     if mode == "hcl":

@@ -72,7 +72,7 @@ def conv2d(
         )
     if padding == "same":
         if height % 2 == 0 or width % 2 == 0:
-            raise UserError(f'conv2d: padding "same" needs an odd kernel, not {height}x{width}: pass a number of cells')
+            raise UserError(f'conv2d: padding "same" needs an odd kernel, not {height}x{width}: pass it in cells')
         pads = (height // 2, width // 2)
     else:
         pads = (int(padding), int(padding))

@@ -94,7 +94,7 @@ def group_norm(x: Array, scale: Array, bias: Array, *, groups: int, eps: float =
     """
     channels = x.shape[-1]
     if channels % groups:
-        raise UserError(f"group_norm: groups must divide the {channels} channels of x, not be {groups}")
+        raise UserError(f"group_norm: groups must divide the {channels} channels of x, but is {groups}")
     # mmengine counts 5 for norms that compute their statistics.
     record("norm", 5 * x.size)
     grouped = x.astype(jnp.float32).reshape(*x.shape[:-1], groups, channels // groups)

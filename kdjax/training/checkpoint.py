@@ -70,7 +70,7 @@ class Checkpoints:
                 restored: Any = self.manager.restore(step, args=ocp.args.Composite(note=ocp.args.JsonRestore()))
                 return restored.note
         if steps:
-            raise UserError(f"no checkpoint in {self.directory} can be used: their notes cannot be read")
+            raise UserError(f"no checkpoint in {self.directory} can be used: their metadata cannot be read")
         return None
 
     def restore(self, like: PyTree) -> tuple[PyTree, dict[str, Any]]:

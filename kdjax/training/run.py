@@ -184,7 +184,9 @@ def train(setup: Setup, start: int, checkpoints: Checkpoints, log: Log) -> dict[
                 since += time.perf_counter() - begun
             if last and step < config.steps:
                 checkpoints.wait()
-                raise Stopped(f"stopped at step {step} of {config.steps}, saved: run the same command to continue")
+                raise Stopped(
+                    f"stopped at step {step} of {config.steps}; the state is saved: run the same command to continue"
+                )
     return states
 
 

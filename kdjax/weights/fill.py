@@ -44,7 +44,7 @@ def from_torch(
       state: name -> array, layout of PyTorch (OIHW).
       network: which one to take, "student" or "teacher", of a distiller's state that holds both.
       key: of the initial values of what the state does not fill; by default the key of seed 0.
-      keep_classifiers: refuse a state of another number of classes, or without classifiers (for a teacher).
+      keep_classifiers: refuse a state with another number of classes, or without classifiers (for a teacher).
 
     Returns:
       (params, stats) of float32 arrays.
@@ -64,7 +64,7 @@ def from_torch(
         if not keep_classifiers:
             warnings.warn(
                 f"the norms of these weights are folded into the convolutions: as a teacher {detector.name} computes "
-                "the same as before, but training it further starts with norms of scale 1",
+                "the same outputs, but fine-tuning starts from norms of scale 1",
                 stacklevel=2,
             )
     if _STEM in state:
@@ -179,7 +179,7 @@ def reset_classifiers(detector: Detector, params: Tree, *, key: jax.Array | None
       UserWarning: always: classifiers are not those of the weights.
     """
     if not detector.classifiers:
-        raise UserError(f"{detector.name} names no classifiers: its weights cannot be used for other classes")
+        raise UserError(f"{detector.name} declares no classifiers: its weights cannot be used for other classes")
     initial = flatten(detector.init(jax.random.key(0) if key is None else key)[0])
     warnings.warn(
         f"the classifiers of {detector.name} are re-initialised for {detector.num_classes} classes, because the "
@@ -193,18 +193,18 @@ def reset_classifiers(detector: Detector, params: Tree, *, key: jax.Array | None
 def _fill_backbone(
     detector: Detector, state: State, key: jax.Array | None, keep_classifiers: bool
 ) -> tuple[Tree, Tree]:
-    """Fills the backbone from the state dict of a bare ResNet; its classifier of images is left out."""
+    """Fills the backbone from the state dict of a ResNet classifier, without its last layer."""
     if keep_classifiers:
-        raise UserError(f"the weights are a bare ResNet: the whole {detector.name} is needed")
+        raise UserError(f"the weights are only a ResNet backbone: weights of the whole {detector.name} are needed")
     params, stats = detector.init(jax.random.key(0) if key is None else key)
     whole = to_torch(detector, params, stats)
     rest = {name: value for name, value in whole.items() if not name.startswith("backbone.")}
     own = {f"backbone.{name}": value for name, value in state.items() if not name.startswith("fc.")}
-    message = f"the weights are a bare ResNet: neck and head of {detector.name} are initialised at random"
+    message = f"the weights are only a ResNet backbone: {detector.name} has random neck and head"
     if np.abs(detector.preprocess(jax.numpy.zeros((1, 1, 1, 3), np.uint8))).max() > 10:
         message += (
-            "; the detector expects Caffe's weights (BGR, not divided by the deviation): for torchvision's or timm's, "
-            "set the option style=pytorch"
+            "; the detector expects Caffe's weights (BGR, not divided by the standard deviation): for torchvision's or "
+            "timm's, set the option style=pytorch"
         )
     warnings.warn(message, stacklevel=3)
     return from_torch(detector, rest | own)

@@ -94,7 +94,7 @@ def load(
         set unless the detector has them set (mmyolo's RTMDet has linear distances in all sizes). For a folder: if
         given, name and options must be the folder's; the number of classes is the folder's.
       key: of the initial values of what PyTorch weights do not fill (see `from_torch`).
-      keep_classifiers: refuse PyTorch weights of another number of classes.
+      keep_classifiers: refuse PyTorch weights with another number of classes.
 
     Returns:
       (detector, params, stats, names of the classes); arrays are float32. The names are None if the file has none; of
@@ -111,7 +111,7 @@ def load(
     if not path.exists():
         raise UserError(f"{path}: there are no weights")
     if detector is None:
-        raise UserError(f"{path}: the file does not name its detector: name it beside the weights")
+        raise UserError(f"{path}: the file does not name its detector: set the detector too")
     state, classes = read_checkpoint(path)
     detector = infer_options(detector, state)
     with prefix(str(path)):

@@ -23,7 +23,7 @@ def test_evaluate_refuses_other_classes_and_broken_images(made, tmp_path, capsys
     file.write_text(json.dumps(truth | {"categories": renamed}))
     assert "the data has 'planet'" in refused(capsys, "evaluate", one, f"--data={tmp_path / 'data'}")
     file.write_text(json.dumps(truth | {"annotations": []}))
-    assert "hold no object" in refused(capsys, "evaluate", one, f"--data={tmp_path / 'data'}")
+    assert "have no objects" in refused(capsys, "evaluate", one, f"--data={tmp_path / 'data'}")
     file.write_text(json.dumps(truth))
     (tmp_path / "data" / "images" / "val" / "val_00003.png").write_text("broken")
     assert "val_00003.png: cannot be read" in refused(capsys, "evaluate", one, f"--data={tmp_path / 'data'}")

@@ -72,7 +72,7 @@ def test_latency(made, exported, tmp_path, capsys, monkeypatch):
     assert rows[2]["bytes"] == exported[0].stat().st_size and all(row["image_size"] == [64, 64] for row in rows)
     told = capsys.readouterr().out
     assert "1 thread, 3 runs after 20 to warm up" in told and told.count("64x64") == 3
-    assert "--threads: 99999" in refused(capsys, "latency", f"--model={made / 'model'}", "--threads=99999")
+    assert "--threads must be in 1 .. " in refused(capsys, "latency", f"--model={made / 'model'}", "--threads=99999")
 
 
 def test_the_clock_leaves_the_warm_up_out():

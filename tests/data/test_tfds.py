@@ -110,7 +110,7 @@ def test_evaluate_and_export_read_a_directory(directory, tmp_path, monkeypatch):
     assert found.truth == data.ground_truth(dataset, "val") and len(found.truth["images"]) == 4
     for image in found.truth["images"]:
         assert found.split.image(image["id"]).shape == (50, 40, 3)
-    with pytest.raises(UserError, match="--images: a TFDS directory holds its images itself"):
+    with pytest.raises(UserError, match="--images: a TFDS directory contains its images"):
         arguments.open_data(str(directory), "val", "", "x", 0)
 
 

@@ -313,7 +313,7 @@ def test_a_bare_resnet_of_another_form_is_told():
         detector = build("fcos_r18", 3, style=style, **options)
         state = weights.to_torch(detector, *detector.init(jax.random.key(1)))
         bare = {n.removeprefix("backbone."): v for n, v in state.items() if n.startswith("backbone.")}
-        with pytest.warns(UserWarning, match="bare ResNet") as told:
+        with pytest.warns(UserWarning, match="only a ResNet backbone") as told:
             weights.from_torch(detector, bare)
         assert ("the option style=pytorch" in str(told[0].message)) == (style == "caffe")
 
@@ -324,14 +324,14 @@ def test_a_bare_resnet_fills_the_backbone():
     state = weights.to_torch(detector, *variables)
     bare = {n.removeprefix("backbone."): v for n, v in state.items() if n.startswith("backbone.")}
     bare |= {"fc.weight": np.zeros((1000, 16)), "fc.bias": np.zeros(1000)}
-    with pytest.warns(UserWarning, match="a bare ResNet: neck and head of atss_r18 are initialised at random"):
+    with pytest.warns(UserWarning, match="only a ResNet backbone: atss_r18 has random neck and head"):
         params, stats = weights.from_torch(detector, bare, key=jax.random.key(2))
     fresh = detector.init(jax.random.key(2))[0]
     chex.assert_trees_all_equal(params, fresh | {"backbone": variables[0]["backbone"]})
     chex.assert_trees_all_equal(stats, variables[1])
     del bare["layer1.0.conv1.weight"]
     with (
-        pytest.warns(UserWarning, match="bare ResNet"),
+        pytest.warns(UserWarning, match="only a ResNet backbone"),
         pytest.raises(ValueError, match=r"backbone.layer1.0.conv1.weight is missing"),
     ):
         weights.from_torch(detector, bare)

@@ -475,7 +475,7 @@ def test_folded_norms_are_unfolded():
         fill(tiny(), folded() | {"onnx.900.weight": np.zeros(3)})
     with pytest.raises(ValueError, match="can only be read for YOLOX, not for rtmdet_pico"):
         fill(build("rtmdet_pico", CLASSES), folded())
-    with pytest.warns(UserWarning, match="training it further starts with norms of scale 1"):
+    with pytest.warns(UserWarning, match="fine-tuning starts from norms of scale 1"):
         weights.from_torch(tiny(), folded())
 
 

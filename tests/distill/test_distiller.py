@@ -95,7 +95,7 @@ def test_init_names_the_method_that_refuses():
 
 
 def test_what_is_no_model_is_refused():
-    with pytest.raises(UserError, match=r"^teacher: 'rtmdet_nano' has no `spec`: take a detector or"):
+    with pytest.raises(UserError, match=r"^teacher: 'rtmdet_nano' has no `spec`: pass a detector or"):
         Distiller(detectors.build("rtmdet_pico", 3), "rtmdet_nano", [methods.cwd()])
 
 

@@ -71,7 +71,7 @@ def test_two_hosts_stop_together_go_on_and_agree_with_one(tmp_path):
     (first, said), (second, _) = ended(running)
     assert first == second == 143, said
     step = json.loads(log.read_text().splitlines()[-1])["step"]
-    assert step < SETTINGS["steps"] and f"stopped at step {step} of 40, saved" in said
+    assert step < SETTINGS["steps"] and f"stopped at step {step} of 40; the state is saved" in said
     assert [code for code, _ in ended(hosts(tmp_path / "two", 2))] == [0, 0]
     assert [code for code, _ in ended(hosts(tmp_path / "one", 1))] == [0]
     two, one = (checkpoint.flat(weights.load(tmp_path / name / "student")[1:3], copy=False) for name in ("two", "one"))

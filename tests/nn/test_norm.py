@@ -35,5 +35,5 @@ def test_group_norm_is_the_formula():
     np.testing.assert_allclose(got, normed * scale + bias, rtol=1e-3, atol=1e-3)
     assert nn.group_norm(x.astype(jnp.bfloat16), scale, bias, groups=3).dtype == jnp.bfloat16
     assert nn.count(lambda x: nn.group_norm(x, scale, bias, groups=3), x)["norm"] == 5 * x.size
-    with pytest.raises(UserError, match="groups must divide the 6 channels of x, not be 4"):
+    with pytest.raises(UserError, match="groups must divide the 6 channels of x, but is 4"):
         nn.group_norm(x, scale, bias, groups=4)
