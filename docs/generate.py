@@ -3,8 +3,8 @@
     python docs/generate.py            # writes the files and prints what it wrote
     python docs/generate.py --check    # exits with 1 if a file is out of date
 
-The layout of a method's docstring is shown in docs/add_a_method.md. Nothing is compiled: detectors and methods are
-looked at through shapes alone.
+The layout of a method's docstring is shown in docs/add_a_method.md. Nothing is compiled: only the shapes of
+detectors and methods are computed.
 """
 
 import argparse
@@ -30,9 +30,9 @@ from kdjax.evals import complexity
 FOLDER = Path(__file__).parent
 SECTIONS = ("Paper", "Taps", "Open", "Proof", "Status")
 STATUSES = {
-    "proven": "its numbers equal those of the authors' code, or of a port in wide use, within the error stated",
+    "proven": "its values equal those of the authors' code, or of a widely used port, within the stated error",
     "formula": "there is no public original to compare with; each formula has a test of its own",
-    "experimental": "the paper leaves so much open that this is a reading of it",
+    "experimental": "the paper leaves so much open that this is one interpretation of it",
 }
 # How a proof names reference files (tests/golden/README.md).
 GOLDEN = re.compile(r"\b(?:coco|kd|loss|model|ops|tables)/[\w*]+(?:\.\w+)?")
@@ -43,39 +43,43 @@ INTRO = """\
 <!-- Written by `python docs/generate.py` from the files in kdjax/methods; change those, not this page. -->
 
 A method is chosen by its name, `config.methods.<name>`, in a config file or as its argument
-(`--config=configs/quickstart.py:mkd`); several add up (`:mkd+rtmdet_cwd`). Its options are flags
+(`--config=configs/quickstart.py:mkd`); + adds several up (`:mkd+rtmdet_cwd`). Its options are flags
 (`--config.methods.mkd.zeta=0.3`); an option that does not exist is refused with the list of those that do.
 
 Every method has a `weight`, its taps, and a schedule in steps (optimiser updates) for all its terms: `start` (0) is
 the first step with a weight above zero, over `warmup` (0) steps it rises linearly to the full weight, and over the
 last `decay` (0) steps before `stop` (0: never) it falls linearly to zero. These four are not repeated below.
 
-A tap names a place of the detector: `neck`, one level of it (`backbone.2`) or several (`neck.0:3`, the first three), or
+A tap names maps of the detector: `neck`, one level of it (`backbone.2`) or several (`neck.0:3`, the first three), or
 a convolution of a head's tower (`cls_tower.1`). Levels of student and teacher pair by stride. Where channels differ,
-most methods bring the student's to the teacher's by a convolution that is trained beside the student and not handed
-out.
+most methods bring the student's to the teacher's by an adapter, a convolution that is trained beside the student and
+not exported.
 
 Status:
 
 {statuses}
 
-"Runs on" was found by trying: the method with its default options, student and teacher of that family; teachers of
-another family are in [zoo.md](zoo.md). How to add your own: [add_a_method.md](add_a_method.md).
+"Runs on" lists the families on which the method, with its default options, accepts a student and a teacher of that
+family; for teachers of another family see [zoo.md](zoo.md). How to add your own: [add_a_method.md](add_a_method.md).
+
+"Proof" names files of reference numbers. Those that are not in `tests/golden` belong to a larger set that is not
+published ([provenance](../tests/golden/README.md)).
 """
 ZOO = """\
-# Detectors, and what can teach what
+# Detectors, and which can teach which
 
 <!-- Written by `python docs/generate.py` from the files in kdjax/detectors; change those, not this page. -->
 
 Parameters are those of {classes} classes, GFLOPs count a multiply-add once, at {side}x{side}. A family is one file in
-`kdjax/detectors`; what its docstring says of published weights and metrics stands above its table.
+`kdjax/detectors`; what its docstring says about published weights and metrics stands above its table.
 """
 MATRIX = """\
 ## Student, teacher, method
 
-Levels pair by stride, widths by adapters, priors by location. Found by trying every method with its default options
-on the smallest student of a family and the second smallest teacher; what cannot be is refused before a run starts, with
-the reason and the names of the methods that can. [Run with numbers](../benchmarks/README.md#every-pair-of-families).
+Levels are paired by stride and rows by position; adapters bring the channels of the student to those of the teacher.
+The table lists the methods that, with their default options, accept the smallest student of a family and the second
+smallest teacher of another. Other combinations are refused before a run starts, with the reason and the names of the
+methods that are possible. [All accepted combinations have been computed](../benchmarks/README.md#every-pair-of-families).
 """
 SIDE, OF_COCO = 640, 80  # of the images, and classes, for which the sizes are given
 
@@ -173,7 +177,7 @@ def read_options(where: str, make: Callable[..., object]) -> list[tuple[str, str
             raise ValueError(f"{where}: the docstring of make does not tell what the option {name!r} means")
     for name in told:
         if name not in defaults or told.count(name) > 1:
-            raise ValueError(f"{where}: the docstring of make tells of {name!r}, which is no option or is there twice")
+            raise ValueError(f"{where}: the docstring of make tells of {name!r}, which is not an option or is there twice")
     rows = []
     for names, meaning in entries:
         values = dict.fromkeys(shown(defaults[name]) for name in names)

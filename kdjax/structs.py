@@ -48,7 +48,7 @@ def targets_of(batch: Mapping[str, Array]) -> Targets:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rows:
-    """Predictions, one row each; a row is a prior of a grid, an anchor, a region or a query.
+    """Predictions, one row each; a row is a point, an anchor, a region or a query.
 
     What a model does not predict is None. Rows are in level order, row-major inside a level.
     """
@@ -63,7 +63,7 @@ class Rows:
 
 
 class Pairing(NamedTuple):
-    """Which row of the student meets which row of the teacher; P pairs."""
+    """P pairs of a row of the student and a row of the teacher."""
 
     student: Array  # i32[B, P], index of the student's row
     teacher: Array  # i32[B, P], index of the teacher's row
@@ -122,8 +122,8 @@ class Detections:
 class DetectorOutput:
     """Everything that a detector computes and others may want, by name; the names are the taps of the methods.
 
-    A tuple over levels runs fine to coarse and pairs with `strides`. What a detector does not have is `()`. What
-    nobody reads is removed by the compiler.
+    A tuple over levels runs fine to coarse and pairs with `strides`. What a detector does not have is `()`. Outputs
+    that are not used are removed by the compiler.
     """
 
     # Strides of the levels of neck, towers and predictions; static.

@@ -42,7 +42,7 @@ def inside_padding(priors: AnyArray, pad_size: AnyArray) -> Array:
 def assignment_of(
     matched: Array, ignore: AnyArray, quality: AnyArray, num_classes: int, targets: Targets
 ) -> Assignment:
-    """The struct for the box of each prior, `matched`, which is -1 for background."""
+    """The `Assignment` for `matched`, the index of the box of each prior, which is -1 for background."""
     positive = matched >= 0
     index = jnp.maximum(matched, 0)
     labels = jnp.take_along_axis(targets.labels, index, axis=1)

@@ -1,4 +1,4 @@
-"""Formats of boxes. Inside kdjax a box is always `x1 y1 x2 y2` in pixels of the network input."""
+"""Conversion between formats of boxes. Inside kdjax a box is always `x1 y1 x2 y2` in pixels of the network input."""
 
 import jax.numpy as jnp
 

@@ -51,7 +51,7 @@ def box_iou(a: AnyArray, b: AnyArray, *, mode: Mode = "iou", eps: float = 1e-6) 
       Distance-IoU Loss, AAAI 2020, equations 7, 10 and 11.
 
     Raises:
-      UserError: `mode` is another word, or a last axis is not 4.
+      UserError: unknown `mode`, or a last axis is not 4.
 
     Example:
       >>> import numpy as np
@@ -114,7 +114,7 @@ def pairwise_iou(a: AnyArray, b: AnyArray, *, mode: Mode = "iou", eps: float = 1
     Peers: mmdetection's `bbox_overlaps`.
 
     Raises:
-      UserError: `mode` is another word, or a last axis is not 4.
+      UserError: unknown `mode`, or a last axis is not 4.
 
     Example:
       >>> import numpy as np

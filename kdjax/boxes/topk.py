@@ -1,4 +1,4 @@
-"""Search of the smallest entries of rows, for batches that are split over devices."""
+"""Finds the smallest entries of rows, for batches that are split over devices."""
 
 import jax
 import jax.numpy as jnp

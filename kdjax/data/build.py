@@ -1,7 +1,7 @@
 """Makes the rows of a batch from its plan: decodes, augments and pads.
 
-A process keeps the images that Mosaic and MixUp may need again. Nothing of that is saved: what is not in memory is made
-again, and is the same.
+A process keeps the images that Mosaic and MixUp may need again. They are not saved: an image that is not in memory is
+made again, with the same result.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ class Builder(Protocol):
 
     @property
     def images(self) -> "Images":
-        """What the rows are made of."""
+        """The images that the rows are made of."""
         ...
 
     def __call__(self, plan: list[Any], /) -> list[Arrays]:

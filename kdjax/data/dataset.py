@@ -90,7 +90,7 @@ class Dataset:
 def open_dataset(cfg: Settings, splits: Sequence[str] = ("train", "val")) -> Dataset:
     """Opens the data of a config. A split whose content has not been prepared yet is prepared first.
 
-    Every split is prepared on its own: what trains on a folder and what evaluates on it share the same prepared data.
+    Every split is prepared on its own: training and evaluation on the same folder share the prepared data.
 
     Args:
       cfg: `config.data`. Read here: source ('scenes', 'coco_folder' or 'tfds'), root, cache, limit (first images of
@@ -167,9 +167,10 @@ def _categories(metas: Mapping[str, Any]) -> dict[int, str]:
 
 
 def _box_rows(metas: Mapping[str, Any], cfg: Settings) -> int:
-    """Rows that hold the boxes of every image, and the boxes of nearly every image that is made of several.
+    """Number of box rows that suffices for every image, and for nearly every combination by Mosaic and MixUp.
 
-    The latter is mean + 3 standard deviations of the sum over as many training images as Mosaic and MixUp combine.
+    For the latter it is the mean + 3 standard deviations of the number of boxes in as many training images as Mosaic
+    and MixUp combine.
     """
     rows = most = max(len(meta["images_by_boxes"]) - 1 for meta in metas.values())
     if "train" in metas:

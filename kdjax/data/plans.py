@@ -75,7 +75,7 @@ class TrainPlans:
         return Row(position, stage, tuple(images), centre)
 
     def _earlier(self, position: int, reach: int, rng: np.random.Generator, count: int) -> list[int]:
-        """`count` of the last `reach` positions before this one in its stream; itself where the stream begins."""
+        """Draws `count` of the last `reach` positions of the stream before this one; at its start, this one itself."""
         step, row = divmod(position, self.batch)
         first = row - row % STREAM
         width = min(STREAM, self.batch - first)

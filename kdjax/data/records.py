@@ -225,7 +225,7 @@ class Reader:
 
 
 def stored_objects(record: dict[str, Any], height: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All objects of a record, unchecked; height and width are those of its image.
+    """All objects of a record, unchecked; `height` and `width` are those of its image.
 
     VOC counts pixels from 1 and its boxes include their last pixel: x1 and y1 are one less here.
 

@@ -64,7 +64,7 @@ def read_stages(cfg: Settings) -> tuple[tuple[Stage, ...], tuple[int, ...]]:
 
 
 def _stage(options: Settings, name: str) -> Stage:
-    """One stage of its options; `name` is theirs in the config."""
+    """Reads one stage from its options; `name` is their name in the config."""
     scale = tuple(float(factor) for factor in options["scale"])
     hsv = tuple(float(gain) for gain in options["hsv"])
     flip, mixup, cache = float(options["flip"]), float(options["mixup"]), int(options["cache"])

@@ -1,7 +1,7 @@
 """Makes batches ahead of time, in threads or in worker processes.
 
-Grain works ahead. It is imported where it is used, because it imports jax; worker processes only decode and augment,
-and import neither.
+Grain prefetches the batches. It is imported where it is used, because it imports jax; worker processes only decode and
+augment, and import neither.
 """
 
 import concurrent.futures
@@ -25,7 +25,8 @@ class Batches:
     Every worker process makes the same part of every batch. `together` neighbouring rows stay in one worker because
     they share what the builder keeps in memory; without workers, more than one such row means a single thread.
 
-    The processes are not Grain's: those leave shared memory behind, or end slowly, when an iterator is closed early.
+    Grain's own worker processes are not used: they leave shared memory behind, or end slowly, when an iterator is
+    closed early.
     """
 
     decoded: int  # number of images that were decoded for the batches returned so far

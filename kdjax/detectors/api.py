@@ -1,4 +1,4 @@
-"""What a detector is: pure functions over nested dicts of arrays, and facts about them."""
+"""The interface of a detector: pure functions of nested dicts of arrays, and facts about them."""
 
 import dataclasses
 import functools

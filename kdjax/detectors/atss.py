@@ -107,7 +107,7 @@ def decode_boxes(output: DetectorOutput) -> Array:
 def loss(output: DetectorOutput, targets: Targets, assignment: Assignment) -> dict[str, Array]:
     """ATSS's three losses over the global batch.
 
-    With c the centreness of a positive anchor's middle in its box, P = sum over images of max(positives, 1) and
+    With c the centreness of a positive anchor's centre in its box, P = sum over images of max(positives, 1) and
     C = max(sum c, 1): loss_cls = sum focal(logits, label) / P, loss_box = 2 sum c (1 - GIoU) / C, loss_quality = sum
     over the positives of BCE(quality, c) / P.
 

@@ -1,4 +1,4 @@
-"""CSPDarknet, YOLOX's backbone: cross-stage partial layers of 1x1 and 3x3 convolutions behind a stem without loss.
+"""CSPDarknet, YOLOX's backbone: cross-stage partial layers of 1x1 and 3x3 convolutions after a space-to-depth stem.
 
 Reference: Ge et al., YOLOX: Exceeding YOLO Series in 2021, arXiv 2107.08430. Module names follow mmdetection 3.3.0.
 """
@@ -22,7 +22,7 @@ _STAGES = ((64, 128, 3, True), (128, 256, 9, True), (256, 512, 9, True), (512, 1
 
 
 class Focus(nnx.Module):
-    """Every 2x2 cells become one with four times the channels, then a 3x3 convolution."""
+    """Space to depth (2x2 cells become one with four times the channels), then a 3x3 convolution."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         self.conv = conv_norm(4 * inputs, outputs, 3)
@@ -33,7 +33,7 @@ class Focus(nnx.Module):
 
 
 class Block(nnx.Module):
-    """1x1 convolution, 3x3 convolution, and the identity if asked for."""
+    """1x1 convolution and 3x3 convolution, with an optional residual connection."""
 
     def __init__(self, channels: int, *, identity: bool, depthwise: bool) -> None:
         self.identity = identity

@@ -18,7 +18,7 @@ _STAGES = ((64, 128, 3, True), (128, 256, 6, True), (256, 512, 6, True), (512, 1
 
 
 class Block(nnx.Module):
-    """3x3 convolution, 5x5 separable convolution, and the identity if asked for."""
+    """3x3 convolution and 5x5 separable convolution, with an optional residual connection."""
 
     def __init__(self, channels: int, *, identity: bool) -> None:
         self.identity = identity

@@ -49,7 +49,7 @@ Branch = tuple[tuple[tuple[Array, ...], ...], dict[str, tuple[Array, ...]]]
 
 
 class TowerConv(nnx.Module):
-    """A 3x3 convolution, with a bias if asked for, and group norm where there are groups."""
+    """A 3x3 convolution with optional bias, and group norm if there are groups."""
 
     def __init__(self, inputs: int, outputs: int, *, groups: int, bias: bool) -> None:
         self.conv = Conv(inputs, outputs, 3, draw=normal(0.01), bias=constant(0.0) if bias else None)
@@ -61,7 +61,7 @@ class TowerConv(nnx.Module):
 
 
 def tower(options: Mapping[str, Any], *, groups: int, bias: bool) -> nnx.List[TowerConv]:
-    """The convolutions of a tower, shared by the levels; `groups` of 0 is no norm."""
+    """The convolutions of a tower, shared by the levels; `groups=0`: no norm."""
     widths = [options["neck_channels"]] + [options["head_channels"]] * options["stacked_convs"]
     return nnx.List([TowerConv(*pair, groups=groups, bias=bias) for pair in itertools.pairwise(widths)])
 
@@ -244,7 +244,7 @@ def _check(title: str, num_classes: int, options: dict[str, Any]) -> None:
 
 
 def square_anchors(output: DetectorOutput) -> np.ndarray:
-    """The anchors of ATSS and GFL: one square a cell, eight strides wide; f32[N, 4] in NumPy."""
+    """The anchors of ATSS and GFL: one square per cell, eight strides wide; f32[N, 4] in NumPy."""
     return priors.grid_anchors(levels.input_size(output), output.strides, ratios=[1.0], scales=[8.0])
 
 
@@ -285,16 +285,16 @@ def decoder(decode_boxes: Callable[[DetectorOutput], Array], *, iou_threshold: f
     ) -> PaddedDetections:
         """Turns predictions into detections by NMS within each class.
 
-        Where there is a quality, scores are multiplied by it, behind the threshold and the choice of `pre_nms`.
+        Where there is a quality, scores are multiplied by it, after the threshold and `pre_nms`.
 
         Args:
           output: of `apply`.
           image_size: i32[B, 2], height and width that boxes are clipped to.
-          score_threshold: class scores lie above it, 0 .. 1.
-          iou_threshold: a box goes if a better one of its class overlaps it by more.
-          pre_nms: (prior, class) pairs of each level that enter NMS at most.
-          max_detections: D, rows of the result.
-          select: what chooses among boxes and scores, with the arguments of `kdjax.boxes.select_detections`.
+          score_threshold: pairs with a class score at or below it are dropped, 0 .. 1.
+          iou_threshold: a box is dropped if its IoU with a better one of its class is above it.
+          pre_nms: largest number of (prior, class) pairs of each level that enter NMS.
+          max_detections: D, the number of rows of the result.
+          select: what chooses among boxes and scores; it has the arguments of `kdjax.boxes.select_detections`.
 
         Returns:
           D detections per image, padded.

@@ -1,9 +1,8 @@
 """FCOS: ResNet, FPN, and two towers that classify and regress one point in each cell, with a centreness.
 
 Reference: Tian et al., FCOS: Fully Convolutional One-Stage Object Detection, ICCV 2019. Peers: mmdetection 3.3.0, with
-the same module names and numbers. It has the two published forms: the plain one, and the one that samples the centres
-of boxes, divides distances by the stride, has its centreness on the regression's tower and GIoU (variants
-"...-center").
+the same module names and numbers. It has the two published forms: the plain one, and the one with centre sampling,
+distances in strides, the centreness on the regression tower, and GIoU (variants "...-center").
 
 Loads: state dicts with mmdetection's names; for the backbone alone, torchvision's and timm's ResNets, with the option
 style="pytorch" (the published detectors start from Caffe's). Published AP: 36.6 and 39.1 (r50, r101, 12 epochs). Not
@@ -101,10 +100,10 @@ def make(
       base_channels, style, frozen_stages, norm_eval, frozen_norm, neck_channels, head_channels, stacked_convs,
         extra_convs: as in `kdjax.detectors.retinanet.make`.
       groups: of the group norm in the towers; divides head_channels.
-      center_sampling: whether only points near the centre of a box are positive. None, here and below: the variant's
-        (True in the second form).
-      norm_on_bbox: whether distances are relu(x) strides, or exponentials in pixels.
-      centerness_on_reg: whether the centreness is predicted by the regression's tower, or by the classes' tower.
+      center_sampling: whether only points near the centre of a box are positive. Here and below, None is the variant's
+        value (True in the second form).
+      norm_on_bbox: whether distances are relu(x) in strides, instead of exp(x) in pixels.
+      centerness_on_reg: whether the regression tower predicts the centreness, instead of the class tower.
       conv_bias: whether the towers' convolutions have a bias before the norm.
       box_loss: "iou", -log of the IoU, or "giou"; None: the variant's ("giou" in the second form).
 
@@ -149,13 +148,13 @@ def decode_boxes(output: DetectorOutput) -> Array:
 def assign_targets(
     output: DetectorOutput, targets: Targets, key: Array | None = None, *, center_sampling: bool = False
 ) -> Assignment:
-    """A point belongs to the smallest box around it, within the level's range of sizes.
+    """Assigns each point to the smallest box around it whose size is in the range of the level.
 
     Args:
       output: of `apply`.
       targets: ground truth.
       key: not read: nothing is sampled.
-      center_sampling: whether only the centres of boxes count, 1.5 strides around.
+      center_sampling: whether only points within 1.5 strides of the centre of a box are positive.
 
     Returns:
       The assignment.

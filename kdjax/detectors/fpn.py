@@ -1,4 +1,4 @@
-"""FPN, the feature pyramid: a top-down path over the stages of a backbone, and coarser levels behind it.
+"""FPN, the feature pyramid: a top-down path over the stages of a backbone, and coarser levels added to it.
 
 Reference: Lin et al., Feature Pyramid Networks for Object Detection, CVPR 2017, section 3; the levels P6 and P7 are
 those of Lin et al., Focal Loss for Dense Object Detection, ICCV 2017 (from the backbone), and of Tian et al., FCOS,
@@ -17,7 +17,7 @@ SOURCES = ("on_input", "on_output")
 
 
 class PlainConv(nnx.Module):
-    """A convolution with bias and nothing behind it, under the name that such a layer has in mmdetection."""
+    """A convolution with bias, without norm or activation, under the name that such a layer has in mmdetection."""
 
     def __init__(self, inputs: int, outputs: int, size: int, *, stride: int = 1) -> None:
         self.conv = Conv(inputs, outputs, size, stride=stride, draw=uniform_fans, bias=constant(0.0))
@@ -29,8 +29,8 @@ class PlainConv(nnx.Module):
 class FPN(nnx.Module):
     """Maps of `inputs` channels, fine to coarse, each half as large as the last -> `levels` maps of `outputs` channels.
 
-    The levels beyond the maps halve the last one each: the first starts "on_input", from the coarsest map, or
-    "on_output", from its own level of the pyramid; with `relu` the others start from the rectified level before.
+    Each further level is a 3x3 convolution of stride 2 on the level before. The input of the first one is the coarsest
+    map ("on_input") or its level of the pyramid ("on_output"); with `relu` the inputs of the others are rectified.
     """
 
     def __init__(self, inputs: tuple[int, ...], outputs: int, *, levels: int, extra_convs: str, relu: bool) -> None:

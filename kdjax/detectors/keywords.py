@@ -1,4 +1,4 @@
-"""What the families' `make` functions share in the treatment of their options."""
+"""Handling of options, shared by the families' `make` functions."""
 
 import inspect
 import types

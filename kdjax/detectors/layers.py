@@ -94,7 +94,7 @@ class Conv(nnx.Module):
 class BatchNorm(nnx.Module):
     """Batch norm with PyTorch's running statistics: new = (1 - m) old + m batch, where the variance is unbiased.
 
-    m is the `momentum`, `eps` is added to the variance, `scale` is what its scale starts at; without `learned`, no
+    m is the `momentum`, `eps` is added to the variance, `scale` is the initial scale; without `learned`, no
     gradient reaches scale and bias.
     """
 
@@ -205,9 +205,9 @@ class ChannelAttention(nnx.Module):
 
 
 class CSPLayer(nnx.Module):
-    """Half of the channels go through the blocks, half past them; joined, attended to if asked for, and mixed.
+    """Two 1x1 convolutions, blocks on the first; both are joined, scaled by optional channel attention, and mixed.
 
-    `block(channels)` makes a block, `expand_ratio` is the share of the outputs that each half has.
+    `block(channels)` makes a block; each of the two has `expand_ratio` times the channels of the output.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What every family does with the levels of an output."""
+"""Operations on the levels of an output that every family needs."""
 
 import jax.numpy as jnp
 import numpy as np

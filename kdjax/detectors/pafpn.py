@@ -20,7 +20,7 @@ Array = jax.Array
 class PAFPN(nnx.Module):
     """Maps of `inputs` channels, fine to coarse, each half as large as the last -> as many of `outputs` channels.
 
-    `layer(inputs, outputs)` mixes what two levels bring together, `down(inputs, outputs, size, stride=2)` halves a map;
+    `layer(inputs, outputs)` mixes two concatenated levels, `down(inputs, outputs, size, stride=2)` halves a map;
     the last convolutions have windows of `size` cells. `conv` takes the arguments of `ConvNorm`.
     """
 

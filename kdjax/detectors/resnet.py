@@ -128,9 +128,9 @@ def is_frozen(path: str, frozen_stages: int) -> bool:
 
 
 def preprocess(images: Array, *, style: str, bgr_mean: tuple[float, float, float] = BGR_MEAN) -> Array:
-    """u8[B, H, W, 3] RGB -> f32[B, H, W, 3] as the weights of a style want it.
+    """u8[B, H, W, 3] RGB -> f32[B, H, W, 3] normalised as the weights of a style expect.
 
-    "pytorch": RGB less ImageNet's mean, divided by its deviation. "caffe": BGR less `bgr_mean`.
+    "pytorch": RGB minus ImageNet's mean, divided by its standard deviation. "caffe": BGR minus `bgr_mean`.
     """
     images = images.astype(jnp.float32)
     if style == "pytorch":

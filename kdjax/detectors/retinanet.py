@@ -107,7 +107,7 @@ def decode_boxes(output: DetectorOutput) -> Array:
 
 
 def assign_targets(output: DetectorOutput, targets: Targets, key: Array | None = None) -> Assignment:
-    """Anchors match from an IoU of 0.5 on, and are background below 0.4.
+    """Matches anchors with an IoU of at least 0.5; those below 0.4 are background.
 
     Args:
       output: of `apply`.

@@ -306,12 +306,12 @@ def _copies(path: str) -> list[str]:
 
 
 def is_mmyolo(state: State) -> bool:
-    """Whether the names are mmyolo's, whose RTMDet has linear distances in all sizes."""
+    """Whether the names of a state are mmyolo's, whose RTMDet has linear distances in all sizes."""
     return any(_MMYOLO_HEAD in name for name in state)
 
 
 def _from_mmyolo(state: State) -> State:
-    """The state under mmdetection's names; one without mmyolo's names is returned as it is."""
+    """The state under mmdetection's names; a state without mmyolo's names is returned unchanged."""
     if not is_mmyolo(state):
         return state
 
@@ -322,7 +322,7 @@ def _from_mmyolo(state: State) -> State:
 
 
 def preprocess(images: Array) -> Array:
-    """u8[B, H, W, 3] RGB -> f32[B, H, W, 3] BGR, mean and deviation of ImageNet taken out."""
+    """u8[B, H, W, 3] RGB -> f32[B, H, W, 3] BGR, minus ImageNet's mean, divided by its standard deviation."""
     return (images[..., ::-1].astype(jnp.float32) - _BGR_MEAN) / _BGR_STD
 
 
@@ -332,7 +332,7 @@ def decode_boxes(output: DetectorOutput) -> Array:
 
 
 def assign_targets(output: DetectorOutput, targets: Targets, key: Array | None = None) -> Assignment:
-    """What RTMDet's dynamic soft-label assigner decides.
+    """Assigns with RTMDet's dynamic soft-label assigner.
 
     Args:
       output: of `apply`.
@@ -398,11 +398,11 @@ def decode(
     Args:
       output: of `apply`.
       image_size: i32[B, 2], height and width that boxes are clipped to.
-      score_threshold: detections score above it, 0 .. 1.
-      iou_threshold: a box goes if a better one of its class overlaps it by more.
-      pre_nms: (prior, class) pairs of each level that enter NMS at most.
-      max_detections: D, rows of the result.
-      select: what chooses among boxes and scores, with the arguments of `kdjax.boxes.select_detections`.
+      score_threshold: pairs with a score at or below it are dropped, 0 .. 1.
+      iou_threshold: a box is dropped if its IoU with a better one of its class is above it.
+      pre_nms: largest number of (prior, class) pairs of each level that enter NMS.
+      max_detections: D, the number of rows of the result.
+      select: what chooses among boxes and scores; it has the arguments of `kdjax.boxes.select_detections`.
 
     Returns:
       D detections per image, padded.

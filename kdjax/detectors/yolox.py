@@ -142,10 +142,10 @@ def make(
       variant: pico, nano, tiny, s, m, l or x.
       num_classes: K >= 1.
       widen, deepen: factors of channels (>= 1/64) and of blocks (> 0); None: the variant's.
-      depthwise: whether 3x3 convolutions behind the stem are depthwise ones and 1x1; None: the variant's (pico and
+      depthwise: whether 3x3 convolutions after the stem are depthwise separable; None: the variant's (True in pico and
         nano).
       stacked_convs: convolutions of each tower, >= 1.
-      l1: whether the loss has the absolute differences of the regressed numbers too, as in the last 15 of the
+      l1: whether the loss includes the absolute differences of the raw regressed values, as in the last 15 of the
         published 300 epochs.
 
     Returns:
@@ -227,7 +227,7 @@ def decode_boxes(output: DetectorOutput) -> Array:
 
 
 def assign_targets(output: DetectorOutput, targets: Targets, key: Array | None = None) -> Assignment:
-    """What SimOTA decides on the scores sqrt(sigmoid(logit) sigmoid(objectness)) and the centres of the cells.
+    """Assigns with SimOTA, on the scores sqrt(sigmoid(logit) sigmoid(objectness)) and the centres of the cells.
 
     Args:
       output: of `apply`.
@@ -250,7 +250,7 @@ def loss(output: DetectorOutput, targets: Targets, assignment: Assignment, *, l1
     With v the IoU of a positive prior's box and its target when it was assigned, IoU the same with a gradient, and P =
     max(positive priors, 1): loss_cls = sum over the positives and classes of BCE(logit, v at the label, else 0) / P,
     loss_box = 5 sum over the positives of (1 - IoU^2) / P, loss_obj = sum over all priors of BCE(objectness, 1 at
-    positives, else 0) / P and, if asked for, loss_l1 = sum over the positives and the four numbers of
+    positives, else 0) / P and, with `l1`, loss_l1 = sum over the positives and the four numbers of
     |box_reg - the numbers of the target| / P.
 
     Args:
@@ -260,13 +260,13 @@ def loss(output: DetectorOutput, targets: Targets, assignment: Assignment, *, l1
       l1: whether there is loss_l1.
 
     Returns:
-      {"loss_cls": f32[], "loss_box": f32[], "loss_obj": f32[]}, "loss_l1" if asked for, all >= 0.
+      {"loss_cls": f32[], "loss_box": f32[], "loss_obj": f32[]}, with `l1` "loss_l1", all >= 0.
       Without any box only loss_obj is not 0.
 
     Scope: the global batch, all levels.
 
-    Peers: mmdetection 3.3.0 YOLOXHead.loss_by_feat on one device. The middles of cells outside the padded image are
-      background there, and are not scored here; in kdjax's own batches there are none.
+    Peers: mmdetection 3.3.0 YOLOXHead.loss_by_feat on one device. Cells whose centre is outside the padded
+      image are background there and left out here; kdjax's own batches have none.
 
     Reference: arXiv 2107.08430, section 2.1.
     """
@@ -308,24 +308,24 @@ def decode(
 ) -> PaddedDetections:
     """Turns predictions into detections by NMS within each class.
 
-    Scores are sigmoid(logit) sigmoid(objectness). Boxes are suppressed as they are and clipped afterwards; those that
-    lie outside the image are left out.
+    Scores are sigmoid(logit) sigmoid(objectness). NMS compares unclipped boxes; they are clipped afterwards, and those
+    outside the image are left out.
 
     Args:
       output: of `apply`.
       image_size: i32[B, 2], height and width that boxes are clipped to.
-      score_threshold: detections score above it, 0 .. 1.
-      iou_threshold: a box goes if a better one of its class overlaps it by more.
-      pre_nms: (prior, class) pairs of each level that enter NMS at most.
-      max_detections: D, rows of the result.
-      select: what chooses among boxes and scores, with the arguments of `kdjax.boxes.select_detections`.
+      score_threshold: pairs with a score at or below it are dropped, 0 .. 1.
+      iou_threshold: a box is dropped if its IoU with a better one of its class is above it.
+      pre_nms: largest number of (prior, class) pairs of each level that enter NMS.
+      max_detections: D, the number of rows of the result.
+      select: what chooses among boxes and scores; it has the arguments of `kdjax.boxes.select_detections`.
 
     Returns:
       D detections per image, padded.
 
     Scope: one image.
 
-    Peers: mmdetection 3.3.0 YOLOXHead.predict_by_feat without rescaling, which looks at the best class of a prior alone
+    Peers: mmdetection 3.3.0 YOLOXHead.predict_by_feat without rescaling, which considers only the best class of a prior
       and does not clip.
     """
     boxes = decode_boxes(output)

@@ -1,4 +1,4 @@
-"""Observe, pair, compare: what a teacher saw meets what a student saw, and methods say how far they are apart."""
+"""Distillation: the outputs of a teacher and a student are paired, and methods compare them."""
 
 from kdjax.distill.adapters import adapt, init_adapters, init_generators
 from kdjax.distill.distiller import Distiller

@@ -1,4 +1,4 @@
-"""Adapters: what brings the student's maps to the teacher's channels and size, trained beside the student."""
+"""Adapters bring the student's maps to the teacher's channels and size; they are trained beside the student."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -24,7 +24,7 @@ def init_adapters(
 ) -> Params:
     """One convolution per level that takes the student's channels to the teacher's: {stride: params}.
 
-    A level whose channels agree gets none (identity), unless `always`. Adapters are trained with the student and not
+    A level with equal channels has none (identity), unless `always`. Adapters are trained with the student and not
     exported. Also checks that the maps of a pair can be compared (see `adapt`). `bias`, `deviation`: see
     `kdjax.nn.init_conv2d`.
     """
@@ -60,9 +60,9 @@ def init_generators(key: Array, pairs: list[Pair]) -> dict[str, Params]:
 
 
 def adapt(params: Mapping[str, Any], pairs: list[Pair]) -> list[Pair]:
-    """The pairs with the student's side brought to the teacher's channels and size, in float32.
+    """The pairs in float32, the student's map with the teacher's channels and size.
 
-    Another size is resized bilinearly, student to teacher, before the convolution.
+    A student's map of another size is resized bilinearly before the convolution.
     """
     adapted: list[Pair] = []
     for stride, student, teacher in pairs:

@@ -237,7 +237,7 @@ class Distiller:
     def _read(
         self, method: Method, student: DetectorOutput, teacher: DetectorOutput
     ) -> tuple[DetectorOutput, DetectorOutput]:
-        """Both outputs with what a method declares, nothing else."""
+        """Both outputs, with only the taps that a method declares."""
         sides = []
         for role, output in (("student", student), ("teacher", teacher)):
             names = getattr(method.reads, role)

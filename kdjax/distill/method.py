@@ -1,4 +1,4 @@
-"""What a distillation method is, and the small tools that the method files share.
+"""The interface of a distillation method, and the small tools that the method files share.
 
 A method is two functions, its weights and the taps that it reads (`Method`). `make(**options)` in
 `kdjax/methods/<name>.py` builds it. Methods see student and teacher only through `Context`.
@@ -30,7 +30,7 @@ class PairedRows(Protocol):
 class Context(NamedTuple):
     """All that a method may look at in one step; what it does not declare in `Method.reads` is None or empty.
 
-    Row i of `student_rows` meets row i of `teacher_rows`; `assignment` is in the same order.
+    Row i of `student_rows` is paired with row i of `teacher_rows`; `assignment` is in the same order.
     """
 
     student: DetectorOutput  # both have the levels that they share
@@ -97,20 +97,20 @@ def schedule(*, start: int = 0, stop: int = 0, warmup: int = 0, decay: int = 0) 
 
 
 def check_choice(option: str, value: str | int, choices: tuple[str | int, ...]) -> None:
-    """Refuses a value that an option ("method: option") does not have.
+    """Checks that the value of an option ("method: option") is one of its choices.
 
     Raises:
-      UserError: naming the values that it has.
+      UserError: it is not; the message lists the choices.
     """
     if value not in choices:
         raise UserError(f"{option} is {value!r}: it must be one of {', '.join(map(repr, choices))}")
 
 
 def check(option: str, value: float | str | Sequence[float], possible: bool, range_: str) -> None:
-    """Refuses a value that is out of the range of an option ("method: option").
+    """Checks that the value of an option ("method: option") is in its range.
 
     Raises:
-      UserError: unless `possible`: naming option, value and range.
+      UserError: `possible` is False; the message names option, value and range.
     """
     if not possible:
         raise UserError(f"{option} is {value}: it must be {range_}")

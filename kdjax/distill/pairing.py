@@ -1,7 +1,8 @@
-"""Which row of the student meets which row of the teacher.
+"""Rules that pair rows of the student with rows of the teacher.
 
-A pairing rule is a function (student rows, teacher rows) -> `Pairing`, or None where row i meets row i. A rule raises
-`UserError` for rows that it cannot pair, also on shape specs, so that a run is refused before anything is computed.
+A pairing rule is a function (student rows, teacher rows) -> `Pairing`, or None if row i is paired with row i. A rule
+raises `UserError` for rows that it cannot pair, also on shape specs, so that a run is refused before anything is
+computed.
 """
 
 from collections.abc import Callable
@@ -20,13 +21,13 @@ Rule = Callable[[Rows, Rows], Pairing | None]
 
 
 def by_place(student: Rows, teacher: Rows) -> None:
-    """Row i meets row i: both sides have the same grids, anchors and classes.
+    """Pairs row i with row i; both sides must have the same levels, anchors and classes.
 
     Args:
       student, teacher: rows of the levels that both sides share, arrays or shape specs.
 
     Raises:
-      UserError: the rows are not of the same places and classes.
+      UserError: the levels, anchors or classes differ.
     """
     sides = [_shape(rows) for rows in (student, teacher)]
     if sides[0][0] != sides[1][0] or (None not in (sides[0][1], sides[1][1]) and sides[0][1] != sides[1][1]):
@@ -38,7 +39,7 @@ def by_place(student: Rows, teacher: Rows) -> None:
 
 
 def by_location(student: Rows, teacher: Rows) -> Pairing:
-    """A row of the student meets the first row of the teacher with the same stride and the same location.
+    """Pairs a row of the student with the first row of the teacher that has the same stride and location.
 
     Args:
       student, teacher: rows; `location` f32[N, 4] of both, in NumPy or as constants.
@@ -59,7 +60,7 @@ def by_location(student: Rows, teacher: Rows) -> Pairing:
 
 
 def by_overlap(student: Rows, teacher: Rows, *, threshold: float = 0.5) -> Pairing:
-    """A row of the student meets the row of the teacher whose box overlaps its own most.
+    """Pairs a row of the student with the row of the teacher whose box overlaps its own most.
 
     Args:
       student, teacher: rows with `boxes` f32[B, N, 4].

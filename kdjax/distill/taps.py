@@ -1,4 +1,4 @@
-"""Taps: named places of a detector, and how those of two detectors pair.
+"""Taps: named feature maps and predictions of a detector, and the pairing of those of two detectors.
 
 A tap is written `neck`, `backbone.2` (one level), `neck.0:3` (the first three levels), `cls_tower.1` (a convolution of
 a tower, before its activation; `cls_tower.-2` counts from the end) or `rows.logits` (a field of the rows). The methods
@@ -111,11 +111,11 @@ def tap(output: DetectorOutput, name: str) -> dict[int, Array]:
 
 
 def only(output: DetectorOutput, names: Iterable[str]) -> DetectorOutput:
-    """The output with what the named taps need and nothing else; levels that are not named are None.
+    """The output with only the fields of the named taps; levels that are not named are None.
 
     Args:
       output: arrays or shape specs.
-      names: taps; "targets", "assignment" and "head" are passed over.
+      names: taps; "targets", "assignment" and "head" are ignored.
 
     Raises:
       UserError: no such tap; the valid ones are listed.
@@ -208,10 +208,10 @@ def map_size(x: Array) -> tuple[int, int]:
 
 
 def check_sizes(stride: int, student: tuple[int, ...], teacher: tuple[int, ...]) -> None:
-    """Refuses two maps whose sides differ by more than a factor of 2, which no resampling makes comparable.
+    """Checks that the sides of two maps differ by at most a factor of 2.
 
     Raises:
-      UserError: with both shapes.
+      UserError: they differ by more; the message has both shapes.
     """
     for a, b in zip(student[1:3], teacher[1:3], strict=True):
         if max(a, b) > 2 * min(a, b):

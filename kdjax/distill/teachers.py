@@ -1,6 +1,6 @@
-"""What can be a teacher: anything that can tell what it saw in a batch.
+"""Teachers: anything that has `spec` and `observe`.
 
-A teacher has `spec` and `observe`. Detectors are live teachers as they are. `Custom` makes a teacher (or a student) of
+Detectors are teachers without further code. `Custom` makes a teacher (or a student) of
 a model of your own, `on_host` of a function that runs on the host, `recorded` of arrays that travel in the batch.
 """
 

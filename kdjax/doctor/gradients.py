@@ -158,7 +158,7 @@ def gradient_shares(setup: Setup, grad_norms: Mapping[str, float]) -> dict[str, 
 
     Args:
       setup: of the run.
-      grad_norms: of `Measured`.
+      grad_norms: those of `Measured`.
     """
     weights = _weights(setup)
     norms = {name: weights.get(name, 1.0) * norm for name, norm in grad_norms.items()}

@@ -20,7 +20,7 @@ MAX_DETECTIONS = (1, 10, 100)  # D, an image and a class
 
 
 class Curves(NamedTuple):
-    """What COCO's metrics are means of; -1 where a class has no object (of that size)."""
+    """The arrays that COCO's metrics average; -1 where a class has no object (of that size)."""
 
     precision: np.ndarray  # f64[T, 101, K, A, D] at the recalls 0, 0.01 .. 1
     recall: np.ndarray  # f64[T, K, A, D]
@@ -129,8 +129,8 @@ def class_metrics(curves: Curves, *, threshold: float | None = None) -> dict[str
       threshold: one of the IoU thresholds 0.50, 0.55 .. 0.95; None: the mean over them.
 
     Returns:
-      {class: fraction}, -1 for a class without objects. Of classes with one name each but the first has its id
-      behind the name.
+      {class: fraction}, -1 for a class without objects. If classes share a name, all but the first have their id
+      after it.
 
     Scope: the whole data set.
     """
@@ -185,7 +185,7 @@ def to_coco(detections: Detections, image_id: int) -> list[dict[str, Any]]:
       image_id: the image's id in COCO's json.
 
     Returns:
-      One row a detection: `image_id`, `category_id`, `bbox` (x y w h in pixels of the image) and `score`.
+      One row per detection: `image_id`, `category_id`, `bbox` (x y w h in pixels of the image) and `score`.
 
     Example:
       >>> found = Detections(np.float32([[2, 4, 10, 12]]), np.float32([0.5]), np.array([1]), category_ids=(3, 9))

@@ -1,4 +1,4 @@
-"""How big a detector is: parameters and floating-point operations, counted as the peers count them."""
+"""Size of a detector: parameters and floating-point operations, counted as mmengine does."""
 
 import math
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from kdjax.structs import Array, DetectorOutput, PyTree
 
 
 class Network(Protocol):
-    """What of a detector is run: pure functions of parameters, statistics and images."""
+    """The network of a detector: pure functions of parameters, statistics and images."""
 
     @property
     def shapes(self) -> tuple[PyTree, PyTree]:
@@ -26,7 +26,7 @@ class Network(Protocol):
 
 
 def parameters(params: PyTree) -> int:
-    """Counts the trained numbers; what levels share counts once, and running statistics do not count.
+    """Counts the trained parameters; shared ones count once, and running statistics do not count.
 
     Args:
       params: tree of arrays or of `jax.ShapeDtypeStruct`s.
@@ -46,7 +46,7 @@ def parameters(params: PyTree) -> int:
 def flops(detector: Network, hw: tuple[int, int]) -> int:
     """Counts the operations of one image through a detector in evaluation mode; nothing is computed.
 
-    Multiply-adds of convolutions count one (`kdjax.nn.count` has the whole rule); decoding is free.
+    A multiply-add of a convolution counts as one (`kdjax.nn.count` has the whole rule); decoding is not counted.
 
     Args:
       detector: a `kdjax.detectors.api.Detector`.

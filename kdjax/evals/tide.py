@@ -265,7 +265,7 @@ def _matched(image: Truth, detections: Detections) -> tuple[Detections, np.ndarr
 
 
 def _in_crowd(image: Truth, detections: Detections) -> np.ndarray:
-    """bool[n]: which detections lie by half or more in a crowd region of their class."""
+    """bool[n]: which detections have at least half of their area in a crowd region of their class."""
     crowd, boxes = image.boxes[image.crowd], np.asarray(detections.boxes, np.float64)
     low = np.maximum(boxes[:, None, :2], crowd[None, :, :2])
     high = np.minimum(boxes[:, None, 2:], crowd[None, :, 2:])

@@ -1,1 +1,1 @@
-"""Models in the formats of other runtimes: a module a format, `write` and `runner` in each."""
+"""Models in the formats of other runtimes; the module of each format has `write` and `runner`."""

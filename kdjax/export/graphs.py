@@ -1,4 +1,4 @@
-"""The functions that are exported: from the pixels of one image to the head's maps, or to what an NMS needs.
+"""The functions that are exported: from the pixels of one image to the head's maps, or to the inputs of an NMS.
 
 Other runtimes need two things in another form than JAX: the normalisation is a convolution, and NMS is left to them.
 """

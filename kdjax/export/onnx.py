@@ -63,9 +63,10 @@ def write(model: Model, path: str | Path, *, raw: bool = False) -> None:
 
 
 def _simplify_upsampling(graph: "ModelProto") -> None:
-    """Rewrites nearest-neighbour resizing by whole factors, all that `nn.upsample_nearest` does, in a faster form.
+    """Rewrites nearest-neighbour resizing by whole factors (`nn.upsample_nearest`) in a faster form.
 
-    onnxruntime is fast with factors instead of sizes and the cell rounded down, which is the same for a whole factor.
+    onnxruntime is faster with factors instead of sizes and coordinates rounded down; for whole factors the result is
+    the same.
     """
     from onnx import helper, numpy_helper, shape_inference
 
@@ -167,7 +168,7 @@ def add_metadata(path: str | Path, facts: dict[str, str]) -> None:
 
 
 def quantise(path: str | Path, model: Model, images: Iterable[np.ndarray]) -> None:
-    """Makes an ONNX file int8, in place: onnxruntime's static quantisation, weights by channel, maps as bytes.
+    """Makes an ONNX file int8, in place: onnxruntime's static quantisation, weights per channel, maps as bytes.
 
     Convolutions are quantised, and the SiLUs between them, which in float would cost the time that the convolutions
     save; the computation of scores and boxes is not.

@@ -139,7 +139,7 @@ def in_originals(
       category_ids: COCO's ids of the K classes.
 
     Returns:
-      One Detections a row of the batch, empty for a row that is not real.
+      One `Detections` per row of the batch, empty for a row that is not real.
 
     Scope: each image on its own.
 
@@ -186,7 +186,7 @@ def read_image(file: Path, *, warn: Callable[[str], None] = warnings.warn) -> np
 
     Args:
       file: the image file.
-      warn: is called with a sentence if EXIF would rotate the image, or if it uses little of the range of 16 bits.
+      warn: is called with a sentence if EXIF would rotate the image, or if a 16-bit image uses little of its range.
 
     Returns:
       u8[h, w, 3] RGB.

@@ -65,7 +65,7 @@ def iou(
     Reference: Yu et al., UnitBox, ACM MM 2016 (log).
 
     Raises:
-      UserError: `form` is another word.
+      UserError: unknown `form`.
 
     Example:
       >>> import numpy as np

@@ -50,7 +50,7 @@ def class_disagreement(student: AnyArray, teacher: AnyArray, *, space: Literal["
     Reference: Li et al., "Rank Mimicking and Prediction-guided Feature Imitation", 2022, Eq. 7.
 
     Raises:
-      UserError: shapes differ, or `space` is another word.
+      UserError: shapes differ, or `space` is unknown.
 
     Example:
       >>> class_disagreement(jnp.array([1.0, 3.0]).reshape(1, 1, 1, 2), jnp.zeros((1, 1, 1, 2))).ravel().tolist()

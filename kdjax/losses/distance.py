@@ -208,7 +208,7 @@ def multiscale(
     Reference: MKD Eq. 1; Chen et al., "Distilling Knowledge via Knowledge Review", 2021.
 
     Raises:
-      UserError: shapes differ, `scales` is empty or has an entry below 1, or `mode` is another word.
+      UserError: shapes differ, `scales` is empty or has an entry below 1, or `mode` is unknown.
 
     Example:
       >>> student, teacher = jnp.ones((1, 2, 2, 1)), jnp.zeros((1, 2, 2, 1))

@@ -75,7 +75,7 @@ def softmax_kl(
       "Localization Distillation for Dense Object Detection", 2022, Eq. 3.
 
     Raises:
-      UserError: shapes differ, the temperature is not > 0, or `class_reduction` is another word.
+      UserError: shapes differ, the temperature is not > 0, or `class_reduction` is unknown.
 
     Example:
       >>> x = jnp.array([0.0, 1.0, 2.0])

@@ -1,4 +1,4 @@
-"""Arrays brought to a common scale before they are compared."""
+"""Normalisation of arrays before they are compared."""
 
 from typing import Literal
 
@@ -155,7 +155,7 @@ def min_max(
     Reference: de Rijk et al., "Structural Knowledge Distillation for Object Detection", 2022.
 
     Raises:
-      UserError: `scope` is another word.
+      UserError: unknown `scope`.
 
     Example:
       >>> min_max(jnp.array([2.0, 3.0, 4.0]).reshape(1, 1, 3, 1)).ravel().tolist()

@@ -63,7 +63,7 @@ def ssim(
     Reference: Wang et al., "Image Quality Assessment: From Error Visibility to Structural Similarity", 2004, Eqs. 6-13.
 
     Raises:
-      UserError: shapes differ, `window` is even or larger than the map, or `padding` is another word.
+      UserError: shapes differ, `window` is even or larger than the map, or `padding` is unknown.
 
     Example:
       >>> x = jnp.arange(9.0).reshape(1, 3, 3, 1) / 8

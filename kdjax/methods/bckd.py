@@ -1,4 +1,4 @@
-"""BCKD: sigmoid scores as soft targets, boxes where the scores differ (bridging the cross-task protocol).
+"""BCKD: sigmoid scores as soft targets, and boxes weighted by how much the scores differ.
 
     w_ik = |sigmoid(z_ik^T) - sigmoid(z_ik^S)|,  l_i = 0 on ignored priors else 1,  P = max(positives of the batch, 1)
     classes: L = class_weight * sum_ik l_i w_ik BCE(z_ik^S, sigmoid(z_ik^T)) / P
@@ -7,9 +7,9 @@
 Paper: Yang et al., "Bridging Cross-task Protocol Inconsistency for Distillation in Dense Object Detection", ICCV 2023.
 Taps: cls_logits and the decoded boxes (dense heads with sigmoid scores, the same priors and classes on both sides). It
     needs the student's assignment.
-Open: the paper prints the IoU, its code has GIoU: overlap="iou" is the print. The code leaves out levels without any
-    positive, which looks like an accident: per_level_gate=True does so too. The weight of the class term is not
-    detached, as in the code.
+Open: the paper has the IoU in the box term, its code GIoU (the default; overlap="iou" is the paper). The code leaves
+    out levels without any positive, probably by accident; per_level_gate=True does the same. The weight of the class
+    term is not detached, as in the code.
 Proof: the class term: kd/logit_github_* (the authors' code): largest relative error 2.1e-7; the box term: its GIoU
     alone, loss/det_box_* (mmdetection).
 Status: proven
@@ -34,12 +34,12 @@ def make(
     overlap: Literal["giou", "iou"] = "giou",
     per_level_gate: bool = False,
 ) -> method.Method:
-    """Modulated cross-entropy of the scores, and overlap of the boxes weighted by the gap of the scores.
+    """Modulated cross-entropy of the scores, and overlap of the boxes weighted by the difference of the scores.
 
     Args:
       weight: of both terms.
-      class_weight: of the classes, 1 in the paper.
-      box_weight: of the boxes, 4 in the paper.
+      class_weight: of the class term, 1 in the paper.
+      box_weight: of the box term, 4 in the paper.
       overlap: of the boxes, "giou" or "iou".
       per_level_gate: only levels with a positive prior in the batch count, in both terms.
 

@@ -1,4 +1,4 @@
-"""CrossKD: the student's tower features go through the rest of the teacher's head, where no label argues.
+"""CrossKD: predictions of the teacher's head on the student's tower features, compared with the teacher's own.
 
     f~ = (A f^S - mean_S) / (std_S + 1e-6) std_T + mean_T, per channel over the batch
     p^ = class logits, d^ = boxes, q^ = edge distributions of the teacher's head, entered with f~
@@ -12,13 +12,13 @@ Paper: Wang et al., "CrossKD: Cross-Head Knowledge Distillation for Object Detec
 Taps: cls_tower and reg_tower, the output of a convolution before its activation (any head of both sides with the same
     priors and classes), or neck; A is a 1x1 convolution where the widths differ. It needs the teacher's head, the
     student's assignment and, without distributions, decoded boxes.
-Open: where to cut: the published conv 3 of 4 is "tower.-2", the last but one (with FCOS conv 2, "tower.1"). The code
-    means to align maps before the activation, but its ReLU works in place, so it aligns relu(f^S) with relu(f^T). With
-    a head that activates otherwise (SiLU) those are no statistics of what it consumes; here the maps are aligned as
-    they are, which is sound before any activation, and the teacher's head activates them. rectify=True is the code, for
-    heads with ReLU. The box term weights priors by the teacher's scores as the code does; in the paper all weigh 1:
-    confidence=False. The paper's feature term is the method pkd beside this one. With FCOS the code divides by the sum
-    of the centreness of the positives instead of P.
+Open: where the student's features enter: the published place, conv 3 of 4, is "tower.-2", the last but one (with FCOS
+    conv 2, "tower.1"). The code is meant to align maps before the activation, but its ReLU works in place, so it aligns
+    relu(f^S) with relu(f^T): rectify=True, for heads with ReLU. Here the maps are aligned before the activation, which
+    fits every activation (such as SiLU), and the teacher's head activates them. The box term weights priors by the
+    teacher's scores as the code does; in the paper all have weight 1: confidence=False. The paper's feature term is the
+    method pkd, to be added to this one. With FCOS the code divides by the sum of the centreness of the positives
+    instead of P.
 Proof: kd/crosskd_* (the authors' code on four detectors, through this method, and whole steps of both networks with
     their gradients): largest relative error 1.0e-6; kd/logit_github_*: 3.8e-7.
 Status: proven
@@ -52,14 +52,14 @@ def make(
 
     Args:
       weight: of all terms.
-      student, teacher: where each side is cut: "tower.I", the output of conv I of both towers, counted from 0, or from
-        the end with -1 as the last; or "neck".
-      class_weight: of the classes; 1, with FCOS 0.4 in the paper's code.
-      box_weight: of the boxes; 1 for boxes (FCOS 0.75), 4 for distributions (GFL) in the paper's code.
-      quality_weight: of the centreness, for heads that have it; 1 with ATSS in the paper's code, 0 with FCOS.
+      student, teacher: the student's tap that enters the teacher's head, and the teacher's tap that it replaces:
+        "tower.I", the output of conv I of both towers, counted from 0, or from the end with -1 as the last; or "neck".
+      class_weight: of the class term; 1, with FCOS 0.4 in the paper's code.
+      box_weight: of the box term; 1 for boxes (FCOS 0.75), 4 for distributions (GFL) in the paper's code.
+      quality_weight: of the centreness term, for heads that have it; 1 with ATSS in the paper's code, 0 with FCOS.
       box_loss: of heads without distributions, "giou" or "log_iou" (-log IoU, FCOS in the paper's code).
-      confidence: whether the boxes are weighted by the teacher's score (c_i) or by l_i alone.
-      rectify: ReLU on both maps before they are aligned, as the paper's code has it.
+      confidence: whether priors have the weight c_i in the box term, or l_i alone.
+      rectify: applies ReLU to both maps before they are aligned, as in the paper's code.
 
     Raises:
       UserError: unknown `box_loss`.
@@ -80,7 +80,7 @@ def make(
         return sorted({tower for term, tower in of_terms.items() if weights[term]})
 
     def place(name: str, branch: str) -> str:
-        """The tap that "tower.I" means in a branch of a head."""
+        """The tap that "tower.I" stands for in a branch of a head."""
         return name if name == "neck" else name.replace("tower", TOWERS[branch], 1)
 
     def pairs_of(

@@ -7,8 +7,8 @@ Paper: Shu et al., "Channel-wise Knowledge Distillation for Dense Prediction", I
 Taps: neck (any detector), or cls_logits on both sides (dense class maps; no adapter: both must have the same classes).
   Needs nothing else. On the neck A is a 1x1 convolution where channels differ.
 Open: the published weights differ with toolbox and tap (`weight`). One port computes the cross-entropy, which has the
-  same gradient but does not vanish at equality; here it is the divergence. On features normalised first the method is
-  `rtmdet_cwd`.
+  same gradient but does not vanish at equality; here it is the divergence. The same loss on normalised features is the
+  method `rtmdet_cwd`.
 Proof: kd/cwd_* (mmrazor's ChannelWiseDivergence): largest relative error 1.8e-6.
 Status: proven
 """
@@ -33,7 +33,7 @@ def make(
     Args:
       weight: of the sum over levels; 10 in mmrazor (RetinaNet, Faster R-CNN, 5 levels), 5 in mmdetection-distiller (4
         levels).
-      student, teacher: taps, "cls_logits" both or none.
+      student, teacher: taps; "cls_logits" on both sides or on neither.
       temperature: tau of both softmaxes; 1 for detectors, 4 is better for segmentation.
 
     Raises:

@@ -1,4 +1,4 @@
-"""DeFeat: decoupled features, objects and background of the neck apart.
+"""DeFeat: decoupled features, with separate terms for objects and background in the neck.
 
     L = weight * mean over levels of
             foreground_weight sum M (A(S) - T)^2 / max(2 C |M|, 1)
@@ -7,10 +7,11 @@
        which is floor(log2(sqrt((w + 1) (h + 1)) / 56)) within the available ones;  |M| over the batch
 
 Paper: Guo et al., "Distilling Object Detectors via Decoupled Features", CVPR 2021.
-Taps: neck (any detector). Needs the boxes of the ground truth. Trains a 3x3 convolution A a level, tiny at first.
-Open: the paper's second part compares the class probabilities of the teacher's proposals behind both nets' RoI heads,
-  positive and background ones apart (weights 2 and 2). It needs detectors of two stages, for which it comes; the
-  authors' released configuration does not use it either. Optional taps on the backbone end A with a ReLU (`relu`).
+Taps: neck (any detector). Needs the boxes of the ground truth. Trains one 3x3 convolution A per level, with initial
+  weights near zero.
+Open: the paper's second part compares the class probabilities that both RoI heads give to the teacher's proposals,
+  separately for positives and background (weights 2 and 2). It needs two-stage detectors, which kdjax does not have;
+  the authors' released configuration does not use it either. For taps on the backbone, A can end with a ReLU (`relu`).
   The level of a box counts from the finest level of the tap, whatever its stride, as in the authors' code.
 Proof: none: no reference numbers; masks and divisors equal loops over the formula.
 Status: formula
@@ -33,14 +34,14 @@ def make(
     background_weight: float = 12.0,
     relu: bool = False,
 ) -> method.Method:
-    """Half the mean squared distance of two maps on the cells of objects, and on all others.
+    """Half the mean squared difference of two maps, over the cells of objects and over all others.
 
     Args:
-      weight: of everything; 1.
+      weight: of the whole loss; 1.
       student, teacher: taps.
       foreground_weight: of the objects' cells; 3 (Faster R-CNN on VOC).
       background_weight: of all other cells; 12 (Faster R-CNN on VOC).
-      relu: ends the adapter with a ReLU, for a teacher's map that is one's output.
+      relu: ends the adapter with a ReLU, for a teacher's map that is the output of a ReLU.
     """
     weights = {"foreground": weight * foreground_weight, "background": weight * background_weight}
 

@@ -1,4 +1,4 @@
-"""DKD: decoupled knowledge distillation, the target class apart from all others.
+"""DKD: decoupled knowledge distillation, with separate terms for the target class and for all others.
 
     sigmoid heads:  TCKD = KL(Bern(sigmoid(z_y^T)) || Bern(sigmoid(z_y^S)))
     softmax heads:  TCKD = tau^2 KL((p_y, 1 - p_y) of the teacher || of the student),  p = softmax(z / tau)
@@ -7,12 +7,12 @@
 
 Paper: Zhao et al., "Decoupled Knowledge Distillation", CVPR 2022.
 Taps: cls_logits (dense heads, the same priors and classes on both sides). It needs the student's assignment: y is the
-    class of a positive prior. NCKD needs three classes or more: with fewer it is 0, set other_weight=0.
-Open: the paper has softmax heads with a background class and compares both nets on the student's sampled proposals;
-    such heads come with two-stage detectors. Dense heads have sigmoid scores and no background class, so here only
-    positives have a target, and the target's own term is that of its sigmoid (head="sigmoid", ours); head="softmax"
-    is the paper's form on the same priors. The authors let the
-    weight of classification rise over 20 epochs (`warmup`, in steps).
+    class of a positive prior. NCKD needs three classes or more: with fewer it is 0, so set other_weight=0.
+Open: the paper has softmax heads with a background class and compares student and teacher on the student's sampled
+    proposals; such heads belong to two-stage detectors. Dense heads have sigmoid scores and no background class, so
+    here only positives have a target, and TCKD compares its sigmoids (head="sigmoid", our own form); head="softmax" is
+    the paper's form on the same priors. For classification the authors increase the weight over the first 20 epochs
+    (`warmup`, in steps).
 Proof: the softmax form: kd/logit_* (mdistiller and mmrazor): largest relative error 5.3e-7; the sigmoid form: none, no
     public original.
 Status: formula

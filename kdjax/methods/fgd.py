@@ -8,14 +8,15 @@
     Mfg = 1 / (cells of the smallest box there),  Mbg = 1 / (background cells),  R(X) = X + W2 relu(LN(W1 context(X)))
 
 Paper: Yang et al., "Focal and Global Knowledge Distillation for Detectors", CVPR 2022, Eqs. 2-3, 8, 9, 12.
-Taps: neck (any detector). Needs the boxes of the ground truth; an image without any counts as background. Trains a
-  1x1 adapter A where channels differ and a context block R for each net and level, which are the identity at first.
+Taps: neck (any detector). Needs the boxes of the ground truth; an image without any counts as background. Trains a 1x1
+  adapter A where channels differ and for student and teacher a context block R per level, which is the identity at
+  first.
 Open: the official code scales boxes by the size of the unpadded image onto the map of the padded batch, which shifts
-  them where there is padding; here it is the padded size (`unpadded=True` is the code). The cells at a box's right and
-  lower border count as foreground, as in the code. The four weights differ by detector: the defaults are FCOS's with
-  tau 0.8; with tau 0.5, RepPoints has the same, RetinaNet and GFL have 1e-3, 5e-4, 5e-4, 5e-6, YOLOX 2e-3, 1e-3, 1e-3,
-  1e-5, and two-stage detectors 5e-5, 2.5e-5, 5e-5, 5e-7. Within a family the authors start the student's neck and head
-  from the teacher's, which is not possible where widths differ.
+  them where there is padding; here it is the padded size (`unpadded=True` is the official code). The cells at a box's
+  right and lower border count as foreground, as in the code. The four weights differ by detector: the defaults are
+  FCOS's with tau 0.8; with tau 0.5, RepPoints has the same, RetinaNet and GFL have 1e-3, 5e-4, 5e-4, 5e-6, YOLOX 2e-3,
+  1e-3, 1e-3, 1e-5, and two-stage detectors 5e-5, 2.5e-5, 5e-5, 5e-7. Within a family the authors initialise the
+  student's neck and head from the teacher's, which is not possible where widths differ.
 Proof: kd/fgd_* (the authors' code), all terms, masks and the gradients of the blocks: largest relative error 1.7e-6.
 Status: proven
 """
@@ -40,10 +41,10 @@ def make(
     temperature: float = 0.8,
     unpadded: bool = False,
 ) -> method.Method:
-    """Focal (attended foreground and background, attention) and global (relation) distance of two maps.
+    """Focal terms (foreground, background, attention) and a global term (relation) between two maps.
 
     Args:
-      weight: of everything; 1.
+      weight: of the whole loss; 1.
       student, teacher: taps.
       foreground_weight: alpha, 1.6e-3 (FCOS).
       background_weight: beta, 8e-4 (FCOS).

@@ -4,14 +4,15 @@
     kept: some anchor of the cell overlaps some box by more than psi times the best overlap of that box, over all levels
 
 Paper: Wang et al., "Distilling Object Detectors with Fine-grained Feature Imitation", CVPR 2019, section 3.2.
-Taps: neck, or one map such as backbone.2 (any detector). Needs the boxes of the ground truth and the place of the
-  priors. Trains a 3x3 convolution A a level, tiny at first.
-Open: the original has one map and nine anchors a cell. Here it is one square anchor a cell, 8 strides wide like those
-  of ATSS and GFL, around the place of the prior (`anchor_scale`), which detectors without anchors have too. Several
-  levels share the best overlap of a box; the port of the DeFeat authors (`port=True`) gives every box to the one level
-  of its size, as DeFeat does, divides each level by 2 Np C (C channels, Np its own) and averages levels. The original
-  ends A with a ReLU, which the port leaves out because necks are signed: `relu=True` is for maps that are not.
-  Without any object the original divides by zero; here the loss is 0. It starts after 400 steps (`start`).
+Taps: neck, or one map such as backbone.2 (any detector). Needs the boxes of the ground truth and the location of the
+  priors. Trains one 3x3 convolution A per level, with initial weights near zero.
+Open: the original has one map and nine anchors per cell. Here each cell has one square anchor, 8 strides wide like
+  those of ATSS and GFL, around the location of the prior (`anchor_scale`), so that detectors without anchors can be
+  used too. The best overlap of a box is taken over all levels; the port of the DeFeat authors (`port=True`) assigns
+  every box to the one level of its size, as DeFeat does, divides each level by 2 Np C (C channels, Np of that level)
+  and averages levels. The original ends A with a ReLU, which the port leaves out because the maps of a neck are signed;
+  `relu=True` is for maps that are not negative. Without any object the original divides by zero; here the loss is 0.
+  The original starts after 400 steps (set `start`).
 Proof: none: no reference numbers; the masks equal loops over the formula.
 Status: formula
 """
@@ -36,15 +37,15 @@ def make(
     relu: bool = False,
     port: bool = False,
 ) -> method.Method:
-    """Squared distance of two maps on the cells whose anchors lie best around an object.
+    """Squared difference of two maps on the cells whose anchors overlap an object most.
 
     Args:
       weight: mu; 0.01.
       student, teacher: taps.
       psi: 0 .. 1, the share of the best overlap above which an anchor counts; 0.5.
       anchor_scale: side of a cell's square anchor, in strides.
-      relu: ends the adapter with a ReLU, for a teacher's map that is one's output.
-      port: levels and divisors of the port to feature pyramids.
+      relu: ends the adapter with a ReLU, for a teacher's map that is the output of a ReLU.
+      port: assigns boxes to levels and normalises as the port to feature pyramids does.
 
     Raises:
       UserError: `psi` outside 0 .. 1, or `anchor_scale` not above 0.
@@ -57,7 +58,7 @@ def make(
         return adapters.init_adapters(key, pairs, kernel_size=3, always=True, deviation=1e-4)
 
     def anchors(stride: int, shape: tuple[int, ...], offset: Array) -> Array:
-        """f32[H, W, 1, 4]; `offset` is the place of a prior in its cell, 0 .. 1."""
+        """f32[H, W, 1, 4]; `offset` is the position of a prior in its cell, 0 .. 1."""
         height, width = shape[1:3]
         boxes = priors.grid_anchors((height * stride, width * stride), [stride], ratios=[1.0], scales=[anchor_scale])
         return jnp.add(boxes.reshape(height, width, 1, 4), jnp.tile(offset, 2) * stride)

@@ -1,13 +1,13 @@
-"""FitNet: the plain distance of the neck's maps, L2 or L1.
+"""FitNet: the plain L2 or L1 distance of the neck's maps.
 
     L = weight * mean over levels of mean_bhwc (A(S) - T)^2        or |A(S) - T|
 
 Paper: Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015, Eq. 3.
 Taps: neck (any detector), or any other map. Needs nothing else; A is a 1x1 convolution where channels differ.
-Open: the paper has a single hint layer; over levels a mean is taken. Toolboxes use the L1 distance as well
-  (`distance="l1"`), and sums over H, W and C divided by B in place of the mean (`reduction="sum"`), which weights fine
-  levels about four times per octave. The weight is a matter of scale: 1 for the mean; for the single hint layer of
-  classifiers 100 is usual.
+Open: the paper has a single hint layer; here the mean over levels is taken. Toolboxes use the L1 distance as well
+  (`distance="l1"`), and sums over H, W and C divided by B instead of the mean (`reduction="sum"`), which gives each
+  level about four times the weight of the next coarser one. The weight depends on the reduction: 1 for the mean; for
+  the single hint layer of classifiers 100 is usual.
 Proof: kd/feature_misc_* (mmrazor's L2Loss, the sum over one level): largest relative error 6e-7. No reference file has
   the L1 distance.
 Status: proven

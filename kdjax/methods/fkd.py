@@ -9,14 +9,16 @@
 
 Paper: Zhang and Ma, "Improve Object Detection with Feature-based Knowledge Distillation: Towards Accurate and
   Efficient Detectors", ICLR 2021, Eqs. 2-5.
-Taps: neck (any detector). Needs nothing else. Trains A, D, E, F and a non-local block R for each net and level, which
-  is the identity at first. Channels of R are reduced by 4, 4, 2, 2 and phi and g pooled by 8, 4, 2, 2 at P2 .. P5.
-Open: the printed norms run over the whole batch, so the loss grows with sqrt(B); here it is divided by that
-  (`parity=True` is the original, whose weights belong to two images per device). The paper's masks are softmaxes of the
-  sum of both nets' maps, over space and over channels (`paper=True`, with the channels of A(S)); mmrazor's port,
-  followed here, averages two softmaxes over space and has none over channels, as its comment says of the authors' code.
-  The means over space and channels are signed as in the port. The defaults are the port's, the weights of two-stage
-  detectors; the paper is said to have them with tau 0.1, and 4e-4, 2e-2, 2e-2, 4e-4 with tau 0.5 for one-stage ones.
+Taps: neck (any detector). Needs nothing else. Trains A, D, E, F and, for student and teacher, a non-local block R per
+  level, which is the identity at first. Channels of R are reduced by 4, 4, 2, 2 and phi and g pooled by 8, 4, 2, 2 at
+  P2 .. P5.
+Open: the paper's norms run over the whole batch, so its loss grows with sqrt(B); here it is divided by that
+  (`parity=True` is the original, whose weights were set for two images per device). The paper's masks are softmaxes of
+  the sum of the student's and the teacher's maps, over space and over channels (`paper=True`, with the channels of
+  A(S)); mmrazor's port, followed here, averages two softmaxes over space and has none over channels, like the authors'
+  code according to a comment in the port. The means over space and channels keep their sign, as in the port. The
+  defaults are the port's, the weights for two-stage detectors; the paper reportedly has these with tau 0.1, and 4e-4,
+  2e-2, 2e-2, 4e-4 with tau 0.5 for one-stage ones.
 Proof: none: no public original; its parts equal loops over the formulas.
 Status: formula
 """
@@ -45,17 +47,17 @@ def make(
     paper: bool = False,
     parity: bool = False,
 ) -> method.Method:
-    """Norms of the differences of attended maps, of their means over space and channels, and of their relations.
+    """Norms of the differences of attention-weighted maps, of means over space and channels, and of non-local blocks.
 
     Args:
-      weight: of everything; 1.
+      weight: of the whole loss; 1.
       student, teacher: taps.
-      feature_weight: of the attended maps; 7e-5 in the port.
+      feature_weight: of the attention-weighted maps; 7e-5 in the port.
       channel_weight: of the means over space; 4e-3 in the port.
       spatial_weight: of the means over channels; 4e-3 in the port.
-      non_local_weight: of the maps behind the non-local blocks; 7e-5 in the port.
+      non_local_weight: of the outputs of the non-local blocks; 7e-5 in the port.
       temperature: tau of the attention; 0.5 in the port.
-      paper: masks as printed, over space and over channels, instead of mmrazor's over space alone.
+      paper: masks as in the paper, over space and over channels, instead of mmrazor's over space alone.
       parity: norms over the whole batch, which grow with the square root of its size.
 
     Raises:

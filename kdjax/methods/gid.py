@@ -1,7 +1,8 @@
-"""GID: general instance distillation, of the features, relations and predictions of the places where the nets differ.
+"""GID: general instance distillation, of features, relations and predictions where student and teacher differ most.
 
-    score of a prior = max_k |sigmoid(z_T) - sigmoid(z_S)|, its box that of the surer net; suppressed at IoU 0.3, the
-        best 10 of an image are its instances;  R = RoIAlign of an instance, 10 x 10 cells, on the level of its size
+    score of a prior = max_k |sigmoid(z_T) - sigmoid(z_S)|, its box that of the model with the higher score; the best
+        10 per image after NMS at IoU 0.3 are the instances;  R = RoIAlign of an instance to 10 x 10 cells, on the level
+        of its size
     L = weight * (
             feature_weight * mean over instances and cells of sum_c (R(A(S)) - R(T))^2
             + relation_weight * mean over images and pairs of smoothL1(d_S - d_T),  d = |R_i - R_j| / their mean
@@ -10,14 +11,16 @@
     priors: the P that the student's assigner gives to the instances, taken as ground truth
 
 Paper: Dai et al., "General Instance Distillation for Object Detection", CVPR 2021.
-Taps: neck; also reads class logits and decoded boxes (dense heads, the same priors and classes on both sides) and asks
-  the student's assigner. Needs no ground truth. Trains one 3x3 convolution A, shared by the levels.
-Open: the only public code is a third-party port, whose weights and reductions are the defaults; the paper is said to
-  have 5e-4, 40 and 0.1, 1. The port never applies its adapter and so needs equal widths; here it is applied. It
-  relates the instances of all images of a device to each other, which depends on the batch (`parity=True`); here a
-  image's own. It takes binary cross-entropy, whose slope is that of the divergence here and which does not vanish
-  for equal nets. It compares the regressed numbers of the box; in strides, that is the same for heads that regress
-  distances. It leaves out boxes of less than 10 pixels and cuts them at the image; here nothing is left out.
+Taps: neck; also reads class logits and decoded boxes (dense heads, the same priors and classes on both sides) and runs
+  the student's assigner. The ground truth must be in the batch, but its boxes are replaced by the instances. Trains one
+  3x3 convolution A, shared by the levels.
+Open: the only public code is a third-party port, whose weights and reductions are the defaults; the paper reportedly
+  has 5e-4, 40 and 0.1, 1. The port never applies its adapter and so needs equal widths; here it is applied. The port
+  relates the instances of all images of a device to each other, which depends on the batch (`parity=True`); here those
+  of one image are related. The port takes the binary cross-entropy, which has the gradient of the divergence used here
+  but does not vanish at equality. It compares the raw box regression, which for heads that regress distances equals the
+  comparison in strides used here. It leaves out boxes smaller than 10 pixels and clips boxes to the image; here nothing
+  is left out or clipped.
 Proof: none: no public original; the parts equal loops over the formulas, RoIAlign and its levels model/faster_* and
   model/mask_* (mmdetection): largest relative error 2e-6.
 Status: formula
@@ -48,10 +51,10 @@ def make(
     iou_threshold: float = 0.3,
     parity: bool = False,
 ) -> method.Method:
-    """Distances of the features, the mutual distances and the predictions of a fixed number of instances per image.
+    """Distances between features, relations and predictions of a fixed number of instances per image.
 
     Args:
-      weight: of everything; 1.
+      weight: of the whole loss; 1.
       student, teacher: taps of the features.
       feature_weight: 0.005 in the port.
       relation_weight: 40 in the port.
@@ -59,7 +62,7 @@ def make(
       box_weight: 0.1 in the port.
       count: instances per image, at least 1; 10. Relations need three.
       iou_threshold: of NMS, 0 .. 1; 0.3.
-      parity: relates the instances of the whole batch to each other, not those of an image.
+      parity: relates the instances of the whole batch to each other, not only those of one image.
 
     Raises:
       UserError: `count` below 1, or `iou_threshold` outside 0 .. 1.
@@ -86,7 +89,7 @@ def make(
         return nn.init_conv2d(key, 3, *widths[0])
 
     def features(params: method.Params, context: method.Context, boxes: Array) -> Iterator[Array]:
-        """Both nets' features of the boxes, f32[B, R, 10, 10, C]."""
+        """Features of the boxes, f32[B, R, 10, 10, C], of the student and of the teacher."""
         pairs = taps.pair(context.student, context.teacher, student, teacher)
         pairs = adapters.adapt({str(p.stride): params for p in pairs}, pairs)
         strides = [p.stride for p in pairs]

@@ -1,4 +1,4 @@
-"""Hinton: soft labels, the class scores of the teacher as targets.
+"""Hinton: soft labels, with the class scores of the teacher as targets.
 
     softmax heads:  e = tau^2 KL(softmax(z^T / tau) || softmax(z^S / tau)),  L = weight * sum e / number of priors
     sigmoid heads:  e = tau^2 sum_k KL(Bern(sigmoid(z_k^T / tau)) || Bern(sigmoid(z_k^S / tau))),
@@ -6,10 +6,10 @@
 
 Paper: Hinton et al., "Distilling the Knowledge in a Neural Network", 2015.
 Taps: cls_logits (dense heads, the same priors and classes on both sides). It needs the student's assignment.
-Open: the paper has softmax classifiers; on detectors they are those of regions, which come with two-stage detectors.
-    Dense heads have sigmoid scores: head="sigmoid" sums over the classes (mmdetection's losses take the mean:
-    class_reduction="mean", K times smaller). Which priors: the positives, or priors="all", all that the assigner does
-    not ignore.
+Open: the paper has softmax classifiers; in detectors these classify the regions of two-stage detectors. Dense heads
+    have sigmoid scores: head="sigmoid" sums over the classes (mmdetection's losses take the mean:
+    class_reduction="mean", K times smaller). The priors are the positives, or with priors="all" all that the
+    assigner does not ignore.
 Proof: the softmax form: kd/logit_* (mdistiller, mmrazor, mmdetection): largest relative error 1.2e-6; the sigmoid form:
     none, no public original.
 Status: formula
@@ -35,7 +35,7 @@ def make(
     """KL divergence of the class scores, prior by prior.
 
     Args:
-      weight: of the term; 0.9 beside 0.1 of the task's loss in classification, detectors simply add.
+      weight: of the term; in classification 0.9 with 0.1 of the task's loss is usual.
       head: "sigmoid" or "softmax", what turns the logits into scores.
       priors: "positive", those of the student's assignment, or "all", those that it does not ignore.
       temperature: tau > 0.

@@ -1,4 +1,4 @@
-"""LD: localization distillation, box edges as distributions over bins.
+"""LD: localization distillation, of box edges as distributions over bins.
 
     kl_i = 1/4 sum over edges of tau^2/(n+1) sum over bins of p (log p - log q), p and q softmaxes at tau of n + 1 bins
     main:    L = main_weight * sum_{i positive} w_i kl_i / W,   w_i = stop_gradient(max_k sigmoid(z_ik^S))
@@ -9,10 +9,10 @@
     plus deviation of the IoU of the object's candidates, its nearest anchors of each level (as in ATSS)
 
 Paper: Zheng et al., "Localization Distillation for Dense Object Detection", CVPR 2022.
-Taps: box_reg with bins (f32[B, H, W, A*4*(n+1)], heads of the GFL family; refused on heads with one number an edge) and
+Taps: box_reg with bins (f32[B, H, W, A*4*(n+1)], heads such as GFL's; heads with one number per edge are refused) and
     cls_logits; the same priors, bins and classes on both sides. It needs boxes and the student's assignment.
 Open: the original's LD terms are sums over the batch of a device, so their weight grows with the batch; here they are
-    divided by W, as the detector's own box losses are, and the published weights have to be found anew.
+    divided by W, as the detector's own box losses are, and the published weights have to be tuned again.
     normalizer="sum" is the original. Anchors are squares around the priors, anchor_scale strides wide.
 Proof: main: kd/ld_* (mmdetection's whole step, through this method): largest relative error 3.3e-7; the divergences:
     kd/logit_* (the authors' code and mmdetection): 1.2e-6; region: none, compared with a slow loop.
@@ -45,18 +45,18 @@ def make(
     candidates: int = 9,
     normalizer: Literal["weights", "sum"] = "weights",
 ) -> method.Method:
-    """Divergence of the edge distributions on positives and around them, and of the classes on positives.
+    """Divergence of the edge distributions on positives and in the valuable region, and of the classes on positives.
 
     Args:
       weight: of all terms.
-      main_weight: of the edges on positive priors, 0.25 in the paper (RetinaNet 5).
-      region_weight: of the edges in the valuable region, 0.25 in the paper.
-      class_weight: of the classes on positive priors, 10 in the paper.
+      main_weight: of the edge term on positive priors, 0.25 in the paper (RetinaNet 5).
+      region_weight: of the edge term in the valuable region, 0.25 in the paper.
+      class_weight: of the class term on positive priors, 10 in the paper.
       temperature: tau > 0 of the edges, 10 in the paper.
       class_temperature: > 0, of the classes; 2, with RetinaNet 8 in the paper.
       gamma: lower bound of the region as a share of a, 0 .. 1; 0.25 in the paper's code.
       anchor_scale: side of the square anchors that the region is measured with, in strides; 8 for GFL.
-      candidates: nearest anchors a level that tell a; 9 in the paper.
+      candidates: number of nearest anchors per level from which a is computed; 9 in the paper.
       normalizer: "weights" divides main and region by W; "sum" does not.
 
     Raises:

@@ -1,16 +1,16 @@
-"""MGD: masked generative distillation, the teacher's maps rebuilt from a student's maps with holes.
+"""MGD: masked generative distillation, the teacher's maps reconstructed from masked maps of the student.
 
     L = weight * sum over levels of 1/B sum_bhwc (G(m A(S)) - T)^2
-    G = conv3x3, relu, conv3x3;  m[b, h, w] is 0 with probability drop, else 1, fresh in every step and level
+    G = conv3x3, relu, conv3x3;  m[b, h, w] is 0 with probability drop, else 1, drawn anew for each step and level
 
 Paper: Yang et al., "Masked Generative Distillation", ECCV 2022, Eqs. 2-3.
-Taps: neck (any detector). Needs nothing else. Trains a 1x1 adapter A where channels differ and a generator G a level.
-Open: the weight and the share of holes are published by task: one-stage detectors 2e-5 and 0.65 (the defaults),
-  two-stage ones 5e-7 and 0.45, segmentation 0.75; classification masks channels instead of cells (`mask="channels"`,
-  7e-5 and 0.15). What is kept is not scaled up. As a sum over H, W and C, the loss grows with the size and the width
-  of the maps, and the weight belongs to the authors': 256 channels, images of 800 x 1333. It does not vanish for a
-  student that equals its teacher. Within a family the authors start the student's neck and head from the teacher's,
-  which is not possible where widths differ.
+Taps: neck (any detector). Needs nothing else. Trains a 1x1 adapter A where channels differ and a generator G per level.
+Open: weight and mask ratio are published by task: one-stage detectors 2e-5 and 0.65 (the defaults), two-stage ones 5e-7
+  and 0.45, segmentation 0.75; classification masks channels instead of cells (`mask="channels"`, 7e-5 and 0.15). Kept
+  values are not rescaled. The loss is a sum over H, W and C, so it grows with the size and the width of the maps, and
+  the weight is for the authors' maps: 256 channels, images of 800 x 1333. The loss does not vanish for a student that
+  equals its teacher. Within a family the authors initialise the student's neck and head from the teacher's, which is
+  not possible where widths differ.
 Proof: kd/mgd_* (the authors' code) with their mask, and the gradients of the generator: largest relative error 5.7e-7.
 Status: proven
 """
@@ -33,12 +33,12 @@ def make(
     drop: float = 0.65,
     mask: Literal["cells", "channels"] = "cells",
 ) -> method.Method:
-    """Distance of the teacher's map and what a generator makes of the student's masked one.
+    """Squared difference between the teacher's map and its reconstruction from the student's masked map.
 
     Args:
       weight: alpha of the sum over levels; 2e-5 for one-stage detectors, 5e-7 for two-stage ones.
       student, teacher: taps.
-      drop: lambda, the probability 0 .. 1 of a hole; 0.65 for one-stage detectors, 0.45 for two-stage ones.
+      drop: lambda, the probability 0 .. 1 that a cell is masked; 0.65 for one-stage detectors, 0.45 for two-stage ones.
       mask: "cells", shared over channels, or "channels", shared over cells.
 
     Raises:

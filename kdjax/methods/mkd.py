@@ -11,26 +11,26 @@
 
 Paper: "Multi-Knowledge Distillation for Real-Time Object Detection on Edge Devices", ACML 2024, Eqs. 1-6.
 Taps: neck (any detector). Needs nothing else. A is a 1x1 convolution where channels differ; the teacher is the next
-  larger detector (for tiny the paper says so, for the others it is the reading that fits its metrics).
-Open: no public code exists, and the paper leaves open much of what a program must know:
-  - The taps: neck outputs, strides 8, 16, 32 (`student`, `teacher`), behind adapters, which it does not mention.
-  - Weights of parts and levels: only alpha = 1 is given (`weight`). Parts count alike (`feature_weight`,
-    `multiscale_weight`, `frequency_weight`, `alignment_weight`), levels are averaged.
+  larger detector (the paper says so for tiny; for the others its metrics suggest it).
+Open: there is no public code, and the paper leaves much of the implementation open:
+  - The taps: neck outputs, strides 8, 16, 32 (`student`, `teacher`), after adapters, which it does not mention.
+  - Weights of parts and levels: only alpha = 1 is given (`weight`). The parts have equal weights
+    (`feature_weight`, `multiscale_weight`, `frequency_weight`, `alignment_weight`), and levels are averaged.
   - The scales and their divisor: 1, 2, 4, divided by the unpooled H W as printed (`scales`, `per_scale_mean`,
     `multiscale_mode="hcl"`); the distance is read as squared, and divided by B and C too, like Eq. 4.
   - An i.i.d. mask is not Hermitian, so the masked map is complex; its real part biases the optimum by 2/(2 - zeta).
-    One draw for the frequencies u and -u makes it exactly real (`hermitian=False` is the paper to the letter).
+    One draw for the frequencies u and -u makes it exactly real (`hermitian=False` follows the paper literally).
   - The channel mean is masked as well (`keep_dc=True` keeps it).
-  - zeta is 0.5 and tau 1 (`zeta`, `temperature`); in print tau stands only in front, at 1 that is the same.
+  - zeta is 0.5 and tau 1 (`zeta`, `temperature`); in the paper tau is only a factor in front, which is the same at 1.
   - The introduction describes a random mask with a generator, the equations have none: `generator=True` puts MGD's
     generator after the inverse transform.
-  - The prose around Eq. 5 speaks of attention over positions, the equation has none: `attention_weighted=True` weighs
+  - The text around Eq. 5 mentions attention over positions, the equation has none: `attention_weighted=True` weights
     positions by FKD's joint attention.
-  - L_fea is named beside the three parts, whose sum the abstract calls the loss: it is counted (`feature_weight=0`).
-  - The scale of features against each other: as they are (`normalize="pkd"` standardises both).
+  - The abstract calls the sum of three parts the loss, the text adds L_fea: it is included (`feature_weight=0`: not).
+  - The scale of student and teacher features: unchanged (`normalize="pkd"` standardises both).
   - The frequency term has a floor of about zeta * mean T^2 and does not reach zero.
-  - The paper's main AP metrics equal those of an earlier public recipe to the printed digit, so they do not separate
-    MKD from it; measure against `rtmdet_cwd`.
+  - The paper's main AP metrics equal those of an earlier public recipe to the printed digit, so they do not
+    distinguish MKD from it; compare with `rtmdet_cwd`.
 Proof: kd/feature_misc_* (multi-scale pooling, the transform under a given mask): largest relative error 8.2e-7;
   kd/cwd_* (the alignment): 1.8e-6. The method as a whole has no public original.
 Status: formula
@@ -66,12 +66,12 @@ def make(
     attention_weighted: bool = False,
     normalize: Literal["none", "pkd"] = "none",
 ) -> method.Method:
-    """Four comparisons of two maps: as they are, pooled, without random frequencies, as distributions over space.
+    """Four comparisons of two maps: unchanged, pooled, without random frequencies, and as distributions over space.
 
     Args:
       weight: alpha of the total (Eq. 6), 1 in the paper.
       student, teacher: taps.
-      feature_weight: of `feature`, L_fea; 0 is the reading in which the total has the three parts alone.
+      feature_weight: of `feature`, L_fea; 0 if the loss is read as the three other parts alone.
       multiscale_weight: of `multiscale`, L_ms.
       frequency_weight: of `frequency`, L_fdmd.
       alignment_weight: of `alignment`, L_fad.
@@ -79,15 +79,15 @@ def make(
       multiscale_mode: "pool" (Eq. 1), or "hcl", ReviewKD's hierarchical loss, which has scales of its own.
       per_scale_mean: divides each scale by its own number of cells, not by that of the unpooled map.
       zeta: probability 0 .. 1 that a frequency is dropped.
-      hermitian: one draw for the frequencies u and -u; False is the paper to the letter.
-      keep_dc: never drops the frequency 0, the channel mean.
-      generator: compares what MGD's generator, trained beside the student, makes of the masked map (an extension).
+      hermitian: one draw for the frequencies u and -u; False follows the paper literally.
+      keep_dc: never drops frequency 0, the channel mean.
+      generator: passes the masked map through MGD's generator, which is trained beside the student (an extension).
       temperature: tau of `alignment`, > 0.
       attention_weighted: multiplies the positions of `alignment` by the joint spatial attention of FKD (an extension).
-      normalize: "none" (to the letter), or "pkd": both features are standardised per channel over the batch first.
+      normalize: "none" (as in the paper), or "pkd": both features are standardised per channel over the batch first.
 
     Raises:
-      UserError: unknown `normalize`, or what the losses refuse.
+      UserError: unknown `normalize`, or an option that is out of its range.
     """
     method.check_choice("mkd: normalize", normalize, ("none", "pkd"))
     method.check("mkd: zeta", zeta, 0 <= zeta <= 1, "within 0 .. 1")

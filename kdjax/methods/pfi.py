@@ -1,17 +1,17 @@
-"""PFI: prediction-guided feature imitation, features count where both nets predict differently.
+"""PFI: prediction-guided feature imitation, with features weighted by how much the predictions differ.
 
     P[b, h, w] = mean_{a,k} (z^S - z^T)^2,   F[b, h, w] = mean_c (S' - T)^2
     L = weight * mean over levels of mean_{b,h,w} P F
 
 Paper: Li et al., "Knowledge Distillation for Object Detection via Rank Mimicking and Prediction-guided Feature
     Imitation", AAAI 2022.
-Taps: neck, any maps of the grid of the class predictions, and cls_logits (dense heads, the same priors and classes on
-    both sides). S' is the student's map behind a 1x1 convolution where the channels differ.
-Open: space of the predictions: logits (the only one that the published weight fits) or space="probs". Scale of P: as it
-    is; normalize_guide=True divides it by its mean over the level, which is advised for heads other than RetinaNet's.
-    Reduction: the mean of P F, or form="norm", the Euclidean norm of P F over the cells of an image divided by their
-    number, mean over images; a square of the product, which notes on the paper mention, is in no code and not here.
-    All codes let the gradient through P, so PFI also pulls at the predictions; detach_guide=True stops it.
+Taps: neck or other maps of the same size as the class predictions, and cls_logits (dense heads, the same priors and
+    classes on both sides). S' is the student's map, after a 1x1 convolution where the channels differ.
+Open: space of the predictions: logits (the only one that the published weight fits) or space="probs". Scale of P:
+    unchanged; normalize_guide=True divides it by its mean over the level, which is advised for heads other than
+    RetinaNet's. Reduction: the mean of P F, or form="norm", the Euclidean norm of P F over the cells of an image
+    divided by their number, averaged over images. All public codes let the gradient through P, so PFI also trains the
+    predictions; detach_guide=True stops it.
 Proof: none: no public original (unofficial ports).
 Status: formula
 """

@@ -5,11 +5,11 @@
 
 Paper: Cao et al., "PKD: General Distillation Framework for Object Detectors via Pearson Correlation Coefficient",
   NeurIPS 2022, Eqs. 2-3.
-Taps: neck (any detector). Needs nothing else; of the teacher only the neck has to run. A 1x1 adapter where channels
-  differ; a student of another size is resized bilinearly to the teacher's.
-Open: the correlation r comes out of the biased deviation; both published codes take the unbiased one, which multiplies
-  the loss by (m - 1)/m, m = B H W (`ddof=1`). The codes compute mean and deviation on each device's part of the batch;
-  here they are those of the whole batch. Nothing is published for unequal channels.
+Taps: neck (any detector). Needs nothing else; of the teacher only backbone and neck run. A 1x1 adapter where channels
+  differ; a student's map of another size is resized bilinearly to the teacher's.
+Open: the loss equals 1 - r with the biased standard deviation; both published codes take the unbiased one, which
+  multiplies the loss by (m - 1)/m, m = B H W (`ddof=1`). The codes compute mean and deviation on each device's part of
+  the batch; here they are those of the whole batch. No adapter is published for unequal channels.
 Proof: kd/pkd_* (mmrazor's PKDLoss, ddof=1): largest relative error 1.2e-6.
 Status: proven
 """
@@ -30,15 +30,15 @@ def make(
     teacher: str = "neck",
     ddof: Literal[0, 1] = 0,
 ) -> method.Method:
-    """Distance of standardised maps.
+    """Squared difference of standardised maps.
 
     Args:
-      weight: of the sum over levels; 10 for one-stage teachers, 6 for two-stage ones (3 to 13 moves AP by 0.3).
+      weight: of the sum over levels; 10 for one-stage teachers, 6 for two-stage ones (AP varies by 0.3 from 3 to 13).
       student, teacher: taps.
       ddof: 0 for the biased standard deviation, 1 for the unbiased one of the published codes.
 
     Raises:
-      UserError: another ddof.
+      UserError: `ddof` is neither 0 nor 1.
     """
     method.check_choice("pkd: ddof", ddof, (0, 1))
 

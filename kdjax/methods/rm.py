@@ -7,11 +7,12 @@ Paper: Li et al., "Knowledge Distillation for Object Detection via Rank Mimickin
     Imitation", AAAI 2022.
 Taps: cls_logits (dense heads with sigmoid scores, the same priors and classes on both sides). It needs the student's
     assignment; with an IoU in the score also the decoded boxes.
-Open: the public codes disagree. One sorts the scores of both sides first, which loses the pairing and charges nothing
-    for a reversed ranking: not followed. One averages over the objects of each image before the images:
-    per_image=True; the default pools the objects of the batch. Some put a softmax over classes first or add a term on
-    negatives: not here. What is ranked is the class score; notes on the paper report that score times localisation
-    quality is best: quality="cls*iou". Assigners that look at predictions: the student's assignment serves both sides.
+Open: the public codes disagree. One sorts the scores of both sides first, which loses the pairing and does not penalise
+    a reversed ranking: not followed. One averages over the objects of each image, then over images: per_image=True; the
+    default is the mean over the objects of the batch. Some apply a softmax over classes first or add a term on
+    negatives: not here. The ranked quantity is the class score; quality="cls*iou", its product with the localisation
+    quality, is reported to be best. The student's assignment is used for both sides, also with assigners that depend on
+    the predictions.
 Proof: none: no public original (unofficial ports that contradict each other).
 Status: formula
 """
@@ -37,11 +38,11 @@ def make(
 
     Args:
       weight: of the term; 4 for RetinaNet.
-      theta: temperature > 0 of both softmaxes, 1 in the paper; below 1 it sharpens what is nearly flat for scores in
-        0 .. 1.
+      theta: temperature > 0 of both softmaxes, 1 in the paper; values below 1 sharpen distributions, which are nearly
+        flat for scores in 0 .. 1.
       quality: what is ranked: "cls", the score of the object's class; "iou", the IoU of the decoded box with the
         object; "cls*iou", their product.
-      per_image: the mean over the objects of each image, then over images, instead of over all objects.
+      per_image: takes the mean over the objects of each image, then over images, instead of over all objects.
 
     Raises:
       UserError: unknown `quality`, or `theta` not above 0.

@@ -1,4 +1,4 @@
-"""RTMDet's CWD: the public recipe for RTMDet, channel-wise distillation of normalised neck convolutions.
+"""RTMDet's CWD: mmyolo's recipe for RTMDet, channel-wise distillation of normalised neck convolutions.
 
     L = weight * sum over levels of tau^2/(B C) sum_bc KL(softmax_hw N(T)/tau || softmax_hw N(A(S))/tau)
     N(x) = (x - mean) / sqrt(var + 1e-5) per channel over (B, H, W),  A a 1x1 convolution without bias
@@ -7,11 +7,11 @@ Paper: mmyolo's RTMDet distillation recipe, March 2023: CWD (Shu et al., 2021) o
   et al., 2022).
 Taps: neck_conv (RTMDet: the last convolution of each level of the neck before its norm and activation). Needs nothing
   else. The teacher is the next larger RTMDet.
-Open: none. The recipe stops at epoch 280 of 300: `stop` in steps, by default it goes on to the end. The norms have
-  neither affine nor running statistics, which is standardisation with the biased variance of the batch. MKD is
-  measured against this recipe.
+Open: none. The recipe stops at epoch 280 of 300: set `stop` in steps; by default the method runs to the end. The norms
+  have neither affine parameters nor running statistics, so they standardise with the biased variance of the batch. MKD
+  is compared with this recipe.
 Proof: kd/cwd_* (the divergence): largest relative error 1.8e-6; kd/pkd_* (the standardisation, with PKD's constants):
-  1.2e-6. The recipe as a whole is not replayed.
+  1.2e-6. The recipe as a whole has not been compared.
 Status: formula
 """
 

@@ -5,14 +5,14 @@
 
 Paper: de Rijk et al., "Structural Knowledge Distillation for Object Detection", NeurIPS 2022.
 Taps: neck (any detector), all levels. Needs nothing else.
-Open: read were the abstract, notes on the paper and the operator that it names (kornia's), no official code exists.
-  What minimum and maximum of psi run over is unstated: H, W and C of each image, which keeps the relative strength
-  of channels and does not depend on the batch (`scope="channel"`, `scope="batch"`); the gradient flows through the
-  student's. Small maps: the window is the largest odd number within 11, H and W, and a level where that is 1 is left
-  out. Exponents other than 1 count a negative variance and a negative structure as 0. The adapter is 1x1 where
-  channels differ; the paper gains 1.1 AP by one between detectors of different families too (`always_adapt`), and
-  nothing within a family. Weights of 2 and 4 are best there, with a spread below 0.5 AP, and the window hardly
-  matters.
+Open: there is no official code; the operator is kornia's, which the paper names. The paper does not state the axes of
+  minimum and maximum in psi: here H, W and C of each image, which keeps the relative strength of channels and does not
+  depend on the batch (`scope="channel"` and `scope="batch"` are the alternatives); the gradient flows through the
+  student's minimum and maximum. Small maps: the window is the largest odd number within 11, H and W, and a level where
+  that is 1 is left out. With exponents other than 1 a negative variance and a negative structure count as 0. The
+  adapter is 1x1 where channels differ; in the paper an adapter for equal channels too (`always_adapt`) gains 1.1 AP
+  between detectors of different families, and nothing within a family. In the paper weights of 2 and 4 are best, with a
+  spread below 0.5 AP, and the size of the window hardly matters.
 Proof: kd/ssim_* (kornia, pytorch-msssim, scikit-image), the operator and its loss on one level: largest relative error
   2.9e-6, of the gradient 9.7e-6. The rescaling has no public original.
 Status: formula
@@ -44,12 +44,12 @@ def make(
       student, teacher: taps.
       scope: what minimum and maximum of the rescaling run over: "image" (H, W and C of an image), "channel" (H and W)
         or "batch" (everything).
-      window: side of the Gaussian window in cells, odd, at least 3; its deviation is always 1.5 cells. 11.
-      exponents: of luminance, contrast and structure, >= 0; 0 leaves a factor out. 1, 1, 1.
+      window: side of the Gaussian window in cells, odd, at least 3; its standard deviation is always 1.5 cells; 11.
+      exponents: of luminance, contrast and structure, >= 0; 0 leaves a factor out; 1, 1, 1.
       always_adapt: a 1x1 adapter even where channels agree, for teachers of another family.
 
     Raises:
-      UserError: unknown scope, a window or exponents that are not possible.
+      UserError: unknown `scope`, or `window` or `exponents` out of range.
     """
     method.check_choice("ssim: scope", scope, ("image", "channel", "batch"))
     method.check("ssim: window", window, window >= 3 and window % 2 == 1, "odd and at least 3")

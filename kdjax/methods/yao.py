@@ -1,4 +1,4 @@
-"""Yao 2025: resampled features with spatial attention, decoupled logits, one-to-many alignment; from the abstract.
+"""Yao 2025: resampled features with spatial attention, decoupled logits, one-to-many alignment; read from the abstract.
 
     X = resample(S'),  Y = Gen(sigmoid(Conv7x7([mean_c X ; max_c X])) X),  Gen = Conv3x3, ReLU, Conv3x3
     features:       L = feature_weight * mean over levels of mean (Y - T)^2
@@ -7,14 +7,14 @@
                     FAM_ij = Conv3x3(ReLU(Conv1x1(S_i resized to level j))),  o_ij ~ 2^-|i-j|, summing to 1 over j
 
 Paper: Yao et al., "An Improved Knowledge Distillation Algorithm and Its Application to Object Detection", 2025. Only
-    its abstract is public: it names the parts, no formula and no number. All formulas are readings, not the authors'.
+    its abstract is public: it names the parts, no formula and no number. All formulas are ours.
 Taps: neck (any detector), and for the logits cls_logits (dense heads, the same priors and classes on both sides) with
-    the student's assignment. S' is the student's map behind a 1x1 convolution where the channels differ.
+    the student's assignment. S' is the student's map, after a 1x1 convolution where the channels differ.
 Open: everything. Resampling: cells masked at random as in MGD (resample="mask"), average pooling and interpolation back
-    ("interp"), or "none". The attention sits on the student's side before the generator, where it cannot shrink both
-    sides of the loss: spatial_attention=False leaves it out. foreground=True weights cells by the teacher's spatial
-    attention. Target and non-target classes are read as DKD, one-to-many as a level against its neighbours. A weight
-    of 0 switches a part off.
+    ("interp"), or "none". The attention is applied to the student's side, before the generator, so that it cannot
+    shrink both sides of the loss: spatial_attention=False leaves it out. foreground=True weights cells by the teacher's
+    spatial attention. Target and non-target classes are read as DKD, one-to-many as a level compared with its
+    neighbours. A weight of 0 switches a part off.
 Proof: none: no public original.
 Status: experimental
 """
@@ -50,7 +50,7 @@ def make(
     temperature: float = 1.0,
     reach: int = 1,
 ) -> method.Method:
-    """Rebuilt features, decoupled class scores, and every level against its neighbours.
+    """Reconstructed features, decoupled class scores, and every level compared with its neighbours.
 
     Args:
       weight: of all terms.
@@ -59,12 +59,12 @@ def make(
       resample: "mask", "interp" or "none", what is done to the student's features first.
       drop: share of the cells that "mask" zeroes, 0 .. 1; 0.65, or 0.45 for two-stage detectors, in MGD.
       factor: window >= 1 of the pooling of "interp", in cells; 1 changes nothing.
-      spatial_attention: whether the resampled features are weighted by a learnt map.
+      spatial_attention: whether the resampled features are weighted by a learned map.
       foreground: weights the cells of the feature part by FGD's spatial attention of the teacher (mean 1).
       head: "sigmoid" or "softmax", what turns the class logits into scores.
       target_weight, other_weight: of the two terms of the logits, as in dkd.
       temperature: tau > 0 of the logits.
-      reach: how many levels away a teacher's level may be, >= 0.
+      reach: largest distance of the two levels of a pair, in levels, >= 0.
 
     Raises:
       UserError: unknown `resample` or `head`, or a number out of its range.
@@ -133,7 +133,7 @@ def make(
         return jnp.mean(error * attention.spatial_attention(t) if foreground else error)
 
     def aligned(params: method.Params, s: Array, t: Array) -> Array:
-        """One FAM, in form a generator whose first convolution is 1x1, and its distance."""
+        """The term of one pair of levels; FAM has the form of the generator, with a 1x1 convolution first."""
         s = nn.resize_bilinear(s.astype(jnp.float32), taps.map_size(t)) if s.shape[1:3] != t.shape[1:3] else s
         return jnp.mean(distance.squared(reconstruction.reconstruct(s, params), t))
 

@@ -1,4 +1,4 @@
-"""XLA's own convolution and its gradients, which every other form equals up to rounding."""
+"""XLA's own convolution and its gradients; all other forms agree with it up to rounding."""
 
 import jax
 from jax import lax

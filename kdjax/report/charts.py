@@ -37,9 +37,9 @@ def line_chart(
       lines: name -> (steps f64[n], values f64[n]), steps ascending; models have a fixed colour.
       title: the heading.
       level: name and value of a dashed horizontal line.
-      log: logarithmic scale; None: if all values are positive and span two decades.
+      log: whether the scale is logarithmic; None: if all values are positive and span two decades.
       note: a sentence below the heading.
-      unit: text behind the heading, such as the unit of the values.
+      unit: text after the heading, such as the unit of the values.
       across: name of the horizontal axis.
 
     Returns:

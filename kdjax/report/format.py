@@ -19,7 +19,7 @@ def difference(value: float | None, other: float | None) -> float | None:
 
 
 def percent(value: float | None) -> str:
-    """A fraction in percent, without the sign: 41.2; "–" if undefined."""
+    """A fraction in percent, without the percent sign: 41.2; "–" if undefined."""
     return f"{100 * value:.1f}" if is_defined(value) else "–"
 
 
@@ -41,7 +41,7 @@ def compared(models: Iterable[str]) -> tuple[str, str] | None:
 
 
 def heading(pair: tuple[str, str]) -> str:
-    """What the difference of a pair is called."""
+    """The heading for the difference of a pair."""
     return "gain" if pair == PAIRS[0] else "difference"
 
 

@@ -37,7 +37,7 @@ def card(
     fingerprints: Mapping[str, str],
     versions: Mapping[str, str],
 ) -> str:
-    """The text of the card: Markdown behind a header in the format of the Hugging Face Hub.
+    """The text of the card: Markdown after a header in the format of the Hugging Face Hub.
 
     Args:
       role: "student" or "twin".
@@ -142,7 +142,7 @@ def _list(facts: dict[str, str]) -> str:
 
 
 def _licence(licenses: Sequence[str], config: Config, *, distilled: bool) -> str:
-    """The known licences of what went into the weights."""
+    """The known licences of the data and weights that the model was trained from."""
     sources = ["the images"] + ["the teacher's weights"] * distilled
     sources += ["the initial weights"] * bool(config.student.weights)
     text = (

@@ -82,7 +82,7 @@ def facts(environment: dict[str, str]) -> dict[str, str]:
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float | None]:
-    """The mean and its standard error; one value alone has none."""
+    """The mean and its standard error; a single value has no error."""
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
     return round(statistics.mean(values), 3), None if error is None else round(error, 3)
 

@@ -1,4 +1,4 @@
-"""Mistakes in a config, its data, models or workdir are found before the first update."""
+"""Checks of config, data, models and workdir before the first update."""
 
 import contextlib
 import json

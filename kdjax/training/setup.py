@@ -116,7 +116,7 @@ def load_detector(
     """The detector of a role with its initial weights.
 
     Args:
-      role: "student" or "teacher". The classifiers of a student's weights for other classes are re-initialized.
+      role: "student" or "teacher". The classifiers of a student's weights for other classes are re-initialised.
       chosen: `config.student` or `config.teacher`.
       dataset: of the run.
       key: PRNG key for what the weights lack.
@@ -288,7 +288,7 @@ def init_adapters(distiller: Distiller, key: Array, image_size: tuple[int, int])
 
 
 def run_fingerprint(setup: Setup) -> dict[str, Any]:
-    """What a checkpoint must agree on with the run that reads it, including the content of data and teacher."""
+    """Everything in which a checkpoint must agree with the run that reads it, including hashes of data and teacher."""
     return {
         "student": setup.student.name,
         "options": setup.student.options,

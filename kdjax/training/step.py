@@ -25,7 +25,7 @@ class TrainState(NamedTuple):
 
 
 class TeacherVariables(NamedTuple):
-    """The frozen side: an argument of the step, never closed over, never trained, never saved."""
+    """The teacher's variables: an argument of the step, neither a constant of the program nor trained nor saved."""
 
     params: PyTree
     stats: PyTree

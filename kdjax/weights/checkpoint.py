@@ -1,4 +1,4 @@
-"""Reading checkpoints of a run without the run: arrays by name, and the hashes they are verified with."""
+"""Reads checkpoints without the run: arrays by name, and the hashes that verify them."""
 
 import contextlib
 import hashlib
@@ -19,13 +19,13 @@ def arrays(directory: Path, prefix: str, *, step: int | None = None) -> tuple[di
     Args:
       directory: of `Checkpoints`.
       prefix: which arrays, by the beginning of their names.
-      step: which one; None is the newest that can be trusted.
+      step: which one; None: the newest that is intact.
 
     Returns:
       The note, and name without the prefix -> array.
 
     Raises:
-      UserError: there is no such step that can be trusted.
+      UserError: there is no such step, or it is damaged.
     """
     import orbax.checkpoint as ocp  # takes a second to import
 

@@ -80,7 +80,7 @@ def plain(detector: Detector, state: State, network: str = "student") -> State:
       name -> array.
 
     Raises:
-      UserError: another network.
+      UserError: unknown `network`.
 
     Example:
       >>> from kdjax.detectors import build

@@ -1,4 +1,4 @@
-"""YOLOX as its authors publish it: their names of modules, and ONNX files without norms.
+"""YOLOX in its authors' form: their module names, and ONNX files without norms.
 
 Their ONNX files hold every batch norm folded into the convolution before it, and name only the predictors; the other
 convolutions are identified by the order in which the network runs them.
@@ -129,7 +129,7 @@ def unfolded(detector: Detector, state: State) -> State:
       A state dict under mmdetection's names. Where the number of convolutions differs, surplus ones keep their name.
 
     Raises:
-      UserError: another detector.
+      UserError: the detector is not a YOLOX.
     """
     if not detector.name.startswith("yolox_"):
         raise UserError(f"weights in ONNX files can only be read for YOLOX, not for {detector.name}")
