@@ -66,7 +66,7 @@ family; for teachers of another family see [zoo.md](zoo.md). How to add your own
 published ([provenance](../tests/golden/README.md)).
 """
 ZOO = """\
-# Detectors, and which can teach which
+# Detectors, and what can teach what
 
 <!-- Written by `python docs/generate.py` from the files in kdjax/detectors; change those, not this page. -->
 
@@ -79,7 +79,7 @@ MATRIX = """\
 Levels are paired by stride and rows by position; adapters bring the channels of the student to those of the teacher.
 The table lists the methods that, with their default options, accept the smallest student of a family and the second
 smallest teacher of another. Other combinations are refused before a run starts, with the reason and the names of the
-methods that are possible. [All accepted combinations have been computed](../benchmarks/README.md#every-pair-of-families).
+methods that are possible. All accepted pairs have been [computed](../benchmarks/README.md#every-pair-of-families).
 """
 SIDE, OF_COCO = 640, 80  # of the images, and classes, for which the sizes are given
 
@@ -177,7 +177,7 @@ def read_options(where: str, make: Callable[..., object]) -> list[tuple[str, str
             raise ValueError(f"{where}: the docstring of make does not tell what the option {name!r} means")
     for name in told:
         if name not in defaults or told.count(name) > 1:
-            raise ValueError(f"{where}: the docstring of make tells of {name!r}, which is not an option or is there twice")
+            raise ValueError(f"{where}: the docstring of make tells of {name!r}, which is no option or is repeated")
     rows = []
     for names, meaning in entries:
         values = dict.fromkeys(shown(defaults[name]) for name in names)

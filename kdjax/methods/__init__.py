@@ -1,4 +1,4 @@
-"""Distillation methods: one published method per file, losses wired to taps.
+"""Distillation methods: one published method per file, which applies losses to taps.
 
 `kdjax.methods.cwd(weight=10.0)` makes a method; its name is the name of its file. The files beside this one, and those
 in `FOLDER/methods` of the folders that the environment variable KDJAX_PLUGINS names, are the methods.
@@ -78,7 +78,7 @@ def build(name: str, **chosen: Any) -> Method:
 def refusal(
     name: str, student: Student | Loaded, teacher: Teacher | Custom | Loaded, image_size: tuple[int, int]
 ) -> str:
-    """The sentence with which a method, with its default options, refuses a student and a teacher; "" if it runs.
+    """The error with which a method with default options refuses a student and a teacher; "" if it accepts them.
 
     Args:
       name: of a method.
@@ -94,7 +94,7 @@ def refusal(
 
 
 def __getattr__(name: str) -> Callable[..., Method]:
-    """The constructor of a method that was not there when this package was imported."""
+    """The constructor of a method that did not exist when this package was imported."""
     if name.startswith("_") or name not in names():
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     _module(name)
