@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--layers", type=int, default=len(LAYERS), help="only the first so many")
+    parser.add_argument("--layers", type=int, default=len(LAYERS), help="only the first N layers")
     parser.add_argument("--log", type=Path)
     args = parser.parse_args(arguments)
     setup.prepare_process("off")

@@ -1,10 +1,10 @@
-"""How fast is a forward pass, one image at a time? In XLA and, where kdjax[export] is there, in onnxruntime.
+"""How fast is a forward pass, one image at a time? In XLA and, if kdjax[export] is installed, in onnxruntime.
 
     python benchmarks/inference.py --detector=rtmdet_tiny --sizes=320,640
     python benchmarks/inference.py --detector=rtmdet_tiny --sizes=320 --onnx=FILE    # beside another's network
 
-Weights are random. It is what `kdjax latency` measures of a model, from the normalisation to the head's maps; files
-given with --onnx, such as the peer's export of the same network, are timed in the same sitting, in turn, twice.
+Weights are random. It measures what `kdjax latency` does, from the normalisation to the head's maps; files
+given with --onnx, such as mmdetection's export of the same network, are timed in the same session, in turn, twice.
 """
 
 import argparse

@@ -33,9 +33,9 @@ VARIANTS = {  # name: settings of augment, workers, whether anything is kept
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", default="")
-    parser.add_argument("--size", type=int, default=640, help="of the canvas, px")
+    parser.add_argument("--size", type=int, default=640, help="side of the canvas in pixels")
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--batches", type=int, default=6, help="that are timed in a round")
+    parser.add_argument("--batches", type=int, default=6, help="number of batches that are timed in a round")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     config = settings.base().data

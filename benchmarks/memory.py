@@ -2,8 +2,8 @@
 
     python benchmarks/memory.py --detector=rtmdet_tiny --batch=8 --size=640
 
-Each number of boxes is a process of its own, which compiles the step of train.py and runs it: `planned` is what the
-compiler has reserved, `peak` the most that the process has held, with compilation and Python.
+Each number of boxes has a process of its own, which compiles the step of train.py and runs it: `planned` is the
+compiler's estimate, `peak` the largest memory of the process, compilation and Python included.
 """
 
 import argparse

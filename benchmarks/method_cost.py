@@ -2,19 +2,19 @@
 
     python benchmarks/method_cost.py --student=rtmdet_nano --teacher=rtmdet_tiny --size=320 --batch=8
 
-Measured are three programs, in turn, so that a machine that changes its pace changes it for all of them:
+Three programs are measured in turn, so that other load on the machine affects all of them:
 
 - the twin's step: the same student's update without teacher and method;
-- the teacher's forward pass alone, to those of its taps that the method reads and no further. The step itself contains
-  no more of it, because the compiler removes what nobody reads, so in the quotient the teacher cancels for a method on
-  the neck as well as for one on the predictions, and only the terms remain: adapters, losses and their gradients;
+- the teacher's forward pass alone, up to the taps that the method reads. The step contains no more of it either,
+  because the compiler removes unused outputs. So the relative cost is that of the terms alone (adapters, losses and
+  their gradients), for methods on the neck as well as for those on the predictions;
 - the distillation step.
 
-Relative cost: the time of the third by that of the first two together, the median over the rounds with the quartiles.
-It can lie below 1: in one program parts of the teacher's pass and the student's run side by side.
+Relative cost: the time of the third divided by that of the first two together, the median over the rounds with the
+quartiles. It can lie below 1: in one program parts of the teacher's pass and the student's run side by side.
 
-Memory is what the compiler has planned for the distillation step: its temporaries, arguments (batch, weights and
-optimiser state of the student, weights of the teacher) and results, those in the arguments' place counted once. It is
+Memory is the compiler's estimate for the distillation step: its temporaries, arguments (batch, weights and optimiser
+state of the student, weights of the teacher) and results; buffers that results share with arguments count once. It is
 not measured while the program runs.
 
 Images, boxes and weights are random: the time does not depend on them. Compiled programs are kept on disk as train.py

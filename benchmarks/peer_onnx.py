@@ -1,10 +1,11 @@
-"""Exports the peer's network to ONNX, to be timed beside ours: mmdetection's RTMDet with random weights, by torch.onnx.
+"""Exports mmdetection's RTMDet with random weights by torch.onnx, to be timed beside kdjax's own ONNX file.
 
-    OMP_NUM_THREADS=2 PEER/bin/python benchmarks/peer_onnx.py --bench=../shared/bench --size=320 --out=peer_320.onnx
+    OMP_NUM_THREADS=2 PEER/bin/python benchmarks/peer_onnx.py --bench=BENCH --size=320 --out=peer_320.onnx
     python benchmarks/inference.py --detector=rtmdet_tiny --sizes=320 --onnx=peer_320.onnx
 
-PEER is an environment with torch, mmdet, onnx and onnxscript; the folder --bench holds `oracle_common.py`, which builds
-the peer's models. Input is a normalised image f32[1, 3, size, size], outputs are the head's maps.
+PEER is an environment with torch, mmdet, onnx and onnxscript; the folder BENCH holds `oracle_common.py`, which builds
+mmdetection's models and is not published. Input is a normalised image f32[1, 3, size, size], outputs are the head's
+maps.
 """
 
 import argparse

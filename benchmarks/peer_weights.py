@@ -1,12 +1,12 @@
-"""Do checkpoints of mmdetection load in full size? Random weights, saved as .pth by it, and what it makes of an image.
+"""Do full-size checkpoints of mmdetection load? Compares outputs for random weights that mmdetection saved as .pth.
 
-    OMP_NUM_THREADS=2 PEER/bin/python benchmarks/peer_weights.py --bench=../shared/bench --folder=DIR
+    OMP_NUM_THREADS=2 PEER/bin/python benchmarks/peer_weights.py --bench=BENCH --folder=DIR
     python benchmarks/peer_weights.py --folder=DIR
 
-PEER is an environment with torch and mmdet; the folder --bench holds `oracle_common.py`, which builds the peer's
-models. The first command writes a checkpoint, as mmengine does, and the head's maps of each detector; the second, which
-needs `kdjax[torch]`, reads them and prints the largest difference of each, in parts of the largest value of a map where
-that is over 1.
+PEER is an environment with torch and mmdet; the folder BENCH holds `oracle_common.py`, which builds mmdetection's
+models and is not published. The first command writes a checkpoint, as mmengine does, and the head's maps of each
+detector; the second, which needs `kdjax[torch]`, reads them and prints the largest difference of each, relative to the
+largest value of a map where that is above 1.
 """
 
 import argparse
@@ -42,7 +42,7 @@ CLASSES = tuple(f"class {i}" for i in range(80))
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bench", help="of the peer's side: the folder with oracle_common.py")
+    parser.add_argument("--bench", help="for the first command: the folder with oracle_common.py")
     parser.add_argument("--folder", type=Path, required=True)
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,11 @@
-"""Where does the time of a training step go? The ten dearest operations, the share of each class, and a roofline line.
+"""Where does the time of a training step go? The most expensive operations, shares by class, and a roofline line.
 
     python benchmarks/step_profile.py --detector=rtmdet_tiny --batch=8 --size=320
 
 Times are those of all threads together, as XLA's own profiler takes them on the CPU. The roofline line compares the
-step's arithmetic (two operations a multiply-add of convolutions and norms: the student's forward pass three times,
+step's arithmetic (two operations per multiply-add of convolutions and norms: the student's forward pass three times,
 because each gradient costs about as much, the teacher's once) with the largest matrix product of the machine, timed in
-the same sitting. `--log FILE` appends the tables, with the versions, to a Markdown file.
+the same session. `--log FILE` appends the tables, with the versions, to a Markdown file.
 """
 
 import argparse

@@ -3,9 +3,9 @@
     python benchmarks/step_time.py --detector=rtmdet_tiny --batch=8 --size=320
     python benchmarks/step_time.py --detector=rtmdet_tiny --teacher=rtmdet_s --method=cwd --dtype=bfloat16
 
-It times the program that train.py runs, after compilation and two warm steps, and prints a line for people; the last
+It times the program that train.py runs, after compilation and two warm-up steps, and prints a line of text; the last
 line is one JSON object with the median, the quartiles and the least time in seconds, images/s at the median, the
-memory that the compiler has planned for the step, and the most that the process has held.
+compiler's estimate of the step's memory, and the largest memory of the process.
 """
 
 import argparse
@@ -68,7 +68,7 @@ def parser_of(text: str) -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--size", type=int, default=320, help="side of the images in pixels")
     parser.add_argument("--classes", type=int, default=80)
-    parser.add_argument("--boxes", type=int, default=BOXES, help="rows of ground truth of an image")
+    parser.add_argument("--boxes", type=int, default=BOXES, help="ground-truth boxes per image, padding included")
     return parser
 
 

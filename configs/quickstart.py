@@ -1,9 +1,9 @@
-"""The embedded default: MKD distils rtmdet_nano into rtmdet_pico on generated scenes, in minutes on two CPU cores.
+"""The default example: MKD distils rtmdet_nano into rtmdet_pico on generated scenes, in minutes on two CPU cores.
 
     kdjax train --config=quickstart --workdir=runs/quickstart
     kdjax train --config=quickstart:rtmdet_cwd --workdir=runs/cwd   # another method, or several: a+b
 
-The teacher was trained on 2000 of the scenes; the student has 200 of them, like a user with few labelled images.
+The teacher was trained on 2000 of the scenes; the student has 200 of them, as if few labelled images were available.
 """
 
 from kdjax.training.config import Config, base, methods

@@ -4,9 +4,9 @@ r"""A student distilled on your own images in COCO format, with its twin; the ar
         --config.teacher.weights=runs/teacher/student --workdir=runs/mkd
 
 It trains rtmdet_nano for 3000 steps at 320x320; `--config.student.detector=rtmdet_tiny` trains a larger student.
-Methods have the defaults of their papers, which are mostly for RetinaNet or Faster R-CNN, except for OPTIONS: what the
-authors set for one-stage detectors, or what the scale of RTMDet's maps needs. docs/methods.md describes every method.
-The papers' own detectors are in distill/dense, and RTMDet's training on COCO is in distill/mkd_rtmdet.
+Methods have the defaults of their papers, which are mostly for RetinaNet or Faster R-CNN, except for OPTIONS: the
+authors' values for one-stage detectors, or values for the scale of RTMDet's maps. docs/methods.md describes every
+method. The papers' own detectors are in distill/dense, and RTMDet's training on COCO is in distill/mkd_rtmdet.
 """
 
 from kdjax.resources import Config, load_config
@@ -19,7 +19,7 @@ OPTIONS = {
     "fgfi": dict(start=400),  # steps without it, as published
     # for one-stage detectors
     "fkd": dict(feature_weight=4e-4, channel_weight=2e-2, spatial_weight=2e-2, non_local_weight=4e-4),
-    "pfi": dict(normalize_guide=True),  # its scale is that of RetinaNet's logits otherwise
+    "pfi": dict(normalize_guide=True),  # without it, the weight fits only the scale of RetinaNet's logits
 }
 CLIPPED = {"fgd", "mgd"}  # their authors clip the gradient
 

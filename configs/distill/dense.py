@@ -4,8 +4,8 @@ r"""ResNet-101 to ResNet-50 on COCO, for RetinaNet, FCOS, GFL and ATSS, with the
         --config.data.root=DIR/coco --config.student.weights=resnet50.pth --workdir=runs/fgd
 
 The argument is FAMILY,METHODS. `--config.teacher.detector` and `--config.student.detector` take other sizes, and a
-teacher of another family. A method has its published defaults, except for OPTIONS. The training is that of
-supervised/dense, for 24 epochs where the result was published so.
+teacher of another family. Methods have their published defaults, except for OPTIONS. The training is that of
+supervised/dense, with 24 epochs where the published result has them.
 
 Published AP of the student alone -> with the method, R101 -> R50 unless noted:
 

@@ -4,7 +4,7 @@ r"""MKD's training on COCO: RTMDet's own recipe (supervised/rtmdet) with a teach
         --config.data.root=DIR/coco --workdir=runs/mkd
 
 The argument is STUDENT,TEACHER or STUDENT,TEACHER,METHODS. `--config.methods.mkd.stop=129376`, the value of
-data.stage2.start, ends distillation with the first stage, as in the earlier public recipe (METHODS is rtmdet_cwd).
+data.stage2.start, ends distillation with the first stage, as in the earlier public recipe (the method rtmdet_cwd).
 
 Published AP, with the teacher one size larger: tiny 41.1 -> 41.8, s 44.6 -> 45.7, m 49.4 -> 50.2, l 51.5 -> 52.3;
 rtmdet_cwd has the same four. These runs have not been made with kdjax.

@@ -1,18 +1,17 @@
-r"""mmdetection's training of RetinaNet, FCOS, GFL and ATSS on COCO: SGD, 12 epochs with batch 16, any of their sizes.
+r"""mmdetection's training of RetinaNet, FCOS, GFL and ATSS on COCO, in any size: SGD, 12 epochs with batch 16.
 
     kdjax train --config=supervised/dense:retinanet_r50 --config.data.root=DIR/coco \
         --config.student.weights=resnet50.pth --workdir=runs/retinanet_r50
 
-DIR/coco is what `python -m kdjax.data.prepare --data_dir=DIR coco/2017` wrote; resnet50.pth has torchvision's weights
-of the backbone. The published runs start from these as well, except for FCOS: those start from Caffe's weights, with
-which --config.student.options.style=caffe is right. The argument is DETECTOR, or DETECTOR,24 for 24 epochs, the 2x
-schedule.
+`python -m kdjax.data.prepare --data_dir=DIR coco/2017` writes DIR/coco; resnet50.pth has torchvision's weights of the
+backbone. The published runs start from these as well, except for FCOS: those start from Caffe's weights, which need
+--config.student.options.style=caffe. The argument is DETECTOR, or DETECTOR,24 for 24 epochs, the 2x schedule.
 
 Published (mmdetection), R50 and R101: RetinaNet 36.5, 38.5 (2x: 37.4, 38.9), FCOS 36.6, 39.1, GFL 40.2, 44.7 (the
-latter 2x with several scales), ATSS 39.4, 41.5. Differences from mmdetection: there the short side of an image has
-800 px and the long side at most 1333; here the canvas is fixed, so upright images are smaller. There norms and biases
-decay as well, and FCOS's biases have twice the rate and no decay; here no norm or bias decays, and all parameters have
-one rate.
+latter 2x with multi-scale training), ATSS 39.4, 41.5. Differences from mmdetection: there the short side of an image
+has 800 px and the long side at most 1333; here the canvas is fixed, so portrait images are smaller. There weight decay
+applies to norms and biases too, except that FCOS's biases have twice the learning rate and no decay; here norms and
+biases have no weight decay, and all parameters have the same learning rate.
 """
 
 from kdjax.training.config import Config, augment, base
@@ -29,7 +28,7 @@ def get_config(argument: str = "retinanet_r50") -> Config:
     config.steps = steps(epochs)
     config.student.detector = detector
     if detector.startswith("fcos"):
-        config.student.options.style = "pytorch"  # of the backbone that torchvision's weights fit
+        config.student.options.style = "pytorch"  # torchvision's weights of the backbone need it
     config.data.source = "tfds"
     config.data.val_split = "validation"
     config.data.image_size = (800, 1344)

@@ -1,16 +1,16 @@
-r"""RTMDet's own training on COCO: 300 epochs with batch 256 at 640x640, Mosaic and MixUp for 280 of them; any size.
+r"""RTMDet's own training on COCO: 300 epochs with batch 256 at 640x640, Mosaic and MixUp for 280 of them.
 
     kdjax train --config=supervised/rtmdet:tiny --config.data.root=DIR/coco --workdir=runs/tiny
 
-DIR/coco is what `python -m kdjax.data.prepare --data_dir=DIR coco/2017` wrote. On your own images, shortened, through
-both stages:
+The argument is the size: pico, nano, tiny, s, m, l or x. `python -m kdjax.data.prepare --data_dir=DIR coco/2017` writes
+DIR/coco. A short run through both stages on your own images:
 
     kdjax train --config=supervised/rtmdet:tiny --config.data.source=coco_folder \
         --config.data.root=DIR --config.data.val_split=val --config.batch_size=16 --config.steps=1500 \
         --config.data.stage2.start=1400 --config.optimizer.warmup=100 \
         --config.ema.ramp=150 --workdir=runs/tiny
 
-Published: tiny 41.1 AP, s 44.6, m 49.4, l 51.5, x 52.8; the backbones of tiny and s were trained on ImageNet before.
+Published: tiny 41.1 AP, s 44.6, m 49.4, l 51.5, x 52.8; the backbones of tiny and s were pretrained on ImageNet.
 """
 
 from kdjax.training.config import Config, augment, base

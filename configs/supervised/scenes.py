@@ -1,4 +1,4 @@
-"""A detector trained alone on the embedded scenes: how the teacher of the quickstart was made.
+"""A detector trained alone on the generated scenes; the teacher of the quickstart was trained with this config.
 
     kdjax train --config=supervised/scenes:rtmdet_nano --workdir=runs/scenes_teacher
 

@@ -14,7 +14,7 @@ from kdjax.resources import Config
 
 
 def base() -> Config:
-    """The defaults. A run refuses a config with other keys."""
+    """The default settings. A config with other keys is refused."""
     config: Config = ConfigDict()
     config.seed = 0
     config.batch_size = 16  # images per step, over all devices of all hosts
@@ -64,10 +64,10 @@ def base() -> Config:
             max_boxes=0,  # padded boxes per image; 0: the largest number in the data, more with Mosaic and MixUp
             workers=0,  # worker processes that decode and augment; 0 uses threads of this process
             limit=0,  # only the first images of each split; 0 takes all
-            check=False,  # dry run: print a summary of the data, write example batches as images, and stop
+            check=False,  # dry run: print a summary of the data, write example batches as images, and exit
             augment=augment(),
             stage2=dict(
-                start=0,  # first step (from 0) that is augmented as here; 0: there is no second stage
+                start=0,  # first step (from 0) with the augmentation below; 0: there is no second stage
                 augment=augment(),
             ),
         )
