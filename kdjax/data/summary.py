@@ -41,7 +41,7 @@ def _split(role: str, name: str, truth: dict[str, Any], max_boxes: int) -> list[
     boxes = collections.Counter(a["image_id"] for a in truth["annotations"] if not a["iscrowd"])
     crowd = sum(a["iscrowd"] for a in truth["annotations"])
     line = f"{role} ('{name}'): {len(truth['images'])} images, {len(truth['images']) - len(boxes)} without objects, "
-    line += f"{sum(boxes.values())} boxes, at most {max(boxes.values(), default=0)} an image"
+    line += f"{sum(boxes.values())} boxes, at most {max(boxes.values(), default=0)} per image"
     if crowd:
         line += f", {crowd} crowd regions or difficult objects (used in evaluation only)"
     lines = [line]

@@ -29,8 +29,8 @@ INPUTS: dict[str, Change] = {
     "RGB in [0, 255]": lambda images, own: images.astype(jnp.float32),
     "BGR in [0, 255]": lambda images, own: images[..., ::-1].astype(jnp.float32),
     "RGB in [0, 1]": lambda images, own: images / 255.0,
-    "BGR normalized with ImageNet's mean and std": lambda images, own: _normalized(images)[..., ::-1],
-    "RGB normalized with ImageNet's mean and std": lambda images, own: _normalized(images),
+    "BGR normalised with ImageNet's mean and std": lambda images, own: _normalized(images)[..., ::-1],
+    "RGB normalised with ImageNet's mean and std": lambda images, own: _normalized(images),
 }
 
 
@@ -113,7 +113,7 @@ def _confusions(truth: dict[str, Any], found: Mapping[int, Detections], dataset:
     objects_by_class = matrix[:-1, :-1].T  # one row per class of the detector
     most = objects_by_class.argmax(1)
     return [
-        f"{dataset.classes[label]!r} detections are {dataset.classes[most[label]]!r} objects"
+        f"detections of {dataset.classes[label]!r} are objects of {dataset.classes[most[label]]!r}"
         for label in np.flatnonzero((objects_by_class.sum(1) >= 3) & (most != np.arange(len(most))))
     ]
 
@@ -136,7 +136,7 @@ def check_class_map(role: str, chosen: Config, dataset: data.Dataset) -> tuple[F
     expected = f"the {len(dataset.classes)} classes of the data: {_listed(dataset.classes)}"
     kept = not caught if names is None else list(names) == list(dataset.classes)
     if names is None and kept:
-        message = f"the weights do not name their classes; assumed are {expected}"
+        message = f"the weights do not name their classes: they are taken as {expected}"
     elif kept:
         message = f"the weights have, in the same order, {expected}"
     else:

@@ -65,7 +65,7 @@ def check(model: Model, call: Call, images: Iterable[np.ndarray], *, raw: bool) 
     """
     worst = largest_difference(model, call, images, raw=raw)
     if not np.isfinite(worst):
-        what = "hold numbers that are not finite" if np.isnan(worst) else "are other detections than the JAX model's"
+        what = "hold numbers that are not finite" if np.isnan(worst) else "are not the detections of the JAX model"
         raise UserError(f"the exported outputs {what}")
     if worst > TOLERANCE:
         raise UserError(f"the exported outputs differ from the JAX model's by {worst:.2g}, more than {TOLERANCE:g}")

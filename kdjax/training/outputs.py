@@ -221,7 +221,7 @@ def notes(setup: Setup, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     if "twin" in setup.states:
         lines.append("The twin has the student's initial weights and batches, but no teacher.")
     if setup.teacher and not setup.teacher_detects:
-        lines.append("The teacher has other classes than the data: only its feature maps teach; it is not evaluated.")
+        lines.append("The teacher has other classes than the data: only its maps are used; it is not evaluated.")
     if config.eval.every and config.eval.limit:
         lines.append(
             f"AP during training: the first {config.eval.limit} validation images; the last value: all of them."

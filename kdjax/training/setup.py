@@ -181,7 +181,7 @@ def load_teacher(
     detector, params, stats, _ = weights.load(chosen.weights, detector, key=key)
     tqdm.write(
         f"config.teacher.weights: the classes of {chosen.weights} are not those of the data: only its feature maps "
-        "teach; it is not evaluated",
+        "are used; it is not evaluated",
         file=sys.stderr,
     )
     return detector, (params, stats), False

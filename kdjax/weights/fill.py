@@ -123,7 +123,7 @@ def _match(detector: Detector, state: State) -> tuple[dict[str, np.ndarray], int
             filled[path] = values[0]
         else:
             problems.append(f"{names[0]} has shape {np.shape(state[names[0]])} instead of {torch_shape(wanted, path)}")
-    problems += [f"{name} has no place in the detector" for name in sorted(unused)]
+    problems += [f"{name} matches no parameter of the detector" for name in sorted(unused)]
     if len(counts) > 1:
         problems.append(f"the classifiers have different numbers of classes: {sorted(counts)}")
     return filled, min(counts, default=detector.num_classes), problems, unusable

@@ -111,7 +111,7 @@ def load(
     if not path.exists():
         raise UserError(f"{path}: there are no weights")
     if detector is None:
-        raise UserError(f"{path}: the file does not name its detector: set the detector too")
+        raise UserError(f"{path}: the file does not name its detector: name the detector too")
     state, classes = read_checkpoint(path)
     detector = infer_options(detector, state)
     with prefix(str(path)):

@@ -48,7 +48,7 @@ def test_a_sound_teacher_is_ok(shipped):
     ("wrong", "named"),
     [
         (lambda own, images: own[..., ::-1], "its own with red and blue swapped"),
-        (lambda own, images: images[..., ::-1].astype(jnp.float32), "BGR normalized with ImageNet's mean and std"),
+        (lambda own, images: images[..., ::-1].astype(jnp.float32), "BGR normalised with ImageNet's mean and std"),
     ],
     ids=["swapped", "not normalised"],
 )
@@ -64,7 +64,7 @@ def test_a_wrong_class_map_is_named(shipped, order):
     head = jax.tree.map(lambda leaf: leaf[..., jnp.array(order)], params["bbox_head"]["rtm_cls"])
     params = params | {"bbox_head": params["bbox_head"] | {"rtm_cls": head}}
     message = errors(check(shipped, variables=TeacherVariables(params, stats)))["teacher's classes"]
-    assert f"{names[0]!r} detections are {names[1]!r} objects" in message
+    assert f"detections of {names[0]!r} are objects of {names[1]!r}" in message
 
 
 def test_an_untrained_teacher_is_named(shipped):

@@ -32,7 +32,7 @@ def test_a_teacher_whose_maps_alone_are_read_may_have_other_classes(folder, tmp_
     weights.save(tmp_path, detector, params, stats, classes=["cat", "dog"], image_size=(64, 64))
     setup = prepare(tiny_config(folder, teacher=tmp_path, method="cwd"), dataset)
     assert setup.teacher is not None and not setup.teacher_detects
-    assert "are not those of the data: only its feature maps teach; it is not evaluated" in capsys.readouterr().err
+    assert "are not those of the data: only its feature maps are used; it is not evaluated" in capsys.readouterr().err
 
 
 def test_a_teacher_of_another_number_of_classes_is_refused(folder, teacher_folder, tmp_path):

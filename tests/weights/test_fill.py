@@ -47,7 +47,7 @@ def test_all_differences_in_one_error(detector, state):
         "do not fit rtmdet_pico with 3 classes",
         "5 differences",
         "neck.out_convs.0.bn.weight is missing",
-        "neck.extra.weight has no place in the detector",
+        "neck.extra.weight matches no parameter of the detector",
         "backbone.stem.0.conv.weight has shape (4, 3, 5, 5) instead of (4, 3, 3, 3)",
         "bbox_head.cls_convs.2.0.conv.weight should be one shared array but differ",
         "bbox_head.rtm_reg.0.weight has shape (5, 32, 1, 1) instead of (4, 32, 1, 1)",
