@@ -26,7 +26,7 @@ def _cheapest(cost: AnyArray, iou: AnyArray, topk: int) -> Array:
     takes = (jnp.arange(topk) < k[..., None]) & jnp.isfinite(lowest)
 
     def claims(taken: AnyArray, takes: AnyArray) -> tuple[Array, Array]:
-        """For each prior the number of boxes that take it, and the last of them."""
+        """For each prior the number of boxes that take it, and the index of the last of them."""
         owner = jnp.broadcast_to(jnp.arange(num_boxes)[:, None], taken.shape)
         place = jnp.where(takes, taken, num_priors)  # out of range: dropped
         count = jnp.zeros(num_priors, jnp.int32).at[place].add(1, mode="drop")

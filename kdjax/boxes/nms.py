@@ -20,7 +20,7 @@ def greedy_nms(
 
     Args:
       boxes: f32[B, C, 4], candidates, `x1 y1 x2 y2` in pixels.
-      scores: f32[B, C]; -inf marks rows that are no candidates.
+      scores: f32[B, C]; -inf marks rows that are not candidates.
       labels: i32[B, C]: a box drops only boxes of the same label. None: of all.
       iou_threshold: boxes with an IoU above it are dropped, 0 .. 1.
       max_detections: D, the largest number of boxes to keep.

@@ -153,7 +153,7 @@ def assign_targets(
     Args:
       output: of `apply`.
       targets: ground truth.
-      key: not read: nothing is sampled.
+      key: not used, because nothing is sampled.
       center_sampling: whether only points within 1.5 strides of the centre of a box are positive.
 
     Returns:

@@ -112,7 +112,7 @@ def assign_targets(output: DetectorOutput, targets: Targets, key: Array | None =
     Args:
       output: of `apply`.
       targets: ground truth.
-      key: not read: nothing is sampled.
+      key: not used, because nothing is sampled.
 
     Returns:
       The assignment, without gradient.

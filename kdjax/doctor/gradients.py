@@ -154,7 +154,7 @@ def train_adapters(setup: Setup, batch: Mapping[str, np.ndarray]) -> PyTree:
 
 
 def gradient_shares(setup: Setup, grad_norms: Mapping[str, float]) -> dict[str, float]:
-    """The share of each loss, term and method, at its full weight, of the gradient at the student's neck.
+    """The share of the gradient at the student's neck that each loss, term and method has at its full weight.
 
     Args:
       setup: of the run.

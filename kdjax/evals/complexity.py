@@ -32,7 +32,7 @@ def parameters(params: PyTree) -> int:
       params: tree of arrays or of `jax.ShapeDtypeStruct`s.
 
     Returns:
-      Their number.
+      The number of parameters.
 
     Peers: mmengine's `get_model_complexity_info`.
 
@@ -53,7 +53,7 @@ def flops(detector: Network, hw: tuple[int, int]) -> int:
       hw: height and width of the network input in pixels.
 
     Returns:
-      Their number.
+      The number of operations.
 
     Peers: mmengine's `get_model_complexity_info`, equal for RTMDet tiny, s, m, l and x.
     """

@@ -253,7 +253,7 @@ def _average_precision(scores: np.ndarray, correct: np.ndarray, objects: int) ->
 
 
 def _matched(image: Truth, detections: Detections) -> tuple[Detections, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The best detections of each class, boxes and labels of the objects that are no crowd, and `match` of both."""
+    """The best detections of each class, boxes and labels of the objects without crowd regions, and `match` of both."""
     found = detections[np.argsort(-detections.scores, kind="stable")]
     rank = np.zeros(len(found), int)
     for label in np.unique(found.labels):

@@ -46,14 +46,15 @@ def voc_metrics(
     """VOC's metrics of detections: means over the classes of `average_precision`.
 
     In descending order of score, each detection of a class is compared with the object of the class with the largest
-    IoU in its image: below the threshold it is false, with a difficult object it does not count, with a new object it
-    is true, and with an object that is already detected false. Difficult objects are not required.
+    IoU in its image: below the threshold it is a false positive, with a difficult object it does not count, with a new
+    object it is a true positive, and with an object that is already detected a false positive. Difficult objects are
+    not required.
 
     Args:
       truth: image id -> objects, see `kdjax.evals.matching.truth_by_image`; `crowd` marks the difficult ones.
       detections: image id -> detections, for each image of `truth`.
       num_classes: K.
-      iou_threshold: minimum IoU of a true detection.
+      iou_threshold: minimum IoU of a true positive.
 
     Returns:
       {"AP50": area, "AP50_11point": 11-point mean}, fractions ("50" stands for the threshold); -1 if no class has an
@@ -87,7 +88,7 @@ def voc_metrics(
 def _true(
     objects: Mapping[int, tuple[np.ndarray, np.ndarray]], detections: Mapping[int, Detections], iou_threshold: float
 ) -> np.ndarray:
-    """Which detections of a class are true: f64[n] of 0 and 1, best score first, without those that do not count."""
+    """True positives of a class: f64[n] of 0 and 1, best score first, without detections that do not count."""
     taken = {image_id: np.zeros(len(boxes), bool) for image_id, (boxes, _) in objects.items()}
     rows = [
         (image_id, box, score)

@@ -139,7 +139,7 @@ def distribution_focal(logits: AnyArray, target: AnyArray) -> Array:
 
     Args:
       logits: f32[..., R + 1], of the distances 0 .. R in strides.
-      target: f32[...], y in 0 .. R (exclusive; R itself counts as the last bin), in strides.
+      target: f32[...], y in 0 .. R, in strides; y = R is the last bin alone.
 
     Returns:
       f32[...], >= 0; at least the entropy of the two weights.

@@ -101,7 +101,7 @@ def depthwise(x: Array, kernel: Array, *, stride: int, pads: tuple[int, int]) ->
 
 
 def _wide(x: Array) -> Array:
-    """Casts to at least float32, in which the built-in operation adds too."""
+    """Casts to at least float32, in which the built-in operation accumulates too."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 

@@ -89,7 +89,7 @@ def sheet(dataset: data.Dataset, config: Config, step: int) -> np.ndarray:
 
 
 def _steps(config: Config) -> list[int]:
-    """A step of each stage of the run."""
+    """One step of each stage of the run."""
     first, second = config.data.augment, config.data.stage2.start
     end = min(second or config.steps, config.steps)
     full = first.cache if first.mosaic or first.mixup else 0  # partners come from at most so many batches

@@ -56,5 +56,5 @@ class Log:
             self.board.add_scalar(name if kind == "train" else f"eval/{name}", value, step)
 
     def rows(self) -> list[dict[str, Any]]:
-        """All lines. Steps that a killed process took after its last checkpoint appear twice."""
+        """All lines. Steps after the last checkpoint of a killed process appear twice."""
         return [json.loads(line) for line in self.path.read_text().splitlines()]
