@@ -53,7 +53,7 @@ def make(
             if classes and s.shape[-1] != t.shape[-1]:
                 raise UserError(
                     f"cwd compares class maps without an adapter, but at stride {stride} the student has {s.shape[-1]} "
-                    f"and the teacher {t.shape[-1]} of them; use the taps 'neck' if the classes differ"
+                    f"and the teacher {t.shape[-1]} of them: use the taps 'neck' if the classes differ"
                 )
         return adapters.init_adapters(key, pairs)
 

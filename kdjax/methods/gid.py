@@ -81,7 +81,7 @@ def make(
         widths = sorted({(p.student.shape[-1], p.teacher.shape[-1]) for p in pairs})
         if len(widths) > 1:
             raise UserError(
-                "gid shares one adapter over the levels, which must have the same channels; the taps "
+                "gid shares one adapter over the levels, which must have the same channels, but the taps "
                 f"{student!r} (student) and {teacher!r} (teacher) have {widths}"
             )
         for stride, s, t in pairs:

@@ -72,7 +72,10 @@ def make(
         del key
         bins = [cast(method.PairedRows, side.rows).distribution.shape[-1] for side in (student_spec, teacher_spec)]
         if bins[0] != bins[1]:
-            raise UserError(f"the distributions of box edges have {bins[0]} bins (student) and {bins[1]} (teacher)")
+            raise UserError(
+                f"the distributions of box edges have {bins[0]} bins (student) and {bins[1]} (teacher): their numbers "
+                "must be equal"
+            )
         return {}
 
     def region(context: method.Context, sizes: tuple[int, ...]) -> Array:
