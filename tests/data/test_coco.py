@@ -170,7 +170,7 @@ def broken(changes):
         ),
         (lambda t: t["images"][1].update(id=10), "image id 10 appears twice"),
         (lambda t: t["images"][1].update(file_name="a.png"), "file a.png is listed as two images"),
-        (lambda t: t["images"][1].update(id="x"), "image id 'x' is not an integer"),
+        (lambda t: t["images"][1].update(id="x"), "image id 'x' is not a 64-bit integer"),
         (lambda t: t["images"][1].update(id=2**63), "image id 9223372036854775808 is not a 64-bit integer"),
         (lambda t: t["images"][1].pop("file_name"), "image 11 has no file_name"),
         (lambda t: t["images"][1].update(file_name="gone.png"), "gone.png: no such file in"),
