@@ -335,5 +335,5 @@ def test_a_bare_resnet_fills_the_backbone():
         pytest.raises(ValueError, match=r"backbone.layer1.0.conv1.weight is missing"),
     ):
         weights.from_torch(detector, bare)
-    with pytest.raises(ValueError, match="the whole atss_r18 is needed"):
+    with pytest.raises(ValueError, match="weights of the whole atss_r18 are needed"):
         weights.from_torch(detector, bare, keep_classifiers=True)
