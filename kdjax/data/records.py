@@ -105,7 +105,8 @@ class RecordsBuilder(tfds.core.GeneratorBasedBuilder):
                 index,
                 {
                     "image": io.BytesIO(encoded),
-                    "image/filename": image.file_name,
+                    # A name on disk need not be UTF-8.
+                    "image/filename": image.file_name.encode(errors="surrogateescape"),
                     "image/id": image.id,
                     "objects": objects,
                 },
@@ -196,7 +197,8 @@ class Reader:
     def _decoded(self, index: int, record: dict[str, Any]) -> np.ndarray:
         image = decode(record["image"])
         if image is None:
-            name, directory = record["image/filename"].decode(), self.parts[bisect.bisect(self._ends, index)][0]
+            name = record["image/filename"].decode(errors="surrogateescape")
+            directory = self.parts[bisect.bisect(self._ends, index)][0]
             raise Damaged(f"{directory}: image {name} cannot be decoded: {self.remedy}")
         return image
 

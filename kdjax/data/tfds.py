@@ -125,7 +125,7 @@ def scan(reader: Reader, category_ids: list[int], log: list[dict[str, Any]]) -> 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(reader), 64):
             for record, shape, sha256 in pool.map(load, range(start, min(start + 64, len(reader)))):
-                name = record["image/filename"].decode()
+                name = record["image/filename"].decode(errors="surrogateescape")
                 if shape is None:
                     raise UserError(f"{', '.join(d for d, _ in reader.parts)}: {name} cannot be read as an image")
                 image = _image_record(record, name, shape[:2], category_ids, number, log)

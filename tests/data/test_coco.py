@@ -1,6 +1,7 @@
 """Folders in COCO layout: layouts, broken entries, messages."""
 
 import json
+import os
 import shutil
 import struct
 import zlib
@@ -94,6 +95,16 @@ def test_file_names_that_begin_with_the_split(tmp_path):
     root = write_folder(tmp_path / "set", {"train": truth}, {"train/a.png": paint(20, 30, [])}, images="images")
     changes = dict(val_split="train")
     assert opened(root, tmp_path, **changes).splits["train"].size == 1
+
+
+def test_a_file_name_that_is_not_utf8_is_read(tmp_path):
+    """As json.dumps writes the name that os.listdir gives."""
+    name = os.fsdecode(b"gr\xf6\xdfe.png")
+    truth = json.loads(json.dumps(coco_json({"a.png": (20, 30), name: (20, 30)}, [(1, 3, [2, 3, 10, 12], {})])))
+    root = write_folder(tmp_path / "set", {"train": truth}, {"a.png": paint(20, 30, [])})
+    shutil.copy(root / "images" / "train" / "a.png", root / "images" / "train" / name)
+    split = opened(root, tmp_path, ["train"]).splits["train"]
+    assert split.truth["images"][1]["file_name"] == name and len(split.records[1]["boxes"]) == 1
 
 
 def test_unusable_entries_are_dropped_or_repaired_and_listed(tmp_path):
