@@ -175,7 +175,7 @@ def _read_torch(path: Path) -> tuple[dict[str, Any], list[str] | None]:
                 "it is a TorchScript program, and kdjax never runs code from a file: save only its state_dict"
             ) from error
         reason = str(error).partition(". ")[0].strip() or type(error).__name__
-        raise UserError(f"the weights cannot be read: {reason}") from error
+        raise UserError(f"the weights cannot be read: the file is damaged or of another kind: {reason}") from error
     if not isinstance(checkpoint, dict):
         raise UserError(f"the file holds a {type(checkpoint).__name__}, not weights by name")
     tensors = wrappers.flatten(checkpoint, torch.Tensor)
