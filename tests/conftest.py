@@ -1,5 +1,6 @@
-"""Settings of every test: the CPU, eight fake devices, the persistent compile cache."""
+"""Settings of every test: the CPU, eight fake devices, the persistent compile cache, rare garbage collection."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -11,6 +12,9 @@ import jax
 CACHE = Path(__file__).resolve().parents[1] / ".cache" / "jax"
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+# Tracing makes many objects: at Python's default thresholds a fifth of its time is garbage collection.
+gc.set_threshold(50_000, 20, 50)
 
 # The slowest files run first, so that no process is left alone with one of them at the end.
 FIRST = ("end_to_end/test_quickstart.py", "training/test_run.py", "test_golden_replay.py", "doctor/test_gradients.py")
