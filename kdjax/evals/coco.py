@@ -68,15 +68,28 @@ def curves(
     """
     rows = results(detections) if isinstance(detections, Mapping) else detections
     _check(ground_truth, rows)
-    images = [dict(image) for image in ground_truth["images"]]
-    categories = sorted((dict(category) for category in ground_truth["categories"]), key=lambda c: c["id"])
-    # New ids from 1: the matching uses 0 for "unmatched".
+    categories = sorted(ground_truth["categories"], key=lambda category: category["id"])
+    # The evaluator rounds ids to doubles, and takes 0 for "unmatched": it gets ranks, which keep the order.
+    of_image, of_category = (
+        {identity: rank for rank, identity in enumerate(sorted(entry["id"] for entry in entries), start=1)}
+        for entries in (ground_truth["images"], categories)
+    )
+
+    def renumbered(row: Mapping[str, Any]) -> dict[str, Any]:
+        return {**row, "image_id": of_image[row["image_id"]], "category_id": of_category[row["category_id"]]}
+
     annotations = [
-        {"iscrowd": 0, "area": row["bbox"][2] * row["bbox"][3], **row, "id": i}
+        {"iscrowd": 0, "area": row["bbox"][2] * row["bbox"][3], **renumbered(row), "id": i}
         for i, row in enumerate(ground_truth["annotations"], start=1)
     ]
-    truth = COCO({"images": images, "annotations": annotations, "categories": categories})
-    found = truth.loadRes([dict(row) for row in rows])
+    truth = COCO(
+        {
+            "images": [{**image, "id": of_image[image["id"]]} for image in ground_truth["images"]],
+            "annotations": annotations,
+            "categories": [{**category, "id": of_category[category["id"]]} for category in categories],
+        }
+    )
+    found = truth.loadRes([renumbered(row) for row in rows])
     evaluation = COCOeval_faster(truth, found, iouType=iou_type)
     evaluation.params.useCats = int(use_categories)
     evaluation.evaluate()

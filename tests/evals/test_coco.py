@@ -161,6 +161,37 @@ def test_classes_of_one_name_stay_apart():
     assert got == {"cat": 0.0, "cat (4)": pytest.approx(1)}
 
 
+@pytest.mark.parametrize(
+    "number",
+    [lambda k: 2**53 + k, lambda k: 2**63 - 8 + k, lambda k: -(2**63) + k, lambda k: k - 2, lambda k: 2**60 * k],
+    ids=["2^53", "2^63", "negative", "around 0", "wide"],
+)
+@pytest.mark.parametrize("kind", ["image", "category"])
+def test_metrics_do_not_depend_on_how_ids_are_numbered(kind, number):
+    rng = np.random.default_rng(0)
+    rows = [
+        {"image_id": int(i), "category_id": int(c), "bbox": [*map(float, rng.uniform(0, 60, 2)), 30.0, 40.0]}
+        for i, c in zip(rng.integers(0, 4, 12), rng.integers(0, 3, 12), strict=True)
+    ]
+    truth = {
+        "images": [{"id": i} for i in range(4)],
+        "categories": [{"id": c, "name": str(c)} for c in range(3)],
+        "annotations": rows,
+    }
+    shifted = [[x + 3, y, w, h] for x, y, w, h in (row["bbox"] for row in rows)]
+    found = [
+        row | {"bbox": box, "score": float(s)}
+        for row, box, s in zip(rows, shifted, rng.random(12).round(1), strict=True)
+    ]
+    want = coco.coco_metrics(truth, found)
+    assert 0.1 < want["AP"] < 1
+    for entry in truth["images" if kind == "image" else "categories"]:
+        entry["id"] = number(entry["id"])
+    for row in (*truth["annotations"], *found):
+        row[f"{kind}_id"] = number(row[f"{kind}_id"])
+    assert coco.coco_metrics(truth, found) == want
+
+
 def test_results_are_read_back():
     boxes = np.array([[1, 2, 5, 8], [0, 0, 3, 3]], np.float64)
     found = Detections(boxes, np.array([0.5, 0.25], np.float32), np.array([1, 0], np.int32), ("a", "b"), (3, 9))
