@@ -267,7 +267,7 @@ def stream(
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
         if hashes.of_bytes(encoded) != record.sha256:
-            raise UserError(f"{path}: has changed while the data is prepared: run the same command again")
+            raise hashes.changed(path)
         image = records.decode(encoded)
         return encoded, None if image is None else image.shape
 

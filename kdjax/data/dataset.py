@@ -198,9 +198,13 @@ def _prepare_folders(cfg: Settings, splits: Sequence[str]) -> dict[str, Path]:
     name = Path(cfg["root"]).expanduser().resolve().name or "folder"
 
     def prepare(role: str, json_path: Path, images: Path) -> Path:
+        content = hashes.of_file(json_path)
+
         @functools.cache
         def parsed() -> tuple[dict[str, Any], list[ImageRecord], dict[int, str], list[dict[str, Any]]]:
             truth = coco.read(json_path)
+            if hashes.of_file(json_path) != content:
+                raise hashes.changed(json_path)
             return truth, *coco.check(truth, json_path.name)
 
         def paths(known: hashes.Known) -> dict[str, str]:
@@ -214,7 +218,6 @@ def _prepare_folders(cfg: Settings, splits: Sequence[str]) -> dict[str, Path]:
             bar = tqdm(stream, **_bar(name, role, len(image_records)))
             _write(folder, name=name, categories=categories, stream=bar, log=log, licenses=coco.licenses(truth))
 
-        content = hashes.of_file(json_path)
         return _prepared(cfg, f"folder-{name}", {"json": content}, [content, os.path.abspath(images)], paths, write)
 
     return {role: prepare(role, *paths) for role, paths in files.items()}

@@ -46,6 +46,11 @@ def of_bytes(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+def changed(path: str | Path) -> UserError:
+    """What to raise if a source file is not any more what was hashed."""
+    return UserError(f"{path}: has changed while the data is prepared: run the same command again")
+
+
 def together(digests: Iterable[str]) -> str:
     """One hash of several, in their order."""
     return of_bytes("\n".join(digests).encode())

@@ -10,7 +10,7 @@ import pytest
 from kdjax.data import coco, hashes
 from kdjax.data.records import ImageRecord
 from kdjax.errors import UserError
-from tests.support.data import coco_json, opened, write_folder
+from tests.support.data import coco_json, opened, small_folder, write_folder
 
 
 def write_image(path: Path, value: int) -> None:
@@ -87,6 +87,22 @@ def test_an_image_that_changes_while_it_is_prepared_is_refused(tmp_path):
     (tmp_path / "a.png").unlink()
     with pytest.raises(UserError, match=r"a.png: cannot be read \(No such file or directory\)$"):
         read()
+
+
+def test_a_json_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
+    root, read = small_folder(tmp_path / "set", count=3), coco.read
+
+    def slow(path):
+        truth = read(path)
+        path.write_text(path.read_text() + " ")
+        return truth
+
+    monkeypatch.setattr(coco, "read", slow)
+    words = r"instances_train.json: has changed while the data is prepared: run the same command again$"
+    with pytest.raises(UserError, match=words):
+        opened(root, tmp_path)
+    monkeypatch.undo()
+    assert opened(root, tmp_path).splits["train"].size == 3
 
 
 @pytest.mark.parametrize("name", ["gone.png", "a" * 300, "a\0b", "\ud83d.png", "folder"])
