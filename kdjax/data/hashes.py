@@ -75,7 +75,7 @@ def of_files(paths: Mapping[str, str], known: Known, title: str) -> Known:
         bar = tqdm(computed, title, len(unsure), unit="file", disable=None if unsure else True)
         fresh = dict(zip(unsure, bar, strict=True))
     return {
-        name: (state if max(state[1:3]) < now - _YOUNG else None, fresh.get(name) or known[name][1])
+        name: (state if state[2] < now - _YOUNG else None, fresh.get(name) or known[name][1])
         for name, state in states.items()
     }
 
