@@ -57,14 +57,17 @@ def read_classes(path: str) -> list[str]:
     try:
         if Path(path).suffix == ".json":
             categories = coco.read(Path(path))["categories"]
-            names = [str(entry["name"]) for entry in sorted(categories, key=lambda entry: entry["id"])]
+            names = [entry["name"] for entry in sorted(categories, key=lambda entry: entry["id"])]
         else:
             names = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (KeyError, TypeError, UnicodeDecodeError) as error:
         raise UserError(f"--classes: {path} cannot be read as class names: {error!r}") from None
-    double = next((name for name in names if names.count(name) > 1), None)
-    if double is not None:
-        raise UserError(f"--classes: {path} has the name {double!r} twice: every class needs a name of its own")
+    if not names:
+        raise UserError(f"--classes: {path} has no names of classes")
+    for name in names:
+        if not isinstance(name, str) or not name.strip() or names.count(name) > 1:
+            what = "twice" if isinstance(name, str) and name.strip() else "for a class"
+            raise UserError(f"--classes: {path} has the name {name!r} {what}: every class needs a name of its own")
     return names
 
 

@@ -140,7 +140,11 @@ def wrong_values(name: str, value: np.ndarray, path: str) -> str:
     Example:
       >>> wrong_values("bn.running_var", np.float32([0.5, -1]), "stats/bn/var")
       'bn.running_var has a negative variance (-1)'
+      >>> wrong_values("conv.weight", np.complex64([1]), "params/conv/kernel")
+      'conv.weight is not an array of real numbers (complex64)'
     """
+    if not np.can_cast(value.dtype, np.longdouble):
+        return f"{name} is not an array of real numbers ({value.dtype})"
     if value.dtype.kind in "biu":
         return f"{name} holds integers ({value.dtype}): weights that are quantised are not read"
     with np.errstate(over="ignore"):

@@ -17,8 +17,9 @@ from kdjax.detectors.api import Detector, State, Tree, flatten, unflatten
 from kdjax.errors import UserError, prefix
 from kdjax.files import write_bytes, write_json
 from kdjax.weights.containers import read_safetensors
-from kdjax.weights.fill import from_torch, wrong_values
+from kdjax.weights.fill import count_classes, from_torch, wrong_values
 from kdjax.weights.read import read_checkpoint
+from kdjax.weights.torch_names import plain
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 _DTYPES = ("float32", "float16")
@@ -113,6 +114,10 @@ def load(
     if detector is None:
         raise UserError(f"{path}: the file does not name its detector: name the detector too")
     state, classes = read_checkpoint(path)
+    if classes:
+        count = count_classes(build(detector.name, 1, **detector.options), plain(detector, state))
+        if count and len(classes) != count:
+            raise UserError(f"{path}: it has {count} classes, but its own metadata names {len(classes)}")
     detector = infer_options(detector, state)
     with prefix(str(path)):
         params, stats = from_torch(detector, state, key=key, keep_classifiers=keep_classifiers)

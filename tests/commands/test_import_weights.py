@@ -60,6 +60,14 @@ def test_import_weights_refuses(tmp_path, capsys, state):
     (tmp_path / "twice.txt").write_text("a\nb\na\n")
     told = refused(capsys, *base, "--detector=rtmdet_pico", f"--classes={tmp_path / 'twice.txt'}")
     assert told.endswith("twice.txt has the name 'a' twice: every class needs a name of its own")
+    (tmp_path / "void.txt").write_text("\n \n")
+    told = refused(capsys, *base, "--detector=rtmdet_pico", f"--classes={tmp_path / 'void.txt'}")
+    assert told.endswith("void.txt has no names of classes")
+    for name in (None, 3, " "):
+        coco = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}, {"id": 2, "name": name}]}
+        (tmp_path / "coco.json").write_text(json.dumps(coco))
+        told = refused(capsys, *base, "--detector=rtmdet_pico", f"--classes={tmp_path / 'coco.json'}")
+        assert told.endswith(f"coco.json has the name {name!r} for a class: every class needs a name of its own")
     assert "unknown detector 'rtmdet_big'" in refused(capsys, *base, "--detector=rtmdet_big", names)
     assert "multiples of 32" in refused(capsys, *base, "--detector=rtmdet_pico", names, "--image-size=100,64")
     (tmp_path / "six.txt").write_text("\n".join(CLASSES))

@@ -10,6 +10,7 @@ import pytest
 from safetensors.numpy import save_file as save_safetensors
 
 from kdjax import weights
+from kdjax.detectors import build
 from tests.support.checkpoints import CLASSES, spoilt
 
 
@@ -95,10 +96,15 @@ def test_pth_is_read_as_weights_alone(tmp_path, detector, variables, state):
     _, *found, classes = weights.load(tmp_path / "weights.pth", detector)
     chex.assert_trees_all_equal(tuple(found), variables)
     assert classes is None
-    for told in (CLASSES, [*CLASSES, "one more"]):
-        checkpoint["meta"] = {"dataset_meta": {"classes": tuple(told)}}
-        torch.save(checkpoint, tmp_path / "weights.pth")
-        assert weights.load(tmp_path / "weights.pth", detector)[3] == (told if told is CLASSES else None)
+    checkpoint["meta"] = {"dataset_meta": {"classes": tuple(CLASSES)}}
+    torch.save(checkpoint, tmp_path / "weights.pth")
+    assert weights.load(tmp_path / "weights.pth", detector)[3] == CLASSES
+    with pytest.warns(UserWarning, match="re-initialised for 5 classes"):
+        assert weights.load(tmp_path / "weights.pth", build("rtmdet_pico", 5))[3] is None
+    checkpoint["meta"] = {"dataset_meta": {"classes": (*CLASSES, "one more")}}
+    torch.save(checkpoint, tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match=r"weights\.pth: it has 3 classes, but its own metadata names 4$"):
+        weights.load(tmp_path / "weights.pth", detector)
     checkpoint = {"state_dict": {k: torch.nn.Parameter(torch.tensor(v).float()) for k, v in state.items()}}
     torch.save(checkpoint | {"meta": {"CLASSES": 3}}, tmp_path / "weights.pth")  # parameters, as some save them
     _, *found, classes = weights.load(tmp_path / "weights.pth", detector)
