@@ -6,14 +6,17 @@ Nothing heavy is imported before the arguments are read.
 """
 
 import argparse
+import difflib
 import functools
 import importlib
+import io
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from kdjax.errors import UserError
+from kdjax.errors import UserError, fault
 
 DESCRIPTION = "Distil object detectors: `kdjax COMMAND --help` has the options of a command."
 MODEL = "a run's workdir, student/ or checkpoints/STEP, a folder of import-weights, or quickstart_teacher"
@@ -24,6 +27,9 @@ RUNS = {"train": ("kdjax.training.run", "main"), "doctor": ("kdjax.commands.doct
 OVERRIDABLE = ("train", "doctor", "study")
 # These take --model more than once.
 SEVERAL_MODELS = ("latency",)
+# What follows the sentence on a fault of the machine.
+_CONTINUES = "then run the same command again: it continues from the last checkpoint"
+AGAIN: dict[str, str] = {"train": _CONTINUES, "study": _CONTINUES}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,37 +42,70 @@ def main(arguments: Sequence[str] | None = None) -> int:
       Exit code: 0; 1 if the doctor found an error; 2 if an argument, setting, file or value cannot be used, which
       one sentence on stderr says; 130 after Ctrl-C; 143 if a run was stopped by SIGTERM.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal may lack a character, or a file's name be no text
+            stream.reconfigure(errors="backslashreplace")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    parser = _parser()
+    parser, flags = _parser()
     command = arguments[0] if arguments else ""
+    if command and not command.startswith("-") and command not in flags:
+        close = difflib.get_close_matches(command, flags, n=1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        _fail(f"invalid choice: {command!r}{hint}: choose from {', '.join(flags)}", command="kdjax")
     if command in OVERRIDABLE:
         arguments = [text for text in arguments if text != "--"]
-    names = [text.partition("=")[0] for text in arguments if text.startswith("--")]
-    allowed = {"--model"} if command in SEVERAL_MODELS else set()
-    repeated = sorted({name for name in names if names.count(name) > 1} - allowed)
-    if repeated:
-        _fail(f"{repeated[0]} appears more than once", command=f"kdjax {command}".strip())
+    _refuse_repeated(command, arguments)
+    if command in flags:
+        _refuse_unknown(command, arguments, flags[command])
     known, rest = parser.parse_known_args(arguments)
     chosen = vars(known)
     command = chosen.pop("command")
     if command in OVERRIDABLE:
         chosen["overrides"] = rest
     elif rest:
-        parser.error(f"unexpected argument {rest[0]!r}")
+        _fail(f"unexpected argument {rest[0]!r}", command=f"kdjax {command}")
     try:
         if command in RUNS:
             from kdjax.commands.settings import read
 
             chosen["config"] = read(chosen["config"], chosen.pop("overrides"))
         module, function = RUNS.get(command, (f"kdjax.commands.{command.replace('-', '_')}", "run"))
-        return getattr(importlib.import_module(module), function)(**chosen)
+        code = getattr(importlib.import_module(module), function)(**chosen)
+        _flush()
+        return code
     except KeyboardInterrupt:
         return 130
-    except (UserError, OSError, FloatingPointError) as error:
+    except (UserError, FloatingPointError) as error:
+        text = sentence(error)
         if os.environ.get("KDJAX_TRACEBACK"):
             raise
-        print(f"kdjax: {sentence(error)}", file=sys.stderr)
-        return 2
+    except Exception as error:
+        if isinstance(error, OSError) and not error.filename:
+            try:
+                _flush("\n")  # was it the output?
+            except OSError as same:
+                error = same
+        text = fault(error)
+        if text is None or os.environ.get("KDJAX_TRACEBACK"):
+            raise
+        text += f"; {AGAIN.get(command, 'then run the same command again')}"
+    print(f"kdjax: {text}", file=sys.stderr)
+    return 2
+
+
+def _flush(more: str = "") -> None:
+    """Prints what is left, and more.
+
+    Raises:
+      OSError: it cannot be printed; nothing more is written to stdout, also not by Python at its end.
+    """
+    try:
+        sys.stdout.write(more)
+        sys.stdout.flush()
+    except OSError as error:
+        sys.stdout = open(os.devnull, "w")
+        error.filename = "standard output"
+        raise
 
 
 def sentence(error: Exception) -> str:
@@ -76,11 +115,34 @@ def sentence(error: Exception) -> str:
       >>> sentence(ValueError("5 differences:\n  a\n  b\n  c\n  d\n  e"))
       '5 differences: a; b; c; and 2 more'
     """
-    if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}"
     first, *rest = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
     more = f"; and {len(rest) - 3} more" if len(rest) > 3 else ""
     return " ".join([first, "; ".join(rest[:3])]).strip() + more
+
+
+def _refuse_repeated(command: str, arguments: Sequence[str]) -> None:
+    """Refuses a flag that is given twice, because only one of its values could count."""
+    allowed = {"--model"} if command in SEVERAL_MODELS else set()
+    given: dict[str, list[str]] = {}
+    for name, _, value in (text.partition("=") for text in arguments if text.startswith("--")):
+        given.setdefault(name, []).append(value)
+    for name, values in given.items():
+        if len(values) > 1 and name not in allowed:
+            which = f" ({', '.join(values)})" if all(values) else ""
+            _fail(f"{name} appears more than once{which}: keep one", command=f"kdjax {command}".strip())
+
+
+def _refuse_unknown(command: str, arguments: Sequence[str], flags: Sequence[str]) -> None:
+    """Refuses a flag that a command does not have, and names the most similar one."""
+    for text in arguments:
+        name = text.partition("=")[0]
+        known = name in flags or (command in OVERRIDABLE and name.startswith("--config."))
+        if not known and re.match("--?[a-zA-Z]", name):
+            close = difflib.get_close_matches(name, flags, n=1)
+            close = [f"--config.{name.lstrip('-')}"] if command in OVERRIDABLE and "." in name else close
+            hint = f" (did you mean {close[0]}?)" if close else ""
+            hint += "; override settings with --config.a.b=value" if command in OVERRIDABLE and not close else ""
+            _fail(f"unexpected argument {text!r}{hint}", command=f"kdjax {command}")
 
 
 def _fail(message: str, *, command: str) -> NoReturn:
@@ -88,7 +150,9 @@ def _fail(message: str, *, command: str) -> NoReturn:
     sys.exit(2)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> tuple[argparse.ArgumentParser, dict[str, list[str]]]:
+    """The parser, and the flags of each command."""
+    made_commands: dict[str, argparse.ArgumentParser] = {}
     parser = argparse.ArgumentParser(prog="kdjax", description=DESCRIPTION)
     parser.error = functools.partial(_fail, command="kdjax")  # one sentence instead of the usage
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -103,6 +167,7 @@ def _parser() -> argparse.ArgumentParser:
             allow_abbrev=False,
         )
         made.error = functools.partial(_fail, command=f"kdjax {name}")
+        made_commands[name] = made
         return made
 
     def add_config(to: argparse.ArgumentParser) -> None:
@@ -251,4 +316,5 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--network", choices=("student", "teacher"), default="student", help="which network of an mmrazor checkpoint"
     )
-    return parser
+    flags = {name: re.findall(r"(?<![\w-])--?[a-z][\w-]*", made.format_usage()) for name, made in made_commands.items()}
+    return parser, {name: [*found, "--help"] for name, found in flags.items()}

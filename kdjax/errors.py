@@ -1,7 +1,11 @@
-"""What kdjax raises when the user's input cannot be used."""
+"""What kdjax raises when the user's input cannot be used, and what the faults of the machine are called."""
 
 import contextlib
+import errno
+import os
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -26,3 +30,72 @@ def prefix(where: str) -> Iterator[None]:
     except UserError as error:
         error.args = (f"{where}: {error}",)
         raise
+
+
+# What nobody expects and every library passes on: errno -> what is wrong, what helps.
+_FAULTS = {
+    errno.ENOSPC: ("the disk is full", "make room"),
+    errno.EDQUOT: ("the disk quota is used up", "make room or raise the quota"),
+    errno.EROFS: ("the file system is read-only", "make it writable or choose another folder"),
+    errno.EIO: ("the disk fails", "check the disk or choose another folder"),
+    errno.ESTALE: ("the network file system lost the file", "mount it again"),
+    errno.EMFILE: ("too many files are open", "raise the limit (ulimit -n)"),
+    errno.ENFILE: ("too many files are open on this machine", "close other programs"),
+    errno.ENOMEM: ("the memory is used up", "close other programs"),
+}
+# Those that a program may expect and handle: they count only where they end the command.
+_REFUSALS = {
+    errno.EACCES: ("permission is denied", "change the permissions or choose another folder"),
+    errno.EPERM: ("permission is denied", "change the permissions or choose another folder"),
+}
+_MEMORY = re.compile("RESOURCE_EXHAUSTED|out of memory|bad_alloc|Unable to allocate|Insufficient memory", re.IGNORECASE)
+_PATH = re.compile(r"""["'](/[^"']+?)/?["']""")
+
+
+def fault(error: BaseException) -> str | None:
+    """The fault of the machine that an exception reports, also inside the exceptions of libraries.
+
+    Args:
+      error: what ended a command, or failed to write an output.
+
+    Returns:
+      One sentence: where, what is wrong, what helps; None if it is no fault of the machine, but perhaps a bug.
+
+    Example:
+      >>> fault(OSError(errno.ENOSPC, "No space left on device", "runs/a/metrics.jsonl"))
+      'runs/a/metrics.jsonl: the disk is full: make room'
+      >>> fault(KeyError("a"))
+    """
+    for one, handled in _linked(error):
+        known = _FAULTS if handled else _FAULTS | _REFUSALS
+        number = one.errno if isinstance(one, OSError) else None
+        if number not in known:
+            number = next((k for k in known if os.strerror(k) in str(one)), None)
+        if number is not None:
+            found = _PATH.search(str(one))
+            where = one.filename if isinstance(one, OSError) else None
+            where = where or (found and found[1])
+            return ": ".join([str(where)] * bool(where) + list(known[number]))
+        if isinstance(one, MemoryError) or _MEMORY.search(str(one)):
+            said = " ".join((str(one).splitlines() or [""])[0].split())[:160]
+            what = "the memory is used up" + f" ({said})" * bool(said)
+            return f"{what}: close other programs, or compute with smaller batches, images or models"
+    if isinstance(error, FileNotFoundError) and error.filename and not Path(error.filename).parent.exists():
+        return f"{error.filename}: its folder does not exist or was removed: restore it or choose another"
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    return None
+
+
+def _linked(error: BaseException) -> Iterator[tuple[BaseException, bool]]:
+    """An exception with all that it was raised from or consists of; True for what was being handled meanwhile."""
+    queue, seen = [(error, False)], set()
+    while queue:
+        one, handled = queue.pop(0)
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        yield one, handled
+        queue += [(inner, handled) for inner in getattr(one, "exceptions", ())]
+        queue += [(one.__cause__, handled)] if one.__cause__ else []
+        queue += [(one.__context__, True)] if one.__context__ else []

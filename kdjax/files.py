@@ -11,7 +11,7 @@ from typing import Any
 import filelock
 from absl import logging
 
-from kdjax.errors import UserError
+from kdjax.errors import UserError, fault
 
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}  # Lustre, some NFS and FUSE
 _STALE = 0.5  # s; the lock of a process that was killed is taken over within some attempts
@@ -24,8 +24,24 @@ def write_bytes(path: str | Path, content: bytes) -> None:
     """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)
+    try:
+        with named(path):
+            temporary.write_bytes(content)
+            temporary.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def named(path: str | Path) -> Iterator[None]:
+    """Gives an `OSError` that is raised inside the name of the file that is written; writing itself names none."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -36,6 +52,58 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, value: Mapping[str, Any] | Sequence[Any], *, indent: int | None = None) -> None:
     """`write_bytes` of a value as json, with a newline at the end."""
     write_text(path, json.dumps(value, indent=indent) + "\n")
+
+
+def check_outputs(where: str, folder: str | Path, *, files: Sequence[str] = (), folders: Sequence[str] = ()) -> None:
+    """Checks, before anything is computed, that outputs can be written.
+
+    Args:
+      where: the flag that names the folder.
+      folder: an existing folder.
+      files: what will be written in it, as in "student/config.json".
+      folders: what will be made in it.
+
+    Raises:
+      UserError: the folder cannot be written; a folder is in the place of a file, or a file in that of a folder.
+    """
+    folder = Path(folder)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{where}: {folder} is not writable: change its permissions or choose another folder")
+    for path in (folder / name for name in files):
+        if path.is_dir():
+            raise UserError(f"{where}: {path} is a folder, where a file is to be written: move it away")
+    for path in (folder / name for name in folders):
+        if (path.exists() or path.is_symlink()) and not path.is_dir():
+            raise UserError(f"{where}: {path} is not a folder, where one is to be made: move it away")
+        if path.is_dir() and not os.access(path, os.W_OK | os.X_OK):
+            raise UserError(f"{where}: {path} is not writable: change its permissions or choose another folder")
+
+
+@contextlib.contextmanager
+def attempt(failed: list[str]) -> Iterator[None]:
+    """Runs the body, which writes one of several outputs; a fault of the machine does not lose the others.
+
+    Args:
+      failed: gets the fault in one sentence.
+    """
+    try:
+        yield
+    except Exception as error:
+        text = fault(error)
+        if text is None:
+            raise
+        failed.append(text)
+
+
+def finish(failed: Sequence[str]) -> None:
+    """Ends a command some of whose outputs could not be written.
+
+    Raises:
+      UserError: if there are any; the first three are named.
+    """
+    if failed:
+        more = f"; and {len(failed) - 3} more" if len(failed) > 3 else ""
+        raise UserError(f"{'; '.join(failed[:3])}{more}; the other results are written: run the same command again")
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 import collections
 import dataclasses
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +25,23 @@ def load_model(path: str, flag: str = "--model") -> inference.Model:
         return inference.load(path)
 
 
-def make_folder(path: str | Path) -> Path:
-    """Creates the folder `--out` before anything is computed.
+def make_folder(path: str | Path, *, outputs: Sequence[str] = (), folders: Sequence[str] = ()) -> Path:
+    """Creates the folder `--out`, and checks that its files can be written, before anything is computed.
+
+    Args:
+      path: the folder.
+      outputs: the files that will be written in it.
+      folders: the folders that will be created in it.
 
     Raises:
-      UserError: it cannot be created.
+      UserError: it cannot be created, or something else is in the place of a file or folder.
     """
     folder = Path(path).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out: {path} cannot be created ({error.strerror}): choose another folder") from None
+    files.check_outputs("--out", folder, files=outputs, folders=folders)
     return folder
 
 
@@ -48,7 +54,7 @@ def output_file(path: str) -> Path:
     file = Path(path).expanduser()
     if file.is_dir():
         raise UserError(f"--out: {path} is a folder: name the file to write")
-    make_folder(file.parent)
+    make_folder(file.parent, outputs=[file.name])
     return file
 
 

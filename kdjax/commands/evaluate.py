@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from kdjax import files
 from kdjax.commands import arguments
 from kdjax.evals import coco, complexity, tide
 from kdjax.evals.matching import truth_by_image
-from kdjax.files import write_json, write_text
 from kdjax.inference.model import BATCH, Model
 from kdjax.report import evaluation
 from kdjax.structs import Detections
+
+DETECTIONS = {"model": "detections.json", "other": "detections_against.json"}
 
 
 def run(
@@ -51,32 +53,47 @@ def run(
     models = {"model": arguments.load_model(model)}
     if against:
         models["other"] = arguments.load_model(against, "--against")
-    folder = arguments.make_folder(out) if out else None
+    named = ("evaluation.json", "report.html", *DETECTIONS.values())
+    folder = arguments.make_folder(out, outputs=named) if out else None
     opened = arguments.open_data(data, split, annotations, images, limit)
     models = {name: arguments.match_classes(one, opened) for name, one in models.items()}
-    found, results = {}, {}
+    found, results, failed = {}, {}, []
     for name, one in models.items():
         found[name] = detect(one, opened)
+        if folder:
+            with files.attempt(failed):
+                files.write_json(folder / DETECTIONS[name], coco.results(found[name]))
         results[name] = analyse(opened.truth, found[name]) | {
             "path": str(one.path),
             "params": complexity.parameters(one.variables[0]),
             "flops": complexity.flops(one.detector, one.image_size),
         }
+    if folder:
+        with files.attempt(failed):
+            files.write_json(folder / "evaluation.json", {"data": opened.name, "split": split} | results)
     print(table(results))
     if folder:
-        write_json(folder / "evaluation.json", {"data": opened.name, "split": split} | results)
-        for name, by_image in found.items():
-            path = folder / f"detections{'' if name == 'model' else '_against'}.json"
-            write_json(path, coco.results(by_image))
-        truth = truth_by_image(opened.truth)
-        kept = {
-            name: tide.without_crowd(truth, tide.above_threshold(truth, by_image, thresholds(results[name])))
-            for name, by_image in found.items()
-        }
-        text = evaluation.page(results, data=opened.name, truth=opened.truth, stream=opened.stream, kept=kept)
-        write_text(folder / "report.html", text)
-        print(f"\n{folder / 'report.html'}")
+        with files.attempt(failed):
+            files.write_text(folder / "report.html", page(opened, found, results))
+            print(f"\n{folder / 'report.html'}")
+    files.finish(failed)
     return 0
+
+
+def page(opened: arguments.Data, found: Mapping[str, Mapping[int, Detections]], results: Mapping[str, Any]) -> str:
+    """The page of the results.
+
+    Args:
+      opened: the data.
+      found: what `detect` returns, by name of the model.
+      results: what `analyse` returns, by name of the model.
+    """
+    truth = truth_by_image(opened.truth)
+    kept = {
+        name: tide.without_crowd(truth, tide.above_threshold(truth, by_image, thresholds(results[name])))
+        for name, by_image in found.items()
+    }
+    return evaluation.page(results, data=opened.name, truth=opened.truth, stream=opened.stream, kept=kept)
 
 
 def detect(model: Model, opened: arguments.Data) -> dict[int, Detections]:

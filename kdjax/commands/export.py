@@ -62,6 +62,8 @@ def run(
     if max_ap_loss is not None and not data:
         raise UserError("--max-ap-loss needs --data=DIR, on which AP is measured")
     target = arguments.output_file(out)
+    if format != "onnx":
+        arguments.output_file(f"{out}.json")  # its metadata
     if format in ("onnx", "litert"):
         packages.check_installed(packages.ONNX if format == "onnx" else packages.LITERT)
     loaded = arguments.load_model(model)
@@ -75,15 +77,19 @@ def run(
         made = Path(folder) / target.name
         call = _write(loaded, made, format, raw=raw)
         worst = verify.check(loaded, call, samples, raw=raw)
-        print(f"outputs: largest difference from the JAX model {worst:.2g} (float32, {len(samples)} images)")
+        told = [f"outputs: largest difference from the JAX model {worst:.2g} (float32, {len(samples)} images)"]
         facts = metadata.describe(loaded, raw=raw, nms=format != "litert")
         facts["largest difference from JAX, float32"] = f"{worst:.2g}"
         if dtype == "int8":
-            onnx.quantise(made, loaded, _calibration(data or "", split, opened))
+            calibration, source = _calibration(data or "", split, opened)
+            told += source
+            onnx.quantise(made, loaded, calibration)
             call = onnx.runner(made)
         if opened:
             budget = BUDGET[dtype] if max_ap_loss is None else max_ap_loss
-            facts |= _measure(loaded, call, opened, raw=raw, dtype=dtype, budget=budget)
+            measured, line = _measure(loaded, call, opened, raw=raw, dtype=dtype, budget=budget)
+            facts |= measured
+            told.append(line)
             facts["AP measured on"] = f"{opened.name}, {split}, {opened.split.size} images"
         facts["dtype"] = dtype
         if format == "onnx":
@@ -91,6 +97,7 @@ def run(
         else:
             write_json(target.with_name(target.name + ".json"), facts)
         made.replace(target)
+    print(*told, sep="\n")
     print(f"{out}: {target.stat().st_size:,} bytes, {facts['input']}")
     return 0
 
@@ -107,8 +114,8 @@ def _write(model: Model, path: Path, format: str, *, raw: bool) -> verify.Call:
 
 def _measure(
     model: Model, call: verify.Call, opened: arguments.Data, *, raw: bool, dtype: str, budget: float
-) -> dict[str, str]:
-    """AP before and after, in points, for the metadata."""
+) -> tuple[dict[str, str], str]:
+    """AP before and after, in points, for the metadata and as a line."""
 
     def average_precision(what: str, run: Program | None) -> float:
         with contextlib.closing(opened.batches(model, batch_size=BATCH)) as batches:
@@ -117,13 +124,13 @@ def _measure(
 
     before = average_precision("JAX", None)
     after = average_precision("exported", verify.as_program(model, call, raw=raw))
-    print(f"AP: {before:.2f} in JAX, {after:.2f} in the file ({round(after - before, 2) + 0.0:+.2f})")
     if before - after > budget:
         raise UserError(
             f"{dtype} loses {before - after:.2f} points of AP ({before:.2f} to {after:.2f}), more than "
             f"--max-ap-loss={budget:g}: nothing was written"
         )
-    return {"AP of JAX": f"{before:.2f}", f"AP of this file, {dtype}": f"{after:.2f}"}
+    line = f"AP: {before:.2f} in JAX, {after:.2f} in the file ({round(after - before, 2) + 0.0:+.2f})"
+    return {"AP of JAX": f"{before:.2f}", f"AP of this file, {dtype}": f"{after:.2f}"}, line
 
 
 def _generated(split: str, count: int) -> list[np.ndarray]:
@@ -132,15 +139,20 @@ def _generated(split: str, count: int) -> list[np.ndarray]:
     return [image for image in images if image is not None]
 
 
-def _calibration(data: str, split: str, opened: arguments.Data | None) -> Iterator[np.ndarray]:
-    """Images for calibration: of the training split or, if the data has none, of the split that AP is measured on."""
+def _calibration(data: str, split: str, opened: arguments.Data | None) -> tuple[Iterator[np.ndarray], list[str]]:
+    """Images for calibration: of the training split or, if the data has none, of the split that AP is measured on.
+
+    Returns:
+      The images, and a line that tells the second case.
+    """
+    told = []
     if data == "scenes":
-        return iter(_generated("train", CALIBRATION))
+        return iter(_generated("train", CALIBRATION)), told
     try:
         train = arguments.open_data(data, "train", "", "", CALIBRATION)
     except (UserError, FileNotFoundError):
         if opened is None:
             raise
         train = opened
-        print(f"calibrated on the split {split}, on which AP is measured too: {data} has no usable split train")
-    return (image for _, image in itertools.islice(train.stream(), CALIBRATION))
+        told.append(f"calibrated on the split {split}, on which AP is measured too: {data} has no usable split train")
+    return (image for _, image in itertools.islice(train.stream(), CALIBRATION)), told

@@ -35,7 +35,7 @@ def run(*, file: str, detector: str, out: str, classes: str | None, image_size: 
             f"{file}: it does not name its {count} classes: give --classes=FILE, with one name per line or COCO's json"
         )
     params, stats = model.variables
-    arguments.make_folder(out)
+    arguments.make_folder(out, outputs=(weights.WEIGHTS, weights.CONFIG))
     weights.save(
         out,
         model.detector,

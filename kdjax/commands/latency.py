@@ -53,6 +53,8 @@ def run(*, models: list[str], threads: int | None, runs: int, out: str | None) -
             if loaded is None:
                 exported_file(Path(path))
         rows = [row for path, loaded in files.items() for row in measure(path, loaded, threads=threads, runs=runs)]
+    if target:
+        write_json(target, {"threads": threads, "runs": runs, "warm_up": WARM_UP, "rows": rows})
     print(table(rows))
     print(
         f"\nOne image, {threads} {'thread' if threads == 1 else 'threads'}, {runs} runs after {WARM_UP} to warm up. "
@@ -60,8 +62,6 @@ def run(*, models: list[str], threads: int | None, runs: int, out: str | None) -
     )
     if missing := packages.missing():
         print(f"onnxruntime timings skipped (missing: {', '.join(missing)}): pip install 'kdjax[export]'")
-    if target:
-        write_json(target, {"threads": threads, "runs": runs, "warm_up": WARM_UP, "rows": rows})
     return 0
 
 

@@ -1,7 +1,5 @@
 """`kdjax predict`: images, folders and videos to drawn boxes and COCO results."""
 
-import contextlib
-import functools
 import mimetypes
 import sys
 from collections.abc import Iterator
@@ -12,16 +10,18 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
+from kdjax import files
 from kdjax.commands import arguments
 from kdjax.data import coco as folders
-from kdjax.errors import UserError
+from kdjax.errors import UserError, fault
 from kdjax.evals import coco
-from kdjax.files import write_json
 from kdjax.inference.model import BATCH
 from kdjax.inference.predict import read_image
 from kdjax.report import drawing
+from kdjax.structs import Detections
 
 VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
+JPEG_SIDE = 65_500  # px; the format ends there
 _KNOWN = folders.SUFFIXES + VIDEOS
 
 
@@ -38,27 +38,29 @@ def run(*, paths: list[str], model: str, out: str, threshold: float) -> int:
       out: the folder to write.
       threshold: smallest score of a box that is drawn, 0 .. 1.
 
+    What cannot be drawn is reported too, and its detections are written. If the command is interrupted, those so far
+    are written.
+
     Returns:
-      Exit code: 0, or 2 if a file could not be read.
+      Exit code: 0, or 2 if a file could not be read or drawn.
 
     Raises:
       UserError: before any compute: a path is missing, there is no image, or no such model.
-      OSError: a drawn image cannot be written.
     """
     if not 0 <= threshold <= 1:
         raise UserError(f"--threshold must be a score in 0 .. 1, not {threshold}")
     folder = Path(out).expanduser()
-    files = find(paths, folder)
+    found_files = find(paths, folder)
     loaded = arguments.load_model(model)
-    arguments.make_folder(out)
+    arguments.make_folder(out, outputs=("detections.json", "images.json"), folders=("drawn",))
     images: list[dict[str, Any]] = []
     sources: list[tuple[Path, Path]] = []
     results: list[dict[str, Any]] = []
-    unreadable = 0
+    unreadable, done, drawings = 0, 0, Drawings()
 
     def read() -> Iterator[np.ndarray]:
         nonlocal unreadable
-        for file, name in files:
+        for file, name in found_files:
             try:
                 for number, image in enumerate(frames(file)):
                     label = f"{file}#{number}" if is_video(file) else str(file)
@@ -70,48 +72,110 @@ def run(*, paths: list[str], model: str, out: str, threshold: float) -> int:
                 unreadable += 1
                 _warn(str(error))
 
-    moving = any(is_video(file) for file, _ in files)
-    with contextlib.ExitStack() as videos:
-        write = functools.partial(_write, writers={}, videos=videos)
-        stream = loaded.stream(read(), batch_size=BATCH if moving else min(BATCH, len(files)))
-        bar = tqdm(stream, desc="predict", total=None if moving else len(files), unit="image")
+    moving = any(is_video(file) for file, _ in found_files)
+    try:
+        stream = loaded.stream(read(), batch_size=BATCH if moving else min(BATCH, len(found_files)))
+        bar = tqdm(stream, desc="predict", total=None if moving else len(found_files), unit="image")
         for (image, found), (source, target), entry in zip(bar, sources, images, strict=False):
             results += coco.to_coco(found, entry["id"])
-            names = found.class_names
-            drawn = drawing.draw(image, found.boxes, found.labels, found.scores, names, threshold=threshold, width=None)
-            write(source, target, drawn)
+            done += 1
+            drawings.write(source, target, image, found, threshold)
+        drawings.close()
+    finally:  # results first: also those so far, if drawing or computing goes wrong
+        if done:
+            categories = zip(loaded.category_ids, loaded.class_names, strict=True)
+            named = {"images": images[:done], "categories": [{"id": k, "name": name} for k, name in categories]}
+            failed: list[str] = []
+            for name, content in (("detections.json", results), ("images.json", named)):
+                with files.attempt(failed):
+                    files.write_json(folder / name, content)
+            files.finish(failed)
     if not images:
         return 2
-    categories = [{"id": k, "name": name} for k, name in zip(loaded.category_ids, loaded.class_names, strict=True)]
-    write_json(folder / "detections.json", results)
-    write_json(folder / "images.json", {"images": images, "categories": categories})
     strong = sum(row["score"] >= threshold for row in results)
     print(f"{out}: {len(images)} images, {strong} objects with a score of at least {threshold:g}")
-    return 2 if unreadable else 0
+    return 2 if unreadable or drawings.failed else 0
 
 
-def _write(
-    source: Path,
-    target: Path,
-    drawn: np.ndarray,
-    *,
-    writers: dict[Path, cv2.VideoWriter],
-    videos: contextlib.ExitStack,
-) -> None:
-    """Writes an image, or the next frame of a video, whose writer `videos` closes at the end."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if not is_video(source):
-        if not cv2.imwrite(str(target), drawn[:, :, ::-1]):
-            raise OSError(f"{target} could not be written: is the disk full?")
-        return
-    if target not in writers:
-        rate = cv2.VideoCapture(str(source)).get(cv2.CAP_PROP_FPS) or 25
-        writer = cv2.VideoWriter(str(target), cv2.VideoWriter.fourcc(*"mp4v"), rate, drawn.shape[1::-1])
-        if not writer.isOpened():
-            raise OSError(f"{target} could not be written: OpenCV cannot write mp4 here, or the disk is full")
-        videos.callback(writer.release)
-        writers[target] = writer
-    writers[target].write(drawn[:, :, ::-1])
+class Drawings:
+    """The drawn images and videos. What cannot be written is reported, once for each file, and skipped."""
+
+    def __init__(self) -> None:
+        self.failed: set[Path] = set()
+        self.writers: dict[Path, cv2.VideoWriter] = {}
+        self.frames: dict[Path, int] = {}
+
+    def write(self, source: Path, target: Path, image: np.ndarray, found: Detections, threshold: float) -> None:
+        """Draws an image, or the next frame of a video.
+
+        Args:
+          source: the file that was read.
+          target: the file to write.
+          image: u8[h, w, 3] RGB.
+          found: its detections.
+          threshold: smallest score of a box that is drawn.
+        """
+        if target in self.failed:
+            return
+        names = found.class_names
+        drawn = drawing.draw(image, found.boxes, found.labels, found.scores, names, threshold=threshold, width=None)
+        drawn = np.ascontiguousarray(drawn[:, :, ::-1])
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if is_video(source):
+                self._frame(source, target, drawn)
+            else:
+                _write_jpeg(target, drawn)
+        except (OSError, UserError) as error:
+            self._report(target, f"{source}: its drawing is not written: {error_text(error)}")
+
+    def _frame(self, source: Path, target: Path, drawn: np.ndarray) -> None:
+        if target not in self.writers:
+            rate = cv2.VideoCapture(str(source)).get(cv2.CAP_PROP_FPS)
+            rate = rate if rate > 0 else 25  # the file does not say
+            self.writers[target] = cv2.VideoWriter(
+                str(target), cv2.VideoWriter.fourcc(*"mp4v"), rate, drawn.shape[1::-1]
+            )
+            self.frames[target] = 0
+            if not self.writers[target].isOpened():
+                raise UserError("OpenCV cannot write mp4 here, or the disk is full")
+        self.writers[target].write(drawn)
+        self.frames[target] += 1
+
+    def close(self) -> None:
+        """Closes the videos; OpenCV does not say whether it could write them, so their frames are counted."""
+        for target, writer in self.writers.items():
+            writer.release()
+            if target not in self.failed:
+                written = int(cv2.VideoCapture(str(target)).get(cv2.CAP_PROP_FRAME_COUNT))
+                if written < self.frames[target]:
+                    what = f"only {written} of its {self.frames[target]} frames could be written: is the disk full?"
+                    self._report(target, f"{target}: {what}")
+
+    def _report(self, target: Path, message: str) -> None:
+        self.failed.add(target)
+        _warn(message)
+
+
+def error_text(error: Exception) -> str:
+    """An error in one sentence."""
+    return fault(error) or str(error)
+
+
+def _write_jpeg(target: Path, drawn: np.ndarray) -> None:
+    """Writes an image.
+
+    Raises:
+      UserError: it is too large for the format.
+      OSError: the file cannot be written.
+    """
+    height, width = drawn.shape[:2]
+    if max(height, width) > JPEG_SIDE:
+        raise UserError(f"JPEG ends at {JPEG_SIDE:,} px a side, the image has {width:,} x {height:,}")
+    encoded, content = cv2.imencode(".jpg", drawn)
+    if not encoded:
+        raise UserError("OpenCV cannot encode it as JPEG")
+    files.write_bytes(target, content.tobytes())
 
 
 def find(paths: list[str], out: Path) -> list[tuple[Path, str]]:

@@ -45,7 +45,7 @@ def read(config: str, overrides: Sequence[str] = ()) -> Config:
         if value is None:
             raise UserError(f"--config.{name}: it has no value: write --config.{name}=value")
         if name in seen:
-            raise UserError(f"--config.{name} appears more than once")
+            raise UserError(f"--config.{name} appears more than once: keep one")
         seen.add(name)
         _override(made, name, value)
     return made

@@ -18,9 +18,11 @@ seed, as a run of its own, and studies in the same folder share it. Runs are eva
 
 Finished runs are kept, interrupted ones resumed: run the same command again to continue, also with more variants or
 seeds. The table names a run that fails, and the others continue. The last lines of the output are the table and one
-JSON object; `--log FILE` appends both, with the versions, to a Markdown file. The chart is WORKDIR/NAME.png.
+JSON object; `--log FILE` appends both, with the versions, to a Markdown file. The chart is WORKDIR/NAME.png. A
+workdir has one study at a time.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -30,14 +32,14 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from kdjax import detectors, resources
+from kdjax import detectors, files, resources
 from kdjax import methods as zoo
 from kdjax.commands import settings
 from kdjax.errors import UserError
@@ -130,7 +132,27 @@ def run(
     variants = STUDIES[name](options)
     config_flag, *flags = run_flags(options, variants[0], first)
     settings.read(config_flag.removeprefix("--config="), flags)
-    return study(options, variants)
+    check_outputs(options)
+    busy = f"--workdir: another study runs in {options.workdir}: wait until it ends, or choose another folder"
+    with files.lock(options.workdir / ".lock", busy):
+        return study(options, variants)
+
+
+def check_outputs(options: Options) -> None:
+    """Makes the workdir, and checks that chart and log can be written.
+
+    Raises:
+      UserError: they cannot.
+    """
+    for flag, folder, name in (
+        ("--workdir", options.workdir, f"{options.name}.png"),
+        *([("--log", options.log.parent, options.log.name)] if options.log else []),
+    ):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{flag}: {folder} cannot be made ({error.strerror}): choose another") from None
+        files.check_outputs(flag, folder, files=[name])
 
 
 def words(text: str) -> list[str]:
@@ -188,7 +210,8 @@ def teachers(folders: Sequence[str]) -> list[tuple[str, tuple[str, ...]]]:
         path = resources.model_path(folder).absolute()
         if not (path / "config.json").is_file():
             raise UserError(f"--teachers: {folder} is not a student/ folder of a run")
-        detector = json.loads((path / "config.json").read_text())["detector"]
+        with unreadable(path / "config.json"):
+            detector = json.loads((path / "config.json").read_text())["detector"]
         flags = ("--config.teacher.detector=", f"--config.teacher.weights={path}")
         chosen.append((f"{detector} ({folder})", flags))
     return chosen or [("", ())]
@@ -255,14 +278,17 @@ def study(options: Options, variants: list[Variant]) -> int:
                 row["latency_ms"] = latency(folders[row["name"]] / "student")
     if options.name in ("methods", "teacher"):
         rows.sort(key=lambda row: -row.get("gain AP", [-math.inf])[0])
-    report.draw(rows, options.name).savefig(workdir / f"{options.name}.png")
-    print(f"chart: {workdir / options.name}.png")
-    report.publish(
-        command_of(options),
-        [report.study_table(rows), str(facts_of(folders["twin"]))],
-        {"study": options.name, "rows": rows},
-        options.log,
-    )
+    failed: list[str] = []
+    with files.attempt(failed):
+        report.publish(
+            command_of(options),
+            [report.study_table(rows), str(facts_of(folders["twin"]))],
+            {"study": options.name, "rows": rows},
+            options.log,
+        )
+    with files.attempt(failed):
+        report.draw(rows, options.name).savefig(workdir / f"{options.name}.png")
+    files.finish(failed)
     return 0
 
 
@@ -334,7 +360,10 @@ def train(flags: list[str], workdir: Path) -> dict[str, Any]:
         call([sys.executable, "-m", "kdjax", "train", *flags, f"--workdir={workdir}"])
     elif flags_of(workdir) != flags:
         raise UserError(f"{workdir} has a run with other flags ({' '.join(flags_of(workdir))}): choose another folder")
-    return json.loads(results.read_text())
+    with unreadable(results):
+        found = json.loads(results.read_text())
+        found["student"]["AP"]
+        return found
 
 
 def call(command: list[str]) -> None:
@@ -377,12 +406,27 @@ def last_sentence(text: str) -> str:
     return (own or lines or ["no message"])[-1]
 
 
+@contextlib.contextmanager
+def unreadable(file: Path) -> Iterator[None]:
+    """Turns what goes wrong with a damaged json into a sentence.
+
+    Raises:
+      UserError: the file cannot be read.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
+        raise UserError(f"{file}: it is damaged or incomplete ({error!r})") from None
+
+
 def flags_of(workdir: Path) -> list[str]:
     """The flags that a run was started with, without its folder."""
-    command = json.loads((workdir / "config.json").read_text())["runs"][0]["command"]
+    with unreadable(workdir / "config.json"):
+        command = json.loads((workdir / "config.json").read_text())["runs"][0]["command"]
     return [flag for flag in command if flag.startswith("--") and not flag.startswith("--workdir=")]
 
 
 def facts_of(workdir: Path) -> dict[str, str]:
     """Versions, commit and devices of a run."""
-    return report.facts(json.loads((workdir / "config.json").read_text())["runs"][0])
+    with unreadable(workdir / "config.json"):
+        return report.facts(json.loads((workdir / "config.json").read_text())["runs"][0])

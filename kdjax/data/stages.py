@@ -35,15 +35,19 @@ def check_settings(cfg: Settings) -> None:
     read_stages(cfg)
 
 
+LARGEST = 16_384  # px, of a side of the canvas
+
+
 def canvas_size(cfg: Settings) -> tuple[int, int]:
     """Height and width of the canvas in pixels.
 
     Raises:
-      UserError: `image_size` is not two positive numbers.
+      UserError: `image_size` is not two numbers in 1 .. 16,384.
     """
     size = tuple(int(side) for side in cfg["image_size"])
-    if len(size) != 2 or min(size) < 1:
-        raise UserError(f"image_size must be (height, width) of the canvas in pixels, not {size}")
+    if len(size) != 2 or min(size) < 1 or max(size) > LARGEST:
+        most = f": at most {LARGEST:,} a side" if max(size, default=0) > LARGEST else ""
+        raise UserError(f"image_size must be (height, width) of the canvas in pixels, not {size}{most}")
     return size
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import overload
@@ -10,6 +11,7 @@ import jax
 import numpy as np
 
 from kdjax import detectors, resources, sharding, weights
+from kdjax.data.stages import LARGEST
 from kdjax.detectors.api import Detector, Tree, unflatten
 from kdjax.errors import UserError, prefix
 from kdjax.inference import predict
@@ -163,13 +165,23 @@ def load(
         variables=(params, stats),
         class_names=tuple(names or ()),
         category_ids=tuple(ids),
-        image_size=_pair(config["image_size"]),
+        image_size=_canvas(folder / weights.CONFIG, built, config["image_size"]),
     )
 
 
-def _pair(size: Sequence[int]) -> tuple[int, int]:
-    height, width = size
-    return int(height), int(width)
+def _canvas(where: str | Path, detector: Detector, size: Sequence[int]) -> tuple[int, int]:
+    """The size of the network input, checked."""
+    try:
+        height, width = map(operator.index, size)
+    except (TypeError, ValueError):
+        raise UserError(f"{where}: image_size must be height and width in pixels, not {size!r}") from None
+    step = detector.size_divisor
+    if min(height, width) < 1 or max(height, width) > LARGEST or height % step or width % step:
+        raise UserError(
+            f"{where}: image_size must be multiples of {step} up to {LARGEST:,} px for {detector.name}, not "
+            f"{height}x{width}"
+        )
+    return height, width
 
 
 def _from_file(
@@ -177,8 +189,7 @@ def _from_file(
 ) -> Model:
     """Loads a file of weights that another program wrote."""
     probe = detectors.build(name, 1)
-    if any(side < 1 or side % probe.size_divisor for side in image_size):
-        raise UserError(f"image_size must be two multiples of {probe.size_divisor}, not {tuple(image_size)}")
+    canvas = _canvas("image_size", probe, image_size)
     state, own_names = weights.read_checkpoint(path)
     plain = weights.plain(probe, state, network)
     count = weights.count_classes(probe, plain)
@@ -203,26 +214,27 @@ def _from_file(
         variables=variables,
         class_names=tuple(names),
         category_ids=tuple(range(1, count + 1)),
-        image_size=_pair(image_size),
+        image_size=canvas,
     )
 
 
 def _from_checkpoint(workdir: Path, step: int | None = None) -> Model:
     """The moving average of the student in one checkpoint of a run; None: the newest intact one."""
     note, arrays = checkpoint.arrays(workdir / CHECKPOINTS, "student/ema/", step=step)
-    try:
-        config = json.loads((workdir / "config.json").read_text())["config"]
+    try:  # older checkpoints do not have the settings
+        config = note.get("config") or json.loads((workdir / "config.json").read_text())["config"]
         name, size = note["run"]["student"], config["data"]["image_size"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(f"{workdir / 'config.json'}: it cannot be read as the config of a run: {error!r}") from None
     names = note["run"]["classes"]
     tree = unflatten({path: jax.numpy.asarray(value) for path, value in arrays.items()})
     ids = note.get("category_ids") or range(1, len(names) + 1)  # which older runs did not write
+    detector = detectors.build(name, len(names), **note["run"].get("options", {}))
     return Model(
         path=workdir,
-        detector=detectors.build(name, len(names), **note["run"].get("options", {})),
+        detector=detector,
         variables=(tree["params"], tree["stats"]),
         class_names=tuple(names),
         category_ids=tuple(ids),
-        image_size=_pair(size),
+        image_size=_canvas(workdir, detector, size),
     )

@@ -1,6 +1,8 @@
 """The model card: README.md of the folder of an exported model."""
 
+import html
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -54,7 +56,7 @@ def card(
     return "\n".join(
         [
             _header(name, dataset.name, results[role]["AP"], distilled=teacher is not None),
-            f"# {name} on {dataset.name}, {methods}\n",
+            f"# {_plain(name)} on {_plain(dataset.name)}, {_plain(methods)}\n",
             _introduction(role, results) + "\n",
             "## Use\n",
             _USE.format(role=role),
@@ -64,7 +66,7 @@ def card(
             _list(
                 _data(dataset) | _training(config, teacher, fingerprints) | {"hash of the weights": fingerprints[role]}
             ),
-            _list({name: value for name, value in versions.items() if value}),
+            _list({name: _plain(value) for name, value in versions.items() if value}),
             "## Licence\n",
             _licence(dataset.licenses, config, distilled=teacher is not None),
         ]
@@ -117,20 +119,22 @@ def _data(dataset: Dataset) -> dict[str, str]:
     facts = {}
     for role, split in dataset.splits.items():
         boxes = sum(not entry["iscrowd"] for entry in split.truth["annotations"])
-        facts[f"data, {role}"] = f"{dataset.name}, split `{split.name}`: {split.size} images, {boxes} boxes"
-    return facts | {"classes": ", ".join(dataset.classes)}
+        facts[f"data, {role}"] = (
+            f"{_plain(dataset.name)}, split {_code(split.name)}: {split.size} images, {boxes} boxes"
+        )
+    return facts | {"classes": _plain(", ".join(dataset.classes))}
 
 
 def _training(config: Config, teacher: str | None, fingerprints: Mapping[str, str]) -> dict[str, str]:
     facts = {}
     if teacher:
-        facts["teacher"] = f"{teacher}, weights `{config.teacher.weights}`, hash {fingerprints['teacher']}"
+        facts["teacher"] = f"{teacher}, weights {_code(config.teacher.weights)}, hash {fingerprints['teacher']}"
         for name, options in config.methods.items():
             defaults = zoo.options(name)
             changed = {key: value for key, value in options.items() if key != "weight" and value != defaults[key]}
             shown = ", ".join(f"{key} {value}" for key, value in {"weight": options.weight, **changed}.items())
-            facts[f"method {name}"] = f"{shown}; other options at their defaults"
-    start = f"`{config.student.weights}`" if config.student.weights else "random initialisation"
+            facts[f"method {name}"] = f"{_plain(shown)}; other options at their defaults"
+    start = _code(config.student.weights) if config.student.weights else "random initialisation"
     return facts | {
         "initial weights": start,
         "training": f"{config.steps} steps of {config.batch_size} images, {config.dtype}, seed {config.seed}",
@@ -139,6 +143,16 @@ def _training(config: Config, teacher: str | None, fingerprints: Mapping[str, st
 
 def _list(facts: dict[str, str]) -> str:
     return "".join(f"- {name}: {' '.join(str(value).split())}\n" for name, value in facts.items())
+
+
+def _plain(text: str) -> str:
+    """Text of others in one line, in which Markdown and HTML see no mark."""
+    return html.escape(re.sub(r"([\\`*\[\]|])", r"\\\1", " ".join(text.split())), quote=False)
+
+
+def _code(text: str) -> str:
+    """Text of others in one line, as code."""
+    return f"`{' '.join(text.replace('`', ' ').split())}`"
 
 
 def _licence(licenses: Sequence[str], config: Config, *, distilled: bool) -> str:
@@ -155,6 +169,6 @@ def _licence(licenses: Sequence[str], config: Config, *, distilled: bool) -> str
         return (
             text
             + "The annotation file lists these licences of the images:\n\n"
-            + "".join(f"- {' '.join(one.split())}\n" for one in licenses)
+            + "".join(f"- {_plain(one)}\n" for one in licenses)
         )
     return text + "The data names no licence: add it here before you share this model.\n"

@@ -105,10 +105,10 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def publish(command: str, parts: list[str], summary: dict[str, Any], log: Path | None) -> None:
-    """Prints the parts and one line of JSON; appends both, under the command, to the log if there is one."""
+    """Appends the parts and one line of JSON, under the command, to the log if there is one; prints both."""
     parts = [*parts[:-1], f"{time.strftime('%Y-%m-%d')}; {parts[-1]}"]
+    if log:
+        with log.open("a", encoding="utf-8", errors="replace") as file:
+            file.write("\n" + "\n\n".join([f"`{command}`", *parts, f"    {json.dumps(summary)}"]) + "\n")
     print("\n" + "\n\n".join(parts))
     print(json.dumps(summary))
-    if log:
-        with log.open("a") as file:
-            file.write("\n" + "\n\n".join([f"`{command}`", *parts, f"    {json.dumps(summary)}"]) + "\n")

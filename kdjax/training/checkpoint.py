@@ -1,7 +1,10 @@
 """Checkpoints with Orbax: written atomically, verified by hashes, with a fallback to the step before."""
 
 import contextlib
+import errno
 import logging
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,8 @@ import orbax.checkpoint as ocp
 
 from kdjax.errors import UserError
 from kdjax.structs import PyTree
-from kdjax.weights.checkpoint import digest, flat
+from kdjax.weights.checkpoint import arrays as read_arrays
+from kdjax.weights.checkpoint import check_note, digest, flat, sealed
 
 log = logging.getLogger(__name__)
 
@@ -19,8 +23,9 @@ log = logging.getLogger(__name__)
 class Checkpoints:
     """Saves and restores trees of arrays, with a JSON note, in a directory.
 
-    Orbax writes atomically but does not detect corrupted bytes. So the note also holds a hash of each array, which is
-    verified when a step is read. A step that fails is skipped for the one before it.
+    Orbax writes atomically but does not detect corrupted bytes. So the note also holds a hash of each array and of
+    itself, which are verified when a step is read. A step that fails is skipped for the one before it. The first step
+    that is saved is read back at once.
     """
 
     def __init__(self, directory: Path, *, keep: int) -> None:
@@ -33,6 +38,7 @@ class Checkpoints:
         # Orbax logs a warning for each default option on a CPU; its errors are exceptions anyway.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         self.directory = Path(directory).absolute()
+        self.proven = False  # a step of this directory has been read
         self.manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
@@ -43,20 +49,43 @@ class Checkpoints:
         return self.manager.latest_step()
 
     def save(self, step: int, tree: PyTree, note: dict[str, Any]) -> None:
-        """Writes a step in the background.
+        """Writes a step in the background; the first one is waited for and read back.
 
         Args:
           step: number of updates so far.
           tree: nested arrays; copied to the host before this returns, so that its buffers may be donated.
           note: JSON-able.
+
+        Raises:
+          UserError: the first step cannot be read back.
+          OSError: the disk is full, or this or an earlier step could not be written.
         """
         if self.manager.latest_step() == step:
             return
         arrays = flat(tree)
-        note = note | {"sha256": {name: digest(value) for name, value in arrays.items()}}
+        self._check_room(sum(value.nbytes for value in arrays.values()))
+        note = sealed(note | {"sha256": {name: digest(value) for name, value in arrays.items()}})
         self.manager.save(
             step, args=ocp.args.Composite(state=ocp.args.StandardSave(arrays), note=ocp.args.JsonSave(note))
         )
+        if not self.proven:
+            self.wait()
+            try:
+                read, _ = read_arrays(self.directory, "", step=step)
+            except UserError as error:
+                raise UserError(f"workdir: {error}, though it was just written: choose another folder") from error
+            self.proven = read["sha256"] == note["sha256"]
+            if not self.proven:
+                raise UserError(
+                    f"workdir: {self.directory}: step {step} was just saved, but other values are read back: choose "
+                    "another folder"
+                )
+
+    def _check_room(self, size: int) -> None:
+        """Checks the disk first: on a full one each thread of Orbax prints tracebacks, which hide the cause."""
+        usage = shutil.disk_usage(self.directory)
+        if usage.total and usage.free < size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.directory))
 
     def note(self) -> dict[str, Any] | None:
         """The newest readable note, without reading arrays; None if there is no step.
@@ -68,6 +97,7 @@ class Checkpoints:
         for step in steps:
             with contextlib.suppress(Exception):  # damaged; `restore` skips it with a warning
                 restored: Any = self.manager.restore(step, args=ocp.args.Composite(note=ocp.args.JsonRestore()))
+                check_note(restored.note)
                 return restored.note
         if steps:
             raise UserError(f"no checkpoint in {self.directory} can be used: their metadata cannot be read")
@@ -96,6 +126,7 @@ class Checkpoints:
                 continue
             for later in steps[: steps.index(step)]:
                 self.manager.delete(later)
+            self.proven = True
             return tree, note
         raise UserError(f"no checkpoint in {self.directory} can be used: {'; '.join(problems) or 'there is none'}")
 
@@ -104,6 +135,7 @@ class Checkpoints:
         restored: Any = self.manager.restore(
             step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted), note=ocp.args.JsonRestore())
         )
+        check_note(restored.note)
         for name, value in restored.state.items():
             if digest(value) != restored.note["sha256"][name]:
                 raise ValueError(f"the array {name} does not match its hash")
@@ -116,5 +148,7 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits until all writes are finished, and closes the directory."""
-        self.manager.wait_until_finished()
-        self.manager.close()
+        try:
+            self.manager.wait_until_finished()
+        finally:
+            self.manager.close()

@@ -1,8 +1,8 @@
 """Checks of config, data, models and workdir before the first update."""
 
 import contextlib
+import glob
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdjax import data, detectors, methods, resources, sharding
+from kdjax import data, detectors, files, methods, resources, sharding
 from kdjax.errors import UserError, prefix
 from kdjax.structs import Array, DetectorOutput, targets_of
 from kdjax.training import config as settings
@@ -19,8 +19,12 @@ from kdjax.training.config import Config
 from kdjax.training.setup import Setup, build_methods, named_detector
 from kdjax.training.step import TeacherVariables, TrainState
 
-# Settings that may differ between a run and its resumption, because they do not change the result.
-FREE_KEYS = {"log_every", "checkpoint", "compile_cache", "data.workers", "data.cache", "data.root", "eval"}
+# What a run writes into its workdir.
+_MODEL = ("model.safetensors", "config.json", "README.md")
+_FILES = ("config.json", "metrics.jsonl", "per_class.json", "results.json", "report.html", ".lock",
+          *(f"{role}/{name}" for role in ("student", "twin") for name in _MODEL),
+          *(f"detections/{role}.json" for role in ("student", "twin", "teacher")))  # fmt: skip
+_FOLDERS = ("tensorboard", "checkpoints", "student", "twin", "detections")
 
 
 def check_settings(config: Config) -> None:
@@ -104,28 +108,26 @@ def check_workdir(config: Config, workdir: str | Path | None) -> Path:
     """
     if not workdir:
         raise UserError("workdir: it is missing: choose a folder for the run")
-    folder = Path(workdir)
+    if "://" in str(workdir):
+        raise UserError(f"workdir: {workdir} is a URL: choose a folder of this machine")
+    folder = Path(workdir).expanduser()
+    if glob.has_magic(str(folder.absolute())):
+        raise UserError(
+            f"workdir: {folder.absolute()} contains *, ? or [, which the library that writes checkpoints takes as a "
+            "pattern: choose a path without them"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"workdir: {folder} cannot be created ({error.strerror}): choose another") from None
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"workdir: {folder} is not writable: choose another")
+    files.check_outputs("workdir", folder, files=_FILES, folders=_FOLDERS)
     path = folder / "config.json"
     if not path.exists():
         return folder
-    # Settings that are newer than the run had no effect then, and their defaults have none either.
-    before = settings.flat(json.loads(settings.base().to_json()))
     try:
-        before |= settings.flat(json.loads(path.read_text())["config"])
-    except (ValueError, TypeError, KeyError):
+        differ = settings.differences(json.loads(path.read_text(encoding="utf-8"))["config"], config)
+    except (ValueError, TypeError, KeyError, RecursionError):
         raise UserError(f"workdir: {path} is not the config of a run: choose another") from None
-    now = settings.flat(json.loads(config.to_json()))
-    differ = [
-        f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
-    ]
     if differ:
         raise UserError(f"workdir: {folder} holds a run with other settings ({'; '.join(differ)}): choose another")
     return folder

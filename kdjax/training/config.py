@@ -1,9 +1,10 @@
 """All settings of a run with their defaults; a config in `configs/` starts from `base()` and changes some."""
 
 import difflib
+import json
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from ml_collections import ConfigDict
 
@@ -190,8 +191,14 @@ def unknown_setting(name: str, config: Config) -> UserError:
       UserError('unknown setting config.optimizer.lrr (did you mean config.optimizer.lr?)')
     """
     leaves = flat(config.to_dict())
-    groups = {leaf.rpartition(".")[0] for leaf in leaves} - {""}
-    close = difflib.get_close_matches(name, [*leaves, *groups], n=1)
+    names = [*leaves, *({leaf.rpartition(".")[0] for leaf in leaves} - {""})]
+    # The last part alone may be right, or nearly, as in config.lr or config.train.learning_rate.weight_decy.
+    last = {other.rpartition(".")[2]: other for other in reversed(names)}
+    close = (
+        difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.75)
+        or [last[part] for part in difflib.get_close_matches(name.lower().rpartition(".")[2], last, n=1, cutoff=0.75)]
+        or difflib.get_close_matches(name, names, n=1)
+    )
     return UserError(f"unknown setting config.{name}" + (f" (did you mean config.{close[0]}?)" if close else ""))
 
 
@@ -203,6 +210,37 @@ def flat(tree: Mapping[str, Any]) -> dict[str, Any]:
       {'a.b': 1, 'c': 2}
     """
     return {path.replace("/", "."): value for path, value in flatten(dict(tree)).items()}
+
+
+# Settings that may differ between a run and its resumption, because they do not change the result.
+_FREE = ("log_every", "checkpoint", "compile_cache", "data.workers", "data.cache", "data.root", "eval")
+
+
+def differences(written: object, config: Config) -> list[str]:
+    """The settings that change the result and differ from those that a run was started with.
+
+    Args:
+      written: the config of the run, as it was read from json.
+      config: the config now.
+
+    Returns:
+      "optimizer.lr was 0.1, is 0.2" and the like.
+
+    Raises:
+      UserError: `written` is not the config of a run.
+    """
+    # Settings that are newer than the run had no effect then, and their defaults have none either.
+    before = flat(json.loads(base().to_json()))
+    try:
+        before |= flat(cast(Any, written))
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        raise UserError("it is not the config of a run") from None
+    now = flat(json.loads(config.to_json()))
+    return [
+        f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not any(key == free or key.startswith(f"{free}.") for free in _FREE)
+    ]
 
 
 def augment(**changes: Any) -> dict[str, Any]:

@@ -89,14 +89,20 @@ def finish(setup: Setup, workdir: Path, log: Log) -> dict[str, Any]:
     image_size = tuple(config.data.image_size)
     roles = [*setup.states, "teacher"] if setup.teacher_detects else [*setup.states]
     results: dict[str, Any] = dict.fromkeys(("teacher", "twin", "student", "gain"))
-    evaluations = {}
+    evaluations, failed = {}, []
     for role in roles:
         detector, (params, _) = model(setup, role)
         evaluations[role] = evaluate(setup, role)
         counts = {"params": complexity.parameters(params), "flops": complexity.flops(detector, image_size)}
         results[role] = evaluations[role].metrics | counts
-        log.write(config.steps, "eval", {f"{role}/{k}": v for k, v in evaluations[role].metrics.items()})
-    check_programs(setup)
+        with files.attempt(failed):
+            log.write(config.steps, "eval", {f"{role}/{k}": v for k, v in evaluations[role].metrics.items()})
+        if not jax.process_index():
+            with files.attempt(failed):
+                (workdir / "detections").mkdir(exist_ok=True)
+                files.write_json(
+                    workdir / "detections" / f"{role}.json", coco.results(evaluations[role].detections), indent=1
+                )
     if dataset.name == "voc":
         truth = data.ground_truth(dataset, "val")
         results["voc"] = {
@@ -112,15 +118,19 @@ def finish(setup: Setup, workdir: Path, log: Log) -> dict[str, Any]:
         }
     if jax.process_index():
         return results
+    # Results before the report; what cannot be written does not lose the rest.
     for role in setup.states:
-        save_model(setup, role, workdir / role, results, evaluations[role].metrics)
-    (workdir / "detections").mkdir(exist_ok=True)
-    for role, evaluation in evaluations.items():
-        files.write_json(workdir / "detections" / f"{role}.json", coco.results(evaluation.detections), indent=1)
+        with files.attempt(failed):
+            save_model(setup, role, workdir / role, results, evaluations[role].metrics)
     per_class = {role: evaluation.per_class for role, evaluation in evaluations.items()}
-    files.write_json(workdir / "per_class.json", per_class, indent=1)
-    write_report(setup, workdir / "report.html", results, evaluations, log.rows())
-    files.write_json(workdir / "results.json", results, indent=1)  # last: if it exists, all else does
+    with files.attempt(failed):
+        files.write_json(workdir / "per_class.json", per_class, indent=1)
+    with files.attempt(failed):
+        files.write_json(workdir / "results.json", results, indent=1)  # if it exists, so do the models
+    with files.attempt(failed):
+        write_report(setup, workdir / "report.html", results, evaluations, log)
+    files.finish(failed)
+    check_programs(setup)
     return results
 
 
@@ -167,7 +177,7 @@ def save_model(setup: Setup, role: str, folder: Path, results: Mapping[str, Any]
         fingerprints=fingerprints,
         versions=environment(),
     )
-    (folder / "README.md").write_text(text, encoding="utf-8", errors="replace")
+    files.write_text(folder / "README.md", text)
 
 
 def write_report(
@@ -175,7 +185,7 @@ def write_report(
     path: Path,
     results: Mapping[str, Any],
     evaluations: Mapping[str, Evaluation],
-    rows: Sequence[Mapping[str, Any]],
+    log: Log,
 ) -> None:
     """Writes report.html.
 
@@ -184,9 +194,10 @@ def write_report(
       path: the file.
       results: of `finish`.
       evaluations: by role.
-      rows: of the log.
+      log: of the run.
     """
     config, dataset = setup.config, setup.dataset
+    rows = log.rows()
     shown = [evaluations[role].examples for role in ("teacher", "twin", "student") if role in evaluations]
     examples = [
         same[0]._replace(detections={role: found for one in same for role, found in one.detections.items()})
@@ -201,16 +212,17 @@ def write_report(
         examples=examples,
         class_names=list(dataset.classes),
         config_text=config.to_json(indent=2),
-        notes=notes(setup, rows),
+        notes=notes(setup, rows, log.damaged),
     )
 
 
-def notes(setup: Setup, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def notes(setup: Setup, rows: Sequence[Mapping[str, Any]], damaged: int) -> list[str]:
     """Sentences on the run for its report, and facts of the form "name: value".
 
     Args:
       setup: of the run.
       rows: of the log.
+      damaged: number of damaged lines of the log, which are not among the rows.
     """
     config = setup.config
     seconds = sum({row["step"]: row["seconds"] for row in rows if row["kind"] == "train"}.values())
@@ -226,5 +238,7 @@ def notes(setup: Setup, rows: Sequence[Mapping[str, Any]]) -> list[str]:
         lines.append(
             f"AP during training: the first {config.eval.limit} validation images; the last value: all of them."
         )
+    if damaged:
+        lines.append(f"Lines of metrics.jsonl that are damaged and left out: {damaged}.")
     facts = {"seed": str(config.seed), "training": f"{seconds / 60:.1f} min"} | environment()
     return lines + [f"{name}: {value}" for name, value in facts.items() if value]

@@ -43,6 +43,7 @@ def write_config(config: Config, workdir: Path) -> None:
     if jax.process_index():
         return
     path = workdir / "config.json"
-    runs = json.loads(path.read_text())["runs"] if path.exists() else []
+    runs = json.loads(path.read_text()).get("runs") if path.exists() else None
     this = environment() | {"command": sys.argv[1:], "time": time.strftime("%Y-%m-%d %H:%M:%S")}
-    files.write_json(path, {"config": json.loads(config.to_json()), "runs": [*runs, this]}, indent=1)
+    runs = [*(runs if isinstance(runs, list) else []), this]
+    files.write_json(path, {"config": json.loads(config.to_json()), "runs": runs}, indent=1)

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import json
 import signal
 import sys
 import time
@@ -17,7 +18,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from kdjax import data, sharding
+from kdjax import data, files, sharding
 from kdjax.errors import UserError, prefix
 from kdjax.report import preview
 from kdjax.training import checks, optim, outputs, provenance
@@ -88,19 +89,32 @@ def run(config: Config, workdir: str | Path | None) -> dict[str, Any] | None:
         return None
     checks.check_models(config)
     folder = checks.check_workdir(config, workdir)
-    with prefix("config.data"):
-        dataset = data.open_dataset(config.data)
-    checks.check_truth(dataset)
-    prepare_process(config.compile_cache)
-    setup = prepare(config, dataset)
-    with contextlib.closing(Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep)) as checkpoints:
-        start, setup = resume(setup, checkpoints)
-        if start == 0:
-            checks.check_terms(setup, checks.first_batch_with_objects(setup))
-        provenance.write_config(config, folder)
-        with Log(folder, start) as log:
-            states = train(setup, start, checkpoints, log)
-            return outputs.finish(setup._replace(states=states), folder, log)
+    with only_writer(folder):
+        with prefix("config.data"):
+            dataset = data.open_dataset(config.data)
+        checks.check_truth(dataset)
+        prepare_process(config.compile_cache)
+        setup = prepare(config, dataset)
+        with contextlib.closing(Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep)) as checkpoints:
+            start, setup = resume(setup, checkpoints)
+            if start == 0:
+                checks.check_terms(setup, checks.first_batch_with_objects(setup))
+            provenance.write_config(config, folder)
+            with Log(folder, start) as log:
+                states = train(setup, start, checkpoints, log)
+                return outputs.finish(setup._replace(states=states), folder, log)
+
+
+def only_writer(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """The lock of a workdir; the first host of a run holds it.
+
+    Raises:
+      UserError: another process trains in the folder.
+    """
+    if jax.process_index():
+        return contextlib.nullcontext()
+    busy = f"workdir: another process trains in {folder}: wait until it ends, or choose another folder"
+    return files.lock(folder / ".lock", busy)
 
 
 def train(setup: Setup, start: int, checkpoints: Checkpoints, log: Log) -> dict[str, TrainState]:
@@ -132,8 +146,10 @@ def train(setup: Setup, start: int, checkpoints: Checkpoints, log: Log) -> dict[
 
     fingerprint, category_ids = run_fingerprint(setup), list(setup.dataset.category_ids)
 
+    note = {"run": fingerprint, "category_ids": category_ids, "config": json.loads(config.to_json())}
+
     def save(step: int) -> None:
-        checkpoints.save(step, states, {"next_batch": step, "run": fingerprint, "category_ids": category_ids})
+        checkpoints.save(step, states, note | {"next_batch": step})
 
     pending, window = collections.deque(), []
     waited, since, decoded = 0.0, time.perf_counter(), 0

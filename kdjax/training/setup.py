@@ -20,7 +20,7 @@ from kdjax.errors import UserError
 from kdjax.structs import Array, PyTree
 from kdjax.training import optim
 from kdjax.training.checkpoint import Checkpoints
-from kdjax.training.config import Config
+from kdjax.training.config import Config, differences
 from kdjax.training.step import TeacherVariables, TrainState, init_state, make_step
 from kdjax.weights.checkpoint import fingerprint
 
@@ -322,6 +322,13 @@ def resume(setup: Setup, checkpoints: Checkpoints) -> tuple[int, Setup]:
                 f"workdir: {checkpoints.directory} belongs to a different run: {name} was {before!r}, is {value!r}"
                 f"{' (the hash of its images, boxes and classes)' * (name == 'data')}: choose another"
             )
+    # Also without config.json; older checkpoints do not have the settings.
+    differ = differences(note["config"], setup.config) if "config" in note else []
+    if differ:
+        raise UserError(
+            f"workdir: {checkpoints.directory} belongs to a run with other settings ({'; '.join(differ)}): choose "
+            "another"
+        )
     states, note = checkpoints.restore(setup.states)
     states = jax.device_put(states, sharding.replicated(setup.mesh))
     step = int(states["student"].step)

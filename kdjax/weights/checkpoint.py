@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ def arrays(directory: Path, prefix: str, *, step: int | None = None) -> tuple[di
             with contextlib.suppress(Exception):  # Orbax raises many kinds of errors for a damaged file
                 both = ocp.args.Composite(state=ocp.args.StandardRestore(), note=ocp.args.JsonRestore())
                 restored = manager.restore(at, args=both)
+                check_note(restored.note)
                 named = {name: np.asarray(value) for name, value in restored.state.items()}
                 if all(digest(value) == restored.note["sha256"][name] for name, value in named.items()):
                     chosen = {name: value for name, value in named.items() if name.startswith(prefix)}
@@ -43,6 +45,29 @@ def arrays(directory: Path, prefix: str, *, step: int | None = None) -> tuple[di
     if step is None:
         raise UserError(f"{directory}: no checkpoint can be used: all are damaged or incomplete")
     raise UserError(f"{directory}: checkpoint {step} cannot be used: it is missing, damaged or incomplete")
+
+
+SEAL = "note_sha256"
+
+
+def sealed(note: dict[str, Any]) -> dict[str, Any]:
+    """A note with its own hash."""
+    return note | {SEAL: _seal(note)}
+
+
+def check_note(note: dict[str, Any]) -> None:
+    """Checks the hash of a note; notes of older versions have none.
+
+    Raises:
+      ValueError: it was changed.
+    """
+    if SEAL in note and note[SEAL] != _seal(note):
+        raise ValueError("its note does not match its hash")
+
+
+def _seal(note: dict[str, Any]) -> str:
+    text = json.dumps({name: value for name, value in note.items() if name != SEAL}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def flat(tree: PyTree, *, copy: bool = True) -> dict[str, Any]:

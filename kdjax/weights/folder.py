@@ -23,6 +23,7 @@ from kdjax.weights.torch_names import plain
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 _DTYPES = ("float32", "float16")
+_SEAL = "config_sha256"
 
 
 def save(
@@ -38,7 +39,8 @@ def save(
 ) -> None:
     """Writes `model.safetensors` (flat names "params/a/b", "stats/a/b") and `config.json` into a folder.
 
-    Each file is replaced atomically, and the config holds the weights' hash: `load` detects an interrupted save.
+    Each file is replaced atomically, and the config holds the weights' hash and its own: `load` detects an interrupted
+    save, and what was changed afterwards.
 
     Args:
       folder: made if missing.
@@ -77,7 +79,13 @@ def save(
         "extra": extra or {},
     }
     write_bytes(folder / WEIGHTS, blob)
-    write_json(folder / CONFIG, config, indent=2)
+    write_json(folder / CONFIG, sealed(config), indent=2)
+
+
+def sealed(config: dict[str, Any]) -> dict[str, Any]:
+    """A config of weights with the hash of all its entries."""
+    text = json.dumps({name: value for name, value in config.items() if name != _SEAL}, sort_keys=True)
+    return config | {_SEAL: hashlib.sha256(text.encode()).hexdigest()}
 
 
 def load(
@@ -160,6 +168,8 @@ def _load_folder(folder: Path, detector: Detector | None) -> tuple[Detector, Tre
         name, num_classes, options, classes, digest, _ = (config[field] for field in wanted)
         if len(classes) != num_classes:
             raise ValueError(f"{len(classes)} names for {num_classes} classes")
+        if not all(isinstance(name, str) for name in classes):
+            raise TypeError(f"classes is {classes!r}")
         height, width = config["image_size"]
         if not (isinstance(height, int) and isinstance(width, int) and min(height, width) > 0):
             raise TypeError(f"image_size is {config['image_size']!r}")
@@ -184,5 +194,10 @@ def _load_folder(folder: Path, detector: Detector | None) -> tuple[Detector, Tre
     )
     if wrong:
         raise UserError(f"{folder / WEIGHTS}: it does not fit {name}: missing, unknown or of another shape: {wrong}")
+    if sealed(config)[_SEAL] != config.get(_SEAL, sealed(config)[_SEAL]):  # older folders have none
+        raise UserError(
+            f"{folder / CONFIG}: it was changed after it was written (its SHA-256 differs): restore it; to rename "
+            "classes, use `kdjax import-weights --classes`"
+        )
     tree = unflatten({path: jax.numpy.asarray(value, jax.numpy.float32) for path, value in arrays.items()})
     return stored, tree["params"], tree["stats"], list(classes)

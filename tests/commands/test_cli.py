@@ -2,21 +2,25 @@
 
 import hashlib
 import json
+import os
 import pickle
 import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import cv2
 import jax
 import numpy as np
 import pytest
 
-from kdjax import weights
+from kdjax import cli, weights
+from kdjax.commands import latency
 from kdjax.detectors import build
 from kdjax.export import packages
 from kdjax.inference import predict as prediction
+from kdjax.training import run as training
 from tests.shared import ROOT
 from tests.support.checkpoints import Code
 from tests.support.models import CLASSES, read, refused
@@ -94,10 +98,100 @@ def test_mistakes_get_one_sentence_before_any_compute(made, tmp_path, capsys, mo
         ),
         (("latency", "--model=nowhere"), "there is no such file or folder"),
         (("evaluate", one, given, "--against=nowhere"), "--against: nowhere: there is no such file or folder"),
-        (("evaluate", one, given, "--treshold=1"), "unexpected argument '--treshold=1'"),
-        (("evaluation", one), "invalid choice: 'evaluation'"),
+        (("evaluate", one, given, "--treshold=1"), "kdjax evaluate: unexpected argument '--treshold=1'"),
+        (("evaluation", one), "invalid choice: 'evaluation' (did you mean evaluate?)"),
     ):
         assert why in refused(capsys, *arguments), arguments
+
+
+def test_flags_that_are_repeated_or_misspelt_are_refused(capsys):
+    train = ("train", "--config=quickstart")
+    for arguments, told in (
+        (
+            (*train, "--config.steps=4", "--config.steps=40"),
+            "kdjax train: --config.steps appears more than once (4, 40): keep one",
+        ),
+        (
+            (*train, "--config.data.image_size=(64,64)", "--config.data.image_size=(96,96)"),
+            "kdjax train: --config.data.image_size appears more than once ((64,64), (96,96)): keep one",
+        ),
+        (
+            (*train, "--workdir", "a", "--workdir", "b"),
+            "kdjax train: --workdir appears more than once: keep one",
+        ),
+        (
+            ("train", "--confg=quickstart"),
+            "kdjax train: unexpected argument '--confg=quickstart' (did you mean --config?)",
+        ),
+        (
+            (*train, "--optimizer.lr=1"),
+            "kdjax train: unexpected argument '--optimizer.lr=1' (did you mean --config.optimizer.lr?)",
+        ),
+        (
+            (*train, "-x"),
+            "kdjax train: unexpected argument '-x'; override settings with --config.a.b=value",
+        ),
+        (("predict", "a", "--modell=b"), "kdjax predict: unexpected argument '--modell=b' (did you mean --model?)"),
+        (
+            ("trian",),
+            "kdjax: invalid choice: 'trian' (did you mean train?): choose from train, doctor, study, predict, "
+            "evaluate, latency, export, import-weights",
+        ),
+    ):
+        assert refused(capsys, *arguments) == f"{told}; see `{told.partition(':')[0]} --help`"
+    for name, told in (
+        ("lr", " (did you mean config.optimizer.lr?)"),
+        ("optimizer.weight-decay", " (did you mean config.optimizer.weight_decay?)"),
+        ("data.imagesize", " (did you mean config.data.image_size?)"),
+        ("Optimizer.LR", " (did you mean config.optimizer.lr?)"),
+    ):
+        one = f"--config.{name}=1"
+        assert refused(capsys, *train, "--workdir=a", one) == f"kdjax: unknown setting config.{name}{told}"
+
+
+def test_faults_of_the_machine_get_a_sentence_and_bugs_their_traceback(capsys, monkeypatch):
+    def fail(**_):
+        raise error
+
+    for command in ("run", "main"):
+        for module in (latency, training):
+            monkeypatch.setattr(module, command, fail, raising=False)
+    error = ValueError('Error writing "/a/b/": [OS error 28: ENOSPC No space left on device]')
+    assert cli.main(["latency", "--model=a"]) == 2 == cli.main(["train", "--config=quickstart", "--workdir=a"])
+    assert capsys.readouterr().err.splitlines() == [
+        "kdjax: /a/b: the disk is full: make room; then run the same command again",
+        "kdjax: /a/b: the disk is full: make room; then run the same command again: it continues from the last "
+        "checkpoint",
+    ]
+    error = ValueError("a bug")
+    with pytest.raises(ValueError, match="a bug"):
+        cli.main(["latency", "--model=a"])
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_a_terminal_that_lacks_a_character_loses_nothing(encoding):
+    code = (
+        "import sys; from kdjax import cli; from kdjax.commands import latency\n"
+        "latency.run = lambda **_: print('1 \\u00b1 2 \\u732b \\udcff') or 0\n"
+        "sys.exit(cli.main(['latency', '--model=a']))"
+    )
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.decode(encoding) == "1 ± 2 猫 \\udcff\n" if encoding == "utf-8" else b"\\u732b" in done.stdout
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="it needs /dev/full")
+def test_output_that_cannot_be_printed_gets_a_sentence():
+    code = (
+        "import sys; from kdjax import cli; from kdjax.commands import latency\n"
+        "latency.run = lambda **_: print('table') or 0\n"
+        "sys.exit(cli.main(['latency', '--model=a']))"
+    )
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True)
+    told = "kdjax: standard output: the disk is full: make room; then run the same command again\n"
+    assert (done.returncode, done.stderr) == (2, told)
 
 
 @pytest.mark.slow

@@ -12,7 +12,8 @@ from kdjax import cli
 from kdjax.commands import predict
 from kdjax.data import records
 from kdjax.evals import coco
-from tests.support.models import CLASSES, read
+from kdjax.structs import Detections
+from tests.support.models import CLASSES, read, refused
 from tests.support.pages import Page
 
 
@@ -133,3 +134,55 @@ def test_a_video_that_is_cut_short_is_reported(tmp_path, share):
     seen = []
     with pytest.raises(ValueError, match=r"clip.avi: the video is broken: only \d+ of its 20 frames can be read"):
         seen += [1 for _ in predict.frames(tmp_path / "clip.avi")]
+
+
+def test_what_cannot_be_drawn_does_not_lose_the_detections(made, tmp_path, capsys, monkeypatch):
+    """JPEG ends at 65,500 px a side; a disk may be full; drawing may have a bug."""
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    for name, size in (("a.png", (40, 400)), ("full.png", (40, 40)), ("tall.png", (65_501, 4))):
+        Image.fromarray(np.zeros(size, np.uint8)).save(folder / name)
+    (out / "drawn" / "full.jpg").mkdir(parents=True)
+    command = ["predict", str(folder), f"--model={made / 'model'}", f"--out={out}"]
+    assert cli.main(command) == 2
+    told = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line.startswith("kdjax:")]
+    assert told == [
+        f"kdjax: {folder / 'full.png'}: its drawing is not written: {out / 'drawn' / 'full.jpg'}: Is a directory",
+        f"kdjax: {folder / 'tall.png'}: its drawing is not written: JPEG ends at 65,500 px a side, the image has 4 x "
+        "65,501",
+    ]
+    assert [path.name for path in (out / "drawn").iterdir() if path.is_file()] == ["a.jpg"]
+    whole, images = read(out / "detections.json"), read(out / "images.json")["images"]
+    assert {row["image_id"] for row in whole} <= {1, 2, 3} and len(images) == 3
+
+    def bug(*_, **__):
+        raise KeyError("a bug")
+
+    (out / "detections.json").unlink()
+    monkeypatch.setattr(predict.drawing, "draw", bug)
+    with pytest.raises(KeyError):
+        cli.main(command)
+    assert read(out / "detections.json") == [row for row in whole if row["image_id"] == 1]
+    assert len(read(out / "images.json")["images"]) == 1
+
+
+def test_a_video_that_could_not_be_written_is_reported(tmp_path, capsys):
+    """OpenCV does not tell."""
+    drawings, target = predict.Drawings(), tmp_path / "out.mp4"
+    found = Detections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int32))
+    for _ in range(3):
+        drawings.write(tmp_path / "clip.mp4", target, np.zeros((48, 64, 3), np.uint8), found, 0.5)
+    drawings.close()
+    assert not drawings.failed
+    drawings.frames[target] = 5
+    drawings.close()
+    assert drawings.failed == {target}
+    told = f"kdjax: {target}: only 3 of its 5 frames could be written: is the disk full?"
+    assert told in capsys.readouterr().err.splitlines()
+
+
+def test_a_folder_in_the_place_of_an_output_is_refused(made, tmp_path, capsys):
+    (tmp_path / "detections.json").mkdir()
+    told = refused(capsys, "predict", str(made / "data"), f"--model={made / 'model'}", f"--out={tmp_path}")
+    what = "is a folder, where a file is to be written: move it away"
+    assert told == f"kdjax: --out: {tmp_path / 'detections.json'} {what}"

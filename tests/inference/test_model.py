@@ -15,6 +15,7 @@ from kdjax.data import records, scenes
 from kdjax.export import packages
 from kdjax.inference import load
 from kdjax.weights import checkpoint
+from kdjax.weights.folder import sealed
 from tests.support.models import CLASSES, read, refused
 
 
@@ -24,13 +25,27 @@ def test_a_damaged_config_of_a_model_is_refused(made, tmp_path, capsys):
     whole = read(file)
     for change, told in (
         ({"image_size": [0, 0]}, "image_size is [0, 0]"),
+        ({"image_size": [10**6, 10**6]}, "image_size must be multiples of 32 up to 16,384 px for rtmdet_pico, not"),
+        ({"image_size": [64, 65]}, "image_size must be multiples of 32 up to 16,384 px for rtmdet_pico, not 64x65"),
         ({"extra": {"category_ids": [1, 2]}}, "category_ids must be one integer per class, not [1, 2]"),
         ({"extra": {"category_ids": [1, 1, 2, 3, 4, 5]}}, "must be one integer per class"),
         ({"extra": {"category_ids": [[1], 1, 2, 3, 4, 5]}}, "must be one integer per class"),
         ({"extra": {"category_ids": "123456"}}, "must be one integer per class"),
     ):
-        file.write_text(json.dumps(whole | change))
+        file.write_text(json.dumps(sealed(whole | change)))
         assert told in refused(capsys, "evaluate", "--data=scenes", f"--model={tmp_path / 'model'}"), change
+
+
+def test_an_edited_config_of_a_model_is_refused(made, tmp_path, capsys):
+    """A class name, or a category id, is believed as the weights are."""
+    shutil.copytree(made / "model", tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    file.write_text(file.read_text().replace(CLASSES[0], f"{CLASSES[0]}s"))
+    told = refused(capsys, "evaluate", "--data=scenes", f"--model={tmp_path / 'model'}")
+    assert told == (
+        f"kdjax: --model: {file}: it was changed after it was written (its SHA-256 differs): restore it; to rename "
+        "classes, use `kdjax import-weights --classes`"
+    )
 
 
 def test_the_model_card_is_true_and_its_example_runs(made, finished, tmp_path, monkeypatch, capsys):

@@ -1,10 +1,14 @@
-"""Checkpoints that are damaged are skipped."""
+"""Checkpoints that are damaged are skipped; the first one is read back."""
+
+import json
+import shutil
 
 import numpy as np
 import pytest
 
-from kdjax.errors import UserError
+from kdjax.errors import UserError, fault
 from kdjax.training import checkpoint
+from kdjax.weights.checkpoint import arrays as read_arrays
 
 
 def test_a_damaged_checkpoint_is_skipped(tmp_path):
@@ -44,3 +48,59 @@ def test_a_truncated_checkpoint_is_skipped(tmp_path, part):
                 store.note()
                 store.restore(tree)
         store.close()
+
+
+def test_an_edited_note_is_skipped(tmp_path):
+    """As a damaged array is: class names and category ids are believed."""
+    tree, note = {"a": np.arange(3.0)}, {"next_batch": 1, "run": {"classes": ["ant", "bee"]}, "category_ids": [1, 2]}
+    store = checkpoint.Checkpoints(tmp_path, keep=3)
+    store.save(1, tree, note)
+    store.close()
+    [file] = [path for path in (tmp_path / "1" / "note").iterdir() if b"ant" in path.read_bytes()]
+    file.write_text(file.read_text().replace("ant", "bat"))
+    assert json.loads(file.read_text())["run"]["classes"] == ["bat", "bee"]
+    with pytest.raises(UserError, match="checkpoint 1 cannot be used: it is missing, damaged or incomplete"):
+        read_arrays(tmp_path, "", step=1)
+    store = checkpoint.Checkpoints(tmp_path, keep=3)
+    with pytest.raises(UserError, match="can be used: their metadata cannot be read"):
+        store.note()
+    with pytest.raises(UserError, match="step 1: ValueError: its note does not match its hash"):
+        store.restore(tree)
+    store.close()
+
+
+def test_the_first_checkpoint_is_read_back(tmp_path, monkeypatch):
+    """Orbax takes this name as a pattern, and then writes nothing that can be read; `check_workdir` refuses it."""
+    tree = {"a": np.arange(3.0)}
+    store = checkpoint.Checkpoints(tmp_path / "run[1]", keep=3)
+    with pytest.raises(UserError) as caught:
+        store.save(1, tree, {"next_batch": 1})
+    store.close()
+    assert str(caught.value) == (
+        f"workdir: {tmp_path / 'run[1]'}: checkpoint 1 cannot be used: it is missing, damaged or incomplete, though it "
+        "was just written: choose another folder"
+    )
+    store, reads = checkpoint.Checkpoints(tmp_path / "run", keep=3), []
+    monkeypatch.setattr(checkpoint, "read_arrays", lambda *_, step: reads.append(step) or read_arrays(*_, step=step))
+    for step in (1, 2):
+        store.save(step, tree, {"next_batch": step})
+    store.close()
+    assert reads == [1]
+    store = checkpoint.Checkpoints(tmp_path / "run", keep=3)
+    store.restore(tree)
+    store.save(3, tree, {"next_batch": 3})
+    store.close()
+    assert reads == [1]
+
+
+def test_a_full_disk_is_noticed_before_a_checkpoint_is_begun(tmp_path, monkeypatch):
+    store = checkpoint.Checkpoints(tmp_path, keep=3)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage._replace(free=23))
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        store.save(1, {"a": np.arange(3.0)}, {"next_batch": 1})
+    assert fault(caught.value) == f"{tmp_path}: the disk is full: make room"
+    monkeypatch.undo()
+    assert not list(tmp_path.iterdir())
+    store.save(1, {"a": np.arange(3.0)}, {"next_batch": 1})
+    store.close()

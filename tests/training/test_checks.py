@@ -10,6 +10,7 @@ from kdjax import data
 from kdjax.data.dataset import Split
 from kdjax.errors import UserError
 from kdjax.training import checks
+from kdjax.training import run as training
 from kdjax.training.run import run
 from tests.support.data import small_folder
 from tests.support.runs import tiny_config
@@ -137,3 +138,42 @@ def test_only_mistakes_of_the_user_become_user_errors(folder, teacher_folder, tm
     with pytest.raises(ValueError, match=r"^a bug$") as caught:
         run(tiny_config(folder, teacher=teacher_folder), tmp_path)
     assert not isinstance(caught.value, UserError)
+
+
+@pytest.mark.parametrize("name", ["run[1]", "run*", "what?/run"])
+def test_a_workdir_that_is_a_pattern_is_refused(folder, tmp_path, name):
+    with pytest.raises(UserError) as caught:
+        checks.check_workdir(tiny_config(folder, teacher=None), tmp_path / name)
+    assert str(caught.value) == (
+        f"workdir: {tmp_path / name} contains *, ? or [, which the library that writes checkpoints takes as a pattern: "
+        "choose a path without them"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["report.html", "student/model.safetensors", "metrics.jsonl", "config.json"])
+def test_a_folder_in_the_place_of_an_output_is_refused(folder, tmp_path, name):
+    (tmp_path / name).mkdir(parents=True)
+    with pytest.raises(UserError, match=f"^workdir: .*/{name} is a folder, where a file is to be written: move it"):
+        checks.check_workdir(tiny_config(folder, teacher=None), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "student", "detections", "tensorboard"])
+def test_a_file_in_the_place_of_a_folder_is_refused(folder, tmp_path, name):
+    (tmp_path / name).write_text("")
+    with pytest.raises(UserError, match=f"^workdir: .*/{name} is not a folder, where one is to be made: move it away"):
+        checks.check_workdir(tiny_config(folder, teacher=None), tmp_path)
+
+
+def test_a_config_file_that_is_damaged_is_refused(folder, tmp_path):
+    for text in ("{}", "[]", "{", '{"config": 3}', '{"config": [1]}', "[" * 100_000, '{"config":' * 900 + "}" * 900):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(UserError, match=r"^workdir: .*config.json is not the config of a run: choose another$"):
+            checks.check_workdir(tiny_config(folder, teacher=None), tmp_path)
+
+
+def test_a_second_process_in_a_workdir_is_refused(folder, tmp_path):
+    with training.only_writer(tmp_path), pytest.raises(UserError) as caught:
+        run(tiny_config(folder, teacher=None), tmp_path)
+    busy = f"workdir: another process trains in {tmp_path}: wait until it ends, or choose another folder"
+    assert str(caught.value) == busy and [path.name for path in tmp_path.iterdir()] == [".lock"]

@@ -269,6 +269,17 @@ def test_a_run_is_not_resumed_with_other_data_or_another_teacher(finished, folde
     assert ("(the hash of its images, boxes and classes)" in str(refused.value)) == (changed == "data")
 
 
+def test_a_run_whose_config_was_deleted_keeps_its_settings(finished, folder, teacher_folder, tmp_path):
+    shutil.copytree(finished[0] / "checkpoints", tmp_path / "checkpoints")
+    config = tiny_config(folder, teacher=teacher_folder, optimizer__lr=0.003)
+    with pytest.raises(UserError) as caught:
+        run(config, tmp_path)
+    assert str(caught.value) == (
+        f"workdir: {tmp_path / 'checkpoints'} belongs to a run with other settings (optimizer.lr was 0.002, is 0.003): "
+        "choose another"
+    )
+
+
 def test_checkpoint_of_another_detector_is_refused(finished, folder, teacher_folder, tmp_path):
     shutil.copytree(finished[0] / "checkpoints", tmp_path / "checkpoints")
     config = tiny_config(folder, teacher=teacher_folder, student__detector="rtmdet_nano")
