@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,32 @@ from absl import logging
 from kdjax.errors import UserError, fault
 
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}  # Lustre, some NFS and FUSE
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}
 _STALE = 0.5  # s; the lock of a process that was killed is taken over within some attempts
+
+
+def head(path: Path, what: str) -> bytes:
+    """The first bytes of a file.
+
+    Args:
+      path: the file.
+      what: what it must hold, for messages: "weights".
+
+    Raises:
+      UserError: it is empty, compressed, or one of the things that are often downloaded instead.
+    """
+    with open(path, "rb") as file:
+        start = file.read(512)
+    if not start:
+        raise UserError(f"{path}: the file is empty")
+    if start.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path}: it is a pointer of git-lfs, not the {what}: download them with `git lfs pull`")
+    if re.match(rb"(?:\xef\xbb\xbf)?\s*<(?:!doctype|!--|html|head|body|\?xml|error)", start, re.IGNORECASE):
+        raise UserError(f"{path}: it is an HTML or XML page, not {what}: download the file itself, not its page")
+    packed = next((name for magic, name in _COMPRESSED.items() if start.startswith(magic)), None)
+    if packed:
+        raise UserError(f"{path}: it is compressed with {packed}: unpack it")
+    return start
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:

@@ -1,6 +1,5 @@
 """Arguments that several commands share."""
 
-import collections
 import dataclasses
 from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -139,11 +138,9 @@ def open_data(source: str, split: str, annotations: str, images: str, limit: int
         listed = opened.truth
         if all(row["iscrowd"] for row in listed["annotations"]):
             raise UserError(f"its {len(listed['images'])} images have no objects: metrics need some")
-    names = {image["file_name"] for image in listed["images"]}
-    dropped = [row["reason"] for row in opened.split.log if row["action"] == "dropped" and row["file"] in names]
-    if dropped:
-        reasons = ", ".join(f"{reason} ({count})" for reason, count in collections.Counter(dropped).most_common())
-        print(f"{len(dropped)} boxes of {source} are left out, as in training: {reasons}")
+    told = data.reasons(data.count(dataset, "val", config), ("dropped", "ignored", "noted"))
+    if told:
+        print(f"{source}: {'; '.join(told)}")
     return opened
 
 

@@ -1,5 +1,6 @@
 """Images and boxes for the trainer: NumPy arrays only, never jax (see `docs/architecture.md`)."""
 
+from kdjax.data.counts import Counts, count, counted, counted_in_one_line, reasons
 from kdjax.data.dataset import Dataset, Split, ground_truth, open_dataset
 from kdjax.data.loader import eval_batches, train_batches
 from kdjax.data.records import Damaged
@@ -9,13 +10,18 @@ from kdjax.data.workers import Batches
 
 __all__ = [
     "Batches",
+    "Counts",
     "Damaged",
     "Dataset",
     "Split",
     "check_settings",
+    "count",
+    "counted",
+    "counted_in_one_line",
     "eval_batches",
     "ground_truth",
     "open_dataset",
+    "reasons",
     "summary",
     "train_batches",
 ]

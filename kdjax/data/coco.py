@@ -4,17 +4,22 @@ import concurrent.futures
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import unicodedata
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from kdjax import files
 from kdjax.data import hashes, records
+from kdjax.data.paths import in_another_form
 from kdjax.data.records import ImageRecord
 from kdjax.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 CLIPPED = "box clipped to the image"  # a reason in the log
 LEAVES = "file_name leads out of the folder of images"  # a reason in the log
+IGNORED = "marked ignore: taken as a crowd region"  # a reason in the log
+FORM = "its name on disk is in another Unicode form"  # a reason in the log
 CLIP = 0.01  # px: a box that extends beyond the image by less is clipped silently (rounding in the json)
 
 
@@ -71,11 +76,20 @@ def read(json_path: Path) -> dict[str, Any]:
     Raises:
       UserError: it is not json, or not in that layout.
     """
+    encoding = json.detect_encoding(files.head(json_path, "annotations"))
+    if not encoding.startswith("utf-8"):
+        raise UserError(f"{json_path}: not valid json: it is {encoding.upper()}: must be UTF-8")
     try:
         with open(json_path, encoding="utf-8-sig") as file:  # some tools write a byte order mark
             data = json.load(file)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{json_path}: not valid json: {error}") from None
+    except UnicodeDecodeError as error:
+        what = f"byte {error.object[error.start]:#04x} at {error.start} is not UTF-8"
+        raise UserError(f"{json_path}: not valid json: {what}: must be UTF-8") from None
+    except json.JSONDecodeError as error:
+        what = "it has several values, as one on each line: must be one object" if error.msg == "Extra data" else error
+        raise UserError(f"{json_path}: not valid json: {what}") from None
+    except RecursionError:
+        raise UserError(f"{json_path}: not valid json: it is nested too deeply") from None
     if not isinstance(data, dict):
         raise UserError(f"{json_path}: must hold a json object in COCO's layout, not a {type(data).__name__}")
     for key in ("images", "annotations", "categories"):
@@ -104,7 +118,8 @@ def check(data: Mapping[str, Any], name: str) -> tuple[list[ImageRecord], dict[i
     A json is refused if an annotation names an unknown image or category, if an id is duplicate or not an integer, or
     if boxes are fractions of the image. What is dropped or repaired is listed: boxes that are not four finite numbers
     or have no extent are dropped, missing or duplicate annotation ids are replaced. A missing `iscrowd` (0) or `area`
-    (that of the box) is filled in silently.
+    (that of the box) is filled in silently. As in mmdetection, an object with `ignore` is not trained on: it becomes a
+    crowd region, and is listed.
 
     Args:
       data: from `read`.
@@ -117,20 +132,30 @@ def check(data: Mapping[str, Any], name: str) -> tuple[list[ImageRecord], dict[i
     image_records = _image_records(data, name)
     log: list[dict[str, Any]] = []
     used: set[int] = set()
-    spare = itertools.count(1 + max((a["id"] for a in data["annotations"] if _whole(a.get("id"))), default=0))
+    listed = {a["id"] for a in data["annotations"] if _whole(a.get("id"))}
+    above = 1 + max(listed, default=0)
+    spare = (i for i in itertools.count(above if above < 2**62 else 1) if i not in listed)
+    crowd: list[str] = []
     for entry in data["annotations"]:
         where = f"{name}: annotation {entry.get('id')}"
         image_id = entry.get("image_id")
         record = image_records.get(image_id) if _whole(image_id) else None
         if record is None:
-            raise UserError(f"{where}: image {image_id!r} is not among the images")
-        if _hashable(entry.get("category_id")) not in categories:
-            raise UserError(f"{where}: category {entry.get('category_id')!r} is not among the categories")
+            hint = _integer_hint(image_id, image_records)
+            raise UserError(f"{where}: image {image_id!r} is not among the images{hint}")
+        category = entry.get("category_id")
+        if not _whole(category) or category not in categories:
+            known = ", ".join([str(key) for key in categories][:6]) + ", …" * (len(categories) > 6)
+            hint = _integer_hint(category, categories) or f": they are {known}"
+            raise UserError(f"{where}: category {category!r} is not among the categories{hint}")
         entry = dict(entry)
 
         def note(action: str, reason: str, record: ImageRecord = record, entry: Mapping[str, Any] = entry) -> None:
             log.append({"file": record.file_name, "annotation": entry.get("id"), "action": action, "reason": reason})
 
+        iscrowd, ignore = _flag(entry.get("iscrowd")), _flag(entry.get("ignore")) != 0
+        if iscrowd or ignore:
+            crowd.append("have ignore" if ignore else "crowd")
         bbox = entry.get("bbox")
         if not isinstance(bbox, list) or len(bbox) != 4 or not all(_finite(v) for v in bbox):
             note("dropped", "bbox is not four finite numbers")
@@ -144,8 +169,10 @@ def check(data: Mapping[str, Any], name: str) -> tuple[list[ImageRecord], dict[i
             entry["id"] = next(spare)
         used.add(entry["id"])
         if entry.get("iscrowd") not in (None, 0, 1):
-            note("repaired", "iscrowd is neither 0 nor 1: set to 0")
-        entry["iscrowd"] = int(entry.get("iscrowd") == 1)
+            note("repaired", f"iscrowd is neither 0 nor 1: set to {iscrowd or 0}")
+        if ignore and not iscrowd:
+            note("ignored", IGNORED)
+        entry["iscrowd"] = int(bool(iscrowd or ignore))
         area = entry.get("area")
         if not (_finite(area) and area >= 0):
             if area is not None:
@@ -155,21 +182,37 @@ def check(data: Mapping[str, Any], name: str) -> tuple[list[ImageRecord], dict[i
     numbers = [value for record in image_records.values() for entry in record.annotations for value in entry["bbox"]]
     if numbers and max(numbers) <= 1:
         raise UserError(f"{name}: all box coordinates are <= 1: they look normalised, but must be in pixels")
+    if crowd and len(crowd) == len(data["annotations"]):
+        what = "crowd regions" if set(crowd) == {"crowd"} else "crowd regions or have ignore: 1"
+        raise UserError(f"{name}: all annotations are {what}: objects must have iscrowd: 0")
     return list(image_records.values()), categories, log
 
 
 def _categories(data: Mapping[str, Any], name: str) -> dict[int, str]:
     """Names by id, in the json's order."""
     categories: dict[int, str] = {}
+    keys: dict[str, int] = {}  # by name, whatever its Unicode form
     for entry in data["categories"]:
         key = _identity(entry, name, "category")
         if key in categories:
             raise UserError(f"{name}: category id {key} appears twice")
-        if not isinstance(entry.get("name"), str) or not entry["name"]:
+        label = entry.get("name")
+        if label is None or label == "":
             raise UserError(f"{name}: category {key} has no name")
-        if entry["name"] in categories.values():
-            raise UserError(f"{name}: two categories have the name '{entry['name']}'")
-        categories[key] = entry["name"]
+        if not isinstance(label, str):
+            raise UserError(f'{name}: category {key}: its name is {label!r}: must be text, as "{label}"')
+        if not any(letter.isprintable() and not letter.isspace() for letter in label):
+            raise UserError(f"{name}: category {key}: its name {label!r} is blank: must be text that can be seen")
+        if any("\ud800" <= letter <= "\udfff" for letter in label):
+            what = "has a lone surrogate, half of a character: must be text that UTF-8 can hold"
+            raise UserError(f"{name}: category {key}: its name {label!r} {what}")
+        other = keys.setdefault(composed(label), key)
+        if other != key:
+            form = "" if categories[other] == label else ", in other Unicode forms"
+            unused = [k for k in (other, key) if all(a.get("category_id") != k for a in data["annotations"])]
+            remedy = f"delete {unused[0]}, which no annotation has" if unused else "rename one"
+            raise UserError(f"{name}: two categories have the name '{label}', {other} and {key}{form}: {remedy}")
+        categories[key] = label
     if not categories:
         raise UserError(f"{name}: it has no categories")
     return categories
@@ -183,8 +226,10 @@ def _image_records(data: Mapping[str, Any], name: str) -> dict[int, ImageRecord]
         key = _identity(entry, name, "image")
         if key in image_records:
             raise UserError(f"{name}: image id {key} appears twice")
-        if not isinstance(entry.get("file_name"), str) or not entry["file_name"]:
+        if entry.get("file_name") in (None, ""):
             raise UserError(f"{name}: image {key} has no file_name")
+        if not isinstance(entry["file_name"], str):
+            raise UserError(f"{name}: image {key}: its file_name is {entry['file_name']!r}: must be text")
         if entry["file_name"] in files:
             raise UserError(f"{name}: file {entry['file_name']} is listed as two images")
         files.add(entry["file_name"])
@@ -212,33 +257,23 @@ def _finite(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e38
 
 
-def _hashable(value: object) -> int | None:
-    return value if _whole(value) else None
+def _flag(value: object) -> int | None:
+    """0 or 1, also from the text of one; None: neither. What is missing is 0."""
+    if value is None or value in (0, 1):
+        return int(bool(value))
+    return {"0": 0, "1": 1, "false": 0, "true": 1}.get(value.lower()) if isinstance(value, str) else None
 
 
-def located(file_names: Iterable[str], folder: Path, name: str) -> dict[str, str]:
-    """The path of every image, by its file_name; some tools write names that begin with the folder of the split.
+def _integer_hint(value: object, known: Collection[int]) -> str:
+    """What to write instead of an id as 1.0 or "1"."""
+    if isinstance(value, float | str) and (meant := next((k for k in known if value in (k, str(k))), None)) is not None:
+        return f": must be the integer {meant}"
+    return ""
 
-    Args:
-      file_names: of the json.
-      folder: of the images.
-      name: the json's name, for messages.
 
-    Raises:
-      UserError: images are missing.
-    """
-    paths, missing, folders = {}, [], (str(folder), str(folder.parent))
-    for file_name in file_names:
-        # Strings, because a Path takes longer than the file system.
-        path = next(filter(os.path.isfile, (os.path.join(where, file_name) for where in folders)), None)
-        if path is None:
-            missing.append(file_name)
-        else:
-            paths[file_name] = path
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise UserError(f"{name}: {missing[0]}{more}: no such file in {folder}")
-    return paths
+def composed(text: str) -> str:
+    """Text in the one Unicode form in which names are compared."""
+    return unicodedata.normalize("NFC", text)
 
 
 def stream(
@@ -280,6 +315,8 @@ def stream(
                     raise UserError(f"{paths[record.file_name]}: cannot be read as an image")
                 if not Path(os.path.abspath(folder / record.file_name)).is_relative_to(os.path.abspath(folder)):
                     log.append({"file": record.file_name, "annotation": None, "action": "noted", "reason": LEAVES})
+                if in_another_form(record.file_name, paths[record.file_name]):
+                    log.append({"file": record.file_name, "annotation": None, "action": "noted", "reason": FORM})
                 _fit(record, shape, name, log)
                 yield record, encoded
 
@@ -303,6 +340,9 @@ def _fit(record: ImageRecord, shape: tuple[int, ...], name: str, log: list[dict[
         note = {"file": record.file_name, "annotation": annotation["id"]}
         if x1 <= x0 or y1 <= y0:
             log.append({**note, "action": "dropped", "reason": "box outside the image"})
+            continue
+        if not records.has_extent(annotation["bbox"], width, height):
+            log.append({**note, "action": "dropped", "reason": "box has no extent in float32"})
             continue
         if max(x0 - x, y0 - y, x + w - x1, y + h - y1) > CLIP:
             log.append({**note, "action": "repaired", "reason": CLIPPED})

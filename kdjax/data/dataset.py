@@ -13,7 +13,7 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-from kdjax.data import cache, coco, hashes, records, scenes, tfds
+from kdjax.data import cache, coco, hashes, paths, records, scenes, tfds
 from kdjax.data.records import ImageRecord, Reader
 from kdjax.data.stages import Settings
 from kdjax.errors import UserError
@@ -45,8 +45,13 @@ class Split:
 
     @functools.cached_property
     def log(self) -> list[dict[str, Any]]:
-        """Everything that was dropped or repaired: file, annotation, action, reason."""
-        return hashes.read_json(self.folder / LOG)
+        """What was dropped, ignored, repaired or noted in the first `size` images: file, annotation, action, reason."""
+        log = hashes.read_json(self.folder / LOG)
+        if self.size == len(self.records):
+            return log
+        images = hashes.read_json(self.folder / TRUTH)["images"]
+        beyond = {image["file_name"] for image in images[self.size :]}
+        return [entry for entry in log if entry["file"] not in beyond]
 
     @property
     def image_ids(self) -> list[int]:
@@ -162,6 +167,8 @@ def _categories(metas: Mapping[str, Any]) -> dict[int, str]:
         for key, name in other["categories"]:
             if categories.get(key) != name:
                 known = f"calls it '{categories[key]}'" if key in categories else "does not have it"
+                if coco.composed(name) == coco.composed(categories.get(key, "")):
+                    known += ", in another Unicode form: write both in one form (NFC)"
                 raise UserError(f"{role} split: category {key} is '{name}': the {first} split {known}")
     return categories
 
@@ -207,18 +214,18 @@ def _prepare_folders(cfg: Settings, splits: Sequence[str]) -> dict[str, Path]:
                 raise hashes.changed(json_path)
             return truth, *coco.check(truth, json_path.name)
 
-        def paths(known: hashes.Known) -> dict[str, str]:
-            return coco.located(known or [record.file_name for record in parsed()[1]], images, json_path.name)
+        def located(known: hashes.Known) -> dict[str, str]:
+            return paths.located(known or [record.file_name for record in parsed()[1]], images, json_path.name)
 
         def write(folder: Path, known: hashes.Known) -> None:
             truth, image_records, categories, log = parsed()
             for record in image_records:
                 record.sha256 = known[record.file_name][1]
-            stream = coco.stream(image_records, paths(known), images, json_path.name, log)
+            stream = coco.stream(image_records, located(known), images, json_path.name, log)
             bar = tqdm(stream, **_bar(name, role, len(image_records)))
             _write(folder, name=name, categories=categories, stream=bar, log=log, licenses=coco.licenses(truth))
 
-        return _prepared(cfg, f"folder-{name}", {"json": content}, [content, os.path.abspath(images)], paths, write)
+        return _prepared(cfg, f"folder-{name}", {"json": content}, [content, os.path.abspath(images)], located, write)
 
     return {role: prepare(role, *paths) for role, paths in files.items()}
 

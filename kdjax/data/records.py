@@ -22,7 +22,7 @@ import tensorflow_datasets as tfds
 
 from kdjax.errors import UserError
 
-VERSION = "1.5.0"  # of what the builder writes; part of every cache key
+VERSION = "1.6.0"  # of what the builder writes; part of every cache key
 _SPLIT = "images"  # the only TFDS split that the builder writes
 
 _DECODE = (
@@ -50,7 +50,7 @@ Stream = Iterable[tuple[ImageRecord, bytes]]  # with the encoded image
 class RecordsBuilder(tfds.core.GeneratorBasedBuilder):
     """Writes a stream of (image record, encoded bytes) as array_record files."""
 
-    RELEASE_NOTES: ClassVar[dict[str, str]] = {VERSION: "Everything that is read back has its hash."}
+    RELEASE_NOTES: ClassVar[dict[str, str]] = {VERSION: "Objects marked ignore are crowd regions."}
     VERSION = tfds.core.Version(VERSION)
 
     def __init__(self, *, classes: list[str], category_ids: list[int], stream: Stream, **kwargs: Any) -> None:
@@ -117,6 +117,13 @@ def clipped(bbox: list[float], width: int, height: int) -> tuple[float, float, f
     """Corners x1 y1 x2 y2 of a COCO box x y w h, clipped to the image."""
     x, y, w, h = (float(v) for v in bbox)
     return min(max(x, 0.0), width), min(max(y, 0.0), height), min(max(x + w, 0.0), width), min(max(y + h, 0.0), height)
+
+
+def has_extent(bbox: list[float], width: int, height: int) -> bool:
+    """Whether a COCO box still has an extent as it is stored, as float32 shares of the sides."""
+    sides = np.array([width, height, width, height])
+    x0, y0, x1, y1 = (np.array(clipped(bbox, width, height)) / sides).astype(np.float32) * sides.astype(np.float32)
+    return bool(x1 > x0 and y1 > y0)
 
 
 def write(directory: Path, *, classes: list[str], category_ids: list[int], stream: Stream) -> tuple[Path, str]:

@@ -1,10 +1,10 @@
 """The text of the dry run: a description of the data."""
 
-import collections
 from typing import Any
 
 import numpy as np
 
+from kdjax.data.counts import counted, printable
 from kdjax.data.dataset import LOG, Dataset, Split, ground_truth
 from kdjax.data.stages import Settings, canvas_size
 
@@ -17,7 +17,7 @@ def summary(dataset: Dataset, cfg: Settings) -> str:
 
     Args:
       dataset: from `open_dataset`.
-      cfg: `config.data`; read here: image_size.
+      cfg: `config.data`; read here: image_size, augment and stage2.
 
     Returns:
       Several lines of text. Sizes are COCO's, by the area in original pixels: small under 32², large from 96².
@@ -28,27 +28,13 @@ def summary(dataset: Dataset, cfg: Settings) -> str:
         f"{dataset.max_boxes} padded boxes per image",
     ]
     truths = {role: ground_truth(dataset, role) for role in dataset.splits}
-    for role, split in dataset.splits.items():
-        lines += _split(role, split.name, truths[role], dataset.max_boxes)
+    told = {role: counted(dataset, role, cfg) for role in dataset.splits}
+    lines += [first for first, *_ in told.values()]
     lines.append(f"an epoch is {dataset.splits['train'].size} images, each once, in a new order")
     lines += ["", *_table(dataset, truths), ""]
     for role, split in dataset.splits.items():
-        lines += _log(role, split)
+        lines += _log(role, split, told[role][1:])
     return "\n".join(lines)
-
-
-def _split(role: str, name: str, truth: dict[str, Any], max_boxes: int) -> list[str]:
-    boxes = collections.Counter(a["image_id"] for a in truth["annotations"] if not a["iscrowd"])
-    crowd = sum(a["iscrowd"] for a in truth["annotations"])
-    line = f"{role} ('{name}'): {len(truth['images'])} images, {len(truth['images']) - len(boxes)} without objects, "
-    line += f"{sum(boxes.values())} boxes, at most {max(boxes.values(), default=0)} per image"
-    if crowd:
-        line += f", {crowd} crowd regions or difficult objects (used in evaluation only)"
-    lines = [line]
-    over = sum(count > max_boxes for count in boxes.values())
-    if over:
-        lines.append(f"  {over} images have more than max_boxes={max_boxes} boxes: the smallest are left out")
-    return lines
 
 
 def _table(dataset: Dataset, truths: dict[str, dict[str, Any]]) -> list[str]:
@@ -71,16 +57,13 @@ def _table(dataset: Dataset, truths: dict[str, dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _log(role: str, split: Split) -> list[str]:
-    """Counts of dropped and repaired objects by reason, the first entries, and the file with the full list."""
+def _log(role: str, split: Split, told: list[str]) -> list[str]:
+    """Counts by reason, the first entries, and the file with the full list."""
     log = split.log
-    if not log:
-        return [f"{role}: nothing dropped, nothing repaired"]
-    reasons = collections.Counter((entry["action"], entry["reason"]) for entry in log)
-    lines = [f"{role}: {count} {action}: {reason}" for (action, reason), count in sorted(reasons.items())]
+    lines = told or [f"{role}: nothing dropped, nothing repaired"]
     for entry in log[:SHOWN]:
         which = "" if entry["annotation"] is None else f" annotation {entry['annotation']}"
-        lines.append(f"  {entry['file']}{which}: {entry['action']}, {entry['reason']}")
+        lines.append(printable(f"  {entry['file']}{which}: {entry['action']}, {entry['reason']}"))
     if len(log) > SHOWN:
         lines.append(f"  … and {len(log) - SHOWN} more: full list in {split.folder / LOG}")
     return lines

@@ -121,7 +121,7 @@ def scan(reader: Reader, category_ids: list[int], log: list[dict[str, Any]]) -> 
         image = records.decode(record["image"])
         return record, None if image is None else image.shape, hashes.of_bytes(record["image"])
 
-    number = 0
+    number, ids = 0, set()
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(reader), 64):
             for record, shape, sha256 in pool.map(load, range(start, min(start + 64, len(reader)))):
@@ -129,6 +129,10 @@ def scan(reader: Reader, category_ids: list[int], log: list[dict[str, Any]]) -> 
                 if shape is None:
                     raise UserError(f"{', '.join(d for d, _ in reader.parts)}: {name} cannot be read as an image")
                 image = _image_record(record, name, shape[:2], category_ids, number, log)
+                if image.id in ids:
+                    places = ", ".join(f"{directory} ({split})" for directory, split in reader.parts)
+                    raise UserError(f"{places}: image id {image.id} appears twice: join only splits of other images")
+                ids.add(image.id)
                 image.sha256 = sha256
                 yield image
                 number += len(record["objects"]["label"])

@@ -3,7 +3,7 @@
 import numpy as np
 
 from kdjax import data
-from kdjax.data.coco import CLIPPED, LEAVES
+from kdjax.data.coco import CLIPPED
 from kdjax.doctor.findings import ERROR, OK, WARNING, Finding
 from kdjax.training.setup import Setup
 
@@ -13,16 +13,12 @@ TINY = 4  # shorter side of a tiny object on the canvas in pixels: half a cell o
 def check_data(setup: Setup) -> list[Finding]:
     """Checks how many objects were dropped or clipped, how many are tiny, and which classes have none."""
     dataset, findings = setup.dataset, []
-    for role, split in dataset.splits.items():
-        dropped = sum(entry["action"] == "dropped" for entry in split.log)
-        total = len(data.ground_truth(dataset, role)["annotations"]) + dropped
-        clipped = sum(entry["reason"] == CLIPPED for entry in split.log)
-        lost = max(dropped, clipped / 2)
+    for role in dataset.splits:
+        counts = data.count(dataset, role, setup.config.data)
+        total = counts.objects + counts.crowd + counts.dropped
+        lost = max(counts.dropped, counts.other.get(("repaired", CLIPPED), 0) / 2)
         level = ERROR if lost > 0.2 * total else WARNING if lost > 0.05 * total else OK
-        message = f"{split.size} images, {dropped} of {total} objects dropped, {clipped} clipped to the image"
-        leave = sum(entry["reason"] == LEAVES for entry in split.log)
-        if leave:
-            message += f", {leave} images are read from outside the folder of images, as their file_name says"
+        message = data.counted_in_one_line(dataset, role, setup.config.data)
         if level != OK:
             message += (
                 ": --config.data.check=True lists them and draws boxes, which must be x, y, width, height in pixels"

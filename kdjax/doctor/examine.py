@@ -35,7 +35,7 @@ def examine(config: Config, *, image_count: int = 64) -> Iterator[Finding]:
         checks.check_models(config)
         with prefix("config.data"):
             dataset = data.open_dataset(config.data)
-        checks.check_truth(dataset)
+        checks.check_truth(dataset, config.data)
         prepare_process(config.compile_cache)
         setup = prepare(config, dataset)
         batch = checks.first_batch_with_objects(setup)

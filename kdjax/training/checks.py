@@ -5,6 +5,7 @@ import glob
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -73,24 +74,30 @@ def check_models(config: Config) -> None:
             raise UserError(f"config.{role}.weights: there is no file or folder {config[role].weights}")
 
 
-def check_truth(dataset: data.Dataset) -> None:
-    """Checks that the validation split has objects.
+def check_truth(dataset: data.Dataset, cfg: Mapping[str, Any]) -> None:
+    """Checks that both splits have objects.
+
+    Args:
+      dataset: of the run.
+      cfg: `config.data`.
 
     Raises:
-      UserError: it has none.
+      UserError: one has none.
     """
-    if all(entry["iscrowd"] for entry in data.ground_truth(dataset, "val")["annotations"]):
-        split = dataset.splits["val"]
-        raise UserError(
-            f"config.data.val_split: the {split.size} images of the split '{split.name}' of {dataset.name} have no "
-            f"objects{_dropped(split)}: metrics need some"
-        )
+    for role, purpose in (("val", "metrics need some"), ("train", "training needs some")):
+        counts, split = data.count(dataset, role, cfg), dataset.splits[role]
+        if not counts.objects:
+            raise UserError(
+                f"config.data.{role}_split: the {counts.images} images of the split '{split.name}' of {dataset.name} "
+                f"have no objects{_lost(counts)}: {purpose}"
+            )
 
 
-def _dropped(split: data.Split) -> str:
-    """How many objects of a split were dropped and why, in parentheses; "" if none were."""
-    reasons = [entry["reason"] for entry in split.log if entry["action"] == "dropped"]
-    return f" ({len(reasons)} were dropped: {', '.join(sorted(set(reasons)))})" if reasons else ""
+def _lost(counts: data.Counts) -> str:
+    """How many objects do not reach training and why, in parentheses; "" if all do."""
+    lost = data.reasons(counts, ("dropped", "ignored", "left out"))
+    crowd = [f"{counts.crowd} crowd regions or difficult objects"] if counts.crowd else []
+    return f" ({'; '.join([*crowd, *lost])})" if crowd or lost else ""
 
 
 def check_workdir(config: Config, workdir: str | Path | None) -> Path:
@@ -146,7 +153,7 @@ def first_batch_with_objects(setup: Setup) -> dict[str, np.ndarray]:
             batch = next(batches)
             if batch["valid"].any():
                 return batch
-    lost = _dropped(setup.dataset.splits["train"])
+    lost = _lost(data.count(setup.dataset, "train", config.data))
     raise UserError(f"config.data.train_split: the first 100 training batches have no objects{lost}")
 
 

@@ -224,7 +224,7 @@ def notes(setup: Setup, rows: Sequence[Mapping[str, Any]], damaged: int) -> list
       rows: of the log.
       damaged: number of damaged lines of the log, which are not among the rows.
     """
-    config = setup.config
+    config, dataset = setup.config, setup.dataset
     seconds = sum({row["step"]: row["seconds"] for row in rows if row["kind"] == "train"}.values())
     lines = [
         f"Images: the first {EXAMPLES} of the validation split with objects, not selected by result.",
@@ -240,5 +240,6 @@ def notes(setup: Setup, rows: Sequence[Mapping[str, Any]], damaged: int) -> list
         )
     if damaged:
         lines.append(f"Lines of metrics.jsonl that are damaged and left out: {damaged}.")
-    facts = {"seed": str(config.seed), "training": f"{seconds / 60:.1f} min"} | environment()
+    counts = {f"{role} data": data.counted_in_one_line(dataset, role, config.data) for role in dataset.splits}
+    facts = counts | {"seed": str(config.seed), "training": f"{seconds / 60:.1f} min"} | environment()
     return lines + [f"{name}: {value}" for name, value in facts.items() if value]

@@ -92,8 +92,10 @@ def run(config: Config, workdir: str | Path | None) -> dict[str, Any] | None:
     with only_writer(folder):
         with prefix("config.data"):
             dataset = data.open_dataset(config.data)
-        checks.check_truth(dataset)
         prepare_process(config.compile_cache)
+        if not jax.process_index():
+            print("\n".join(line for role in dataset.splits for line in data.counted(dataset, role, config.data)))
+        checks.check_truth(dataset, config.data)
         setup = prepare(config, dataset)
         with contextlib.closing(Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep)) as checkpoints:
             start, setup = resume(setup, checkpoints)

@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from kdjax import files
 from kdjax.detectors.api import State
 from kdjax.errors import UserError, prefix
 from kdjax.weights import containers, wrappers, yolox
@@ -17,7 +18,6 @@ FORMATS = (".npz", ".safetensors", *TORCH, ".onnx")
 INDEX = ".index.json"
 # A part of sharded weights, as in model-00001-of-00002.safetensors.
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.\w+)")
-_COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}
 
 
 def read_checkpoint(path: str | Path) -> tuple[State, list[str] | None]:
@@ -80,7 +80,7 @@ def find_index(folder: Path) -> Path:
 
 def _read_file(path: Path) -> tuple[dict[str, Any], list[str] | None]:
     """All that one file holds by name (arrays, or tensors of PyTorch), and the names of the classes if it has them."""
-    head = _head(path)
+    head = files.head(path, "weights")
     with prefix(str(path)):
         containers.check_size(path)
         if path.suffix.lower() == ".onnx" and not _text(head):
@@ -99,22 +99,6 @@ def _read_file(path: Path) -> tuple[dict[str, Any], list[str] | None]:
         raise UserError("it is not a file of npz, safetensors or PyTorch, or its beginning is damaged")
 
 
-def _head(path: Path) -> bytes:
-    """The first bytes of a file that is not one of the usual things that are downloaded instead of weights."""
-    with open(path, "rb") as file:
-        head = file.read(512)
-    if not head:
-        raise UserError(f"{path}: the file is empty")
-    if head.startswith(b"version https://git-lfs"):
-        raise UserError(f"{path}: it is a pointer of git-lfs, not the weights: download them with `git lfs pull`")
-    if re.match(rb"(?:\xef\xbb\xbf)?\s*<(?:!doctype|!--|html|head|body|\?xml|error)", head, re.IGNORECASE):
-        raise UserError(f"{path}: it is an HTML or XML page, not weights: download the file itself, not its page")
-    packed = next((name for magic, name in _COMPRESSED.items() if head.startswith(magic)), None)
-    if packed:
-        raise UserError(f"{path}: it is compressed with {packed}: unpack it")
-    return head
-
-
 def _text(head: bytes) -> str:
     """The beginning of a text; "" if not all bytes are of printable text."""
     try:
@@ -131,7 +115,7 @@ def _read_parts(index: Path) -> State:
         if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
             raise TypeError("weight_map is not a file for each array")
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        _head(index)  # tells what it is instead
+        files.head(index, "weights")  # tells what it is instead
         raise UserError(f"{index}: it cannot be read as the index of sharded weights: {error!r}") from error
     state: dict[str, Any] = {}
     for file in sorted(set(listed.values())):

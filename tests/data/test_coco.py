@@ -187,7 +187,7 @@ def broken(changes):
         (lambda t: t["images"][1].update(file_name="gone.png"), "gone.png: no such file in"),
         (lambda t: t["images"][0].update(width=40, height=50), "a.png is listed as 40x50, but is 50x40 .EXIF"),
         (lambda t: t["categories"][1].update(id=3), "category id 3 appears twice"),
-        (lambda t: t["categories"][1].update(name="cat"), "two categories have the name 'cat'"),
+        (lambda t: t["categories"][1].update(name="cat"), "two categories have the name 'cat', 3 and 11: rename one"),
         (lambda t: t["categories"][1].pop("name"), "category 11 has no name"),
         (lambda t: t.pop("annotations"), "list of objects under 'annotations'"),
         (lambda t: t.update(images=[], annotations=[]), "it lists no images"),
@@ -216,7 +216,10 @@ def test_messages_for_a_wrong_root_json_or_image(tmp_path):
     with pytest.raises(UserError, match="split 'test': no folder of images"):
         opened(root, tmp_path, val_split="test", train_images="moved/train")
     shutil.move(root / "moved", root / "images")
-    for spoilt in ("", '{"images": [', "[" * 100_000):
+    (root / "annotations" / "instances_test.json").write_text("")
+    with pytest.raises(UserError, match=r"instances_test.json: the file is empty"):
+        opened(root, tmp_path, val_split="test", val_images="images/val")
+    for spoilt in ('{"images": [', "[" * 100_000):
         (root / "annotations" / "instances_test.json").write_text(spoilt)
         with pytest.raises(UserError, match=r"instances_test.json: not valid json"):
             opened(root, tmp_path, val_split="test", val_images="images/val")

@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import pytest
 
-from kdjax.data import coco, hashes
+from kdjax.data import coco, hashes, paths
 from kdjax.data.records import ImageRecord
 from kdjax.errors import UserError
 from tests.support.data import coco_json, opened, small_folder, write_folder
@@ -110,5 +110,5 @@ def test_an_image_that_is_no_file_is_missing(tmp_path, name):
     (tmp_path / "folder").mkdir()
     (tmp_path / "a.png").touch()
     with pytest.raises(UserError) as refused:
-        coco.located(["a.png", name, name + "2"], tmp_path, "x.json")
+        paths.located(["a.png", name, name + "2"], tmp_path, "x.json")
     assert str(refused.value) == f"x.json: {name} and 1 more: no such file in {tmp_path}"

@@ -268,7 +268,7 @@ def test_the_largest_of_too_many_boxes_are_kept(tmp_path):
     assert dataset.max_boxes == 2
     [batch] = train(dataset, cfg, 1, batch_size=1)
     np.testing.assert_array_equal(batch["boxes"][0], [boxes[1], boxes[3]])
-    assert "1 images have more than max_boxes=2 boxes" in data.summary(dataset, cfg)
+    assert "train: 2 left out: box over max_boxes=2 of an image, the smallest first" in data.summary(dataset, cfg)
 
 
 def test_an_image_that_cannot_be_decoded_is_named(cfg, tmp_path):

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from kdjax.data.coco import LEAVES
+from kdjax.data.coco import CLIPPED, LEAVES
 from kdjax.data.dataset import Split
 from kdjax.doctor.data import check_data
 from kdjax.doctor.findings import ERROR, OK, WARNING
@@ -30,12 +30,12 @@ def test_lost_and_tiny_objects_and_absent_classes_are_noticed(tiny):
     assert f"no training image has objects of {setup.dataset.classes[0]}" in warnings["classes"]
     for share, level in ((0.02, OK), (0.3, WARNING), (0.7, ERROR)):
         times = int(share * len(truth["annotations"])) + 1
-        clipped = dict(dropped, action="repaired", reason="box clipped to the image")
+        clipped = dict(dropped, action="repaired", reason=CLIPPED)
         object.__setattr__(spoilt, "log", times * [clipped])
         finding = {finding.subject: finding for finding in check_data(setup)}["train data"]
-        assert finding.level == level and f"{times} clipped to the image" in finding.message
+        assert finding.level == level and f"; {times} repaired: {CLIPPED}" in finding.message
         assert ("x, y, width, height in pixels" in finding.message) == (level != OK)
     object.__setattr__(spoilt, "log", 2 * [dict(file="/a", annotation=None, action="noted", reason=LEAVES)])
     finding = {finding.subject: finding for finding in check_data(setup)}["train data"]
     assert finding.level == OK
-    assert finding.message.endswith("2 images are read from outside the folder of images, as their file_name says")
+    assert finding.message.endswith(f"; 2 noted: {LEAVES}")

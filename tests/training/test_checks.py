@@ -73,7 +73,7 @@ def test_a_split_without_objects_is_refused(folder, tmp_path, empty):
     config = tiny_config(folder, teacher=None)
     config.data.update(dict(source="coco_folder", root=str(root)))
     words = {
-        "train": "config.data.train_split: the first 100 training batches have no objects",
+        "train": "config.data.train_split: the 11 images of the split 'train' of set have no objects",
         "val": "config.data.val_split: the 3 images of the split 'val' of set have no objects",
     }
     with pytest.raises(UserError, match=words[empty]):
@@ -115,7 +115,8 @@ def test_workdir_that_cannot_be_used_is_refused(folder, teacher_folder, tmp_path
 
 
 def test_a_validation_split_that_lost_its_objects_is_refused(folder):
-    dataset = data.open_dataset(tiny_config(folder, teacher=None).data)
+    config = tiny_config(folder, teacher=None).data
+    dataset = data.open_dataset(config)
     split = dataset.splits["val"]
 
     class Empty(Split):
@@ -124,8 +125,8 @@ def test_a_validation_split_that_lost_its_objects_is_refused(folder):
     empty = Empty(split.name, split.size, split.records, split.folder, split.categories)
     object.__setattr__(empty, "log", [dict(file="a", annotation=i, action="dropped", reason="far off") for i in (1, 2)])
     dataset = dataclasses.replace(dataset, splits=dataset.splits | {"val": empty})
-    with pytest.raises(UserError, match=r"have no objects \(2 were dropped: far off\): metrics need some"):
-        checks.check_truth(dataset)
+    with pytest.raises(UserError, match=r"have no objects \(2 dropped: far off\): metrics need some"):
+        checks.check_truth(dataset, config)
 
 
 def test_only_mistakes_of_the_user_become_user_errors(folder, teacher_folder, tmp_path, monkeypatch):

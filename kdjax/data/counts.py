@@ -1,0 +1,107 @@
+"""What of the data reaches training, and what does not and why: the same counts in every command and report."""
+
+import collections
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from kdjax.data.dataset import Dataset, ground_truth
+from kdjax.data.stages import Settings, canvas_size
+from kdjax.data.transforms import MIN_SIZE
+
+
+class Counts(NamedTuple):
+    """Of one split."""
+
+    images: int
+    empty: int  # images without objects
+    objects: int  # boxes that are trained on
+    most: int  # in one image
+    crowd: int  # regions of many objects, objects marked ignore, VOC's difficult objects
+    other: dict[tuple[str, str], int]  # by action and reason: what was dropped, ignored, left out, repaired or noted
+
+    @property
+    def dropped(self) -> int:
+        """Objects that were dropped because they cannot be used."""
+        return sum(count for (action, _), count in self.other.items() if action == "dropped")
+
+
+def count(dataset: Dataset, role: str, cfg: Settings) -> Counts:
+    """Counts the images and objects of a split.
+
+    Args:
+      dataset: from `open_dataset`.
+      role: 'train' or 'val'.
+      cfg: `config.data`; read here: image_size, augment.scale and stage2.
+    """
+    split, truth = dataset.splits[role], ground_truth(dataset, role)
+    objects = [entry for entry in truth["annotations"] if not entry["iscrowd"]]
+    boxes = collections.Counter(entry["image_id"] for entry in objects)
+    other = collections.Counter((entry["action"], entry["reason"]) for entry in split.log)
+    other["left out", "image after the first, as limit says"] = len(split.records) - split.size
+    over = sum(max(0, number - dataset.max_boxes) for number in boxes.values())
+    other["left out", f"box over max_boxes={dataset.max_boxes} of an image, the smallest first"] = over
+    if role == "train":
+        other["left out", "box too small, less than a pixel on the canvas at every scale"] = _tiny(truth, cfg)
+        absent = set(dataset.category_ids) - {entry["category_id"] for entry in objects}
+        names = [name for name, key in zip(dataset.classes, dataset.category_ids, strict=True) if key in absent]
+        shown = ", ".join(names[:6]) + ", …" * (len(names) > 6)
+        other["noted", f"class without objects: {shown}"] = len(names)
+    return Counts(
+        images=len(truth["images"]),
+        empty=len(truth["images"]) - len(boxes),
+        objects=len(objects),
+        most=max(boxes.values(), default=0),
+        crowd=len(truth["annotations"]) - len(objects),
+        other={key: number for key, number in sorted(other.items()) if number},
+    )
+
+
+def counted(dataset: Dataset, role: str, cfg: Settings) -> list[str]:
+    """The counts of a split as text: a line of what is used, then one for each reason why something is not.
+
+    Args:
+      dataset, role, cfg: as for `count`.
+    """
+    counts = count(dataset, role, cfg)
+    line = f"{role} ('{dataset.splits[role].name}'): {counts.images} images, {counts.empty} without objects, "
+    line += f"{counts.objects} boxes, at most {counts.most} per image"
+    if counts.crowd:
+        line += f", {counts.crowd} crowd regions or difficult objects (used in evaluation only)"
+    return [line, *(f"{role}: {text}" for text in reasons(counts))]
+
+
+def counted_in_one_line(dataset: Dataset, role: str, cfg: Settings) -> str:
+    """`counted` as one line."""
+    return "; ".join(line.removeprefix(f"{role}: ") for line in counted(dataset, role, cfg))
+
+
+def reasons(counts: Counts, actions: Iterable[str] = ()) -> list[str]:
+    """What was dropped, ignored, left out, repaired or noted, as '2 dropped: box has no extent'.
+
+    Args:
+      counts: from `count`.
+      actions: only these; empty takes all.
+    """
+    chosen = set(actions) or {action for action, _ in counts.other}
+    return [
+        printable(f"{number} {action}: {reason}")
+        for (action, reason), number in counts.other.items()
+        if action in chosen
+    ]
+
+
+def printable(text: str) -> str:
+    """Text without lone surrogates, which names on disk may have and which cannot be printed."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+def _tiny(truth: Mapping[str, Any], cfg: Settings) -> int:
+    """Objects that every crop drops, because even the largest scale leaves less than `MIN_SIZE` px of a side."""
+    canvas = canvas_size(cfg)
+    stages = [cfg["augment"], *([cfg["stage2"]["augment"]] if cfg["stage2"]["start"] else [])]
+    largest = max(stage["scale"][1] for stage in stages)
+    factors = {
+        image["id"]: largest * min(canvas[0] / image["height"], canvas[1] / image["width"]) for image in truth["images"]
+    }
+    boxes = ((entry["bbox"], factors[entry["image_id"]]) for entry in truth["annotations"] if not entry["iscrowd"])
+    return sum(min(bbox[2:]) * factor < MIN_SIZE for bbox, factor in boxes)

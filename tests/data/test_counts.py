@@ -1,0 +1,237 @@
+"""Nothing is dropped uncounted: what json, names and classes may hold, the sentence for it, and the counts."""
+
+import gzip
+import json
+import unicodedata
+
+import pytest
+
+from kdjax import data
+from kdjax.errors import UserError
+from tests.support.data import coco_json, opened, paint, settings, write_folder
+
+SIZES = {"a.png": (40, 50), "b.png": (40, 50)}
+BOX = [5, 5, 10, 10]
+HIDDEN, SHOWN = "caf\u0065\u0301", "caf\u00e9"  # NFD and NFC of the same word
+
+
+def folder(tmp_path, change=None, sizes=SIZES):
+    truth = coco_json(sizes, [(0, 3, BOX, {}), (1, 11, BOX, {})])
+    if change:
+        change(truth)
+    pixels = dict.fromkeys([*sizes, "dir/c.png", HIDDEN + "/" + HIDDEN + ".png"], paint(40, 50, []))
+    (tmp_path / "set" / "images" / "train").mkdir(parents=True, exist_ok=True)
+    return write_folder(tmp_path / "set", {"train": truth}, pixels)
+
+
+def lines(root, tmp_path, **changes):
+    return data.counted(opened(root, tmp_path, ["train"], **changes), "train", settings(tmp_path))
+
+
+@pytest.mark.parametrize("value", [1, True, "1", "yes"])
+def test_objects_marked_ignore_are_crowd_regions(tmp_path, value):
+    root = folder(tmp_path, lambda t: t["annotations"][0].update(ignore=value))
+    dataset = opened(root, tmp_path, ["train"])
+    assert data.counted(dataset, "train", settings(tmp_path)) == [
+        "train ('train'): 2 images, 1 without objects, 1 boxes, at most 1 per image, 1 crowd regions or difficult "
+        "objects (used in evaluation only)",
+        "train: 1 ignored: marked ignore: taken as a crowd region",
+        "train: 1 noted: class without objects: cat",
+    ]
+    assert [a["iscrowd"] for a in data.ground_truth(dataset, "train")["annotations"]] == [1, 0]
+    assert [len(dataset.splits["train"].records[i]["boxes"]) for i in (0, 1)] == [0, 1]
+
+
+@pytest.mark.parametrize("value", [0, False, None, "0"])
+def test_objects_not_marked_ignore_are_objects(tmp_path, value):
+    root = folder(tmp_path, lambda t: t["annotations"][0].update(ignore=value))
+    assert lines(root, tmp_path) == ["train ('train'): 2 images, 0 without objects, 2 boxes, at most 1 per image"]
+
+
+@pytest.mark.parametrize(("value", "taken"), [("1", 1), ("true", 1), ("0", 0), (2, 0), ([], 0)])
+def test_iscrowd_as_text_is_read(tmp_path, value, taken):
+    [line, told, *_] = lines(folder(tmp_path, lambda t: t["annotations"][0].update(iscrowd=value)), tmp_path)
+    assert (", 1 crowd region" in line) == bool(taken)
+    assert told == (
+        "train: 1 noted: class without objects: cat"
+        if taken
+        else "train: 1 repaired: iscrowd is neither 0 nor 1: set to 0"
+    )
+
+
+def test_every_object_that_does_not_reach_training_is_counted(tmp_path):
+    """Beside what the json's check drops: by float32, by the canvas, by max_boxes, by limit."""
+
+    def change(truth):
+        truth["annotations"] += [
+            dict(id=10 + i, image_id=10, category_id=3, bbox=bbox)
+            for i, bbox in enumerate([[40, 30, 1e-9, 5], [1, 1, 0.3, 5], [2, 2, 3, 3], [0, 0, 30, 30], [99, 1, 2, 2]])
+        ]
+        truth["annotations"].append(dict(id=20, image_id=11, category_id=3, bbox=[99, 1, 2, 2]))
+
+    root = folder(tmp_path, change)
+    dataset = opened(root, tmp_path, ["train"], max_boxes=2, limit=1)
+    cfg = settings(tmp_path)
+    assert data.counted(dataset, "train", cfg) == [
+        "train ('train'): 1 images, 0 without objects, 4 boxes, at most 4 per image",
+        "train: 1 dropped: box has no extent in float32",
+        "train: 1 dropped: box outside the image",
+        "train: 2 left out: box over max_boxes=2 of an image, the smallest first",
+        "train: 1 left out: box too small, less than a pixel on the canvas at every scale",
+        "train: 1 left out: image after the first, as limit says",
+        "train: 1 noted: class without objects: dog",
+    ]
+    stored = dataset.splits["train"].records[0]
+    assert len(stored["boxes"]) == 4
+    assert data.count(dataset, "train", cfg).dropped == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (
+            lambda t: [a.update(iscrowd=1) for a in t["annotations"]],
+            "all annotations are crowd regions: objects must have iscrowd: 0",
+        ),
+        (
+            lambda t: [a.update(ignore=1) for a in t["annotations"]],
+            "all annotations are crowd regions or have ignore: 1: objects must have iscrowd: 0",
+        ),
+        (
+            lambda t: t["categories"][0].update(name=" \u200b"),
+            "category 3: its name ' \\u200b' is blank: must be text that can be seen",
+        ),
+        (lambda t: t["categories"][0].update(name=7), 'category 3: its name is 7: must be text, as "7"'),
+        (
+            lambda t: t["categories"][0].update(name="r\ud83d"),
+            "category 3: its name 'r\\ud83d' has a lone surrogate, half of a character: must be text that UTF-8 can "
+            "hold",
+        ),
+        (
+            lambda t: (t["categories"][0].update(name=HIDDEN), t["categories"][1].update(name=SHOWN)),
+            f"two categories have the name '{SHOWN}', 3 and 11, in other Unicode forms: rename one",
+        ),
+        (
+            lambda t: t["categories"].append(dict(id=0, name="cat")),
+            "two categories have the name 'cat', 3 and 0: delete 0, which no annotation has",
+        ),
+        (
+            lambda t: t["annotations"][0].update(image_id=10.0),
+            "annotation 1: image 10.0 is not among the images: must be the integer 10",
+        ),
+        (
+            lambda t: t["annotations"][0].update(category_id="3"),
+            "annotation 1: category '3' is not among the categories: must be the integer 3",
+        ),
+        (
+            lambda t: t["annotations"][0].update(category_id=2),
+            "annotation 1: category 2 is not among the categories: they are 3, 11",
+        ),
+        (lambda t: t["images"][0].update(file_name=7), "image 10: its file_name is 7: must be text"),
+        (
+            lambda t: t["images"][1].update(file_name="./x/../a.png"),
+            "a.png and ./x/../a.png are one file: list each image once",
+        ),
+        (
+            lambda t: t["images"][1].update(file_name=" a.png"),
+            " a.png: no such file in FOLDER: there is a.png: write this name",
+        ),
+        (
+            lambda t: t["images"][1].update(file_name="x\\a.png"),
+            "x\\a.png: no such file in FOLDER: the name has backslashes",
+        ),
+    ],
+)
+def test_what_cannot_be_decided_is_refused_in_one_sentence(tmp_path, change, sentence):
+    (tmp_path / "set" / "images" / "train" / "x").mkdir(parents=True)
+    root = folder(tmp_path, change)
+    folder(tmp_path / "other")  # files of all names
+    for name in SIZES:
+        (root / "images" / "train" / name).write_bytes(
+            (tmp_path / "other" / "set" / "images" / "train" / name).read_bytes()
+        )
+    with pytest.raises(UserError) as refused:
+        opened(root, tmp_path, ["train"])
+    assert str(refused.value) == f"instances_train.json: {sentence}".replace("FOLDER", str(root / "images" / "train"))
+
+
+def test_backslashes_are_told_from_slashes(tmp_path):
+    root = folder(tmp_path, sizes={"a.png": (40, 50), "dir/c.png": (40, 50)})
+    path = root / "annotations" / "instances_train.json"
+    path.write_text(path.read_text().replace("dir/c", "dir\\\\c"))
+    where = root / "images" / "train"
+    with pytest.raises(UserError) as refused:
+        opened(root, tmp_path, ["train"])
+    assert str(refused.value).endswith(
+        f"dir\\c.png: no such file in {where}: the name has backslashes: write dir/c.png"
+    )
+
+
+@pytest.mark.parametrize(
+    ("packed", "sentence"),
+    [
+        (lambda text: text.encode("utf-16"), "not valid json: it is UTF-16: must be UTF-8"),
+        (lambda text: text.encode("utf-16-le"), "not valid json: it is UTF-16-LE: must be UTF-8"),
+        (lambda text: text.encode("utf-32"), "not valid json: it is UTF-32: must be UTF-8"),
+        (lambda text: gzip.compress(text.encode()), "it is compressed with gzip: unpack it"),
+        (
+            lambda text: text.replace("cat", "gr\u00fcn").encode("latin-1"),
+            "not valid json: byte 0xfc at AT is not UTF-8: must be UTF-8",
+        ),
+        (
+            lambda text: (text + "\n" + text).encode(),
+            "not valid json: it has several values, as one on each line: must be one object",
+        ),
+        (
+            lambda text: b"version https://git-lfs.github.com/spec/v1\n",
+            "it is a pointer of git-lfs, not the annotations: download them with `git lfs pull`",
+        ),
+        (
+            lambda text: b"<!DOCTYPE html><html>",
+            "it is an HTML or XML page, not annotations: download the file itself, not its page",
+        ),
+    ],
+)
+def test_a_json_in_another_form_is_called_so(tmp_path, packed, sentence):
+    path = folder(tmp_path) / "annotations" / "instances_train.json"
+    text = path.read_text()
+    path.write_bytes(packed(text))
+    with pytest.raises(UserError) as refused:
+        opened(tmp_path / "set", tmp_path, ["train"])
+    assert str(refused.value) == f"{path}: {sentence}".replace("AT", str(text.index("cat") + 2))
+
+
+def test_names_in_another_unicode_form_are_found_and_counted(tmp_path):
+    name = f"{HIDDEN}/{HIDDEN}.png"
+    root = folder(tmp_path, sizes={"a.png": (40, 50), name: (40, 50)})
+    path = root / "annotations" / "instances_train.json"
+    truth = json.loads(path.read_text())
+    truth["images"][1]["file_name"] = unicodedata.normalize("NFC", name)
+    path.write_text(json.dumps(truth))
+    assert lines(root, tmp_path)[1:] == ["train: 1 noted: its name on disk is in another Unicode form"]
+    truth["images"][0]["file_name"] = name
+    path.write_text(json.dumps(truth))
+    with pytest.raises(UserError, match=r"are one file: list each image once$"):
+        opened(root, tmp_path, ["train"])
+
+
+def test_classes_in_another_unicode_form_are_told(tmp_path):
+    pixels = dict.fromkeys(SIZES, paint(40, 50, []))
+    train, val = (coco_json(SIZES, [(0, 1, BOX, {})], [(1, name)]) for name in (SHOWN, HIDDEN))
+    root = write_folder(tmp_path / "set", {"train": train, "val": val}, pixels)
+    with pytest.raises(UserError) as refused:
+        opened(root, tmp_path)
+    assert str(refused.value) == (
+        f"val split: category 1 is '{HIDDEN}': the train split calls it '{SHOWN}', in another Unicode form: write both "
+        "in one form (NFC)"
+    )
+
+
+def test_spare_annotation_ids_stay_in_64_bits(tmp_path):
+    def change(truth):
+        truth["annotations"][0]["id"] = 2**63 - 1
+        truth["annotations"][1]["id"] = 2**63
+        truth["annotations"].append(dict(truth["annotations"][1], id=1))
+
+    dataset = opened(folder(tmp_path, change), tmp_path, ["train"])
+    assert [a["id"] for a in data.ground_truth(dataset, "train")["annotations"]] == [2**63 - 1, 2, 1]
