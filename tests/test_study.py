@@ -13,6 +13,7 @@ from kdjax.commands import settings, study
 from kdjax.errors import UserError
 from kdjax.report import study as report
 from tests.shared import ROOT
+from tests.support.data import opened, small_folder
 
 FACTS = {"commit": "c", "python": "3", "jax": "1", "flax": "2", "devices": "cpu"}
 TEACHER = ROOT / "assets" / "quickstart_teacher"
@@ -59,6 +60,22 @@ def test_a_finished_run_is_kept_and_its_flags_must_be_the_same(tmp_path):
     assert study.facts_of(tmp_path) == FACTS
     with pytest.raises(UserError, match=r"other flags .--config=a --config.seed=1"):
         study.train(["--config=b", "--config.seed=1"], tmp_path)
+
+
+def test_a_finished_run_on_other_images_is_refused(tmp_path):
+    """Under the same names, with the same json."""
+    root = small_folder(tmp_path / "set", count=3)
+    flags = ["--config=supervised/coco_folder:rtmdet_pico", f"--config.data.root={root}"]
+    flags += [f"--config.data.cache={tmp_path / 'cache'}"]
+    (tmp_path / "results.json").write_text('{"student": {"AP": 0.5}}')
+    run = {"command": ["train", *flags, f"--workdir={tmp_path}"], "data": opened(root, tmp_path).fingerprint}
+    (tmp_path / "config.json").write_text(json.dumps({"config": {}, "runs": [run]}))
+    assert study.train(flags, tmp_path) == {"student": {"AP": 0.5}}
+    path = root / "images" / "val" / "p1.png"
+    assert cv2.imwrite(str(path), cv2.imread(str(path)) + 1)
+    study.data_of.cache_clear()
+    with pytest.raises(UserError, match=f"^{tmp_path} has a run on other images, boxes or classes than now: choose"):
+        study.train(flags, tmp_path)
 
 
 def options(**changes) -> study.Options:

@@ -24,6 +24,7 @@ workdir has one study at a time.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -39,10 +40,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kdjax import detectors, files, resources
+from kdjax import data, detectors, files, resources
 from kdjax import methods as zoo
 from kdjax.commands import settings
-from kdjax.errors import UserError
+from kdjax.errors import UserError, prefix
 from kdjax.inference import load
 from kdjax.inference import predict as prediction
 from kdjax.report import study as report
@@ -352,7 +353,7 @@ def train(flags: list[str], workdir: Path) -> dict[str, Any]:
 
     Raises:
       Failed: the run ended with an error.
-      UserError: the folder has a run with other flags.
+      UserError: the folder has a run with other flags or on other data.
       SystemExit: the run was stopped, and so is the study.
     """
     results = workdir / "results.json"
@@ -360,6 +361,8 @@ def train(flags: list[str], workdir: Path) -> dict[str, Any]:
         call([sys.executable, "-m", "kdjax", "train", *flags, f"--workdir={workdir}"])
     elif flags_of(workdir) != flags:
         raise UserError(f"{workdir} has a run with other flags ({' '.join(flags_of(workdir))}): choose another folder")
+    elif (before := start_of(workdir).get("data")) and before != data_of(*flags):
+        raise UserError(f"{workdir} has a run on other images, boxes or classes than now: choose another folder")
     with unreadable(results):
         found = json.loads(results.read_text())
         found["student"]["AP"]
@@ -419,14 +422,28 @@ def unreadable(file: Path) -> Iterator[None]:
         raise UserError(f"{file}: it is damaged or incomplete ({error!r})") from None
 
 
+@functools.cache
+def data_of(config: str, *overrides: str) -> str:
+    """The fingerprint of the data that the flags of a run name, as it is now."""
+    chosen = settings.read(config.removeprefix("--config="), overrides)
+    with prefix("config.data"):
+        return data.open_dataset(chosen.data).fingerprint
+
+
+def start_of(workdir: Path) -> dict[str, Any]:
+    """Versions, command and data of a run when it was started first."""
+    with unreadable(workdir / "config.json"):
+        return dict(json.loads((workdir / "config.json").read_text())["runs"][0])
+
+
 def flags_of(workdir: Path) -> list[str]:
     """The flags that a run was started with, without its folder."""
     with unreadable(workdir / "config.json"):
-        command = json.loads((workdir / "config.json").read_text())["runs"][0]["command"]
+        command = start_of(workdir)["command"]
     return [flag for flag in command if flag.startswith("--") and not flag.startswith("--workdir=")]
 
 
 def facts_of(workdir: Path) -> dict[str, str]:
     """Versions, commit and devices of a run."""
     with unreadable(workdir / "config.json"):
-        return report.facts(json.loads((workdir / "config.json").read_text())["runs"][0])
+        return report.facts(start_of(workdir))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kdjax import files
-from kdjax.errors import UserError
+from kdjax.errors import UserError, fault
 
 
 def root(cache: str = "") -> Path:
@@ -63,6 +63,12 @@ def prepared(directory: Path, name: str, fingerprint: Mapping[str, Any], write: 
             except OSError:
                 if not target.is_dir():  # else another host was faster
                     raise
+        except UserError:
+            raise
+        except Exception as error:
+            if said := fault(error):
+                raise UserError(f"cache: {directory}: {said}, or choose another folder for the cache") from error
+            raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return target

@@ -33,17 +33,18 @@ def environment() -> dict[str, str]:
     }
 
 
-def write_config(config: Config, workdir: Path) -> None:
-    """Writes config.json: the config, and the environment of each process that worked on the run.
+def write_config(config: Config, workdir: Path, data: str) -> None:
+    """Writes config.json: the config, and of each process that worked on the run the environment, command and data.
 
     Args:
       config: the settings of the run.
       workdir: the folder of the run.
+      data: the fingerprint of the data set.
     """
     if jax.process_index():
         return
     path = workdir / "config.json"
     runs = json.loads(path.read_text()).get("runs") if path.exists() else None
-    this = environment() | {"command": sys.argv[1:], "time": time.strftime("%Y-%m-%d %H:%M:%S")}
+    this = environment() | {"data": data, "command": sys.argv[1:], "time": time.strftime("%Y-%m-%d %H:%M:%S")}
     runs = [*(runs if isinstance(runs, list) else []), this]
     files.write_json(path, {"config": json.loads(config.to_json()), "runs": runs}, indent=1)

@@ -101,7 +101,7 @@ def run(config: Config, workdir: str | Path | None) -> dict[str, Any] | None:
             start, setup = resume(setup, checkpoints)
             if start == 0:
                 checks.check_terms(setup, checks.first_batch_with_objects(setup))
-            provenance.write_config(config, folder)
+            provenance.write_config(config, folder, dataset.fingerprint)
             with Log(folder, start) as log:
                 states = train(setup, start, checkpoints, log)
                 return outputs.finish(setup._replace(states=states), folder, log)

@@ -112,6 +112,19 @@ def test_a_preparation_that_fails_releases_the_lock(tmp_path):
     assert cache.prepared(tmp_path, "set", {"a": 1}, lambda folder: None).is_dir()
 
 
+def test_a_full_disk_is_a_sentence_and_leaves_nothing(tmp_path):
+    def write(folder: Path) -> None:
+        (folder / "half").write_text("x")
+        raise RuntimeError('Failed to finalize writing of split "images": write() failed: No space left on device')
+
+    with pytest.raises(UserError) as refused:
+        cache.prepared(tmp_path, "set", {"a": 1}, write)
+    sentence = f"cache: {tmp_path}: the disk is full: make room, or choose another folder for the cache"
+    assert str(refused.value) == sentence
+    assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
+    assert cache.prepared(tmp_path, "set", {"a": 1}, lambda folder: None).is_dir()
+
+
 def test_place_of_the_cache(monkeypatch, tmp_path):
     assert cache.root("x") == Path("x/data")
     monkeypatch.setenv("KDJAX_CACHE", str(tmp_path))

@@ -170,7 +170,7 @@ def finished(made, tmp_path_factory):
         note = {"next_batch": 1, "run": run_fingerprint(setup), "category_ids": [2, 3, 5, 7, 11, 13]}
         saved.save(1, setup.states, note)
         saved.close()
-        provenance.write_config(config, folder / "half")
+        provenance.write_config(config, folder / "half", setup.dataset.fingerprint)
         with Log(folder / "work", 0) as log:
             log.write(0, "train", {"student/total": 1.0, "seconds": 1.0})
             return folder / "work", outputs.finish(setup, folder / "work", log)

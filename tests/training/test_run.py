@@ -74,6 +74,7 @@ def test_outputs_of_a_run(finished):
     assert not any(name.startswith("twin/mkd") for name in trained[0])
     config = json.loads((workdir / "config.json").read_text())
     assert config["config"]["methods"]["mkd"]["zeta"] == 0.5 and config["runs"][0]["jax"] == jax.__version__
+    assert len(config["runs"][0]["data"]) == 64
     assert "<html" in (workdir / "report.html").read_text()[:200].lower()
     detector, *_, classes = weights.load(workdir / "student")
     assert detector.name == "rtmdet_pico" and len(classes) == detector.num_classes
