@@ -82,10 +82,21 @@ def _parse(where: str, text: str, current: Value) -> Value:
         value = float(value)
     if isinstance(current, tuple) and not isinstance(value, tuple):
         value = tuple(value) if isinstance(value, list) else (value,)
+    if isinstance(current, tuple):
+        _check_entries(where, text, value, current)
     kinds = {int: "an integer", float: "a number", tuple: "values between commas"}
     if current is not None and type(value) is not type(current):
         raise UserError(f"{where}: it must be {kinds.get(type(current), type(current).__name__)}, not {text!r}")
     return value
+
+
+def _check_entries(where: str, text: str, value: tuple[Value, ...], current: tuple[Value, ...]) -> None:
+    """Checks that the entries of a tuple are numbers where those of the setting are."""
+    for kinds, what in (((int,), "integers"), ((int, float), "numbers")):
+        if current and all(type(entry) in kinds for entry in current):
+            if not all(type(entry) in kinds for entry in value):
+                raise UserError(f"{where}: it must be {what} between commas, not {text!r}")
+            return
 
 
 def _literal(text: str) -> Value:
@@ -94,5 +105,5 @@ def _literal(text: str) -> Value:
         return math.inf if text == "inf" else math.nan
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
         return text

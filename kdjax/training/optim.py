@@ -44,7 +44,8 @@ def learning_rate(config: Config) -> optax.Schedule:
     settings = config.optimizer
     rate = settings.lr or linear_rule(config)
     drops = list(settings.drops)
-    if drops != sorted(set(drops)) or not all(settings.warmup < step < config.steps for step in drops):
+    whole = all(type(step) is int for step in drops)
+    if not whole or drops != sorted(set(drops)) or not all(settings.warmup < step < config.steps for step in drops):
         raise UserError(
             f"config.optimizer.drops must be ascending steps between the end of the warm-up ({settings.warmup}) and "
             f"the end of the run ({config.steps}), not {tuple(drops)}"

@@ -4,6 +4,7 @@ Nothing is computed: the functions of the commands are replaced by one that reco
 that take a model then run with a model that does not exist.
 """
 
+import contextlib
 import types
 
 import pytest
@@ -11,6 +12,8 @@ from hypothesis import strategies as st
 
 from kdjax import cli
 from kdjax.commands.settings import read
+from kdjax.errors import UserError
+from kdjax.training import checks
 from tests.fuzz.runs import end_of, fuzz
 
 COMMANDS = cli._parser()._subparsers._group_actions[0].choices
@@ -38,7 +41,9 @@ SETTINGS = {
     "steps": [("800", 800), ("-1", -1), ("1.5", None), ("x", None), ("True", None), ("", None), ("1e3", None)],
     "optimizer.lr": [("0.1", 0.1), ("1", 1.0), ("1e-3", 1e-3), ("x", None), ("True", None), ("0.1,0.2", None)],
     "twin": [("True", True), ("false", False), ("1", None), ("yes", None)],
-    "data.image_size": [("64,96", (64, 96)), ("(64, 96)", (64, 96)), ("64,", (64,)), ("axb", None)],
+    "data.image_size": [("64,96", (64, 96)), ("(64, 96)", (64, 96)), ("64,", (64,)), ("x", None), ("nan,1", None)],
+    "data.augment.hsv": [("1,2,3", (1, 2, 3)), ("0.5,", (0.5,)), ("x", None), ("None", None), ("((1,2),3)", None)],
+    "optimizer.drops": [("3,", (3,)), ("x", ("x",)), ("{}", ({},))],  # refused by the check of the settings
     "data.root": [("a b", "a b"), ("", ""), ("1", "1"), ("a=b", "a=b")],
     "data": [("1", None)],
     "stepz": [("800", None)],
@@ -78,7 +83,7 @@ def line(draw) -> tuple[str, list[str], dict | None]:
         if action.option_strings:
             arguments.append(f"{action.option_strings[0]}={word}")
         else:
-            fits = fits and not word.startswith("-")  # a flag
+            fits = fits and (not word.startswith("-") or word == "-3")  # a flag, but not a number
             arguments.insert(0, word)
     overrides = {}
     if command in cli.OVERRIDABLE:
@@ -86,10 +91,7 @@ def line(draw) -> tuple[str, list[str], dict | None]:
             word, overrides[name] = draw(st.sampled_from(SETTINGS[name]))
             arguments.append(f"--config.{name}={word}")
         values["overrides"] = overrides
-        if command not in cli.RUNS:  # its own function reads them
-            values["overrides"] = [text for text in arguments if text.startswith("--config.")]
-        else:
-            fits = fits and all(value is not None for value in overrides.values())
+        fits = fits and all(value is not None for value in overrides.values())
     slip = draw(st.sampled_from(["none"] * 5 + ["twice", "unknown", "misspelt", "more", "empty"]))
     flags = [text for text in arguments if text.startswith("--")]
     if slip == "twice" and flags:
@@ -100,12 +102,12 @@ def line(draw) -> tuple[str, list[str], dict | None]:
     elif slip == "unknown":
         arguments.append(draw(st.sampled_from(["--x", "--x=1", "--config.x=1", "-z", "--config"])))
         fits = False
-    elif slip == "misspelt" and flags:
+    elif slip == "misspelt" and flags and " " not in "".join(flags):  # with a space it would be a file
         place = arguments.index(draw(st.sampled_from(flags)))
         name, equals, value = arguments[place].partition("=")
         arguments[place] = f"{name}z{equals}{value}"
         fits = False
-    elif slip == "more" and command != "predict":
+    elif slip == "more" and command not in ("predict", "import-weights"):  # which take files
         arguments.append("more")
         fits = False
     elif slip == "empty":
@@ -123,15 +125,25 @@ def typed(word: str, kind: type | None):
 def check(draw, monkeypatch, folder) -> None:
     command, arguments, wanted = line(draw)
     got: dict = {}
-    recorder = types.SimpleNamespace(run=lambda **chosen: got.update(chosen) or 0)
-    recorder.main = recorder.run
+
+    def run(**chosen) -> int:
+        if "overrides" in chosen:  # the function of the study reads the settings itself
+            chosen["config"] = read(chosen["config"], chosen.pop("overrides"))
+        got.update(chosen)
+        return 0
+
+    recorder = types.SimpleNamespace(run=run, main=run)
     with monkeypatch.context() as patched:
         patched.chdir(folder)
         patched.setattr(cli, "importlib", types.SimpleNamespace(import_module=lambda module: recorder))
         code, told = end_of(command, *arguments)
     assert (code == 0) == (wanted is not None), (command, arguments, told)
+    config = got.get("config")
     if code == 0:
         compare(got, wanted)
+    if code == 0 and command in cli.OVERRIDABLE:
+        with contextlib.suppress(UserError):
+            checks.check_settings(config)
     if code == 0 and command in NEEDS_A_MODEL:
         arguments = [text for text in arguments if not text.startswith(("--model=", "--out=", "--against="))]
         with monkeypatch.context() as patched:
@@ -141,7 +153,7 @@ def check(draw, monkeypatch, folder) -> None:
 
 
 def compare(got: dict, wanted: dict) -> None:
-    if "config" in got and "overrides" not in got:  # read already
+    if "config" in got:
         overrides = wanted.pop("overrides")
         config, untouched = got.pop("config"), read("quickstart")
         wanted.pop("config")
