@@ -82,7 +82,7 @@ def _parse(where: str, text: str, current: Value) -> Value:
         value = float(value)
     if isinstance(current, tuple) and not isinstance(value, tuple):
         value = tuple(value) if isinstance(value, list) else (value,)
-    if isinstance(current, tuple):
+    if isinstance(current, tuple) and isinstance(value, tuple):
         _check_entries(where, text, value, current)
     kinds = {int: "an integer", float: "a number", tuple: "values between commas"}
     if current is not None and type(value) is not type(current):

@@ -44,7 +44,11 @@ def canvas_size(cfg: Settings) -> tuple[int, int]:
     Raises:
       UserError: `image_size` is not two numbers in 1 .. 16,384.
     """
-    size = tuple(int(side) for side in cfg["image_size"])
+    try:
+        size = tuple(int(side) for side in cfg["image_size"])
+    except (TypeError, ValueError, OverflowError):
+        wrong = cfg["image_size"]
+        raise UserError(f"image_size must be (height, width) of the canvas in pixels, not {wrong!r}") from None
     if len(size) != 2 or min(size) < 1 or max(size) > LARGEST:
         most = f": at most {LARGEST:,} a side" if max(size, default=0) > LARGEST else ""
         raise UserError(f"image_size must be (height, width) of the canvas in pixels, not {size}{most}")

@@ -97,6 +97,14 @@ def test_mistakes_get_one_sentence_before_any_compute(made, tmp_path, capsys, mo
             "needs --format=onnx",
         ),
         (("latency", "--model=nowhere"), "there is no such file or folder"),
+        (
+            ("train", "--config=quickstart", "--config.data.image_size=axb"),
+            "kdjax: --config.data.image_size: it must be integers between commas, not 'axb'",
+        ),
+        (
+            ("doctor", "--config=quickstart", "--config.data.augment.hsv=1,x,2"),
+            "kdjax: --config.data.augment.hsv: it must be numbers between commas, not '1,x,2'",
+        ),
         (("evaluate", one, given, "--against=nowhere"), "--against: nowhere: there is no such file or folder"),
         (("evaluate", one, given, "--treshold=1"), "kdjax evaluate: unexpected argument '--treshold=1'"),
         (("evaluation", one), "invalid choice: 'evaluation' (did you mean evaluate?)"),

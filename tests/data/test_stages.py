@@ -12,6 +12,7 @@ from tests.support.data import settings
     ("changes", "words"),
     [
         (dict(image_size=(0, 64)), "^image_size must be .height, width. of the canvas in pixels, not .0, 64."),
+        (dict(image_size=("a", None)), "^image_size must be .height, width. of the canvas in pixels, not .'a', None."),
         (dict(augment=dict(flip=1.5)), "^augment.flip must be a probability in 0 .. 1, not 1.5"),
         (dict(augment=dict(scale=(2.0, 0.5))), "augment.scale"),
         (dict(augment=dict(scale=(1.0, np.inf))), "augment.scale"),

@@ -16,7 +16,7 @@ from kdjax.errors import UserError
 from kdjax.training import checks
 from tests.fuzz.runs import end_of, fuzz
 
-COMMANDS = cli._parser()._subparsers._group_actions[0].choices
+COMMANDS = cli._parser()[0]._subparsers._group_actions[0].choices
 WORDS = (
     "",
     "x",

@@ -50,7 +50,9 @@ def test_the_rate_is_divided_by_ten_at_each_drop():
         assert float(rate(at)) == pytest.approx(share, rel=2e-3), at
 
 
-@pytest.mark.parametrize("drops", [(40, 30), (40, 40), (10,), (5,), (100,), (200,), ("x",), (None,), ((1, 2),), (40.5,)])
+@pytest.mark.parametrize(
+    "drops", [(40, 30), (40, 40), (10,), (5,), (100,), (200,), ("x",), (None,), ((1, 2),), (40.5,)]
+)
 def test_drops_that_are_not_possible_are_refused(drops):
     with pytest.raises(UserError, match=r"config.optimizer.drops must be ascending"):
         optim.learning_rate(config_of(drops=drops))
