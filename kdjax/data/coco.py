@@ -4,6 +4,7 @@ import concurrent.futures
 import itertools
 import json
 import os
+import sys
 import unicodedata
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -90,6 +91,9 @@ def read(json_path: Path) -> dict[str, Any]:
         raise UserError(f"{json_path}: not valid json: {what}") from None
     except RecursionError:
         raise UserError(f"{json_path}: not valid json: it is nested too deeply") from None
+    except ValueError:  # Python reads no longer integer
+        what = f"an integer of over {sys.get_int_max_str_digits()} digits"
+        raise UserError(f"{json_path}: not usable json: it has {what}") from None
     if not isinstance(data, dict):
         raise UserError(f"{json_path}: must hold a json object in COCO's layout, not a {type(data).__name__}")
     for key in ("images", "annotations", "categories"):

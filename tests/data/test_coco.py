@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from kdjax import data
+from kdjax.data import coco
 from kdjax.errors import UserError
 from tests.shared import SHARED
 from tests.support.data import (
@@ -236,6 +237,12 @@ def test_messages_for_a_wrong_root_json_or_image(tmp_path):
             opened(root, tmp_path)
     with pytest.raises(UserError, match="source must be one of coco_folder, scenes, tfds, not 'coco'"):
         opened(root, tmp_path, source="coco")
+
+
+def test_an_integer_of_too_many_digits_is_refused(tmp_path):
+    (tmp_path / "x.json").write_text('{"images": [' + "9" * 5000 + "]}")
+    with pytest.raises(UserError, match=r"x.json: not usable json: it has an integer of over 4300 digits$"):
+        coco.read(tmp_path / "x.json")
 
 
 def test_every_kind_of_image_becomes_rgb(tmp_path):
