@@ -54,9 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _fail(f"invalid choice: {command!r}{hint}: choose from {', '.join(flags)}", command="kdjax")
     if command in OVERRIDABLE:
         arguments = [text for text in arguments if text != "--"]
-    _refuse_repeated(command, arguments)
+    marked = arguments[: arguments.index("--")] if "--" in arguments else arguments  # behind it are names of files
+    _refuse_repeated(command, marked)
     if command in flags:
-        _refuse_unknown(command, arguments, flags[command])
+        _refuse_unknown(command, marked, flags[command])
     known, rest = parser.parse_known_args(arguments)
     chosen = vars(known)
     command = chosen.pop("command")

@@ -8,12 +8,13 @@ from pathlib import Path
 import cv2
 import pytest
 
-from kdjax import cli
+from kdjax import cli, files
 from kdjax.commands import settings, study
 from kdjax.errors import UserError
 from kdjax.report import study as report
 from tests.shared import ROOT
 from tests.support.data import opened, small_folder
+from tests.support.models import refused
 
 FACTS = {"commit": "c", "python": "3", "jax": "1", "flax": "2", "devices": "cpu"}
 TEACHER = ROOT / "assets" / "quickstart_teacher"
@@ -218,3 +219,30 @@ def test_bad_input_is_refused_before_any_run(arguments, words, trained, tmp_path
 
 def test_a_folder_is_named_after_its_flags():
     assert study.label("mkd", "--config.teacher.weights=/a b/c") == "mkd_teacher.weights=-a-b-c"
+
+
+def test_a_study_whose_files_are_damaged_busy_or_in_the_way_is_refused(tmp_path, capsys):
+    given = options(workdir=tmp_path, log=tmp_path / "log.md")
+    (tmp_path / "methods.png").mkdir()
+    with pytest.raises(
+        UserError, match=r"^--workdir: .*methods.png is a folder, where a file is to be written: move it"
+    ):
+        study.check_outputs(given)
+    (tmp_path / "methods.png").rmdir()
+    (tmp_path / "log.md").mkdir()
+    with pytest.raises(UserError, match=r"^--log: .*log.md is a folder, where a file is to be written: move it away$"):
+        study.check_outputs(given)
+    (tmp_path / "log.md").rmdir()
+    with files.lock(tmp_path / ".lock", "busy"):
+        told = refused(capsys, "study", "methods", f"--workdir={tmp_path}", "--methods=mkd")
+    busy = f"--workdir: another study runs in {tmp_path}: wait until it ends, or choose another folder"
+    assert told == f"kdjax: {busy}"
+    flags = ["--config=a"]
+    (tmp_path / "config.json").write_text(json.dumps({"config": {}, "runs": [FACTS | {"command": flags}]}))
+    for text in ("{", "[]", '{"student": {}}', '{"student": null}'):
+        (tmp_path / "results.json").write_text(text)
+        with pytest.raises(UserError, match=r"^.*results.json: it is damaged or incomplete \("):
+            study.train(flags, tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"^.*config.json: it is damaged or incomplete \(KeyError\('runs'\)\)$"):
+        study.flags_of(tmp_path)

@@ -152,7 +152,7 @@ def check_outputs(options: Options) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"{flag}: {folder} cannot be made ({error.strerror}): choose another") from None
+            raise UserError(f"{flag}: {folder} cannot be created ({error.strerror}): choose another") from None
         files.check_outputs(flag, folder, files=[name])
 
 
@@ -418,6 +418,8 @@ def unreadable(file: Path) -> Iterator[None]:
     """
     try:
         yield
+    except UserError:
+        raise
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
         raise UserError(f"{file}: it is damaged or incomplete ({error!r})") from None
 

@@ -12,9 +12,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from kdjax.errors import UserError
+from kdjax.errors import UserError, fault
 from kdjax.structs import PyTree
-from kdjax.weights.checkpoint import arrays as read_arrays
 from kdjax.weights.checkpoint import check_note, digest, flat, sealed
 
 log = logging.getLogger(__name__)
@@ -71,15 +70,16 @@ class Checkpoints:
         if not self.proven:
             self.wait()
             try:
-                read, _ = read_arrays(self.directory, "", step=step)
-            except UserError as error:
-                raise UserError(f"workdir: {error}, though it was just written: choose another folder") from error
-            self.proven = read["sha256"] == note["sha256"]
-            if not self.proven:
+                self._read(step, tree)
+            except Exception as error:  # as in `restore`
+                if fault(error):
+                    raise
+                why = f"{type(error).__name__}: {error}".splitlines()[0][:200]
                 raise UserError(
-                    f"workdir: {self.directory}: step {step} was just saved, but other values are read back: choose "
+                    f"workdir: {self.directory}: step {step} was just written, but cannot be read back ({why}): choose "
                     "another folder"
-                )
+                ) from error
+            self.proven = True
 
     def _check_room(self, size: int) -> None:
         """Checks the disk first: on a full one each thread of Orbax prints tracebacks, which hide the cause."""

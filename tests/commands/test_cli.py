@@ -147,6 +147,9 @@ def test_flags_that_are_repeated_or_misspelt_are_refused(capsys):
         ),
     ):
         assert refused(capsys, *arguments) == f"{told}; see `{told.partition(':')[0]} --help`"
+    assert "-a.png: there is no such file" in refused(
+        capsys, "predict", "--model=a", "--out=b", "--", "-a.png", "--model"
+    )
     for name, told in (
         ("lr", " (did you mean config.optimizer.lr?)"),
         ("optimizer.weight-decay", " (did you mean config.optimizer.weight_decay?)"),

@@ -1,7 +1,9 @@
 """Whole runs: their outputs, exact resumption, the twin, refusals to resume. One tiny run serves most of it."""
 
 import collections
+import errno
 import json
+import os
 import re
 import shutil
 import signal
@@ -107,12 +109,53 @@ def test_a_model_card_names_data_teacher_and_hashes(finished, teacher_folder):
     assert "- teacher" not in texts["twin"] and "- method" not in texts["twin"] and "gain" not in texts["twin"]
 
 
+def test_names_of_others_are_plain_text_in_a_model_card():
+    """A class, a folder or a licence may contain HTML and Markdown."""
+    text = model_card._plain("<script>a</script> [b](http://c) `d` *e* f|g & h\n# i")
+    assert text == (r"&lt;script&gt;a&lt;/script&gt; \[b\](http://c) \`d\` \*e\* f\|g &amp; h # i")
+    assert model_card._code("a`b\n<c>") == "`a b <c>`"
+    config = settings.base()
+    config.data.source = "coco_folder"
+    assert "- &lt;img src=x&gt;\n" in model_card._licence(("<img src=x>",), config, distilled=False)
+
+
 def test_a_model_card_names_the_licences_of_the_data():
     config = settings.base()
     config.data.source = "coco_folder"
     text = model_card._licence(("CC BY 4.0, https://example.org",), config, distilled=False)
     assert "- CC BY 4.0, https://example.org\n" in text and "teacher" not in text
     assert "names no licence" in model_card._licence((), config, distilled=False)
+
+
+def test_outputs_that_cannot_be_written_do_not_lose_the_others(finished, folder, teacher_folder, tmp_path, monkeypatch):
+    """Of a finished run, whose same command evaluates it again."""
+    workdir = tmp_path / "run"
+    shutil.copytree(finished[0], workdir)
+    for name in ("results.json", "per_class.json", "report.html", "student", "twin", "detections"):
+        shutil.rmtree(workdir / name) if (workdir / name).is_dir() else (workdir / name).unlink()
+    lines = (workdir / "metrics.jsonl").read_bytes().split(b"\n")
+    (workdir / "metrics.jsonl").write_bytes(b"\n".join([lines[0].replace(b"{", b"\xff", 1), *lines[1:]]))
+    replace = Path.replace
+
+    def full(self, target):
+        if Path(target).name in ("per_class.json", "README.md"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(UserError) as caught:
+        run(tiny_config(folder, teacher=teacher_folder), workdir)
+    monkeypatch.undo()
+    failed = [workdir / name for name in ("student/README.md", "twin/README.md", "per_class.json")]
+    assert str(caught.value) == (
+        "; ".join(f"{path}: the disk is full: make room" for path in failed)
+        + "; the other results are written: run the same command again"
+    )
+    assert json.loads((workdir / "results.json").read_text()) == finished[1]
+    for role in ("student", "twin"):
+        assert_equal_bits(arrays(workdir, role), arrays(finished[0], role))
+    assert "Lines of metrics.jsonl that are damaged and left out: 1." in (workdir / "report.html").read_text()
+    assert not list(workdir.rglob("*.tmp"))
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(finished, folder, teacher_folder, monkeypatch):
