@@ -181,6 +181,15 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, list[str]]]:
         to.add_argument("--annotations", default="", metavar="FILE", help="the json, if not in its usual place in DIR")
         to.add_argument("--images", default="", metavar="DIR", help="the images, if not in their usual place in DIR")
         to.add_argument("--limit", type=int, default=0, metavar="N", help="only the first N images")
+        add_exif(to)
+
+    def add_exif(to: argparse.ArgumentParser) -> None:
+        to.add_argument(
+            "--exif",
+            choices=("stored", "upright"),
+            default="stored",
+            help="the stored pixels, or the images as EXIF's orientation turns them (stored)",
+        )
 
     one = add(
         "train",
@@ -246,6 +255,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, list[str]]]:
     one.add_argument("--model", required=True, metavar="DIR", help=MODEL)
     one.add_argument("--out", required=True, metavar="DIR", help="folder for detections.json, images.json and drawn/")
     one.add_argument("--threshold", type=float, default=0.3, metavar="S", help="lowest score that is drawn (0.3)")
+    add_exif(one)
 
     one = add(
         "evaluate",

@@ -97,7 +97,7 @@ class Data:
         return data.eval_batches(self.dataset, "val", config, batch_size=batch_size, round_down=round_down)
 
 
-def open_data(source: str, split: str, annotations: str, images: str, limit: int) -> Data:
+def open_data(source: str, split: str, annotations: str, images: str, limit: int, exif: str = "stored") -> Data:
     """Opens and checks the data of `--data`; every image is decoded once when it is first used.
 
     Args:
@@ -106,6 +106,7 @@ def open_data(source: str, split: str, annotations: str, images: str, limit: int
       annotations: as `config.data.val_annotations` of a run.
       images: as `config.data.val_images` of a run.
       limit: only the first images; 0 takes all.
+      exif: as `config.data.exif_orientation` of a run.
 
     Raises:
       UserError: the data cannot be used.
@@ -114,6 +115,7 @@ def open_data(source: str, split: str, annotations: str, images: str, limit: int
         raise UserError(f"--limit must be >= 0 (0: all images), not {limit}")
     config = settings.base().data
     config.limit = limit
+    config.exif_orientation = exif
     if source == "scenes":
         if split != "val" or annotations or images:
             raise UserError("--data=scenes takes no --split, --annotations or --images: its only split is val")

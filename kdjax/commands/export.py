@@ -32,6 +32,7 @@ def run(
     annotations: str,
     images: str,
     limit: int,
+    exif: str,
     dtype: str,
     raw: bool,
     max_ap_loss: float | None,
@@ -47,6 +48,7 @@ def run(
       annotations: the json, where it is not at its usual place.
       images: the images, where they are not at their usual place.
       limit: only the first images; 0 takes all.
+      exif: see `arguments.open_data`.
       dtype: "float32", or "int8" (ONNX; calibrated on images of the split train, if the data has one).
       raw: the head's maps instead of detections.
       max_ap_loss: largest loss in points of AP; None is `BUDGET`.
@@ -67,7 +69,7 @@ def run(
     if format in ("onnx", "litert"):
         packages.check_installed(packages.ONNX if format == "onnx" else packages.LITERT)
     loaded = arguments.load_model(model)
-    opened = arguments.open_data(data, split, annotations, images, limit) if data else None
+    opened = arguments.open_data(data, split, annotations, images, limit, exif) if data else None
     if opened:
         loaded = arguments.match_classes(loaded, opened)
         samples = [image for _, image in itertools.islice(opened.stream(), SAMPLES)]
@@ -81,7 +83,7 @@ def run(
         facts = metadata.describe(loaded, raw=raw, nms=format != "litert")
         facts["largest difference from JAX, float32"] = f"{worst:.2g}"
         if dtype == "int8":
-            calibration, source = _calibration(data or "", split, opened)
+            calibration, source = _calibration(data or "", split, exif, opened)
             told += source
             onnx.quantise(made, loaded, calibration)
             call = onnx.runner(made)
@@ -139,7 +141,9 @@ def _generated(split: str, count: int) -> list[np.ndarray]:
     return [image for image in images if image is not None]
 
 
-def _calibration(data: str, split: str, opened: arguments.Data | None) -> tuple[Iterator[np.ndarray], list[str]]:
+def _calibration(
+    data: str, split: str, exif: str, opened: arguments.Data | None
+) -> tuple[Iterator[np.ndarray], list[str]]:
     """Images for calibration: of the training split or, if the data has none, of the split that AP is measured on.
 
     Returns:
@@ -149,7 +153,7 @@ def _calibration(data: str, split: str, opened: arguments.Data | None) -> tuple[
     if data == "scenes":
         return iter(_generated("train", CALIBRATION)), told
     try:
-        train = arguments.open_data(data, "train", "", "", CALIBRATION)
+        train = arguments.open_data(data, "train", "", "", CALIBRATION, exif)
     except (UserError, FileNotFoundError):
         if opened is None:
             raise

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from kdjax import files
 from kdjax.commands import arguments
-from kdjax.data import coco as folders
+from kdjax.data.images import SUFFIXES, is_image
 from kdjax.errors import UserError, fault
 from kdjax.evals import coco
 from kdjax.inference.model import BATCH
@@ -22,10 +22,10 @@ from kdjax.structs import Detections
 
 VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
 JPEG_SIDE = 65_500  # px; the format ends there
-_KNOWN = folders.SUFFIXES + VIDEOS
+_KNOWN = SUFFIXES + VIDEOS
 
 
-def run(*, paths: list[str], model: str, out: str, threshold: float) -> int:
+def run(*, paths: list[str], model: str, out: str, threshold: float, exif: str) -> int:
     """Detects objects and writes the detections.
 
     Writes `detections.json` (COCO results with a score over 0.001, in pixels of the image), `images.json` (the names of
@@ -37,6 +37,7 @@ def run(*, paths: list[str], model: str, out: str, threshold: float) -> int:
       model: see `kdjax.inference.load`.
       out: the folder to write.
       threshold: smallest score of a box that is drawn, 0 .. 1.
+      exif: "stored": detect in the stored pixels; "upright": in the images as EXIF's orientation turns them.
 
     What cannot be drawn is reported too, and its detections are written. If the command is interrupted, those so far
     are written.
@@ -62,7 +63,7 @@ def run(*, paths: list[str], model: str, out: str, threshold: float) -> int:
         nonlocal unreadable
         for file, name in found_files:
             try:
-                for number, image in enumerate(frames(file)):
+                for number, image in enumerate(frames(file, exif)):
                     label = f"{file}#{number}" if is_video(file) else str(file)
                     height, width = image.shape[:2]
                     images.append({"id": len(images) + 1, "file_name": label, "width": width, "height": height})
@@ -194,7 +195,7 @@ def find(paths: list[str], out: Path) -> list[tuple[Path, str]]:
     found: list[tuple[Path, Path]] = []
     for path in (Path(text).expanduser() for text in paths):
         if path.is_dir():
-            inside = [p for p in sorted(path.rglob("*")) if _looks_readable(p) and p.is_file()]
+            inside = [p for p in sorted(path.rglob("*")) if p.is_file() and _looks_readable(p)]
             inside = [p for p in inside if not p.resolve().is_relative_to(out.resolve())]
             if not inside:
                 raise UserError(f"{path}: it holds no images ({', '.join(_KNOWN)}) outside of --out")
@@ -203,7 +204,7 @@ def find(paths: list[str], out: Path) -> list[tuple[Path, str]]:
             raise UserError(f"{path}: there is no such file or folder")
         else:
             found.append((path, Path(path.name)))
-    if not any(file.suffix.lower() in _KNOWN for file, _ in found):
+    if not any(file.suffix.lower() in _KNOWN or is_image(file) for file, _ in found):
         raise UserError(_unsupported(found[0][0]))
     taken: set[Path] = set()
     named: list[tuple[Path, str]] = []
@@ -218,8 +219,10 @@ def find(paths: list[str], out: Path) -> list[tuple[Path, str]]:
 
 def _looks_readable(file: Path) -> bool:
     """Whether a file looks like an image or a video; unsupported kinds count, so that they are reported."""
-    kind = mimetypes.guess_type(file.name)[0] or ""
-    return file.suffix.lower() in _KNOWN or kind.startswith(("image/", "video/"))
+    kind = mimetypes.guess_type(file.name)[0]
+    if file.suffix.lower() in _KNOWN or (kind or "").startswith(("image/", "video/")):
+        return True
+    return kind is None and is_image(file)  # the name says nothing
 
 
 def _unsupported(file: Path) -> str:
@@ -231,16 +234,16 @@ def is_video(file: Path) -> bool:
     return file.suffix.lower() in VIDEOS
 
 
-def frames(file: Path) -> Iterator[np.ndarray]:
+def frames(file: Path, exif: str = "stored") -> Iterator[np.ndarray]:
     """The image of a file, or the frames of a video, u8[h, w, 3] RGB.
 
     Raises:
       UserError: it cannot be read, or only in part.
     """
-    if file.suffix.lower() not in _KNOWN:
-        raise UserError(_unsupported(file))
     if not is_video(file):
-        yield read_image(file, warn=_warn)
+        if file.suffix.lower() not in SUFFIXES and not is_image(file):
+            raise UserError(_unsupported(file))
+        yield read_image(file, exif=exif, warn=_warn)
         return
     video = cv2.VideoCapture(str(file))
     announced, number = video.get(cv2.CAP_PROP_FRAME_COUNT), 0

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from kdjax import files
-from kdjax.data import hashes, records
+from kdjax.data import hashes, images, records
 from kdjax.data.paths import in_another_form
 from kdjax.data.records import ImageRecord
 from kdjax.errors import UserError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 CLIPPED = "box clipped to the image"  # a reason in the log
 LEAVES = "file_name leads out of the folder of images"  # a reason in the log
 IGNORED = "marked ignore: taken as a crowd region"  # a reason in the log
@@ -281,7 +280,13 @@ def composed(text: str) -> str:
 
 
 def stream(
-    image_records: list[ImageRecord], paths: Mapping[str, str], folder: Path, name: str, log: list[dict[str, Any]]
+    image_records: list[ImageRecord],
+    paths: Mapping[str, str],
+    folder: Path,
+    name: str,
+    log: list[dict[str, Any]],
+    *,
+    upright: bool = False,
 ) -> Iterator[tuple[ImageRecord, bytes]]:
     """Yields every image with its encoded bytes. Each is decoded once, to compare its boxes with its true size.
 
@@ -293,13 +298,15 @@ def stream(
       paths: from `located`.
       folder: of the images.
       name: the json's name, for messages.
-      log: what is dropped or repaired, and names that lead out of the folder, are appended to it.
+      log: what is dropped or repaired is appended to it, and the notes on images: names that lead out of the folder,
+        and those of `kdjax.data.images.read`.
+      upright: the json is of images to which EXIF's orientation is applied.
 
     Raises:
       UserError: an image cannot be read, has another hash, or has another size than the json says.
     """
 
-    def load(record: ImageRecord) -> tuple[bytes, tuple[int, ...] | None]:
+    def load(record: ImageRecord) -> bytes:
         path = paths[record.file_name]
         try:
             encoded = Path(path).read_bytes()
@@ -307,34 +314,47 @@ def stream(
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
         if hashes.of_bytes(encoded) != record.sha256:
             raise hashes.changed(path)
-        image = records.decode(encoded)
-        return encoded, None if image is None else image.shape
+        return encoded
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         # In portions, so that a large data set is never completely in memory.
         for start in range(0, len(image_records), 64):
-            loaded = pool.map(load, image_records[start : start + 64])
-            for record, (encoded, shape) in zip(image_records[start:], loaded, strict=False):
-                if shape is None:
-                    raise UserError(f"{paths[record.file_name]}: cannot be read as an image")
+            portion = image_records[start : start + 64]
+            loaded = list(pool.map(load, portion))
+            named = [(encoded, paths[record.file_name]) for record, encoded in zip(portion, loaded, strict=True)]
+            seen = images.facts(named, pool, upright=upright)
+            for record, encoded, facts in zip(portion, loaded, seen, strict=True):
+                notes = list(facts.notes)
                 if not Path(os.path.abspath(folder / record.file_name)).is_relative_to(os.path.abspath(folder)):
-                    log.append({"file": record.file_name, "annotation": None, "action": "noted", "reason": LEAVES})
+                    notes.append(LEAVES)
                 if in_another_form(record.file_name, paths[record.file_name]):
-                    log.append({"file": record.file_name, "annotation": None, "action": "noted", "reason": FORM})
-                _fit(record, shape, name, log)
+                    notes.append(FORM)
+                log += noted(record.file_name, notes)
+                _fit(record, facts, name, log, upright)
                 yield record, encoded
 
 
-def _fit(record: ImageRecord, shape: tuple[int, ...], name: str, log: list[dict[str, Any]]) -> None:
+def noted(file: str, notes: Iterable[str]) -> list[dict[str, Any]]:
+    """The entries of a log for the notes on an image."""
+    return [{"file": file, "annotation": None, "action": "noted", "reason": note} for note in notes]
+
+
+def _fit(record: ImageRecord, facts: images.Facts, name: str, log: list[dict[str, Any]], upright: bool) -> None:
     """Compares the image's entry with its true size; drops and notes boxes outside the image."""
-    height, width = shape[:2]
+    height, width = facts.size
     if not (record.width and record.height):
         reason = "width and height taken from the image"
         log.append({"file": record.file_name, "annotation": None, "action": "repaired", "reason": reason})
     elif (record.width, record.height) != (width, height):
-        hint = " (EXIF orientation is not applied)" if (record.height, record.width) == (width, height) else ""
+        hint = ""
+        if (record.height, record.width) == (width, height):
+            hint = ": width and height are exchanged"
+            if facts.orientation >= 5:
+                hint = f": exif_orientation={images.EXIF[not upright]} (--exif) fits"
+        turned = " as its EXIF orientation turns it" if upright and facts.orientation >= 5 else ""
         raise UserError(
-            f"{name}: {record.file_name} is listed as {record.width}x{record.height}, but is {width}x{height}{hint}"
+            f"{name}: {record.file_name} is listed as {record.width}x{record.height}, but is {width}x{height}"
+            f"{turned}{hint}"
         )
     record.width, record.height = width, height
     kept = []

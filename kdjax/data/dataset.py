@@ -13,7 +13,7 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-from kdjax.data import cache, coco, hashes, paths, records, scenes, tfds
+from kdjax.data import cache, coco, hashes, images, paths, records, scenes, tfds
 from kdjax.data.records import ImageRecord, Reader
 from kdjax.data.stages import Settings
 from kdjax.errors import UserError
@@ -100,7 +100,8 @@ def open_dataset(cfg: Settings, splits: Sequence[str] = ("train", "val")) -> Dat
     Args:
       cfg: `config.data`. Read here: source ('scenes', 'coco_folder' or 'tfds'), root, cache, limit (first images of
         each split, 0 for all), max_boxes (0: from the data), augment and stage2 (whether a training image is made of
-        several); of every split {split}_split, {split}_annotations, {split}_images (explicit paths) and scenes_{split}.
+        several), exif_orientation ('stored' or 'upright'); of every split {split}_split, {split}_annotations,
+        {split}_images (explicit paths) and scenes_{split}.
       splits: which to open; the others need not exist.
 
     Returns:
@@ -112,6 +113,7 @@ def open_dataset(cfg: Settings, splits: Sequence[str] = ("train", "val")) -> Dat
     source = cfg["source"]
     if source not in _SOURCES:
         raise UserError(f"source must be one of {', '.join(sorted(_SOURCES))}, not {source!r}")
+    upright = images.check_exif(cfg["exif_orientation"])
     folders = _SOURCES[source](cfg, splits)
     metas = {role: hashes.checked(folder / _META) for role, folder in folders.items()}
     categories = _categories(metas)
@@ -122,7 +124,7 @@ def open_dataset(cfg: Settings, splits: Sequence[str] = ("train", "val")) -> Dat
         folder = folders[role]
         parts = tuple((str(folder / path), part) for path, part in meta["records"])  # an absolute path stays itself
         remedy = f"delete {folder} to have it prepared again" if cfg["source"] != "tfds" else Reader.remedy
-        reader = Reader(parts, tuple(labels[key] for key, _ in meta["categories"]), remedy)
+        reader = Reader(parts, tuple(labels[key] for key, _ in meta["categories"]), remedy, upright)
         try:
             reader.raw(meta["size"] - 1)
         except Exception:  # TFDS and array_record raise many exception types
@@ -203,8 +205,9 @@ def _prepare_folders(cfg: Settings, splits: Sequence[str]) -> dict[str, Path]:
         for role in splits
     }
     name = Path(cfg["root"]).expanduser().resolve().name or "folder"
+    exif = cfg["exif_orientation"]
 
-    def prepare(role: str, json_path: Path, images: Path) -> Path:
+    def prepare(role: str, json_path: Path, folder_of_images: Path) -> Path:
         content = hashes.of_file(json_path)
 
         @functools.cache
@@ -215,17 +218,24 @@ def _prepare_folders(cfg: Settings, splits: Sequence[str]) -> dict[str, Path]:
             return truth, *coco.check(truth, json_path.name)
 
         def located(known: hashes.Known) -> dict[str, str]:
-            return paths.located(known or [record.file_name for record in parsed()[1]], images, json_path.name)
+            return paths.located(
+                known or [record.file_name for record in parsed()[1]], folder_of_images, json_path.name
+            )
 
         def write(folder: Path, known: hashes.Known) -> None:
             truth, image_records, categories, log = parsed()
             for record in image_records:
                 record.sha256 = known[record.file_name][1]
-            stream = coco.stream(image_records, located(known), images, json_path.name, log)
+            stream = coco.stream(
+                image_records, located(known), folder_of_images, json_path.name, log, upright=exif == "upright"
+            )
             bar = tqdm(stream, **_bar(name, role, len(image_records)))
-            _write(folder, name=name, categories=categories, stream=bar, log=log, licenses=coco.licenses(truth))
+            licenses = coco.licenses(truth)
+            _write(folder, name=name, categories=categories, stream=bar, log=log, licenses=licenses, exif=exif)
 
-        return _prepared(cfg, f"folder-{name}", {"json": content}, [content, os.path.abspath(images)], located, write)
+        fingerprint = {"json": content, "exif": exif}
+        place = [content, os.path.abspath(folder_of_images)]
+        return _prepared(cfg, f"folder-{name}", fingerprint, place, located, write)
 
     return {role: prepare(role, *paths) for role, paths in files.items()}
 
@@ -279,7 +289,8 @@ def _prepare_tfds(cfg: Settings, splits: Sequence[str]) -> dict[str, Path]:
                         f"{', '.join(directories)}"
                     )
                 licenses = coco.licenses(truth) if role in jsons else []
-            scanned = tfds.scan(reader, sorted(categories), log)
+            turning = dataclasses.replace(reader, upright=cfg["exif_orientation"] == "upright")
+            scanned = tfds.scan(turning, sorted(categories), log)
             image_records = list(tqdm(scanned, **_bar(name, role, len(reader))))
             if role in jsons:
                 image_records = tfds.match(image_records, listed, jsons[role].name)
@@ -291,12 +302,14 @@ def _prepare_tfds(cfg: Settings, splits: Sequence[str]) -> dict[str, Path]:
                 image_records=image_records,
                 log=log,
                 licenses=licenses,
+                exif=cfg["exif_orientation"],
             )
 
         fingerprint = {
             "records": reader.parts,
             "json": json_path and hashes.of_file(json_path),
             "matched": role in jsons,
+            "exif": cfg["exif_orientation"],
         }
         parts = [":".join(part) for part in reader.parts]
         return _prepared(cfg, f"tfds-{name}", fingerprint, parts, lambda known: tfds.files(reader), write)
@@ -355,6 +368,7 @@ def _write(
     stream: Iterable[tuple[ImageRecord, bytes]],
     log: list[dict[str, Any]],
     licenses: Iterable[str] = (),
+    exif: str = "stored",
 ) -> None:
     """Writes the records of a split into `folder`, and its index."""
     image_records = []
@@ -375,6 +389,7 @@ def _write(
         image_records=image_records,
         log=log,
         licenses=licenses,
+        exif=exif,
     )
 
 
@@ -387,6 +402,7 @@ def _save_index(
     image_records: Sequence[ImageRecord],
     log: list[dict[str, Any]],
     licenses: Iterable[str],
+    exif: str,
 ) -> None:
     """Writes what `open_dataset` and `Split` read beside the records."""
     ascending = sorted(categories.items())
@@ -396,6 +412,9 @@ def _save_index(
         "categories": [dict(id=key, name=label) for key, label in ascending],
     }
     (folder / TRUTH).write_text(json.dumps(truth))
+    digests = [hashes.of_file(folder / TRUTH), *(record.sha256 for record in image_records)]
+    if exif != "stored":  # other pixels of the same files
+        digests.append(exif)
     boxes = [sum(not a["iscrowd"] for a in record.annotations) for record in image_records]
     meta = {
         "name": name,
@@ -403,7 +422,7 @@ def _save_index(
         "licenses": list(licenses),
         "records": list(parts),  # TFDS directory and split, several one after the other
         "size": len(image_records),
-        "content": hashes.together([hashes.of_file(folder / TRUTH), *(record.sha256 for record in image_records)]),
+        "content": hashes.together(digests),
         "images_by_boxes": np.bincount(boxes, minlength=1).tolist(),
     }
     (folder / LOG).write_text(json.dumps(log))

@@ -16,18 +16,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
-import cv2
 import numpy as np
 import tensorflow_datasets as tfds
 
+from kdjax.data.images import decode
 from kdjax.errors import UserError
 
 VERSION = "1.6.0"  # of what the builder writes; part of every cache key
 _SPLIT = "images"  # the only TFDS split that the builder writes
-
-_DECODE = (
-    cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-)  # boxes refer to the stored pixels; EXIF orientation is not applied
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -50,7 +46,9 @@ Stream = Iterable[tuple[ImageRecord, bytes]]  # with the encoded image
 class RecordsBuilder(tfds.core.GeneratorBasedBuilder):
     """Writes a stream of (image record, encoded bytes) as array_record files."""
 
-    RELEASE_NOTES: ClassVar[dict[str, str]] = {VERSION: "Objects marked ignore are crowd regions."}
+    RELEASE_NOTES: ClassVar[dict[str, str]] = {
+        VERSION: "Objects marked ignore are crowd regions; EXIF and decoders are noted."
+    }
     VERSION = tfds.core.Version(VERSION)
 
     def __init__(self, *, classes: list[str], category_ids: list[int], stream: Stream, **kwargs: Any) -> None:
@@ -143,14 +141,6 @@ def write(directory: Path, *, classes: list[str], category_ids: list[int], strea
     return Path(builder.data_dir), _SPLIT
 
 
-def decode(encoded: bytes) -> np.ndarray | None:
-    """Decodes an image to u8[h, w, 3] RGB, also from grey, CMYK or 16 bits; None if it cannot be read."""
-    try:
-        return cv2.imdecode(np.frombuffer(encoded, np.uint8), _DECODE)
-    except cv2.error:  # no bytes, or a header with an impossible size
-        return None
-
-
 class Damaged(UserError):
     """Prepared data could be opened, but a record of it cannot be read."""
 
@@ -162,6 +152,7 @@ class Reader:
     parts: tuple[tuple[str, str], ...]  # TFDS directory and split; several come one after the other
     labels: tuple[int, ...] = ()  # the data set's label of every stored label; needed for decoded examples
     remedy: str = "prepare the data again"  # what to do if a record cannot be read
+    upright: bool = False  # apply EXIF's orientation
 
     @functools.cached_property
     def _sources(self) -> list[Any]:
@@ -175,7 +166,7 @@ class Reader:
         return list(itertools.accumulate(len(source) for source in self._sources))
 
     def __reduce__(self) -> tuple[type["Reader"], tuple[Any, ...]]:
-        return Reader, (self.parts, self.labels, self.remedy)
+        return Reader, (self.parts, self.labels, self.remedy, self.upright)
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -202,7 +193,7 @@ class Reader:
         return self._decoded(index, self.raw(index))
 
     def _decoded(self, index: int, record: dict[str, Any]) -> np.ndarray:
-        image = decode(record["image"])
+        image = decode(record["image"], upright=self.upright)
         if image is None:
             name = record["image/filename"].decode(errors="surrogateescape")
             directory = self.parts[bisect.bisect(self._ends, index)][0]

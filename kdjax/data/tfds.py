@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from kdjax.data import coco, hashes, records
+from kdjax.data import coco, hashes, images, records
 from kdjax.data.records import ImageRecord, Reader
 from kdjax.errors import UserError
 
@@ -110,30 +110,27 @@ def scan(reader: Reader, category_ids: list[int], log: list[dict[str, Any]]) -> 
     Args:
       reader: of the split.
       category_ids: of the labels.
-      log: what is dropped or repaired is appended to it.
+      log: what is dropped or repaired is appended to it, and the notes on images.
 
     Raises:
       UserError: an image cannot be read.
     """
-
-    def load(index: int) -> tuple[dict[str, Any], tuple[int, ...] | None, str]:
-        record = reader.raw(index)
-        image = records.decode(record["image"])
-        return record, None if image is None else image.shape, hashes.of_bytes(record["image"])
-
     number, ids = 0, set()
+    directories = ", ".join(directory for directory, _ in reader.parts)
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(reader), 64):
-            for record, shape, sha256 in pool.map(load, range(start, min(start + 64, len(reader)))):
-                name = record["image/filename"].decode(errors="surrogateescape")
-                if shape is None:
-                    raise UserError(f"{', '.join(d for d, _ in reader.parts)}: {name} cannot be read as an image")
-                image = _image_record(record, name, shape[:2], category_ids, number, log)
+            portion = list(pool.map(reader.raw, range(start, min(start + 64, len(reader)))))
+            names = [record["image/filename"].decode(errors="surrogateescape") for record in portion]
+            named = [(r["image"], f"{directories}: {name}") for r, name in zip(portion, names, strict=True)]
+            seen = images.facts(named, pool, upright=reader.upright)
+            for record, name, facts in zip(portion, names, seen, strict=True):
+                log += coco.noted(name, facts.notes)
+                image = _image_record(record, name, facts.size, category_ids, number, log)
                 if image.id in ids:
                     places = ", ".join(f"{directory} ({split})" for directory, split in reader.parts)
                     raise UserError(f"{places}: image id {image.id} appears twice: join only splits of other images")
                 ids.add(image.id)
-                image.sha256 = sha256
+                image.sha256 = hashes.of_bytes(record["image"])
                 yield image
                 number += len(record["objects"]["label"])
 

@@ -4,6 +4,7 @@ import numpy as np
 
 from kdjax import data
 from kdjax.data.coco import CLIPPED
+from kdjax.data.images import NOT_TURNED
 from kdjax.doctor.findings import ERROR, OK, WARNING, Finding
 from kdjax.training.setup import Setup
 
@@ -24,6 +25,10 @@ def check_data(setup: Setup) -> list[Finding]:
                 ": --config.data.check=True lists them and draws boxes, which must be x, y, width, height in pixels"
             )
         findings.append(Finding(level, f"{role} data", message))
+        turned = counts.other.get(("noted", NOT_TURNED))
+        if turned:
+            message = f"{turned} images: {NOT_TURNED}; config.data.exif_orientation=upright applies it"
+            findings.append(Finding(WARNING, f"{role} orientation", message))
     truth = data.ground_truth(dataset, "train")
     images = {image["id"]: image for image in truth["images"]}
     objects = [entry for entry in truth["annotations"] if not entry["iscrowd"]]

@@ -36,14 +36,15 @@ class Model:
     image_size: tuple[int, int]  # height and width of the network input in pixels
 
     @overload
-    def detect(self, images: Image) -> Detections: ...
+    def detect(self, images: Image, *, exif: str = "stored") -> Detections: ...
     @overload
-    def detect(self, images: Sequence[Image]) -> list[Detections]: ...
-    def detect(self, images: Image | Sequence[Image]) -> Detections | list[Detections]:
+    def detect(self, images: Sequence[Image], *, exif: str = "stored") -> list[Detections]: ...
+    def detect(self, images: Image | Sequence[Image], *, exif: str = "stored") -> Detections | list[Detections]:
         """Detects the objects of one image or of several.
 
         Args:
           images: u8[h, w, 3] RGB of any size, or the path of an image file; or a list of them.
+          exif: how image files are read: "stored": their pixels; "upright": as EXIF's orientation turns them.
 
         Returns:
           The detections of the image, best score first, in its pixels; a list of them for a list of images. Low scores
@@ -53,8 +54,8 @@ class Model:
           UserError: a file cannot be read, or an array is not u8[h, w, 3].
         """
         if isinstance(images, (str, Path)) or (isinstance(images, np.ndarray) and images.ndim == 3):
-            return self.detect([images])[0]
-        arrays = [_array(image) for image in images]
+            return self.detect([images], exif=exif)[0]
+        arrays = [_array(image, exif) for image in images]
         return [found for _, found in self.stream(arrays, batch_size=max(1, min(BATCH, len(arrays))))]
 
     def stream(
@@ -93,9 +94,9 @@ class Model:
         )
 
 
-def _array(image: Image) -> np.ndarray:
+def _array(image: Image, exif: str) -> np.ndarray:
     if isinstance(image, (str, Path)):
-        return predict.read_image(Path(image).expanduser())
+        return predict.read_image(Path(image).expanduser(), exif=exif)
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         what = f"{image.dtype}{list(image.shape)}" if isinstance(image, np.ndarray) else type(image).__name__
         raise UserError(f"an image must be u8[h, w, 3] RGB or a path, not {what}")

@@ -2,20 +2,17 @@
 
 import collections
 import functools
-import io
 import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import cv2
 import jax
 import numpy as np
-import PIL.Image
 
 from kdjax import sharding
-from kdjax.data import records, transforms
+from kdjax.data import images, transforms
 from kdjax.detectors.api import Apply, Decode, Detector, Tree
 from kdjax.errors import UserError
 from kdjax.structs import AnyArray, Array, Detections, PaddedDetections
@@ -25,7 +22,6 @@ Batch = Mapping[str, Any]
 Program = Callable[[tuple[Tree, Tree], AnyArray, AnyArray], PaddedDetections]
 Preprocess = Callable[[Array], Array]  # u8[B, H, W, 3] RGB -> f32[B, H, W, 3]
 
-_ORIENTATION = 274  # EXIF's tag
 _traces: collections.Counter[tuple[Apply, Decode]] = collections.Counter()
 
 
@@ -181,12 +177,13 @@ def on_canvas(image: np.ndarray, canvas: tuple[int, int], *, round_down: bool = 
     return transforms.pad(transforms.resize(sample, size), canvas).image, np.array(size, np.int32)
 
 
-def read_image(file: Path, *, warn: Callable[[str], None] = warnings.warn) -> np.ndarray:
-    """Reads an image file as training and evaluation do: the stored pixels, without EXIF's rotation.
+def read_image(file: Path, *, exif: str = "stored", warn: Callable[[str], None] = warnings.warn) -> np.ndarray:
+    """Reads an image file as training and evaluation do.
 
     Args:
       file: the image file.
-      warn: is called with a sentence if EXIF would rotate the image, or if a 16-bit image uses little of its range.
+      exif: "stored": the stored pixels; "upright": as EXIF's orientation turns them.
+      warn: is called with each note of `kdjax.data.images.read`.
 
     Returns:
       u8[h, w, 3] RGB.
@@ -194,32 +191,16 @@ def read_image(file: Path, *, warn: Callable[[str], None] = warnings.warn) -> np
     Raises:
       UserError: the file cannot be read, or only in part.
     """
+    upright = images.check_exif(exif, "exif")
     try:
         encoded = file.read_bytes()
     except OSError as error:
-        raise UserError(f"{file}: it cannot be read: {error.strerror}") from None
-    orientation = 1
-    try:
-        with PIL.Image.open(io.BytesIO(encoded)) as opened:
-            opened.load()
-            orientation = opened.getexif().get(_ORIENTATION, 1)
-    except PIL.UnidentifiedImageError:
-        pass  # OpenCV reads some kinds that Pillow does not
-    except (OSError, SyntaxError, PIL.Image.DecompressionBombError) as error:
-        raise UserError(f"{file}: the image is broken: {str(error).rstrip('.')}") from None
-    image = records.decode(encoded)
-    if image is None:
-        raise UserError(f"{file}: it cannot be read as an image{': it is empty' if not encoded else ''}")
-    if orientation != 1:
-        warn(f"{file}: EXIF orientation {orientation} is not applied: boxes refer to the stored pixels")
-    if image.max() < 32 and _depth(encoded) == np.uint16:
-        warn(f"{file}: less than an eighth of the range of 16 bits is used: the image is read as nearly black")
-    return image
-
-
-def _depth(encoded: bytes) -> np.dtype | None:
-    stored = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_UNCHANGED)
-    return None if stored is None else stored.dtype
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+    pixels, facts = images.read(encoded, str(file), upright=upright)
+    for note in facts.notes:
+        if note != images.TURNED:  # as it was asked for
+            warn(f"{file}: {note}")
+    return pixels
 
 
 def canvases(

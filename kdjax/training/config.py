@@ -59,6 +59,8 @@ def base() -> Config:
             train_images="",
             val_images="",
             cache="",  # folder of prepared data; "" is $KDJAX_CACHE, or ~/.cache/kdjax
+            # stored: boxes refer to the pixels as they are stored; upright: to the image as EXIF's orientation turns it
+            exif_orientation="stored",
             scenes_train=2000,  # number of images of scenes
             scenes_val=400,
             image_size=(640, 640),  # height, width of the canvas, px

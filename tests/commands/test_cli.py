@@ -67,12 +67,12 @@ def test_mistakes_get_one_sentence_before_any_compute(made, tmp_path, capsys, mo
     (tmp_path / "void").mkdir()
     (tmp_path / "mine").mkdir()
     shutil.copy(image, tmp_path / "mine")
-    (tmp_path / "x.gif").write_bytes(b"")
+    (tmp_path / "x.txt").write_bytes(b"")
     (tmp_path / "model.pth").write_bytes(b"")
     for arguments, why in (
         (("predict", "nowhere.png", one, out), "nowhere.png: there is no such file or folder"),
         (("predict", str(tmp_path / "void"), one, out), "holds no images"),
-        (("predict", str(tmp_path / "x.gif"), one, out), "neither an image nor a video"),
+        (("predict", str(tmp_path / "x.txt"), one, out), "neither an image nor a video"),
         (("predict", str(tmp_path / "mine"), one, f"--out={tmp_path / 'mine'}"), "outside of --out"),
         (("evaluate", one, "--data=scenes", "--split=train"), "scenes takes no --split"),
         (

@@ -92,13 +92,13 @@ def test_predict_reports_unreadable_files_and_continues(made, tmp_path, capsys):
     ]
     assert len(told) == 8
     for file, why in (
-        ("moving.gif", "neither an image nor a video of a supported kind"),
-        ("x.gif", "neither an image nor a video of a supported kind"),
+        ("moving.gif", "cannot be read as an image"),
+        ("x.gif", "cannot be read as an image"),
         ("empty.png", "it is empty"),
         ("text.jpg", "cannot be read as an image"),
         ("cut.jpg", "truncated"),
         ("broken.mp4", "OpenCV cannot read it as a video"),
-        ("turned.jpg", "EXIF orientation 6"),
+        ("turned.jpg", "EXIF orientation is not applied"),
         ("deep.tif", "less than an eighth"),
     ):
         assert any(file in line and why in line for line in told), (file, told)

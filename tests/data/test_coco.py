@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 import struct
 import zlib
@@ -9,6 +10,7 @@ import zlib
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from kdjax import data
 from kdjax.data import coco
@@ -186,7 +188,10 @@ def broken(changes):
         (lambda t: t["images"][1].update(id=2**63), "image id 9223372036854775808 is not a 64-bit integer"),
         (lambda t: t["images"][1].pop("file_name"), "image 11 has no file_name"),
         (lambda t: t["images"][1].update(file_name="gone.png"), "gone.png: no such file in"),
-        (lambda t: t["images"][0].update(width=40, height=50), "a.png is listed as 40x50, but is 50x40 .EXIF"),
+        (
+            lambda t: t["images"][0].update(width=40, height=50),
+            "a.png is listed as 40x50, but is 50x40: width and height are exchanged$",
+        ),
         (lambda t: t["categories"][1].update(id=3), "category id 3 appears twice"),
         (lambda t: t["categories"][1].update(name="cat"), "two categories have the name 'cat', 3 and 11: rename one"),
         (lambda t: t["categories"][1].pop("name"), "category 11 has no name"),
@@ -246,8 +251,6 @@ def test_an_integer_of_too_many_digits_is_refused(tmp_path):
 
 
 def test_every_kind_of_image_becomes_rgb(tmp_path):
-    from PIL import Image
-
     folder = tmp_path / "set" / "images"
     folder.mkdir(parents=True)
     colour = np.zeros((40, 50, 3), np.uint8)
@@ -268,6 +271,72 @@ def test_every_kind_of_image_becomes_rgb(tmp_path):
         assert image.shape == (40, 50, 3) and image.dtype == np.uint8, name
         expected = {"grey.png": (87, 87, 87), "deep.png": (156, 156, 156)}.get(name, (200, 40, 30))
         np.testing.assert_allclose(image[20, 5], expected, atol=12, err_msg=name)
+
+
+def test_exif_orientation_is_told_or_applied(tmp_path):
+    """Images stored turned: of 8 the sides are exchanged, of 3 they are not."""
+    boxes = [(6, 8, 16, 28)]
+    upright = paint(50, 40, boxes)
+    names = ("three.png", "eight.png")
+    truth = coco_json(dict.fromkeys(names, (50, 40)), [(i, 3, [6, 8, 10, 20], {}) for i in range(2)])
+    root = one_split(tmp_path / "set", truth, {}, images="images")
+    (root / "images").mkdir(exist_ok=True)
+    for name, orientation, turns in zip(names, (3, 8), (2, -1), strict=True):
+        exif = Image.Exif()
+        exif[274] = orientation
+        Image.fromarray(np.rot90(upright, turns).copy()).save(root / "images" / name, exif=exif)
+    with pytest.raises(UserError) as refused:
+        opened(root, tmp_path)
+    words = "eight.png is listed as 40x50, but is 50x40: exif_orientation=upright (--exif) fits"
+    assert str(refused.value) == f"instances_train.json: {words}"
+
+    turned = opened(root, tmp_path, exif_orientation="upright")
+    for role, split in turned.splits.items():
+        for index in range(2):
+            example = split.records[index]
+            np.testing.assert_array_equal(example["image"], upright)
+            np.testing.assert_allclose(example["boxes"], boxes, rtol=1e-6)
+            np.testing.assert_array_equal(pickle.loads(pickle.dumps(split.records)).image(index), upright)
+        text = data.summary(turned, settings(tmp_path))
+        assert f"{role}: 2 noted: turned upright by its EXIF orientation: boxes refer to the turned image" in text
+
+    truth["images"][1].update(width=50, height=40)
+    write_folder(root, {"train": truth, "val": truth}, {}, images="images")
+    with pytest.raises(UserError) as refused:
+        opened(root, tmp_path, exif_orientation="upright")
+    words = "listed as 50x40, but is 40x50 as its EXIF orientation turns it: exif_orientation=stored (--exif) fits"
+    assert str(refused.value) == f"instances_train.json: eight.png is {words}"
+    stored = opened(root, tmp_path)
+    np.testing.assert_array_equal(stored.splits["train"].records.image(0), upright[::-1, ::-1])
+    words = "train: 2 noted: EXIF orientation is not applied: boxes refer to the stored pixels"
+    assert words in data.summary(stored, settings(tmp_path))
+    with pytest.raises(UserError, match=r"^exif_orientation must be one of stored, upright, not 'up'$"):
+        opened(root, tmp_path, exif_orientation="up")
+
+
+def test_other_pixels_of_the_same_files_are_another_data_set(tmp_path):
+    exif = Image.Exif()
+    exif[274] = 3
+    root = one_split(tmp_path / "set", coco_json({"a.png": (40, 50)}, []), {}, images="images")
+    (root / "images").mkdir(exist_ok=True)
+    Image.fromarray(paint(40, 50, [])).save(root / "images" / "a.png", exif=exif)
+    stored, turned = (opened(root, tmp_path, exif_orientation=value) for value in ("stored", "upright"))
+    assert stored.splits["train"].folder != turned.splits["train"].folder
+    assert stored.fingerprint != turned.fingerprint
+
+
+def test_damage_that_a_decoder_only_prints_is_listed_with_its_file(tmp_path, capfd):
+    noise = np.random.default_rng(0).integers(0, 255, (40, 50, 3), np.uint8)
+    root = one_split(tmp_path / "set", coco_json({"a.jpg": (40, 50), "b.jpg": (40, 50)}, []), {}, images="images")
+    (root / "images").mkdir(exist_ok=True)
+    good = cv2.imencode(".jpg", noise)[1].tobytes()
+    half = len(good) // 2
+    (root / "images" / "a.jpg").write_bytes(good)
+    (root / "images" / "b.jpg").write_bytes(good[:half] + bytes(40) + good[half + 40 :])
+    split = opened(root, tmp_path).splits["train"]
+    reason = "its decoder says: Corrupt JPEG data: N extraneous bytes before marker N"
+    assert split.log == [{"file": "b.jpg", "annotation": None, "action": "noted", "reason": reason}]
+    assert "Corrupt" not in capfd.readouterr().err
 
 
 @pytest.mark.skipif(SHARED is None, reason="needs the team's shared folder")

@@ -1,0 +1,231 @@
+"""The one reader of image files: bytes to pixels, and what a user is to be told of them."""
+
+import contextlib
+import io
+import os
+import re
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import cv2
+import numpy as np
+import PIL.Image
+
+from kdjax.errors import UserError
+
+# What a folder is searched for. A file that is named is read by its content, whatever its suffix.
+SUFFIXES = (
+    ".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif", ".avif", ".jp2",
+)  # fmt: skip
+EXIF = ("stored", "upright")  # values of `config.data.exif_orientation` and --exif
+NOT_TURNED = "EXIF orientation is not applied: boxes refer to the stored pixels"
+TURNED = "turned upright by its EXIF orientation: boxes refer to the turned image"
+DARK = "less than an eighth of the range of 16 bits is used: the image is read as nearly black"
+LARGE = "over 89 million pixels: it takes long and much memory"
+
+_ORIENTATION = 274  # EXIF's tag
+_STORED = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+_LARGE = 89_478_485  # px; above, Pillow warns of decompression bombs
+_MOST = 2**30  # px; OpenCV reads no more, and no side over 2^20
+_DAMAGE = (OSError, SyntaxError)  # what Pillow raises of damaged files
+# What else it may raise, of parts of a file that OpenCV does not read.
+_ANY = (*_DAMAGE, ValueError, EOFError, LookupError, TypeError, OverflowError, MemoryError, Warning)
+_OPENING, _LISTENING = threading.Lock(), threading.Lock()  # Pillow's limit and stderr belong to the whole process
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Facts(NamedTuple):
+    """What is known of an image that can be read."""
+
+    size: tuple[int, int]  # height and width, px
+    orientation: int  # EXIF's, 1 .. 8; 1 is upright
+    notes: tuple[str, ...]  # what a user is to be told
+
+
+def check_exif(value: str, name: str = "exif_orientation") -> bool:
+    """Whether EXIF's orientation is to be applied.
+
+    Raises:
+      UserError: the value of the setting is not one of `EXIF`.
+    """
+    if value not in EXIF:
+        raise UserError(f"{name} must be one of {', '.join(EXIF)}, not {value!r}")
+    return value == "upright"
+
+
+def decode(encoded: bytes, *, upright: bool = False) -> np.ndarray | None:
+    """Decodes an image to u8[h, w, 3] RGB, also from grey, CMYK or 16 bits; of several frames the first.
+
+    Args:
+      encoded: the content of its file.
+      upright: apply EXIF's orientation; False: the stored pixels. The orientation of a TIFF is always applied.
+
+    Returns:
+      The pixels; None if it cannot be read.
+    """
+    try:
+        pixels = cv2.imdecode(np.frombuffer(encoded, np.uint8), _STORED)
+    except cv2.error:  # no bytes, or a header with an impossible size
+        return None
+    return turned(pixels, _orientation(encoded)) if upright and pixels is not None else pixels
+
+
+def turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Stored pixels as EXIF's orientation, 1 .. 8, shows them.
+
+    Example:
+      >>> turned(np.array([[1, 2]]), 6).tolist()
+      [[1], [2]]
+    """
+    if orientation >= 5:
+        pixels = pixels.swapaxes(0, 1)
+    rows = -1 if orientation in (3, 4, 7, 8) else 1
+    columns = -1 if orientation in (2, 3, 6, 7) else 1
+    return np.ascontiguousarray(pixels[::rows, ::columns])
+
+
+def read(encoded: bytes, name: str, *, upright: bool = False) -> tuple[np.ndarray, Facts]:
+    """Reads an image, as `decode`.
+
+    Args:
+      encoded: the content of its file.
+      name: of the file, for messages.
+      upright: see `decode`.
+
+    Returns:
+      The pixels, and facts. Their notes tell of EXIF's orientation, of 16 bits that are hardly used, of a very large
+      image, and what a decoder prints, which mostly is damage.
+
+    Raises:
+      UserError: it cannot be read, or only in part.
+    """
+    ((pixels, facts), lines), *_ = heard(lambda item: _read(*item, upright), [(encoded, name)])
+    return pixels, facts._replace(notes=facts.notes + lines)
+
+
+def facts(images: Sequence[tuple[bytes, str]], pool: Executor, *, upright: bool = False) -> list[Facts]:
+    """The facts of several images, each given by its content and name, in their order.
+
+    Raises:
+      UserError: one cannot be read, or only in part.
+    """
+    found = heard(lambda item: _read(*item, upright)[1], images, pool)
+    return [one._replace(notes=one.notes + lines) for one, lines in found]
+
+
+def is_image(file: Path) -> bool:
+    """Whether the content of a file begins as that of an image."""
+    try:
+        with _opened(file):
+            return True
+    except _ANY:
+        return False
+
+
+def heard(
+    work: Callable[[Item], Result], items: Sequence[Item], pool: Executor | None = None
+) -> list[tuple[Result, tuple[str, ...]]]:
+    """The results of some work, each with the notes that decoders print of it: they tell of damage in no other way."""
+    notes: list[tuple[str, ...]] = [()] * len(items)
+    with _LISTENING:
+        with _stderr() as lines:
+            results = list((pool.map if pool else map)(work, items))
+        explained = set()
+        if lines:  # of which? One after the other
+            for index, item in enumerate(items):
+                with _stderr() as own:
+                    work(item)
+                explained |= {*own}
+                # Without numbers, so that the same damage of several images is counted together.
+                told = (re.sub(r"0x[0-9a-f]+|\d+", "N", line) for line in own)
+                notes[index] = tuple(dict.fromkeys(f"its decoder says: {line}" for line in told))
+    for line in lines:
+        if line not in explained:  # another thread's
+            print(line, file=sys.stderr)
+    return list(zip(results, notes, strict=True))
+
+
+def _read(encoded: bytes, name: str, upright: bool) -> tuple[np.ndarray, Facts]:
+    pixels = decode(encoded)
+    if pixels is None:
+        raise UserError(f"{name}: cannot be read as an image: {_why(encoded)}")
+    orientation = _orientation(encoded)
+    notes = []
+    if orientation != 1:
+        notes.append(TURNED if upright else NOT_TURNED)
+    if pixels.max() < 32 and _depth(encoded) == np.uint16:
+        notes.append(DARK)
+    if pixels.shape[0] * pixels.shape[1] > _LARGE:
+        notes.append(LARGE)
+    if upright:
+        pixels = turned(pixels, orientation)
+    return pixels, Facts((pixels.shape[0], pixels.shape[1]), orientation, tuple(notes))
+
+
+def _depth(encoded: bytes) -> np.dtype | None:
+    stored = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_UNCHANGED)
+    return None if stored is None else stored.dtype
+
+
+def _opened(file: io.BytesIO | Path) -> PIL.Image.Image:
+    """Pillow's view of an image; without its limit of pixels, which is below OpenCV's."""
+    with _OPENING:
+        limit, PIL.Image.MAX_IMAGE_PIXELS = PIL.Image.MAX_IMAGE_PIXELS, None
+        try:
+            return PIL.Image.open(file)
+        finally:
+            PIL.Image.MAX_IMAGE_PIXELS = limit
+
+
+def _orientation(encoded: bytes) -> int:
+    """EXIF's orientation; 1 where there is none, or OpenCV applies it."""
+    try:
+        with _opened(io.BytesIO(encoded)) as opened:
+            orientation = 1 if opened.format == "TIFF" else opened.getexif().get(_ORIENTATION, 1)
+    except _ANY:
+        return 1
+    return orientation if orientation in range(1, 9) else 1
+
+
+def _why(encoded: bytes) -> str:
+    """Why an image cannot be decoded."""
+    if not encoded:
+        return "it is empty"
+    why = "its content is damaged, or of a kind that OpenCV does not read"
+    try:
+        with _opened(io.BytesIO(encoded)) as opened:
+            width, height = opened.size
+            if width * height > _MOST or max(width, height) > 2**20:
+                return f"it has {width:,} x {height:,} px: OpenCV reads at most 2^30, and 2^20 a side"
+            if width * height < _LARGE:
+                opened.load()
+    except PIL.UnidentifiedImageError:
+        why = "it is of no kind that OpenCV reads, or damaged at its beginning"
+    except _DAMAGE as error:
+        why = str(error).rstrip(".") or why
+    except _ANY:
+        pass
+    return why
+
+
+@contextlib.contextmanager
+def _stderr() -> Iterator[list[str]]:
+    """Collects the lines that the process writes to stderr, also from C."""
+    lines: list[str] = []
+    with tempfile.TemporaryFile() as file:
+        kept = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield lines
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            file.seek(0)
+            lines += filter(None, map(str.strip, file.read().decode(errors="replace").splitlines()))

@@ -1,0 +1,152 @@
+"""The reader of image files: EXIF's orientation, notes, damage."""
+
+import io
+import os
+import re
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from kdjax.data import images
+from kdjax.errors import UserError
+
+QUARTERS = np.zeros((40, 60, 3), np.uint8)
+QUARTERS[:20, :30], QUARTERS[:20, 30:], QUARTERS[20:, :30] = (250, 0, 0), (0, 250, 0), (0, 0, 250)
+
+
+def saved(pixels: np.ndarray, kind: str, **options) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind, **options)
+    return file.getvalue()
+
+
+def with_orientation(kind: str, orientation: int) -> bytes:
+    exif = Image.Exif()
+    exif[274] = orientation
+    return saved(QUARTERS, kind, exif=exif)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "AVIF"])
+def test_the_orientation_is_applied_or_told_as_pillow_understands_it(kind):
+    for orientation in range(1, 9):
+        encoded = with_orientation(kind, orientation)
+        stored, facts = images.read(encoded, "a")
+        assert np.abs(stored.astype(int) - QUARTERS).mean() < 8
+        assert facts.size == (40, 60) and facts.orientation == orientation
+        assert facts.notes == ((images.NOT_TURNED,) if orientation > 1 else ())
+        with Image.open(io.BytesIO(encoded)) as opened:
+            expected = np.array(ImageOps.exif_transpose(opened).convert("RGB")).astype(int)
+        turned, facts = images.read(encoded, "a", upright=True)
+        assert turned.shape == expected.shape and np.abs(turned - expected).mean() < 8
+        assert facts.size == expected.shape[:2] and facts.notes == ((images.TURNED,) if orientation > 1 else ())
+        np.testing.assert_array_equal(images.decode(encoded, upright=True), turned)
+
+
+def test_a_tiff_is_always_turned_and_never_told():
+    for orientation in (3, 6):
+        encoded = with_orientation("TIFF", orientation)
+        for upright in (False, True):
+            pixels, facts = images.read(encoded, "a.tif", upright=upright)
+            np.testing.assert_array_equal(pixels, images.turned(QUARTERS, orientation))
+            assert facts.orientation == 1 and facts.notes == ()
+
+
+def test_dark_and_large_images_are_noted(monkeypatch):
+    dark = cv2.imencode(".png", np.full((9, 9), 4000, np.uint16))[1].tobytes()
+    assert images.read(dark, "a")[1].notes == (images.DARK,)
+    assert images.read(saved(np.full((9, 9), 4, np.uint8), "PNG"), "a")[1].notes == ()
+    monkeypatch.setattr(images, "_LARGE", 40 * 60 - 1)
+    assert images.read(saved(QUARTERS, "PNG"), "a")[1].notes == (images.LARGE,)
+
+
+def test_an_image_over_pillows_limit_keeps_its_orientation(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)
+    assert images.read(with_orientation("JPEG", 6), "a", upright=True)[1].size == (60, 40)
+    assert Image.MAX_IMAGE_PIXELS == 40
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("JPEG", "image file is truncated (N bytes not processed)"),
+        ("PNG", "image file is truncated"),
+        ("WEBP", "could not create decoder object"),
+        ("TIFF", "image file is truncated (N bytes not processed)"),
+        ("GIF", "image file is truncated (N bytes not processed)"),
+        ("BMP", "image file is truncated (N bytes not processed)"),
+        ("PPM", "image file is truncated (N bytes not processed)"),
+        ("JPEG2000", "broken data stream when reading image file"),
+        ("AVIF", "it is of no kind that OpenCV reads, or damaged at its beginning"),
+    ],
+)
+def test_a_truncated_image_is_refused_and_nothing_else_is_printed(kind, why, capfd):
+    noise = np.random.default_rng(0).integers(0, 255, (60, 90, 3), np.uint8)
+    encoded = saved(noise, kind)
+    with pytest.raises(UserError) as refused:
+        images.read(encoded[: len(encoded) * 2 // 3], "x/a")
+    told = re.sub(r"\d+ bytes", "N bytes", str(refused.value))
+    assert told == f"x/a: cannot be read as an image: {why}"
+    assert capfd.readouterr() == ("", "")
+
+
+def test_no_image_and_an_impossible_size_are_refused():
+    for content, why in (
+        (b"", "it is empty"),
+        (b"no image", "it is of no kind that OpenCV reads, or damaged at its beginning"),
+        (
+            b"P6 60000 60000 255 ",
+            "it has 60,000 x 60,000 px: OpenCV reads at most 2^30, and 2^20 a side",
+        ),
+    ):
+        with pytest.raises(UserError) as refused:
+            images.read(content, "a")
+        assert str(refused.value) == f"a: cannot be read as an image: {why}"
+
+
+def test_damage_that_a_decoder_only_prints_is_noted_with_its_image(capfd):
+    """Zeros in the middle of a JPEG: libjpeg guesses the rest and prints a line without a name."""
+    noise = np.random.default_rng(0).integers(0, 255, (60, 90, 3), np.uint8)
+    good = saved(noise, "JPEG")
+    half = len(good) // 2
+    bad = good[:half] + bytes(40) + good[half + 40 :]
+    note = "its decoder says: Corrupt JPEG data: N extraneous bytes before marker N"
+    assert images.read(bad, "a")[1].notes == (note,)
+    with ThreadPoolExecutor(2) as pool:
+        found = images.facts([(good, "a"), (bad, "b"), (good, "c"), (bad, "d")], pool)
+    assert [facts.notes for facts in found] == [(), (note,), (), (note,)]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_what_others_print_meanwhile_is_printed_afterwards(capfd):
+    said = iter(["once"])
+
+    def work(item):
+        os.write(2, b"always\n")
+        for line in said:
+            os.write(2, f"{line}\n".encode())
+        return item
+
+    assert images.heard(work, [5]) == [(5, ("its decoder says: always",))]
+    sys.stderr.flush()
+    assert capfd.readouterr().err == "once\n"
+
+
+def test_images_are_known_by_their_content(tmp_path):
+    for name, content, expected in (
+        ("a", saved(QUARTERS, "PNG"), True),
+        ("b.001", saved(QUARTERS, "GIF"), True),
+        ("c.txt", b"text", False),
+        ("d", b"", False),
+    ):
+        (tmp_path / name).write_bytes(content)
+        assert images.is_image(tmp_path / name) == expected, name
+
+
+def test_the_setting_is_checked():
+    assert images.check_exif("upright") and not images.check_exif("stored")
+    with pytest.raises(UserError, match=r"^exif_orientation must be one of stored, upright, not True$"):
+        images.check_exif(True)
