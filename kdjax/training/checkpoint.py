@@ -62,6 +62,7 @@ class Checkpoints:
         if self.manager.latest_step() == step:
             return
         arrays = flat(tree)
+        self.wait()  # for the step before, as Orbax does
         self._check_room(sum(value.nbytes for value in arrays.values()))
         note = sealed(note | {"sha256": {name: digest(value) for name, value in arrays.items()}})
         self.manager.save(
