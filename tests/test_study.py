@@ -9,7 +9,7 @@ import cv2
 import pytest
 
 from kdjax import cli, files
-from kdjax.commands import settings, study
+from kdjax.commands import settings, study, study_runs
 from kdjax.errors import UserError
 from kdjax.report import study as report
 from tests.shared import ROOT
@@ -39,28 +39,30 @@ def test_what_is_published_is_logged(tmp_path, capsys):
 
 def test_the_sentence_of_a_failed_run():
     refused = "I0000 some library\rtrain:  10%|# \nkdjax: config.x is 1; it must be 2\n"
-    assert study.last_sentence(refused) == "config.x is 1; it must be 2"
-    assert study.last_sentence("Traceback\n  File\nRuntimeError: boom\n\n") == "RuntimeError: boom"
-    assert study.last_sentence("") == "no message"
+    assert study_runs.last_sentence(refused) == "config.x is 1; it must be 2"
+    assert study_runs.last_sentence("Traceback\n  File\nRuntimeError: boom\n\n") == "RuntimeError: boom"
+    assert study_runs.last_sentence("") == "no message"
 
 
 def test_a_run_that_fails_and_one_that_is_stopped():
     with pytest.raises(study.Failed, match=r"^no such thing$"):
-        study.call([sys.executable, "-c", "import sys; print('kdjax: no such thing', file=sys.stderr); sys.exit(2)"])
+        study_runs.call(
+            [sys.executable, "-c", "import sys; print('kdjax: no such thing', file=sys.stderr); sys.exit(2)"]
+        )
     with pytest.raises(SystemExit) as stop:
-        study.call([sys.executable, "-c", "import sys; sys.exit(143)"])
+        study_runs.call([sys.executable, "-c", "import sys; sys.exit(143)"])
     assert stop.value.code == 143
-    study.call([sys.executable, "-c", ""])
+    study_runs.call([sys.executable, "-c", ""])
 
 
 def test_a_finished_run_is_kept_and_its_flags_must_be_the_same(tmp_path):
     (tmp_path / "results.json").write_text('{"student": {"AP": 0.5}}')
     run = FACTS | {"command": ["train", "--config=a", f"--workdir={tmp_path}", "--config.seed=1"], "numpy": "2"}
     (tmp_path / "config.json").write_text(json.dumps({"config": {}, "runs": [run, {}]}))
-    assert study.train(["--config=a", "--config.seed=1"], tmp_path) == {"student": {"AP": 0.5}}
-    assert study.facts_of(tmp_path) == FACTS
+    assert study_runs.train(["--config=a", "--config.seed=1"], tmp_path) == {"student": {"AP": 0.5}}
+    assert study_runs.facts_of(tmp_path) == FACTS
     with pytest.raises(UserError, match=r"other flags .--config=a --config.seed=1"):
-        study.train(["--config=b", "--config.seed=1"], tmp_path)
+        study_runs.train(["--config=b", "--config.seed=1"], tmp_path)
 
 
 def test_a_finished_run_on_other_images_is_refused(tmp_path):
@@ -71,12 +73,12 @@ def test_a_finished_run_on_other_images_is_refused(tmp_path):
     (tmp_path / "results.json").write_text('{"student": {"AP": 0.5}}')
     run = {"command": ["train", *flags, f"--workdir={tmp_path}"], "data": opened(root, tmp_path).fingerprint}
     (tmp_path / "config.json").write_text(json.dumps({"config": {}, "runs": [run]}))
-    assert study.train(flags, tmp_path) == {"student": {"AP": 0.5}}
+    assert study_runs.train(flags, tmp_path) == {"student": {"AP": 0.5}}
     path = root / "images" / "val" / "p1.png"
     assert cv2.imwrite(str(path), cv2.imread(str(path)) + 1)
-    study.data_of.cache_clear()
+    study_runs.data_of.cache_clear()
     with pytest.raises(UserError, match=f"^{tmp_path} has a run on other images, boxes or classes than now: choose"):
-        study.train(flags, tmp_path)
+        study_runs.train(flags, tmp_path)
 
 
 def options(**changes) -> study.Options:
@@ -242,7 +244,7 @@ def test_a_study_whose_files_are_damaged_busy_or_in_the_way_is_refused(tmp_path,
     for text in ("{", "[]", '{"student": {}}', '{"student": null}'):
         (tmp_path / "results.json").write_text(text)
         with pytest.raises(UserError, match=r"^.*results.json: it is damaged or incomplete \("):
-            study.train(flags, tmp_path)
+            study_runs.train(flags, tmp_path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match=r"^.*config.json: it is damaged or incomplete \(KeyError\('runs'\)\)$"):
-        study.flags_of(tmp_path)
+        study_runs.flags_of(tmp_path)

@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 
 from kdjax.data.counts import counted, printable
-from kdjax.data.dataset import LOG, Dataset, Split, ground_truth
+from kdjax.data.dataset import Dataset, Split, ground_truth
+from kdjax.data.sources import LOG
 from kdjax.data.stages import Settings, canvas_size
 
 SHOWN = 20  # entries of the list of dropped and repaired objects
