@@ -27,7 +27,7 @@ _PROTO: Any = event_pb2  # its classes are made when it is imported
 class Log:
     """Writes metrics.jsonl (one object per line, appended) and TensorBoard files; only on the first host.
 
-    If a TensorBoard file cannot be written, the user is told once, and the run goes on without it.
+    If a TensorBoard file cannot be written, one warning says so, and the run goes on without it.
     """
 
     def __init__(self, workdir: Path, step: int) -> None:
@@ -115,7 +115,7 @@ class Log:
     def rows(self) -> list[dict[str, Any]]:
         """All lines that are sound. Steps after the last checkpoint of a killed process appear twice.
 
-        The user is told how many lines are damaged; `damaged` holds the number.
+        A warning says how many lines are damaged; `damaged` holds the number.
         """
         content = self.path.read_bytes() if self.path.exists() else b""
         rows = [_row(line) for line in content.split(b"\n") if line]
