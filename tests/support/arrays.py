@@ -11,6 +11,10 @@ DEVICES = 8
 
 # `jax.jit` that compiles in half of the time: for programs that run once.
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+# `jax.jit` whose code is emitted as for users, not as tests/conftest.py chooses: for bounds of a few roundings.
+users_jit = functools.partial(
+    jax.jit, compiler_options={"xla_cpu_use_fusion_emitters": True} if jax.__version__.startswith("0.10.") else {}
+)
 
 
 def arrays(*shapes: tuple[int, ...], seed: int = 0) -> list[jax.Array]:
