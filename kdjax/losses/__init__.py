@@ -42,6 +42,7 @@ from kdjax.losses.divergence import (
     softmax_kl,
 )
 from kdjax.losses.frequency import apply_frequency_mask, frequency_mask, frequency_masked
+from kdjax.losses.mask import dice, mask_cross_entropy
 from kdjax.losses.normalization import match_statistics, min_max, standardize, unit_mean, unit_norm
 from kdjax.losses.reconstruction import keep_mask, reconstruct
 from kdjax.losses.regions import fine_grained_mask, focal_masks, level_masks, valuable_region
@@ -62,6 +63,7 @@ __all__ = [
     "cross_entropy",
     "decoupled_kl",
     "decoupled_sigmoid_kl",
+    "dice",
     "diou",
     "distribution_focal",
     "fine_grained_mask",
@@ -82,6 +84,7 @@ __all__ = [
     "l1",
     "label_score",
     "level_masks",
+    "mask_cross_entropy",
     "match_statistics",
     "min_max",
     "modulated_bce",

@@ -1,4 +1,4 @@
-"""`loss/det_cls*` and `loss/det_box*`: detection losses with their reductions, value and gradient."""
+"""`loss/det_cls*`, `loss/det_box*` and `loss/det_mask*`: detection losses with their reductions, value and gradient."""
 
 import functools
 import math
@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from kdjax.losses import box, classification, distance
+from kdjax.losses import box, classification, distance, mask
 from tests.golden_checks.api import NOT_PART, Check, Checks, UnknownCase, each_case, relative_error
 
 VALUE, GRADIENT = 1e-5, 1e-4
@@ -42,6 +43,8 @@ def loss_of(cls: str, init: Mapping[str, Any]) -> tuple[Callable, dict[str, Any]
         return distance.smooth_l1, options(init, beta="beta")
     if cls == "L1Loss":
         return distance.l1, options(init)
+    if cls == "DiceLoss":
+        return mask.dice, options(init, naive_dice="naive", eps="eps")
     raise UnknownCase(f"no check for {cls}")
 
 
@@ -93,7 +96,24 @@ def losses(what: str, params: Mapping[str, Any], arrays: Mapping[str, np.ndarray
     yield Check(f"{name} gradient", relative_error(gradient, arrays["grad_pred"]), GRADIENT)
 
 
+def masks(what: str, params: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Checks:
+    if what != "Mask R-CNN mask loss":
+        yield from losses(what, params, arrays)
+        return
+    if params:
+        raise UnknownCase(f"unknown parameters {', '.join(params)}")
+    target, labels = arrays["target"], arrays["labels"]
+
+    def mean(pred):
+        return jnp.mean(mask.mask_cross_entropy(pred.transpose(0, 2, 3, 1), target, labels))
+
+    value, gradient = jax.jit(jax.value_and_grad(mean))(arrays["pred"])
+    yield Check("mask cross-entropy value", relative_error([value], arrays["value"]), VALUE)
+    yield Check("mask cross-entropy gradient", relative_error(gradient, arrays["grad_pred"]), GRADIENT)
+
+
 CHECKS = [
     ("loss/det_cls_*.npz", lambda path: each_case(path, losses)),
     ("loss/det_box_*.npz", lambda path: each_case(path, losses)),
+    ("loss/det_mask_*.npz", lambda path: each_case(path, masks)),
 ]
