@@ -22,8 +22,10 @@ Call = Callable[..., Sequence[np.ndarray]]  # from the inputs of an exported fil
 def largest_difference(model: Model, call: Call, images: Iterable[np.ndarray], *, raw: bool) -> float:
     """The largest difference of an exported model's outputs from the JAX model's, relative where they exceed 1.
 
-    Each detection of the JAX model is compared with the nearest of its class, and the worst 2 % are left out: where an
-    IoU or a score is within rounding of its threshold, either model may drop a box.
+    Each detection of either model is compared with the nearest of its class: the JAX model's with the exported
+    detections, the exported ones with the boxes and scores of all priors in JAX. The worst 2 % of each are left out:
+    where an IoU or a score is within rounding of its threshold, either model may drop a box. If all places are taken,
+    those that score as the last one are arbitrary: in them, only the exported detections are compared.
 
     Args:
       model: the JAX model.
@@ -36,6 +38,7 @@ def largest_difference(model: Model, call: Call, images: Iterable[np.ndarray], *
     """
     network = jax.jit(functools.partial(graphs.maps, model))
     program = predict.program(model.detector, devices=jax.local_devices()[:1])
+    candidates = jax.jit(functools.partial(graphs.candidates, model, {}))
     worst = 0.0
     for batch in predict.canvases(images, model.image_size, batch_size=1, round_down=model.detector.round_down):
         canvas, placed = batch["image"], batch["image_size"]
@@ -46,15 +49,27 @@ def largest_difference(model: Model, call: Call, images: Iterable[np.ndarray], *
             exported = np.column_stack([boxes, scores])
             if abs(len(own) - len(exported)) > 0.02 * len(own):
                 return np.inf
-            away = (np.abs(own[:, None] - exported) / np.maximum(np.abs(own[:, None]), 1)).max(-1, initial=0.0)
-            away = np.where(wanted.labels[wanted.valid][:, None] == labels, away, np.inf).min(1, initial=np.inf)
-            if wanted.valid.all():  # among equal scores, the ones in the last places are arbitrary
+            away = _nearest(own, wanted.labels[wanted.valid], exported, labels)
+            if wanted.valid.all():
                 away = away[own[:, 4] > own[-1, 4] + TOLERANCE]
-            worst = np.maximum(worst, np.quantile(away, 0.98, method="lower") if len(away) else 0.0)
+            astray = np.full(len(exported), np.inf)  # also if there is no such class
+            _, of_classes, of_priors = (np.asarray(value)[0] for value in candidates(canvas, placed))
+            for label, of_class in enumerate(of_classes):
+                mine, pairs = labels == label, np.column_stack([of_priors, of_class])
+                astray[mine] = _nearest(exported[mine], labels[mine], pairs, np.full(len(pairs), label))
+            for distances in (away, astray):
+                if len(distances):
+                    worst = np.maximum(worst, np.quantile(distances, 0.98, method="lower"))
             continue
         for own, exported in zip(map(np.asarray, network(canvas)), call(canvas), strict=True):
             worst = np.maximum(worst, (np.abs(own - exported) / np.maximum(np.abs(own), 1)).max())
     return float(worst)  # NaN if any output is
+
+
+def _nearest(rows: np.ndarray, labels: np.ndarray, others: np.ndarray, their_labels: np.ndarray) -> np.ndarray:
+    """f[n]: how far each row (box, score) is from the nearest of the others with its label; NaN if one of them is."""
+    away = (np.abs(rows[:, None] - others) / np.maximum(np.abs(rows[:, None]), 1)).max(-1, initial=0.0)
+    return np.where(labels[:, None] == their_labels, away, np.inf).min(1, initial=np.inf)
 
 
 def check(model: Model, call: Call, images: Iterable[np.ndarray], *, raw: bool) -> float:

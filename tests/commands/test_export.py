@@ -1,13 +1,16 @@
 """`kdjax export`."""
 
 import collections
+import dataclasses
 import shutil
 
 import numpy as np
 import pytest
 
 from kdjax import cli
+from kdjax.detectors.api import flatten, unflatten
 from kdjax.export import onnx, packages, verify
+from kdjax.inference import load
 from tests.support.models import refused, refused_at_the_end
 
 
@@ -39,6 +42,27 @@ def test_a_wrong_export_is_refused(made, exported, tmp_path, capsys, monkeypatch
         monkeypatch.setattr(onnx, "runner", runner(change))
         assert told in refused_at_the_end(capsys, *command)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_export_of_equal_scores_is_refused(made):
+    """All places are taken by detections with one score, so that any others of that score would be right too."""
+    loaded = load(made / "model")
+    classifiers = tuple(f"{path}/" for path in loaded.detector.classifiers)
+    params = {
+        path: np.zeros_like(value) if path.startswith(classifiers) else value
+        for path, value in flatten(loaded.variables[0]).items()
+    }
+    loaded = dataclasses.replace(loaded, variables=(unflatten(params), loaded.variables[1]), image_size=(256, 256))
+    image = np.random.default_rng(0).integers(0, 255, (256, 256, 3), np.uint8)
+    found = loaded.detect(image)
+    assert len(found) == 300 and len(set(found.scores.tolist())) == 1
+    right = [found.boxes, found.scores, found.labels]
+    for wrong, change in enumerate([None, (0, np.zeros_like), (1, lambda s: s + 0.1), (2, lambda k: k + 100)]):
+        outputs = list(right)
+        if change:
+            outputs[change[0]] = change[1](right[change[0]])
+        difference = verify.largest_difference(loaded, lambda *_, given=outputs: given, [image], raw=False)
+        assert (difference > verify.TOLERANCE) == bool(wrong), (wrong, difference)
 
 
 @pytest.mark.slow
