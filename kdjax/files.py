@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import re
@@ -78,6 +79,17 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, value: Mapping[str, Any] | Sequence[Any], *, indent: int | None = None) -> None:
     """`write_bytes` of a value as json, with a newline at the end."""
     write_text(path, json.dumps(value, indent=indent) + "\n")
+
+
+def sealed(content: Mapping[str, Any], key: str = "sha256") -> dict[str, Any]:
+    """A json object with a hash of all its other entries under `key`, so that a change is noticed when it is read."""
+    text = json.dumps({name: value for name, value in content.items() if name != key}, sort_keys=True)
+    return {**content, key: hashlib.sha256(text.encode()).hexdigest()}
+
+
+def altered(content: Mapping[str, Any], key: str = "sha256") -> bool:
+    """Whether what `sealed` returned was changed; what older versions wrote has no hash, and counts as unchanged."""
+    return key in content and content[key] != sealed(content, key)[key]
 
 
 def check_outputs(where: str, folder: str | Path, *, files: Sequence[str] = (), folders: Sequence[str] = ()) -> None:

@@ -1,5 +1,6 @@
 """Studies: their runs and twins, what failed or finished runs leave, tables and images; trained are stand-ins."""
 
+import contextlib
 import json
 import shutil
 import sys
@@ -244,6 +245,12 @@ def test_a_study_whose_files_are_damaged_busy_or_in_the_way_is_refused(tmp_path,
     for text in ("{", "[]", '{"student": {}}', '{"student": null}'):
         (tmp_path / "results.json").write_text(text)
         with pytest.raises(UserError, match=r"^.*results.json: it is damaged or incomplete \("):
+            study_runs.train(flags, tmp_path)
+    for changed in (False, True):
+        text = json.dumps(files.sealed({"student": {"AP": 0.25}}))
+        (tmp_path / "results.json").write_text(text.replace("0.25", "0.75") if changed else text)
+        told = r"^.*results.json: it was changed after it was written \(its SHA-256 differs\): train the run again$"
+        with pytest.raises(UserError, match=told) if changed else contextlib.nullcontext():
             study_runs.train(flags, tmp_path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match=r"^.*config.json: it is damaged or incomplete \(KeyError\('runs'\)\)$"):

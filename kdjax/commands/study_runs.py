@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from kdjax import data
+from kdjax import data, files
 from kdjax.commands import settings
 from kdjax.errors import UserError, prefix
 from kdjax.report import study as report
@@ -46,6 +46,10 @@ def train(flags: list[str], workdir: Path) -> dict[str, Any]:
     with unreadable(results):
         found = json.loads(results.read_text())
         found["student"]["AP"]
+        if files.altered(found):
+            raise UserError(
+                f"{results}: it was changed after it was written (its SHA-256 differs): train the run again"
+            )
         return found
 
 

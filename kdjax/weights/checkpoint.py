@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import jax
 import numpy as np
 
 from kdjax.errors import UserError
+from kdjax.files import altered
 from kdjax.structs import AnyArray, PyTree
 
 
@@ -50,24 +50,14 @@ def arrays(directory: Path, prefix: str, *, step: int | None = None) -> tuple[di
 SEAL = "note_sha256"
 
 
-def sealed(note: dict[str, Any]) -> dict[str, Any]:
-    """A note with its own hash."""
-    return note | {SEAL: _seal(note)}
-
-
 def check_note(note: dict[str, Any]) -> None:
-    """Checks the hash of a note; notes of older versions have none.
+    """Checks the hash of a note.
 
     Raises:
       ValueError: it was changed.
     """
-    if SEAL in note and note[SEAL] != _seal(note):
+    if altered(note, SEAL):
         raise ValueError("its note does not match its hash")
-
-
-def _seal(note: dict[str, Any]) -> str:
-    text = json.dumps({name: value for name, value in note.items() if name != SEAL}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def flat(tree: PyTree, *, copy: bool = True) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from kdjax import resources
 from kdjax.detectors import build
 from kdjax.detectors.api import Detector, State, Tree, flatten, unflatten
 from kdjax.errors import UserError, prefix
-from kdjax.files import write_bytes, write_json
+from kdjax.files import altered, sealed, write_bytes, write_json
 from kdjax.weights.containers import read_safetensors
 from kdjax.weights.fill import count_classes, from_torch, wrong_values
 from kdjax.weights.read import read_checkpoint
@@ -23,7 +23,7 @@ from kdjax.weights.torch_names import plain
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 _DTYPES = ("float32", "float16")
-_SEAL = "config_sha256"
+SEAL = "config_sha256"
 
 
 def save(
@@ -79,13 +79,7 @@ def save(
         "extra": extra or {},
     }
     write_bytes(folder / WEIGHTS, blob)
-    write_json(folder / CONFIG, sealed(config), indent=2)
-
-
-def sealed(config: dict[str, Any]) -> dict[str, Any]:
-    """A config of weights with the hash of all its entries."""
-    text = json.dumps({name: value for name, value in config.items() if name != _SEAL}, sort_keys=True)
-    return config | {_SEAL: hashlib.sha256(text.encode()).hexdigest()}
+    write_json(folder / CONFIG, sealed(config, SEAL), indent=2)
 
 
 def load(
@@ -194,7 +188,7 @@ def _load_folder(folder: Path, detector: Detector | None) -> tuple[Detector, Tre
     )
     if wrong:
         raise UserError(f"{folder / WEIGHTS}: it does not fit {name}: missing, unknown or of another shape: {wrong}")
-    if sealed(config)[_SEAL] != config.get(_SEAL, sealed(config)[_SEAL]):  # older folders have none
+    if altered(config, SEAL):
         raise UserError(
             f"{folder / CONFIG}: it was changed after it was written (its SHA-256 differs): restore it; to rename "
             "classes, use `kdjax import-weights --classes`"
