@@ -1,5 +1,6 @@
 """Images and boxes for the trainer: NumPy arrays only, never jax (see `docs/architecture.md`)."""
 
+from kdjax.data.coco import same_names
 from kdjax.data.counts import Counts, count, counted, counted_in_one_line, reasons
 from kdjax.data.dataset import Dataset, Split, ground_truth, open_dataset
 from kdjax.data.loader import eval_batches, train_batches
@@ -22,6 +23,7 @@ __all__ = [
     "ground_truth",
     "open_dataset",
     "reasons",
+    "same_names",
     "summary",
     "train_batches",
 ]

@@ -20,6 +20,7 @@ CLIPPED = "box clipped to the image"  # a reason in the log
 LEAVES = "file_name leads out of the folder of images"  # a reason in the log
 IGNORED = "marked ignore: taken as a crowd region"  # a reason in the log
 FORM = "its name on disk is in another Unicode form"  # a reason in the log
+REPEATED = "class and box are, digit for digit, those of another annotation of the image"  # a reason in the log
 CLIP = 0.01  # px: a box that extends beyond the image by less is clipped silently (rounding in the json)
 
 
@@ -139,6 +140,7 @@ def check(data: Mapping[str, Any], name: str) -> tuple[list[ImageRecord], dict[i
     above = 1 + max(listed, default=0)
     spare = (i for i in itertools.count(above if above < 2**62 else 1) if i not in listed)
     crowd: list[str] = []
+    boxes: set[tuple[float, ...]] = set()  # image, category, bbox
     for entry in data["annotations"]:
         where = f"{name}: annotation {entry.get('id')}"
         image_id = entry.get("image_id")
@@ -160,6 +162,9 @@ def check(data: Mapping[str, Any], name: str) -> tuple[list[ImageRecord], dict[i
         if iscrowd or ignore:
             crowd.append("have ignore" if ignore else "crowd")
         bbox = entry.get("bbox")
+        if bbox is None:
+            note("dropped", "bbox is missing")
+            continue
         if not isinstance(bbox, list) or len(bbox) != 4 or not all(_finite(v) for v in bbox):
             note("dropped", "bbox is not four finite numbers")
             continue
@@ -171,6 +176,9 @@ def check(data: Mapping[str, Any], name: str) -> tuple[list[ImageRecord], dict[i
             note("repaired", "annotation id is missing, duplicate or below 1: replaced")
             entry["id"] = next(spare)
         used.add(entry["id"])
+        if (image_id, category, *bbox) in boxes:
+            note("noted", REPEATED)
+        boxes.add((image_id, category, *bbox))
         if entry.get("iscrowd") not in (None, 0, 1):
             note("repaired", f"iscrowd is neither 0 nor 1: set to {iscrowd or 0}")
         if ignore and not iscrowd:
@@ -194,7 +202,7 @@ def check(data: Mapping[str, Any], name: str) -> tuple[list[ImageRecord], dict[i
 def _categories(data: Mapping[str, Any], name: str) -> dict[int, str]:
     """Names by id, in the json's order."""
     categories: dict[int, str] = {}
-    keys: dict[str, int] = {}  # by name, whatever its Unicode form
+    keys: dict[str, int] = {}  # by name, whatever its Unicode form and the spaces around it
     for entry in data["categories"]:
         key = _identity(entry, name, "category")
         if key in categories:
@@ -209,9 +217,9 @@ def _categories(data: Mapping[str, Any], name: str) -> dict[int, str]:
         if any("\ud800" <= letter <= "\udfff" for letter in label):
             what = "has a lone surrogate, half of a character: must be text that UTF-8 can hold"
             raise UserError(f"{name}: category {key}: its name {label!r} {what}")
-        other = keys.setdefault(composed(label), key)
+        other = keys.setdefault(composed(label).strip(), key)
         if other != key:
-            form = "" if categories[other] == label else ", in other Unicode forms"
+            form = "" if categories[other] == label else ", in another Unicode form or with spaces around it"
             unused = [k for k in (other, key) if all(a.get("category_id") != k for a in data["annotations"])]
             remedy = f"delete {unused[0]}, which no annotation has" if unused else "rename one"
             raise UserError(f"{name}: two categories have the name '{label}', {other} and {key}{form}: {remedy}")
@@ -277,6 +285,11 @@ def _integer_hint(value: object, known: Collection[int]) -> str:
 def composed(text: str) -> str:
     """Text in the one Unicode form in which names are compared."""
     return unicodedata.normalize("NFC", text)
+
+
+def same_names(some: Iterable[str], others: Iterable[str]) -> bool:
+    """Whether classes have the same names in the same order, whatever their Unicode form."""
+    return [*map(composed, some)] == [*map(composed, others)]
 
 
 def stream(
@@ -350,7 +363,8 @@ def _fit(record: ImageRecord, facts: images.Facts, name: str, log: list[dict[str
         if (record.height, record.width) == (width, height):
             hint = ": width and height are exchanged"
             if facts.orientation >= 5:
-                hint = f": exif_orientation={images.EXIF[not upright]} (--exif) fits"
+                other = images.EXIF[not upright]
+                hint = f": --exif={other} fits (in a run, config.data.exif_orientation={other})"
         turned = " as its EXIF orientation turns it" if upright and facts.orientation >= 5 else ""
         raise UserError(
             f"{name}: {record.file_name} is listed as {record.width}x{record.height}, but is {width}x{height}"

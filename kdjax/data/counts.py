@@ -8,6 +8,9 @@ from kdjax.data.dataset import Dataset, ground_truth
 from kdjax.data.stages import Settings, canvas_size
 from kdjax.data.transforms import MIN_SIZE
 
+SHARED = "image that is, byte for byte, also in the training split"  # reasons
+REPEATED = "image that is, byte for byte, another one of the split"
+
 
 class Counts(NamedTuple):
     """Of one split."""
@@ -42,10 +45,13 @@ def count(dataset: Dataset, role: str, cfg: Settings) -> Counts:
     other["left out", f"box over max_boxes={dataset.max_boxes} of an image, the smallest first"] = over
     if role == "train":
         other["left out", "box too small, less than a pixel on the canvas at every scale"] = _tiny(truth, cfg)
-        absent = set(dataset.category_ids) - {entry["category_id"] for entry in objects}
-        names = [name for name, key in zip(dataset.classes, dataset.category_ids, strict=True) if key in absent]
-        shown = ", ".join(names[:6]) + ", …" * (len(names) > 6)
-        other["noted", f"class without objects: {shown}"] = len(names)
+    elif "train" in dataset.splits:
+        other["noted", SHARED] = len(split.contents & dataset.splits["train"].contents)
+    other["noted", REPEATED] = split.size - len(split.contents)
+    absent = set(dataset.category_ids) - {entry["category_id"] for entry in objects}
+    names = [name for name, key in zip(dataset.classes, dataset.category_ids, strict=True) if key in absent]
+    shown = ", ".join(names[:6]) + ", …" * (len(names) > 6)
+    other["noted", f"class without objects: {shown}"] = len(names)
     return Counts(
         images=len(truth["images"]),
         empty=len(truth["images"]) - len(boxes),

@@ -12,7 +12,7 @@ import numpy as np
 
 from kdjax.data import coco, hashes, images
 from kdjax.data.records import Reader
-from kdjax.data.sources import LOG, META, SOURCES, TRUTH
+from kdjax.data.sources import CONTENTS, LOG, META, SOURCES, TRUTH
 from kdjax.data.stages import Settings
 from kdjax.errors import UserError
 
@@ -24,7 +24,7 @@ class Split:
     name: str  # as in the source: 'train', 'val', 'train2017', …
     size: int  # images
     records: Reader  # random access by position
-    folder: Path  # of the prepared split; holds TRUTH and LOG
+    folder: Path  # of the prepared split; holds TRUTH, LOG and CONTENTS
     categories: Mapping[int, str]  # of the data set: name by category id, ascending
 
     @functools.cached_property
@@ -46,6 +46,11 @@ class Split:
         images = hashes.read_json(self.folder / TRUTH)["images"]
         beyond = {image["file_name"] for image in images[self.size :]}
         return [entry for entry in log if entry["file"] not in beyond]
+
+    @functools.cached_property
+    def contents(self) -> frozenset[str]:
+        """The hashes of the first `size` images: fewer than `size` if an image appears twice."""
+        return frozenset(hashes.read_json(self.folder / CONTENTS)[: self.size])
 
     @property
     def image_ids(self) -> list[int]:

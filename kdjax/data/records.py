@@ -22,7 +22,7 @@ import tensorflow_datasets as tfds
 from kdjax.data.images import decode
 from kdjax.errors import UserError
 
-VERSION = "1.6.0"  # of what the builder writes; part of every cache key
+VERSION = "1.7.0"  # of what the builder writes; part of every cache key
 _SPLIT = "images"  # the only TFDS split that the builder writes
 
 
@@ -47,7 +47,7 @@ class RecordsBuilder(tfds.core.GeneratorBasedBuilder):
     """Writes a stream of (image record, encoded bytes) as array_record files."""
 
     RELEASE_NOTES: ClassVar[dict[str, str]] = {
-        VERSION: "Objects marked ignore are crowd regions; EXIF and decoders are noted."
+        VERSION: "The hashes of the images are kept, so that a repeated image is noticed."
     }
     VERSION = tfds.core.Version(VERSION)
 

@@ -20,6 +20,7 @@ from kdjax.errors import UserError
 LOG = "log.json"  # everything that was dropped or repaired
 TRUTH = "truth.json"  # COCO instances
 META = "meta.json"
+CONTENTS = "contents.json"  # the first 16 hex digits of each image's hash, in order
 
 
 def _prepare_folders(cfg: Settings, splits: Sequence[str]) -> dict[str, Path]:
@@ -249,6 +250,7 @@ def _save_index(
         "images_by_boxes": np.bincount(boxes, minlength=1).tolist(),
     }
     (folder / LOG).write_text(json.dumps(log))
+    (folder / CONTENTS).write_text(json.dumps([record.sha256[:16] for record in image_records]))
     (folder / META).write_text(json.dumps(meta))
     hashes.seal(folder)
 

@@ -39,9 +39,12 @@ def test_evaluate_reports_dropped_boxes(made, tmp_path, capsys):
     bad = [common | {"id": 900 + i, "image_id": key, "bbox": bbox} for i, (key, bbox) in enumerate(bad)]
     repaired = common | {"id": 1, "image_id": first, "bbox": [1, 1, 9, 9], "area": -1}
     file.write_text(json.dumps(truth | {"annotations": [repaired, *truth["annotations"], *bad]}))
-    arguments.open_data(str(tmp_path / "data"), "val", "", "", 2)
+    arguments.open_data(str(tmp_path / "data"), "val", "", "", 2, "stored")
     [line] = capsys.readouterr().out.splitlines()
-    assert line == f"{tmp_path / 'data'}: 2 dropped: box has no extent; 1 dropped: box outside the image"
+    assert line == (
+        f"{tmp_path / 'data'}: 2 dropped: box has no extent; 1 dropped: box outside the image; 2 noted: class without "
+        "objects: striped, checked"
+    )
 
 
 def test_classes_are_matched_by_name(made, tmp_path):

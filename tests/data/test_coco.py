@@ -121,10 +121,10 @@ def test_unusable_entries_are_dropped_or_repaired_and_listed(tmp_path):
         (0, 11, [1, 2, 3], {}),  # not a box
         (0, 11, [float("nan"), 2, 3, 4], {}),
         (0, 11, [1, 2, 10**400, 4], {}),
-        (0, 3, good, {"id": 1}),  # id twice
-        (0, 3, good, {"id": 0}),
-        (0, 3, good, {"id": 2**70}),
-        (0, 3, good, {"iscrowd": "0", "area": -1.0}),
+        (0, 3, [6, 5, 10, 10], {"id": 1}),  # id twice
+        (0, 3, [7, 5, 10, 10], {"id": 0}),
+        (0, 3, [8, 5, 10, 10], {"id": 2**70}),
+        (0, 3, [9, 5, 10, 10], {"iscrowd": "0", "area": -1.0}),
         (1, 3, [0, 0, 30, 30], {"iscrowd": 1, "area": 55.5, "segmentation": {"size": [40, 50], "counts": "x"}}),
     ]
     truth = coco_json({"a.png": (40, 50), "b.png": (40, 50), "c.png": (40, 50)}, annotations)
@@ -156,8 +156,8 @@ def test_unusable_entries_are_dropped_or_repaired_and_listed(tmp_path):
     crowd = [a for a in prepared["annotations"] if a["iscrowd"]]
     assert len(crowd) == 1 and crowd[0]["area"] == 55.5 and crowd[0]["segmentation"]["counts"] == "x"
     first, second = (dataset.splits["train"].records[i] for i in (0, 1))
-    square = [5, 5, 15, 15]
-    np.testing.assert_allclose(first["boxes"], [square, [0, 0, 6, 8], *[square] * 4])
+    squares = [[x, 5, x + 10, 15] for x in range(5, 10)]
+    np.testing.assert_allclose(first["boxes"], [squares[0], [0, 0, 6, 8], *squares[1:]], rtol=1e-6)
     assert second["boxes"].shape == (0, 4)
     text = data.summary(dataset, settings(tmp_path, image_size=(48, 64)))
     for part in ("3 images, 2 without objects, 6 boxes", "1 crowd region", "canvas 48x64", "2 dropped: box has no"):
@@ -287,7 +287,8 @@ def test_exif_orientation_is_told_or_applied(tmp_path):
         Image.fromarray(np.rot90(upright, turns).copy()).save(root / "images" / name, exif=exif)
     with pytest.raises(UserError) as refused:
         opened(root, tmp_path)
-    words = "eight.png is listed as 40x50, but is 50x40: exif_orientation=upright (--exif) fits"
+    words = "eight.png is listed as 40x50, but is 50x40: --exif=upright fits (in a run, "
+    words += "config.data.exif_orientation=upright)"
     assert str(refused.value) == f"instances_train.json: {words}"
 
     turned = opened(root, tmp_path, exif_orientation="upright")
@@ -304,7 +305,8 @@ def test_exif_orientation_is_told_or_applied(tmp_path):
     write_folder(root, {"train": truth, "val": truth}, {}, images="images")
     with pytest.raises(UserError) as refused:
         opened(root, tmp_path, exif_orientation="upright")
-    words = "listed as 50x40, but is 40x50 as its EXIF orientation turns it: exif_orientation=stored (--exif) fits"
+    words = "listed as 50x40, but is 40x50 as its EXIF orientation turns it: --exif=stored fits (in a run, "
+    words += "config.data.exif_orientation=stored)"
     assert str(refused.value) == f"instances_train.json: eight.png is {words}"
     stored = opened(root, tmp_path)
     np.testing.assert_array_equal(stored.splits["train"].records.image(0), upright[::-1, ::-1])

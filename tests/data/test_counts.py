@@ -4,6 +4,7 @@ import gzip
 import json
 import unicodedata
 
+import numpy as np
 import pytest
 
 from kdjax import data
@@ -19,7 +20,8 @@ def folder(tmp_path, change=None, sizes=SIZES):
     truth = coco_json(sizes, [(0, 3, BOX, {}), (1, 11, BOX, {})])
     if change:
         change(truth)
-    pixels = dict.fromkeys([*sizes, "dir/c.png", HIDDEN + "/" + HIDDEN + ".png"], paint(40, 50, []))
+    names = [*sizes, "dir/c.png", HIDDEN + "/" + HIDDEN + ".png"]
+    pixels = {name: paint(40, 50, []) + np.uint8(i) for i, name in enumerate(names)}
     (tmp_path / "set" / "images" / "train").mkdir(parents=True, exist_ok=True)
     return write_folder(tmp_path / "set", {"train": truth}, pixels)
 
@@ -46,6 +48,33 @@ def test_objects_marked_ignore_are_crowd_regions(tmp_path, value):
 def test_objects_not_marked_ignore_are_objects(tmp_path, value):
     root = folder(tmp_path, lambda t: t["annotations"][0].update(ignore=value))
     assert lines(root, tmp_path) == ["train ('train'): 2 images, 0 without objects, 2 boxes, at most 1 per image"]
+
+
+def test_repeated_images_and_annotations_are_noted(tmp_path):
+    """In one split, which trains and measures twice, and in both, which measures what was learned by heart."""
+    boxes = {"a.png": [(5, 5, 15, 15)], "b.png": [(5, 5, 15, 15)], "c.png": [(5, 5, 25, 15)]}
+    pixels = {name: paint(40, 50, [*of]) for name, of in boxes.items()}
+    train = coco_json(
+        dict.fromkeys(("a.png", "b.png"), (40, 50)), [(0, 3, BOX, {}), (1, 11, BOX, {}), (1, 11, BOX, {})]
+    )
+    val = coco_json(dict.fromkeys(("b.png", "c.png"), (40, 50)), [(0, 3, BOX, {}), (1, 11, BOX, {})])
+    root = write_folder(tmp_path / "set", {"train": train, "val": val}, pixels)
+    dataset, cfg = opened(root, tmp_path), settings(tmp_path)
+    assert data.counted(dataset, "train", cfg)[1:] == [
+        "train: 1 noted: class and box are, digit for digit, those of another annotation of the image",
+        "train: 1 noted: image that is, byte for byte, another one of the split",
+    ]
+    assert data.counted(dataset, "val", cfg)[1:] == [
+        "val: 1 noted: image that is, byte for byte, also in the training split"
+    ]
+    told = "val: 1 noted: image that is, byte for byte, also in the training split"
+    assert told in data.counted(opened(root, tmp_path, limit=1), "val", cfg)
+    assert len(data.counted(opened(root, tmp_path, ["val"]), "val", cfg)) == 1
+
+
+def test_a_missing_box_is_counted(tmp_path):
+    root = folder(tmp_path, lambda truth: truth["annotations"][0].pop("bbox"))
+    assert "train: 1 dropped: bbox is missing" in lines(root, tmp_path)
 
 
 @pytest.mark.parametrize(("value", "taken"), [("1", 1), ("true", 1), ("0", 0), (2, 0), ([], 0)])
@@ -109,7 +138,13 @@ def test_every_object_that_does_not_reach_training_is_counted(tmp_path):
         ),
         (
             lambda t: (t["categories"][0].update(name=HIDDEN), t["categories"][1].update(name=SHOWN)),
-            f"two categories have the name '{SHOWN}', 3 and 11, in other Unicode forms: rename one",
+            f"two categories have the name '{SHOWN}', 3 and 11, in another Unicode form or with spaces around it: "
+            "rename one",
+        ),
+        (
+            lambda t: t["categories"][1].update(name="cat "),
+            "two categories have the name 'cat ', 3 and 11, in another Unicode form or with spaces around it: rename "
+            "one",
         ),
         (
             lambda t: t["categories"].append(dict(id=0, name="cat")),

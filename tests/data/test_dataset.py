@@ -63,7 +63,13 @@ def test_one_flipped_bit_of_what_is_prepared_is_noticed(tmp_path):
 
     def read():
         split = opened(root, tmp_path).splits["val"]
-        return split.folder, split.truth, split.log, [split.image(image_id).tobytes() for image_id in (10, 11, 12)]
+        return (
+            split.folder,
+            split.truth,
+            split.log,
+            split.contents,
+            [split.image(image_id).tobytes() for image_id in (10, 11, 12)],
+        )
 
     expected = folder, *_ = read()
     paths = [path for path in folder.rglob("*") if path.is_file()]

@@ -28,7 +28,7 @@ def test_images_outside_the_folder_are_counted(tmp_path):
 
 
 def test_the_summary_names_the_file_with_the_full_list(tmp_path):
-    truth = coco_json({"a.png": (40, 50)}, [(0, 3, [60, 5, 10, 10], {})] * 25)
+    truth = coco_json({"a.png": (40, 50)}, [(0, 3, [60 + i, 5, 10, 10], {}) for i in range(25)])
     dataset = opened(one_split(tmp_path / "set", truth, {"a.png": paint(40, 50, [])}), tmp_path)
     text = data.summary(dataset, settings(tmp_path, image_size=(48, 64)))
     path = re.search(r"and 5 more: full list in (\S+)", text)[1]

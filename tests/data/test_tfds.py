@@ -105,13 +105,13 @@ def test_a_directory_is_read(directory, tmp_path):
 def test_evaluate_and_export_read_a_directory(directory, tmp_path, monkeypatch):
     """By the reader of `--data`, with the ground truth that a run has."""
     monkeypatch.setenv("KDJAX_CACHE", str(tmp_path))
-    found = arguments.open_data(str(directory / "coco" / "1.1.0"), "val", "", "", 0)
+    found = arguments.open_data(str(directory / "coco" / "1.1.0"), "val", "", "", 0, "stored")
     dataset = opened(directory, tmp_path, source="tfds")
     assert found.truth == data.ground_truth(dataset, "val") and len(found.truth["images"]) == 4
     for image in found.truth["images"]:
         assert found.split.image(image["id"]).shape == (50, 40, 3)
     with pytest.raises(UserError, match="--images: a TFDS directory contains its images"):
-        arguments.open_data(str(directory), "val", "", "x", 0)
+        arguments.open_data(str(directory), "val", "", "x", 0, "stored")
 
 
 def test_the_original_json_gives_category_ids_and_areas(directory, tmp_path):
