@@ -4,10 +4,12 @@ A wheel holds them as `kdjax/configs` and `kdjax/assets`; in a checkout they are
 package.
 """
 
+import contextlib
 import difflib
 import importlib.util
 import inspect
 import re
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -97,18 +99,37 @@ def load_config(text: str) -> Config:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    try:
+    with _mistakes_of(path, text):
         spec.loader.exec_module(module)
-    except SyntaxError as error:
-        raise UserError(f"{path}: line {error.lineno}: {error.msg}") from error
     if not hasattr(module, "get_config"):
         raise UserError(f"{path}: it does not define get_config()")
     if argument is not None and not inspect.signature(module.get_config).parameters:
         raise UserError(f"{path}: it takes no argument, but was given {argument!r}")
-    try:
+    with _mistakes_of(path, text):
         return module.get_config() if argument is None else module.get_config(argument)
+
+
+@contextlib.contextmanager
+def _mistakes_of(path: Path, text: str) -> Iterator[None]:
+    """Turns what Python raises of a mistake in a config into a sentence, with the line where it helps.
+
+    Raises:
+      UserError: the config is not valid Python, refuses its argument, or sets what does not exist or has another type.
+    """
+    try:
+        yield
     except ValueError as error:
         raise UserError(f"{text}: {error}") from error
+    except SyntaxError as error:
+        raise UserError(f"{path}: line {error.lineno}: {error.msg}") from error
+    except (AttributeError, ImportError, KeyError, NameError, TypeError) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+        if not lines or (
+            frames[-1].filename != str(path) and Path(frames[-1].filename).is_relative_to(Path(__file__).parent)
+        ):
+            raise  # a mistake of kdjax
+        raise UserError(f"{path}: line {lines[-1]}: {type(error).__name__}: {error}") from error
 
 
 def model_path(path: str | Path) -> Path:

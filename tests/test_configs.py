@@ -180,6 +180,41 @@ def test_options_of_a_detector():
         checks.check_models(config)
 
 
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("config.data.augment.hsv = ('x',)", "config.data.augment.hsv must be a tuple of numbers, not ('x',)"),
+        (
+            "config.data.image_size = ('64', '64')",
+            "config.data.image_size must be a tuple of numbers, not ('64', '64')",
+        ),
+        ("config.data = dict(config.data.to_dict(), check='no')", "config.data.check must be True or False, not 'no'"),
+        ("config.optimizer = dict(config.optimizer, lr='1')", "config.optimizer.lr must be a number, not '1'"),
+        (
+            "config.optimizer = dict(config.optimizer, warmup=1.5)",
+            "config.optimizer.warmup must be an integer, not 1.5",
+        ),
+        ("config.steps = 'many'", r"FILE: line 4: TypeError: .*override field 'steps' .*"),
+        ("config.optimizer.lr()", "FILE: line 4: TypeError: 'float' object is not callable"),
+        ("import nowhere", "FILE: line 4: ModuleNotFoundError: No module named 'nowhere'"),
+        ("config.steps =", "FILE: line 4: invalid syntax"),
+    ],
+    ids=str,
+)
+def test_mistakes_in_a_config_file_get_a_sentence(line, told, tmp_path):
+    file = tmp_path / "own.py"
+    file.write_text(
+        "from kdjax.training.config import base\ndef get_config():\n"
+        f"    config = base()\n    {line}\n    return config\n"
+    )
+    with pytest.raises(UserError) as caught:
+        checks.check_settings(read(str(file)))
+    expected = (
+        told.replace("FILE", re.escape(str(file))) if ".*" in told else re.escape(told.replace("FILE", str(file)))
+    )
+    assert re.fullmatch(expected, str(caught.value).splitlines()[0])
+
+
 @pytest.mark.filterwarnings("ignore:the load_module")  # of ml_collections
 def test_options_of_a_detector_are_flags():
     flags = ["--config.student.detector=fcos_r18", "--config.student.options.style=pytorch"]

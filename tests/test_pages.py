@@ -120,7 +120,7 @@ def resolved(arguments: list[str]):
     rest = [flag for flag in arguments if not flag.startswith(("--config=", "--workdir="))]
     made = read(config, rest)
     assert settings.unknown_keys(made) == []
-    settings.check_numbers(made)
+    settings.check_values(made)
     return made
 
 
@@ -138,7 +138,7 @@ def test_a_documented_command_is_understood(line, monkeypatch):
     assert cli.main([command, *rest]) == 0 and taken
     if command in cli.RUNS:
         assert settings.unknown_keys(taken["config"]) == []
-        settings.check_numbers(taken["config"])
+        settings.check_values(taken["config"])
 
 
 @pytest.mark.filterwarnings("ignore:the load_module")

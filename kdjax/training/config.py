@@ -133,18 +133,33 @@ def check_keys(config: Config) -> None:
         raise UserError(f"{name} is missing: start from kdjax.training.config.base()")
 
 
-def check_numbers(config: Config) -> None:
-    """Checks the range of every numeric setting.
+def check_values(config: Config) -> None:
+    """Checks the type of every setting, and the range of the numeric ones.
 
     Raises:
-      UserError: names the setting, its range and its value.
+      UserError: names the setting, what it must be, and its value.
     """
     values = flat(config.to_dict())
+    for name, default in flat(base().to_dict()).items():
+        if type(default) in _KINDS and not _has_type(values[name], type(default)):
+            raise UserError(f"config.{name} must be {_KINDS[type(default)]}, not {values[name]!r}")
     for name, (low, high) in _RANGES.items():
         value = values.get(name)
         if not (isinstance(value, int | float) and math.isfinite(value) and low <= value <= high):
             bounds = f">= {low}" if high == math.inf else f"in [{low}, {high}]"
             raise UserError(f"config.{name} must be {bounds}, not {value!r}")
+
+
+_KINDS = {bool: "True or False", int: "an integer", float: "a number", str: "text", tuple: "a tuple of numbers"}
+
+
+def _has_type(value: object, kind: type) -> bool:
+    """Whether a setting whose default is of a type may have a value."""
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is tuple:
+        return isinstance(value, tuple | list) and all(_has_type(entry, float) for entry in value)
+    return type(value) is kind
 
 
 def methods(names: str) -> Config:
@@ -192,16 +207,32 @@ def unknown_setting(name: str, config: Config) -> UserError:
       >>> unknown_setting("optimizer.lrr", base())
       UserError('unknown setting config.optimizer.lrr (did you mean config.optimizer.lr?)')
     """
+    close = similar_setting(name, config)
+    return UserError(f"unknown setting config.{name}" + (f" (did you mean config.{close}?)" if close else ""))
+
+
+def similar_setting(name: str, config: Config) -> str | None:
+    """The setting with the most similar name, if there is one.
+
+    Args:
+      name: "a.b".
+      config: a config with all settings.
+    """
     leaves = flat(config.to_dict())
     names = [*leaves, *({leaf.rpartition(".")[0] for leaf in leaves} - {""})]
     # The last part alone may be right, or nearly, as in config.lr or config.train.learning_rate.weight_decy.
     last = {other.rpartition(".")[2]: other for other in reversed(names)}
-    close = (
-        difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.75)
-        or [last[part] for part in difflib.get_close_matches(name.lower().rpartition(".")[2], last, n=1, cutoff=0.75)]
-        or difflib.get_close_matches(name, names, n=1)
+    return next(
+        iter(
+            difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.75)
+            or [
+                last[part]
+                for part in difflib.get_close_matches(name.lower().rpartition(".")[2], last, n=1, cutoff=0.75)
+            ]
+            or difflib.get_close_matches(name, names, n=1)
+        ),
+        None,
     )
-    return UserError(f"unknown setting config.{name}" + (f" (did you mean config.{close[0]}?)" if close else ""))
 
 
 def flat(tree: Mapping[str, Any]) -> dict[str, Any]:
