@@ -1,7 +1,7 @@
 """Arguments that several commands share."""
 
 import dataclasses
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +9,10 @@ import jax
 import numpy as np
 
 from kdjax import data, files, inference
+from kdjax.data.coco import composed
 from kdjax.errors import UserError, prefix
 from kdjax.training import config as settings
+from kdjax.weights import WEIGHTS
 
 SCENES = 400  # images of the generated validation split, as in a run
 
@@ -33,8 +35,18 @@ def make_folder(path: str | Path, *, outputs: Sequence[str] = (), folders: Seque
       folders: the folders that will be created in it.
 
     Raises:
-      UserError: it cannot be created, or something else is in the place of a file or folder.
+      UserError: it cannot be created, is that of a run or of another model, or something else is in the place of a file
+        or folder.
     """
+    folder = Path(path).expanduser()
+    run = next((one for one in (folder, folder.parent) if (one / "metrics.jsonl").exists()), None)
+    model = (folder / WEIGHTS).exists()
+    if run == folder or (model and (run or WEIGHTS not in outputs)):
+        raise UserError(f"--out: {path} is the folder of a {'model' if model else 'run'}: choose another folder")
+    return _made(path, outputs, folders)
+
+
+def _made(path: str | Path, outputs: Sequence[str], folders: Sequence[str] = ()) -> Path:
     folder = Path(path).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -53,7 +65,7 @@ def output_file(path: str) -> Path:
     file = Path(path).expanduser()
     if file.is_dir():
         raise UserError(f"--out: {path} is a folder: name the file to write")
-    make_folder(file.parent, outputs=[file.name])
+    _made(file.parent, [file.name])
     return file
 
 
@@ -97,7 +109,7 @@ class Data:
         return data.eval_batches(self.dataset, "val", config, batch_size=batch_size, round_down=round_down)
 
 
-def open_data(source: str, split: str, annotations: str, images: str, limit: int, exif: str = "stored") -> Data:
+def open_data(source: str, split: str, annotations: str, images: str, limit: int, exif: str) -> Data:
     """Opens and checks the data of `--data`; every image is decoded once when it is first used.
 
     Args:
@@ -146,19 +158,33 @@ def open_data(source: str, split: str, annotations: str, images: str, limit: int
     return opened
 
 
+def exif_of(models: Iterable[inference.Model]) -> str:
+    """How the images were read that models were trained on.
+
+    Raises:
+      UserError: they differ.
+    """
+    settings_of = {model.exif_orientation: model.path for model in models}
+    if len(settings_of) > 1:
+        told = ", ".join(f"{path} on {exif} images" for exif, path in settings_of.items())
+        raise UserError(f"--exif: the models were trained differently ({told}): choose what the data's boxes refer to")
+    return next(iter(settings_of))
+
+
 def match_classes(model: inference.Model, opened: Data) -> inference.Model:
-    """The model with the category ids of the data; classes are matched by name.
+    """The model with the category ids of the data; classes are matched by name, in any Unicode form.
 
     Raises:
       UserError: the class names differ.
     """
-    ids = dict(zip(opened.dataset.classes, opened.dataset.category_ids, strict=True))
-    if set(ids) != set(model.class_names):
-        unknown = [name for name in ids if name not in model.class_names]
-        missing = [name for name in model.class_names if name not in ids]
+    ids = dict(zip(map(composed, opened.dataset.classes), opened.dataset.category_ids, strict=True))
+    names = [composed(name) for name in model.class_names]
+    if set(ids) != set(names):
+        unknown = [name for name in ids if name not in names]
+        missing = [name for name in names if name not in ids]
         what = f"the data has {unknown[0]!r}" if unknown else f"the data lacks {missing[0]!r}"
-        of_data, of_model = (", ".join([*names][:6]) + ", …" * (len(names) > 6) for names in (ids, model.class_names))
+        of_data, of_model = (", ".join([*some][:6]) + ", …" * (len(some) > 6) for some in (ids, names))
         raise UserError(
             f"--data={opened.name}: its classes ({of_data}) are not those of {model.path} ({of_model}): {what}"
         )
-    return dataclasses.replace(model, category_ids=tuple(ids[name] for name in model.class_names))
+    return dataclasses.replace(model, category_ids=tuple(ids[name] for name in names))

@@ -29,7 +29,7 @@ def run(
     annotations: str,
     images: str,
     limit: int,
-    exif: str,
+    exif: str | None,
     out: str | None,
 ) -> int:
     """Evaluates a model and prints tables; with `out`, also writes them as json and HTML, and the detections.
@@ -42,7 +42,7 @@ def run(
       annotations: the json, where it is not at its usual place.
       images: the images, where they are not at their usual place.
       limit: only the first images; 0 takes all.
-      exif: see `arguments.open_data`.
+      exif: see `arguments.open_data`; None: as the models were trained.
       out: a folder for evaluation.json, report.html, detections.json (COCO results) and, of the other model,
         detections_against.json; or None.
 
@@ -57,6 +57,7 @@ def run(
         models["other"] = arguments.load_model(against, "--against")
     named = ("evaluation.json", "report.html", *DETECTIONS.values())
     folder = arguments.make_folder(out, outputs=named) if out else None
+    exif = exif or arguments.exif_of(models.values())
     opened = arguments.open_data(data, split, annotations, images, limit, exif)
     models = {name: arguments.match_classes(one, opened) for name, one in models.items()}
     found, results, failed = {}, {}, []

@@ -32,7 +32,7 @@ def run(
     annotations: str,
     images: str,
     limit: int,
-    exif: str,
+    exif: str | None,
     dtype: str,
     raw: bool,
     max_ap_loss: float | None,
@@ -48,7 +48,7 @@ def run(
       annotations: the json, where it is not at its usual place.
       images: the images, where they are not at their usual place.
       limit: only the first images; 0 takes all.
-      exif: see `arguments.open_data`.
+      exif: see `arguments.open_data`; None: as the model was trained.
       dtype: "float32", or "int8" (ONNX; calibrated on images of the split train, if the data has one).
       raw: the head's maps instead of detections.
       max_ap_loss: largest loss in points of AP; None is `BUDGET`.
@@ -69,6 +69,7 @@ def run(
     if format in ("onnx", "litert"):
         packages.check_installed(packages.ONNX if format == "onnx" else packages.LITERT)
     loaded = arguments.load_model(model)
+    exif = exif or loaded.exif_orientation
     opened = arguments.open_data(data, split, annotations, images, limit, exif) if data else None
     if opened:
         loaded = arguments.match_classes(loaded, opened)

@@ -1,8 +1,10 @@
 """`kdjax predict`: images, folders and videos to drawn boxes and COCO results."""
 
+import collections
+import functools
 import mimetypes
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ JPEG_SIDE = 65_500  # px; the format ends there
 _KNOWN = SUFFIXES + VIDEOS
 
 
-def run(*, paths: list[str], model: str, out: str, threshold: float, exif: str) -> int:
+def run(*, paths: list[str], model: str, out: str, threshold: float, exif: str | None) -> int:
     """Detects objects and writes the detections.
 
     Writes `detections.json` (COCO results with a score over 0.001, in pixels of the image), `images.json` (the names of
@@ -37,7 +39,8 @@ def run(*, paths: list[str], model: str, out: str, threshold: float, exif: str) 
       model: see `kdjax.inference.load`.
       out: the folder to write.
       threshold: smallest score of a box that is drawn, 0 .. 1.
-      exif: "stored": detect in the stored pixels; "upright": in the images as EXIF's orientation turns them.
+      exif: "stored": detect in the stored pixels; "upright": in the images as EXIF's orientation turns them;
+        None: as the model was trained.
 
     What cannot be drawn is reported too, and its detections are written. If the command is interrupted, those so far
     are written.
@@ -54,16 +57,23 @@ def run(*, paths: list[str], model: str, out: str, threshold: float, exif: str) 
     found_files = find(paths, folder)
     loaded = arguments.load_model(model)
     arguments.make_folder(out, outputs=("detections.json", "images.json"), folders=("drawn",))
+    exif = exif or loaded.exif_orientation
     images: list[dict[str, Any]] = []
     sources: list[tuple[Path, Path]] = []
     results: list[dict[str, Any]] = []
     unreadable, done, drawings = 0, 0, Drawings()
+    notes: collections.Counter[str] = collections.Counter()
+
+    def tell(message: str, file: Path) -> None:
+        notes[message.removeprefix(f"{file}: ")] += 1
+        if notes[message.removeprefix(f"{file}: ")] == 1:  # the others are counted
+            _warn(message)
 
     def read() -> Iterator[np.ndarray]:
         nonlocal unreadable
         for file, name in found_files:
             try:
-                for number, image in enumerate(frames(file, exif)):
+                for number, image in enumerate(frames(file, exif, functools.partial(tell, file=file))):
                     label = f"{file}#{number}" if is_video(file) else str(file)
                     height, width = image.shape[:2]
                     images.append({"id": len(images) + 1, "file_name": label, "width": width, "height": height})
@@ -82,6 +92,9 @@ def run(*, paths: list[str], model: str, out: str, threshold: float, exif: str) 
             done += 1
             drawings.write(source, target, image, found, threshold)
         drawings.close()
+        for note, number in notes.items():
+            if number > 1:
+                _warn(f"{number - 1} more images: {note}")
     finally:  # results first: also those so far, if drawing or computing goes wrong
         if done:
             categories = zip(loaded.category_ids, loaded.class_names, strict=True)
@@ -234,8 +247,13 @@ def is_video(file: Path) -> bool:
     return file.suffix.lower() in VIDEOS
 
 
-def frames(file: Path, exif: str = "stored") -> Iterator[np.ndarray]:
+def frames(file: Path, exif: str, warn: Callable[[str], None]) -> Iterator[np.ndarray]:
     """The image of a file, or the frames of a video, u8[h, w, 3] RGB.
+
+    Args:
+      file: the image or video.
+      exif: see `run`.
+      warn: is called with each note on an image, see `read_image`.
 
     Raises:
       UserError: it cannot be read, or only in part.
@@ -243,7 +261,7 @@ def frames(file: Path, exif: str = "stored") -> Iterator[np.ndarray]:
     if not is_video(file):
         if file.suffix.lower() not in SUFFIXES and not is_image(file):
             raise UserError(_unsupported(file))
-        yield read_image(file, exif=exif, warn=_warn)
+        yield read_image(file, exif=exif, warn=warn)
         return
     video = cv2.VideoCapture(str(file))
     announced, number = video.get(cv2.CAP_PROP_FRAME_COUNT), 0

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from kdjax import detectors, resources, sharding, weights
+from kdjax.data.images import check_exif
 from kdjax.data.stages import LARGEST
 from kdjax.detectors.api import Detector, Tree, unflatten
 from kdjax.errors import UserError, prefix
@@ -20,6 +21,7 @@ from kdjax.weights import checkpoint
 
 BATCH = 8  # images that are computed together, at most
 CHECKPOINTS = "checkpoints"  # the folder of a run
+EXPORTED = (".onnx", ".tflite", ".stablehlo")  # suffixes of what `kdjax export` writes
 
 Image = np.ndarray | str | Path
 
@@ -34,17 +36,19 @@ class Model:
     class_names: tuple[str, ...]  # of the K labels; () if the file does not say
     category_ids: tuple[int, ...]  # of the K labels in COCO's json: those of the training data, else 1 .. K
     image_size: tuple[int, int]  # height and width of the network input in pixels
+    exif_orientation: str = "stored"  # how the images were read that it was trained on; see `detect`
 
     @overload
-    def detect(self, images: Image, *, exif: str = "stored") -> Detections: ...
+    def detect(self, images: Image, *, exif: str | None = None) -> Detections: ...
     @overload
-    def detect(self, images: Sequence[Image], *, exif: str = "stored") -> list[Detections]: ...
-    def detect(self, images: Image | Sequence[Image], *, exif: str = "stored") -> Detections | list[Detections]:
+    def detect(self, images: Sequence[Image], *, exif: str | None = None) -> list[Detections]: ...
+    def detect(self, images: Image | Sequence[Image], *, exif: str | None = None) -> Detections | list[Detections]:
         """Detects the objects of one image or of several.
 
         Args:
           images: u8[h, w, 3] RGB of any size, or the path of an image file; or a list of them.
-          exif: how image files are read: "stored": their pixels; "upright": as EXIF's orientation turns them.
+          exif: how image files are read: "stored": their pixels; "upright": as EXIF's orientation turns them;
+            None: as in training, `exif_orientation`.
 
         Returns:
           The detections of the image, best score first, in its pixels; a list of them for a list of images. Low scores
@@ -55,7 +59,7 @@ class Model:
         """
         if isinstance(images, (str, Path)) or (isinstance(images, np.ndarray) and images.ndim == 3):
             return self.detect([images], exif=exif)[0]
-        arrays = [_array(image, exif) for image in images]
+        arrays = [_array(image, exif or self.exif_orientation) for image in images]
         return [found for _, found in self.stream(arrays, batch_size=max(1, min(BATCH, len(arrays))))]
 
     def stream(
@@ -140,6 +144,12 @@ def load(
         if folder.is_dir() and not any(folder.glob(f"*{weights.INDEX}")):
             raise UserError(f"{path}: a folder names its detector itself: detector must be None, not {detector!r}")
         return _from_file(folder, detector, class_names, image_size, network)
+    if folder.suffix.lower() in EXPORTED:
+        raise UserError(
+            f"{path}: an exported model cannot be loaded: give the folder of the model that it was made from (`kdjax "
+            "latency` measures an exported file, `kdjax export --data=DIR` its AP; `kdjax import-weights` converts an "
+            ".onnx file of YOLOX)"
+        )
     if folder.is_file() and folder.name != weights.WEIGHTS:
         raise UserError(
             f"{path}: a file does not name its detector: convert it with `kdjax import-weights`, or pass the "
@@ -160,6 +170,9 @@ def load(
     whole = isinstance(ids, list) and all(isinstance(k, int) for k in ids)
     if not whole or len(ids) != built.num_classes or len(set(ids)) != len(ids):
         raise UserError(f"{folder / weights.CONFIG}: category_ids must be one integer per class, not {ids!r}")
+    exif = config["extra"].get("exif_orientation", "stored")  # which older models do not have
+    with prefix(str(folder / weights.CONFIG)):
+        check_exif(exif)
     return Model(
         path=folder,
         detector=built,
@@ -167,6 +180,7 @@ def load(
         class_names=tuple(names or ()),
         category_ids=tuple(ids),
         image_size=_canvas(folder / weights.CONFIG, built, config["image_size"]),
+        exif_orientation=exif,
     )
 
 
@@ -225,6 +239,7 @@ def _from_checkpoint(workdir: Path, step: int | None = None) -> Model:
     try:  # older checkpoints do not have the settings
         config = note.get("config") or json.loads((workdir / "config.json").read_text())["config"]
         name, size = note["run"]["student"], config["data"]["image_size"]
+        exif = config["data"].get("exif_orientation", "stored")
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(f"{workdir / 'config.json'}: it cannot be read as the config of a run: {error!r}") from None
     names = note["run"]["classes"]
@@ -238,4 +253,5 @@ def _from_checkpoint(workdir: Path, step: int | None = None) -> Model:
         class_names=tuple(names),
         category_ids=tuple(ids),
         image_size=_canvas(workdir, detector, size),
+        exif_orientation=exif,
     )

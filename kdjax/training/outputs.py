@@ -82,8 +82,9 @@ def finish(setup: Setup, workdir: Path, log: Log) -> dict[str, Any]:
       log: gets the final metrics.
 
     Returns:
-      The content of results.json: for "teacher", "twin" and "student" COCO's metrics with `params` and `flops`, or
-      None; for "gain" the differences of student and twin, or None; for "voc", with VOC's data, its metrics by model.
+      The content of results.json apart from its hash: for "teacher", "twin" and "student" COCO's metrics with `params`
+      and `flops`, or None; for "gain" the differences of student and twin, or None; for "voc", with VOC's data, its
+      metrics by model.
     """
     config, dataset = setup.config, setup.dataset
     image_size = tuple(config.data.image_size)
@@ -126,7 +127,7 @@ def finish(setup: Setup, workdir: Path, log: Log) -> dict[str, Any]:
     with files.attempt(failed):
         files.write_json(workdir / "per_class.json", per_class, indent=1)
     with files.attempt(failed):
-        files.write_json(workdir / "results.json", results, indent=1)  # if it exists, so do the models
+        files.write_json(workdir / "results.json", files.sealed(results), indent=1)  # if it exists, so do the models
     with files.attempt(failed):
         write_report(setup, workdir / "report.html", results, evaluations, log)
     files.finish(failed)
@@ -153,6 +154,7 @@ def save_model(setup: Setup, role: str, folder: Path, results: Mapping[str, Any]
         "seed": config.seed,
         "methods": sorted(setup.methods) if role == "student" else [],
         "category_ids": list(dataset.category_ids),
+        "exif_orientation": config.data.exif_orientation,
         "metrics": dict(metrics),
     }
     weights.save(

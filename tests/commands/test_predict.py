@@ -74,6 +74,7 @@ def test_predict_reports_unreadable_files_and_continues(made, tmp_path, capsys):
     turned = Image.Exif()
     turned[274] = 6
     Image.fromarray(good).save(folder / "turned.jpg", exif=turned)
+    Image.fromarray(good).save(folder / "turned_2.jpg", exif=turned)
     (folder / "empty.png").write_bytes(b"")
     (folder / "text.jpg").write_text("no image\n" * 20)
     (folder / "cut.jpg").write_bytes((folder / "a.jpg").read_bytes()[:1500])
@@ -90,7 +91,7 @@ def test_predict_reports_unreadable_files_and_continues(made, tmp_path, capsys):
     told = [
         line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line.strip().startswith("kdjax:")
     ]
-    assert len(told) == 8
+    assert len(told) == 9
     for file, why in (
         ("moving.gif", "cannot be read as an image"),
         ("x.gif", "cannot be read as an image"),
@@ -99,13 +100,14 @@ def test_predict_reports_unreadable_files_and_continues(made, tmp_path, capsys):
         ("cut.jpg", "truncated"),
         ("broken.mp4", "OpenCV cannot read it as a video"),
         ("turned.jpg", "EXIF orientation is not applied"),
+        ("1 more images", "EXIF orientation is not applied"),
         ("deep.tif", "less than an eighth"),
     ):
         assert any(file in line and why in line for line in told), (file, told)
     images = read(folder / "out" / "images.json")
     assert [Path(entry["file_name"]).name for entry in images["images"]] == [
         "a.jpg", "a.png", "clip.avi#0", "clip.avi#1", "clip.avi#2", "cmyk.jpg", "deep.png", "deep.tif", "grey.png",
-        "turned.jpg",
+        "turned.jpg", "turned_2.jpg",
     ]  # fmt: skip
     assert [entry["name"] for entry in images["categories"]] == CLASSES
     found = {}
@@ -115,10 +117,11 @@ def test_predict_reports_unreadable_files_and_continues(made, tmp_path, capsys):
     drawn = folder / "out" / "drawn"
     assert sorted(path.name for path in drawn.iterdir()) == [
         "a.jpg", "a_.jpg", "clip.mp4", "cmyk.jpg", "deep.jpg", "deep_.jpg", "grey.jpg", "turned.jpg",
+        "turned_2.jpg",
     ]  # fmt: skip
     assert int(cv2.VideoCapture(str(drawn / "clip.mp4")).get(cv2.CAP_PROP_FRAME_COUNT)) == 3
     # A second time, what the first wrote is not read.
-    assert len(predict.find([str(folder)], folder / "out")) == 13
+    assert len(predict.find([str(folder)], folder / "out")) == 14
 
 
 @pytest.mark.parametrize("share", [0.3, 0.7])
@@ -129,11 +132,11 @@ def test_a_video_that_is_cut_short_is_reported(tmp_path, share):
         video.write(rng.integers(0, 255, (48, 64, 3), np.uint8))
     video.release()
     whole = (tmp_path / "clip.avi").read_bytes()
-    assert len(list(predict.frames(tmp_path / "clip.avi"))) == 20
+    assert len(list(predict.frames(tmp_path / "clip.avi", "stored", pytest.fail))) == 20
     (tmp_path / "clip.avi").write_bytes(whole[: int(share * len(whole))])
     seen = []
     with pytest.raises(ValueError, match=r"clip.avi: the video is broken: only \d+ of its 20 frames can be read"):
-        seen += [1 for _ in predict.frames(tmp_path / "clip.avi")]
+        seen += [1 for _ in predict.frames(tmp_path / "clip.avi", "stored", pytest.fail)]
 
 
 def test_what_cannot_be_drawn_does_not_lose_the_detections(made, tmp_path, capsys, monkeypatch):

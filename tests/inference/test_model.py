@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import warnings
 from pathlib import Path
 
 import jax
@@ -13,9 +14,10 @@ from kdjax import cli
 from kdjax.commands import latency, predict
 from kdjax.data import records, scenes
 from kdjax.export import packages
+from kdjax.files import sealed
 from kdjax.inference import load
 from kdjax.weights import checkpoint
-from kdjax.weights.folder import sealed
+from kdjax.weights.folder import SEAL
 from tests.support.models import CLASSES, read, refused
 
 
@@ -32,7 +34,7 @@ def test_a_damaged_config_of_a_model_is_refused(made, tmp_path, capsys):
         ({"extra": {"category_ids": [[1], 1, 2, 3, 4, 5]}}, "must be one integer per class"),
         ({"extra": {"category_ids": "123456"}}, "must be one integer per class"),
     ):
-        file.write_text(json.dumps(sealed(whole | change)))
+        file.write_text(json.dumps(sealed(whole | change, SEAL)))
         assert told in refused(capsys, "evaluate", "--data=scenes", f"--model={tmp_path / 'model'}"), change
 
 
@@ -46,6 +48,56 @@ def test_an_edited_config_of_a_model_is_refused(made, tmp_path, capsys):
         f"kdjax: --model: {file}: it was changed after it was written (its SHA-256 differs): restore it; to rename "
         "classes, use `kdjax import-weights --classes`"
     )
+
+
+def test_a_model_reads_images_as_it_was_trained(made, tmp_path, capsys):
+    """With EXIF's orientation applied, unless it is said otherwise; two models that differ are asked about."""
+    shutil.copytree(made / "model", tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    whole = read(file)
+    turned = Image.Exif()
+    turned[274] = 6
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 64, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=turned)
+    for exif in ("stored", "upright"):
+        file.write_text(json.dumps(sealed(whole | {"extra": whole["extra"] | {"exif_orientation": exif}}, SEAL)))
+        model = load(tmp_path / "model")
+        assert model.exif_orientation == exif
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found = model.detect(tmp_path / "turned.png")
+        assert bool(caught) == (exif == "stored")
+        expected = model.detect(np.rot90(pixels, -1).copy() if exif == "upright" else pixels)
+        np.testing.assert_array_equal(found.boxes, expected.boxes)
+    told = refused(capsys, "evaluate", "--data=scenes", f"--model={made / 'model'}", f"--against={tmp_path / 'model'}")
+    assert told == (
+        f"kdjax: --exif: the models were trained differently ({made / 'model'} on stored images, {tmp_path / 'model'} "
+        "on upright images): choose what the data's boxes refer to"
+    )
+    file.write_text(json.dumps(sealed(whole | {"extra": {"exif_orientation": "left"}}, SEAL)))
+    told = refused(capsys, "evaluate", "--data=scenes", f"--model={tmp_path / 'model'}")
+    assert told == f"kdjax: --model: {file}: exif_orientation must be one of stored, upright, not 'left'"
+
+
+def test_an_exported_model_is_not_loaded(tmp_path, capsys):
+    for name in ("a.onnx", "a.tflite"):
+        (tmp_path / name).write_bytes(b"content")
+        told = refused(capsys, "evaluate", "--data=scenes", f"--model={tmp_path / name}")
+        assert "an exported model cannot be loaded: give the folder of the model that it was made from" in told
+
+
+def test_outputs_are_not_mixed_with_a_model_or_a_run(made, tmp_path, capsys):
+    shutil.copytree(made / "model", tmp_path / "run" / "student")
+    for folder, kind in ((tmp_path / "run" / "student", "model"), (tmp_path / "run", "run")):
+        (tmp_path / "run" / "metrics.jsonl").touch()
+        before = sorted(folder.iterdir())
+        for command in (
+            ("evaluate", "--data=scenes", f"--model={made / 'model'}"),
+            ("predict", str(made / "data" / "images"), f"--model={made / 'model'}"),
+        ):
+            told = refused(capsys, *command, f"--out={folder}")
+            assert told == f"kdjax: --out: {folder} is the folder of a {kind}: choose another folder"
+        assert sorted(folder.iterdir()) == before
 
 
 def test_the_model_card_is_true_and_its_example_runs(made, finished, tmp_path, monkeypatch, capsys):
