@@ -13,8 +13,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from kdjax.errors import UserError, fault
+from kdjax.files import sealed
 from kdjax.structs import PyTree
-from kdjax.weights.checkpoint import check_note, digest, flat, sealed
+from kdjax.weights.checkpoint import SEAL, check_note, digest, flat
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ class Checkpoints:
         arrays = flat(tree)
         self.wait()  # for the step before, as Orbax does
         self._check_room(sum(value.nbytes for value in arrays.values()))
-        note = sealed(note | {"sha256": {name: digest(value) for name, value in arrays.items()}})
+        note = sealed(note | {"sha256": {name: digest(value) for name, value in arrays.items()}}, SEAL)
         self.manager.save(
             step, args=ocp.args.Composite(state=ocp.args.StandardSave(arrays), note=ocp.args.JsonSave(note))
         )
@@ -75,10 +76,9 @@ class Checkpoints:
             except Exception as error:  # as in `restore`
                 if fault(error):
                     raise
-                why = f"{type(error).__name__}: {error}".splitlines()[0][:200]
                 raise UserError(
-                    f"workdir: {self.directory}: step {step} was just written, but cannot be read back ({why}): choose "
-                    "another folder"
+                    f"workdir: {self.directory}: step {step} was just written, but cannot be read back "
+                    f"({_why(error)}): choose another folder"
                 ) from error
             self.proven = True
 
@@ -122,9 +122,11 @@ class Checkpoints:
             try:
                 tree, note = self._read(step, like)
             except Exception as error:  # Orbax raises many kinds of exceptions for damaged files
-                problems.append(f"step {step}: {type(error).__name__}: {error}".splitlines()[0][:200])
-                log.warning("checkpoint skipped: %s", problems[-1])
+                problems.append(f"step {step} ({_why(error)})")
                 continue
+            if problems:
+                told = f"{'; '.join(problems)}: training continues from step {step}"
+                log.warning("%s: a checkpoint cannot be read and is deleted: %s", self.directory, told)
             for later in steps[: steps.index(step)]:
                 self.manager.delete(later)
             self.proven = True
@@ -153,3 +155,10 @@ class Checkpoints:
             self.manager.wait_until_finished()
         finally:
             self.manager.close()
+
+
+def _why(error: Exception) -> str:
+    """An exception in one line; those of libraries with their class, without which many say nothing."""
+    own = isinstance(error, UserError) or type(error) is ValueError
+    text = str(error) if own else f"{type(error).__name__}: {error}"
+    return (text.splitlines() or [""])[0][:200]

@@ -17,7 +17,7 @@ from kdjax.structs import Array, DetectorOutput, targets_of
 from kdjax.training import config as settings
 from kdjax.training import optim
 from kdjax.training.config import Config
-from kdjax.training.setup import Setup, build_methods, named_detector
+from kdjax.training.setup import Setup, build_methods, check_size, named_detector
 from kdjax.training.step import TeacherVariables, TrainState
 
 # What a run writes into its workdir.
@@ -35,7 +35,7 @@ def check_settings(config: Config) -> None:
       UserError: names the setting and what it must be.
     """
     settings.check_keys(config)
-    settings.check_numbers(config)
+    settings.check_values(config)
     if config.dtype not in ("float32", "bfloat16"):
         raise UserError(f"config.dtype must be 'float32' or 'bfloat16', not {config.dtype!r}")
     with prefix("config.data"):
@@ -48,7 +48,7 @@ def check_settings(config: Config) -> None:
 
 
 def check_models(config: Config) -> None:
-    """Checks which of student, teacher and methods are set, the names of detectors and the paths of weights.
+    """Checks which of student, teacher and methods are set, the detectors with the image size, and paths.
 
     Raises:
       UserError: names the setting and what it must be.
@@ -67,7 +67,8 @@ def check_models(config: Config) -> None:
     for role in ("student", "teacher"):
         if config[role].detector:
             with prefix(f"config.{role}"):
-                named_detector(config[role], 1)
+                detector = named_detector(config[role], 1)
+            check_size(role, detector, tuple(config.data.image_size))
         elif config[role].options:
             raise UserError(f"config.{role}.options has no effect unless config.{role}.detector is set")
         if config[role].weights and not resources.model_path(config[role].weights).exists():
@@ -126,7 +127,7 @@ def check_workdir(config: Config, workdir: str | Path | None) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"workdir: {folder} cannot be created ({error.strerror}): choose another") from None
+        raise UserError(f"workdir: {folder} cannot be created ({error.strerror}): choose another folder") from None
     files.check_outputs("workdir", folder, files=_FILES, folders=_FOLDERS)
     path = folder / "config.json"
     if not path.exists():
@@ -134,9 +135,11 @@ def check_workdir(config: Config, workdir: str | Path | None) -> Path:
     try:
         differ = settings.differences(json.loads(path.read_text(encoding="utf-8"))["config"], config)
     except (ValueError, TypeError, KeyError, RecursionError):
-        raise UserError(f"workdir: {path} is not the config of a run: choose another") from None
+        raise UserError(f"workdir: {path} is not the config of a run: choose another folder") from None
     if differ:
-        raise UserError(f"workdir: {folder} holds a run with other settings ({'; '.join(differ)}): choose another")
+        raise UserError(
+            f"workdir: {folder} holds a run with other settings ({'; '.join(differ)}): choose another folder"
+        )
     return folder
 
 

@@ -54,7 +54,7 @@ def learning_rate(config: Config) -> optax.Schedule:
     if settings.warmup > flat_end and not drops:
         raise UserError(
             f"config.optimizer.warmup is {settings.warmup}, but the cosine decay starts at step {flat_end} "
-            "(config.optimizer.flat * config.steps): shorten the warm-up or lengthen the run"
+            f"(config.optimizer.flat * config.steps): set it to at most {flat_end}, or lengthen the run"
         )
     if drops:
         parts, bounds = [optax.constant_schedule(rate * 0.1**i) for i in range(len(drops) + 1)], drops

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from kdjax import data, files, sharding
 from kdjax.errors import UserError, prefix
 from kdjax.report import preview
+from kdjax.report.run import verdict
 from kdjax.training import checks, optim, outputs, provenance
 from kdjax.training.checkpoint import Checkpoints
 from kdjax.training.config import Config
@@ -99,12 +100,20 @@ def run(config: Config, workdir: str | Path | None) -> dict[str, Any] | None:
         setup = prepare(config, dataset)
         with contextlib.closing(Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep)) as checkpoints:
             start, setup = resume(setup, checkpoints)
+            if start and not jax.process_index():
+                done = (
+                    "all steps are done: evaluating again" if start == config.steps else f"continuing at step {start}"
+                )
+                print(f"{folder}: {done}")
             if start == 0:
                 checks.check_terms(setup, checks.first_batch_with_objects(setup))
             provenance.write_config(config, folder, dataset.fingerprint)
             with Log(folder, start) as log:
                 states = train(setup, start, checkpoints, log)
-                return outputs.finish(setup._replace(states=states), folder, log)
+                results = outputs.finish(setup._replace(states=states), folder, log)
+        if not jax.process_index():
+            print(f"{verdict(results)}\n{folder / 'report.html'}")
+        return results
 
 
 def only_writer(folder: Path) -> contextlib.AbstractContextManager[None]:
@@ -163,7 +172,9 @@ def train(setup: Setup, start: int, checkpoints: Checkpoints, log: Log) -> dict[
             waited += time.perf_counter() - before
             metrics = {}
             if step == start + 1:
+                bar.set_description("train (compiling the step: minutes, unless it is in the cache)")
                 compile_steps(setup, states, batch)
+                bar.set_description("train")
             for role in states:
                 states[role], of_role = setup.steps[role](states[role], teacher_variables(setup, role), batch)
                 metrics |= {f"{role}/{name}": value for name, value in of_role.items()}
@@ -289,9 +300,13 @@ def dry_run(config: Config, workdir: str | Path | None) -> None:
     Args:
       config: the settings.
       workdir: the folder for the images; None: a folder of the cache.
+
+    Raises:
+      UserError: the data cannot be used, or a split has no objects.
     """
     with prefix("config.data"):
         dataset = data.open_dataset(config.data)
     print(data.summary(dataset, config.data))
+    checks.check_truth(dataset, config.data)
     for description, file in preview.save(dataset, config, schedule(config), workdir).items():
         print(f"{description}: {file}")

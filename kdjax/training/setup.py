@@ -110,6 +110,20 @@ def named_detector(chosen: Config, num_classes: int) -> Detector:
     return detectors.build(chosen.detector, num_classes, **chosen.options.to_dict())
 
 
+def check_size(role: str, detector: Detector, image_size: tuple[int, int]) -> None:
+    """Checks that the images of a run fit a detector.
+
+    Raises:
+      UserError: height or width is not a multiple of its `size_divisor`.
+    """
+    height, width = image_size
+    if height % detector.size_divisor or width % detector.size_divisor:
+        raise UserError(
+            f"config.data.image_size must be multiples of {detector.size_divisor} for the {role} {detector.name}, not "
+            f"{height}x{width}"
+        )
+
+
 def load_detector(
     role: str, chosen: Config, dataset: data.Dataset, key: Array
 ) -> tuple[Detector, tuple[Tree, Tree] | None]:
@@ -134,8 +148,10 @@ def load_detector(
     detector, params, stats, classes = weights.load(
         chosen.weights, detector, key=key, keep_classifiers=role == "teacher"
     )
-    if classes is not None and list(classes) != list(dataset.classes):
+    if classes is not None and not data.same_names(classes, dataset.classes):
         if role == "student":
+            told = f"the classes of {chosen.weights} are not those of the data: the classifiers are re-initialised"
+            tqdm.write(f"config.student.weights: {told}", file=sys.stderr)
             detector = detectors.build(detector.name, len(dataset.classes), **detector.options)
             return detector, (weights.reset_classifiers(detector, params, key=key), stats)
         missing = [name for name in dataset.classes if name not in classes]
@@ -205,11 +221,8 @@ def prepare(config: Config, dataset: data.Dataset) -> Setup:
     if config.teacher.weights:
         teacher, loaded, teacher_detects = load_teacher(config.teacher, dataset, key, chosen)
     for role, detector in (("student", student), ("teacher", teacher)):
-        if detector and (height % detector.size_divisor or width % detector.size_divisor):
-            raise UserError(
-                f"config.data.image_size must be multiples of {detector.size_divisor} for the {role} "
-                f"{detector.name}, not {height}x{width}"
-            )
+        if detector:
+            check_size(role, detector, (height, width))
     distiller = Distiller(student, cast(Detector, teacher), chosen) if chosen else None
     adapters = init_adapters(distiller, key, (height, width)) if distiller else {}
 
@@ -320,14 +333,14 @@ def resume(setup: Setup, checkpoints: Checkpoints) -> tuple[int, Setup]:
         if before != value:
             raise UserError(
                 f"workdir: {checkpoints.directory} belongs to a different run: {name} was {before!r}, is {value!r}"
-                f"{' (the hash of its images, boxes and classes)' * (name == 'data')}: choose another"
+                f"{' (the hash of its images, boxes and classes)' * (name == 'data')}: choose another folder"
             )
     # Also without config.json; older checkpoints do not have the settings.
     differ = differences(note["config"], setup.config) if "config" in note else []
     if differ:
         raise UserError(
             f"workdir: {checkpoints.directory} belongs to a run with other settings ({'; '.join(differ)}): choose "
-            "another"
+            "another folder"
         )
     states, note = checkpoints.restore(setup.states)
     states = jax.device_put(states, sharding.replicated(setup.mesh))

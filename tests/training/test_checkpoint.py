@@ -12,7 +12,7 @@ from kdjax.training import checkpoint
 from kdjax.weights.checkpoint import arrays as read_arrays
 
 
-def test_a_damaged_checkpoint_is_skipped(tmp_path):
+def test_a_damaged_checkpoint_is_skipped(tmp_path, caplog):
     tree = {"a": np.random.default_rng(0).normal(size=100_000), "b": {"c": np.ones(3, np.int32)}}
     store = checkpoint.Checkpoints(tmp_path, keep=3)
     for at in (1, 2):
@@ -25,6 +25,11 @@ def test_a_damaged_checkpoint_is_skipped(tmp_path):
     store = checkpoint.Checkpoints(tmp_path, keep=3)
     restored, note = store.restore(tree)
     assert note["next_batch"] == 1 and store.latest() == 1
+    assert re.fullmatch(
+        rf"{re.escape(str(tmp_path))}: a checkpoint cannot be read and is deleted: step 2 \(.+\): training continues "
+        "from step 1",
+        caplog.messages[-1],
+    )
     np.testing.assert_array_equal(restored["a"], tree["a"])
     store.close()
 
@@ -65,7 +70,7 @@ def test_an_edited_note_is_skipped(tmp_path):
     store = checkpoint.Checkpoints(tmp_path, keep=3)
     with pytest.raises(UserError, match="can be used: their metadata cannot be read"):
         store.note()
-    with pytest.raises(UserError, match="step 1: ValueError: its note does not match its hash"):
+    with pytest.raises(UserError, match=r"step 1 \(its note does not match its hash\)"):
         store.restore(tree)
     store.close()
 

@@ -37,7 +37,11 @@ from tests.support.runs import tiny_config
         ),
         (dict(teacher__detector="rtmdet_s"), "rtmdet_pico"),
         (dict(teacher__weights=""), "config.methods: mkd without a teacher"),
-        (dict(data__image_size=(60, 64)), "image_size must be multiples of 32 .*, not 60x64"),
+        # Before the data is prepared.
+        (
+            dict(data__image_size=(60, 64), data__source="coco_folder", data__root="/no/such/folder"),
+            "image_size must be multiples of 32 .*, not 60x64",
+        ),
         (dict(data__source="coco"), "coco"),
         (dict(batch_size=0), "batch_size must be >= 1, not 0"),
         (dict(steps=0), "steps must be >= 1, not 0"),
@@ -76,8 +80,10 @@ def test_a_split_without_objects_is_refused(folder, tmp_path, empty):
         "train": "config.data.train_split: the 11 images of the split 'train' of set have no objects",
         "val": "config.data.val_split: the 3 images of the split 'val' of set have no objects",
     }
-    with pytest.raises(UserError, match=words[empty]):
-        run(config, tmp_path / "run")
+    for check in (False, True):  # the dry run finds it too
+        config.data.check = check
+        with pytest.raises(UserError, match=words[empty]):
+            run(config, tmp_path / "run")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
@@ -169,7 +175,9 @@ def test_a_file_in_the_place_of_a_folder_is_refused(folder, tmp_path, name):
 def test_a_config_file_that_is_damaged_is_refused(folder, tmp_path):
     for text in ("{}", "[]", "{", '{"config": 3}', '{"config": [1]}', "[" * 100_000, '{"config":' * 900 + "}" * 900):
         (tmp_path / "config.json").write_text(text)
-        with pytest.raises(UserError, match=r"^workdir: .*config.json is not the config of a run: choose another$"):
+        with pytest.raises(
+            UserError, match=r"^workdir: .*config.json is not the config of a run: choose another folder$"
+        ):
             checks.check_workdir(tiny_config(folder, teacher=None), tmp_path)
 
 

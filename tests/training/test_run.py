@@ -17,7 +17,7 @@ import pytest
 import yaml
 from jax.sharding import Mesh
 
-from kdjax import data, detectors, methods, sharding, weights
+from kdjax import data, detectors, files, methods, sharding, weights
 from kdjax.distill import Distiller
 from kdjax.errors import UserError
 from kdjax.report import model_card
@@ -59,7 +59,7 @@ def test_outputs_of_a_run(finished):
     assert (
         set(results)
         == {"teacher", "twin", "student", "gain"}
-        == set(json.loads((workdir / "results.json").read_text()))
+        == set(json.loads((workdir / "results.json").read_text())) - {"sha256"}
     )
     metrics = {"AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"}
     for role in ("teacher", "twin", "student"):
@@ -151,14 +151,14 @@ def test_outputs_that_cannot_be_written_do_not_lose_the_others(finished, folder,
         "; ".join(f"{path}: the disk is full: make room" for path in failed)
         + "; the other results are written: run the same command again"
     )
-    assert json.loads((workdir / "results.json").read_text()) == finished[1]
+    assert json.loads((workdir / "results.json").read_text()) == files.sealed(finished[1])
     for role in ("student", "twin"):
         assert_equal_bits(arrays(workdir, role), arrays(finished[0], role))
     assert "Lines of metrics.jsonl that are damaged and left out: 1." in (workdir / "report.html").read_text()
     assert not list(workdir.rglob("*.tmp"))
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(finished, folder, teacher_folder, monkeypatch):
+def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(finished, folder, teacher_folder, monkeypatch, capsys):
     """A signal stops the run at an odd step; the same call resumes it."""
     workdir = folder / "resumed"
     config = tiny_config(folder, teacher=teacher_folder)
@@ -174,8 +174,12 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(finished, folder, 
         with pytest.raises(training.Stopped, match="step 7 of 20"):
             run(config, workdir)
     assert not (workdir / "results.json").exists()
+    capsys.readouterr()
     results = run(config, workdir)
     assert results == finished[1]
+    told = capsys.readouterr().out
+    assert f"{workdir}: continuing at step 7\n" in told
+    assert re.search(rf"\nThe distilled student reaches AP .*\n{workdir / 'report.html'}\n$", told)
     for role in ("student", "twin"):
         assert_equal_bits(arrays(workdir, role), arrays(finished[0], role))
 
@@ -308,7 +312,9 @@ def test_a_run_is_not_resumed_with_other_data_or_another_teacher(finished, folde
         weights.save(tmp_path / "teacher", detector, params, stats, classes=classes, image_size=(64, 64))
         config.teacher.weights = str(tmp_path / "teacher")
     shutil.copytree(finished[0] / "checkpoints", tmp_path / "run" / "checkpoints")
-    with pytest.raises(UserError, match=f"belongs to a different run: {changed} was .*: choose another") as refused:
+    with pytest.raises(
+        UserError, match=f"belongs to a different run: {changed} was .*: choose another folder"
+    ) as refused:
         run(config, tmp_path / "run")
     assert ("(the hash of its images, boxes and classes)" in str(refused.value)) == (changed == "data")
 
@@ -320,7 +326,7 @@ def test_a_run_whose_config_was_deleted_keeps_its_settings(finished, folder, tea
         run(config, tmp_path)
     assert str(caught.value) == (
         f"workdir: {tmp_path / 'checkpoints'} belongs to a run with other settings (optimizer.lr was 0.002, is 0.003): "
-        "choose another"
+        "choose another folder"
     )
 
 
