@@ -13,7 +13,7 @@ import io
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 from kdjax.errors import UserError, fault
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     marked = arguments[: arguments.index("--")] if "--" in arguments else arguments  # behind it are names of files
     _refuse_repeated(command, marked)
     if command in flags:
-        _refuse_unknown(command, marked, flags[command])
+        _refuse_unknown(command, marked, flags)
     known, rest = parser.parse_known_args(arguments)
     chosen = vars(known)
     command = chosen.pop("command")
@@ -133,17 +133,30 @@ def _refuse_repeated(command: str, arguments: Sequence[str]) -> None:
             _fail(f"{name} appears more than once{which}: keep one", command=f"kdjax {command}".strip())
 
 
-def _refuse_unknown(command: str, arguments: Sequence[str], flags: Sequence[str]) -> None:
-    """Refuses a flag that a command does not have, and names the most similar one."""
+def _refuse_unknown(command: str, arguments: Sequence[str], flags: Mapping[str, Sequence[str]]) -> None:
+    """Refuses a flag that a command does not have, and names the most similar flag or setting."""
     for text in arguments:
         name = text.partition("=")[0]
-        known = name in flags or (command in OVERRIDABLE and name.startswith("--config."))
+        known = name in flags[command] or (command in OVERRIDABLE and name.startswith("--config."))
         if not known and re.match("--?[a-zA-Z]", name):
-            close = difflib.get_close_matches(name, flags, n=1)
-            close = [f"--config.{name.lstrip('-')}"] if command in OVERRIDABLE and "." in name else close
-            hint = f" (did you mean {close[0]}?)" if close else ""
-            hint += "; override settings with --config.a.b=value" if command in OVERRIDABLE and not close else ""
+            others = [other for other in flags if name in flags[other]]
+            close = difflib.get_close_matches(name, flags[command], n=1, cutoff=0.7)
+            setting = _setting(name) if command in OVERRIDABLE and not close and not others else None
+            if others:
+                hint = f": it is a flag of kdjax {' and '.join(others[:2])}"
+            elif close or setting:
+                hint = f" (did you mean {setting or close[0]}?)"
+            else:
+                hint = "; override settings with --config.a.b=value" if command in OVERRIDABLE else ""
             _fail(f"unexpected argument {text!r}{hint}", command=f"kdjax {command}")
+
+
+def _setting(flag: str) -> str | None:
+    """The override that a flag without `config` stands for."""
+    from kdjax.training.config import base, similar_setting
+
+    name = similar_setting(flag.lstrip("-").replace("-", "_"), base())
+    return name and f"--config.{name}"
 
 
 def _fail(message: str, *, command: str) -> NoReturn:
@@ -187,8 +200,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, list[str]]]:
         to.add_argument(
             "--exif",
             choices=("stored", "upright"),
-            default="stored",
-            help="the stored pixels, or the images as EXIF's orientation turns them (stored)",
+            help="the stored pixels, or the images as EXIF's orientation turns them (as the model was trained)",
         )
 
     one = add(

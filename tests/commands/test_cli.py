@@ -139,6 +139,11 @@ def test_flags_that_are_repeated_or_misspelt_are_refused(capsys):
             (*train, "-x"),
             "kdjax train: unexpected argument '-x'; override settings with --config.a.b=value",
         ),
+        ((*train, "--steps=5"), "kdjax train: unexpected argument '--steps=5' (did you mean --config.steps?)"),
+        (
+            ("doctor", "--config=quickstart", "--workdir=a"),
+            "kdjax doctor: unexpected argument '--workdir=a': it is a flag of kdjax train and study",
+        ),
         (("predict", "a", "--modell=b"), "kdjax predict: unexpected argument '--modell=b' (did you mean --model?)"),
         (
             ("trian",),
