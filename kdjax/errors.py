@@ -81,7 +81,7 @@ def fault(error: BaseException) -> str | None:
             what = "the memory is used up" + f" ({said})" * bool(said)
             return f"{what}: close other programs, or compute with smaller batches, images or models"
     if isinstance(error, FileNotFoundError) and error.filename and not Path(error.filename).parent.exists():
-        return f"{error.filename}: its folder does not exist or was removed: restore it or choose another"
+        return f"{error.filename}: its folder does not exist or was removed: restore it or choose another folder"
     if isinstance(error, OSError):
         return f"{error.filename}: {error.strerror}" if error.filename else str(error)
     return None

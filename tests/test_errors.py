@@ -43,7 +43,8 @@ def raised(error: Exception, *, cause: Exception | None = None, handling: Except
         (system(errno.EIO, "a"), "a: the disk fails: check the disk or choose another folder"),
         (
             system(errno.ENOENT, "/nowhere/at/all/metrics.jsonl"),
-            "/nowhere/at/all/metrics.jsonl: its folder does not exist or was removed: restore it or choose another",
+            "/nowhere/at/all/metrics.jsonl: its folder does not exist or was removed: restore it or choose another "
+            "folder",
         ),
         (system(errno.ENOENT, "no_such_file"), "no_such_file: No such file or directory"),
         (OSError("it is odd"), "it is odd"),

@@ -144,7 +144,7 @@ def check_outputs(options: Options) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"{flag}: {folder} cannot be created ({error.strerror}): choose another") from None
+            raise UserError(f"{flag}: {folder} cannot be created ({error.strerror}): choose another folder") from None
         files.check_outputs(flag, folder, files=[name])
 
 

@@ -127,14 +127,15 @@ def check_class_map(role: str, chosen: Config, dataset: data.Dataset) -> tuple[F
       dataset: of the run.
 
     Returns:
-      The finding, and whether the classifiers of the weights are used; those of a student may be re-initialised.
+      The finding, and whether the classifiers of the weights are used: if the classes differ, those of a student are
+      re-initialised, and of a teacher only the feature maps are used.
     """
     detector = named_detector(chosen, len(dataset.classes)) if chosen.detector else None
     with warnings.catch_warnings(record=True) as caught:  # of classifiers that are re-initialised
         warnings.simplefilter("always")
         names = weights.load(chosen.weights, detector)[3]
     expected = f"the {len(dataset.classes)} classes of the data: {_listed(dataset.classes)}"
-    kept = not caught if names is None else list(names) == list(dataset.classes)
+    kept = not caught if names is None else data.same_names(names, dataset.classes)
     if names is None and kept:
         message = f"the weights do not name their classes: they are taken as {expected}"
     elif kept:
@@ -142,6 +143,8 @@ def check_class_map(role: str, chosen: Config, dataset: data.Dataset) -> tuple[F
     else:
         found = f"the weights have {len(names)} others: {_listed(names)}" if names else "the weights have others"
         message = f"the classifiers are re-initialised for {expected}; {found}"
+        if role == "teacher":
+            message = f"only the feature maps are used, because the classes are not {expected}; {found}"
     return Finding(OK, f"{role}'s class map", message), kept
 
 

@@ -4,6 +4,7 @@ import dataclasses
 
 from kdjax.data.coco import CLIPPED, LEAVES
 from kdjax.data.dataset import Split
+from kdjax.data.images import NOT_TURNED
 from kdjax.doctor.data import check_data
 from kdjax.doctor.findings import ERROR, OK, WARNING
 from tests.support.findings import errors
@@ -39,3 +40,7 @@ def test_lost_and_tiny_objects_and_absent_classes_are_noticed(tiny):
     finding = {finding.subject: finding for finding in check_data(setup)}["train data"]
     assert finding.level == OK
     assert finding.message.endswith(f"; 2 noted: {LEAVES}")
+    object.__setattr__(spoilt, "log", 3 * [dict(file="a", annotation=None, action="noted", reason=NOT_TURNED)])
+    finding = {finding.subject: finding for finding in check_data(setup)}["train orientation"]
+    assert finding.level == WARNING
+    assert finding.message == f"3 images: {NOT_TURNED}; config.data.exif_orientation=upright applies it"

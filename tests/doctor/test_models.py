@@ -111,6 +111,8 @@ def test_the_class_map_of_weights(tiny, tmp_path):
             assert "do not name their classes" in finding.message
         else:
             assert "re-initialised" in finding.message and "the weights have others" in finding.message
+            of_teacher = models.check_class_map("teacher", config.student, setup.dataset)[0].message
+            assert of_teacher.startswith("only the feature maps are used, because the classes are not the 6 classes of")
 
 
 def test_taps_and_their_shapes(tiny):
