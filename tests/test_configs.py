@@ -109,6 +109,9 @@ def test_the_published_recipe(pair):
         assert (mkd["weight"], mkd["scales"], mkd["start"], mkd["stop"]) == (1.0, (1, 2, 4), 0, 0)
 
 
+@pytest.mark.user_input(
+    "Config and flags", "a wrong argument of a recipe", "refused: must be STUDENT,TEACHER or STUDENT,TEACHER,METHODS"
+)
 @pytest.mark.parametrize("chosen", ["tiny", "tiny,s,mkd,pkd"])
 def test_the_recipe_says_what_its_argument_is(chosen):
     with pytest.raises(ValueError, match="must be STUDENT,TEACHER or STUDENT,TEACHER,METHODS, not '" + chosen):
@@ -164,6 +167,7 @@ def test_the_dense_recipe_says_what_its_argument_is():
         load(ROOT / "configs/distill/dense.py", "rtmdet,mkd")
 
 
+@pytest.mark.user_input("Config and flags", "an option that the detector does not have", "refused with its options")
 def test_options_of_a_detector():
     config = load(ROOT / "configs" / "supervised" / "coco_folder.py", "fcos_r18")
     config.student.options.update(base_channels=32, norm_eval=False)
@@ -180,6 +184,14 @@ def test_options_of_a_detector():
         checks.check_models(config)
 
 
+@pytest.mark.user_input(
+    "Config and flags",
+    "a value of the wrong type in a config file",
+    "refused: config.optimizer.lr must be a number, not '1'",
+)
+@pytest.mark.user_input(
+    "Config and flags", "a mistake of Python in a config file", "refused: FILE: line 4: invalid syntax"
+)
 @pytest.mark.parametrize(
     ("line", "told"),
     [
@@ -215,6 +227,7 @@ def test_mistakes_in_a_config_file_get_a_sentence(line, told, tmp_path):
     assert re.fullmatch(expected, str(caught.value).splitlines()[0])
 
 
+@pytest.mark.user_input("Config and flags", "an option of the wrong type", "refused: must be float | None, not 'wide'")
 @pytest.mark.filterwarnings("ignore:the load_module")  # of ml_collections
 def test_options_of_a_detector_are_flags():
     flags = ["--config.student.detector=fcos_r18", "--config.student.options.style=pytorch"]

@@ -32,6 +32,10 @@ def raised(error: Exception, *, cause: Exception | None = None, handling: Except
         return caught
 
 
+@pytest.mark.user_input(
+    "The machine", "a full disk or quota, read-only, no permission, a bad disk", "reported in one sentence: what to do"
+)
+@pytest.mark.user_input("The machine", "used-up memory or file handles", "reported in one sentence: what to do")
 @pytest.mark.parametrize(
     ("error", "told"),
     [
@@ -85,6 +89,7 @@ def test_a_huge_array_is_a_fault():
     assert fault(caught.value).startswith("the memory is used up (Unable to allocate 1.00 EiB")
 
 
+@pytest.mark.user_input("The machine", "one output that cannot be written", "reported: the other results are written")
 def test_one_output_that_fails_does_not_lose_the_others(tmp_path):
     failed: list[str] = []
     (tmp_path / "a").mkdir()
@@ -101,6 +106,9 @@ def test_one_output_that_fails_does_not_lose_the_others(tmp_path):
     files.finish([])
 
 
+@pytest.mark.user_input(
+    "Workdirs, checkpoints and logs", "a link to nowhere in the place of a folder to make", "refused: move it away"
+)
 def test_outputs_that_cannot_be_written_are_found(tmp_path):
     (tmp_path / "report.html").mkdir()
     (tmp_path / "student").write_text("")

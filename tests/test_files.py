@@ -24,6 +24,12 @@ with files.lock(sys.argv[1], "busy"):
 """
 
 
+@pytest.mark.user_input(
+    "The machine",
+    "a file system without locks (Lustre, some NFS and FUSE)",
+    "survived: a file NAME.owner stands for the lock",
+)
+@pytest.mark.user_input("The machine", "a process that is killed while it holds a lock", "survived: the lock is free")
 @pytest.mark.parametrize("name", ["", "ENOSYS", "ENOLCK", "EOPNOTSUPP"])
 def test_a_lock_has_one_holder_and_is_free_when_that_is_killed(tmp_path, monkeypatch, name):
     """With flock, and with the answers of file systems that have none."""

@@ -56,6 +56,9 @@ def test_a_run_that_fails_and_one_that_is_stopped():
     study_runs.call([sys.executable, "-c", ""])
 
 
+@pytest.mark.user_input(
+    "Workdirs, checkpoints and logs", "a study in the folder of runs with other flags", "refused with the flags"
+)
 def test_a_finished_run_is_kept_and_its_flags_must_be_the_same(tmp_path):
     (tmp_path / "results.json").write_text('{"student": {"AP": 0.5}}')
     run = FACTS | {"command": ["train", "--config=a", f"--workdir={tmp_path}", "--config.seed=1"], "numpy": "2"}
@@ -66,6 +69,9 @@ def test_a_finished_run_is_kept_and_its_flags_must_be_the_same(tmp_path):
         study_runs.train(["--config=b", "--config.seed=1"], tmp_path)
 
 
+@pytest.mark.user_input(
+    "Workdirs, checkpoints and logs", "a study in the folder of runs on other images", "refused: choose another folder"
+)
 def test_a_finished_run_on_other_images_is_refused(tmp_path):
     """Under the same names, with the same json."""
     root = small_folder(tmp_path / "set", count=3)
@@ -144,6 +150,9 @@ def cells(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
 
 
+@pytest.mark.user_input(
+    "Workdirs, checkpoints and logs", "a run of a study that fails", "reported in the table: seed 0 failed: not finite"
+)
 def test_methods_are_ranked_by_gain_and_what_does_not_help_is_said(trained, tmp_path, capsys):
     command = ["methods", f"--workdir={tmp_path}", "--seeds=2", "--methods=mkd,ld,pkd,cwd", "--", "--config.steps=9"]
     assert cli.main(["study", *command]) == 0
@@ -202,6 +211,9 @@ def test_methods_with_several_teachers_share_the_twins(trained, tmp_path, capsys
     assert len(set(trained)) == 3, "twin, mkd, cwd: the study of teachers has the same runs"
 
 
+@pytest.mark.user_input(
+    "Config and flags", "an unknown method, teacher, student or flag of a study", "refused before any run"
+)
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -224,6 +236,16 @@ def test_a_folder_is_named_after_its_flags():
     assert study.label("mkd", "--config.teacher.weights=/a b/c") == "mkd_teacher.weights=-a-b-c"
 
 
+@pytest.mark.user_input(
+    "Workdirs, checkpoints and logs",
+    "a study that runs already, or whose files are damaged",
+    "refused: wait until it ends; it is damaged or incomplete",
+)
+@pytest.mark.user_input(
+    "Workdirs, checkpoints and logs",
+    "a `results.json` changed by hand, which a study reads",
+    "refused: its SHA-256 differs: train the run again",
+)
 def test_a_study_whose_files_are_damaged_busy_or_in_the_way_is_refused(tmp_path, capsys):
     given = options(workdir=tmp_path, log=tmp_path / "log.md")
     (tmp_path / "methods.png").mkdir()

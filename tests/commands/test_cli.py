@@ -35,6 +35,11 @@ def test_help_is_instant_and_names_every_command():
         assert command in done.stdout
 
 
+@pytest.mark.user_input(
+    "Models and exports",
+    "damaged weights, even if the hash beside them fits",
+    "refused by every command, before any compute",
+)
 def test_a_damaged_model_is_refused_by_every_command(made, tmp_path, capsys, monkeypatch):
     """Also where the hash beside it is that of the damaged file."""
     monkeypatch.setattr(prediction, "program", lambda *_, **__: pytest.fail("computed"))
@@ -59,6 +64,18 @@ def test_a_damaged_model_is_refused_by_every_command(made, tmp_path, capsys, mon
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
+@pytest.mark.user_input(
+    "Config and flags",
+    "paths that do not exist or cannot be created",
+    "refused with the flag or the path, before any compute",
+)
+@pytest.mark.user_input(
+    "Config and flags", "a number out of range, or text for it", "refused: what it must be, not what it is"
+)
+@pytest.mark.user_input(
+    "Config and flags", "flags that are missing or do not go together", "refused: required: --out; needs --data"
+)
+@pytest.mark.user_input("Folders and names", "a folder without images for `predict`", "refused: holds no images")
 def test_mistakes_get_one_sentence_before_any_compute(made, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(prediction, "program", lambda *_, **__: pytest.fail("computed"))
     one, out = f"--model={made / 'model'}", f"--out={tmp_path / 'o'}"
@@ -112,6 +129,11 @@ def test_mistakes_get_one_sentence_before_any_compute(made, tmp_path, capsys, mo
         assert why in refused(capsys, *arguments), arguments
 
 
+@pytest.mark.user_input(
+    "Config and flags", "a flag or a setting twice", "refused: appears more than once (4, 40): keep one"
+)
+@pytest.mark.user_input("Config and flags", "a misspelt command, flag or setting", "refused: did you mean --config?")
+@pytest.mark.user_input("Config and flags", "a path that begins with `-`", "read after `--`")
 def test_flags_that_are_repeated_or_misspelt_are_refused(capsys):
     train = ("train", "--config=quickstart")
     for arguments, told in (
@@ -165,6 +187,9 @@ def test_flags_that_are_repeated_or_misspelt_are_refused(capsys):
         assert refused(capsys, *train, "--workdir=a", one) == f"kdjax: unknown setting config.{name}{told}"
 
 
+@pytest.mark.user_input(
+    "The machine", "a full disk while a command runs", "reported: make room, then run the same command again"
+)
 def test_faults_of_the_machine_get_a_sentence_and_bugs_their_traceback(capsys, monkeypatch):
     def fail(**_):
         raise error
@@ -184,6 +209,7 @@ def test_faults_of_the_machine_get_a_sentence_and_bugs_their_traceback(capsys, m
         cli.main(["latency", "--model=a"])
 
 
+@pytest.mark.user_input("The machine", "a terminal without UTF-8", "survived: what it lacks is printed as `\\u732b`")
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_a_terminal_that_lacks_a_character_loses_nothing(encoding):
     code = (
@@ -197,6 +223,7 @@ def test_a_terminal_that_lacks_a_character_loses_nothing(encoding):
     assert done.stdout.decode(encoding) == "1 ± 2 猫 \\udcff\n" if encoding == "utf-8" else b"\\u732b" in done.stdout
 
 
+@pytest.mark.user_input("The machine", "standard output that goes to a full disk", "reported in one sentence")
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="it needs /dev/full")
 def test_output_that_cannot_be_printed_gets_a_sentence():
     code = (

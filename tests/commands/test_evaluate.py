@@ -13,6 +13,14 @@ from kdjax.inference import predict as prediction
 from tests.support.models import read, refused
 
 
+@pytest.mark.user_input(
+    "Models and exports", "data of other classes than the model's", "refused: the data has 'planet'"
+)
+@pytest.mark.user_input(
+    "Models and exports",
+    "data without objects, or with a broken image",
+    "refused: have no objects; with the image's name",
+)
 def test_evaluate_refuses_other_classes_and_broken_images(made, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(prediction, "program", lambda *_, **__: pytest.fail("computed"))
     one = f"--model={made / 'model'}"
@@ -29,6 +37,9 @@ def test_evaluate_refuses_other_classes_and_broken_images(made, tmp_path, capsys
     assert "val_00003.png: cannot be read" in refused(capsys, "evaluate", one, f"--data={tmp_path / 'data'}")
 
 
+@pytest.mark.user_input(
+    "Models and exports", "unusable boxes in the data to evaluate on", "counted as dropped, with the reason"
+)
 def test_evaluate_reports_dropped_boxes(made, tmp_path, capsys):
     shutil.copytree(made / "data", tmp_path / "data")
     file = tmp_path / "data" / "annotations" / "instances_val.json"
@@ -47,6 +58,9 @@ def test_evaluate_reports_dropped_boxes(made, tmp_path, capsys):
     )
 
 
+@pytest.mark.user_input(
+    "Models and exports", "data with other category ids than the model's", "read: classes are matched by name"
+)
 def test_classes_are_matched_by_name(made, tmp_path):
     """The same data with categories in another order gives the same metrics."""
     shutil.copytree(made / "data", tmp_path / "data")

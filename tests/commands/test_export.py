@@ -14,6 +14,9 @@ from kdjax.inference import load
 from tests.support.models import refused, refused_at_the_end
 
 
+@pytest.mark.user_input(
+    "Models and exports", "an export without the packages of its format", "refused: `pip install 'kdjax[export]'`"
+)
 def test_what_a_format_needs_is_reported(made, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(packages, "missing", lambda packages: list(packages))
     for format, told in (
@@ -24,6 +27,9 @@ def test_what_a_format_needs_is_reported(made, tmp_path, capsys, monkeypatch):
         assert told in refused(capsys, *command)
 
 
+@pytest.mark.user_input(
+    "Models and exports", "an exported file that gives other detections", "refused: no file is left"
+)
 def test_a_wrong_export_is_refused(made, exported, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(onnx, "write", lambda loaded, path, *, raw: shutil.copy(exported[0], path))
     command = ["export", f"--model={made / 'other'}", "--format=onnx", f"--out={tmp_path / 'x.onnx'}"]
@@ -65,6 +71,9 @@ def test_a_wrong_export_of_equal_scores_is_refused(made):
         assert (difference > verify.TOLERANCE) == bool(wrong), (wrong, difference)
 
 
+@pytest.mark.user_input(
+    "Models and exports", "an int8 file that loses more AP than `--max-ap-loss`", "refused: no file is left"
+)
 @pytest.mark.slow
 def test_int8_keeps_to_its_budget(made, exported, tmp_path, capsys, monkeypatch):
     format = pytest.importorskip("onnx")

@@ -14,6 +14,7 @@ from tests.support.checkpoints import spoilt
 from tests.support.models import CLASSES, mmyolo_names, refused
 
 
+@pytest.mark.user_input("Weights", "the names of mmdetection, mmyolo and mmrazor", "read")
 @pytest.mark.parametrize("source", ["mmdetection", "mmyolo", "mmrazor"])
 def test_import_weights(tmp_path, capsys, state, source):
     detector, arrays = state
@@ -48,6 +49,10 @@ def test_mmyolos_large_models_have_no_exponential(tmp_path):
             assert loaded.options == detector.options | told
 
 
+@pytest.mark.user_input(
+    "Weights", "class names that are missing, too few, twice or blank", "refused: every class needs a name of its own"
+)
+@pytest.mark.user_input("Config and flags", "an image size that is no multiple of 32", "refused: multiples of 32")
 def test_import_weights_refuses(tmp_path, capsys, state):
     file = tmp_path / "w.npz"
     np.savez(file, **state[1])
@@ -87,6 +92,9 @@ def test_import_weights_refuses(tmp_path, capsys, state):
     assert not (tmp_path / "m").exists()
 
 
+@pytest.mark.user_input(
+    "Weights", "a negative variance, values beyond float32, integers", "refused with the array and the reason"
+)
 @pytest.mark.parametrize(
     ("name", "value", "told"),
     [
@@ -105,6 +113,9 @@ def test_values_that_cannot_be_used(tmp_path, capsys, state, name, value, told):
     assert found == f"kdjax: {tmp_path / 'w.npz'}: the values of 1 array cannot be used: {name} {told}"
 
 
+@pytest.mark.user_input(
+    "Weights", "a list of classes that is neither text nor COCO json", "refused: cannot be read as class names"
+)
 def test_import_weights_of_damaged_files(tmp_path, capsys, state):
     (tmp_path / "names.txt").write_text("\n".join(CLASSES))
     names = f"--classes={tmp_path / 'names.txt'}"
@@ -120,6 +131,7 @@ def test_import_weights_of_damaged_files(tmp_path, capsys, state):
     assert not (tmp_path / "m").exists() and not (tmp_path / "executed").exists()
 
 
+@pytest.mark.user_input("Weights", "class names in another order than the file's own", "refused: in another order")
 def test_pth_tells_its_classes(tmp_path, state):
     torch = pytest.importorskip("torch", reason="reading .pth needs PyTorch")
     arrays = {name: torch.tensor(value) for name, value in state[1].items()}

@@ -13,6 +13,11 @@ from tests.support.checkpoints import Code
 from tests.support.models import read, refused
 
 
+@pytest.mark.user_input(
+    "Models and exports",
+    "an .onnx or .tflite that is empty, damaged or a pickle",
+    "refused: onnxruntime cannot read it; no code runs",
+)
 @pytest.mark.parametrize(
     ("name", "package", "reader"),
     [("x.onnx", "onnxruntime", "onnxruntime"), ("x.tflite", "ai_edge_litert", "LiteRT")],
@@ -25,6 +30,11 @@ def test_a_damaged_file_is_refused(tmp_path, capsys, name, package, reader):
     assert not (tmp_path / "executed").exists()
 
 
+@pytest.mark.user_input(
+    "Models and exports",
+    "an .onnx that takes no image, or one of no fixed size",
+    "refused: takes no image; the size of x0 is not fixed",
+)
 def test_onnx_files_of_other_programs(tmp_path, capsys, monkeypatch):
     pytest.importorskip("onnxruntime", reason="ONNX needs kdjax[export]")
     format = pytest.importorskip("onnx")
@@ -60,6 +70,7 @@ class _Deaf:
         raise RuntimeError("no\nat all")
 
 
+@pytest.mark.user_input("Config and flags", "more threads than the machine has", "refused: --threads must be in 1 .. N")
 def test_latency(made, exported, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(onnx, "write", lambda loaded, path, *, raw: shutil.copy(exported[0], path))
     monkeypatch.setattr(latency, "clock", lambda call, runs, name: dict(median=1.0 * runs, p25=1.0, p75=2.0))

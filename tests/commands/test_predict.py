@@ -61,6 +61,20 @@ def test_predict_finds_what_evaluate_measures(made, tmp_path, capsys):
     assert not re.search(r"""(src|href)=["']?https?:""", (tmp_path / "e" / "report.html").read_text())
 
 
+@pytest.mark.user_input(
+    "Images and videos",
+    "broken images and videos among sound ones, for `predict`",
+    "reported with name and reason, and skipped; exit code 2",
+)
+@pytest.mark.user_input(
+    "Images and videos",
+    "an EXIF orientation that is not applied, 16 bits hardly used",
+    "reported once, with the number of the others",
+)
+@pytest.mark.user_input("Images and videos", "a.jpg and a.png in one folder", "read: drawn as a.jpg and a_.jpg")
+@pytest.mark.user_input(
+    "Folders and names", "an `--out` inside of the folder of images", "read without what an earlier call has drawn"
+)
 def test_predict_reports_unreadable_files_and_continues(made, tmp_path, capsys):
     good = records.decode((made / "data" / "images" / "val" / "val_00000.png").read_bytes())
     folder = tmp_path / "mixed"
@@ -124,6 +138,7 @@ def test_predict_reports_unreadable_files_and_continues(made, tmp_path, capsys):
     assert len(predict.find([str(folder)], folder / "out")) == 14
 
 
+@pytest.mark.user_input("Images and videos", "a video cut short", "reported: only N of its 20 frames can be read")
 @pytest.mark.parametrize("share", [0.3, 0.7])
 def test_a_video_that_is_cut_short_is_reported(tmp_path, share):
     video = cv2.VideoWriter(str(tmp_path / "clip.avi"), cv2.VideoWriter_fourcc(*"MJPG"), 5, (64, 48))
@@ -139,6 +154,11 @@ def test_a_video_that_is_cut_short_is_reported(tmp_path, share):
         seen += [1 for _ in predict.frames(tmp_path / "clip.avi", "stored", pytest.fail)]
 
 
+@pytest.mark.user_input(
+    "Images and videos",
+    "an image over JPEG's 65,500 px a side",
+    "reported: its drawing is not written; its detections are",
+)
 def test_what_cannot_be_drawn_does_not_lose_the_detections(made, tmp_path, capsys, monkeypatch):
     """JPEG ends at 65,500 px a side; a disk may be full; drawing may have a bug."""
     folder, out = tmp_path / "in", tmp_path / "out"
@@ -169,6 +189,9 @@ def test_what_cannot_be_drawn_does_not_lose_the_detections(made, tmp_path, capsy
     assert len(read(out / "images.json")["images"]) == 1
 
 
+@pytest.mark.user_input(
+    "The machine", "a full disk while a video is drawn", "reported: only 3 of its 5 frames could be written"
+)
 def test_a_video_that_could_not_be_written_is_reported(tmp_path, capsys):
     """OpenCV does not tell."""
     drawings, target = predict.Drawings(), tmp_path / "out.mp4"
@@ -184,6 +207,9 @@ def test_a_video_that_could_not_be_written_is_reported(tmp_path, capsys):
     assert told in capsys.readouterr().err.splitlines()
 
 
+@pytest.mark.user_input(
+    "Workdirs, checkpoints and logs", "a folder in the place of `detections.json`", "refused: move it away"
+)
 def test_a_folder_in_the_place_of_an_output_is_refused(made, tmp_path, capsys):
     (tmp_path / "detections.json").mkdir()
     told = refused(capsys, "predict", str(made / "data"), f"--model={made / 'model'}", f"--out={tmp_path}")

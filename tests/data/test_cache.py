@@ -21,6 +21,10 @@ from tests.support.data import opened, settings, small_folder
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.user_input(
+    "Prepared data", "an image or a json that changed since it was prepared", "read anew: that split is prepared again"
+)
+@pytest.mark.user_input("Prepared data", "a file of another time with the same content", "read from the prepared copy")
 def test_a_split_is_prepared_once_and_again_when_it_changes(tmp_path):
     root = small_folder(tmp_path / "set", count=4)
 
@@ -39,6 +43,11 @@ def test_a_split_is_prepared_once_and_again_when_it_changes(tmp_path):
     assert len(folders()) == 4  # val alone
 
 
+@pytest.mark.user_input(
+    "Folders and names",
+    "files that no json lists: dead links, pipes, names not in UTF-8",
+    "survived: they do not matter",
+)
 def test_files_that_no_json_lists_do_not_matter(tmp_path):
     root = small_folder(tmp_path / "set", count=3)
     before = opened(root, tmp_path)
@@ -51,6 +60,9 @@ def test_files_that_no_json_lists_do_not_matter(tmp_path):
     assert opened(root, tmp_path).splits["train"].folder == before.splits["train"].folder
 
 
+@pytest.mark.user_input(
+    "Prepared data", "a preparation that was killed", "survived: prepared anew; nothing incomplete is used"
+)
 def test_a_killed_preparation_leaves_nothing_usable(tmp_path):
     code = """
 import sys, time
@@ -73,6 +85,9 @@ cache.prepared(Path(sys.argv[1]), "set", {"a": 1}, write)
     assert cache.prepared(tmp_path, "set", {"a": 1}, lambda folder: pytest.fail("prepared twice")) == done
 
 
+@pytest.mark.user_input(
+    "Prepared data", "two processes that prepare one split", "survived: the second waits for the first"
+)
 def test_the_second_waits_for_the_first(tmp_path):
     writing, go_on, writes = threading.Event(), threading.Event(), []
 
@@ -93,6 +108,9 @@ def test_the_second_waits_for_the_first(tmp_path):
     assert len(writes) == 1 and (first.result() / "whole").exists()
 
 
+@pytest.mark.user_input(
+    "Prepared data", "two hosts whose locks do not reach each other", "survived: the first complete folder is used"
+)
 def test_the_folder_of_a_faster_host_is_used(tmp_path):
     """Of two hosts whose locks do not reach each other."""
 
@@ -112,6 +130,9 @@ def test_a_preparation_that_fails_releases_the_lock(tmp_path):
     assert cache.prepared(tmp_path, "set", {"a": 1}, lambda folder: None).is_dir()
 
 
+@pytest.mark.user_input(
+    "The machine", "a full disk while data is prepared", "reported: make room; nothing incomplete is left"
+)
 def test_a_full_disk_is_a_sentence_and_leaves_nothing(tmp_path):
     def write(folder: Path) -> None:
         (folder / "half").write_text("x")
@@ -133,6 +154,7 @@ def test_place_of_the_cache(monkeypatch, tmp_path):
     assert cache.root() == Path.home() / ".cache" / "kdjax" / "data"
 
 
+@pytest.mark.user_input("Prepared data", "a cache that cannot be written", "refused: choose another")
 def test_a_cache_that_cannot_be_written_is_reported(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cache: cannot write to .*file/data .Not a directory.: choose another"):

@@ -34,6 +34,10 @@ def by_image(truth: dict) -> list[dict]:
     return sorted(truth["annotations"], key=lambda a: place[a["image_id"]])
 
 
+@pytest.mark.user_input(
+    "COCO json", "annotations without `iscrowd` and `area`", "read as objects with the area of their box"
+)
+@pytest.mark.user_input("COCO json", "malformed entries under `licenses`", "read without them")
 def test_a_folder_is_read_unchanged(tmp_path):
     root = small_folder(tmp_path / "set")
     path = root / "annotations" / "instances_train.json"
@@ -61,6 +65,11 @@ def test_a_folder_is_read_unchanged(tmp_path):
         assert dataset.splits["train"].records.raw(index)["image"] == path.read_bytes()
 
 
+@pytest.mark.user_input(
+    "Folders and names",
+    "images in images/SPLIT, SPLIT, images, or a folder of your own",
+    "read; your own is named by `data.train_images` and `val_images`",
+)
 @pytest.mark.parametrize(
     ("images", "changes"),
     [
@@ -77,6 +86,11 @@ def test_usual_layouts(tmp_path, images, changes):
     assert dataset.splits["val"].records[0]["image"].shape == (20, 30, 3)
 
 
+@pytest.mark.user_input(
+    "Folders and names",
+    "a json elsewhere, splits of other names",
+    "read; named by `data.val_annotations`, `train_split`, `val_split`",
+)
 def test_explicit_annotations_and_other_split_names(tmp_path):
     truth = coco_json({"a.png": (20, 30)}, [(0, 3, [2, 3, 10, 12], {})])
     root = write_folder(tmp_path / "set", {"fit": truth, "test": truth}, {"a.png": paint(20, 30, [])})
@@ -85,6 +99,9 @@ def test_explicit_annotations_and_other_split_names(tmp_path):
     assert dataset.splits["train"].name == "fit" and dataset.splits["val"].size == 1
 
 
+@pytest.mark.user_input(
+    "Folders and names", "Roboflow's layout, SPLIT/_annotations.coco.json", "read with `data.val_split=valid`"
+)
 def test_roboflow_layout(tmp_path):
     truth = coco_json({"a.png": (20, 30)}, [(0, 3, [2, 3, 10, 12], {})])
     root = write_folder(tmp_path / "set", {"train": truth, "valid": truth}, {"a.png": paint(20, 30, [])}, images="{}")
@@ -93,6 +110,7 @@ def test_roboflow_layout(tmp_path):
     assert opened(root, tmp_path, val_split="valid").splits["val"].size == 1
 
 
+@pytest.mark.user_input("Folders and names", "file names that begin with the split (train/a.png)", "read")
 def test_file_names_that_begin_with_the_split(tmp_path):
     truth = coco_json({"train/a.png": (20, 30)}, [])
     root = write_folder(tmp_path / "set", {"train": truth}, {"train/a.png": paint(20, 30, [])}, images="images")
@@ -100,6 +118,7 @@ def test_file_names_that_begin_with_the_split(tmp_path):
     assert opened(root, tmp_path, **changes).splits["train"].size == 1
 
 
+@pytest.mark.user_input("Folders and names", "a listed file whose name is not UTF-8", "read")
 def test_a_file_name_that_is_not_utf8_is_read(tmp_path):
     """As json.dumps writes the name that os.listdir gives."""
     name = os.fsdecode(b"gr\xf6\xdfe.png")
@@ -110,6 +129,22 @@ def test_a_file_name_that_is_not_utf8_is_read(tmp_path):
     assert split.truth["images"][1]["file_name"] == name and len(split.records[1]["boxes"]) == 1
 
 
+@pytest.mark.user_input("COCO json", "a box of no or negative width or height", "counted as dropped: box has no extent")
+@pytest.mark.user_input("COCO json", "a box outside the image", "counted as dropped: box outside the image")
+@pytest.mark.user_input(
+    "COCO json", "a box that extends beyond the image", "counted as repaired: clipped for training, kept for evaluation"
+)
+@pytest.mark.user_input(
+    "COCO json",
+    "a box of three numbers, with NaN, or 401 digits long",
+    "counted as dropped: bbox is not four finite numbers",
+)
+@pytest.mark.user_input(
+    "COCO json", "an annotation id that is 0, twice, or beyond 64 bits", "counted as repaired: it gets another id"
+)
+@pytest.mark.user_input("COCO json", "a negative area", "counted as repaired: set to the area of the box")
+@pytest.mark.user_input("COCO json", "a crowd region with a mask", "read for evaluation, not for training")
+@pytest.mark.user_input("COCO json", "an image without width or height", "counted as repaired: taken from the image")
 def test_unusable_entries_are_dropped_or_repaired_and_listed(tmp_path):
     good = [5, 5, 10, 10]
     annotations = [
@@ -172,6 +207,34 @@ def broken(changes):
     return truth
 
 
+@pytest.mark.user_input(
+    "COCO json",
+    "an annotation of an image or category that is not listed",
+    "refused: annotation 2: image 99 is not among the images",
+)
+@pytest.mark.user_input(
+    "COCO json", "boxes in fractions of the image", "refused: they look normalised, but must be in pixels"
+)
+@pytest.mark.user_input("COCO json", "an image or category id twice", "refused: image id 10 appears twice")
+@pytest.mark.user_input(
+    "COCO json", "an image id that is text or beyond 64 bits", "refused: image id 'x' is not a 64-bit integer"
+)
+@pytest.mark.user_input("COCO json", "one file listed as two images", "refused: file a.png is listed as two images")
+@pytest.mark.user_input(
+    "COCO json", "an image without file_name, a category without name", "refused: image 11 has no file_name"
+)
+@pytest.mark.user_input(
+    "COCO json", "width and height exchanged", "refused: with both sizes and that they are exchanged"
+)
+@pytest.mark.user_input("COCO json", "two classes of one name", "refused: rename one")
+@pytest.mark.user_input(
+    "COCO json",
+    "a json without images, annotations or categories",
+    "refused: it lists no images; no list under 'annotations'; no categories",
+)
+@pytest.mark.user_input(
+    "Folders and names", "a listed image that does not exist", "refused: gone.png: no such file in FOLDER"
+)
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -209,6 +272,19 @@ def test_ambiguous_entries_are_refused(tmp_path, changes, words):
     assert not list((tmp_path / "cache").glob("data/folder*")), "nothing incomplete is left"
 
 
+@pytest.mark.user_input(
+    "Folders and names", "no root, or one that does not exist", "refused: root is empty; there is no folder ROOT"
+)
+@pytest.mark.user_input(
+    "Folders and names", "a split without json or without folder of images", "refused with the paths that were searched"
+)
+@pytest.mark.user_input(
+    "COCO json", "an empty json, one cut off, one nested 100,000 deep", "refused: the file is empty; not valid json"
+)
+@pytest.mark.user_input("COCO json", "a json with a byte order mark", "read")
+@pytest.mark.user_input(
+    "Config and flags", "an unknown `data.source`", "refused: must be one of coco_folder, scenes, tfds"
+)
 def test_messages_for_a_wrong_root_json_or_image(tmp_path):
     with pytest.raises(UserError, match=r"there is no folder .*nowhere"):
         opened(tmp_path / "nowhere", tmp_path)
@@ -244,12 +320,16 @@ def test_messages_for_a_wrong_root_json_or_image(tmp_path):
         opened(root, tmp_path, source="coco")
 
 
+@pytest.mark.user_input("COCO json", "an integer of 5,000 digits", "refused: it has an integer of over 4300 digits")
 def test_an_integer_of_too_many_digits_is_refused(tmp_path):
     (tmp_path / "x.json").write_text('{"images": [' + "9" * 5000 + "]}")
     with pytest.raises(UserError, match=r"x.json: not usable json: it has an integer of over 4300 digits$"):
         coco.read(tmp_path / "x.json")
 
 
+@pytest.mark.user_input(
+    "Images and videos", "CMYK, grey, 16 bits, transparency, palette", "read as RGB of 8 bits; transparency is left out"
+)
 def test_every_kind_of_image_becomes_rgb(tmp_path):
     folder = tmp_path / "set" / "images"
     folder.mkdir(parents=True)
@@ -273,6 +353,19 @@ def test_every_kind_of_image_becomes_rgb(tmp_path):
         np.testing.assert_allclose(image[20, 5], expected, atol=12, err_msg=name)
 
 
+@pytest.mark.user_input(
+    "Images and videos",
+    "images stored turned (EXIF), boxes of the upright image",
+    "read upright with `exif_orientation=upright`, and counted as noted",
+)
+@pytest.mark.user_input(
+    "Images and videos",
+    "images stored turned (EXIF), boxes of the stored pixels",
+    "read as they are stored, and counted as noted",
+)
+@pytest.mark.user_input(
+    "Images and videos", "sizes in the json that the EXIF setting does not give", "refused: names the setting that fits"
+)
 def test_exif_orientation_is_told_or_applied(tmp_path):
     """Images stored turned: of 8 the sides are exchanged, of 3 they are not."""
     boxes = [(6, 8, 16, 28)]
@@ -316,6 +409,9 @@ def test_exif_orientation_is_told_or_applied(tmp_path):
         opened(root, tmp_path, exif_orientation="up")
 
 
+@pytest.mark.user_input(
+    "Prepared data", "the same files under the other EXIF setting", "read as other data, prepared separately"
+)
 def test_other_pixels_of_the_same_files_are_another_data_set(tmp_path):
     exif = Image.Exif()
     exif[274] = 3
@@ -327,6 +423,11 @@ def test_other_pixels_of_the_same_files_are_another_data_set(tmp_path):
     assert stored.fingerprint != turned.fingerprint
 
 
+@pytest.mark.user_input(
+    "Images and videos",
+    "a JPEG with zeros in its middle, which decodes",
+    "counted as noted, with its name and what the decoder says",
+)
 def test_damage_that_a_decoder_only_prints_is_listed_with_its_file(tmp_path, capfd):
     noise = np.random.default_rng(0).integers(0, 255, (40, 50, 3), np.uint8)
     root = one_split(tmp_path / "set", coco_json({"a.jpg": (40, 50), "b.jpg": (40, 50)}, []), {}, images="images")

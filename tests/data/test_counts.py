@@ -30,6 +30,9 @@ def lines(root, tmp_path, **changes):
     return data.counted(opened(root, tmp_path, ["train"], **changes), "train", settings(tmp_path))
 
 
+@pytest.mark.user_input(
+    "COCO json", '`ignore` of 1, true or a text such as "1"', "counted as ignored: a crowd region, for evaluation alone"
+)
 @pytest.mark.parametrize("value", [1, True, "1", "yes"])
 def test_objects_marked_ignore_are_crowd_regions(tmp_path, value):
     root = folder(tmp_path, lambda t: t["annotations"][0].update(ignore=value))
@@ -44,12 +47,15 @@ def test_objects_marked_ignore_are_crowd_regions(tmp_path, value):
     assert [len(dataset.splits["train"].records[i]["boxes"]) for i in (0, 1)] == [0, 1]
 
 
+@pytest.mark.user_input("COCO json", '`ignore` of 0, false, null or "0"', "read as an object")
 @pytest.mark.parametrize("value", [0, False, None, "0"])
 def test_objects_not_marked_ignore_are_objects(tmp_path, value):
     root = folder(tmp_path, lambda t: t["annotations"][0].update(ignore=value))
     assert lines(root, tmp_path) == ["train ('train'): 2 images, 0 without objects, 2 boxes, at most 1 per image"]
 
 
+@pytest.mark.user_input("COCO json", "an annotation twice", "counted as noted: class and box are those of another one")
+@pytest.mark.user_input("Images and videos", "an image twice in a split, or in both, byte for byte", "counted as noted")
 def test_repeated_images_and_annotations_are_noted(tmp_path):
     """In one split, which trains and measures twice, and in both, which measures what was learned by heart."""
     boxes = {"a.png": [(5, 5, 15, 15)], "b.png": [(5, 5, 15, 15)], "c.png": [(5, 5, 25, 15)]}
@@ -72,11 +78,14 @@ def test_repeated_images_and_annotations_are_noted(tmp_path):
     assert len(data.counted(opened(root, tmp_path, ["val"]), "val", cfg)) == 1
 
 
+@pytest.mark.user_input("COCO json", "an annotation without bbox", "counted as dropped: bbox is missing")
 def test_a_missing_box_is_counted(tmp_path):
     root = folder(tmp_path, lambda truth: truth["annotations"][0].pop("bbox"))
     assert "train: 1 dropped: bbox is missing" in lines(root, tmp_path)
 
 
+@pytest.mark.user_input("COCO json", '`iscrowd` of "1" or "true"', "read as a crowd region")
+@pytest.mark.user_input("COCO json", '`iscrowd` of "0", 2 or a list', "counted as repaired: set to 0")
 @pytest.mark.parametrize(("value", "taken"), [("1", 1), ("true", 1), ("0", 0), (2, 0), ([], 0)])
 def test_iscrowd_as_text_is_read(tmp_path, value, taken):
     [line, told, *_] = lines(folder(tmp_path, lambda t: t["annotations"][0].update(iscrowd=value)), tmp_path)
@@ -88,6 +97,14 @@ def test_iscrowd_as_text_is_read(tmp_path, value, taken):
     )
 
 
+@pytest.mark.user_input("COCO json", "a box without extent in float32", "counted as dropped, with this reason")
+@pytest.mark.user_input(
+    "COCO json", "a box of less than a pixel on the canvas", "counted as left out, with this reason"
+)
+@pytest.mark.user_input(
+    "COCO json", "boxes over `max_boxes`, images after `limit`", "counted as left out, with this reason"
+)
+@pytest.mark.user_input("COCO json", "a class without objects", "counted as noted")
 def test_every_object_that_does_not_reach_training_is_counted(tmp_path):
     """Beside what the json's check drops: by float32, by the canvas, by max_boxes, by limit."""
 
@@ -115,6 +132,26 @@ def test_every_object_that_does_not_reach_training_is_counted(tmp_path):
     assert data.count(dataset, "train", cfg).dropped == 2
 
 
+@pytest.mark.user_input(
+    "COCO json", "a json in which everything is a crowd region or ignored", "refused: objects must have iscrowd: 0"
+)
+@pytest.mark.user_input(
+    "COCO json",
+    "a class name that is blank, a number, or half a character",
+    "refused: must be text that can be seen, that UTF-8 can hold",
+)
+@pytest.mark.user_input("COCO json", "class names that differ by spaces or Unicode form alone", "refused: rename one")
+@pytest.mark.user_input(
+    "COCO json", "a spare category of the same name (Roboflow)", "refused: delete 0, which no annotation has"
+)
+@pytest.mark.user_input("COCO json", 'an id as 10.0 or "3" in an annotation', "refused: must be the integer 10")
+@pytest.mark.user_input("COCO json", "a file_name that is a number", "refused: must be text")
+@pytest.mark.user_input(
+    "Folders and names", "one file under two names (a.png, ./x/../a.png)", "refused: list each image once"
+)
+@pytest.mark.user_input(
+    "Folders and names", "a file_name with a space before it", "refused: there is a.png: write this name"
+)
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
@@ -190,6 +227,9 @@ def test_what_cannot_be_decided_is_refused_in_one_sentence(tmp_path, change, sen
     assert str(refused.value) == f"instances_train.json: {sentence}".replace("FOLDER", str(root / "images" / "train"))
 
 
+@pytest.mark.user_input(
+    "Folders and names", "backslashes in a file_name", "refused: the name has backslashes: write dir/c.png"
+)
 def test_backslashes_are_told_from_slashes(tmp_path):
     root = folder(tmp_path, sizes={"a.png": (40, 50), "dir/c.png": (40, 50)})
     path = root / "annotations" / "instances_train.json"
@@ -202,6 +242,13 @@ def test_backslashes_are_told_from_slashes(tmp_path):
     )
 
 
+@pytest.mark.user_input("COCO json", "a json in UTF-16 or UTF-32", "refused: it is UTF-16: must be UTF-8")
+@pytest.mark.user_input("COCO json", "a json in Latin-1", "refused: names the byte that is not UTF-8")
+@pytest.mark.user_input("COCO json", "a json compressed with gzip", "refused: unpack it")
+@pytest.mark.user_input("COCO json", "a json with a value on each line", "refused: must be one object")
+@pytest.mark.user_input(
+    "COCO json", "a git-lfs pointer or an HTML page instead of a json", "refused: download the file itself"
+)
 @pytest.mark.parametrize(
     ("packed", "sentence"),
     [
@@ -236,6 +283,10 @@ def test_a_json_in_another_form_is_called_so(tmp_path, packed, sentence):
     assert str(refused.value) == f"{path}: {sentence}".replace("AT", str(text.index("cat") + 2))
 
 
+@pytest.mark.user_input(
+    "Folders and names", "a file whose name on disk has another Unicode form (macOS)", "counted as noted, and read"
+)
+@pytest.mark.user_input("Folders and names", "one file under two Unicode forms", "refused: list each image once")
 def test_names_in_another_unicode_form_are_found_and_counted(tmp_path):
     name = f"{HIDDEN}/{HIDDEN}.png"
     root = folder(tmp_path, sizes={"a.png": (40, 50), name: (40, 50)})
@@ -250,6 +301,9 @@ def test_names_in_another_unicode_form_are_found_and_counted(tmp_path):
         opened(root, tmp_path, ["train"])
 
 
+@pytest.mark.user_input(
+    "COCO json", "a class whose Unicode form differs between train and val", "refused: write both in one form (NFC)"
+)
 def test_classes_in_another_unicode_form_are_told(tmp_path):
     pixels = dict.fromkeys(SIZES, paint(40, 50, []))
     train, val = (coco_json(SIZES, [(0, 1, BOX, {})], [(1, name)]) for name in (SHOWN, HIDDEN))
@@ -262,6 +316,9 @@ def test_classes_in_another_unicode_form_are_told(tmp_path):
     )
 
 
+@pytest.mark.user_input(
+    "COCO json", "the largest annotation id of 64 bits", "read; ids that replace others stay in 64 bits"
+)
 def test_spare_annotation_ids_stay_in_64_bits(tmp_path):
     def change(truth):
         truth["annotations"][0]["id"] = 2**63 - 1

@@ -23,6 +23,7 @@ def test_limit_takes_the_first_images(tmp_path):
     assert len(data.ground_truth(dataset, "train", limit=1)["images"]) == 1
 
 
+@pytest.mark.user_input("COCO json", "a category of val that train calls otherwise", "refused with both names")
 def test_val_may_not_have_more_categories_than_train(tmp_path):
     image = {"a.png": paint(20, 30, [])}
     train, val = coco_json({"a.png": (20, 30)}, [], [(1, "cat")]), coco_json({"a.png": (20, 30)}, [], [(1, "dog")])
@@ -30,6 +31,11 @@ def test_val_may_not_have_more_categories_than_train(tmp_path):
         opened(write_folder(tmp_path / "set", {"train": train, "val": val}, image), tmp_path)
 
 
+@pytest.mark.user_input(
+    "Prepared data",
+    "prepared data that is cut off, missing or overwritten",
+    "refused: delete FOLDER to have it prepared again",
+)
 def test_damaged_prepared_data_is_reported(tmp_path):
     root = small_folder(tmp_path / "set", count=3)
     split = opened(root, tmp_path).splits["val"]
@@ -58,6 +64,9 @@ def test_damaged_prepared_data_is_reported(tmp_path):
         list(data.eval_batches(dataset, "val", settings(tmp_path), batch_size=2))
 
 
+@pytest.mark.user_input(
+    "Prepared data", "one flipped bit of prepared data", "refused: delete FOLDER; unused bytes of headers alone pass"
+)
 def test_one_flipped_bit_of_what_is_prepared_is_noticed(tmp_path):
     root = small_folder(tmp_path / "set", count=3)
 
@@ -88,6 +97,8 @@ def test_one_flipped_bit_of_what_is_prepared_is_noticed(tmp_path):
     assert read() == expected
 
 
+@pytest.mark.user_input("Prepared data", "other images under the same names, with the same json", "read as other data")
+@pytest.mark.user_input("Prepared data", "a copy of the folder at another place", "read as the same data")
 def test_the_fingerprint_knows_the_pixels(tmp_path):
     """Other images under the same names, with the same json; the place on disk does not matter."""
     root = small_folder(tmp_path / "set", count=3)
@@ -99,6 +110,7 @@ def test_the_fingerprint_knows_the_pixels(tmp_path):
     assert opened(root, tmp_path).fingerprint != before
 
 
+@pytest.mark.user_input("Folders and names", "a folder with the val split alone", "read where val alone is asked for")
 def test_one_split_opens_without_the_other_and_shares_its_prepared_data(tmp_path):
     root = small_folder(tmp_path / "set", count=5)
     both = opened(root, tmp_path).splits["val"]
@@ -118,6 +130,9 @@ def test_one_split_opens_without_the_other_and_shares_its_prepared_data(tmp_path
     assert list(scenes.splits) == ["val"] and scenes.splits["val"].size == 3
 
 
+@pytest.mark.user_input(
+    "COCO json", "a val json with fewer categories, in another order", "read: labels follow the train split"
+)
 def test_labels_follow_the_categories_of_train(tmp_path):
     """A val json that lists fewer categories, or in another order, gets the same labels and truth."""
     pixels, boxes = {"a.png": paint(20, 30, [])}, [(0, 11, [1, 2, 10, 12], {}), (0, 20, [3, 4, 10, 12], {})]

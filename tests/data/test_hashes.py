@@ -19,6 +19,11 @@ def write_image(path: Path, value: int) -> None:
     path.write_bytes(cv2.imencode(".ppm", np.full((20, 30, 3), value, np.uint8))[1].tobytes())
 
 
+@pytest.mark.user_input(
+    "Prepared data",
+    "a changed image behind links, absolute or `..` paths, any suffix",
+    "read anew, though its size and time are the old ones",
+)
 def test_a_changed_image_is_noticed_whatever_its_path(tmp_path):
     """Although it keeps its size and its time of modification."""
     root, store = tmp_path / "set", tmp_path / "store"
@@ -44,6 +49,7 @@ def test_a_changed_image_is_noticed_whatever_its_path(tmp_path):
         assert after.fingerprint != before.fingerprint
 
 
+@pytest.mark.user_input("Prepared data", "a damaged or missing list of hashes", "survived: it counts as empty")
 def test_files_are_hashed_again_only_if_they_may_have_changed(tmp_path, monkeypatch):
     paths = {name: f"{tmp_path}/{name}" for name in ("a", "b", "\udcf6")}
     for name, path in paths.items():
@@ -66,6 +72,9 @@ def test_files_are_hashed_again_only_if_they_may_have_changed(tmp_path, monkeypa
     assert hashes.recall(memory) == {} == hashes.recall(tmp_path / "missing")
 
 
+@pytest.mark.user_input(
+    "Folders and names", "a source that is gone, or a folder", "refused: cannot be read (Is a directory)"
+)
 def test_a_source_that_cannot_be_read_is_named(tmp_path):
     with pytest.raises(UserError, match=rf"^{tmp_path}: cannot be read \(Is a directory\)$"):
         hashes.of_file(tmp_path)
@@ -73,6 +82,9 @@ def test_a_source_that_cannot_be_read_is_named(tmp_path):
         hashes.of_files({"a": f"{tmp_path}/a"}, {}, "")
 
 
+@pytest.mark.user_input(
+    "Prepared data", "an image that changes while it is prepared", "refused: run the same command again"
+)
 def test_an_image_that_changes_while_it_is_prepared_is_refused(tmp_path):
     write_image(tmp_path / "a.png", 7)
     record = ImageRecord(id=1, file_name="a.png", width=30, height=20, sha256=hashes.of_file(tmp_path / "a.png"))
@@ -89,6 +101,7 @@ def test_an_image_that_changes_while_it_is_prepared_is_refused(tmp_path):
         read()
 
 
+@pytest.mark.user_input("Prepared data", "a json that changes while it is read", "refused: run the same command again")
 def test_a_json_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
     root, read = small_folder(tmp_path / "set", count=3), coco.read
 
@@ -105,6 +118,9 @@ def test_a_json_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
     assert opened(root, tmp_path).splits["train"].size == 3
 
 
+@pytest.mark.user_input(
+    "Folders and names", "a file_name of 300 letters, with NUL, of a folder", "refused: no such file in FOLDER"
+)
 @pytest.mark.parametrize("name", ["gone.png", "a" * 300, "a\0b", "\ud83d.png", "folder"])
 def test_an_image_that_is_no_file_is_missing(tmp_path, name):
     (tmp_path / "folder").mkdir()

@@ -30,6 +30,11 @@ def with_orientation(kind: str, orientation: int) -> bytes:
     return saved(QUARTERS, kind, exif=exif)
 
 
+@pytest.mark.user_input(
+    "Images and videos",
+    "EXIF orientations 1 to 8 in JPEG, PNG, WebP and AVIF",
+    "read as stored, or turned as Pillow turns them; both are noted",
+)
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "AVIF"])
 def test_the_orientation_is_applied_or_told_as_pillow_understands_it(kind):
     for orientation in range(1, 9):
@@ -46,6 +51,7 @@ def test_the_orientation_is_applied_or_told_as_pillow_understands_it(kind):
         np.testing.assert_array_equal(images.decode(encoded, upright=True), turned)
 
 
+@pytest.mark.user_input("Images and videos", "the orientation of a TIFF", "read: always applied")
 def test_a_tiff_is_always_turned_and_never_told():
     for orientation in (3, 6):
         encoded = with_orientation("TIFF", orientation)
@@ -55,6 +61,7 @@ def test_a_tiff_is_always_turned_and_never_told():
             assert facts.orientation == 1 and facts.notes == ()
 
 
+@pytest.mark.user_input("Images and videos", "16 bits that are hardly used; over 89 million pixels", "counted as noted")
 def test_dark_and_large_images_are_noted(monkeypatch):
     dark = cv2.imencode(".png", np.full((9, 9), 4000, np.uint16))[1].tobytes()
     assert images.read(dark, "a")[1].notes == (images.DARK,)
@@ -63,12 +70,16 @@ def test_dark_and_large_images_are_noted(monkeypatch):
     assert images.read(saved(QUARTERS, "PNG"), "a")[1].notes == (images.LARGE,)
 
 
+@pytest.mark.user_input("Images and videos", "an image over Pillow's limit of pixels", "read, with its orientation")
 def test_an_image_over_pillows_limit_keeps_its_orientation(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)
     assert images.read(with_orientation("JPEG", 6), "a", upright=True)[1].size == (60, 40)
     assert Image.MAX_IMAGE_PIXELS == 40
 
 
+@pytest.mark.user_input(
+    "Images and videos", "an image cut short, in each of nine formats", "refused with its name and the reason"
+)
 @pytest.mark.parametrize(
     ("kind", "why"),
     [
@@ -93,6 +104,14 @@ def test_a_truncated_image_is_refused_and_nothing_else_is_printed(kind, why, cap
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.user_input(
+    "Images and videos",
+    "an empty file, or one that is no image",
+    "refused: it is empty; it is of no kind that OpenCV reads",
+)
+@pytest.mark.user_input(
+    "Images and videos", "an image of 60,000 x 60,000 px", "refused: OpenCV reads at most 2^30, and 2^20 a side"
+)
 def test_no_image_and_an_impossible_size_are_refused():
     for content, why in (
         (b"", "it is empty"),
@@ -135,6 +154,7 @@ def test_what_others_print_meanwhile_is_printed_afterwards(capfd):
     assert capfd.readouterr().err == "once\n"
 
 
+@pytest.mark.user_input("Images and videos", "an image with another suffix or none", "read: known by its content")
 def test_images_are_known_by_their_content(tmp_path):
     for name, content, expected in (
         ("a", saved(QUARTERS, "PNG"), True),
@@ -146,6 +166,9 @@ def test_images_are_known_by_their_content(tmp_path):
         assert images.is_image(tmp_path / name) == expected, name
 
 
+@pytest.mark.user_input(
+    "Config and flags", "another word for `exif_orientation`", "refused: must be one of stored, upright"
+)
 def test_the_setting_is_checked():
     assert images.check_exif("upright") and not images.check_exif("stored")
     with pytest.raises(UserError, match=r"^exif_orientation must be one of stored, upright, not True$"):

@@ -271,6 +271,7 @@ def test_the_largest_of_too_many_boxes_are_kept(tmp_path):
     assert "train: 2 left out: box over max_boxes=2 of an image, the smallest first" in data.summary(dataset, cfg)
 
 
+@pytest.mark.user_input("Prepared data", "a prepared image that cannot be decoded", "refused with its name")
 def test_an_image_that_cannot_be_decoded_is_named(cfg, tmp_path):
     other = settings(tmp_path / "cache", root=cfg.root, image_size=(48, 64))
     fresh = data.open_dataset(other)
@@ -281,6 +282,11 @@ def test_an_image_that_cannot_be_decoded_is_named(cfg, tmp_path):
         reader[0]
 
 
+@pytest.mark.user_input(
+    "Config and flags",
+    "a batch size that the hosts cannot share, a negative seed",
+    "refused: must be a positive multiple of the 2 shards",
+)
 def test_batch_sizes_and_seeds_out_of_range_are_refused(dataset, cfg):
     for options, words in [
         (dict(batch_size=3, seed=0, shard=(0, 2)), "batch_size must be a positive multiple of the 2 shards, not 3"),
@@ -292,6 +298,9 @@ def test_batch_sizes_and_seeds_out_of_range_are_refused(dataset, cfg):
         data.eval_batches(dataset, "val", cfg, batch_size=0)
 
 
+@pytest.mark.user_input(
+    "Config and flags", "an evaluation batch larger than the split", "read: filled up with empty rows"
+)
 def test_an_evaluation_batch_may_be_larger_than_the_split(dataset, cfg):
     [batch] = data.eval_batches(dataset, "val", cfg, batch_size=8)
     assert batch["real"].tolist() == [True] * 3 + [False] * 5

@@ -7,6 +7,9 @@ import pytest
 from kdjax.data import prepare
 
 
+@pytest.mark.user_input(
+    "TFDS directories", "preparing a directory without TensorFlow", "refused: `pip install 'kdjax[tfds]'`"
+)
 def test_preparing_names_the_missing_tensorflow(tmp_path, capsys):
     if importlib.util.find_spec("tensorflow"):
         pytest.skip("it is installed")

@@ -8,6 +8,11 @@ from kdjax.errors import UserError
 from tests.support.data import settings
 
 
+@pytest.mark.user_input(
+    "Config and flags",
+    "augmentation out of range, NaN, not two sides",
+    "refused: the setting, what it must be, what it is",
+)
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -4,6 +4,8 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
 from kdjax import data
 from tests.support.data import (
     coco_json,
@@ -15,6 +17,9 @@ from tests.support.data import (
 )
 
 
+@pytest.mark.user_input(
+    "Folders and names", "file names that lead out of the folder (.., absolute)", "counted as noted, and read"
+)
 def test_images_outside_the_folder_are_counted(tmp_path):
     names = ("a.png", "../a.png", "../../../c.png", str(tmp_path / "d.png"), "sub/../b.png", "x/../../../../e.png")
     pixels = dict.fromkeys(names, paint(40, 50, []))

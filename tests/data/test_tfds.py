@@ -102,6 +102,9 @@ def test_a_directory_is_read(directory, tmp_path):
     assert opened(directory / "coco" / "1.1.0", tmp_path, source="tfds").splits["train"].size == 7
 
 
+@pytest.mark.user_input(
+    "TFDS directories", "`--images` beside a TFDS directory", "refused: a TFDS directory contains its images"
+)
 def test_evaluate_and_export_read_a_directory(directory, tmp_path, monkeypatch):
     """By the reader of `--data`, with the ground truth that a run has."""
     monkeypatch.setenv("KDJAX_CACHE", str(tmp_path))
@@ -114,6 +117,12 @@ def test_evaluate_and_export_read_a_directory(directory, tmp_path, monkeypatch):
         arguments.open_data(str(directory), "val", "", "x", 0, "stored")
 
 
+@pytest.mark.user_input(
+    "TFDS directories", "COCO's original json beside the records", "read: its category ids and areas"
+)
+@pytest.mark.user_input(
+    "TFDS directories", "a json of other classes, images or objects than the records", "refused with what differs"
+)
 def test_the_original_json_gives_category_ids_and_areas(directory, tmp_path):
     ids = {0: 5, 1: 17, 2: 90}
     truth = coco_json(
@@ -149,6 +158,10 @@ def test_the_original_json_gives_category_ids_and_areas(directory, tmp_path):
             opened(directory, tmp_path, source="tfds", val_annotations=str(path))
 
 
+@pytest.mark.user_input(
+    "TFDS directories", "a directory or split that does not exist", "refused with the splits that there are"
+)
+@pytest.mark.user_input("TFDS directories", "records that lack a feature", "refused: the features image/id are missing")
 def test_unsuitable_directories_are_refused(directory, tmp_path):
     with pytest.raises(UserError, match="there is no split 'test': it has train, validation"):
         opened(directory, tmp_path, source="tfds", val_split="test")
@@ -209,6 +222,9 @@ class BadCoco(tfds.core.GeneratorBasedBuilder):
         yield "a", {"image": io.BytesIO(encoded), "image/filename": "a.png", "image/id": 4, "objects": objects}
 
 
+@pytest.mark.user_input(
+    "TFDS directories", "unusable boxes and labels in the records", "counted as dropped or repaired, with the reason"
+)
 def test_unusable_objects_are_dropped_or_repaired_and_listed(tmp_path):
     with contextlib.redirect_stdout(io.StringIO()):
         BadCoco(data_dir=str(tmp_path / "tfds"), file_format="array_record").download_and_prepare()
@@ -302,6 +318,11 @@ def voc(tmp_path_factory):
     return folder
 
 
+@pytest.mark.user_input(
+    "TFDS directories",
+    "VOC's pixels counted from 1, its difficult objects",
+    "read as x1-1 y1-1 x2 y2; difficult ones as crowd regions",
+)
 def test_voc_of_two_years_is_read(voc, tmp_path):
     dataset = opened(voc, tmp_path, source="tfds", train_split=TRAINVAL, val_split="2007/test")
     assert dataset.name == "voc" and dataset.classes == Voc.NAMES
@@ -336,6 +357,12 @@ def test_voc_of_two_years_is_read(voc, tmp_path):
     batches.close()
 
 
+@pytest.mark.user_input(
+    "TFDS directories", "a split that several directories have", "refused: put a part of the path before it"
+)
+@pytest.mark.user_input(
+    "TFDS directories", "directories whose classes differ", "refused: must have the same classes in the same order"
+)
 def test_splits_of_several_directories_must_be_named(voc, tmp_path):
     for changes, words in [
         (

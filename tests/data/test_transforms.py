@@ -170,6 +170,7 @@ def test_the_source_image_is_not_changed():
     np.testing.assert_array_equal(image, painted())
 
 
+@pytest.mark.user_input("Images and videos", "an image without objects", "read, also in Mosaic and MixUp")
 def test_empty_images_pass():
     options = dict(canvas=(48, 64), flip_share=1.0, scale=(0.5, 2.0), random_crop=True, hsv=(5, 30, 30))
     none = sample(boxes=BOXES[:0], labels=LABELS[:0], polygons=(), masks=np.zeros((0, 64, 80), np.uint8))

@@ -68,6 +68,7 @@ if __name__ == "__main__":
     assert done.stderr == ""
 
 
+@pytest.mark.user_input("The machine", "a trainer that is killed", "survived: its workers end")
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_workers_do_not_outlive_a_killed_trainer(cfg, tmp_path):
     code = """
@@ -99,6 +100,9 @@ if __name__ == "__main__":
     assert time.monotonic() < deadline
 
 
+@pytest.mark.user_input(
+    "The machine", "SIGTERM or Ctrl-C to a trainer and its workers", "survived: the trainer still gets its batches"
+)
 def test_workers_survive_signals_to_the_group(cfg, tmp_path):
     """A trainer that saves its state on SIGTERM or Ctrl-C still gets the batch that it waits for."""
     code = """

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import pytest
+
 from kdjax.data.coco import CLIPPED, LEAVES
 from kdjax.data.dataset import Split
 from kdjax.data.images import NOT_TURNED
@@ -10,6 +12,19 @@ from kdjax.doctor.findings import ERROR, OK, WARNING
 from tests.support.findings import errors
 
 
+@pytest.mark.user_input(
+    "COCO json", "many dropped, clipped or tiny objects, an absent class", "reported by `kdjax doctor`"
+)
+@pytest.mark.user_input(
+    "COCO json",
+    "many boxes that reach beyond their image, as corners do",
+    "reported by `kdjax doctor`: must be x, y, width, height",
+)
+@pytest.mark.user_input(
+    "Images and videos",
+    "images whose EXIF orientation is not applied",
+    "reported by `kdjax doctor`, with the setting that applies it",
+)
 def test_lost_and_tiny_objects_and_absent_classes_are_noticed(tiny):
     setup, _ = tiny
     assert not errors(check_data(setup))

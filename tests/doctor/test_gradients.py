@@ -41,6 +41,9 @@ def test_the_neck_is_found_by_what_its_maps_depend_on(name):
     assert in_neck == [first == "neck" for first in paths] and any(in_neck)
 
 
+@pytest.mark.user_input(
+    "Config and flags", "a term a thousand times too strong or too weak", "reported by `kdjax doctor`"
+)
 @pytest.mark.parametrize(("factor", "words"), [(1000.0, "dominates"), (0.001, "almost no effect")])
 @pytest.mark.parametrize("which", [["feature"], ["alignment"], None], ids=["feature", "alignment", "all"])
 def test_a_term_a_thousand_times_too_strong_or_too_weak_is_named(tiny, measured, which, factor, words):
@@ -67,6 +70,7 @@ def test_a_method_whose_adapter_starts_near_zero_is_judged_after_training_it(tin
     assert before < gradients.NEGLIGIBLE < after, (before, after)
 
 
+@pytest.mark.user_input("Config and flags", "a term that is not finite", "reported by `kdjax doctor`")
 def test_a_term_that_is_not_finite_is_named(tiny, measured):
     broken = measured._replace(values=measured.values | {"mkd/feature": np.nan})
     assert "cannot be trained" in errors(check_terms(tiny[0], broken))["mkd/feature"]

@@ -2,11 +2,15 @@
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from kdjax.doctor import memory
 from tests.support.findings import errors
 
 
+@pytest.mark.user_input(
+    "The machine", "too little memory for a step", "reported by `kdjax doctor`: lower config.batch_size"
+)
 def test_too_little_memory_is_named(tiny, monkeypatch):
     setup, batch = tiny
     step = jax.jit(lambda state, variables, batch: (state, jnp.sum(jnp.outer(batch["boxes"], batch["boxes"]))))

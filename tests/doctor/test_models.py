@@ -44,6 +44,11 @@ def test_a_sound_teacher_is_ok(shipped):
     assert finding.level == OK and "AP50 " in finding.message
 
 
+@pytest.mark.user_input(
+    "Weights",
+    "a teacher that wants BGR or another normalisation",
+    "reported by `kdjax doctor`, with the input that fits better",
+)
 @pytest.mark.parametrize(
     ("wrong", "named"),
     [
@@ -58,6 +63,9 @@ def test_a_wrong_input_is_named(shipped, wrong, named):
     assert f"when the input is {named}" in errors(check(shipped, teacher=detector))["teacher's input"]
 
 
+@pytest.mark.user_input(
+    "Weights", "a teacher whose classes are permuted", "reported by `kdjax doctor`, with two of them"
+)
 @pytest.mark.parametrize("order", [(1, 0, 2, 3, 4, 5), (1, 2, 3, 4, 5, 0)], ids=["two", "all"])
 def test_a_wrong_class_map_is_named(shipped, order):
     names, (params, stats) = shipped.dataset.classes, shipped.variables
@@ -67,6 +75,7 @@ def test_a_wrong_class_map_is_named(shipped, order):
     assert f"detections of {names[0]!r} are objects of {names[1]!r}" in message
 
 
+@pytest.mark.user_input("Weights", "an untrained teacher", "reported by `kdjax doctor`: barely detects anything")
 def test_an_untrained_teacher_is_named(shipped):
     detector = detectors.build("rtmdet_nano", len(shipped.dataset.classes))
     variables = TeacherVariables(*detector.init(jax.random.PRNGKey(0)))
@@ -76,6 +85,9 @@ def test_an_untrained_teacher_is_named(shipped):
     )
 
 
+@pytest.mark.user_input(
+    "Config and flags", "a student of random weights with frozen layers", "reported by `kdjax doctor`, with the options"
+)
 def test_a_random_student_with_frozen_layers_is_named():
     message = errors(models.check_frozen(detectors.build("retinanet_r50", 2)))["frozen layers"]
     assert "11 kernels" in message and "(frozen_stages, norm_eval, frozen_norm)" in message
@@ -84,6 +96,7 @@ def test_a_random_student_with_frozen_layers_is_named():
     assert not models.check_frozen(detectors.build("yolox_pico", 2))
 
 
+@pytest.mark.user_input("Config and flags", "student and teacher swapped", "reported by `kdjax doctor`")
 def test_a_student_larger_than_its_teacher_is_noticed(tiny):
     larger = tiny[0]._replace(student=detectors.build("rtmdet_tiny", tiny[0].student.num_classes))
     [finding] = models.check_sizes(larger)

@@ -23,6 +23,11 @@ def test_the_schedules_of_the_configs_are_sound(name, size):
     assert not errors(check_schedule(read(name), size))
 
 
+@pytest.mark.user_input(
+    "Config and flags",
+    "a learning rate that does not fit the batch size",
+    "reported by `kdjax doctor`, with the linear rule",
+)
 def test_a_rate_that_does_not_follow_the_batch_size_is_noticed():
     config = read("distill/mkd_rtmdet")
     for batch, level in ((256, OK), (16, WARNING), (4096, ERROR)):
@@ -40,6 +45,9 @@ def test_a_low_rate_is_no_error_in_fine_tuning(tmp_path):
     assert levels["learning rate"] == WARNING and "length" not in levels
 
 
+@pytest.mark.user_input(
+    "Config and flags", "a rate too high or low, too few steps, a method hardly active", "reported by `kdjax doctor`"
+)
 @pytest.mark.parametrize(
     ("changes", "subject", "words"),
     [

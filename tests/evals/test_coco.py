@@ -161,6 +161,9 @@ def test_classes_of_one_name_stay_apart():
     assert got == {"cat": 0.0, "cat (4)": pytest.approx(1)}
 
 
+@pytest.mark.user_input(
+    "COCO json", "image and category ids over 2^53, negative or 0", "read: the metrics are the same"
+)
 @pytest.mark.parametrize(
     "number",
     [lambda k: 2**53 + k, lambda k: 2**63 - 8 + k, lambda k: -(2**63) + k, lambda k: k - 2, lambda k: 2**60 * k],

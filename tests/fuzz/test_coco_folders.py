@@ -152,6 +152,11 @@ def test_some_spoilt_folders(data):
     check(data)
 
 
+@pytest.mark.user_input(
+    "COCO json",
+    "1000 folders spoilt at random (`make test-all`)",
+    "counted as a slow reader counts them, or refused in one sentence",
+)
 @pytest.mark.slow
 @fuzz(1000)
 def test_1000_spoilt_folders(data):

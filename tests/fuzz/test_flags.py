@@ -176,6 +176,11 @@ def test_some_command_lines(data, monkeypatch, tmp_path):
     check(data.draw, monkeypatch, tmp_path)
 
 
+@pytest.mark.user_input(
+    "Config and flags",
+    "200 command lines at random (`make test-all`)",
+    "read as a slow reader reads them, or refused in one sentence",
+)
 @pytest.mark.slow
 @fuzz(200)
 def test_200_command_lines(data, monkeypatch, tmp_path):

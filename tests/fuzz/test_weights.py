@@ -220,6 +220,11 @@ def test_damaged_files(data):
     check(data, "none", damaged=True)
 
 
+@pytest.mark.user_input(
+    "Weights",
+    "300 files of weights spoilt at random (`make test-all`)",
+    "read with the right values, or refused in one sentence",
+)
 @pytest.mark.slow
 @fuzz(300)
 def test_300_spoilt_files(data):

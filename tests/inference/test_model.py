@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 from PIL import Image
 
 from kdjax import cli
@@ -21,6 +22,11 @@ from kdjax.weights.folder import SEAL
 from tests.support.models import CLASSES, read, refused
 
 
+@pytest.mark.user_input(
+    "Models and exports",
+    "an impossible image size or category ids in a model's config",
+    "refused: what it must be, what it is",
+)
 def test_a_damaged_config_of_a_model_is_refused(made, tmp_path, capsys):
     shutil.copytree(made / "model", tmp_path / "model")
     file = tmp_path / "model" / "config.json"
@@ -38,6 +44,11 @@ def test_a_damaged_config_of_a_model_is_refused(made, tmp_path, capsys):
         assert told in refused(capsys, "evaluate", "--data=scenes", f"--model={tmp_path / 'model'}"), change
 
 
+@pytest.mark.user_input(
+    "Models and exports",
+    "a model's `config.json` changed by hand",
+    "refused: its SHA-256 differs; `import-weights` renames classes",
+)
 def test_an_edited_config_of_a_model_is_refused(made, tmp_path, capsys):
     """A class name, or a category id, is believed as the weights are."""
     shutil.copytree(made / "model", tmp_path / "model")
@@ -50,6 +61,16 @@ def test_an_edited_config_of_a_model_is_refused(made, tmp_path, capsys):
     )
 
 
+@pytest.mark.user_input(
+    "Models and exports",
+    "a model of a run on upright images, without `--exif`",
+    "read: its images too are turned upright",
+)
+@pytest.mark.user_input(
+    "Models and exports",
+    "two models of runs with other EXIF settings to compare",
+    "refused: choose what the data's boxes refer to",
+)
 def test_a_model_reads_images_as_it_was_trained(made, tmp_path, capsys):
     """With EXIF's orientation applied, unless it is said otherwise; two models that differ are asked about."""
     shutil.copytree(made / "model", tmp_path / "model")
@@ -79,6 +100,11 @@ def test_a_model_reads_images_as_it_was_trained(made, tmp_path, capsys):
     assert told == f"kdjax: --model: {file}: exif_orientation must be one of stored, upright, not 'left'"
 
 
+@pytest.mark.user_input(
+    "Models and exports",
+    "an .onnx or .tflite as the model to evaluate",
+    "refused: give the folder that it was made from",
+)
 def test_an_exported_model_is_not_loaded(tmp_path, capsys):
     for name in ("a.onnx", "a.tflite"):
         (tmp_path / name).write_bytes(b"content")
@@ -86,6 +112,11 @@ def test_an_exported_model_is_not_loaded(tmp_path, capsys):
         assert "an exported model cannot be loaded: give the folder of the model that it was made from" in told
 
 
+@pytest.mark.user_input(
+    "Workdirs, checkpoints and logs",
+    "`--out` that is the folder of a model or of a run",
+    "refused: choose another folder",
+)
 def test_outputs_are_not_mixed_with_a_model_or_a_run(made, tmp_path, capsys):
     shutil.copytree(made / "model", tmp_path / "run" / "student")
     for folder, kind in ((tmp_path / "run" / "student", "model"), (tmp_path / "run", "run")):
@@ -117,6 +148,12 @@ def test_the_model_card_is_true_and_its_example_runs(made, finished, tmp_path, m
     assert cli.main(command.replace("IMAGES", "image.jpg").split()) == 7
 
 
+@pytest.mark.user_input(
+    "Models and exports", "an unfinished run, or its `checkpoints/`, as a model", "read from a checkpoint"
+)
+@pytest.mark.user_input(
+    "Models and exports", "an unfinished run whose checkpoints are damaged", "refused: no checkpoint can be used"
+)
 def test_an_unfinished_run_is_read_from_its_checkpoint(made, finished, tmp_path, capsys, monkeypatch):
     half = finished[0].parent / "half"
     loaded, given = load(str(half)), load(str(made / "model"))

@@ -63,6 +63,7 @@ def test_another_preprocessing_compiles_once(model, images):
     assert predict.traces(model.detector) == before + 1
 
 
+@pytest.mark.user_input("Images and videos", "an array that is not u8[h, w, 3], from Python", "refused with its type")
 def test_a_list_an_array_and_a_file_give_the_same(model, images, tmp_path):
     Image.fromarray(images[0]).save(tmp_path / "a.png")
     one, [listed], file = model.detect(images[0]), model.detect(images[:1]), model.detect(tmp_path / "a.png")

@@ -45,6 +45,9 @@ def test_odd_boxes_can_be_drawn(box, outcome):
     assert drawing.draw(GREY, [box], [7], [1.0], ["a"], outcome=outcomes).shape == (160, 320, 3)
 
 
+@pytest.mark.user_input(
+    "COCO json", "class names that the font of drawings lacks, of 50 letters", "read: drawn as numbers, or shortened"
+)
 def test_names_that_the_font_lacks_are_shown_as_numbers():
     names = ["café", "Клетка", "細胞", "a\nb", "", "x" * 50]
     shown = [drawing.class_name(i, names) for i in range(-1, 7)]

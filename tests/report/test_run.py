@@ -184,6 +184,7 @@ def test_the_verdict_follows_the_metrics(teacher, twin, student, words):
     assert bool(share) == ("closed" in words) and (not share or share[1] == "25")
 
 
+@pytest.mark.user_input("COCO json", "HTML in names of classes, in the report", "read as plain text")
 def test_all_text_is_escaped(tmp_path):
     evil = '<script>alert("1")</script>&amp;<b>'
     page, text = write(

@@ -12,6 +12,11 @@ from kdjax.training import checkpoint
 from kdjax.weights.checkpoint import arrays as read_arrays
 
 
+@pytest.mark.user_input(
+    "Workdirs, checkpoints and logs",
+    "a checkpoint with a flipped bit",
+    "reported and deleted: training continues from the one before",
+)
 def test_a_damaged_checkpoint_is_skipped(tmp_path, caplog):
     tree = {"a": np.random.default_rng(0).normal(size=100_000), "b": {"c": np.ones(3, np.int32)}}
     store = checkpoint.Checkpoints(tmp_path, keep=3)
@@ -34,6 +39,11 @@ def test_a_damaged_checkpoint_is_skipped(tmp_path, caplog):
     store.close()
 
 
+@pytest.mark.user_input(
+    "Workdirs, checkpoints and logs",
+    "a checkpoint cut short",
+    "survived: the one before is used; refused if none is left",
+)
 @pytest.mark.parametrize("part", ["note", "state"])
 def test_a_truncated_checkpoint_is_skipped(tmp_path, part):
     tree = {"a": np.arange(10_000.0)}
@@ -56,6 +66,9 @@ def test_a_truncated_checkpoint_is_skipped(tmp_path, part):
         store.close()
 
 
+@pytest.mark.user_input(
+    "Workdirs, checkpoints and logs", "a checkpoint's note changed by hand", "refused: its note does not match its hash"
+)
 def test_an_edited_note_is_skipped(tmp_path):
     """As a damaged array is: class names and category ids are believed."""
     tree, note = {"a": np.arange(3.0)}, {"next_batch": 1, "run": {"classes": ["ant", "bee"]}, "category_ids": [1, 2]}
@@ -75,6 +88,11 @@ def test_an_edited_note_is_skipped(tmp_path):
     store.close()
 
 
+@pytest.mark.user_input(
+    "Workdirs, checkpoints and logs",
+    "a folder from which a checkpoint cannot be read back",
+    "refused when the first is written: choose another folder",
+)
 def test_the_first_checkpoint_is_read_back(tmp_path, monkeypatch):
     """Orbax takes this name as a pattern, and then writes nothing that can be read; `check_workdir` refuses it."""
     tree = {"a": np.arange(3.0)}
@@ -99,6 +117,7 @@ def test_the_first_checkpoint_is_read_back(tmp_path, monkeypatch):
     assert reads == [1, 2]
 
 
+@pytest.mark.user_input("The machine", "too little room for a checkpoint", "reported before it is begun: make room")
 def test_a_full_disk_is_noticed_before_a_checkpoint_is_begun(tmp_path, monkeypatch):
     store = checkpoint.Checkpoints(tmp_path, keep=3)
     usage = shutil.disk_usage(tmp_path)

@@ -16,6 +16,17 @@ from tests.support.data import small_folder
 from tests.support.runs import tiny_config
 
 
+@pytest.mark.user_input(
+    "Config and flags",
+    "an unknown setting, option, method, tap or detector",
+    "refused: did you mean config.optimizer?; with those that exist",
+)
+@pytest.mark.user_input(
+    "Config and flags",
+    "a setting out of range, NaN, 0 steps, a side of 60 px",
+    "refused: what it must be, not what it is",
+)
+@pytest.mark.user_input("Config and flags", "a teacher without a method, a method without a teacher", "refused")
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -68,6 +79,7 @@ def test_mistakes_are_refused_in_one_sentence(folder, teacher_folder, tmp_path, 
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
+@pytest.mark.user_input("COCO json", "a split without objects", "refused, also in the dry run")
 @pytest.mark.parametrize("empty", ["train", "val"])
 def test_a_split_without_objects_is_refused(folder, tmp_path, empty):
     """Also without distillation: a detector would learn to predict nothing."""
@@ -87,6 +99,9 @@ def test_a_split_without_objects_is_refused(folder, tmp_path, empty):
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+@pytest.mark.user_input(
+    "Config and flags", "a config that lacks a setting", "refused: config.optimizer.clip_norm is missing"
+)
 def test_a_config_that_lacks_a_setting_is_refused(folder, tmp_path):
     config = tiny_config(folder, teacher=None)
     del config.optimizer.clip_norm
@@ -94,12 +109,16 @@ def test_a_config_that_lacks_a_setting_is_refused(folder, tmp_path):
         run(config, tmp_path)
 
 
+@pytest.mark.user_input("Config and flags", "a term that gives the student no gradient", "refused with its name")
 def test_a_term_without_effect_is_named(folder, teacher_folder, tmp_path):
     """A mask that drops all frequencies leaves the student no gradient."""
     with pytest.raises(UserError, match=r"term mkd/frequency .*zero gradient"):
         run(tiny_config(folder, teacher=teacher_folder, methods__mkd__zeta=1.0), tmp_path)
 
 
+@pytest.mark.user_input(
+    "Workdirs, checkpoints and logs", "a run of an older version, which lacks a setting", "read: at its default"
+)
 def test_a_setting_newer_than_the_run_is_at_its_default(folder, tmp_path):
     config = tiny_config(folder, teacher=None)
     written = json.loads(config.to_json())
@@ -111,6 +130,9 @@ def test_a_setting_newer_than_the_run_is_at_its_default(folder, tmp_path):
         checks.check_workdir(config, tmp_path)
 
 
+@pytest.mark.user_input(
+    "Workdirs, checkpoints and logs", "a workdir that cannot be created", "refused: cannot be created (Not a directory)"
+)
 def test_workdir_that_cannot_be_used_is_refused(folder, teacher_folder, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"workdir: .*file/run cannot be created .Not a directory"):
@@ -120,6 +142,7 @@ def test_workdir_that_cannot_be_used_is_refused(folder, teacher_folder, tmp_path
         run(tiny_config(folder, teacher=teacher_folder), tmp_path)
 
 
+@pytest.mark.user_input("COCO json", "a validation split whose objects were all dropped", "refused with the reasons")
 def test_a_validation_split_that_lost_its_objects_is_refused(folder):
     config = tiny_config(folder, teacher=None).data
     dataset = data.open_dataset(config)
@@ -147,6 +170,11 @@ def test_only_mistakes_of_the_user_become_user_errors(folder, teacher_folder, tm
     assert not isinstance(caught.value, UserError)
 
 
+@pytest.mark.user_input(
+    "Workdirs, checkpoints and logs",
+    "a workdir with *, ? or a bracket in its path",
+    "refused: choose a path without them",
+)
 @pytest.mark.parametrize("name", ["run[1]", "run*", "what?/run"])
 def test_a_workdir_that_is_a_pattern_is_refused(folder, tmp_path, name):
     with pytest.raises(UserError) as caught:
@@ -158,6 +186,9 @@ def test_a_workdir_that_is_a_pattern_is_refused(folder, tmp_path, name):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.user_input(
+    "Workdirs, checkpoints and logs", "a folder in the place of a file to write", "refused: move it away"
+)
 @pytest.mark.parametrize("name", ["report.html", "student/model.safetensors", "metrics.jsonl", "config.json"])
 def test_a_folder_in_the_place_of_an_output_is_refused(folder, tmp_path, name):
     (tmp_path / name).mkdir(parents=True)
@@ -165,6 +196,9 @@ def test_a_folder_in_the_place_of_an_output_is_refused(folder, tmp_path, name):
         checks.check_workdir(tiny_config(folder, teacher=None), tmp_path)
 
 
+@pytest.mark.user_input(
+    "Workdirs, checkpoints and logs", "a file in the place of a folder to make", "refused: move it away"
+)
 @pytest.mark.parametrize("name", ["checkpoints", "student", "detections", "tensorboard"])
 def test_a_file_in_the_place_of_a_folder_is_refused(folder, tmp_path, name):
     (tmp_path / name).write_text("")
@@ -172,6 +206,11 @@ def test_a_file_in_the_place_of_a_folder_is_refused(folder, tmp_path, name):
         checks.check_workdir(tiny_config(folder, teacher=None), tmp_path)
 
 
+@pytest.mark.user_input(
+    "Workdirs, checkpoints and logs",
+    "a damaged `config.json` of a run",
+    "refused: is not the config of a run: choose another folder",
+)
 def test_a_config_file_that_is_damaged_is_refused(folder, tmp_path):
     for text in ("{}", "[]", "{", '{"config": 3}', '{"config": [1]}', "[" * 100_000, '{"config":' * 900 + "}" * 900):
         (tmp_path / "config.json").write_text(text)
@@ -181,6 +220,11 @@ def test_a_config_file_that_is_damaged_is_refused(folder, tmp_path):
             checks.check_workdir(tiny_config(folder, teacher=None), tmp_path)
 
 
+@pytest.mark.user_input(
+    "Workdirs, checkpoints and logs",
+    "the same command started twice",
+    "refused: another process trains in WORKDIR: wait until it ends",
+)
 def test_a_second_process_in_a_workdir_is_refused(folder, tmp_path):
     with training.only_writer(tmp_path), pytest.raises(UserError) as caught:
         run(tiny_config(folder, teacher=None), tmp_path)

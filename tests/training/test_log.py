@@ -11,6 +11,9 @@ from kdjax.errors import fault
 from kdjax.training.log import Log
 
 
+@pytest.mark.user_input(
+    "Workdirs, checkpoints and logs", "a `metrics.jsonl` that ends in half a line", "survived: the half is removed"
+)
 def test_an_incomplete_line_is_removed(tmp_path):
     with Log(tmp_path, 0) as log:
         assert log.rows() == []
@@ -22,6 +25,11 @@ def test_an_incomplete_line_is_removed(tmp_path):
         assert [(row["step"], row["lr"]) for row in log.rows()] == [(1, 0.5), (2, 0.25)]
 
 
+@pytest.mark.user_input(
+    "Workdirs, checkpoints and logs",
+    "damaged lines in `metrics.jsonl`",
+    "reported: 9 damaged lines are left out of the report",
+)
 def test_damaged_lines_are_left_out_and_counted(tmp_path, capsys):
     """One changed byte, of json, of a key, or of UTF-8, must not cost the report."""
     sound = b'{"step": 1, "kind": "train", "time": 1.0, "seconds": 2.0}\n'
@@ -43,6 +51,11 @@ def test_damaged_lines_are_left_out_and_counted(tmp_path, capsys):
     assert capsys.readouterr().err.strip() == f"kdjax: {path}: 9 damaged lines are left out of the report"
 
 
+@pytest.mark.user_input(
+    "The machine",
+    "a full disk while TensorBoard's files are written",
+    "reported: no more of them are written; the run goes on",
+)
 def test_a_full_disk_ends_the_boards_files_only(tmp_path, capsys, monkeypatch):
     """Not the run, which would have waited for the thread of a `SummaryWriter` without end."""
 
@@ -59,6 +72,11 @@ def test_a_full_disk_ends_the_boards_files_only(tmp_path, capsys, monkeypatch):
     assert told == ["kdjax: no more TensorBoard files are written: the disk is full: make room"]
 
 
+@pytest.mark.user_input(
+    "The machine",
+    "a full disk while metrics are written",
+    "reported with the file: make room; no part of a line is left",
+)
 def test_a_full_disk_names_the_metrics_and_leaves_no_part_of_a_line(tmp_path, monkeypatch):
     with Log(tmp_path, 0) as log:
         log.write(1, "eval", {"AP": 0.5})

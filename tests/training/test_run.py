@@ -109,6 +109,9 @@ def test_a_model_card_names_data_teacher_and_hashes(finished, teacher_folder):
     assert "- teacher" not in texts["twin"] and "- method" not in texts["twin"] and "gain" not in texts["twin"]
 
 
+@pytest.mark.user_input(
+    "COCO json", "HTML and Markdown in names of classes and licences", "read as plain text in the model card"
+)
 def test_names_of_others_are_plain_text_in_a_model_card():
     """A class, a folder or a licence may contain HTML and Markdown."""
     text = model_card._plain("<script>a</script> [b](http://c) `d` *e* f|g & h\n# i")
@@ -127,6 +130,9 @@ def test_a_model_card_names_the_licences_of_the_data():
     assert "names no licence" in model_card._licence((), config, distilled=False)
 
 
+@pytest.mark.user_input(
+    "The machine", "a full disk while results are written", "reported: the other results are written"
+)
 def test_outputs_that_cannot_be_written_do_not_lose_the_others(finished, folder, teacher_folder, tmp_path, monkeypatch):
     """Of a finished run, whose same command evaluates it again."""
     workdir = tmp_path / "run"
@@ -158,6 +164,9 @@ def test_outputs_that_cannot_be_written_do_not_lose_the_others(finished, folder,
     assert not list(workdir.rglob("*.tmp"))
 
 
+@pytest.mark.user_input(
+    "Workdirs, checkpoints and logs", "a run that SIGTERM stopped", "survived: the same command resumes it, to the bit"
+)
 def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(finished, folder, teacher_folder, monkeypatch, capsys):
     """A signal stops the run at an odd step; the same call resumes it."""
     workdir = folder / "resumed"
@@ -293,11 +302,19 @@ def test_a_step_that_is_not_finite_changes_nothing(finished, folder, teacher_fol
         training.check_finite(3, {f"twin/{name}": value for name, value in metrics.items()})
 
 
+@pytest.mark.user_input(
+    "Workdirs, checkpoints and logs", "the workdir of a run with other settings", "refused: seed was 0, is 1"
+)
 def test_workdir_of_another_run_is_refused(finished, folder, teacher_folder):
     with pytest.raises(UserError, match=r"other settings.*seed was 0, is 1"):
         run(tiny_config(folder, teacher=teacher_folder, seed=1), finished[0])
 
 
+@pytest.mark.user_input(
+    "Workdirs, checkpoints and logs",
+    "other images or another teacher under the same names",
+    "refused: belongs to a different run: choose another folder",
+)
 @pytest.mark.parametrize("changed", ["data", "teacher", "options"])
 def test_a_run_is_not_resumed_with_other_data_or_another_teacher(finished, folder, teacher_folder, tmp_path, changed):
     """With the same settings: the content of a folder has been replaced."""
@@ -319,6 +336,11 @@ def test_a_run_is_not_resumed_with_other_data_or_another_teacher(finished, folde
     assert ("(the hash of its images, boxes and classes)" in str(refused.value)) == (changed == "data")
 
 
+@pytest.mark.user_input(
+    "Workdirs, checkpoints and logs",
+    "a run whose `config.json` was deleted",
+    "refused with other settings: the checkpoint knows them",
+)
 def test_a_run_whose_config_was_deleted_keeps_its_settings(finished, folder, teacher_folder, tmp_path):
     shutil.copytree(finished[0] / "checkpoints", tmp_path / "checkpoints")
     config = tiny_config(folder, teacher=teacher_folder, optimizer__lr=0.003)
@@ -330,6 +352,11 @@ def test_a_run_whose_config_was_deleted_keeps_its_settings(finished, folder, tea
     )
 
 
+@pytest.mark.user_input(
+    "Workdirs, checkpoints and logs",
+    "checkpoints of another detector",
+    "refused: student was 'rtmdet_pico', is 'rtmdet_nano'",
+)
 def test_checkpoint_of_another_detector_is_refused(finished, folder, teacher_folder, tmp_path):
     shutil.copytree(finished[0] / "checkpoints", tmp_path / "checkpoints")
     config = tiny_config(folder, teacher=teacher_folder, student__detector="rtmdet_nano")
@@ -337,6 +364,11 @@ def test_checkpoint_of_another_detector_is_refused(finished, folder, teacher_fol
         run(config, tmp_path)
 
 
+@pytest.mark.user_input(
+    "Prepared data",
+    "prepared data that is damaged while it trains",
+    "refused in one sentence, which names the record",
+)
 def test_data_that_is_damaged_while_it_trains_gets_a_sentence(folder, tmp_path, monkeypatch):
     def train(*_):
         raise data.Damaged("DIR: record 3 cannot be read: prepare the data again")

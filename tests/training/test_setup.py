@@ -15,6 +15,9 @@ from tests.support.checkpoints import spoilt
 from tests.support.runs import tiny_config
 
 
+@pytest.mark.user_input(
+    "Weights", "a teacher of other classes, whose predictions are read", "refused: the class map does not fit"
+)
 def test_class_map_of_the_teacher_must_fit(folder, teacher_folder, tmp_path):
     detector, params, stats, classes = weights.load(teacher_folder)
     classes = ["zebra", *classes[1:]]
@@ -24,6 +27,9 @@ def test_class_map_of_the_teacher_must_fit(folder, teacher_folder, tmp_path):
         run(config, tmp_path / "run")
 
 
+@pytest.mark.user_input(
+    "Weights", "a teacher of other classes, whose maps alone are read", "reported: it is not evaluated"
+)
 def test_a_teacher_whose_maps_alone_are_read_may_have_other_classes(folder, tmp_path, capsys):
     """It is not evaluated, and the user is told so."""
     dataset = data.open_dataset(tiny_config(folder, teacher=None).data)
@@ -35,6 +41,11 @@ def test_a_teacher_whose_maps_alone_are_read_may_have_other_classes(folder, tmp_
     assert "are not those of the data: only its feature maps are used; it is not evaluated" in capsys.readouterr().err
 
 
+@pytest.mark.user_input(
+    "Weights",
+    "a teacher of 80 classes without names for data of 6",
+    "refused: the weights are for 80 classes, but 6 are needed",
+)
 def test_a_teacher_of_another_number_of_classes_is_refused(folder, teacher_folder, tmp_path):
     """A PyTorch file does not name its classes; re-initialised classifiers would teach noise."""
     detector = detectors.build("rtmdet_pico", 80)
@@ -63,6 +74,9 @@ def test_weights_of_another_detector_get_one_line(folder, teacher_folder, tmp_pa
     assert sentence(caught.value).endswith(" more") and "\n" not in sentence(caught.value)
 
 
+@pytest.mark.user_input(
+    "Weights", "weights of other classes to start a student from", "reported: the classifiers are re-initialised"
+)
 def test_a_student_may_start_from_weights_of_other_classes(folder, teacher_folder, tmp_path):
     """Fine-tuning: all weights but the classifiers are loaded, with a warning."""
     dataset, key = data.open_dataset(tiny_config(folder, teacher=None).data), jax.random.PRNGKey(0)

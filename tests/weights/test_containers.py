@@ -33,6 +33,14 @@ def pack(path, *members: tuple[str, bytes], method: int = zipfile.ZIP_STORED):
     return path
 
 
+@pytest.mark.user_input(
+    "Weights", "a git-lfs pointer, an HTML or XML page, a text", "refused: download the file itself, not its page"
+)
+@pytest.mark.user_input(
+    "Weights",
+    "an empty file, a gzip, another binary format",
+    "refused: the file is empty; unpack it; it is not a file of weights",
+)
 @pytest.mark.parametrize(
     ("content", "told"),
     [
@@ -66,6 +74,8 @@ def test_what_is_downloaded_instead_of_weights(tmp_path, content, told):
             assert refused(tmp_path / name) == told
 
 
+@pytest.mark.user_input("Weights", "float16, float64, bfloat16 and float8 in safetensors", "read")
+@pytest.mark.user_input("Weights", "float4; bfloat16 in an npz", "refused: store it as float32")
 def test_types_that_numpy_lacks(tmp_path):
     values = np.float32([[0, 0.5], [-2, 64]])
     for kind in (np.float16, np.float64, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2):
@@ -81,6 +91,7 @@ def test_types_that_numpy_lacks(tmp_path):
     assert refused(tmp_path / "w.npz") == told
 
 
+@pytest.mark.user_input("Weights", "an npz in Fortran's order, big-endian, or with empty arrays", "read")
 def test_arrays_of_an_npz_have_their_order_and_bytes(tmp_path):
     values = np.arange(6, dtype=np.float32).reshape(2, 3)
     np.savez_compressed(tmp_path / "w.npz", a=np.asfortranarray(values), b=values.astype(">f8"), c=values[:, :0])
@@ -90,6 +101,11 @@ def test_arrays_of_an_npz_have_their_order_and_bytes(tmp_path):
     assert read["c"].shape == (2, 0)
 
 
+@pytest.mark.user_input(
+    "Weights",
+    "an npz that declares 4 TB, or whose header is damaged",
+    "refused: declares 4 TB, but the file holds 8 bytes",
+)
 def test_an_npz_that_declares_more_than_it_holds(tmp_path):
     huge = "{'descr': '<f4', 'fortran_order': False, 'shape': (1000000, 1000000), }\n"
     told = "the header of a declares 4 TB ((1000000, 1000000) of float32), but the file holds 8 bytes"
@@ -103,6 +119,7 @@ def test_an_npz_that_declares_more_than_it_holds(tmp_path):
     assert refused(pack(tmp_path / "new.npz", ("a.npy", npy(huge, version=7)))) == told
 
 
+@pytest.mark.user_input("Weights", "80 MB of zeros in 80 kB", "refused before it is unpacked")
 def test_a_bomb_is_not_unpacked(tmp_path):
     """80 MB of zeros in 80 kB."""
     zeros = npy("{'descr': '<f4', 'fortran_order': False, 'shape': (20000000,), }\n") + bytes(8 * 10**7)
@@ -111,6 +128,7 @@ def test_a_bomb_is_not_unpacked(tmp_path):
         assert told.startswith("its arrays would take 80 MB, but the file has 77.") and told.endswith("no weights")
 
 
+@pytest.mark.user_input("Weights", "a file larger than the memory", "refused with both sizes")
 def test_a_file_that_is_larger_than_the_memory(tmp_path):
     with open(tmp_path / "w.safetensors", "wb") as file:
         file.write(struct.pack("<Q", 2) + b"{}")
@@ -120,6 +138,9 @@ def test_a_file_that_is_larger_than_the_memory(tmp_path):
     )
 
 
+@pytest.mark.user_input(
+    "Weights", "an npz with a name twice, another member, a wrong checksum", "refused with the name"
+)
 def test_archives(tmp_path):
     buffer = io.BytesIO()
     np.save(buffer, np.zeros(3, np.float32))
@@ -134,6 +155,11 @@ def test_archives(tmp_path):
     assert refused(tmp_path / "w.npz") == told
 
 
+@pytest.mark.user_input("Weights", "sharded safetensors, by their index or folder", "read")
+@pytest.mark.user_input("Weights", "one part of sharded weights", "refused: give their index")
+@pytest.mark.user_input(
+    "Weights", "an index that is damaged or does not fit its parts", "refused with the part that does not fit"
+)
 def test_sharded_weights(tmp_path, detector, state):
     names = sorted(state)
     parts = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
@@ -176,6 +202,7 @@ def test_sharded_weights(tmp_path, detector, state):
         weights.read_checkpoint(tmp_path)
 
 
+@pytest.mark.user_input("Weights", ".pt, .ckpt, .bin, .pth.tar, in PyTorch's old and new form", "read")
 def test_pytorch_files_by_any_suffix(tmp_path):
     torch = pytest.importorskip("torch")
     tensors = {"model._orig_mod.a.weight": torch.ones(2), "model._orig_mod.a.bias": torch.zeros(2)}
@@ -192,6 +219,7 @@ def test_pytorch_files_by_any_suffix(tmp_path):
     assert weights.read_checkpoint(tmp_path / "w.pth")[0]["a.weight"].sum() == 2
 
 
+@pytest.mark.user_input("Weights", "a flipped bit in a .pth, which PyTorch reads", "refused: the checksum differs")
 def test_pytorch_does_not_verify_checksums_but_kdjax_does(tmp_path):
     torch = pytest.importorskip("torch")
     torch.save({"a": torch.arange(6.0)}, tmp_path / "w.pth")
@@ -202,6 +230,12 @@ def test_pytorch_does_not_verify_checksums_but_kdjax_does(tmp_path):
     assert refused(tmp_path / "w.pth").endswith("the file is damaged: the checksum of w/data/0 differs")
 
 
+@pytest.mark.user_input(
+    "Weights", "sparse, quantised, complex and meta tensors", "refused: save it dense; save it as float32"
+)
+@pytest.mark.user_input(
+    "Weights", "a list, a TorchScript program, a dict that holds itself", "refused: holds a list, not weights by name"
+)
 def test_tensors_without_numbers(tmp_path):
     torch = pytest.importorskip("torch")
     eye = torch.eye(3)

@@ -23,6 +23,11 @@ def test_wrapped_networks(detector, variables, state, prefix):
     chex.assert_trees_all_equal(weights.from_torch(detector, wrapped), variables)
 
 
+@pytest.mark.user_input(
+    "Weights",
+    "student and teacher in one checkpoint of mmrazor",
+    "read: the student, or the teacher if it is asked for",
+)
 def test_distiller_holds_two_networks(detector, variables, state):
     other = detector.init(jax.random.key(9))
     both = {f"architecture.{name}": value for name, value in state.items()}
@@ -34,6 +39,9 @@ def test_distiller_holds_two_networks(detector, variables, state):
         weights.from_torch(detector, both, network="assistant")
 
 
+@pytest.mark.user_input(
+    "Weights", "weights that do not fit the detector", "refused with every name and shape that differs"
+)
 def test_all_differences_in_one_error(detector, state):
     broken = dict(state)
     del broken["neck.out_convs.0.bn.weight"]
@@ -67,6 +75,7 @@ def test_classifiers_are_reset_for_another_number_of_classes(detector, variables
     chex.assert_trees_all_equal(stats, variables[1])
 
 
+@pytest.mark.user_input("Weights", "classifiers of different numbers of classes by level", "refused with the numbers")
 def test_classifiers_must_agree(detector, state):
     mixed = dict(state)
     for name, rows in (("weight", (5, 32, 1, 1)), ("bias", (5,))):

@@ -54,6 +54,9 @@ def test_saving_again_replaces(folder, detector):
     assert len(list(folder.iterdir())) == 2
 
 
+@pytest.mark.user_input(
+    "Weights", "weights without the name of their detector", "refused: the file does not name its detector"
+)
 def test_pytorch_weights_need_a_detector(tmp_path, detector, variables, state):
     np.savez(tmp_path / "weights.npz", **state)
     loaded, params, stats, classes = weights.load(tmp_path / "weights.npz", detector)
@@ -63,6 +66,7 @@ def test_pytorch_weights_need_a_detector(tmp_path, detector, variables, state):
         weights.load(tmp_path / "weights.npz")
 
 
+@pytest.mark.user_input("Weights", "NaN or infinite values", "refused with the array: a diverged run?")
 def test_weights_that_are_not_finite_are_refused(tmp_path, detector, variables, state):
     broken = jax.tree.map(np.array, variables[0])
     broken["backbone"]["stage1"]["0"]["bn"]["bias"][3] = np.nan
@@ -104,6 +108,16 @@ def flip_a_bit(folder):
     file.write_bytes(content)
 
 
+@pytest.mark.user_input(
+    "Models and exports",
+    "a `student/` folder with a flipped bit or a missing file",
+    "refused: its SHA-256 differs; there is no config.json",
+)
+@pytest.mark.user_input(
+    "Models and exports",
+    "a `config.json` that is no json or does not fit the weights",
+    "refused with the entry and what it is",
+)
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -135,6 +149,9 @@ def test_damaged_folders(folder, damage, message):
         weights.load(folder)
 
 
+@pytest.mark.user_input(
+    "Models and exports", "a folder of another detector, or none", "refused: for rtmdet_pico, not for rtmdet_nano"
+)
 def test_folder_of_another_detector(folder, tmp_path):
     with pytest.raises(ValueError, match=r"for rtmdet_pico with options {}, not for rtmdet_nano"):
         weights.load(folder, build("rtmdet_nano", 3))

@@ -27,6 +27,8 @@ def test_files_of_arrays(tmp_path, detector, variables, state, wrapper):
         chex.assert_trees_all_equal(weights.from_torch(detector, arrays), variables)
 
 
+@pytest.mark.user_input("Weights", "an unknown suffix, or no such file", "refused with the kinds that are read")
+@pytest.mark.user_input("Weights", "a .pth without PyTorch", "refused: install the extra `kdjax[torch]`")
 def test_file_errors(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"weights.h5: unknown kind of weights: the kinds are .npz, .saf"):
         weights.read_checkpoint(tmp_path / "weights.h5")
@@ -46,6 +48,8 @@ def test_file_errors(tmp_path, monkeypatch):
         weights.read_checkpoint(tmp_path / "weights.pth")
 
 
+@pytest.mark.user_input("Weights", "code in a pickle, a .pth or an npz", "refused: kdjax never runs code from a file")
+@pytest.mark.user_input("Weights", "an npz, safetensors or .pth cut in half", "refused: the file is damaged or cut off")
 def test_spoilt_files_are_refused_and_nothing_in_them_runs(tmp_path, state):
     for name, words in spoilt(tmp_path, state).items():
         with pytest.raises(ValueError, match=name) as caught:
@@ -57,6 +61,10 @@ def test_spoilt_files_are_refused_and_nothing_in_them_runs(tmp_path, state):
         pickle.loads((tmp_path / "pickle.npz").read_bytes())
 
 
+@pytest.mark.user_input("Weights", "an .onnx whose data lies outside of its folder", "refused")
+@pytest.mark.user_input(
+    "Weights", "an .onnx with onnx older than 1.21", "refused: older ones may read files outside of the folder"
+)
 def test_onnx_reads_nothing_outside_of_its_folder(tmp_path, monkeypatch):
     onnx = pytest.importorskip("onnx", reason="reading .onnx needs kdjax[export]")
     (tmp_path / "secret").write_bytes(np.ones(9, np.float32).tobytes())
@@ -89,6 +97,8 @@ def test_onnx_reads_nothing_outside_of_its_folder(tmp_path, monkeypatch):
         weights.read_checkpoint(file)
 
 
+@pytest.mark.user_input("Weights", "a .pth of parameters, or one that names its classes", "read")
+@pytest.mark.user_input("Weights", "a .pth that names more classes than it has", "refused with both numbers")
 def test_pth_is_read_as_weights_alone(tmp_path, detector, variables, state):
     torch = pytest.importorskip("torch")
     checkpoint = {"meta": {"epoch": 1}, "state_dict": {k: torch.tensor(v) for k, v in state.items()}}

@@ -12,11 +12,16 @@ from kdjax.weights import torch_names, wrappers
 KNOWN = ("module.", "_orig_mod.", "ema.", "model_ema.", "model.", "state_dict.", "model_state_dict.", "ema_state_dict.")
 
 
+@pytest.mark.user_input(
+    "Weights", "`module.`, `_orig_mod.`, `ema.`, `model.` and others, nested", "read: removed as often as they occur"
+)
 @pytest.mark.parametrize("prefix", [*itertools.product(KNOWN, ("", *KNOWN)), ("module.",) * 3], ids="".join)
 def test_known_wrappers_are_removed_as_often_as_they_occur(prefix):
     assert wrappers.unwrap({"".join(prefix) + "conv.weight": 1, "steps": 2}) == {"conv.weight": 1}
 
 
+@pytest.mark.user_input("Weights", "wrappers inside of names (torch.compile, FSDP)", "read: removed")
+@pytest.mark.user_input("Weights", "two arrays that have one name without their wrappers", "refused with the name")
 def test_wrappers_inside_of_names():
     state = {"backbone._orig_mod.a.weight": 1, "neck.module._fsdp_wrapped_module.b.bias": 2}
     assert wrappers.unwrap(state) == {"backbone.a.weight": 1, "neck.module.b.bias": 2}
@@ -27,12 +32,14 @@ def test_wrappers_inside_of_names():
         wrappers.unwrap({"module.a.b": 1, "a.b": 2})
 
 
+@pytest.mark.user_input("Weights", "the optimiser's state and counters beside the weights", "read without them")
 def test_what_lies_beside_the_weights_is_left_out():
     assert wrappers.unwrap({"model.a": 1, "optimizer.state.0.exp_avg": 2, "epoch": 3}) == {"a": 1}
     # mmdetection 2 keeps averages as buffers of the model, and swaps the two when it saves.
     assert wrappers.unwrap({"a.weight": 1, "ema_a_weight": 2, "ema_x": 3}) == {"a.weight": 1, "ema_x": 3}
 
 
+@pytest.mark.user_input("Weights", "an average (EMA) beside the weights", "reported: which of the two is taken")
 def test_an_average_beside_the_weights():
     assert wrappers.unwrap({"state_dict.a": 1, "ema_state_dict.module.a": 2}) == {"a": 1}  # mmengine swaps them
     with pytest.warns(
@@ -53,6 +60,9 @@ def test_pairs_stay_until_one_is_chosen():
         assert wrappers.unwrap(pair, "teacher") == {"a": 2}
 
 
+@pytest.mark.user_input(
+    "Weights", "dicts over 20 deep, of over a million entries, in a circle", "refused with the reason"
+)
 def test_nested_dicts():
     inner = {"a.weight": np.ones(1), "b": {0: np.zeros(1)}}
     checkpoint = {"epoch": 3, "state_dict": inner, "meta": {"classes": ["x"]}}
@@ -74,6 +84,11 @@ def test_nested_dicts():
         wrappers.flatten(wide, np.ndarray)
 
 
+@pytest.mark.user_input(
+    "Weights",
+    "an unknown prefix, or the names of another network",
+    "refused: save the weights without it; choose the detector",
+)
 def test_names_of_other_networks_are_told(detector, state):
     for prefix in ("net.", "a.b."):
         told = rf"its names have the unknown prefix '{prefix}' \({prefix}backbone\.\S+\): save the weights without it"
