@@ -1,13 +1,14 @@
-"""Writes docs/methods.md and docs/zoo.md from methods and detectors: docstrings, signatures, shapes, and refusals.
+"""Writes docs/methods.md and docs/zoo.md from methods and detectors, and docs/inputs.md from the marks of the tests.
 
     python docs/generate.py            # writes the files and prints what it wrote
     python docs/generate.py --check    # exits with 1 if a file is out of date
 
 The layout of a method's docstring is shown in docs/add_a_method.md. Nothing is compiled: only the shapes of
-detectors and methods are computed.
+detectors and methods are computed. Tests are read and not imported.
 """
 
 import argparse
+import ast
 import functools
 import importlib
 import inspect
@@ -82,6 +83,45 @@ smallest teacher of another. Other combinations are refused before a run starts,
 methods that are possible. All accepted pairs have been [computed](../benchmarks/README.md#every-pair-of-families).
 """
 SIDE, OF_COCO = 640, 80  # of the images, and classes, for which the sizes are given
+TESTS = FOLDER.parent / "tests"
+INPUTS = """\
+# What you may bring
+
+<!-- Written by `python docs/generate.py` from the marks `user_input` of the tests; change those, not this page. -->
+
+What kdjax does with inputs of many kinds, sound or not. This page is written from the tests: each line is checked by
+the test beside it. Settings are explained in [Data](data.md) and [The command line](command_line.md).
+
+{outcomes}
+"""
+AREAS = (
+    "COCO json",
+    "Images and videos",
+    "Folders and names",
+    "TFDS directories",
+    "Prepared data",
+    "Weights",
+    "Models and exports",
+    "Config and flags",
+    "Workdirs, checkpoints and logs",
+    "The machine",
+)
+OUTCOMES = {  # the first word of an outcome
+    "read": "used as it is meant",
+    "refused": "the command ends with one sentence, what is wrong and what would be right, and exit code 2",
+    "counted": "used, mended or left out, and listed with its reason in the dry run, the doctor and the report",
+    "reported": "told, and what can go on goes on",
+    "survived": "nothing is lost",
+}
+
+
+class Input(NamedTuple):
+    """A kind of input, as the mark of a test tells of it."""
+
+    area: str
+    what: str
+    outcome: str
+    test: str  # its file, below tests/
 
 
 class Method(NamedTuple):
@@ -102,10 +142,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         described = [describe(name) for name in methods.names()]
+        marked = [one for path in sorted(TESTS.rglob("test_*.py")) for one in read_marks(path)]
     except ValueError as error:
         print(f"docs/generate.py: {error}", file=sys.stderr)
         return 2
-    pages = {"methods.md": page(described), "zoo.md": zoo()}
+    pages = {"methods.md": page(described), "zoo.md": zoo(), "inputs.md": inputs(marked)}
     old = [name for name, text in pages.items() if not (file := FOLDER / name).is_file() or file.read_text() != text]
     if options.check:
         for name in old:
@@ -198,6 +239,26 @@ def read_args(doc: str) -> list[tuple[list[str], str]]:
     return entries
 
 
+def read_marks(path: Path) -> list[Input]:
+    """The kinds of input that the tests of a file are marked with, in their order.
+
+    Raises:
+      ValueError: a mark has other arguments than a known area, what the input is, and a known outcome.
+    """
+    where, found = path.relative_to(TESTS).as_posix(), []
+    tests = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)]
+    for mark in (mark for test in tests for mark in test.decorator_list if isinstance(mark, ast.Call)):
+        if ast.unparse(mark.func) != "pytest.mark.user_input":
+            continue
+        area, what, outcome = (ast.literal_eval(argument) for argument in mark.args)
+        if area not in AREAS:
+            raise ValueError(f"tests/{where}: unknown area {area!r}: the areas are {', '.join(AREAS)}")
+        if (first := re.split(r"\W", outcome)[0]) not in OUTCOMES:
+            raise ValueError(f"tests/{where}: {outcome!r} begins with {first!r}, not with {', '.join(OUTCOMES)}")
+        found.append(Input(area, what, outcome, where))
+    return found
+
+
 def shown(default: object) -> str:
     return f'`"{default}"`' if isinstance(default, str) else f"`{default!r}`"
 
@@ -276,6 +337,19 @@ def matrix() -> str:
             cells.append(short if len(lacks) < len(runs) else ", ".join(runs) or "none")
         rows.append((student, *cells))
     return table(("student / teacher", *families()), rows)
+
+
+def inputs(marked: list[Input]) -> str:
+    """The page of the kinds of input: a table for each area."""
+    parts = [INPUTS.format(outcomes="\n".join(f"- **{name}**: {meaning}." for name, meaning in OUTCOMES.items()))]
+    for area in AREAS:
+        rows = [
+            (prose(one.what), prose(one.outcome), f"[{one.test}](../tests/{one.test})")
+            for one in marked
+            if one.area == area
+        ]
+        parts.append(f"## {area}\n\n{table(('what you bring', 'what happens', 'test'), rows)}")
+    return "\n".join(parts)
 
 
 def summary(methods: list[Method]) -> str:

@@ -1,4 +1,4 @@
-"""docs/methods.md and docs/zoo.md say what the code does, and the guide to a method works as it is printed."""
+"""docs/methods.md, zoo.md and inputs.md say what code and tests do; the guide to a method works as it is printed."""
 
 import fnmatch
 import functools
@@ -26,6 +26,33 @@ BLOCKS = dict(re.findall(r"^```python\n# (\S+)\n(.*?)^```$", GUIDE, re.MULTILINE
 
 def test_the_pages_are_up_to_date(capsys):
     assert generate.main(["--check"]) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("mark", "words"),
+    [
+        ('"Sounds", "a wav", "refused"', "unknown area 'Sounds': the areas are COCO json, "),
+        ('"Weights", "a zip", "unpacked"', "'unpacked' begins with 'unpacked', not with read, refused, "),
+    ],
+)
+def test_a_mark_of_an_unknown_area_or_outcome_is_refused(tmp_path, monkeypatch, mark, words):
+    monkeypatch.setattr(generate, "TESTS", tmp_path)
+    path = tmp_path / "test_x.py"
+    source = "@pytest.mark.slow\n@pytest.mark.user_input({})\n@fuzz(2)\ndef test_x():\n    import no_such_module\n"
+    path.write_text(source.format('"Weights", "a|b*", "read: as `c*`"'))
+    [one] = generate.read_marks(path)
+    assert one == ("Weights", "a|b*", "read: as `c*`", "test_x.py")
+    assert r"| a\|b\* | read: as `c*` | [test_x.py](../tests/test_x.py) |" in generate.inputs([one])
+    path.write_text(source.format(mark))
+    with pytest.raises(ValueError, match=r"^tests/test_x.py: ") as caught:
+        generate.read_marks(path)
+    assert words in str(caught.value)
+
+
+def test_every_area_has_inputs():
+    marked = [one for path in generate.TESTS.rglob("test_*.py") for one in generate.read_marks(path)]
+    assert {one.area for one in marked} == set(generate.AREAS)
+    assert len({one[:2] for one in marked}) == len(marked) > 200
 
 
 @pytest.mark.parametrize("name", methods.names())
