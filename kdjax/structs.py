@@ -108,13 +108,17 @@ class Detections:
     labels: np.ndarray  # i32[n], 0 .. K-1
     class_names: tuple[str, ...] = ()  # K names, the same for all images; () if unknown
     category_ids: tuple[int, ...] = ()  # K ids in COCO's json, the same for all images; () if unknown
+    # n masks of the original image in COCO's compressed RLE: {"size": [height, width], "counts": bytes}. A validation
+    # split with its masks in full resolution would not fit in memory. None: the detector finds boxes only.
+    masks: tuple[dict[str, Any], ...] | None = None
 
     def __len__(self) -> int:
         return len(self.scores)
 
     def __getitem__(self, rows: np.ndarray | slice) -> "Detections":
         arrays = {name: getattr(self, name)[rows] for name in ("boxes", "scores", "labels")}
-        return dataclasses.replace(self, **arrays)
+        kept = None if self.masks is None else tuple(self.masks[i] for i in np.arange(len(self))[rows])
+        return dataclasses.replace(self, **arrays, masks=kept)
 
 
 @jax.tree_util.register_dataclass

@@ -28,7 +28,7 @@ class Curves(NamedTuple):
     category_ids: tuple[int, ...]  # their ids; (-1,) if they are not told apart
 
 
-def _check(ground_truth: Mapping[str, Any], detections: Sequence[Mapping[str, Any]]) -> None:
+def _check(ground_truth: Mapping[str, Any], detections: Sequence[Mapping[str, Any]], iou_type: IouType) -> None:
     categories = {category["id"] for category in ground_truth["categories"]}
     images = {image["id"] for image in ground_truth["images"]}
     for what, rows in (("annotation", ground_truth["annotations"]), ("detection", detections)):
@@ -37,6 +37,8 @@ def _check(ground_truth: Mapping[str, Any], detections: Sequence[Mapping[str, An
                 raise UserError(f"{what} of image {row['image_id']}, which the ground truth does not list")
             if row["category_id"] not in categories:
                 raise UserError(f"{what} of category {row['category_id']}, which the ground truth does not list")
+            if iou_type == "segm" and not row.get("segmentation"):
+                raise UserError(f"{what} of image {row['image_id']} has no segmentation: metrics of masks need all")
 
 
 def curves(
@@ -50,9 +52,11 @@ def curves(
 
     Args:
       ground_truth: COCO instances: `images`, `annotations`, `categories`. A missing `iscrowd` is 0, a missing `area`
-        that of the box; ids of annotations are not read.
-      detections: {image id: its detections, with `category_ids`}, as `collect` gives them; or COCO results:
-        `image_id`, `category_id`, `score`, and `bbox` (x y w h in pixels of the image) or `segmentation`. May be empty.
+        that of the box; ids of annotations are not read. For `segm` every annotation needs a `segmentation` (polygons
+        or RLE of any form) and every image its `height` and `width`.
+      detections: {image id: its detections, with `category_ids` and, for `segm`, `masks`}, as `collect` gives them; or
+        COCO results: `image_id`, `category_id`, `score`, and `bbox` (x y w h in pixels of the image) or `segmentation`
+        (compressed RLE). May be empty.
       iou_type: `bbox` or `segm`.
       use_categories: False: every detection may match every object.
 
@@ -61,13 +65,16 @@ def curves(
 
     Scope: the whole data set.
 
-    Peers: pycocotools' `COCOeval.eval`; also that masks with a `bbox` beside them count with the area of the box.
+    Peers: pycocotools' `COCOeval.eval`; also that COCO results with a `bbox` beside their mask count with the area of
+    the box. `Detections` count with the area of the mask, as in mmdetection and detectron2.
 
     Raises:
-      UserError: if an image or a category is not listed in the ground truth.
+      UserError: if an image or a category is not listed in the ground truth, or a mask is missing for `segm`.
     """
     rows = results(detections) if isinstance(detections, Mapping) else detections
-    _check(ground_truth, rows)
+    if iou_type == "segm" and isinstance(detections, Mapping):  # the area is that of the mask, not of the box
+        rows = [{key: value for key, value in row.items() if key != "bbox"} for row in rows]
+    _check(ground_truth, rows, iou_type)
     categories = sorted(ground_truth["categories"], key=lambda category: category["id"])
     # The evaluator rounds ids to doubles, and takes 0 for "unmatched": it gets ranks, which keep the order.
     of_image, of_category = (
@@ -178,7 +185,7 @@ def coco_metrics(
     Peers: pycocotools' `COCOeval.stats`.
 
     Raises:
-      UserError: if an image or a category is not listed in the ground truth.
+      UserError: if an image or a category is not listed in the ground truth, or a mask is missing for `segm`.
 
     Example:
       >>> box = {"image_id": 1, "category_id": 3, "bbox": [0, 0, 40, 40]}
@@ -198,7 +205,8 @@ def to_coco(detections: Detections, image_id: int) -> list[dict[str, Any]]:
       image_id: the image's id in COCO's json.
 
     Returns:
-      One row per detection: `image_id`, `category_id`, `bbox` (x y w h in pixels of the image) and `score`.
+      One row per detection: `image_id`, `category_id`, `bbox` (x y w h in pixels of the image), `score` and, of
+      detections with masks, `segmentation` (compressed RLE, its `counts` as text, as json holds it).
 
     Example:
       >>> found = Detections(np.float32([[2, 4, 10, 12]]), np.float32([0.5]), np.array([1]), category_ids=(3, 9))
@@ -208,10 +216,13 @@ def to_coco(detections: Detections, image_id: int) -> list[dict[str, Any]]:
     boxes = np.asarray(detections.boxes, np.float64)
     boxes = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
     columns = (boxes.tolist(), detections.scores.tolist(), detections.labels.tolist())
-    return [
+    rows: list[dict[str, Any]] = [
         {"image_id": int(image_id), "category_id": int(detections.category_ids[label]), "bbox": box, "score": score}
         for box, score, label in zip(*columns, strict=True)
     ]
+    for row, mask in zip(rows, detections.masks or (), strict=detections.masks is not None):
+        row["segmentation"] = {"size": list(mask["size"]), "counts": mask["counts"].decode()}
+    return rows
 
 
 def results(detections: Mapping[int, Detections]) -> list[dict[str, Any]]:

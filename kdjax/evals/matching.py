@@ -41,7 +41,7 @@ def detections_by_image(ground_truth: Mapping[str, Any], rows: Sequence[Mapping[
 
     Args:
       ground_truth: COCO instances, of which `images` and `categories` are read.
-      rows: COCO results with `bbox`.
+      rows: COCO results with `bbox`; with `segmentation` (compressed RLE) in all of them or in none.
 
     Returns:
       {image id: its detections} of all images, by ascending id, with the labels of `truth_by_image`.
@@ -54,8 +54,14 @@ def detections_by_image(ground_truth: Mapping[str, Any], rows: Sequence[Mapping[
     categories = {category["id"]: str(category.get("name", "")) for category in ground_truth["categories"]}
     ids = tuple(sorted(categories))
     names = tuple(categories[k] for k in ids)
+    masked = any("segmentation" in row for row in rows)
+
+    def masks(own: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], ...] | None:
+        found = (row["segmentation"] for row in own)
+        return tuple({**rle, "counts": rle["counts"].encode()} for rle in found) if masked else None
+
     return {
-        image_id: Detections(boxes, np.array([row["score"] for row in own], np.float64), labels, names, ids)
+        image_id: Detections(boxes, np.array([row["score"] for row in own], np.float64), labels, names, ids, masks(own))
         for image_id, own, boxes, labels in _by_image(ground_truth, rows)
     }
 

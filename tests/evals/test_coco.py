@@ -10,6 +10,7 @@ from pycocotools import mask as masks
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from kdjax.errors import UserError
 from kdjax.evals import coco
 from kdjax.evals.matching import detections_by_image, truth_by_image
 from kdjax.inference.predict import in_originals
@@ -111,6 +112,31 @@ def test_masks_with_boxes_count_the_area_of_the_box():
     got = coco.coco_metrics(truth, detections, iou_type="segm")
     np.testing.assert_allclose(list(got.values()), want, rtol=0, atol=1e-12)
     assert list(got) == ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
+
+
+def test_masks_of_detections_count_their_own_area():
+    """Rows of `results` hold box and mask; the metrics of masks do not depend on the box."""
+    truth, rows = some_data(15)
+    found = detections_by_image(truth, rows)
+    want = by_pycocotools(truth, without(rows, "bbox"), "segm").stats
+    np.testing.assert_allclose(list(coco.coco_metrics(truth, found, iou_type="segm").values()), want, atol=1e-12)
+    assert {row["segmentation"]["counts"] for row in coco.results(found)} == {
+        row["segmentation"]["counts"] for row in rows
+    }
+    assert coco.coco_metrics(truth, found) == coco.coco_metrics(truth, without(rows, "segmentation"))
+    some = next(one for one in found.values() if len(one) > 3)
+    for chosen in (some.scores > np.median(some.scores), np.array([2, 0]), slice(1, 3)):
+        part = some[chosen]
+        assert part.masks == tuple(some.masks[i] for i in np.arange(len(some))[chosen]) and len(part.masks) == len(part)
+
+
+def test_metrics_of_masks_need_all_masks():
+    truth, rows = some_data(16)
+    with pytest.raises(UserError, match=r"detection of image \d+ has no segmentation"):
+        coco.coco_metrics(truth, without(rows, "segmentation"), iou_type="segm")
+    bare = {**truth, "annotations": without(truth["annotations"], "segmentation")}
+    with pytest.raises(UserError, match=r"annotation of image \d+ has no segmentation"):
+        coco.coco_metrics(bare, without(rows, "bbox"), iou_type="segm")
 
 
 def test_perfect_detections():
