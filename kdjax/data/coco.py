@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from kdjax import files
-from kdjax.data import hashes, images, records
+from kdjax.data import hashes, images, masks, records
 from kdjax.data.paths import in_another_form
 from kdjax.data.records import ImageRecord
 from kdjax.errors import UserError
@@ -21,6 +21,8 @@ LEAVES = "file_name leads out of the folder of images"  # a reason in the log
 IGNORED = "marked ignore: taken as a crowd region"  # a reason in the log
 FORM = "its name on disk is in another Unicode form"  # a reason in the log
 REPEATED = "class and box are, digit for digit, those of another annotation of the image"  # a reason in the log
+BOXED = "bbox is missing: set to the box of the mask"  # a reason in the log
+UNMASKED = "without mask"  # the action in the log where a segmentation cannot be used
 CLIP = 0.01  # px: a box that extends beyond the image by less is clipped silently (rounding in the json)
 
 
@@ -123,7 +125,8 @@ def check(data: Mapping[str, Any], name: str) -> tuple[list[ImageRecord], dict[i
     if boxes are fractions of the image. What is dropped or repaired is listed: boxes that are not four finite numbers
     or have no extent are dropped, missing or duplicate annotation ids are replaced. A missing `iscrowd` (0) or `area`
     (that of the box) is filled in silently. As in mmdetection, an object with `ignore` is not trained on: it becomes a
-    crowd region, and is listed.
+    crowd region, and is listed. A segmentation that cannot be used is taken out and listed; an object that has one but
+    no box gets the box of its mask.
 
     Args:
       data: from `read`.
@@ -161,7 +164,11 @@ def check(data: Mapping[str, Any], name: str) -> tuple[list[ImageRecord], dict[i
         iscrowd, ignore = _flag(entry.get("iscrowd")), _flag(entry.get("ignore")) != 0
         if iscrowd or ignore:
             crowd.append("have ignore" if ignore else "crowd")
-        bbox = entry.get("bbox")
+        bbox, mask = entry.get("bbox"), entry.get("segmentation")
+        mask, fault = masks.usable(mask, (record.height, record.width)) if mask else (None, "")
+        if bbox is None and mask:
+            bbox = entry["bbox"] = masks.box(mask)
+            note("repaired", BOXED)
         if bbox is None:
             note("dropped", "bbox is missing")
             continue
@@ -181,6 +188,11 @@ def check(data: Mapping[str, Any], name: str) -> tuple[list[ImageRecord], dict[i
         boxes.add((image_id, category, *bbox))
         if entry.get("iscrowd") not in (None, 0, 1):
             note("repaired", f"iscrowd is neither 0 nor 1: set to {iscrowd or 0}")
+        if mask and not masks.touches(mask, bbox):
+            mask, fault = None, "mask lies outside of its box"
+        if fault:
+            _set_mask(entry, mask)
+            note("repaired" if mask else UNMASKED, fault)
         if ignore and not iscrowd:
             note("ignored", IGNORED)
         entry["iscrowd"] = int(bool(iscrowd or ignore))
@@ -197,6 +209,13 @@ def check(data: Mapping[str, Any], name: str) -> tuple[list[ImageRecord], dict[i
         what = "crowd regions" if set(crowd) == {"crowd"} else "crowd regions or have ignore: 1"
         raise UserError(f"{name}: all annotations are {what}: objects must have iscrowd: 0")
     return list(image_records.values()), categories, log
+
+
+def _set_mask(entry: dict[str, Any], mask: masks.Segmentation | None) -> None:
+    """Sets what can be used of an annotation's segmentation."""
+    del entry["segmentation"]
+    if mask:
+        entry["segmentation"] = mask
 
 
 def _categories(data: Mapping[str, Any], name: str) -> dict[int, str]:
@@ -355,7 +374,8 @@ def noted(file: str, notes: Iterable[str]) -> list[dict[str, Any]]:
 def _fit(record: ImageRecord, facts: images.Facts, name: str, log: list[dict[str, Any]], upright: bool) -> None:
     """Compares the image's entry with its true size; drops and notes boxes outside the image."""
     height, width = facts.size
-    if not (record.width and record.height):
+    unknown = not (record.width and record.height)
+    if unknown:
         reason = "width and height taken from the image"
         log.append({"file": record.file_name, "annotation": None, "action": "repaired", "reason": reason})
     elif (record.width, record.height) != (width, height):
@@ -384,5 +404,10 @@ def _fit(record: ImageRecord, facts: images.Facts, name: str, log: list[dict[str
             continue
         if max(x0 - x, y0 - y, x + w - x1, y + h - y1) > CLIP:
             log.append({**note, "action": "repaired", "reason": CLIPPED})
+        if unknown and annotation.get("segmentation"):
+            mask, fault = masks.usable(annotation["segmentation"], (height, width))
+            if fault:
+                _set_mask(annotation, mask)
+                log.append({**note, "action": UNMASKED, "reason": fault})
         kept.append(annotation)
     record.annotations = kept

@@ -19,6 +19,7 @@ class Counts(NamedTuple):
     empty: int  # images without objects
     objects: int  # boxes that are trained on
     most: int  # in one image
+    masks: int  # of the objects, those with a mask
     crowd: int  # regions of many objects, objects marked ignore, VOC's difficult objects
     other: dict[tuple[str, str], int]  # by action and reason: what was dropped, ignored, left out, repaired or noted
 
@@ -57,6 +58,7 @@ def count(dataset: Dataset, role: str, cfg: Settings) -> Counts:
         empty=len(truth["images"]) - len(boxes),
         objects=len(objects),
         most=max(boxes.values(), default=0),
+        masks=sum(bool(entry.get("segmentation")) for entry in objects),
         crowd=len(truth["annotations"]) - len(objects),
         other={key: number for key, number in sorted(other.items()) if number},
     )
@@ -71,6 +73,8 @@ def counted(dataset: Dataset, role: str, cfg: Settings) -> list[str]:
     counts = count(dataset, role, cfg)
     line = f"{role} ('{dataset.splits[role].name}'): {counts.images} images, {counts.empty} without objects, "
     line += f"{counts.objects} boxes, at most {counts.most} per image"
+    if counts.masks:
+        line += f", {counts.masks} with masks and {counts.objects - counts.masks} without"
     if counts.crowd:
         line += f", {counts.crowd} crowd regions or difficult objects (used in evaluation only)"
     return [line, *(f"{role}: {text}" for text in reasons(counts))]

@@ -109,13 +109,15 @@ def _prepare_tfds(cfg: Settings, splits: Sequence[str]) -> dict[str, Path]:
             categories, licenses, listed, log = dict(enumerate(classes, start=1)), [], [], []
             if json_path:
                 truth = coco.read(json_path)
-                listed, categories, _ = coco.check(truth, json_path.name)
+                listed, categories, changes = coco.check(truth, json_path.name)
                 if [categories[key] for key in sorted(categories)] != classes:
                     raise UserError(
                         f"{json_path.name}: the categories by ascending id must be the classes of "
                         f"{', '.join(directories)}"
                     )
-                licenses = coco.licenses(truth) if role in jsons else []
+                if role in jsons:  # boxes are those of the records
+                    licenses = coco.licenses(truth)
+                    log += [entry for entry in changes if entry["action"] == coco.UNMASKED]
             turning = dataclasses.replace(reader, upright=cfg["exif_orientation"] == "upright")
             scanned = tfds.scan(turning, sorted(categories), log)
             image_records = list(tqdm(scanned, **_bar(name, role, len(reader))))

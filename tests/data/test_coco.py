@@ -27,6 +27,9 @@ from tests.support.data import (
     write_folder,
 )
 
+CROWD = {"size": [40, 50], "counts": [20, 980, 1000]}
+TEXT = {"size": [40, 50], "counts": "d0dn0Xo0"}
+
 
 def by_image(truth: dict) -> list[dict]:
     """The annotations in the order of their images."""
@@ -160,7 +163,7 @@ def test_unusable_entries_are_dropped_or_repaired_and_listed(tmp_path):
         (0, 3, [7, 5, 10, 10], {"id": 0}),
         (0, 3, [8, 5, 10, 10], {"id": 2**70}),
         (0, 3, [9, 5, 10, 10], {"iscrowd": "0", "area": -1.0}),
-        (1, 3, [0, 0, 30, 30], {"iscrowd": 1, "area": 55.5, "segmentation": {"size": [40, 50], "counts": "x"}}),
+        (1, 3, [0, 0, 30, 30], {"iscrowd": 1, "area": 55.5, "segmentation": CROWD}),
     ]
     truth = coco_json({"a.png": (40, 50), "b.png": (40, 50), "c.png": (40, 50)}, annotations)
     del truth["images"][2]["width"]
@@ -189,7 +192,7 @@ def test_unusable_entries_are_dropped_or_repaired_and_listed(tmp_path):
     # Evaluation uses the json's box and the crowd region, training the visible part and no crowd.
     assert [-4, -2, 10, 10] in [a["bbox"] for a in prepared["annotations"]]
     crowd = [a for a in prepared["annotations"] if a["iscrowd"]]
-    assert len(crowd) == 1 and crowd[0]["area"] == 55.5 and crowd[0]["segmentation"]["counts"] == "x"
+    assert len(crowd) == 1 and crowd[0]["area"] == 55.5 and crowd[0]["segmentation"] == CROWD
     first, second = (dataset.splits["train"].records[i] for i in (0, 1))
     squares = [[x, 5, x + 10, 15] for x in range(5, 10)]
     np.testing.assert_allclose(first["boxes"], [squares[0], [0, 0, 6, 8], *squares[1:]], rtol=1e-6)
@@ -198,6 +201,65 @@ def test_unusable_entries_are_dropped_or_repaired_and_listed(tmp_path):
     for part in ("3 images, 2 without objects, 6 boxes", "1 crowd region", "canvas 48x64", "2 dropped: box has no"):
         assert part in text, text
     assert "a.png annotation 5: repaired, box clipped to the image" in text
+
+
+FLAT = [5, 5, 20, 5, 20, 30]
+OUTSIDE = "polygon outside the image"
+UNUSABLE = {
+    "polygon has an odd number of coordinates": [[5, 5, 20, 5, 20]],
+    "polygon has fewer than 3 points": [[5, 5, 20, 5], [5, 5]],
+    "polygon is not a list of finite numbers": FLAT,
+    OUTSIDE: [[70, 5, 80, 5, 80, 20]],
+    "polygon reaches farther outside the image than the image is large": [[5, 5, 1e6, 5, 5, 30]],
+    "mask lies outside of its box": [[0.1, 0.1, 0.4, 0.1, 0.4, 0.7]],
+    "size of the RLE is not that of the image": {"size": [50, 40], "counts": [20, 980, 1000]},
+    "counts of the RLE do not sum to height x width": {"size": [40, 50], "counts": [20, 980]},
+    "counts of the RLE cannot be read": {"size": [40, 50], "counts": "x"},
+    "counts of the RLE are neither text nor whole numbers": {"size": [40, 50], "counts": [20, 980.5, 999.5]},
+    "mask is empty": {"size": [40, 50], "counts": [2000]},
+    "segmentation is neither a list of polygons nor an RLE": "5 5 20 5",
+}
+
+
+@pytest.mark.user_input(
+    "COCO json",
+    "segmentations that cannot be used: an odd number of coordinates, a flat list, an RLE of another size or sum",
+    "counted with the reason; the object keeps its box",
+)
+@pytest.mark.user_input("COCO json", "a segmentation without `bbox`", "read: the box is that of the mask")
+@pytest.mark.user_input("COCO json", "`segmentation: []`", "read as an object without mask")
+def test_segmentations_are_kept_or_counted(tmp_path):
+    polygon, parts = [[4, 5, 20, 5.5, 20, 30]], [[4, 5, 20, 5.5, 20, 30], [5, 9, 1, 2], [1, 1, 9, 1, 9, 9]]
+    box = [4, 5, 16, 25]
+    good = [(0, 3, box, {"segmentation": some}) for some in (polygon, CROWD, TEXT)]
+    bad = [(1, 3, box, {"segmentation": some, "note": reason}) for reason, some in UNUSABLE.items()]
+    others = [(0, 3, box, {"segmentation": parts}), (0, 3, box, {"segmentation": []}), (0, 3, box, {})]
+    unboxed = [(0, 11, [], {"segmentation": some}) for some in (parts, CROWD, TEXT, [[5, 5]], None)]
+    truth = coco_json({"a.png": (40, 50), "b.png": (40, 50)}, [*good, *others, *unboxed, *bad])
+    for entry in truth["annotations"]:
+        if not entry["bbox"]:
+            del entry["bbox"]
+    for known in (True, False):
+        if not known:
+            for image in truth["images"]:
+                del image["width"]
+        root = one_split(tmp_path / str(known), truth, dict.fromkeys(("a.png", "b.png"), paint(40, 50, [])))
+        dataset = opened(root, tmp_path)
+        kept = data.ground_truth(dataset, "train")["annotations"]
+        assert [a.get("segmentation") for a in kept[:6]] == [polygon, CROWD, TEXT, [parts[0], parts[2]], [], None]
+        assert [a["bbox"] for a in kept[6:9]] == [[1, 1, 19, 29], [0, 0, 25, 40], [0, 0, 25, 40]]
+        assert len(kept) == 9 + len(bad) and all("segmentation" not in a for a in kept[9:])
+        log = dataset.splits["train"].log
+        told = {e["annotation"]: e["reason"] for e in log if e["action"] == coco.UNMASKED}
+        want = {a["id"]: a["note"] for a in truth["annotations"] if "note" in a}
+        if not known:  # where the image ends is not known when the box is compared
+            want = {key: reason.replace(OUTSIDE, "mask lies outside of its box") for key, reason in want.items()}
+        assert told == want
+        assert sum(e["reason"] == coco.BOXED for e in log) == 3
+        assert sum(e["reason"] == "bbox is missing" for e in log) == 2
+        text = data.summary(dataset, settings(tmp_path))
+        assert f"7 with masks and {2 + len(bad)} without" in text
+        assert "1 without mask: polygon has an odd number of coordinates" in text
 
 
 def broken(changes):
