@@ -16,7 +16,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
-from kdjax.errors import UserError, fault
+from kdjax.errors import UserError, fault, printable
 
 DESCRIPTION = "Distil object detectors: `kdjax COMMAND --help` has the options of a command."
 MODEL = "a run's workdir, student/ or checkpoints/STEP, a folder of import-weights, or quickstart_teacher"
@@ -118,7 +118,7 @@ def sentence(error: Exception) -> str:
     """
     first, *rest = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
     more = f"; and {len(rest) - 3} more" if len(rest) > 3 else ""
-    return " ".join([first, "; ".join(rest[:3])]).strip() + more
+    return printable(" ".join([first, "; ".join(rest[:3])]).strip() + more)
 
 
 def _refuse_repeated(command: str, arguments: Sequence[str]) -> None:

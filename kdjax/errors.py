@@ -1,4 +1,4 @@
-"""What kdjax raises when the user's input cannot be used, and what the faults of the machine are called."""
+"""What kdjax raises when the user's input cannot be used, what the machine's faults are called, text of one line."""
 
 import contextlib
 import errno
@@ -30,6 +30,25 @@ def prefix(where: str) -> Iterator[None]:
     except UserError as error:
         error.args = (f"{where}: {error}",)
         raise
+
+
+NAME = 40  # characters of the name of a class in a table or list
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
+def printable(text: str, most: int | None = None) -> str:
+    r"""Text of users as one line of a terminal: control characters, line breaks and lone surrogates are escaped.
+
+    Args:
+      text: a name of a file or class, or a line with some.
+      most: a longer text is cut to this many characters.
+
+    Example:
+      >>> printable("red\nish"), printable("a very long name", most=7)
+      ('red\\nish', 'a very…')
+    """
+    text = _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return text if most is None or len(text) <= most else text[: most - 1] + "…"
 
 
 # What nobody expects and every library passes on: errno -> what is wrong, what helps.

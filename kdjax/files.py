@@ -50,7 +50,8 @@ def write_bytes(path: str | Path, content: bytes) -> None:
     The content goes to a temporary file in the same folder, which then replaces the old one.
     """
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    key = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]  # a name may have all the bytes that it can
+    temporary = path.with_name(f".{key}.{os.getpid()}.tmp")
     try:
         with named(path):
             temporary.write_bytes(content)

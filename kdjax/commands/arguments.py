@@ -10,7 +10,7 @@ import numpy as np
 
 from kdjax import data, files, inference
 from kdjax.data.coco import composed
-from kdjax.errors import UserError, prefix
+from kdjax.errors import UserError, prefix, printable
 from kdjax.training import config as settings
 from kdjax.weights import WEIGHTS
 
@@ -71,6 +71,7 @@ def output_file(path: str) -> Path:
 
 def aligned(rows: list[list[str]]) -> str:
     """Rows of a table as text: the first column is left-aligned, the others are right-aligned."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from kdjax import files
 from kdjax.commands import arguments
+from kdjax.errors import NAME, printable
 from kdjax.evals import coco, complexity, tide
 from kdjax.evals.matching import truth_by_image
 from kdjax.inference.model import BATCH, Model
@@ -166,7 +167,7 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
             at = f"{best['score']:.2f}" if best else "–"
             metrics = [_points(entry["AP"]), _points(entry["AP50"]), at]
             metrics += [_points(best.get(key)) for key in ("precision", "recall")]
-            rows.append([label, str(entry["objects"]), *metrics])
+            rows.append([printable(label, NAME), str(entry["objects"]), *metrics])
         text.append((f"{one['path']}\n" if two else "") + arguments.aligned(rows))
     names = [f"{one['path']} " * two for one in results.values()]
     rows = [["error"] + [f"{name}{word}" for name in names for word in ("AP50 cost", "count")]]

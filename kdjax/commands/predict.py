@@ -3,6 +3,7 @@
 import collections
 import functools
 import mimetypes
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from tqdm import tqdm
 from kdjax import files
 from kdjax.commands import arguments
 from kdjax.data.images import SUFFIXES, is_image
-from kdjax.errors import UserError, fault
+from kdjax.errors import UserError, fault, printable
 from kdjax.evals import coco
 from kdjax.inference.model import BATCH
 from kdjax.inference.predict import read_image
@@ -24,6 +25,7 @@ from kdjax.structs import Detections
 
 VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
 JPEG_SIDE = 65_500  # px; the format ends there
+NAME_BYTES = 255  # of a file's name, in common file systems
 _KNOWN = SUFFIXES + VIDEOS
 
 
@@ -222,12 +224,21 @@ def find(paths: list[str], out: Path) -> list[tuple[Path, str]]:
     taken: set[Path] = set()
     named: list[tuple[Path, str]] = []
     for file, name in found:
-        name = name.with_suffix(".mp4" if is_video(file) else ".jpg")
-        while name in taken:  # a.png beside a.jpg, or the same name in two folders
-            name = name.with_stem(f"{name.stem}_")
+        suffix, drawn = ".mp4" if is_video(file) else ".jpg", None
+        while drawn is None or drawn in taken:  # a.png beside a.jpg, or the same name in two folders
+            drawn = name.with_name(_cut(name.stem, NAME_BYTES - len(suffix)) + suffix)
+            suffix = f"_{suffix}"
+        name = drawn
         taken.add(name)
         named.append((file, str(name)))
     return named
+
+
+def _cut(text: str, size: int) -> str:
+    """The beginning of a name, of at most `size` bytes."""
+    while len(os.fsencode(text)) > size:
+        text = text[:-1]
+    return text
 
 
 def _looks_readable(file: Path) -> bool:
@@ -276,4 +287,4 @@ def frames(file: Path, exif: str, warn: Callable[[str], None]) -> Iterator[np.nd
 
 
 def _warn(message: str) -> None:
-    tqdm.write(f"kdjax: {message}", file=sys.stderr)
+    tqdm.write(f"kdjax: {printable(message)}", file=sys.stderr)

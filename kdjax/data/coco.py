@@ -100,8 +100,12 @@ def read(json_path: Path) -> dict[str, Any]:
         raise UserError(f"{json_path}: must hold a json object in COCO's layout, not a {type(data).__name__}")
     for key in ("images", "annotations", "categories"):
         value = data.get(key)
-        if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
+        if not isinstance(value, list):
             raise UserError(f"{json_path}: must have a list of objects under '{key}', as in COCO's layout")
+        other = next((place for place, entry in enumerate(value) if not isinstance(entry, dict)), None)
+        if other is not None:
+            what = json.dumps(value[other])[:40]
+            raise UserError(f"{json_path}: entry {other} of '{key}', from 0, is {what}: must be an object with an id")
     return data
 
 
@@ -170,7 +174,7 @@ def check(data: Mapping[str, Any], name: str) -> tuple[list[ImageRecord], dict[i
             bbox = entry["bbox"] = masks.box(mask)
             note("repaired", BOXED)
         if bbox is None:
-            note("dropped", "bbox is missing")
+            note("dropped", "bbox is missing" + ": there is only a segmentation" * bool(entry.get("segmentation")))
             continue
         if not isinstance(bbox, list) or len(bbox) != 4 or not all(_finite(v) for v in bbox):
             note("dropped", "bbox is not four finite numbers")

@@ -4,9 +4,11 @@ import collections
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from kdjax.data import records, transforms
 from kdjax.data.dataset import Dataset, ground_truth
-from kdjax.data.stages import Settings, canvas_size
+from kdjax.data.stages import Settings, Stage, canvas_size, read_stages
 from kdjax.data.transforms import MIN_SIZE
+from kdjax.errors import NAME, printable
 
 SHARED = "image that is, byte for byte, also in the training split"  # reasons
 REPEATED = "image that is, byte for byte, another one of the split"
@@ -35,7 +37,7 @@ def count(dataset: Dataset, role: str, cfg: Settings) -> Counts:
     Args:
       dataset: from `open_dataset`.
       role: 'train' or 'val'.
-      cfg: `config.data`; read here: image_size, augment.scale and stage2.
+      cfg: `config.data`; read here: image_size, augment and stage2.
     """
     split, truth = dataset.splits[role], ground_truth(dataset, role)
     objects = [entry for entry in truth["annotations"] if not entry["iscrowd"]]
@@ -51,7 +53,7 @@ def count(dataset: Dataset, role: str, cfg: Settings) -> Counts:
     other["noted", REPEATED] = split.size - len(split.contents)
     absent = set(dataset.category_ids) - {entry["category_id"] for entry in objects}
     names = [name for name, key in zip(dataset.classes, dataset.category_ids, strict=True) if key in absent]
-    shown = ", ".join(names[:6]) + ", …" * (len(names) > 6)
+    shown = ", ".join(printable(name, NAME) for name in names[:6]) + ", …" * (len(names) > 6)
     other["noted", f"class without objects: {shown}"] = len(names)
     return Counts(
         images=len(truth["images"]),
@@ -100,18 +102,28 @@ def reasons(counts: Counts, actions: Iterable[str] = ()) -> list[str]:
     ]
 
 
-def printable(text: str) -> str:
-    """Text without lone surrogates, which names on disk may have and which cannot be printed."""
-    return text.encode(errors="backslashreplace").decode()
-
-
 def _tiny(truth: Mapping[str, Any], cfg: Settings) -> int:
     """Objects that every crop drops, because even the largest scale leaves less than `MIN_SIZE` px of a side."""
-    canvas = canvas_size(cfg)
-    stages = [cfg["augment"], *([cfg["stage2"]["augment"]] if cfg["stage2"]["start"] else [])]
-    largest = max(stage["scale"][1] for stage in stages)
-    factors = {
-        image["id"]: largest * min(canvas[0] / image["height"], canvas[1] / image["width"]) for image in truth["images"]
-    }
-    boxes = ((entry["bbox"], factors[entry["image_id"]]) for entry in truth["annotations"] if not entry["iscrowd"])
-    return sum(min(bbox[2:]) * factor < MIN_SIZE for bbox, factor in boxes)
+    canvas, (stages, _) = canvas_size(cfg), read_stages(cfg)
+    sizes = {image["id"]: (image["height"], image["width"]) for image in truth["images"]}
+    ratios = {key: [_largest(size, canvas, stage) for stage in stages] for key, size in sizes.items()}
+    count = 0
+    for entry in truth["annotations"]:
+        if not entry["iscrowd"]:
+            height, width = sizes[entry["image_id"]]
+            x0, y0, x1, y1 = records.clipped(entry["bbox"], width, height)
+            sides = (min((y1 - y0) * y, (x1 - x0) * x) for y, x in ratios[entry["image_id"]])
+            count += max(sides) < MIN_SIZE
+    return count
+
+
+def _largest(size: tuple[int, int], canvas: tuple[int, int], stage: Stage) -> tuple[float, float]:
+    """The largest ratios, of height and width, at which `build.TrainBuilder` resizes an image (h, w)."""
+    fit, resized = transforms.fitted(size, canvas)
+    most = stage.augment["scale"][1]
+    if not stage.augment["random_crop"]:
+        most = min(most, 0.5 if stage.mosaic else 1.0)  # a Mosaic has twice the sides of the canvas
+    if stage.mosaic:
+        return most * resized[0] / size[0], most * resized[1] / size[1]
+    resized = transforms.scaled(size, fit * most)  # at least 1 px a side
+    return resized[0] / size[0], resized[1] / size[1]

@@ -26,11 +26,13 @@ EXIF = ("stored", "upright")  # values of `config.data.exif_orientation` and --e
 NOT_TURNED = "EXIF orientation is not applied: boxes refer to the stored pixels"
 TURNED = "turned upright by its EXIF orientation: boxes refer to the turned image"
 DARK = "less than an eighth of the range of 16 bits is used: the image is read as nearly black"
+FIRST = "it has several frames or pages: the first is read"
 LARGE = "over 89 million pixels: it takes long and much memory"
 
 _ORIENTATION = 274  # EXIF's tag
 _STORED = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
 _LARGE = 89_478_485  # px; above, Pillow warns of decompression bombs
+_SEQUENCES = ("GIF", "WEBP", "AVIF", "PNG", "TIFF")  # Pillow's names; a JPEG's second image is a preview
 _MOST = 2**30  # px; OpenCV reads no more, and no side over 2^20
 _DAMAGE = (OSError, SyntaxError)  # what Pillow raises of damaged files
 # What else it may raise, of parts of a file that OpenCV does not read.
@@ -74,7 +76,7 @@ def decode(encoded: bytes, *, upright: bool = False) -> np.ndarray | None:
         pixels = cv2.imdecode(np.frombuffer(encoded, np.uint8), _STORED)
     except cv2.error:  # no bytes, or a header with an impossible size
         return None
-    return turned(pixels, _orientation(encoded)) if upright and pixels is not None else pixels
+    return turned(pixels, _header(encoded)[0]) if upright and pixels is not None else pixels
 
 
 def turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
@@ -156,11 +158,11 @@ def _read(encoded: bytes, name: str, upright: bool) -> tuple[np.ndarray, Facts]:
     pixels = decode(encoded)
     if pixels is None:
         raise UserError(f"{name}: cannot be read as an image: {_why(encoded)}")
-    orientation = _orientation(encoded)
-    notes = []
+    orientation, several = _header(encoded)
+    notes = [FIRST] if several else []
     if orientation != 1:
         notes.append(TURNED if upright else NOT_TURNED)
-    if pixels.max() < 32 and _depth(encoded) == np.uint16:
+    if pixels.max() < 32 and _depth(encoded) in (np.uint16, np.int16):
         notes.append(DARK)
     if pixels.shape[0] * pixels.shape[1] > _LARGE:
         notes.append(LARGE)
@@ -170,7 +172,10 @@ def _read(encoded: bytes, name: str, upright: bool) -> tuple[np.ndarray, Facts]:
 
 
 def _depth(encoded: bytes) -> np.dtype | None:
-    stored = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_UNCHANGED)
+    try:
+        stored = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_UNCHANGED)
+    except cv2.error:
+        return None
     return None if stored is None else stored.dtype
 
 
@@ -184,14 +189,16 @@ def _opened(file: io.BytesIO | Path) -> PIL.Image.Image:
             PIL.Image.MAX_IMAGE_PIXELS = limit
 
 
-def _orientation(encoded: bytes) -> int:
-    """EXIF's orientation; 1 where there is none, or OpenCV applies it."""
+def _header(encoded: bytes) -> tuple[int, bool]:
+    """EXIF's orientation, 1 where there is none or OpenCV applies it; whether there are several frames or pages."""
+    orientation, several = 1, False
     try:
         with _opened(io.BytesIO(encoded)) as opened:
             orientation = 1 if opened.format == "TIFF" else opened.getexif().get(_ORIENTATION, 1)
+            several = opened.format in _SEQUENCES and getattr(opened, "is_animated", False)
     except _ANY:
-        return 1
-    return orientation if orientation in range(1, 9) else 1
+        pass
+    return (orientation if orientation in range(1, 9) else 1), several
 
 
 def _why(encoded: bytes) -> str:
@@ -212,6 +219,10 @@ def _why(encoded: bytes) -> str:
         why = str(error).rstrip(".") or why
     except _ANY:
         pass
+    else:
+        depth = _depth(encoded)
+        if depth is not None and depth not in (np.uint8, np.uint16):
+            return f"its pixels are {depth}: must be integers of 8 or 16 bits"
     return why
 
 

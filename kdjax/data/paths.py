@@ -42,7 +42,7 @@ def located(file_names: Iterable[str], folder: Path, name: str) -> dict[str, str
             paths[file_name] = path
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise UserError(f"{name}: {missing[0]}{more}: no such file in {folder}{_hint(missing[0], exact)}")
+        raise UserError(f"{name}: {missing[0]}{more}: no such file in {folder}{_hint(missing[0], exact, folders)}")
     _refuse_twins(paths, name)
     return paths
 
@@ -76,8 +76,13 @@ def _in_another_form(where: str, file_name: str, listing: Callable[[str], dict[s
     return path if os.path.isfile(path) else None
 
 
-def _hint(file_name: str, exact: _Found) -> str:
-    """What would be right for a name without a file, if that can be told."""
+def _hint(file_name: str, exact: _Found, folders: Iterable[str]) -> str:
+    """What a name without a file is instead, or what would be right, if that can be told."""
+    for path in (os.path.join(where, file_name) for where in folders):
+        if os.path.isdir(path):
+            return ": it is a folder"
+        if os.path.islink(path):
+            return ": it is a link to no file"
     if "\\" in file_name:
         slashed = file_name.replace("\\", "/")
         return f": the name has backslashes: write {slashed}" if exact(slashed) else ": the name has backslashes"

@@ -4,10 +4,11 @@ from typing import Any
 
 import numpy as np
 
-from kdjax.data.counts import counted, printable
+from kdjax.data.counts import counted
 from kdjax.data.dataset import Dataset, Split, ground_truth
 from kdjax.data.sources import LOG
 from kdjax.data.stages import Settings, canvas_size
+from kdjax.errors import NAME, printable
 
 SHOWN = 20  # entries of the list of dropped and repaired objects
 _SMALL, _LARGE = 32**2, 96**2  # px², COCO's bounds of small and large
@@ -47,7 +48,7 @@ def _table(dataset: Dataset, truths: dict[str, dict[str, Any]]) -> list[str]:
             if not entry["iscrowd"]:
                 size = int(entry["area"] >= _SMALL) + int(entry["area"] >= _LARGE)
                 counts[label[entry["category_id"]], column, size] += 1
-    names = [*dataset.classes, "all"]
+    names = [*(printable(name, NAME) for name in dataset.classes), "all"]
     counts = np.concatenate([counts, counts.sum(0, keepdims=True)])
     wide = max(len(name) for name in names)
     heads = [f"{role:>8}{'small':>8}{'medium':>8}{'large':>8}" for role in truths]

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import shutil
 import struct
 import zlib
@@ -10,7 +9,6 @@ import zlib
 import cv2
 import numpy as np
 import pytest
-from PIL import Image
 
 from kdjax import data
 from kdjax.data import coco
@@ -382,126 +380,24 @@ def test_messages_for_a_wrong_root_json_or_image(tmp_path):
         opened(root, tmp_path, source="coco")
 
 
+@pytest.mark.user_input(
+    "COCO json", "null among the images or annotations", "refused: entry 1 of 'images', from 0, is null"
+)
+def test_an_entry_that_is_no_object_is_named(tmp_path):
+    path = tmp_path / "x.json"
+    for entry, text in ((None, "null"), ([1], "[1]"), ("é" * 99, '"' + "\\u00e9" * 6 + "\\u0")):
+        for key in ("images", "annotations", "categories"):
+            path.write_text(json.dumps({"images": [], "annotations": [], "categories": [], key: [{}, entry]}))
+            with pytest.raises(UserError) as refused:
+                coco.read(path)
+            assert str(refused.value) == f"{path}: entry 1 of '{key}', from 0, is {text}: must be an object with an id"
+
+
 @pytest.mark.user_input("COCO json", "an integer of 5,000 digits", "refused: it has an integer of over 4300 digits")
 def test_an_integer_of_too_many_digits_is_refused(tmp_path):
     (tmp_path / "x.json").write_text('{"images": [' + "9" * 5000 + "]}")
     with pytest.raises(UserError, match=r"x.json: not usable json: it has an integer of over 4300 digits$"):
         coco.read(tmp_path / "x.json")
-
-
-@pytest.mark.user_input(
-    "Images and videos", "CMYK, grey, 16 bits, transparency, palette", "read as RGB of 8 bits; transparency is left out"
-)
-def test_every_kind_of_image_becomes_rgb(tmp_path):
-    folder = tmp_path / "set" / "images"
-    folder.mkdir(parents=True)
-    colour = np.zeros((40, 50, 3), np.uint8)
-    colour[:, :25] = (200, 40, 30)
-    Image.fromarray(colour).convert("CMYK").save(folder / "cmyk.jpg", quality=95)
-    turned = Image.Exif()
-    turned[274] = 6  # 'rotate by 90 degrees'
-    Image.fromarray(colour).save(folder / "exif.jpg", exif=turned, quality=95)
-    Image.fromarray(colour).convert("L").save(folder / "grey.png")
-    Image.fromarray(np.full((40, 50), 40000, np.uint16)).save(folder / "deep.png")
-    Image.fromarray(np.dstack([colour, np.full((40, 50), 90, np.uint8)])).save(folder / "alpha.png")
-    Image.fromarray(colour).quantize(4).save(folder / "palette.png")
-    names = ("cmyk.jpg", "exif.jpg", "grey.png", "deep.png", "alpha.png", "palette.png")
-    root = one_split(tmp_path / "set", coco_json(dict.fromkeys(names, (40, 50)), []), {}, images="images")
-    dataset = opened(root, tmp_path)
-    for index, name in enumerate(names):
-        image = dataset.splits["train"].records[index]["image"]
-        assert image.shape == (40, 50, 3) and image.dtype == np.uint8, name
-        expected = {"grey.png": (87, 87, 87), "deep.png": (156, 156, 156)}.get(name, (200, 40, 30))
-        np.testing.assert_allclose(image[20, 5], expected, atol=12, err_msg=name)
-
-
-@pytest.mark.user_input(
-    "Images and videos",
-    "images stored turned (EXIF), boxes of the upright image",
-    "read upright with `exif_orientation=upright`, and counted as noted",
-)
-@pytest.mark.user_input(
-    "Images and videos",
-    "images stored turned (EXIF), boxes of the stored pixels",
-    "read as they are stored, and counted as noted",
-)
-@pytest.mark.user_input(
-    "Images and videos", "sizes in the json that the EXIF setting does not give", "refused: names the setting that fits"
-)
-def test_exif_orientation_is_told_or_applied(tmp_path):
-    """Images stored turned: of 8 the sides are exchanged, of 3 they are not."""
-    boxes = [(6, 8, 16, 28)]
-    upright = paint(50, 40, boxes)
-    names = ("three.png", "eight.png")
-    truth = coco_json(dict.fromkeys(names, (50, 40)), [(i, 3, [6, 8, 10, 20], {}) for i in range(2)])
-    root = one_split(tmp_path / "set", truth, {}, images="images")
-    (root / "images").mkdir(exist_ok=True)
-    for name, orientation, turns in zip(names, (3, 8), (2, -1), strict=True):
-        exif = Image.Exif()
-        exif[274] = orientation
-        Image.fromarray(np.rot90(upright, turns).copy()).save(root / "images" / name, exif=exif)
-    with pytest.raises(UserError) as refused:
-        opened(root, tmp_path)
-    words = "eight.png is listed as 40x50, but is 50x40: --exif=upright fits (in a run, "
-    words += "config.data.exif_orientation=upright)"
-    assert str(refused.value) == f"instances_train.json: {words}"
-
-    turned = opened(root, tmp_path, exif_orientation="upright")
-    for role, split in turned.splits.items():
-        for index in range(2):
-            example = split.records[index]
-            np.testing.assert_array_equal(example["image"], upright)
-            np.testing.assert_allclose(example["boxes"], boxes, rtol=1e-6)
-            np.testing.assert_array_equal(pickle.loads(pickle.dumps(split.records)).image(index), upright)
-        text = data.summary(turned, settings(tmp_path))
-        assert f"{role}: 2 noted: turned upright by its EXIF orientation: boxes refer to the turned image" in text
-
-    truth["images"][1].update(width=50, height=40)
-    write_folder(root, {"train": truth, "val": truth}, {}, images="images")
-    with pytest.raises(UserError) as refused:
-        opened(root, tmp_path, exif_orientation="upright")
-    words = "listed as 50x40, but is 40x50 as its EXIF orientation turns it: --exif=stored fits (in a run, "
-    words += "config.data.exif_orientation=stored)"
-    assert str(refused.value) == f"instances_train.json: eight.png is {words}"
-    stored = opened(root, tmp_path)
-    np.testing.assert_array_equal(stored.splits["train"].records.image(0), upright[::-1, ::-1])
-    words = "train: 2 noted: EXIF orientation is not applied: boxes refer to the stored pixels"
-    assert words in data.summary(stored, settings(tmp_path))
-    with pytest.raises(UserError, match=r"^exif_orientation must be one of stored, upright, not 'up'$"):
-        opened(root, tmp_path, exif_orientation="up")
-
-
-@pytest.mark.user_input(
-    "Prepared data", "the same files under the other EXIF setting", "read as other data, prepared separately"
-)
-def test_other_pixels_of_the_same_files_are_another_data_set(tmp_path):
-    exif = Image.Exif()
-    exif[274] = 3
-    root = one_split(tmp_path / "set", coco_json({"a.png": (40, 50)}, []), {}, images="images")
-    (root / "images").mkdir(exist_ok=True)
-    Image.fromarray(paint(40, 50, [])).save(root / "images" / "a.png", exif=exif)
-    stored, turned = (opened(root, tmp_path, exif_orientation=value) for value in ("stored", "upright"))
-    assert stored.splits["train"].folder != turned.splits["train"].folder
-    assert stored.fingerprint != turned.fingerprint
-
-
-@pytest.mark.user_input(
-    "Images and videos",
-    "a JPEG with zeros in its middle, which decodes",
-    "counted as noted, with its name and what the decoder says",
-)
-def test_damage_that_a_decoder_only_prints_is_listed_with_its_file(tmp_path, capfd):
-    noise = np.random.default_rng(0).integers(0, 255, (40, 50, 3), np.uint8)
-    root = one_split(tmp_path / "set", coco_json({"a.jpg": (40, 50), "b.jpg": (40, 50)}, []), {}, images="images")
-    (root / "images").mkdir(exist_ok=True)
-    good = cv2.imencode(".jpg", noise)[1].tobytes()
-    half = len(good) // 2
-    (root / "images" / "a.jpg").write_bytes(good)
-    (root / "images" / "b.jpg").write_bytes(good[:half] + bytes(40) + good[half + 40 :])
-    split = opened(root, tmp_path).splits["train"]
-    reason = "its decoder says: Corrupt JPEG data: N extraneous bytes before marker N"
-    assert split.log == [{"file": "b.jpg", "annotation": None, "action": "noted", "reason": reason}]
-    assert "Corrupt" not in capfd.readouterr().err
 
 
 @pytest.mark.skipif(SHARED is None, reason="needs the team's shared folder")

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 import unicodedata
 
 import numpy as np
@@ -78,10 +79,60 @@ def test_repeated_images_and_annotations_are_noted(tmp_path):
     assert len(data.counted(opened(root, tmp_path, ["val"]), "val", cfg)) == 1
 
 
-@pytest.mark.user_input("COCO json", "an annotation without bbox", "counted as dropped: bbox is missing")
+@pytest.mark.user_input("COCO json", "an annotation without bbox, or with null", "counted as dropped: bbox is missing")
+@pytest.mark.user_input(
+    "COCO json",
+    "an annotation with only polygons or RLE",
+    "counted as dropped: bbox is missing: there is only a segmentation",
+)
+@pytest.mark.user_input("COCO json", "a box with text inside, or turned", "counted as dropped: not four finite numbers")
+@pytest.mark.user_input("COCO json", "an area that is a list", "counted as repaired: set to the area of the box")
 def test_a_missing_box_is_counted(tmp_path):
-    root = folder(tmp_path, lambda truth: truth["annotations"][0].pop("bbox"))
-    assert "train: 1 dropped: bbox is missing" in lines(root, tmp_path)
+    segmentations = [[[5, 5, 15, 5, 15, 15]], {"size": [40, 50], "counts": [100, 50, 1850]}]
+    spoilt = [
+        *({"bbox": None, "segmentation": one} for one in (None, [], *segmentations)),
+        *({"bbox": bbox} for bbox in ([1, 2, "3", 4], [1, 2, 3, 4, 30], "1 2 3 4", {"x": 1})),
+        {"bbox": BOX, "area": [100]},
+    ]
+
+    def change(truth):
+        del truth["annotations"][0]["bbox"]
+        truth["annotations"] += [dict(id=10 + i, image_id=10, category_id=3) | one for i, one in enumerate(spoilt)]
+
+    assert lines(folder(tmp_path, change), tmp_path) == [
+        "train ('train'): 2 images, 0 without objects, 2 boxes, at most 1 per image",
+        "train: 3 dropped: bbox is missing",
+        "train: 2 dropped: bbox is missing: there is only a segmentation",
+        "train: 4 dropped: bbox is not four finite numbers",
+        "train: 1 repaired: area is not a number >= 0: set to the area of the box",
+    ]
+
+
+@pytest.mark.user_input(
+    "COCO json", "a class name with a line break or of 5,000 letters", "read: shown in one line, cut to 40 letters"
+)
+def test_names_of_classes_do_not_break_the_table(tmp_path):
+    names = ("red\nish", "r" * 5000)
+
+    def change(truth):
+        del truth["annotations"][1]
+        for entry, name in zip(truth["categories"], names, strict=True):
+            entry["name"] = name
+
+    dataset = opened(one_of_both(folder(tmp_path, change)), tmp_path)
+    assert dataset.classes == names
+    text = data.summary(dataset, settings(tmp_path))
+    assert max(map(len, text.splitlines())) < 120
+    assert f"red\\nish{' ' * 32}       1       1       0       0       1       1       0       0\n" in text
+    assert f"{'r' * 39}…       0       0       0       0       0       0       0       0\n" in text
+    assert f"train: 1 noted: class without objects: {'r' * 39}…\n" in text
+
+
+def one_of_both(root):
+    """The val split is a copy of the train split."""
+    shutil.copytree(root / "images" / "train", root / "images" / "val")
+    shutil.copy(root / "annotations" / "instances_train.json", root / "annotations" / "instances_val.json")
+    return root
 
 
 @pytest.mark.user_input("COCO json", '`iscrowd` of "1" or "true"', "read as a crowd region")

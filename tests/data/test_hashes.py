@@ -118,13 +118,25 @@ def test_a_json_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
     assert opened(root, tmp_path).splits["train"].size == 3
 
 
+@pytest.mark.user_input("Folders and names", "a file_name of 300 letters, with NUL", "refused: no such file in FOLDER")
 @pytest.mark.user_input(
-    "Folders and names", "a file_name of 300 letters, with NUL, of a folder", "refused: no such file in FOLDER"
+    "Folders and names", "a file_name of a folder, of a link to itself", "refused: it is a folder; a link to no file"
 )
-@pytest.mark.parametrize("name", ["gone.png", "a" * 300, "a\0b", "\ud83d.png", "folder"])
-def test_an_image_that_is_no_file_is_missing(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("gone.png", ""),
+        ("a" * 300, ""),
+        ("a\0b", ""),
+        ("\ud83d.png", ""),
+        ("folder", ": it is a folder"),
+        ("loop", ": it is a link to no file"),
+    ],
+)
+def test_an_image_that_is_no_file_is_missing(tmp_path, name, hint):
     (tmp_path / "folder").mkdir()
+    (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "a.png").touch()
     with pytest.raises(UserError) as refused:
         paths.located(["a.png", name, name + "2"], tmp_path, "x.json")
-    assert str(refused.value) == f"x.json: {name} and 1 more: no such file in {tmp_path}"
+    assert str(refused.value) == f"x.json: {name} and 1 more: no such file in {tmp_path}{hint}"
