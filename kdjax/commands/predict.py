@@ -25,6 +25,7 @@ from kdjax.structs import Detections
 
 VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
 JPEG_SIDE = 65_500  # px; the format ends there
+MOST_FRAMES = 65_535  # a second; mp4 ends there
 NAME_BYTES = 255  # of a file's name, in common file systems
 _KNOWN = SUFFIXES + VIDEOS
 
@@ -148,13 +149,18 @@ class Drawings:
     def _frame(self, source: Path, target: Path, drawn: np.ndarray) -> None:
         if target not in self.writers:
             rate = cv2.VideoCapture(str(source)).get(cv2.CAP_PROP_FPS)
-            rate = rate if rate > 0 else 25  # the file does not say
+            if not 0.01 <= rate <= MOST_FRAMES:  # below: the file does not say
+                if rate > 0:
+                    _warn(f"{source}: drawn with 25 frames a second: mp4 has no rate of {rate:g}")
+                rate = 25
             self.writers[target] = cv2.VideoWriter(
                 str(target), cv2.VideoWriter.fourcc(*"mp4v"), rate, drawn.shape[1::-1]
             )
             self.frames[target] = 0
             if not self.writers[target].isOpened():
-                raise UserError("OpenCV cannot write mp4 here, or the disk is full")
+                height, width = drawn.shape[:2]
+                what = f"a video of {width} x {height} px with {rate:g} frames a second"
+                raise UserError(f"OpenCV cannot write {what} as mp4, or the disk is full")
         self.writers[target].write(drawn)
         self.frames[target] += 1
 
@@ -281,7 +287,8 @@ def frames(file: Path, exif: str, warn: Callable[[str], None]) -> Iterator[np.nd
         number += 1
     video.release()
     if not number:
-        raise UserError(f"{file}: OpenCV cannot read it as a video")
+        why = "" if file.stat().st_size else ": it is empty"
+        raise UserError(f"{file}: OpenCV cannot read it as a video{why}")
     if number < 0.95 * announced:  # OpenCV estimates the number for some kinds
         raise UserError(f"{file}: the video is broken: only {number} of its {announced:.0f} frames can be read")
 

@@ -1,5 +1,6 @@
 """`kdjax predict`."""
 
+import os
 import re
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from PIL import Image
 from kdjax import cli
 from kdjax.commands import predict
 from kdjax.data import records
+from kdjax.errors import UserError
 from kdjax.evals import coco
 from kdjax.structs import Detections
 from tests.support.models import CLASSES, read, refused
@@ -136,6 +138,101 @@ def test_predict_reports_unreadable_files_and_continues(made, tmp_path, capsys):
     assert int(cv2.VideoCapture(str(drawn / "clip.mp4")).get(cv2.CAP_PROP_FRAME_COUNT)) == 3
     # A second time, what the first wrote is not read.
     assert len(predict.find([str(folder)], folder / "out")) == 14
+
+
+@pytest.mark.user_input(
+    "Folders and names",
+    "for `predict`: names with a line break, not in UTF-8, of 254 bytes",
+    "read; the name of the drawing is cut where it gets too long",
+)
+@pytest.mark.user_input("Images and videos", "for `predict`: .gif, .jfif, no suffix", "read, as in training")
+@pytest.mark.user_input("Images and videos", "for `predict`: 1 bit, grey with alpha, 1 x 1 px, 3 x 500 px", "read")
+def test_predict_reads_and_draws_under_any_name(made, tmp_path, capsys):
+    good = records.decode((made / "data" / "images" / "val" / "val_00000.png").read_bytes())
+    folder = tmp_path / "in"
+    folder.mkdir()
+    images = {
+        "a\nb.png": Image.fromarray(good),
+        "a" * 250 + ".png": Image.fromarray(good),
+        "\u00e9" * 126 + "a.": Image.fromarray(good),  # 254 bytes, without a suffix
+        "\u00e9" * 126 + ".0": Image.fromarray(good),
+        os.fsdecode(b"gr\xf6\xdfe.png"): Image.fromarray(good),
+        "bit.png": Image.fromarray(good).convert("1"),
+        "la.png": Image.fromarray(good).convert("LA"),
+        "moving.gif": Image.fromarray(good),
+        "one.png": Image.new("RGB", (1, 1)),
+        "photo.jfif": Image.fromarray(good),
+        "plain": Image.fromarray(good),
+        "wide.png": Image.new("RGB", (500, 3)),
+    }
+    for name, image in images.items():
+        image.save(folder / name, "JPEG" if name == "photo.jfif" else "PNG")
+    images["moving.gif"].save(folder / "moving.gif", "GIF", save_all=True, append_images=[images["one.png"]])
+    write_video(folder / "clip.avi", 5, (64, 48))  # batches of the size that the other tests have compiled
+    assert cli.main(["predict", str(folder), f"--model={made / 'model'}", f"--out={tmp_path / 'out'}"]) == 0
+    told = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line.startswith("kdjax:")]
+    assert told == [f"kdjax: {folder / 'moving.gif'}: it has several frames or pages: the first is read"]
+    listed = {Path(entry["file_name"]).name: entry for entry in read(tmp_path / "out" / "images.json")["images"]}
+    assert {*listed} == {*images, "clip.avi#0", "clip.avi#1", "clip.avi#2"}
+    found = {row["image_id"] for row in read(tmp_path / "out" / "detections.json")}
+    drawn = dict(map(reversed, predict.find([str(folder)], tmp_path / "out")))
+    assert len(drawn) == 13 and {path.name for path in (tmp_path / "out" / "drawn").iterdir()} == {*drawn}
+    names = {path.name: name for name, path in drawn.items()}
+    assert names["a" * 250 + ".png"] == "a" * 250 + ".jpg" and names["plain"] == "plain.jpg"
+    assert names["\u00e9" * 126 + ".0"] == "\u00e9" * 125 + ".jpg"
+    assert names["\u00e9" * 126 + "a."] == "\u00e9" * 125 + "_.jpg"
+    for name, image in images.items():
+        pixels = np.fromfile(tmp_path / "out" / "drawn" / names[name], np.uint8)
+        assert cv2.imdecode(pixels, cv2.IMREAD_COLOR).shape[1::-1] == image.size == (
+            listed[name]["width"], listed[name]["height"],
+        )  # fmt: skip
+        assert min(image.size) < 4 or listed[name]["id"] in found
+
+
+def write_video(path: Path, rate: float, size: tuple[int, int], frames: int = 3) -> None:
+    video = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"MJPG"), rate, size)
+    assert video.isOpened()
+    for i in range(frames):
+        video.write(np.full((size[1], size[0], 3), 60 * i, np.uint8))
+    video.release()
+
+
+NOTHING = Detections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int32))
+
+
+@pytest.mark.user_input(
+    "Images and videos", "videos of 0.5 or 23.976 frames a second, of 2 x 2 px", "read, and drawn so"
+)
+@pytest.mark.user_input(
+    "Images and videos", "a video of 90,000 frames a second", "reported: drawn with 25, because mp4 has no such rate"
+)
+@pytest.mark.user_input("Images and videos", "a video of 97 x 65 px", "read; drawn without the last row and column")
+@pytest.mark.user_input("Images and videos", "a video of 1 x 1 px", "reported: its drawing is not written")
+@pytest.mark.user_input("Images and videos", "an empty .mp4", "reported: OpenCV cannot read it as a video: it is empty")
+def test_rates_and_sizes_of_videos(tmp_path, capsys):
+    drawings, source = predict.Drawings(), tmp_path / "in.mov"
+    cases = [(0.5, (96, 64)), (24000 / 1001, (96, 64)), (90000, (96, 64)), (25, (2, 2)), (25, (97, 65)), (25, (1, 1))]
+    for number, (rate, size) in enumerate(cases):
+        write_video(source, rate, size if size != (1, 1) else (2, 2))
+        assert len([*predict.frames(source, "stored", pytest.fail)]) == 3
+        for _ in range(3):
+            image = np.zeros((size[1], size[0], 3), np.uint8)
+            drawings.write(source, tmp_path / f"{number}.mp4", image, NOTHING, 0.5)
+    drawings.close()
+    assert capsys.readouterr().err.splitlines() == [
+        f"kdjax: {source}: drawn with 25 frames a second: mp4 has no rate of 90000",
+        f"kdjax: {source}: its drawing is not written: OpenCV cannot write a video of 1 x 1 px with 25 frames a second "
+        "as mp4, or the disk is full",
+    ]
+    expected = [(0.5, 96, 64), (23.976, 96, 64), (25, 96, 64), (25, 2, 2), (25, 96, 64)]
+    for number, row in enumerate(expected):
+        video = cv2.VideoCapture(str(tmp_path / f"{number}.mp4"))
+        figures = (cv2.CAP_PROP_FPS, cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT, cv2.CAP_PROP_FRAME_COUNT)
+        assert [video.get(figure) for figure in figures] == pytest.approx([*row, 3], abs=1e-3)
+    (tmp_path / "empty.mp4").touch()
+    with pytest.raises(UserError) as refused_:
+        next(predict.frames(tmp_path / "empty.mp4", "stored", pytest.fail))
+    assert str(refused_.value) == f"{tmp_path / 'empty.mp4'}: OpenCV cannot read it as a video: it is empty"
 
 
 @pytest.mark.user_input("Images and videos", "a video cut short", "reported: only N of its 20 frames can be read")
