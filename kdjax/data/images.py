@@ -216,13 +216,12 @@ def _why(encoded: bytes) -> str:
     except PIL.UnidentifiedImageError:
         why = "it is of no kind that OpenCV reads, or damaged at its beginning"
     except _DAMAGE as error:
-        why = str(error).rstrip(".") or why
+        return str(error).rstrip(".") or why
     except _ANY:
-        pass
-    else:
-        depth = _depth(encoded)
-        if depth is not None and depth not in (np.uint8, np.uint16):
-            return f"its pixels are {depth}: must be integers of 8 or 16 bits"
+        return why
+    depth = _depth(encoded)  # also of what Pillow does not know
+    if depth is not None and depth not in (np.uint8, np.uint16):
+        return f"its pixels are {depth}: must be integers of 8 or 16 bits"
     return why
 
 

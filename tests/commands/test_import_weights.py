@@ -113,6 +113,45 @@ def test_values_that_cannot_be_used(tmp_path, capsys, state, name, value, told):
     assert found == f"kdjax: {tmp_path / 'w.npz'}: the values of 1 array cannot be used: {name} {told}"
 
 
+FOREIGN = "it holds no classifier of rtmdet_pico for the student: its names ({}) are not those of rtmdet_pico: choose "
+
+
+@pytest.mark.user_input("Weights", "a safetensors file without arrays", "refused: it holds no arrays by name")
+@pytest.mark.user_input("Weights", "arrays of other names: bool, uint16, a list as npz", "refused: names what it holds")
+@pytest.mark.user_input("Weights", "an npz of Python objects", "refused: kdjax never runs code from a file")
+@pytest.mark.user_input("Weights", "weights without running statistics", "refused: names those that are missing")
+@pytest.mark.user_input("Weights", "weights without `num_batches_tracked`", "read")
+def test_arrays_that_are_no_weights(tmp_path, capsys, state):
+    (tmp_path / "names.txt").write_text("\n".join(CLASSES))
+
+    def command(file: str) -> tuple[str, ...]:
+        flags = ("--detector=rtmdet_pico", f"--out={tmp_path / 'm'}", f"--classes={tmp_path / 'names.txt'}")
+        return "import-weights", str(tmp_path / file), *flags
+
+    def told(file: str) -> str:
+        return refused(capsys, *command(file)).removeprefix(f"kdjax: {tmp_path / file}: ")
+
+    save_file({}, tmp_path / "empty.safetensors")
+    assert told("empty.safetensors") == "it holds no arrays by name"
+    save_file({"a": np.zeros(3, bool), "b": np.array(3, np.uint16)}, tmp_path / "strange.safetensors")
+    assert told("strange.safetensors") == FOREIGN.format("a, b") + "the detector that they are of"
+    np.savez(tmp_path / "nested.npz", state_dict=np.array([1]), epoch=np.array(3))
+    assert told("nested.npz") == FOREIGN.format("epoch, state_dict") + "the detector that they are of"
+    np.savez(tmp_path / "objects.npz", a=np.array([{}], dtype=object))
+    assert told("objects.npz") == "a holds Python objects, and kdjax never runs code from a file"
+    arrays = {name: np.array(value) for name, value in state[1].items()}
+    rest = {name: value for name, value in arrays.items() if "running" not in name}
+    save_file(rest, tmp_path / "no_stats.safetensors")
+    first = next(name for name in arrays if "running" in name)
+    assert told("no_stats.safetensors").startswith(
+        f"the weights do not fit rtmdet_pico with 6 classes and options {{}}; {len(arrays) - len(rest)} differences: "
+        f"{first} is missing; "
+    )
+    assert not (tmp_path / "m").exists()
+    save_file({n: v for n, v in arrays.items() if "num_batches" not in n}, tmp_path / "no_counters.safetensors")
+    assert cli.main(command("no_counters.safetensors")) == 0
+
+
 @pytest.mark.user_input(
     "Weights", "a list of classes that is neither text nor COCO json", "refused: cannot be read as class names"
 )

@@ -105,6 +105,21 @@ def test_a_truncated_image_is_refused_and_nothing_else_is_printed(kind, why, cap
 
 
 @pytest.mark.user_input(
+    "Images and videos", "a TIFF of float32 or int32", "refused: its pixels are float32: must be of 8 or 16 bits"
+)
+@pytest.mark.user_input("Images and videos", "a TIFF of int16 that is nearly black as 8 bits", "counted as noted")
+def test_tiffs_of_other_types():
+    for kind in (np.float32, np.float64, np.int32):
+        encoded = cv2.imencode(".tiff", np.ones((9, 9), kind))[1].tobytes()
+        with pytest.raises(UserError) as refused:
+            images.read(encoded, "a.tif")
+        told = f"its pixels are {np.dtype(kind)}: must be integers of 8 or 16 bits"
+        assert str(refused.value) == f"a.tif: cannot be read as an image: {told}"
+    dark = cv2.imencode(".tiff", np.full((9, 9), 2000, np.int16))[1].tobytes()
+    assert images.read(dark, "a.tif")[1].notes == (images.DARK,)
+
+
+@pytest.mark.user_input(
     "Images and videos",
     "an empty file, or one that is no image",
     "refused: it is empty; it is of no kind that OpenCV reads",
