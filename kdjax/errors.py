@@ -4,7 +4,7 @@ import contextlib
 import errno
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 
@@ -49,6 +49,17 @@ def printable(text: str, most: int | None = None) -> str:
     """
     text = _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
     return text if most is None or len(text) <= most else text[: most - 1] + "…"
+
+
+def listed(names: Iterable[object], most: int = 6) -> str:
+    """Names in one line of a message: each cut to `NAME` characters, and only the first `most`.
+
+    Example:
+      >>> listed(range(9), most=2)
+      '0, 1, …'
+    """
+    names = [*names]
+    return ", ".join(printable(str(name), NAME) for name in names[:most]) + ", …" * (len(names) > most)
 
 
 # What nobody expects and every library passes on: errno -> what is wrong, what helps.

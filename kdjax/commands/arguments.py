@@ -10,7 +10,7 @@ import numpy as np
 
 from kdjax import data, files, inference
 from kdjax.data.coco import composed
-from kdjax.errors import UserError, prefix, printable
+from kdjax.errors import UserError, listed, prefix, printable
 from kdjax.training import config as settings
 from kdjax.weights import WEIGHTS
 
@@ -184,8 +184,7 @@ def match_classes(model: inference.Model, opened: Data) -> inference.Model:
         unknown = [name for name in ids if name not in names]
         missing = [name for name in names if name not in ids]
         what = f"the data has {unknown[0]!r}" if unknown else f"the data lacks {missing[0]!r}"
-        of_data, of_model = (", ".join([*some][:6]) + ", …" * (len(some) > 6) for some in (ids, names))
         raise UserError(
-            f"--data={opened.name}: its classes ({of_data}) are not those of {model.path} ({of_model}): {what}"
+            f"--data={opened.name}: its classes ({listed(ids)}) are not those of {model.path} ({listed(names)}): {what}"
         )
     return dataclasses.replace(model, category_ids=tuple(ids[name] for name in names))

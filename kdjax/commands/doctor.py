@@ -4,6 +4,7 @@ from absl import logging
 
 from kdjax.doctor import examine
 from kdjax.doctor.findings import ERROR, OK, WARNING
+from kdjax.errors import printable
 from kdjax.resources import Config
 
 WIDTH = 20  # characters of the column of subjects
@@ -22,6 +23,6 @@ def run(*, config: Config) -> int:
     counts: dict[str, int] = dict.fromkeys((ERROR, WARNING, OK), 0)
     for finding in examine.examine(config):
         counts[finding.level] += 1
-        print(f"{finding.level:>7}  {finding.subject:<{WIDTH}}  {finding.message}", flush=True)
+        print(f"{finding.level:>7}  {finding.subject:<{WIDTH}}  {printable(finding.message)}", flush=True)
     print(f"{counts[ERROR]} errors, {counts[WARNING]} warnings, {counts[OK]} ok")
     return 1 if counts[ERROR] else 0

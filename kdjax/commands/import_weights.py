@@ -5,7 +5,7 @@ from pathlib import Path
 from kdjax import inference, weights
 from kdjax.commands import arguments
 from kdjax.data import coco
-from kdjax.errors import UserError
+from kdjax.errors import UserError, listed
 from kdjax.evals import complexity
 
 
@@ -46,7 +46,7 @@ def run(*, file: str, detector: str, out: str, classes: str | None, image_size: 
         extra={"source": Path(file).name},
     )
     parameters, count = complexity.parameters(params), len(model.class_names)
-    print(f"{out}: {detector} with {parameters:,} parameters, {count} classes: {', '.join(model.class_names)}")
+    print(f"{out}: {detector} with {parameters:,} parameters, {count} classes: {listed(model.class_names)}")
     return 0
 
 

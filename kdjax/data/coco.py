@@ -14,7 +14,7 @@ from kdjax import files
 from kdjax.data import hashes, images, masks, records
 from kdjax.data.paths import in_another_form
 from kdjax.data.records import ImageRecord
-from kdjax.errors import UserError
+from kdjax.errors import UserError, listed
 
 CLIPPED = "box clipped to the image"  # a reason in the log
 LEAVES = "file_name leads out of the folder of images"  # a reason in the log
@@ -143,9 +143,9 @@ def check(data: Mapping[str, Any], name: str) -> tuple[list[ImageRecord], dict[i
     image_records = _image_records(data, name)
     log: list[dict[str, Any]] = []
     used: set[int] = set()
-    listed = {a["id"] for a in data["annotations"] if _whole(a.get("id"))}
-    above = 1 + max(listed, default=0)
-    spare = (i for i in itertools.count(above if above < 2**62 else 1) if i not in listed)
+    given = {a["id"] for a in data["annotations"] if _whole(a.get("id"))}
+    above = 1 + max(given, default=0)
+    spare = (i for i in itertools.count(above if above < 2**62 else 1) if i not in given)
     crowd: list[str] = []
     boxes: set[tuple[float, ...]] = set()  # image, category, bbox
     for entry in data["annotations"]:
@@ -157,8 +157,7 @@ def check(data: Mapping[str, Any], name: str) -> tuple[list[ImageRecord], dict[i
             raise UserError(f"{where}: image {image_id!r} is not among the images{hint}")
         category = entry.get("category_id")
         if not _whole(category) or category not in categories:
-            known = ", ".join([str(key) for key in categories][:6]) + ", …" * (len(categories) > 6)
-            hint = _integer_hint(category, categories) or f": they are {known}"
+            hint = _integer_hint(category, categories) or f": they are {listed(categories)}"
             raise UserError(f"{where}: category {category!r} is not among the categories{hint}")
         entry = dict(entry)
 

@@ -8,7 +8,7 @@ from kdjax.data import records, transforms
 from kdjax.data.dataset import Dataset, ground_truth
 from kdjax.data.stages import Settings, Stage, canvas_size, read_stages
 from kdjax.data.transforms import MIN_SIZE
-from kdjax.errors import NAME, printable
+from kdjax.errors import listed, printable
 
 SHARED = "image that is, byte for byte, also in the training split"  # reasons
 REPEATED = "image that is, byte for byte, another one of the split"
@@ -53,8 +53,7 @@ def count(dataset: Dataset, role: str, cfg: Settings) -> Counts:
     other["noted", REPEATED] = split.size - len(split.contents)
     absent = set(dataset.category_ids) - {entry["category_id"] for entry in objects}
     names = [name for name, key in zip(dataset.classes, dataset.category_ids, strict=True) if key in absent]
-    shown = ", ".join(printable(name, NAME) for name in names[:6]) + ", …" * (len(names) > 6)
-    other["noted", f"class without objects: {shown}"] = len(names)
+    other["noted", f"class without objects: {listed(names)}"] = len(names)
     return Counts(
         images=len(truth["images"]),
         empty=len(truth["images"]) - len(boxes),

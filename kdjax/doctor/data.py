@@ -6,6 +6,7 @@ from kdjax import data
 from kdjax.data.coco import CLIPPED
 from kdjax.data.images import NOT_TURNED
 from kdjax.doctor.findings import ERROR, OK, WARNING, Finding
+from kdjax.errors import listed
 from kdjax.training.setup import Setup
 
 TINY = 4  # shorter side of a tiny object on the canvas in pixels: half a cell of the finest level
@@ -46,6 +47,6 @@ def check_data(setup: Setup) -> list[Finding]:
     present = {entry["category_id"] for entry in objects}
     absent = [n for n, key in zip(dataset.classes, dataset.category_ids, strict=True) if key not in present]
     if absent:
-        message = f"no training image has objects of {', '.join(absent)}: these classes cannot be learned"
+        message = f"no training image has objects of {listed(absent)}: these classes cannot be learned"
         findings.append(Finding(WARNING, "classes", message))
     return findings

@@ -13,7 +13,7 @@ from kdjax import data, detectors, methods, weights
 from kdjax.detectors.api import Detector, flatten
 from kdjax.distill import tap
 from kdjax.doctor.findings import ERROR, OK, WARNING, Finding
-from kdjax.errors import UserError
+from kdjax.errors import UserError, listed
 from kdjax.evals import coco, complexity, tide
 from kdjax.evals.matching import truth_by_image
 from kdjax.inference import predict as prediction
@@ -134,22 +134,18 @@ def check_class_map(role: str, chosen: Config, dataset: data.Dataset) -> tuple[F
     with warnings.catch_warnings(record=True) as caught:  # of classifiers that are re-initialised
         warnings.simplefilter("always")
         names = weights.load(chosen.weights, detector)[3]
-    expected = f"the {len(dataset.classes)} classes of the data: {_listed(dataset.classes)}"
+    expected = f"the {len(dataset.classes)} classes of the data: {listed(dataset.classes)}"
     kept = not caught if names is None else data.same_names(names, dataset.classes)
     if names is None and kept:
         message = f"the weights do not name their classes: they are taken as {expected}"
     elif kept:
         message = f"the weights have, in the same order, {expected}"
     else:
-        found = f"the weights have {len(names)} others: {_listed(names)}" if names else "the weights have others"
+        found = f"the weights have {len(names)} others: {listed(names)}" if names else "the weights have others"
         message = f"the classifiers are re-initialised for {expected}; {found}"
         if role == "teacher":
             message = f"only the feature maps are used, because the classes are not {expected}; {found}"
     return Finding(OK, f"{role}'s class map", message), kept
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
 
 
 def check_sizes(setup: Setup) -> list[Finding]:

@@ -14,7 +14,7 @@ from kdjax import detectors, resources, sharding, weights
 from kdjax.data.images import check_exif
 from kdjax.data.stages import LARGEST
 from kdjax.detectors.api import Detector, Tree, unflatten
-from kdjax.errors import UserError, prefix
+from kdjax.errors import UserError, listed, prefix
 from kdjax.inference import predict
 from kdjax.structs import Detections
 from kdjax.weights import checkpoint
@@ -214,11 +214,10 @@ def _from_file(
     names = class_names or own_names or ()
     if names and len(names) != count:
         whose = "class_names" if class_names else "its own metadata"
-        told = ", ".join([*names][:6]) + ", …" * (len(names) > 6)
-        raise UserError(f"{path}: it has {count} classes, but {whose} names {len(names)}: {told}")
+        raise UserError(f"{path}: it has {count} classes, but {whose} names {len(names)}: {listed(names)}")
     if own_names and sorted(own_names) == sorted(names) and list(own_names) != list(names):
         raise UserError(
-            f"{path}: its own metadata has the classes of class_names in another order: {', '.join(own_names)}"
+            f"{path}: its own metadata has the classes of class_names in another order: {listed(own_names)}"
         )
     built = weights.infer_options(detectors.build(name, count), state)
     with prefix(str(path)):

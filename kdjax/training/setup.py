@@ -16,7 +16,7 @@ from tqdm import tqdm
 from kdjax import data, detectors, files, methods, sharding, weights
 from kdjax.detectors.api import Detector, Tree
 from kdjax.distill import Distiller, Method
-from kdjax.errors import UserError
+from kdjax.errors import UserError, listed
 from kdjax.structs import Array, PyTree
 from kdjax.training import optim
 from kdjax.training.checkpoint import Checkpoints
@@ -158,7 +158,7 @@ def load_detector(
         what = f"{missing[0]!r} is unknown to the {role}" if missing else "the order or number of classes differs"
         raise UserError(
             f"config.{role}.weights: the class map of {chosen.weights} does not fit the data: {what}; "
-            f"{role}: {', '.join(classes)}; data: {', '.join(dataset.classes)} (if only the spelling differs, "
+            f"{role}: {listed(classes)}; data: {listed(dataset.classes)} (if only the spelling differs, "
             "rename the classes with `kdjax import-weights --classes`)"
         )
     if detector.num_classes != len(dataset.classes):

@@ -5,6 +5,7 @@ import collections
 import numpy as np
 
 from kdjax.detectors.api import Detector, State, flatten
+from kdjax.errors import listed
 from kdjax.weights import yolox
 from kdjax.weights.wrappers import unwrap
 
@@ -112,7 +113,7 @@ def foreign(detector: Detector, state: State) -> str:
     while inner and not own & set(plain(detector, inner)):
         firsts = collections.Counter(name.partition(".")[0] for name in inner if "." in name)
         if not firsts:
-            names = ", ".join(sorted(state)[:3]) + ", …" * (len(state) > 3)
+            names = listed(sorted(state), 3)
             return f"its names ({names}) are not those of {detector.name}: choose the detector that they are of"
         first = firsts.most_common(1)[0][0] + "."
         prefix += first
