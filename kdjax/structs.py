@@ -29,6 +29,9 @@ class Targets(NamedTuple):
     valid: Array  # bool[B, M]
     image_size: Array  # i32[B, 2], height and width of the image on the canvas: boxes are clipped to it
     pad_size: Array  # i32[B, 2], height and width within which priors are valid; kdjax's own batches have (H, W)
+    # f32[B, M, h, w], share of each pixel or block of pixels that the object covers, 0 .. 1, or bool. H / h = W / w is
+    # a whole number, the stride of the masks (4 in kdjax's own batches). None: the data has no masks.
+    instance_masks: Array | None = None
 
 
 def targets_of(batch: Mapping[str, Array]) -> Targets:
@@ -36,13 +39,15 @@ def targets_of(batch: Mapping[str, Array]) -> Targets:
 
     Args:
       batch: `image` [B, H, W, 3], `boxes` f32[B, M, 4], `labels` i32[B, M], `valid` bool[B, M] and `image_size`
-        i32[B, 2]. The whole canvas is padded: every prior is valid.
+        i32[B, 2]; `masks` u8[B, M, H/4, W/4], 255 where the object covers a pixel, if they were asked for. The whole
+        canvas is padded: every prior is valid.
 
     Returns:
       The targets.
     """
     canvas = jnp.broadcast_to(jnp.array(batch["image"].shape[1:3], jnp.int32), batch["image_size"].shape)
-    return Targets(batch["boxes"], batch["labels"], batch["valid"], batch["image_size"], canvas)
+    masks = batch["masks"].astype(jnp.float32) / 255 if "masks" in batch else None
+    return Targets(batch["boxes"], batch["labels"], batch["valid"], batch["image_size"], canvas, masks)
 
 
 @jax.tree_util.register_dataclass
@@ -79,6 +84,8 @@ class Assignment(NamedTuple):
     labels: Array  # i32[B, N], class of the matched box, K for background
     boxes: Array  # f32[B, N, 4], the matched box, zeros for background
     quality: Array  # f32[B, N], soft label in 0 .. 1: the IoU for RTMDet, 1 for hard labels, 0 for background
+    # bool[B, N], positive rows whose mask is learned too; None: no masks are learned of these rows.
+    masked: Array | None = None
 
 
 class PaddedDetections(NamedTuple):
@@ -88,6 +95,10 @@ class PaddedDetections(NamedTuple):
     scores: Array  # f32[B, D], 0 .. 1
     labels: Array  # i32[B, D], 0 .. K-1
     valid: Array  # bool[B, D]
+    # None, or what `Detector.masks` says. "box": f32[B, D, m, m], probabilities in m x m cells of the detection's box.
+    # "canvas": f32[B, D, H/s, W/s], logits of the whole canvas at the finest stride s of the detector: they are resized
+    # before they are compared with a threshold.
+    masks: Array | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -145,6 +156,10 @@ class DetectorOutput:
     # and size in cells (YOLOX); for GFL f32[B, H, W, 4*(n+1)], logits of the bins 0 .. n of each distance.
     box_reg: tuple[Array, ...] = ()
     quality: tuple[Array, ...] = ()  # L of f32[B, H, W, A]: centreness or objectness logits
+    # L of f32[B, H, W, P]: the parameters of the small network that finds the mask of a cell's object (RTMDet-Ins); and
+    # f32[B, H, W, C] at the finest stride: the maps that all of these networks read.
+    kernels: tuple[Array, ...] = ()
+    prototypes: Array | None = None
     quality_tower: str = dataclasses.field(default="", metadata={"static": True})  # "cls" or "reg", where it hangs
     rows: Rows | None = (
         None  # the predictions of all levels as rows; filled by `Detector.observe`, or by a model of your own

@@ -34,7 +34,14 @@ CASES = {
 
 # Whole networks take long to compile: some of RTMDet and one with a ResNet run by default, beside the heads in our own
 # folder.
-LONG = ("model/retinanet_*", "model/fcos_*", "model/gfl_a*", "model/atss_*", "model/rtmdet_[bdf]*")
+LONG = (
+    "model/retinanet_*",
+    "model/fcos_*",
+    "model/gfl_a*",
+    "model/atss_*",
+    "model/rtmdet_[bdf]*",
+    "model/rtmdetins_b*",
+)
 
 
 def files() -> list:

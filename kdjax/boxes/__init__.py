@@ -15,9 +15,9 @@ from kdjax.boxes.coding import (
     expected_distance,
 )
 from kdjax.boxes.convert import clip, from_xywh, to_xywh
-from kdjax.boxes.dynamic import dynamic_soft_label, sim_ota
+from kdjax.boxes.dynamic import dynamic_soft_label, mask_centers, sim_ota
 from kdjax.boxes.iou import box_iou, pairwise_iou
-from kdjax.boxes.nms import greedy_nms, select_detections
+from kdjax.boxes.nms import greedy_nms, select_detections, select_rows
 from kdjax.boxes.priors import grid_anchors, grid_priors, octave_scales
 from kdjax.boxes.roi import roi_align, roi_levels
 from kdjax.boxes.topk import k_smallest
@@ -42,12 +42,14 @@ __all__ = [
     "grid_priors",
     "inside_padding",
     "k_smallest",
+    "mask_centers",
     "max_iou",
     "octave_scales",
     "pairwise_iou",
     "roi_align",
     "roi_levels",
     "select_detections",
+    "select_rows",
     "sim_ota",
     "smallest_box",
     "to_xywh",

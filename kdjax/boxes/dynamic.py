@@ -56,6 +56,7 @@ def dynamic_soft_label(
     topk: int = 13,
     iou_weight: float = 3.0,
     radius: float = 3.0,
+    centers: AnyArray | None = None,
 ) -> Assignment:
     """RTMDet's assigner: each box takes the k priors of the lowest cost, where k depends on its IoUs.
 
@@ -75,7 +76,8 @@ def dynamic_soft_label(
       targets: the ground truth, M >= 1; invalid rows are ignored.
       topk: number of IoUs in the sum that gives k.
       iou_weight: weight of the IoU term.
-      radius: distance from the box's centre, in strides, at which the third term is 1.
+      radius: distance from the object's centre, in strides, at which the third term is 1.
+      centers: f32[B, M, 2], x and y of the objects' centres in pixels (`mask_centers`); None: the boxes' centres.
 
     Returns:
       Assignment. `quality` is the IoU of the predicted box with the matched one; `ignore` marks priors outside the
@@ -119,12 +121,39 @@ def dynamic_soft_label(
     positive = (jax.nn.softplus(true_logit) - true_logit * iou) * (iou - jax.nn.sigmoid(true_logit)) ** 2
     class_cost = jnp.sum(negative, axis=-1)[:, None, :] - true_negative + positive
     iou_cost = -jnp.log(iou + 1e-7) * iou_weight
-    distance = jnp.sqrt((x - (x1 + x2) / 2) ** 2 + (y - (y1 + y2) / 2) ** 2) / stride
+    if centers is None:
+        x_centre, y_centre = (x1 + x2) / 2, (y1 + y2) / 2
+    else:
+        shapes.check("dynamic_soft_label", boxes=(targets.boxes, "B M 4"), centers=(centers, "B M 2"))
+        x_centre, y_centre = (jax.lax.stop_gradient(centers)[:, :, i, None] for i in range(2))
+    distance = jnp.sqrt((x - x_centre) ** 2 + (y - y_centre) ** 2) / stride
     centre_cost = 10.0 ** (distance - radius)  # overflows from 41 strides on; such a prior can be taken, too
     cost = jnp.where(usable, jnp.minimum(class_cost + iou_cost + centre_cost, 3e38), jnp.inf)
 
     matched = _cheapest(cost, iou, topk)
     return assignment_of(matched, ~padded, _of_matched(iou, matched), num_classes, targets)
+
+
+def mask_centers(masks: AnyArray, *, stride: int) -> Array:
+    """The centres of mass of masks, f32[..., 2]: x and y in pixels.
+
+    Pixels are counted from 0, so that the centre of pixel i is i. An empty mask has its centre at 0, 0.
+
+    Args:
+      masks: f32[..., h, w], share of each block of stride x stride pixels that the object covers, or bool.
+      stride: in pixels.
+
+    Peers: mmdetection's `center_of_mass`, for masks of stride 1.
+
+    Example:
+      >>> mask_centers(jnp.array([[[0, 1, 1], [0, 0, 0]]]), stride=4).tolist()
+      [[7.5, 1.5]]
+    """
+    masks = jnp.asarray(masks).astype(jnp.float32)
+    rows, columns = jnp.sum(masks, -1), jnp.sum(masks, -2)
+    total = jnp.maximum(jnp.sum(rows, -1), 1e-7)
+    middle = [stride * jnp.arange(n, dtype=jnp.float32) + (stride - 1) / 2 for n in masks.shape[-2:]]
+    return jnp.stack([jnp.sum(columns * middle[1], -1) / total, jnp.sum(rows * middle[0], -1) / total], -1)
 
 
 def sim_ota(

@@ -118,6 +118,33 @@ def select_detections(
       >>> found.boxes[0, :2].tolist(), found.valid.tolist()
       ([[0.0, 0.0, 8.0, 7.0], [8.0, 8.0, 16.0, 16.0]], [[True, True, False]])
     """
+    found, _ = select_rows(
+        boxes,
+        scores,
+        level_sizes=level_sizes,
+        image_size=image_size,
+        score_threshold=score_threshold,
+        iou_threshold=iou_threshold,
+        pre_nms=pre_nms,
+        max_detections=max_detections,
+        quality=quality,
+    )
+    return found
+
+
+def select_rows(
+    boxes: AnyArray,
+    scores: AnyArray,
+    *,
+    level_sizes: Sequence[int],
+    image_size: AnyArray | None,
+    score_threshold: float,
+    iou_threshold: float,
+    pre_nms: int,
+    max_detections: int,
+    quality: AnyArray | None = None,
+) -> tuple[PaddedDetections, Array]:
+    """`select_detections`, and the prior of each detection, i32[B, D] in 0 .. N-1 (0 where it is not valid)."""
     shapes.check("select_detections", boxes=(boxes, "B N 4"), scores=(scores, "B N K"))
     batch, num_priors, num_classes = scores.shape
     if sum(level_sizes) != num_priors:
@@ -152,9 +179,10 @@ def select_detections(
         iou_threshold=iou_threshold,
         max_detections=max_detections,
     )
-    return PaddedDetections(
+    found = PaddedDetections(
         boxes=jnp.where(valid[..., None], jnp.take_along_axis(boxes, kept[..., None], axis=1), 0),
         scores=jnp.where(valid, jnp.take_along_axis(scores, kept, axis=1), 0),
         labels=jnp.where(valid, jnp.take_along_axis(labels, kept, axis=1), 0),
         valid=valid,
     )
+    return found, jnp.where(valid, jnp.take_along_axis(prior, kept, axis=1), 0)

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from kdjax.commands import arguments
 from kdjax.data import records, scenes
 from kdjax.errors import UserError
-from kdjax.export import litert, metadata, onnx, packages, stablehlo, verify
+from kdjax.export import graphs, litert, metadata, onnx, packages, stablehlo, verify
 from kdjax.files import write_json
 from kdjax.inference.model import BATCH, Model
 from kdjax.inference.predict import Program
@@ -69,6 +69,7 @@ def run(
     if format in ("onnx", "litert"):
         packages.check_installed(packages.ONNX if format == "onnx" else packages.LITERT)
     loaded = arguments.load_model(model)
+    graphs.check(loaded)
     exif = exif or loaded.exif_orientation
     opened = arguments.open_data(data, split, annotations, images, limit, exif) if data else None
     if opened:

@@ -58,7 +58,7 @@ class Decode(Protocol):
         iou_threshold: float = ...,
         pre_nms: int = ...,
         max_detections: int = ...,
-        select: Callable[..., PaddedDetections] = ...,
+        select: Callable[..., Any] = ...,
     ) -> PaddedDetections: ...
 
 
@@ -66,7 +66,7 @@ class Decode(Protocol):
 class TorchNames:
     """How a family's PyTorch state dicts differ from the detector's own paths, beyond the names of the leaves.
 
-    - `copies(path) -> paths`: further modules under which a state dict stores the parameter at `path` again.
+    - `copies(path) -> paths`: further paths under which a state dict stores the array at `path` again.
     - `rename(state) -> state`: names of other projects than the family's own, changed to its own.
     - `infer(state) -> options`: options of the detector that the names of a state dict imply.
     - `constants`: arrays that a state dict holds beside the weights, by name.
@@ -98,7 +98,8 @@ class Detector:
     - `assign(output, targets, key=None) -> Assignment`: which row learns what; a detector that samples reads the key.
     - `loss(output, targets, assignment) -> {name: f32[]}`: normalised over the global batch.
     - `decode(output, image_size i32[B, 2], *, score_threshold, iou_threshold, pre_nms, max_detections, select) ->
-      PaddedDetections`; `select` has the arguments of `kdjax.boxes.select_detections`, which it is by default.
+      PaddedDetections`; `select` has the arguments of `kdjax.boxes.select_detections`, which it is by default
+      (`select_rows` of a detector that returns masks of the canvas).
     - `decode_boxes(output) -> f32[B, N, 4]`, `class_logits(output) -> f32[B, N, K]`: all levels in one array.
     - `priors((H, W)) -> f32[N, 4]`: NumPy; x, y, stride in x, stride in y, in pixels.
     - `no_decay(params) -> tree of bool`: True for parameters without weight decay: norms, biases, frozen ones.
@@ -112,6 +113,7 @@ class Detector:
     size_divisor: int  # sides of the network input divide by it
     pad_value: int  # grey level of the canvas around an image
     round_down: bool = False  # in evaluations an image fitted to the canvas loses the fraction of a pixel
+    masks: str = ""  # which masks `decode` returns, "box" or "canvas" (`PaddedDetections.masks`); "": none
     shapes: tuple[Tree, Tree]  # (params, stats) as trees of jax.ShapeDtypeStruct
     # Paths of the modules whose last axis is the classes (of every anchor), such as "bbox_head/rtm_cls".
     classifiers: tuple[str, ...] = ()

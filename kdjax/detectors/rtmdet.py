@@ -36,7 +36,7 @@ from kdjax.detectors.api import (
 )
 from kdjax.detectors.cspnext import Block, CSPNeXt
 from kdjax.detectors.keywords import changed, own_values, resolve
-from kdjax.detectors.layers import FOCAL_BIAS, BatchNorm, Conv, CSPLayer, constant, normal
+from kdjax.detectors.layers import FOCAL_BIAS, MOMENTUM, BatchNorm, Conv, CSPLayer, constant, normal
 from kdjax.detectors.pafpn import PAFPN
 from kdjax.errors import UserError
 from kdjax.losses import box, classification
@@ -74,12 +74,68 @@ _MMYOLO = (
 )
 
 
-class _TowerConv(nnx.Module):
+class TowerConv(nnx.Module):
     """A 3x3 convolution (`own_conv=False`: another level's is used) and this level's batch norm."""
 
-    def __init__(self, inputs: int, outputs: int, *, own_conv: bool) -> None:
+    def __init__(self, inputs: int, outputs: int, *, own_conv: bool = True, momentum: float = MOMENTUM) -> None:
         self.conv = Conv(inputs, outputs, 3, draw=normal(0.01)) if own_conv else None
-        self.bn = BatchNorm(outputs)
+        self.bn = BatchNorm(outputs, momentum=momentum)
+
+
+# The convolutions of a tower, level first.
+Tower = nnx.List[nnx.List[TowerConv]]
+
+
+def tower(inputs: int, channels: int, *, convs: int, share_conv: bool, momentum: float = MOMENTUM) -> Tower:
+    """A tower over the levels, whose convolutions are shared if `share_conv`; its norms never are."""
+    return nnx.List(
+        [
+            nnx.List(
+                [
+                    TowerConv(
+                        channels if i else inputs, channels, own_conv=level == 0 or not share_conv, momentum=momentum
+                    )
+                    for i in range(convs)
+                ]
+            )
+            for level in range(len(STRIDES))
+        ]
+    )
+
+
+def predictors(channels: int, outputs: int, bias: float) -> nnx.List[Conv]:
+    """The 1x1 convolutions after a tower, one for each level."""
+    return nnx.List([Conv(channels, outputs, 1, draw=normal(0.01), bias=constant(bias)) for _ in STRIDES])
+
+
+# The outputs of a tower's convolutions before their activation (conv, then level), and the predictions.
+Branch = tuple[tuple[tuple[Array, ...], ...], tuple[Array, ...]]
+
+
+def run_tower(
+    convs: Tower,
+    predict: nnx.List[Conv],
+    maps: tuple[Array, ...],
+    start: int,
+    train: bool,
+    finish: Callable[[int, Array], Array] = lambda level, y: y,
+) -> Branch:
+    """Runs a tower on all levels from conv `start` on (0-based; the maps are activated first if start > 0).
+
+    `finish(level, prediction)` gives what is returned of a level's prediction.
+    """
+    taps, predictions = [], []
+    for level, x in enumerate(maps):
+        x = jax.nn.silu(x) if start else x
+        taps.append([])
+        for i in range(start, len(convs[level])):
+            layer = convs[level][i]
+            conv = layer.conv if layer.conv is not None else cast(Conv, convs[0][i].conv)
+            taps[level].append(layer.bn(conv(x), train))
+            x = jax.nn.silu(taps[level][-1])
+        # Losses and boxes are computed in float32.
+        predictions.append(finish(level, predict[level](x).astype(jnp.float32)))
+    return tuple(zip(*taps, strict=True)), tuple(predictions)
 
 
 class _Head(nnx.Module):
@@ -88,57 +144,35 @@ class _Head(nnx.Module):
     def __init__(
         self, inputs: int, channels: int, num_classes: int, *, stacked_convs: int, share_conv: bool, exp_on_reg: bool
     ) -> None:
-        def tower() -> nnx.List[nnx.List[_TowerConv]]:
-            return nnx.List(
-                [
-                    nnx.List(
-                        [
-                            _TowerConv(channels if i else inputs, channels, own_conv=level == 0 or not share_conv)
-                            for i in range(stacked_convs)
-                        ]
-                    )
-                    for level in range(len(STRIDES))
-                ]
-            )
-
-        def predictors(outputs: int, bias: float) -> nnx.List[Conv]:
-            return nnx.List([Conv(channels, outputs, 1, draw=normal(0.01), bias=constant(bias)) for _ in STRIDES])
-
         self.exp_on_reg = exp_on_reg
-        self.cls_convs, self.reg_convs = tower(), tower()
-        self.rtm_cls = predictors(num_classes, FOCAL_BIAS)
-        self.rtm_reg = predictors(4, 0.0 if exp_on_reg else 1.0)
+        self.cls_convs = tower(inputs, channels, convs=stacked_convs, share_conv=share_conv)
+        self.reg_convs = tower(inputs, channels, convs=stacked_convs, share_conv=share_conv)
+        self.rtm_cls = predictors(channels, num_classes, FOCAL_BIAS)
+        self.rtm_reg = predictors(channels, 4, 0.0 if exp_on_reg else 1.0)
 
-    def branch(
-        self, maps: tuple[Array, ...], name: str, start: int, train: bool
-    ) -> tuple[tuple[tuple[Array, ...], ...], tuple[Array, ...]]:
-        """Runs one branch on all levels from conv `start` on (0-based; the maps are activated first if start > 0).
+    def branch(self, maps: tuple[Array, ...], name: str, start: int, train: bool) -> Branch:
+        """`run_tower` of one branch."""
+        if name == "cls":
+            return run_tower(self.cls_convs, self.rtm_cls, maps, start, train)
 
-        Returns the pre-activation outputs of its convs (conv, then level), and the predictions.
-        """
-        convs, predictors = (self.cls_convs, self.rtm_cls) if name == "cls" else (self.reg_convs, self.rtm_reg)
-        taps, predictions = [], []
-        for level, x in enumerate(maps):
-            x = jax.nn.silu(x) if start else x
-            taps.append([])
-            for i in range(start, len(convs[level])):
-                layer = convs[level][i]
-                conv = layer.conv if layer.conv is not None else cast(Conv, convs[0][i].conv)
-                taps[level].append(layer.bn(conv(x), train))
-                x = jax.nn.silu(taps[level][-1])
-            y = predictors[level](x).astype(jnp.float32)  # losses and boxes are computed in it
-            if name == "reg":
-                y = (jnp.exp(y) if self.exp_on_reg else y) * STRIDES[level]
-            predictions.append(y)
-        return tuple(zip(*taps, strict=True)), tuple(predictions)
+        def distances(level: int, y: Array) -> Array:
+            return (jnp.exp(y) if self.exp_on_reg else y) * STRIDES[level]
+
+        return run_tower(self.reg_convs, self.rtm_reg, maps, start, train, distances)
+
+    def __call__(self, maps: tuple[Array, ...], train: bool) -> dict[str, Any]:
+        """The head's fields of `DetectorOutput`."""
+        cls_tower, cls_logits = self.branch(maps, "cls", 0, train)
+        reg_tower, box_reg = self.branch(maps, "reg", 0, train)
+        return {"cls_tower": cls_tower, "reg_tower": reg_tower, "cls_logits": cls_logits, "box_reg": box_reg}
 
 
 class RTMDet(nnx.Module):
-    """The network; its parts have mmdetection's names."""
+    """The network; its parts have mmdetection's names. `head()` makes a head: maps, train -> fields of the output."""
 
     def __init__(
         self,
-        num_classes: int,
+        head: Callable[[], Callable[[tuple[Array, ...], bool], dict[str, Any]]],
         *,
         widen: float,
         deepen: float,
@@ -146,10 +180,6 @@ class RTMDet(nnx.Module):
         attention: bool,
         neck_channels: int,
         neck_blocks: int,
-        head_channels: int,
-        stacked_convs: int,
-        share_conv: bool,
-        exp_on_reg: bool,
     ) -> None:
         self.backbone = CSPNeXt(widen=widen, deepen=deepen, expand_ratio=expand_ratio, attention=attention)
         layer = functools.partial(
@@ -159,14 +189,7 @@ class RTMDet(nnx.Module):
             expand_ratio=expand_ratio,
         )
         self.neck = PAFPN(self.backbone.channels, neck_channels, layer=layer, size=3)
-        self.bbox_head = _Head(
-            neck_channels,
-            head_channels,
-            num_classes,
-            stacked_convs=stacked_convs,
-            share_conv=share_conv,
-            exp_on_reg=exp_on_reg,
-        )
+        self.bbox_head = head()
 
     def __call__(self, x: Array, train: bool) -> DetectorOutput:
         return self.outputs(*self.features(x, train), train)
@@ -180,24 +203,48 @@ class RTMDet(nnx.Module):
         self, backbone: tuple[Array, ...], neck: tuple[Array, ...], neck_conv: tuple[Array, ...], train: bool
     ) -> DetectorOutput:
         """Runs the head and names everything."""
-        cls_tower, cls_logits = self.bbox_head.branch(neck, "cls", 0, train)
-        reg_tower, box_reg = self.bbox_head.branch(neck, "reg", 0, train)
         return DetectorOutput(
             strides=STRIDES,
             backbone_strides=STRIDES,
             backbone=backbone,
             neck=neck,
             neck_conv=neck_conv,
-            cls_tower=cls_tower,
-            reg_tower=reg_tower,
-            cls_logits=cls_logits,
-            box_reg=box_reg,
+            **self.bbox_head(neck, train),
         )
 
 
-def network(num_classes: int, **options: Any) -> PureModule:
-    """Returns the network as pure functions; `options` are all keywords of `RTMDet`."""
-    return pure(lambda: RTMDet(num_classes, **options))
+def network(
+    num_classes: int, *, head_channels: int, stacked_convs: int, share_conv: bool, exp_on_reg: bool, **trunk: Any
+) -> PureModule:
+    """Returns the network as pure functions; `trunk` are the keywords of `RTMDet`."""
+    head = functools.partial(
+        _Head,
+        trunk["neck_channels"],
+        head_channels,
+        num_classes,
+        stacked_convs=stacked_convs,
+        share_conv=share_conv,
+        exp_on_reg=exp_on_reg,
+    )
+    return pure(lambda: RTMDet(head, **trunk))
+
+
+def resolved(title: str, variant: str, num_classes: int, given: Mapping[str, Any]) -> dict[str, Any]:
+    """All options of a network of a variant; None is replaced by the variant's own value.
+
+    Raises:
+      UserError: unknown variant, or a value out of range.
+    """
+    options = resolve(given, own_values(title, VARIANTS, variant))
+    if num_classes < 1:
+        raise UserError(f"num_classes of {title} must be >= 1, not {num_classes}")
+    if int(64 * options["widen"] // 2) < 1 or options["deepen"] <= 0 or options["stacked_convs"] < 1:
+        raise UserError(
+            f"{title} needs widen >= 1/32, deepen > 0 and stacked_convs >= 1, not widen={options['widen']}, "
+            f"deepen={options['deepen']}, stacked_convs={options['stacked_convs']}"
+        )
+    width, depth = int(256 * options["widen"]), max(round(3 * options["deepen"]), 1)
+    return resolve(options, {"neck_channels": width, "head_channels": width, "neck_blocks": depth})
 
 
 def make(
@@ -248,10 +295,7 @@ def make(
         neck_blocks=neck_blocks, head_channels=head_channels, stacked_convs=stacked_convs, share_conv=share_conv,
         exp_on_reg=exp_on_reg,
     )  # fmt: skip
-    options = resolve(given, own_values("RTMDet", VARIANTS, variant))
-    _check(num_classes, options)
-    width, depth = int(256 * options["widen"]), max(round(3 * options["deepen"]), 1)
-    options = resolve(options, {"neck_channels": width, "head_channels": width, "neck_blocks": depth})
+    options = resolved("RTMDet", variant, num_classes, given)
     module = network(num_classes, **options)
 
     def apply(params: Tree, stats: Tree, x: Array, *, train: bool) -> tuple[DetectorOutput, Tree]:
@@ -275,7 +319,7 @@ def make(
         pad_value=114,
         shapes=module.shapes,
         classifiers=("bbox_head/rtm_cls",),
-        torch=TorchNames(copies=_copies if share_conv else lambda path: [], rename=_from_mmyolo, infer=infer),
+        torch=TorchNames(copies=level_copies if share_conv else lambda path: [], rename=_from_mmyolo, infer=infer),
         init=module.init,
         preprocess=preprocess,
         apply=apply,
@@ -290,17 +334,8 @@ def make(
     )
 
 
-def _check(num_classes: int, options: Mapping[str, Any]) -> None:
-    if num_classes < 1:
-        raise UserError(f"num_classes of RTMDet must be >= 1, not {num_classes}")
-    if int(64 * options["widen"] // 2) < 1 or options["deepen"] <= 0 or options["stacked_convs"] < 1:
-        raise UserError(
-            f"RTMDet needs widen >= 1/32, deepen > 0 and stacked_convs >= 1, not widen={options['widen']}, "
-            f"deepen={options['deepen']}, stacked_convs={options['stacked_convs']}"
-        )
-
-
-def _copies(path: str) -> list[str]:
+def level_copies(path: str) -> list[str]:
+    """The other levels' names of a convolution that all levels share."""
     shared = _SHARED_CONV.fullmatch(path)
     return [f"{shared[1]}/{level}/{shared[2]}" for level in range(1, len(STRIDES))] if shared else []
 

@@ -132,7 +132,7 @@ def only(output: DetectorOutput, names: Iterable[str]) -> DetectorOutput:
             wanted[field] = None
         else:
             wanted[field] = (wanted.get(field) or set()) | set(indices)
-    kept = {}
+    kept: dict[str, Any] = {"kernels": (), "prototypes": None}  # no taps
     for field in LEVELS + TOWERS:
         levels = getattr(output, field)
         if field not in wanted:

@@ -15,11 +15,25 @@ import numpy as np
 
 from kdjax import nn
 from kdjax.boxes.convert import clip
+from kdjax.errors import UserError
 from kdjax.inference.model import Model
 from kdjax.structs import Array, DetectorOutput, PaddedDetections
 
 INPUTS = ("image", "image_size")
 _PREDICTIONS = ("cls_logits", "box_reg", "quality")
+
+
+def check(model: Model) -> None:
+    """Checks that the detector's results can be exported.
+
+    Raises:
+      UserError: it returns masks.
+    """
+    if model.detector.masks:
+        raise UserError(
+            f"{model.path}: {model.detector.name} returns masks, which kdjax cannot export yet: export a detector "
+            "without masks"
+        )
 
 
 def maps(model: Model, images: Array) -> tuple[Array, ...]:

@@ -33,7 +33,11 @@ def write(model: Model, path: str | Path, *, raw: bool = False) -> None:
       model: from `kdjax.inference.load`.
       path: the file.
       raw: the head's maps instead of boxes and scores.
+
+    Raises:
+      UserError: see `graphs.check`.
     """
+    graphs.check(model)
     # The package is optional.
     from litert_converter import converter_api_ext as converter  # pyright: ignore[reportMissingImports]
     from litert_converter.mlir import ir, passmanager  # pyright: ignore[reportMissingImports]

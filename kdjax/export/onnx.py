@@ -36,7 +36,11 @@ def write(model: Model, path: str | Path, *, raw: bool = False) -> None:
       raw: the head's maps instead of detections.
 
     Reference: ONNX's operators, https://onnx.ai/onnx/operators/, opset 19.
+
+    Raises:
+      UserError: see `graphs.check`.
     """
+    graphs.check(model)
     path = Path(path)
     with quiet():
         import jax2onnx

@@ -22,10 +22,15 @@ def write(model: Model, path: str | Path, *, raw: bool = False) -> None:
       model: from `kdjax.inference.load`.
       path: the file.
       raw: the head's maps instead of detections.
+
+    Raises:
+      UserError: see `graphs.check`.
     """
+    graphs.check(model)
 
     def predict(images: Array, image_size: Array) -> tuple[Array, ...]:
-        return tuple(model.detector.decode(graphs.output(model, graphs.maps(model, images)), image_size))
+        found = model.detector.decode(graphs.output(model, graphs.maps(model, images)), image_size)
+        return found.boxes, found.scores, found.labels, found.valid
 
     function = functools.partial(graphs.maps, model) if raw else predict
     exported = jax.export.export(jax.jit(function), platforms=("cpu", "cuda", "tpu"))(*graphs.inputs(model, raw=raw))

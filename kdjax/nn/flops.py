@@ -31,8 +31,8 @@ def count(function: Callable[..., Any], *args: Any) -> dict[str, int]:
     """Counts the floating-point operations of a function that uses `kdjax.nn`, without computing anything.
 
     The rule is mmengine's: one per multiply-add of a convolution, two per output element of a batch norm and five of a
-    group norm, one per input element of a global average pool, one per output element of an upsampling, and none for
-    everything else.
+    group norm, one per input element of a global average pool, one per output element of an upsampling (four of a
+    bilinear one), and none for everything else.
 
     Args:
       function: the function to count. It is traced again, but jitted parts that were traced before are not counted.

@@ -17,7 +17,7 @@ from kdjax.structs import Array, DetectorOutput, targets_of
 from kdjax.training import config as settings
 from kdjax.training import optim
 from kdjax.training.config import Config
-from kdjax.training.setup import Setup, build_methods, check_size, named_detector
+from kdjax.training.setup import Setup, build_methods, check_masks, check_size, named_detector
 from kdjax.training.step import TeacherVariables, TrainState
 
 # What a run writes into its workdir.
@@ -69,6 +69,8 @@ def check_models(config: Config) -> None:
             with prefix(f"config.{role}"):
                 detector = named_detector(config[role], 1)
             check_size(role, detector, tuple(config.data.image_size))
+            if role == "student":
+                check_masks(detector, config)
         elif config[role].options:
             raise UserError(f"config.{role}.options has no effect unless config.{role}.detector is set")
         if config[role].weights and not resources.model_path(config[role].weights).exists():

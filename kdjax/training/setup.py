@@ -124,6 +124,18 @@ def check_size(role: str, detector: Detector, image_size: tuple[int, int]) -> No
         )
 
 
+def check_masks(student: Detector, config: Config) -> None:
+    """Checks that the batches have masks if the student learns them.
+
+    Raises:
+      UserError: they have none.
+    """
+    if student.masks and not config.data.get("masks", False):
+        raise UserError(
+            f"config.data.masks: the student {student.name} learns masks, but the batches have none: set it to True"
+        )
+
+
 def load_detector(
     role: str, chosen: Config, dataset: data.Dataset, key: Array
 ) -> tuple[Detector, tuple[Tree, Tree] | None]:
@@ -211,11 +223,13 @@ def prepare(config: Config, dataset: data.Dataset) -> Setup:
       dataset: of the run.
 
     Raises:
-      UserError: weights cannot be loaded, the image size does not fit a model, or a method cannot compare the models.
+      UserError: weights cannot be loaded, the image size does not fit a model, a method cannot compare the models, or
+        the student learns masks that the batches lack.
     """
     key = jax.random.PRNGKey(config.seed)
     height, width = config.data.image_size
     student, start = load_detector("student", config.student, dataset, key)
+    check_masks(student, config)
     teacher, loaded, teacher_detects = None, None, False
     chosen = build_methods(config)
     if config.teacher.weights:

@@ -24,7 +24,7 @@ COUNTERS = "num_batches_tracked"  # of batch norms in PyTorch; kdjax has none
 def table(detector: Detector) -> dict[str, list[str]]:
     """The table of names: "params/path" or "stats/path" -> the names in a PyTorch state dict.
 
-    There are several where PyTorch stores a shared convolution several times.
+    There are several where PyTorch stores what several modules share several times.
 
     Example:
       >>> from kdjax.detectors import build
@@ -32,8 +32,11 @@ def table(detector: Detector) -> dict[str, list[str]]:
       ['backbone.stem.0.bn.running_mean']
     """
     params, stats = (flatten(tree) for tree in detector.shapes)
-    names = {f"params/{path}": [torch_name(copy) for copy in (path, *detector.torch.copies(path))] for path in params}
-    return names | {f"stats/{path}": [torch_name(path)] for path in stats}
+    return {
+        f"{side}/{path}": [torch_name(copy) for copy in (path, *detector.torch.copies(path))]
+        for side, paths in (("params", params), ("stats", stats))
+        for path in paths
+    }
 
 
 def torch_name(path: str) -> str:

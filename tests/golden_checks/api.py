@@ -32,10 +32,11 @@ class Check(NamedTuple):
 
 Checks = Iterator[Check]
 
-LATER_MASKS = "not in kdjax yet: instance masks"
 LATER_TWO_STAGE = "not in kdjax yet: two-stage detectors"
 LATER_TRANSFORMERS = "not in kdjax yet: transformers"
 NOT_PART = "not part of kdjax"
+# Programs that run once: most of their time is the compiler's.
+QUICK = {"xla_backend_optimization_level": 0}
 
 
 class UnknownCase(ValueError):
@@ -53,6 +54,17 @@ def load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 def below(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
     """The arrays whose key begins with `prefix/`, under the rest of their keys."""
     return {key[len(prefix) + 1 :]: value for key, value in arrays.items() if key.startswith(prefix + "/")}
+
+
+def nhwc(x: np.ndarray) -> np.ndarray:
+    """PyTorch's maps in the layout of kdjax."""
+    return x.transpose(0, 2, 3, 1)
+
+
+def maps_of(arrays: dict[str, np.ndarray], prefix: str) -> tuple[np.ndarray, ...]:
+    """The maps of all levels below a key."""
+    found = below(arrays, prefix)
+    return tuple(nhwc(found[str(level)]) for level in range(len(found)))
 
 
 def relative_error(got: Any, want: Any) -> float:

@@ -1,12 +1,10 @@
 """Reference files of detectors that kdjax does not have yet: remove a line with the detector that it waits for."""
 
-from tests.golden_checks.api import LATER_MASKS, LATER_TRANSFORMERS, LATER_TWO_STAGE, skip_file
+from tests.golden_checks.api import LATER_TRANSFORMERS, LATER_TWO_STAGE, skip_file
 
 CHECKS = [
     ("model/faster_*.npz", skip_file(LATER_TWO_STAGE, "all but the features of regions")),
     ("model/mask_*.npz", skip_file(LATER_TWO_STAGE, "all but the features of regions")),
-    ("model/rtmdetins_*.npz", skip_file(LATER_MASKS)),
-    ("tables/rtmdet-ins_*_state.json", skip_file(LATER_MASKS)),
     ("model/dfine_*.npz", skip_file(LATER_TRANSFORMERS)),
     ("model/rtdetr_*.npz", skip_file(LATER_TRANSFORMERS)),
     ("model/rtdetrv2_*.npz", skip_file(LATER_TRANSFORMERS)),

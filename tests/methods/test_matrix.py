@@ -22,6 +22,7 @@ DENSE = dict(base_channels=2, stacked_convs=2)
 # Family -> its smallest variant; options of student and teacher.
 FAMILIES = {
     "rtmdet": ("rtmdet_pico", {"widen": 0.0625}, {"widen": 0.125}),
+    "rtmdet_ins": ("rtmdet_ins_pico", {"widen": 0.0625}, {"widen": 0.125}),
     "yolox": ("yolox_pico", {"widen": 0.0625, "deepen": 0.1}, {"widen": 0.125, "deepen": 0.1}),
     "retinanet": ("retinanet_r18", *({**DENSE, "neck_channels": c, "head_channels": c} for c in (4, 8))),
 } | {
@@ -49,7 +50,7 @@ def taps(family: str, teacher: bool):
     rng = np.random.default_rng(teacher)
     draw = lambda leaf: rng.normal(0, 0.5, (BATCH, *leaf.shape[1:])).astype(np.float32)  # noqa: E731
     drawn = jax.tree.map(draw, dataclasses.replace(spec(family, teacher), rows=None))
-    if family not in ("rtmdet", "fcos"):
+    if family not in ("rtmdet", "rtmdet_ins", "fcos"):
         return drawn
     distances = tuple(stride * (2 + cells) for stride, cells in zip(drawn.strides, drawn.box_reg, strict=True))
     return dataclasses.replace(drawn, box_reg=distances)

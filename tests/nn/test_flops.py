@@ -25,8 +25,8 @@ def test_count_follows_the_rule_of_mmengine():
             "conv": 9 * (9 * 4 * 8) + 9 * 25 * 8 + 36 * 8 * 2,
             "norm": 2 * 9 * 8,
             "pool": 9 * 8,
-            "upsample": 36 * 8 + 4 * 2,
-            "flops": 9 * 288 + 9 * 200 + 36 * 16 + 144 + 72 + 288 + 8,
+            "upsample": 36 * 8 + 4 * (4 * 2),
+            "flops": 9 * 288 + 9 * 200 + 36 * 16 + 144 + 72 + 288 + 32,
         }
 
 

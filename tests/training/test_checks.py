@@ -43,6 +43,10 @@ from tests.support.runs import tiny_config
         (dict(student__detector=""), "config.student.detector: there is no student.*rtmdet_tiny"),
         (dict(student__detector="rtmdet_huge"), "rtmdet_huge.*rtmdet_tiny"),
         (
+            dict(student__detector="rtmdet_ins_pico", data__source="coco_folder", data__root="/no/such/folder"),
+            "config.data.masks: the student rtmdet_ins_pico learns masks, but the batches have none",
+        ),
+        (
             dict(teacher__weights="/no/such/folder"),
             "config.teacher.weights: there is no file or folder /no/such/folder",
         ),
