@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, cast
 
 import cv2
 import numpy as np
@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from kdjax import files
 from kdjax.commands import arguments
-from kdjax.data.images import SUFFIXES, is_image
+from kdjax.data.images import SUFFIXES, check_file, is_image, listened
 from kdjax.errors import UserError, fault, printable
 from kdjax.evals import coco
 from kdjax.inference.model import BATCH
@@ -25,8 +25,8 @@ from kdjax.structs import Detections
 
 VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
 JPEG_SIDE = 65_500  # px; the format ends there
-MOST_FRAMES = 65_535  # a second; mp4 ends there
 NAME_BYTES = 255  # of a file's name, in common file systems
+RATES = (0.01, 65_535)  # of an mp4, frames a second
 _KNOWN = SUFFIXES + VIDEOS
 
 
@@ -148,19 +148,18 @@ class Drawings:
 
     def _frame(self, source: Path, target: Path, drawn: np.ndarray) -> None:
         if target not in self.writers:
-            rate = cv2.VideoCapture(str(source)).get(cv2.CAP_PROP_FPS)
-            if not 0.01 <= rate <= MOST_FRAMES:  # below: the file does not say
+            rate = _video(source)[0].get(cv2.CAP_PROP_FPS)
+            if not RATES[0] <= rate <= RATES[1]:  # the file does not say, or mp4 has no such rate
                 if rate > 0:
                     _warn(f"{source}: drawn with 25 frames a second: mp4 has no rate of {rate:g}")
                 rate = 25
-            self.writers[target] = cv2.VideoWriter(
-                str(target), cv2.VideoWriter.fourcc(*"mp4v"), rate, drawn.shape[1::-1]
-            )
+            options = (_encoded(target), cv2.VideoWriter.fourcc(*"mp4v"), rate, drawn.shape[1::-1])
+            self.writers[target], said = listened(lambda: cv2.VideoWriter(*options))
             self.frames[target] = 0
             if not self.writers[target].isOpened():
-                height, width = drawn.shape[:2]
-                what = f"a video of {width} x {height} px with {rate:g} frames a second"
-                raise UserError(f"OpenCV cannot write {what} as mp4, or the disk is full")
+                size = f"{drawn.shape[1]:,} x {drawn.shape[0]:,} px with {rate:g} frames a second"
+                what = f"OpenCV cannot write a video of {size} as mp4, or the disk is full"
+                raise UserError(": ".join([what, *said[:1]]))
         self.writers[target].write(drawn)
         self.frames[target] += 1
 
@@ -169,7 +168,7 @@ class Drawings:
         for target, writer in self.writers.items():
             writer.release()
             if target not in self.failed:
-                written = int(cv2.VideoCapture(str(target)).get(cv2.CAP_PROP_FRAME_COUNT))
+                written = int(_video(target)[0].get(cv2.CAP_PROP_FRAME_COUNT))
                 if written < self.frames[target]:
                     what = f"only {written} of its {self.frames[target]} frames could be written: is the disk full?"
                     self._report(target, f"{target}: {what}")
@@ -204,7 +203,7 @@ def find(paths: list[str], out: Path) -> list[tuple[Path, str]]:
     """The files to read and the name of each under `drawn/`; files in `out` are left out.
 
     Args:
-      paths: of files, and of folders, which are searched for images and videos.
+      paths: of files, and of folders, which are searched for images and videos, also behind links.
       out: the folder that is written.
 
     Returns:
@@ -216,14 +215,15 @@ def find(paths: list[str], out: Path) -> list[tuple[Path, str]]:
     found: list[tuple[Path, Path]] = []
     for path in (Path(text).expanduser() for text in paths):
         if path.is_dir():
-            inside = [p for p in sorted(path.rglob("*")) if p.is_file() and _looks_readable(p)]
-            inside = [p for p in inside if not p.resolve().is_relative_to(out.resolve())]
+            inside = [p for p in sorted(_below(path)) if _looks_readable(p)]
+            inside = [p for p in inside if not Path(os.path.realpath(p)).is_relative_to(os.path.realpath(out))]
             if not inside:
                 raise UserError(f"{path}: it holds no images ({', '.join(_KNOWN)}) outside of --out")
             found += [(p, p.relative_to(path)) for p in inside]
-        elif not path.is_file():
+        elif not path.exists():
             raise UserError(f"{path}: there is no such file or folder")
         else:
+            check_file(path)
             found.append((path, Path(path.name)))
     if not any(file.suffix.lower() in _KNOWN or is_image(file) for file, _ in found):
         raise UserError(_unsupported(found[0][0]))
@@ -247,8 +247,27 @@ def _cut(text: str, size: int) -> str:
     return text
 
 
+def _below(folder: Path) -> Iterator[Path]:
+    """What is in a folder and those below it, also behind links; a folder that is reached twice is searched once.
+
+    Raises:
+      UserError: one cannot be searched.
+    """
+
+    def refuse(error: OSError) -> NoReturn:
+        raise UserError(f"{error.filename}: cannot be searched ({error.strerror})") from None
+
+    seen: set[str] = set()
+    for where, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        if os.path.realpath(where) in seen:
+            folders.clear()
+        else:
+            seen.add(os.path.realpath(where))
+            yield from (Path(where, name) for name in names)
+
+
 def _looks_readable(file: Path) -> bool:
-    """Whether a file looks like an image or a video; unsupported kinds count, so that they are reported."""
+    """Whether a file looks like an image or a video; those that cannot be read count, so that they are reported."""
     kind = mimetypes.guess_type(file.name)[0]
     if file.suffix.lower() in _KNOWN or (kind or "").startswith(("image/", "video/")):
         return True
@@ -280,17 +299,40 @@ def frames(file: Path, exif: str, warn: Callable[[str], None]) -> Iterator[np.nd
             raise UserError(_unsupported(file))
         yield read_image(file, exif=exif, warn=warn)
         return
-    video = cv2.VideoCapture(str(file))
-    announced, number = video.get(cv2.CAP_PROP_FRAME_COUNT), 0
-    while (frame := video.read())[0]:
-        yield np.ascontiguousarray(frame[1][:, :, ::-1])
+    check_file(file)
+    video, notes = _video(file)
+    announced, number, told = video.get(cv2.CAP_PROP_FRAME_COUNT), 0, set[str]()
+    while True:
+        (more, frame), said = listened(video.read)
+        notes = [note for note in dict.fromkeys((*notes, *said)) if note not in told]
+        if not more and not number:
+            why = notes[:1] if file.stat().st_size else ["it is empty"]
+            raise UserError(": ".join([f"{file}: OpenCV cannot read it as a video", *why]))
+        for note in notes:  # once for the whole video
+            warn(f"{file}: {note}")
+        told |= {*notes}
+        if not more:
+            break
+        yield np.ascontiguousarray(frame[:, :, ::-1])
         number += 1
     video.release()
-    if not number:
-        why = "" if file.stat().st_size else ": it is empty"
-        raise UserError(f"{file}: OpenCV cannot read it as a video{why}")
     if number < 0.95 * announced:  # OpenCV estimates the number for some kinds
         raise UserError(f"{file}: the video is broken: only {number} of its {announced:.0f} frames can be read")
+    if number < announced:
+        warn(f"{file}: its header announces {announced:.0f} frames, {number} can be read")
+
+
+def _video(file: Path) -> tuple[cv2.VideoCapture, tuple[str, ...]]:
+    """A video, and notes on what is printed when it is opened."""
+    # By FFmpeg alone: another reader takes a number in the name as that of the first image of a row. In one thread:
+    # what several print would come later.
+    return listened(lambda: cv2.VideoCapture(_encoded(file), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1]))
+
+
+def _encoded(file: Path) -> str:
+    """A path for OpenCV's videos."""
+    # Text that is not UTF-8 crashes OpenCV, so bytes; a relative name with a colon would be an address.
+    return cast("str", os.fsencode(file.absolute()))
 
 
 def _warn(message: str) -> None:

@@ -4,9 +4,11 @@ import contextlib
 import io
 import os
 import re
+import stat
 import sys
 import tempfile
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
@@ -33,10 +35,9 @@ _ORIENTATION = 274  # EXIF's tag
 _STORED = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
 _LARGE = 89_478_485  # px; above, Pillow warns of decompression bombs
 _SEQUENCES = ("GIF", "WEBP", "AVIF", "PNG", "TIFF")  # Pillow's names; a JPEG's second image is a preview
+_DENSEST = 10_000  # px that a byte of a large image can hold: PNG and GIF end below
 _MOST = 2**30  # px; OpenCV reads no more, and no side over 2^20
 _DAMAGE = (OSError, SyntaxError)  # what Pillow raises of damaged files
-# What else it may raise, of parts of a file that OpenCV does not read.
-_ANY = (*_DAMAGE, ValueError, EOFError, LookupError, TypeError, OverflowError, MemoryError, Warning)
 _OPENING, _LISTENING = threading.Lock(), threading.Lock()  # Pillow's limit and stderr belong to the whole process
 
 Item = TypeVar("Item")
@@ -72,11 +73,17 @@ def decode(encoded: bytes, *, upright: bool = False) -> np.ndarray | None:
     Returns:
       The pixels; None if it cannot be read.
     """
-    try:
-        pixels = cv2.imdecode(np.frombuffer(encoded, np.uint8), _STORED)
-    except cv2.error:  # no bytes, or a header with an impossible size
+    pixels = _decoded(encoded, _STORED)
+    if pixels is not None and pixels.ndim == 2:  # a kind of which OpenCV makes no colours: PFM
         return None
     return turned(pixels, _header(encoded)[0]) if upright and pixels is not None else pixels
+
+
+def _decoded(encoded: bytes, flags: int) -> np.ndarray | None:
+    try:
+        return cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
+    except cv2.error:  # no bytes, or a header with an impossible size
+        return None
 
 
 def turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
@@ -122,12 +129,27 @@ def facts(images: Sequence[tuple[bytes, str]], pool: Executor, *, upright: bool 
     return [one._replace(notes=one.notes + lines) for one, lines in found]
 
 
+def check_file(file: Path) -> None:
+    """Checks that there is a file: the content of a pipe or a device may have no end.
+
+    Raises:
+      UserError: there is none, or something else.
+    """
+    try:
+        mode = file.stat().st_mode
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{file}: cannot be read: it is a folder, a pipe or a device, where a file must be")
+
+
 def is_image(file: Path) -> bool:
     """Whether the content of a file begins as that of an image."""
     try:
+        check_file(file)
         with _opened(file):
             return True
-    except _ANY:
+    except Exception:  # Pillow raises many exception types of damaged files
         return False
 
 
@@ -139,24 +161,35 @@ def heard(
     with _LISTENING:
         with _stderr() as lines:
             results = list((pool.map if pool else map)(work, items))
-        explained = set()
+        explained: set[str] = set()
         if lines:  # of which? One after the other
             for index, item in enumerate(items):
                 with _stderr() as own:
                     work(item)
-                explained |= {*own}
-                # Without numbers, so that the same damage of several images is counted together.
-                told = (re.sub(r"0x[0-9a-f]+|\d+", "N", line) for line in own)
-                notes[index] = tuple(dict.fromkeys(f"its decoder says: {line}" for line in told))
-    for line in lines:
-        if line not in explained:  # another thread's
+                notes[index] = tuple(dict.fromkeys(_told(own)))
+                explained |= {*notes[index]}
+    for line, note in zip(lines, _told(lines), strict=True):
+        if note not in explained:  # another thread's
             print(line, file=sys.stderr)
     return list(zip(results, notes, strict=True))
 
 
+def listened(work: Callable[[], Result]) -> tuple[Result, tuple[str, ...]]:
+    """The result of work that cannot be done twice, as reading the next frame, and the notes on what is printed."""
+    with _LISTENING, _stderr() as lines:
+        result = work()
+    return result, tuple(dict.fromkeys(_told(lines)))
+
+
+def _told(lines: list[str]) -> list[str]:
+    """A note on each line that a decoder prints."""
+    # Without numbers: times differ, and the same damage of several images is counted together.
+    return ["its decoder says: " + re.sub(r"0x[0-9a-f]+|\d+", "N", line) for line in lines]
+
+
 def _read(encoded: bytes, name: str, upright: bool) -> tuple[np.ndarray, Facts]:
-    pixels = decode(encoded)
-    if pixels is None:
+    pixels = None if _inflated(encoded) else decode(encoded)
+    if pixels is None or _broken_webp(encoded):
         raise UserError(f"{name}: cannot be read as an image: {_why(encoded)}")
     orientation, several = _header(encoded)
     notes = [FIRST] if several else []
@@ -171,11 +204,22 @@ def _read(encoded: bytes, name: str, upright: bool) -> tuple[np.ndarray, Facts]:
     return pixels, Facts((pixels.shape[0], pixels.shape[1]), orientation, tuple(notes))
 
 
-def _depth(encoded: bytes) -> np.dtype | None:
+def _broken_webp(encoded: bytes) -> bool:
+    """Whether it is a WebP whose data end in an error: OpenCV takes some of them, with what it has until then."""
+    if encoded[8:12] != b"WEBP":
+        return False
     try:
-        stored = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_UNCHANGED)
-    except cv2.error:
-        return None
+        with _opened(io.BytesIO(encoded)) as opened:
+            opened.load()
+    except PIL.UnidentifiedImageError:  # Pillow may have no WebP
+        return False
+    except _DAMAGE:
+        return True
+    return False
+
+
+def _depth(encoded: bytes) -> np.dtype | None:
+    stored = _decoded(encoded, cv2.IMREAD_UNCHANGED)
     return None if stored is None else stored.dtype
 
 
@@ -189,6 +233,15 @@ def _opened(file: io.BytesIO | Path) -> PIL.Image.Image:
             PIL.Image.MAX_IMAGE_PIXELS = limit
 
 
+def _inflated(encoded: bytes) -> bool:
+    """Whether a header announces far more pixels than the file can hold: some decoders fill in the rest."""
+    try:
+        with _opened(io.BytesIO(encoded)) as opened:
+            return opened.width * opened.height > max(_LARGE, _DENSEST * len(encoded))
+    except Exception:  # Pillow raises many exception types of damaged files
+        return False
+
+
 def _header(encoded: bytes) -> tuple[int, bool]:
     """EXIF's orientation, 1 where there is none or OpenCV applies it; whether there are several frames or pages."""
     orientation, several = 1, False
@@ -196,7 +249,7 @@ def _header(encoded: bytes) -> tuple[int, bool]:
         with _opened(io.BytesIO(encoded)) as opened:
             orientation = 1 if opened.format == "TIFF" else opened.getexif().get(_ORIENTATION, 1)
             several = opened.format in _SEQUENCES and getattr(opened, "is_animated", False)
-    except _ANY:
+    except Exception:  # Pillow raises many exception types of damaged files
         pass
     return (orientation if orientation in range(1, 9) else 1), several
 
@@ -211,13 +264,15 @@ def _why(encoded: bytes) -> str:
             width, height = opened.size
             if width * height > _MOST or max(width, height) > 2**20:
                 return f"it has {width:,} x {height:,} px: OpenCV reads at most 2^30, and 2^20 a side"
+            if _inflated(encoded):
+                return f"its header says {width:,} x {height:,} px, which its {len(encoded):,} bytes cannot hold"
             if width * height < _LARGE:
                 opened.load()
     except PIL.UnidentifiedImageError:
         why = "it is of no kind that OpenCV reads, or damaged at its beginning"
     except _DAMAGE as error:
         return str(error).rstrip(".") or why
-    except _ANY:
+    except Exception:  # Pillow raises many exception types of damaged files
         return why
     depth = _depth(encoded)  # also of what Pillow does not know
     if depth is not None and depth not in (np.uint8, np.uint16):
@@ -227,9 +282,15 @@ def _why(encoded: bytes) -> str:
 
 @contextlib.contextmanager
 def _stderr() -> Iterator[list[str]]:
-    """Collects the lines that the process writes to stderr, also from C."""
+    """Collects the lines that the process writes to stderr, also from C, and each of Python's warnings as one."""
     lines: list[str] = []
-    with tempfile.TemporaryFile() as file:
+
+    def show(message: Warning | str, *_: object, **__: object) -> None:
+        os.write(2, f"{' '.join(str(message).split())}\n".encode(errors="replace"))
+
+    with tempfile.TemporaryFile() as file, warnings.catch_warnings():
+        warnings.simplefilter("always")  # Python shows the same warning once
+        warnings.showwarning = show
         kept = os.dup(2)
         os.dup2(file.fileno(), 2)
         try:

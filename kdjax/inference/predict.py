@@ -192,6 +192,7 @@ def read_image(file: Path, *, exif: str = "stored", warn: Callable[[str], None] 
       UserError: the file cannot be read, or only in part.
     """
     upright = images.check_exif(exif, "exif")
+    images.check_file(file)
     try:
         encoded = file.read_bytes()
     except OSError as error:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import types
 from pathlib import Path
 
 import cv2
@@ -246,9 +247,112 @@ def test_a_video_that_is_cut_short_is_reported(tmp_path, share):
     whole = (tmp_path / "clip.avi").read_bytes()
     assert len(list(predict.frames(tmp_path / "clip.avi", "stored", pytest.fail))) == 20
     (tmp_path / "clip.avi").write_bytes(whole[: int(share * len(whole))])
-    seen = []
+    told = []
     with pytest.raises(ValueError, match=r"clip.avi: the video is broken: only \d+ of its 20 frames can be read"):
-        seen += [1 for _ in predict.frames(tmp_path / "clip.avi", "stored", pytest.fail)]
+        list(predict.frames(tmp_path / "clip.avi", "stored", told.append))
+    assert told == [f"{tmp_path / 'clip.avi'}: its decoder says: [mjpeg @ N] overread N"]
+
+
+def clip(path: Path, frames: int = 6) -> bytes:
+    """A video of frames that are ever lighter."""
+    plain = path.with_name(f"plain{path.suffix}")
+    video = cv2.VideoWriter(str(plain), cv2.VideoWriter.fourcc(*"mp4v"), 5, (64, 48))
+    for i in range(frames):
+        video.write(np.full((48, 64, 3), 240 * i // frames, np.uint8))
+    video.release()
+    plain.rename(path)
+    return path.read_bytes()
+
+
+def test_a_video_whose_name_is_no_text_is_read_and_drawn(tmp_path):
+    """OpenCV crashes of such a str: signal 11."""
+    path = tmp_path / os.fsdecode(b"a\xff.mp4")
+    clip(path)
+    frames = list(predict.frames(path, "stored", pytest.fail))
+    assert [round(frame.mean() / 40) for frame in frames] == list(range(6))
+    drawings, target = predict.Drawings(), tmp_path / "drawn" / path.name
+    found = Detections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int32))
+    for frame in frames:
+        drawings.write(path, target, frame, found, 0.5)
+    drawings.close()
+    assert not drawings.failed and target.stat().st_size > 500
+
+
+@pytest.mark.parametrize(
+    ("at", "frames", "notes"),
+    [
+        (
+            32,
+            30,
+            ("its decoder says: [mpegN @ N] ac-tex damaged at N N", "its decoder says: [mpegN @ N] Error at MB: N"),
+        ),
+        (64, 29, ("its header announces 30 frames, 29 can be read",)),
+    ],
+)
+def test_a_damaged_frame_of_a_video_is_noted_with_its_name(tmp_path, capfd, at, frames, notes):
+    """FFmpeg guesses it and prints lines without a name, or leaves it out."""
+    path = tmp_path / "a.mp4"
+    content = bytearray(clip(path, 30))
+    content[content.index(b"mdat") + at] ^= 0xFF
+    path.write_bytes(content)
+    told = []
+    assert len(list(predict.frames(path, "stored", told.append))) == frames
+    assert told == [f"{path}: {note}" for note in notes]
+    assert capfd.readouterr().err == ""
+
+
+def test_numbers_in_names_do_not_make_images_a_video(tmp_path):
+    """a1.avi, a2.avi, …: one of OpenCV's readers takes them as a row of images."""
+    for i in (1, 2, 3):
+        Image.fromarray(np.full((40, 60, 3), 50 * i, np.uint8)).save(tmp_path / f"a{i}.avi", "JPEG2000")
+    for i in (1, 2, 3):
+        frames = list(predict.frames(tmp_path / f"a{i}.avi", "stored", pytest.fail))
+        assert [round(frame.mean()) for frame in frames] == [50 * i]
+
+
+def test_what_a_folder_holds_is_read_or_named(tmp_path):
+    """Pipes, links that lead nowhere or in a circle, and folders behind links."""
+    inside, elsewhere = tmp_path / "in", tmp_path / "elsewhere"
+    inside.mkdir()
+    elsewhere.mkdir()
+    Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(elsewhere / "x.png")
+    os.mkfifo(inside / "pipe.png")
+    (inside / "dead.jpg").symlink_to("nowhere.jpg")
+    (inside / "circle.jpg").symlink_to(inside / "circle.jpg")
+    (inside / "linked").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(inside)
+    found = [path for path, _ in predict.find([str(inside)], tmp_path / "out")]
+    assert found == [inside / name for name in ("circle.jpg", "dead.jpg", "linked/x.png", "pipe.png")]
+    for path, why in (
+        ("circle.jpg", " (Too many levels of symbolic links)"),
+        ("dead.jpg", " (No such file or directory)"),
+        ("pipe.png", ": it is a folder, a pipe or a device, where a file must be"),
+    ):
+        with pytest.raises(UserError) as refused:
+            next(predict.frames(inside / path, "stored", pytest.fail))
+        assert str(refused.value) == f"{inside / path}: cannot be read{why}"
+
+
+@pytest.mark.parametrize("rate", [0, 3e-9, 1e6, float("nan")])
+def test_a_video_with_an_impossible_rate_is_drawn(tmp_path, monkeypatch, rate):
+    clip(tmp_path / "a.mp4")
+    video = types.SimpleNamespace(get=lambda _: rate)
+    monkeypatch.setattr(predict, "_video", lambda path: (video, ()))
+    drawings = predict.Drawings()
+    found = Detections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int32))
+    drawings.write(tmp_path / "a.mp4", tmp_path / "b.mp4", np.zeros((48, 64, 3), np.uint8), found, 0.5)
+    assert not drawings.failed
+
+
+def test_a_video_too_large_for_mp4_is_named(tmp_path, capfd):
+    clip(tmp_path / "a.mp4")
+    drawings = predict.Drawings()
+    found = Detections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int32))
+    drawings.write(tmp_path / "a.mp4", tmp_path / "b.mp4", np.zeros((48, 16_400, 3), np.uint8), found, 0.5)
+    assert drawings.failed
+    what = "its drawing is not written: OpenCV cannot write mp4 of 16,400 x 48 px here, or the disk is full"
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith(f"kdjax: {tmp_path / 'a.mp4'}: {what}"), lines
 
 
 @pytest.mark.user_input(

@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import struct
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -65,6 +66,8 @@ def test_a_tiff_is_always_turned_and_never_told():
 def test_dark_and_large_images_are_noted(monkeypatch):
     dark = cv2.imencode(".png", np.full((9, 9), 4000, np.uint16))[1].tobytes()
     assert images.read(dark, "a")[1].notes == (images.DARK,)
+    signed = cv2.imencode(".tif", np.full((9, 9), 200, np.int16))[1].tobytes()
+    assert images.read(signed, "a")[1].notes == (images.DARK,)
     assert images.read(saved(np.full((9, 9), 4, np.uint8), "PNG"), "a")[1].notes == ()
     monkeypatch.setattr(images, "_LARGE", 40 * 60 - 1)
     assert images.read(saved(QUARTERS, "PNG"), "a")[1].notes == (images.LARGE,)
@@ -135,10 +138,19 @@ def test_no_image_and_an_impossible_size_are_refused():
             b"P6 60000 60000 255 ",
             "it has 60,000 x 60,000 px: OpenCV reads at most 2^30, and 2^20 a side",
         ),
+        (  # OpenCV would fill in the rest, 2.4 GB
+            saved(QUARTERS, "JPEG").replace(struct.pack(">HH", 40, 60), struct.pack(">HH", 20_000, 40_000)),
+            "its header says 40,000 x 20,000 px, which its N bytes cannot hold",
+        ),
+        (  # of which OpenCV makes an image without colours
+            saved(QUARTERS[:, :, 0].astype(np.float32), "PPM"),
+            "its content is damaged, or of a kind that OpenCV does not read",
+        ),
     ):
         with pytest.raises(UserError) as refused:
             images.read(content, "a")
-        assert str(refused.value) == f"a: cannot be read as an image: {why}"
+        told = re.sub(r"\d+ bytes", "N bytes", str(refused.value))
+        assert told == f"a: cannot be read as an image: {why}"
 
 
 def test_damage_that_a_decoder_only_prints_is_noted_with_its_image(capfd):
@@ -153,6 +165,49 @@ def test_damage_that_a_decoder_only_prints_is_noted_with_its_image(capfd):
         found = images.facts([(good, "a"), (bad, "b"), (good, "c"), (bad, "d")], pool)
     assert [facts.notes for facts in found] == [(), (note,), (), (note,)]
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_damaged_webp_that_opencv_takes_is_refused():
+    """Its chunk is said to be shorter; OpenCV stops there without a word."""
+    encoded = with_orientation("WEBP", 6)
+    at = encoded.index(b"VP8 ") + 4
+    size = struct.unpack("<I", encoded[at : at + 4])[0]
+    damaged = encoded[:at] + struct.pack("<I", size - 9) + encoded[at + 4 :]
+    assert images.decode(damaged) is not None
+    with pytest.raises(UserError) as refused:
+        images.read(damaged, "a")
+    assert str(refused.value) == "a: cannot be read as an image: could not create decoder object"
+
+
+def test_a_note_with_the_time_in_it_is_printed_once_and_only_as_a_note(capfd):
+    """OpenCV's own lines begin with the seconds since its start."""
+    seconds = iter(range(9))
+    note = "its decoder says: [ WARN:N@N.N] cut"
+    assert images.heard(lambda _: os.write(2, f"[ WARN:0@1.{next(seconds)}] cut\n".encode()), [5])[0][1] == (note,)
+    assert capfd.readouterr().err == ""
+
+
+def test_damaged_exif_is_noted_with_every_image(capfd):
+    """Python shows the same warning of Pillow once, with a line of its code."""
+    encoded = saved(QUARTERS, "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\x09\0")
+    with ThreadPoolExecutor(2) as pool:
+        found = images.facts([(encoded, "a"), (encoded, "b")], pool)
+    note = "its decoder says: Corrupt EXIF data. Expecting to read N bytes but only got N."
+    assert [facts.notes for facts in found] == [(note,), (note,)]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_pipe_is_no_file_and_does_not_wait(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    (tmp_path / "b.png").symlink_to("nowhere")
+    for name, why in (
+        ("a.png", "it is a folder, a pipe or a device, where a file must be"),
+        ("b.png", "No such file or directory"),
+    ):
+        with pytest.raises(UserError) as refused:
+            images.check_file(tmp_path / name)
+        assert why in str(refused.value) and str(refused.value).startswith(f"{tmp_path / name}: cannot be read")
+        assert not images.is_image(tmp_path / name)
 
 
 def test_what_others_print_meanwhile_is_printed_afterwards(capfd):
