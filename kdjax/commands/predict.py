@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 import cv2
 import numpy as np
@@ -153,7 +153,7 @@ class Drawings:
                 if rate > 0:
                     _warn(f"{source}: drawn with 25 frames a second: mp4 has no rate of {rate:g}")
                 rate = 25
-            options = (_encoded(target), cv2.VideoWriter.fourcc(*"mp4v"), rate, drawn.shape[1::-1])
+            options = (_utf8(target), cv2.VideoWriter.fourcc(*"mp4v"), rate, drawn.shape[1::-1])
             self.writers[target], said = listened(lambda: cv2.VideoWriter(*options))
             self.frames[target] = 0
             if not self.writers[target].isOpened():
@@ -326,13 +326,21 @@ def _video(file: Path) -> tuple[cv2.VideoCapture, tuple[str, ...]]:
     """A video, and notes on what is printed when it is opened."""
     # By FFmpeg alone: another reader takes a number in the name as that of the first image of a row. In one thread:
     # what several print would come later.
-    return listened(lambda: cv2.VideoCapture(_encoded(file), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1]))
+    return listened(lambda: cv2.VideoCapture(_utf8(file), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1]))
 
 
-def _encoded(file: Path) -> str:
-    """A path for OpenCV's videos."""
-    # Text that is not UTF-8 crashes OpenCV, so bytes; a relative name with a colon would be an address.
-    return cast("str", os.fsencode(file.absolute()))
+def _utf8(file: Path) -> str:
+    """A path for OpenCV's videos; absolute, because a relative name with a colon would be an address.
+
+    Raises:
+      UserError: it is not UTF-8, of which OpenCV crashes.
+    """
+    path = str(file.absolute())
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{file}: its name is not UTF-8, which OpenCV needs of a video: rename it") from None
+    return path
 
 
 def _warn(message: str) -> None:

@@ -264,18 +264,23 @@ def clip(path: Path, frames: int = 6) -> bytes:
     return path.read_bytes()
 
 
-def test_a_video_whose_name_is_no_text_is_read_and_drawn(tmp_path):
+def test_a_video_whose_name_is_no_text_is_refused(tmp_path, capfd):
     """OpenCV crashes of such a str: signal 11."""
     path = tmp_path / os.fsdecode(b"a\xff.mp4")
-    clip(path)
-    frames = list(predict.frames(path, "stored", pytest.fail))
-    assert [round(frame.mean() / 40) for frame in frames] == list(range(6))
-    drawings, target = predict.Drawings(), tmp_path / "drawn" / path.name
+    clip(tmp_path / "a.mp4")
+    path.write_bytes((tmp_path / "a.mp4").read_bytes())
+    why = f"{path}: its name is not UTF-8, which OpenCV needs of a video: rename it"
+    with pytest.raises(UserError) as refused:
+        next(predict.frames(path, "stored", pytest.fail))
+    assert str(refused.value) == why
+    drawings = predict.Drawings()
     found = Detections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int32))
-    for frame in frames:
-        drawings.write(path, target, frame, found, 0.5)
+    drawings.write(tmp_path / "a.mp4", path, np.zeros((48, 64, 3), np.uint8), found, 0.5)
     drawings.close()
-    assert not drawings.failed and target.stat().st_size > 500
+    assert drawings.failed == {path}
+    told = capfd.readouterr().err
+    assert told.startswith(f"kdjax: {tmp_path / 'a.mp4'}: its drawing is not written: {tmp_path}")
+    assert told.endswith(f"{why.rpartition('mp4')[2]}\n")
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ def subject(draw, exif: str) -> Subject:
         (content, frames), suffix = video(right), draw(st.sampled_from((right, right, right, ".mov", ".png", "")))
         sound = draw(st.integers(0, 3)) == 0
         content = content if sound else damage(draw, content)
-        sound = sound and suffix not in (".png", "")
+        sound = sound and suffix not in (".png", "") and stem.isprintable()  # OpenCV needs UTF-8
         return Subject(stem + suffix, content, frames if sound else None, 12, False, True)
     made = make(draw)
     suffix = draw(st.sampled_from((made.suffix, made.suffix, "", *SUFFIXES, ".mp4")))
