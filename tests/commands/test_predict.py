@@ -264,6 +264,7 @@ def clip(path: Path, frames: int = 6) -> bytes:
     return path.read_bytes()
 
 
+@pytest.mark.user_input("Images and videos", "a video whose name is not UTF-8", "refused: rename it")
 def test_a_video_whose_name_is_no_text_is_refused(tmp_path, capfd):
     """OpenCV crashes of such a str: signal 11."""
     path = tmp_path / os.fsdecode(b"a\xff.mp4")
@@ -283,6 +284,9 @@ def test_a_video_whose_name_is_no_text_is_refused(tmp_path, capfd):
     assert told.endswith(f"{why.rpartition('mp4')[2]}\n")
 
 
+@pytest.mark.user_input(
+    "Images and videos", "a video with damaged frames, which decode", "reported with its name and what the decoder says"
+)
 @pytest.mark.parametrize(
     ("at", "frames", "notes"),
     [
@@ -306,6 +310,7 @@ def test_a_damaged_frame_of_a_video_is_noted_with_its_name(tmp_path, capfd, at, 
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.user_input("Images and videos", "images named a1.avi, a2.avi", "read, each on its own")
 def test_numbers_in_names_do_not_make_images_a_video(tmp_path):
     """a1.avi, a2.avi, …: one of OpenCV's readers takes them as a row of images."""
     for i in (1, 2, 3):
@@ -315,6 +320,11 @@ def test_numbers_in_names_do_not_make_images_a_video(tmp_path):
         assert [round(frame.mean()) for frame in frames] == [50 * i]
 
 
+@pytest.mark.user_input(
+    "Images and videos",
+    "linked folders, dead links and pipes in a folder",
+    "read behind links, each once; what is no file is reported",
+)
 def test_what_a_folder_holds_is_read_or_named(tmp_path):
     """Pipes, links that lead nowhere or in a circle, and folders behind links."""
     inside, elsewhere = tmp_path / "in", tmp_path / "elsewhere"
@@ -349,13 +359,16 @@ def test_a_video_with_an_impossible_rate_is_drawn(tmp_path, monkeypatch, rate):
     assert not drawings.failed
 
 
+@pytest.mark.user_input(
+    "Images and videos", "a video too large for mp4", "reported: its drawing is not written; its detections are"
+)
 def test_a_video_too_large_for_mp4_is_named(tmp_path, capfd):
     clip(tmp_path / "a.mp4")
     drawings = predict.Drawings()
     found = Detections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int32))
     drawings.write(tmp_path / "a.mp4", tmp_path / "b.mp4", np.zeros((48, 16_400, 3), np.uint8), found, 0.5)
     assert drawings.failed
-    what = "its drawing is not written: OpenCV cannot write mp4 of 16,400 x 48 px here, or the disk is full"
+    what = "its drawing is not written: OpenCV cannot write a video of 16,400 x 48 px with 5 frames a second as mp4, or"
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith(f"kdjax: {tmp_path / 'a.mp4'}: {what}"), lines
 

@@ -144,7 +144,7 @@ def test_no_image_and_an_impossible_size_are_refused():
         ),
         (  # of which OpenCV makes an image without colours
             saved(QUARTERS[:, :, 0].astype(np.float32), "PPM"),
-            "its content is damaged, or of a kind that OpenCV does not read",
+            "its pixels are float32: must be integers of 8 or 16 bits",
         ),
     ):
         with pytest.raises(UserError) as refused:
@@ -167,6 +167,7 @@ def test_damage_that_a_decoder_only_prints_is_noted_with_its_image(capfd):
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.user_input("Images and videos", "a damaged WebP that OpenCV takes", "refused with its name")
 def test_a_damaged_webp_that_opencv_takes_is_refused():
     """Its chunk is said to be shorter; OpenCV stops there without a word."""
     encoded = with_orientation("WEBP", 6)
@@ -187,6 +188,7 @@ def test_a_note_with_the_time_in_it_is_printed_once_and_only_as_a_note(capfd):
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.user_input("Images and videos", "damaged EXIF data", "counted as noted")
 def test_damaged_exif_is_noted_with_every_image(capfd):
     """Python shows the same warning of Pillow once, with a line of its code."""
     encoded = saved(QUARTERS, "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\x09\0")
@@ -197,6 +199,7 @@ def test_damaged_exif_is_noted_with_every_image(capfd):
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.user_input("Images and videos", "a pipe or a folder in the place of an image", "refused; nothing waits")
 def test_a_pipe_is_no_file_and_does_not_wait(tmp_path):
     os.mkfifo(tmp_path / "a.png")
     (tmp_path / "b.png").symlink_to("nowhere")

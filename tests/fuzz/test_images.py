@@ -4,6 +4,7 @@ What is right is known from the pixels that were written; of damaged files Pillo
 and whether the file is cut or its checksums are wrong. kdjax reads with OpenCV.
 """
 
+import io
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from hypothesis import strategies as st
+from PIL import Image
 
 from kdjax import cli
 from kdjax.commands import arguments
@@ -86,6 +88,7 @@ class Subject(NamedTuple):
     off: float
     oriented: bool  # its file has an orientation
     moving: bool = False  # its content is that of a video
+    several: bool = False  # it has several frames, of which the first is read
 
 
 def subject(draw, exif: str) -> Subject:
@@ -111,7 +114,9 @@ def subject(draw, exif: str) -> Subject:
     elif spoilt == "bytes":
         content = damage(draw, content)
     sound = content == made.content and suffix != ".mp4"
-    return Subject(stem + suffix, content, [wanted] if sound else None, made.off, made.orientation > 1)
+    several = made.suffix == ".gif" and Image.open(io.BytesIO(made.content)).n_frames > 1
+    wanted = [wanted] if sound else None
+    return Subject(stem + suffix, content, wanted, made.off, made.orientation > 1, several=several)
 
 
 def place(path: Path, content: bytes | str) -> None:
@@ -148,7 +153,7 @@ def check_predict(draw, capfd, monkeypatch) -> None:
     if given.wanted is not None:
         assert code == 0 and len(images) == len(given.wanted), context
         assert all(close(*pair, given.off) for pair in zip(images, given.wanted, strict=True)), context
-        assert len(told) == (given.oriented and exif == "stored"), context
+        assert len(told) == (given.oriented and exif == "stored") + given.several, context
         return
     if given.content == "folder":
         assert not images
@@ -234,12 +239,22 @@ def test_some_spoilt_images_in_a_folder(data):
     check_folder(data.draw, dry=False)
 
 
+@pytest.mark.user_input(
+    "Images and videos",
+    "300 images and videos spoilt at random (`make test-all`)",
+    "read as a slow reader reads them, or reported",
+)
 @pytest.mark.slow
 @fuzz(300)
 def test_300_spoilt_images_and_videos(data, capfd, monkeypatch):
     check_predict(data.draw, capfd, monkeypatch)
 
 
+@pytest.mark.user_input(
+    "Images and videos",
+    "300 images spoilt at random, in a COCO folder (`make test-all`)",
+    "read as a slow reader reads them, or refused in one sentence",
+)
 @pytest.mark.slow
 @fuzz(300)
 def test_300_spoilt_images_in_a_folder(data):
