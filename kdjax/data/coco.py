@@ -173,7 +173,7 @@ def check(data: Mapping[str, Any], name: str) -> tuple[list[ImageRecord], dict[i
             bbox = entry["bbox"] = masks.box(mask)
             note("repaired", BOXED)
         if bbox is None:
-            note("dropped", "bbox is missing" + ": there is only a segmentation" * bool(entry.get("segmentation")))
+            note("dropped", "bbox is missing" + f", and its segmentation cannot be used: {fault}" * bool(fault))
             continue
         if not isinstance(bbox, list) or len(bbox) != 4 or not all(_finite(v) for v in bbox):
             note("dropped", "bbox is not four finite numbers")

@@ -254,7 +254,11 @@ def test_segmentations_are_kept_or_counted(tmp_path):
             want = {key: reason.replace(OUTSIDE, "mask lies outside of its box") for key, reason in want.items()}
         assert told == want
         assert sum(e["reason"] == coco.BOXED for e in log) == 3
-        assert sum(e["reason"] == "bbox is missing" for e in log) == 2
+        missing = [e["reason"] for e in log if e["action"] == "dropped"]
+        assert missing == [
+            "bbox is missing, and its segmentation cannot be used: polygon has fewer than 3 points",
+            "bbox is missing",
+        ]
         text = data.summary(dataset, settings(tmp_path))
         assert f"7 with masks and {2 + len(bad)} without" in text
         assert "1 without mask: polygon has an odd number of coordinates" in text

@@ -81,14 +81,12 @@ def test_repeated_images_and_annotations_are_noted(tmp_path):
 
 @pytest.mark.user_input("COCO json", "an annotation without bbox, or with null", "counted as dropped: bbox is missing")
 @pytest.mark.user_input(
-    "COCO json",
-    "an annotation with only polygons or RLE",
-    "counted as dropped: bbox is missing: there is only a segmentation",
+    "COCO json", "an annotation with only polygons or RLE", "counted as repaired: bbox is set to the box of the mask"
 )
 @pytest.mark.user_input("COCO json", "a box with text inside, or turned", "counted as dropped: not four finite numbers")
 @pytest.mark.user_input("COCO json", "an area that is a list", "counted as repaired: set to the area of the box")
 def test_a_missing_box_is_counted(tmp_path):
-    segmentations = [[[5, 5, 15, 5, 15, 15]], {"size": [40, 50], "counts": [100, 50, 1850]}]
+    segmentations = [[[6, 5, 15, 5, 15, 15]], {"size": [40, 50], "counts": [100, 50, 1850]}]
     spoilt = [
         *({"bbox": None, "segmentation": one} for one in (None, [], *segmentations)),
         *({"bbox": bbox} for bbox in ([1, 2, "3", 4], [1, 2, 3, 4, 30], "1 2 3 4", {"x": 1})),
@@ -100,11 +98,11 @@ def test_a_missing_box_is_counted(tmp_path):
         truth["annotations"] += [dict(id=10 + i, image_id=10, category_id=3) | one for i, one in enumerate(spoilt)]
 
     assert lines(folder(tmp_path, change), tmp_path) == [
-        "train ('train'): 2 images, 0 without objects, 2 boxes, at most 1 per image",
+        "train ('train'): 2 images, 0 without objects, 4 boxes, at most 3 per image, 2 with masks and 2 without",
         "train: 3 dropped: bbox is missing",
-        "train: 2 dropped: bbox is missing: there is only a segmentation",
         "train: 4 dropped: bbox is not four finite numbers",
         "train: 1 repaired: area is not a number >= 0: set to the area of the box",
+        "train: 2 repaired: bbox is missing: set to the box of the mask",
     ]
 
 
