@@ -14,6 +14,7 @@ import numpy as np
 
 from kdjax.data import transforms
 from kdjax.data.dataset import Split
+from kdjax.data.masks import Shape, masks_of
 from kdjax.data.plans import STREAM, Row
 from kdjax.data.stages import Stage
 from kdjax.data.transforms import Sample
@@ -53,6 +54,8 @@ class Images:
         example = self._kept.get(index)
         if example is None:
             example = self._split.records[index]
+            if self._split.masks is not None:
+                example = _masked(example, self._split.masks(example["ids"].tolist()))
             self._thread.decoded = getattr(self._thread, "decoded", 0) + 1
             # An image is kept if all others would fit too at its size: this bounds the memory without shared counters.
             if self._split.size * example["image"].nbytes <= KEEP_BYTES:
@@ -164,6 +167,13 @@ class EvalBuilder:
         }
 
 
+def _masked(example: dict[str, Any], shapes: Sequence[Shape | None]) -> dict[str, Any]:
+    """The example with its masks, without the objects that have none: what they cover is not known."""
+    keep = np.array([one is not None for one in shapes], bool)
+    objects = {name: example[name][keep] for name in ("boxes", "labels", "ids")}
+    return example | objects | {"masks": masks_of([one for one in shapes if one is not None])}
+
+
 def memoized(function: Callable[[Key], Value], count: int) -> Callable[[Key], Value]:
     """The function with its last `count` results kept in memory."""
     return functools.lru_cache(count)(function)
@@ -175,16 +185,17 @@ def stack(rows: Sequence[Arrays]) -> Arrays:
 
 
 def _sample(example: dict[str, Any]) -> Sample:
-    return Sample(example["image"], example["boxes"], example["labels"])
+    return Sample(example["image"], example["boxes"], example["labels"], example.get("masks"))
 
 
 def _padded(sample: Sample, canvas: tuple[int, int], max_boxes: int) -> Arrays:
     """One row of a batch. Of more than `max_boxes` boxes the largest are kept, in their order."""
-    boxes, labels = sample.boxes, sample.labels
+    boxes, labels, masks = sample.boxes, sample.labels, sample.masks
     if len(boxes) > max_boxes:
         areas = (boxes[:, 2:] - boxes[:, :2]).prod(-1)
         largest = np.sort(np.argsort(-areas, kind="stable")[:max_boxes])
         boxes, labels = boxes[largest], labels[largest]
+        masks = None if masks is None else masks[largest]
     count = len(boxes)
     row = {
         "image": transforms.pad(sample, canvas).image,
@@ -194,4 +205,8 @@ def _padded(sample: Sample, canvas: tuple[int, int], max_boxes: int) -> Arrays:
         "image_size": np.array(sample.image.shape[:2], np.int32),
     }
     row["boxes"][:count], row["labels"][:count] = boxes, labels
+    if masks is not None:
+        drawn = masks.drawn(canvas)
+        row["masks"] = np.zeros((max_boxes, *drawn.shape[1:]), np.uint8)
+        row["masks"][:count] = drawn
     return row

@@ -37,7 +37,7 @@ def count(dataset: Dataset, role: str, cfg: Settings) -> Counts:
     Args:
       dataset: from `open_dataset`.
       role: 'train' or 'val'.
-      cfg: `config.data`; read here: image_size, augment and stage2.
+      cfg: `config.data`; read here: image_size, masks, augment and stage2.
     """
     split, truth = dataset.splits[role], ground_truth(dataset, role)
     objects = [entry for entry in truth["annotations"] if not entry["iscrowd"]]
@@ -46,6 +46,9 @@ def count(dataset: Dataset, role: str, cfg: Settings) -> Counts:
     other["left out", "image after the first, as limit says"] = len(split.records) - split.size
     over = sum(max(0, number - dataset.max_boxes) for number in boxes.values())
     other["left out", f"box over max_boxes={dataset.max_boxes} of an image, the smallest first"] = over
+    masked = sum(bool(entry.get("segmentation")) for entry in objects)
+    if role == "train" and cfg["masks"]:
+        other["left out", "object without mask, as masks=True needs"] = len(objects) - masked
     if role == "train":
         other["left out", "box too small, less than a pixel on the canvas at every scale"] = _tiny(truth, cfg)
     elif "train" in dataset.splits:
@@ -59,7 +62,7 @@ def count(dataset: Dataset, role: str, cfg: Settings) -> Counts:
         empty=len(truth["images"]) - len(boxes),
         objects=len(objects),
         most=max(boxes.values(), default=0),
-        masks=sum(bool(entry.get("segmentation")) for entry in objects),
+        masks=masked,
         crowd=len(truth["annotations"]) - len(objects),
         other={key: number for key, number in sorted(other.items()) if number},
     )

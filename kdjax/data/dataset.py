@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from kdjax.data import coco, hashes, images
+from kdjax.data import cache, coco, hashes, images, masks
+from kdjax.data.masks import Store
 from kdjax.data.records import Reader
 from kdjax.data.sources import CONTENTS, LOG, META, SOURCES, TRUTH
 from kdjax.data.stages import Settings
@@ -26,6 +27,7 @@ class Split:
     records: Reader  # random access by position
     folder: Path  # of the prepared split; holds TRUTH, LOG and CONTENTS
     categories: Mapping[int, str]  # of the data set: name by category id, ascending
+    masks: Store | None = None  # of the objects that are trained on, if `config.data.masks` asks for them
 
     @functools.cached_property
     def truth(self) -> dict[str, Any]:
@@ -98,9 +100,9 @@ def open_dataset(cfg: Settings, splits: Sequence[str] = ("train", "val")) -> Dat
 
     Args:
       cfg: `config.data`. Read here: source ('scenes', 'coco_folder' or 'tfds'), root, cache, limit (first images of
-        each split, 0 for all), max_boxes (0: from the data), augment and stage2 (whether a training image is made of
-        several), exif_orientation ('stored' or 'upright'); of every split {split}_split, {split}_annotations,
-        {split}_images (explicit paths) and scenes_{split}.
+        each split, 0 for all), masks (whether training batches have them), max_boxes (0: from the data), augment and
+        stage2 (whether a training image is made of several), exif_orientation ('stored' or 'upright'); of every split
+        {split}_split, {split}_annotations, {split}_images (explicit paths) and scenes_{split}.
       splits: which to open; the others need not exist.
 
     Returns:
@@ -129,7 +131,8 @@ def open_dataset(cfg: Settings, splits: Sequence[str] = ("train", "val")) -> Dat
         except Exception:  # TFDS and array_record raise many exception types
             raise hashes.damaged(" or ".join(dict.fromkeys(directory for directory, _ in parts)), folder) from None
         size = min(meta["size"], limit) if limit > 0 else meta["size"]
-        opened[role] = Split(_split_name(cfg, role), size, reader, folder, categories)
+        split = Split(_split_name(cfg, role), size, reader, folder, categories)
+        opened[role] = dataclasses.replace(split, masks=_masks(cfg, split)) if role == "train" else split
     return Dataset(
         name=next(iter(metas.values()))["name"],
         classes=tuple(categories.values()),
@@ -154,6 +157,26 @@ def ground_truth(dataset: Dataset, split: str, *, limit: int | None = None) -> d
     if limit is not None:
         chosen = dataclasses.replace(chosen, size=min(chosen.size, limit))
     return chosen.truth
+
+
+def _masks(cfg: Settings, split: Split) -> Store | None:
+    """The masks of a split, if they are asked for; they are prepared when that happens first.
+
+    Raises:
+      UserError: no object has one.
+    """
+    if not cfg["masks"]:
+        return None
+
+    def write(folder: Path) -> None:
+        masks.write(folder, hashes.read_json(split.folder / TRUTH))
+
+    fingerprint = {"masks": masks.VERSION, "truth": hashes.sealed(split.folder)[TRUTH]}
+    folder = cache.prepared(cache.root(cfg["cache"]), f"masks-{split.folder.name}", fingerprint, write)
+    store = Store(folder).checked()
+    if not len(store):
+        raise UserError(f"masks: no object of the split '{split.name}' has a mask: must be False for such data")
+    return store
 
 
 def _split_name(cfg: Settings, role: str) -> str:

@@ -4,6 +4,8 @@ Neither the number of workers or shards nor an interruption changes a batch. `pl
 shows, `build.py` makes it, and `workers.py` does so ahead of time.
 """
 
+import dataclasses
+
 import numpy as np
 
 from kdjax.data.build import EvalBuilder, Images, TrainBuilder
@@ -37,7 +39,8 @@ def train_batches(
     Returns:
       An iterator with `close()` of dicts: image u8[B, H, W, 3] RGB, boxes f32[B, M, 4] x1 y1 x2 y2 in pixels of the
       canvas, labels i32[B, M], valid bool[B, M], image_size i32[B, 2] (height, width of the image at the canvas' top
-      left).
+      left). If the data set was opened with `masks`: masks u8[B, M, H/4, W/4], of each 4 x 4 pixels of the canvas the
+      share that the object covers, 0 .. 255; objects without a mask are left out then.
 
     Raises:
       UserError: batch_size, seed or a setting is out of its range.
@@ -97,8 +100,8 @@ def eval_batches(
       round_down: whether the sides of a resized image are rounded down instead of to the nearest pixel.
 
     Returns:
-      An iterator with `close()` of the dicts of `train_batches` and image_id i64[B], original_size i32[B, 2] (height,
-      width), real bool[B]. On rows that only fill the last batch `real` is False and image_id -1.
+      An iterator with `close()` of the dicts of `train_batches` without masks, and image_id i64[B], original_size
+      i32[B, 2] (height, width), real bool[B]. On rows that only fill the last batch `real` is False and image_id -1.
 
     Raises:
       UserError: batch_size or image_size is out of its range.
@@ -110,6 +113,9 @@ def eval_batches(
     chosen = dataset.splits[split]
     plans = EvalPlans(size=chosen.size if limit is None else min(limit, chosen.size), batch=batch_size)
     builder = EvalBuilder(
-        images=Images(chosen), canvas=canvas_size(cfg), max_boxes=dataset.max_boxes, round_down=round_down
+        images=Images(dataclasses.replace(chosen, masks=None)),
+        canvas=canvas_size(cfg),
+        max_boxes=dataset.max_boxes,
+        round_down=round_down,
     )
     return Batches(grain.MapDataset.source(plans), builder, workers=int(cfg["workers"]))

@@ -1,10 +1,23 @@
-"""COCO's segmentations: whether they can be used, and the boxes around them."""
+"""Masks of objects: COCO's segmentations checked, kept on disk, moved with their image and drawn in a batch.
 
+A mask stays as it is in its original image, run-length encoded in the box around it. Of an image that is resized,
+cropped and mirrored only the way from there is kept; the mask is drawn once, at a quarter of the resolution, within its
+box.
+"""
+
+import dataclasses
+import functools
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from kdjax.data import hashes
+
+STRIDE = 4  # px of the canvas, side of a cell of the masks of a batch
+VERSION = "1"  # of the files that `write` writes
 
 FEW_POINTS = "polygon has fewer than 3 points: left out"
 _FAR = 1  # heights or widths of the image, outside of it
@@ -129,6 +142,203 @@ def touches(segmentation: Segmentation, bbox: list[float]) -> bool:
     """Whether the box of a usable segmentation and a box x y w h are less than a pixel apart."""
     (x, y, w, h), (x0, y0, w0, h0) = box(segmentation), bbox
     return x < x0 + w0 + 1 and y < y0 + h0 + 1 and x0 < x + w + 1 and y0 < y + h + 1
+
+
+class Shape(NamedTuple):
+    """A mask in its original image; of size 0 x 0 if it covers no pixel."""
+
+    corner: tuple[int, int]  # x, y of its box in pixels
+    size: tuple[int, int]  # height, width of its box in pixels
+    counts: bytes  # COCO's compressed RLE of the mask in its box
+
+    def decoded(self) -> np.ndarray:
+        """u8[h, w], 1 on the object."""
+        from faster_coco_eval.core import mask
+
+        if not all(self.size):
+            return np.zeros(self.size, np.uint8)
+        return mask.decode({"size": list(self.size), "counts": self.counts})
+
+
+def shape(segmentation: Segmentation, size: tuple[int, int]) -> Shape:
+    """The mask of a usable segmentation, as COCO draws it.
+
+    Args:
+      segmentation: see `usable`.
+      size: height and width of the image in pixels.
+
+    Peers: pycocotools' `annToMask`.
+
+    Example:
+      >>> some = shape([[1, 2, 4, 2, 4, 4, 1, 4]], (10, 10))
+      >>> some.corner, some.decoded().tolist()
+      ((1, 2), [[1, 1, 1], [1, 1, 1]])
+    """
+    from faster_coco_eval.core import mask
+
+    rle = segmentation
+    if isinstance(segmentation, list):
+        rings: Any = mask.frPyObjects([[float(v) for v in ring] for ring in segmentation], *size)
+        rle = mask.merge(rings)
+    lengths = runs(rle)
+    assert lengths is not None
+    if not lengths[1::2].any():
+        return Shape((0, 0), (0, 0), b"")
+    left, top, width, height = (int(v) for v in box({"size": size, "counts": rle["counts"]}))
+    # Only the columns of the box are decoded: images are large, most objects are small.
+    starts = np.cumsum(lengths) - lengths
+    within = np.clip(np.append(starts, size[0] * size[1]), left * size[0], (left + width) * size[0])
+    columns = np.repeat((np.arange(len(lengths)) % 2).astype(np.uint8), np.diff(within)).reshape(width, size[0])
+    return Shape((left, top), (height, width), mask.encode(columns[:, top : top + height].T)["counts"])
+
+
+def write(folder: Path, truth: Mapping[str, Any]) -> None:
+    """Writes the masks of a COCO instances dict into an empty folder, for `Store`.
+
+    Args:
+      folder: is sealed (`hashes.seal`).
+      truth: of prepared data; annotations without a usable segmentation are left out.
+    """
+    sizes = {image["id"]: (image["height"], image["width"]) for image in truth["images"]}
+    shapes = {}
+    for entry in truth["annotations"]:
+        size = sizes[entry["image_id"]]
+        kept, _ = usable(entry.get("segmentation"), size)  # prepared data may be older than this check
+        if kept and not entry["iscrowd"]:
+            shapes[entry["id"]] = shape(kept, size)
+    ids = sorted(shapes)
+    boxes = [(*shapes[i].corner, *shapes[i].size) for i in ids]
+    np.save(folder / "ids.npy", np.array(ids, np.int64))
+    np.save(folder / "boxes.npy", np.array(boxes, np.int32).reshape(-1, 4))
+    np.save(folder / "ends.npy", np.cumsum([len(shapes[i].counts) for i in ids], dtype=np.int64))
+    np.save(folder / "counts.npy", np.frombuffer(b"".join(shapes[i].counts for i in ids), np.uint8))
+    hashes.seal(folder)
+
+
+@dataclasses.dataclass(frozen=True)
+class Store:
+    """The masks that `write` wrote, by the ids of their annotations; picklable, maps its files where it is used."""
+
+    folder: Path
+
+    @functools.cached_property
+    def _files(self) -> tuple[np.ndarray, ...]:
+        return tuple(np.load(self.folder / f"{name}.npy", mmap_mode="r") for name in ("ids", "boxes", "ends", "counts"))
+
+    def __reduce__(self) -> tuple[type["Store"], tuple[Path]]:
+        return Store, (self.folder,)
+
+    def __len__(self) -> int:
+        return len(self._files[0])
+
+    def checked(self) -> "Store":
+        """This store, after its files were compared with their hashes.
+
+        Raises:
+          UserError: a file is damaged or missing.
+        """
+        for name, expected in hashes.sealed(self.folder).items():
+            path = self.folder / name
+            if not path.is_file() or hashes.of_file(path) != expected:
+                raise hashes.damaged(path, self.folder)
+        return self
+
+    def __call__(self, ids: Iterable[int]) -> list[Shape | None]:
+        """The masks of annotations; None where one has no mask."""
+        known, boxes, ends, counts = self._files
+        found = []
+        for identity in ids:
+            at = int(np.searchsorted(known, identity))
+            if at == len(known) or known[at] != identity:
+                found.append(None)
+                continue
+            x, y, height, width = boxes[at].tolist()
+            text = counts[ends[at - 1] if at else 0 : ends[at]].tobytes()
+            found.append(Shape((x, y), (height, width), text))
+        return found
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Masks:
+    """The masks of the n objects of an image, and the way from their original images to it."""
+
+    shapes: tuple[Shape, ...]
+    scale: np.ndarray  # f64[n, 2]: the point p = (x, y) of the original lies at p * scale + offset; < 0: mirrored
+    offset: np.ndarray  # f64[n, 2], px
+    window: np.ndarray  # f64[n, 4], x1 y1 x2 y2 in pixels of the image: what is outside is cut off
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def __getitem__(self, rows: np.ndarray) -> "Masks":
+        """The masks that a boolean mask or indices select."""
+        shapes = tuple(self.shapes[i] for i in np.arange(len(self))[rows])
+        return Masks(shapes, self.scale[rows], self.offset[rows], self.window[rows])
+
+    def moved(self, scale: tuple[float, float], offset: tuple[float, float]) -> "Masks":
+        """After every point (x, y) of the image has moved to (x, y) * scale + offset."""
+        ends = self.window.reshape(-1, 2, 2) * scale + offset
+        window = np.concatenate([ends.min(1), ends.max(1)], axis=1)
+        return Masks(self.shapes, self.scale * scale, self.offset * scale + offset, window)
+
+    def cut(self, width: int, height: int) -> "Masks":
+        """Without what is outside 0 .. width, 0 .. height."""
+        return dataclasses.replace(self, window=np.clip(self.window, 0, [width, height, width, height]))
+
+    def drawn(self, canvas: tuple[int, int]) -> np.ndarray:
+        """The masks u8[n, H / 4, W / 4] on a canvas: of each 4 x 4 pixels the share that the object covers, of 255.
+
+        Args:
+          canvas: H, W in pixels; the image is at its top left.
+        """
+        out = np.zeros((len(self), *(-(-side // STRIDE) for side in canvas)), np.uint8)
+        for row, one, scale, offset, window in zip(out, self.shapes, self.scale, self.offset, self.window, strict=True):
+            cells = [
+                (max(int(low // STRIDE), 0), min(math.ceil(high / STRIDE), count))
+                for low, high, count in zip(window[1::-1], window[:1:-1], row.shape, strict=True)
+            ]
+            if not all(one.size) or any(first >= last for first, last in cells):
+                continue
+            # Where the borders of the cells lie in the box of the mask, in its pixels.
+            ys, xs = (
+                (np.clip(np.arange(first, last + 1) * STRIDE, low, high) - shift) / factor - corner
+                for (first, last), low, high, shift, factor, corner in zip(
+                    cells, window[1::-1], window[:1:-1], offset[::-1], scale[::-1], one.corner[::-1], strict=True
+                )
+            )
+            share = _between(_between(one.decoded(), ys).T, xs).T * (abs(scale.prod()) / STRIDE**2)
+            row[slice(*cells[0]), slice(*cells[1])] = np.minimum(share * 255 + 0.5, 255)
+        return out
+
+
+def masks_of(shapes: Sequence[Shape]) -> Masks:
+    """Masks in their original image."""
+    boxes = np.array([[*one.corner, *one.size[::-1]] for one in shapes], np.float64).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    return Masks(tuple(shapes), np.ones((len(boxes), 2)), np.zeros((len(boxes), 2)), boxes)
+
+
+def joined(parts: Sequence[Masks]) -> Masks:
+    """The masks of several images that were put into one."""
+    arrays = (np.concatenate([getattr(part, name) for part in parts]) for name in ("scale", "offset", "window"))
+    return Masks(tuple(one for part in parts for one in part.shapes), *arrays)
+
+
+def _between(values: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """Sums of the rows of values [h, w] between each position of `at` f64[k + 1], in rows, and the next: f64[k, w].
+
+    Rows are whole where a position lies inside of one: it is shared. Sums of running sums, so that the result does not
+    depend on threads or on the library that multiplies matrices.
+    """
+    at = np.clip(at, 0, len(values))
+    first, last = int(at.min()), math.ceil(at.max())
+    values, at = values[first:last], at - first
+    exact = values.dtype == np.uint8
+    sums = np.zeros((len(values) + 1, values.shape[1]), np.int32 if exact else np.float64)
+    np.cumsum(values, axis=0, dtype=sums.dtype, out=sums[1:])
+    whole = np.minimum(at.astype(int), max(len(values) - 1, 0))
+    until = sums[whole] + (at - whole)[:, None] * values[whole] if len(values) else np.zeros((len(at), values.shape[1]))
+    return np.abs(np.diff(until, axis=0))
 
 
 def _finite(value: object) -> bool:

@@ -201,10 +201,11 @@ class Reader:
         return image
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Decoded example: image u8[h, w, 3] RGB, image_id, boxes f32[n, 4] x1 y1 x2 y2 px, labels i32[n].
+        """Decoded example: image u8[h, w, 3] RGB, image_id, boxes f32[n, 4] x1 y1 x2 y2 px, labels i32[n], ids i64[n].
 
         Crowd regions and VOC's difficult objects are left out: they are ground truth for evaluation only. So are boxes
-        and labels that cannot be used, which a directory that TFDS prepared may hold.
+        and labels that cannot be used, which a directory that TFDS prepared may hold. `ids` are those of the
+        annotations; VOC's objects have none, and get 0.
 
         Raises:
           Damaged: it cannot be read or decoded.
@@ -216,11 +217,13 @@ class Reader:
         keep = ~crowd & (labels >= 0) & (labels < len(self.labels)) & np.isfinite(boxes).all(-1)
         boxes = np.clip(boxes, 0, np.array([width, height, width, height], np.float32))
         keep &= (boxes[:, 2:] > boxes[:, :2]).all(-1)
+        ids = np.asarray(record["objects"].get("id", np.zeros(len(boxes))), np.int64).reshape(-1)
         return {
             "image": image,
             "image_id": int(record["image/id"]),
             "boxes": boxes[keep],
             "labels": np.array(self.labels, np.int32)[labels[keep]],
+            "ids": ids[keep],
         }
 
 

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from kdjax.data.masks import STRIDE
 from kdjax.errors import UserError
 
 
@@ -26,12 +27,14 @@ def check_settings(cfg: Settings) -> None:
     """Checks the settings of batches, before there is any data.
 
     Args:
-      cfg: `config.data`; read here: image_size, augment, stage2.
+      cfg: `config.data`; read here: image_size, masks, augment, stage2.
 
     Raises:
       UserError: names the setting, its value and what would be right.
     """
-    canvas_size(cfg)
+    size = canvas_size(cfg)
+    if cfg["masks"] and any(side % STRIDE for side in size):
+        raise UserError(f"image_size must be multiples of {STRIDE} px where masks is True, not {size}")
     read_stages(cfg)
 
 

@@ -1,22 +1,21 @@
-"""Geometry and colour of training and evaluation images; boxes, polygons and masks move with the pixels.
+"""Geometry and colour of training and evaluation images; boxes and masks move with the pixels.
 
 Coordinates are continuous: an image spans 0 .. w. Objects are clipped where their image is cropped, and dropped if too
 little is left (`crop`). The steps are those of RTMDet (Lyu et al. 2022, arXiv 2212.07784).
 """
 
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 
+from kdjax.data import masks
+from kdjax.data.masks import Masks
+
 PAD = 114  # grey level of the canvas outside the image
 MIN_SIZE = 1.0  # px: a box with a shorter side after a crop is dropped
 MIN_VISIBLE = 0.1  # a box is dropped if a crop leaves a smaller share of its area
-
-
-Polygons = tuple[tuple[np.ndarray, ...], ...]  # the rings of every object, each f32[k, 2] x y
 
 
 class Sample(NamedTuple):
@@ -25,25 +24,19 @@ class Sample(NamedTuple):
     image: np.ndarray  # u8[h, w, 3] RGB
     boxes: np.ndarray  # f32[n, 4] x1 y1 x2 y2
     labels: np.ndarray  # i32[n]
-    polygons: Polygons | None = None
-    masks: np.ndarray | None = None  # u8[n, h, w], 1 on the object
+    masks: Masks | None = None  # n masks; None if they are not asked for
 
 
 def resize(sample: Sample, size: tuple[int, int]) -> Sample:
-    """Resizes bilinearly to size (h, w) px; boxes by the exact ratio of each axis, masks by nearest pixel."""
+    """Resizes bilinearly to size (h, w) px; boxes and masks by the exact ratio of each axis."""
     height, width = sample.image.shape[:2]
     if (height, width) == tuple(size):
         return sample
     y, x = size[0] / height, size[1] / width
-    masks = sample.masks
-    if masks is not None:
-        resized = [cv2.resize(mask, size[::-1], interpolation=cv2.INTER_NEAREST_EXACT) for mask in masks]
-        masks = np.array(resized, np.uint8).reshape(-1, *size)
     return sample._replace(
         image=cv2.resize(sample.image, (size[1], size[0]), interpolation=cv2.INTER_LINEAR),
         boxes=sample.boxes * np.array([x, y, x, y], np.float32),
-        polygons=_each(sample.polygons, lambda ring: ring * np.array([x, y], np.float32)),
-        masks=masks,
+        masks=None if sample.masks is None else sample.masks.moved((x, y), (0, 0)),
     )
 
 
@@ -77,7 +70,7 @@ def crop(sample: Sample, top: int, left: int, size: tuple[int, int]) -> Sample:
 
     Returns:
       The window with the remaining objects, clipped to it. A box remains if its sides are at least `MIN_SIZE` px and at
-      least `MIN_VISIBLE` of its area is inside. A polygon that is completely outside has no rings.
+      least `MIN_VISIBLE` of its area is inside.
 
     Example:
       >>> box, label = np.array([[2, 2, 6, 6]], np.float32), np.array([1], np.int32)
@@ -92,14 +85,8 @@ def crop(sample: Sample, top: int, left: int, size: tuple[int, int]) -> Sample:
     inside = np.clip(moved, 0, np.array([width, height, width, height], np.float32))
     sides, before = inside[:, 2:] - inside[:, :2], moved[:, 2:] - moved[:, :2]
     keep = (sides >= MIN_SIZE).all(-1) & (sides.prod(-1) >= MIN_VISIBLE * before.prod(-1))
-    polygons = None
-    if sample.polygons is not None:
-        corner = np.array([left, top], np.float32)
-        kept = (rings for rings, inside in zip(sample.polygons, keep, strict=True) if inside)
-        clipped = ([_clip(ring - corner, width, height) for ring in rings] for rings in kept)
-        polygons = tuple(tuple(ring for ring in rings if len(ring) > 2) for rings in clipped)
-    masks = None if sample.masks is None else sample.masks[keep, rows, columns]
-    return Sample(window, inside[keep], sample.labels[keep], polygons, masks)
+    kept = None if sample.masks is None else sample.masks[keep].moved((1, 1), (-left, -top)).cut(width, height)
+    return Sample(window, inside[keep], sample.labels[keep], kept)
 
 
 def flip(sample: Sample) -> Sample:
@@ -111,13 +98,11 @@ def flip(sample: Sample) -> Sample:
       array([[7., 0., 9., 4.]], dtype=float32)
     """
     width, boxes = sample.image.shape[1], sample.boxes
-    corner, sign = np.array([width, 0], np.float32), np.array([-1, 1], np.float32)
     boxes = np.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], axis=-1)
     return sample._replace(
         image=cv2.flip(sample.image, 1),
         boxes=boxes.astype(np.float32),
-        polygons=_each(sample.polygons, lambda ring: corner + ring * sign),
-        masks=None if sample.masks is None else sample.masks[:, :, ::-1],
+        masks=None if sample.masks is None else sample.masks.moved((-1, 1), (width, 0)),
     )
 
 
@@ -128,7 +113,7 @@ def pad(sample: Sample, canvas: tuple[int, int]) -> Sample:
         return sample
     padded = np.full((*canvas, 3), PAD, np.uint8)
     padded[:height, :width] = sample.image
-    return _moved(sample, 0, 0, canvas)._replace(image=padded)
+    return _moved(sample, 0, 0)._replace(image=padded)
 
 
 def mosaic(tiles: Sequence[Sample], centre: tuple[int, int], canvas: tuple[int, int]) -> Sample:
@@ -153,7 +138,7 @@ def mosaic(tiles: Sequence[Sample], centre: tuple[int, int], canvas: tuple[int, 
         )
         part = crop(tile, top, left, (height, width))
         image[y : y + height, x : x + width] = part.image
-        placed.append(_moved(part, y, x, canvas))
+        placed.append(_moved(part, y, x))
     return _joined(image, placed)
 
 
@@ -235,49 +220,20 @@ def augment(
     return sample._replace(image=hsv_jitter(sample.image, shifts))
 
 
-def _each(polygons: Polygons | None, function: Callable[[np.ndarray], np.ndarray]) -> Polygons | None:
-    """The polygons with `function` applied to every ring."""
-    return None if polygons is None else tuple(tuple(function(ring) for ring in rings) for rings in polygons)
-
-
-def _moved(sample: Sample, top: int, left: int, canvas: tuple[int, int]) -> Sample:
+def _moved(sample: Sample, top: int, left: int) -> Sample:
     """The objects of an image that is placed at (top, left) of a canvas; the caller draws the image."""
-    masks = None
-    if sample.masks is not None:
-        count, height, width = sample.masks.shape
-        masks = np.zeros((count, *canvas), np.uint8)
-        masks[:, top : top + height, left : left + width] = sample.masks
     return sample._replace(
         boxes=sample.boxes + np.array([left, top, left, top], np.float32),
-        polygons=_each(sample.polygons, lambda ring: ring + np.array([left, top], np.float32)),
-        masks=masks,
+        masks=None if sample.masks is None else sample.masks.moved((1, 1), (left, top)),
     )
 
 
 def _joined(image: np.ndarray, samples: Sequence[Sample]) -> Sample:
-    """An image with the objects of several; polygons and masks only if all have them."""
-    polygons = [s.polygons for s in samples if s.polygons is not None]
-    masks = [s.masks for s in samples if s.masks is not None]
+    """An image with the objects of several; masks only if all have them."""
+    parts = [s.masks for s in samples if s.masks is not None]
     return Sample(
         image,
         np.concatenate([s.boxes for s in samples]),
         np.concatenate([s.labels for s in samples]),
-        tuple(itertools.chain(*polygons)) if len(polygons) == len(samples) else None,
-        np.concatenate(masks) if len(masks) == len(samples) else None,
+        masks.joined(parts) if len(parts) == len(samples) else None,
     )
-
-
-def _clip(ring: np.ndarray, width: int, height: int) -> np.ndarray:
-    """The part of a closed ring f32[k, 2] inside 0 .. width, 0 .. height (Sutherland and Hodgman 1974).
-
-    A ring that leaves and reenters the window may run along its border, where it encloses nothing.
-    """
-    for axis, sign, limit in ((0, 1, 0), (0, -1, -width), (1, 1, 0), (1, -1, -height)):
-        depth = sign * ring[:, axis] - limit  # at least 0 inside
-        following, deep = np.roll(ring, -1, axis=0), np.roll(depth, -1)
-        crosses = (depth >= 0) != (deep >= 0)
-        share = depth / np.where(crosses, depth - deep, 1)
-        # Every edge contributes its first end if that is inside, then the point where it crosses the border.
-        points = np.stack([ring, ring + share[:, None] * (following - ring)], axis=1)
-        ring = points[np.stack([depth >= 0, crosses], axis=1)]
-    return np.clip(ring, 0, np.array([width, height])).astype(np.float32)  # the crossings are rounded

@@ -64,6 +64,7 @@ def base() -> Config:
             scenes_train=2000,  # number of images of scenes
             scenes_val=400,
             image_size=(640, 640),  # height, width of the canvas, px
+            masks=False,  # training batches have masks, at a quarter of the resolution; objects without are left out
             max_boxes=0,  # padded boxes per image; 0: the largest number in the data, more with Mosaic and MixUp
             workers=0,  # worker processes that decode and augment; 0 uses threads of this process
             limit=0,  # only the first images of each split; 0 takes all

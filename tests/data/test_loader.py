@@ -271,6 +271,88 @@ def test_the_largest_of_too_many_boxes_are_kept(tmp_path):
     assert "train: 2 left out: box over max_boxes=2 of an image, the smallest first" in data.summary(dataset, cfg)
 
 
+# Masks
+
+
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("masked")
+    root = small_folder(folder / "set", count=11, masks=True)
+    return settings(folder / "cache", root=root, image_size=(48, 64), masks=True)
+
+
+@pytest.mark.parametrize("augment", [{}, MIXED], ids=["single", "mixed"])
+def test_batches_with_masks_are_those_without_and_masks(masked, augment):
+    cfg = varied(masked, **augment)
+    dataset = data.open_dataset(cfg)
+    some = train(dataset, cfg, 6)
+    plain = cfg.copy_and_resolve_references()
+    plain.masks = False
+    same(
+        [{key: batch[key] for key in batch if key != "masks"} for batch in some],
+        train(data.open_dataset(plain), plain, 6),
+    )
+    same(some[2:], train(dataset, cfg, 4, start_step=2))
+    parts = [train(dataset, cfg, 2, shard=(index, 2)) for index in range(2)]
+    for first, second, whole in zip(*parts, some, strict=False):
+        np.testing.assert_array_equal(np.concatenate([first["masks"], second["masks"]]), whole["masks"])
+    for batch in some:
+        assert batch["masks"].dtype == np.uint8 and batch["masks"].shape == (*batch["valid"].shape, 12, 16)
+        assert not batch["masks"][~batch["valid"]].any()
+    [last, *_] = data.eval_batches(dataset, "train", cfg, batch_size=2)
+    assert "masks" not in last
+
+
+@pytest.mark.parametrize("mosaic", [False, True])
+def test_masks_lie_on_the_painted_pixels(masked, mosaic):
+    """Every mask is a filled box: of each 4 x 4 pixels the share that is inside."""
+    cfg = varied(masked, mosaic=mosaic, cache=5, hsv=(0.0, 0.0, 0.0))
+    edges = [4.0 * np.arange(side // 4) for side in cfg.image_size]
+    seen = 0
+    for batch in train(data.open_dataset(cfg), cfg, 4):
+        for image, boxes, valid, masks in zip(*(batch[k] for k in ("image", "boxes", "valid", "masks")), strict=True):
+            for (x0, y0, x1, y1), mask in zip(boxes[valid], masks[valid], strict=True):
+                down, across = (
+                    np.clip(np.minimum(edge + 4, high) - np.maximum(edge, low), 0, 4)
+                    for edge, low, high in zip(edges, (y0, x0), (y1, x1), strict=True)
+                )
+                np.testing.assert_allclose(mask, np.outer(down, across) / 16 * 255, atol=0.6)
+                bright = image.max(-1).reshape(12, 4, 16, 4).max((1, 3)) > 50
+                assert bright[mask > 200].all()
+                seen += 1
+    assert seen > 15
+
+
+@pytest.mark.user_input("COCO json", "`data.masks` with some objects without a mask", "counted: they are left out")
+@pytest.mark.user_input("COCO json", "`data.masks` with no mask at all", "refused: no object of the split has a mask")
+def test_objects_without_masks_are_left_out_and_counted(tmp_path):
+    boxes = [(2, 2, 15, 15), (20, 2, 40, 30), (2, 20, 18, 44)]
+    polygon = [[20, 2, 40, 2, 40, 30, 20, 30]]
+    truth = coco_json({"a.png": (48, 64)}, [(0, 3, [x, y, p - x, q - y], {}) for x, y, p, q in boxes])
+    truth["annotations"][1]["segmentation"] = polygon
+    root = write_folder(tmp_path / "set", {"train": truth, "val": truth}, {"a.png": paint(48, 64, boxes)})
+    cfg = plain(settings(tmp_path / "cache", root=root, image_size=(48, 64), masks=True))
+    dataset = data.open_dataset(cfg)
+    [batch] = train(dataset, cfg, 1, batch_size=1)
+    np.testing.assert_array_equal(batch["boxes"][0, batch["valid"][0]], [boxes[1]])
+    text = data.summary(dataset, cfg)
+    assert (
+        "train: 2 left out: object without mask, as masks=True needs" in text and "1 with masks and 2 without" in text
+    )
+    del truth["annotations"][1]["segmentation"]
+    write_folder(tmp_path / "set", {"train": truth}, {})
+    with pytest.raises(UserError, match="masks: no object of the split 'train' has a mask"):
+        data.open_dataset(cfg)
+
+
+def test_masks_of_too_many_boxes_are_those_of_the_largest(masked):
+    cfg = plain(masked)
+    cfg.max_boxes = 2
+    for batch in train(data.open_dataset(cfg), cfg, 3):
+        areas = (batch["boxes"][..., 2:] - batch["boxes"][..., :2]).prod(-1)
+        np.testing.assert_allclose(batch["masks"].sum((2, 3)) / 255 * 16, areas, rtol=0.01)
+
+
 @pytest.mark.user_input("Prepared data", "a prepared image that cannot be decoded", "refused with its name")
 def test_an_image_that_cannot_be_decoded_is_named(cfg, tmp_path):
     other = settings(tmp_path / "cache", root=cfg.root, image_size=(48, 64))

@@ -18,6 +18,10 @@ from tests.support.data import settings
     [
         (dict(image_size=(0, 64)), "^image_size must be .height, width. of the canvas in pixels, not .0, 64."),
         (dict(image_size=("a", None)), "^image_size must be .height, width. of the canvas in pixels, not .'a', None."),
+        (
+            dict(image_size=(64, 62), masks=True),
+            "^image_size must be multiples of 4 px where masks is True, not .64, 62.",
+        ),
         (dict(augment=dict(flip=1.5)), "^augment.flip must be a probability in 0 .. 1, not 1.5"),
         (dict(augment=dict(scale=(2.0, 0.5))), "augment.scale"),
         (dict(augment=dict(scale=(1.0, np.inf))), "augment.scale"),

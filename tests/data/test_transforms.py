@@ -1,6 +1,7 @@
 """Augmentations against painted images and slow references."""
 
 import colorsys
+import tracemalloc
 
 import cv2
 import numpy as np
@@ -9,7 +10,8 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from kdjax.data import transforms
+from kdjax.data import masks, transforms
+from kdjax.data.masks import masks_of
 from kdjax.data.transforms import Sample
 from tests.support.data import COLOURS, paint, read_off
 
@@ -130,7 +132,7 @@ def test_fitted_keeps_the_aspect_ratio():
 @pytest.mark.parametrize("seed", range(12))
 def test_boxes_stay_on_the_painted_pixels(seed):
     options = dict(canvas=(96, 120), flip_share=0.5, scale=(0.5, 2.5), random_crop=True, hsv=(0, 0, 0))
-    image, boxes, labels, _, _ = transforms.augment(sample(), np.random.default_rng(seed), **options)
+    image, boxes, labels, _ = transforms.augment(sample(), np.random.default_rng(seed), **options)
     assert image.dtype == np.uint8 and boxes.dtype == np.float32 and labels.dtype == np.int32
     height, width = image.shape[:2]
     assert height <= 96 and width <= 120 and len(boxes) == len(labels)
@@ -173,12 +175,12 @@ def test_the_source_image_is_not_changed():
 @pytest.mark.user_input("Images and videos", "an image without objects", "read, also in Mosaic and MixUp")
 def test_empty_images_pass():
     options = dict(canvas=(48, 64), flip_share=1.0, scale=(0.5, 2.0), random_crop=True, hsv=(5, 30, 30))
-    none = sample(boxes=BOXES[:0], labels=LABELS[:0], polygons=(), masks=np.zeros((0, 64, 80), np.uint8))
+    none = sample(boxes=BOXES[:0], labels=LABELS[:0], masks=masks_of([]))
     out = transforms.augment(none, np.random.default_rng(0), **options)
-    assert out.boxes.shape == (0, 4) and out.labels.shape == (0,) and out.polygons == ()
+    assert out.boxes.shape == (0, 4) and out.labels.shape == (0,) and len(out.masks) == 0
     out = transforms.mixup(transforms.pad(out, (48, 64)), transforms.pad(out, (48, 64)))
-    assert out.boxes.shape == (0, 4) and out.masks.shape == (0, 48, 64)
-    assert transforms.mosaic([none] * 4, (48, 64), (96, 128)).masks.shape == (0, 96, 128)
+    assert out.boxes.shape == (0, 4) and out.masks.drawn((48, 64)).shape == (0, 12, 16)
+    assert transforms.mosaic([none] * 4, (48, 64), (96, 128)).masks.drawn((96, 128)).shape == (0, 24, 32)
 
 
 def test_opencv_reads_hue_in_half_degrees():
@@ -266,58 +268,58 @@ def test_mixup_is_the_mean_with_the_objects_of_both():
     np.testing.assert_array_equal(out.labels, [*LABELS, 0])
 
 
-# Polygons and masks
+# Masks
 
 # A concave outline, one in two parts, and one that the window of most crops cuts.
 OUTLINES = (
-    [[(10, 8), (60, 12), (58, 30), (34, 20), (12, 32)]],
-    [[(70, 5), (100, 9), (96, 30)], [(72, 40), (104, 36), (90, 60)]],
-    [[(5, 50), (60, 45), (62, 88), (30, 66), (8, 90)]],
+    [[10, 8, 60, 12, 58, 30, 34, 20, 12, 32]],
+    [[70, 5, 100, 9, 96, 30], [72, 40, 104, 36, 90, 60]],
+    [[5, 50, 60, 45, 62, 88, 30, 66, 8, 90]],
 )
 
 
-def drawn(polygons, size):
-    """Masks bool[n, h, w] of polygons: pixels whose centre is inside, by counting the edges to their right."""
-    y, x = np.mgrid[: size[0], : size[1]] + 0.5
-    masks = []
-    for rings in polygons:
-        crossings = np.zeros(size, int)
-        for ring in rings:
-            for (x0, y0), (x1, y1) in zip(ring, np.roll(ring, -1, axis=0), strict=True):
-                if y0 != y1:
-                    between = (min(y0, y1) <= y) & (y < max(y0, y1))
-                    crossings += between & (x0 + (y - y0) / (y1 - y0) * (x1 - x0) > x)
-        masks.append(crossings % 2 == 1)
-    return np.array(masks, bool).reshape(-1, *size)
+def whole(shape, size):
+    """A mask in the whole of its original image."""
+    mask = np.zeros(size, bool)
+    (x, y), (h, w) = shape.corner, shape.size
+    mask[y : y + h, x : x + w] = shape.decoded()
+    return mask
 
 
 def outlined(*chosen):
-    """An image in which the chosen objects are painted, with their polygons, masks and boxes."""
-    polygons = tuple(tuple(np.array(ring, np.float32) for ring in OUTLINES[i]) for i in chosen)
-    masks = drawn(polygons, (96, 110))
+    """An image in which the chosen objects are painted, with their masks and boxes."""
+    shapes = [masks.shape(OUTLINES[i], (96, 110)) for i in chosen]
     image = np.full((96, 110, 3), 15, np.uint8)
-    for i, mask in zip(chosen, masks, strict=True):
-        image[mask] = COLOURS[i]
-    points = [np.concatenate(rings) for rings in polygons]
+    for i, shape in zip(chosen, shapes, strict=True):
+        image[whole(shape, (96, 110))] = COLOURS[i]
+    points = [np.concatenate([np.reshape(ring, (-1, 2)) for ring in OUTLINES[i]]) for i in chosen]
     boxes = np.array([[*p.min(0), *p.max(0)] for p in points], np.float32).reshape(-1, 4)
-    return Sample(image, boxes, np.array(chosen, np.int32), polygons, masks.astype(np.uint8))
+    return Sample(image, boxes, np.array(chosen, np.int32), masks_of(shapes))
+
+
+def averaged(values, canvas):
+    """Means over 4 x 4 pixels of the canvas, zero outside of the values."""
+    padded = np.zeros(canvas)
+    padded[: values.shape[0], : values.shape[1]] = values
+    return padded.reshape(canvas[0] // 4, 4, canvas[1] // 4, 4).mean((1, 3))
 
 
 def same_objects(out):
-    """Pixels, masks and polygons of every object show the same shape, inside its box."""
-    assert len(out.boxes) == len(out.polygons) == len(out.masks) and out.masks.shape[1:] == out.image.shape[:2]
-    shapes = drawn(out.polygons, out.image.shape[:2])
-    for box, label, shape, mask in zip(out.boxes, out.labels, shapes, out.masks.astype(bool), strict=True):
+    """Pixels and masks of every object show the same shape, inside its box."""
+    canvas = tuple(-(-side // 4) * 4 for side in out.image.shape[:2])
+    drawn = out.masks.drawn(canvas)
+    assert len(out.boxes) == len(drawn) and drawn.dtype == np.uint8
+    for box, label, mask in zip(out.boxes, out.labels, drawn, strict=True):
         seen = np.abs(out.image.astype(int) - COLOURS[label]).max(-1) < 110
-        for other in (shape, mask):
-            assert (seen ^ other).sum() <= 0.06 * seen.sum() + 30  # rounding along the outline
+        # Rounding along the outline.
+        assert np.abs(averaged(seen, canvas) - mask / 255).sum() * 16 <= 0.06 * seen.sum() + 30
         ys, xs = np.nonzero(mask)
-        beyond = np.subtract([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1], box) * [-1, -1, 1, 1]
-        assert (beyond <= 1.01).all()
+        beyond = np.subtract([4 * xs.min(), 4 * ys.min(), 4 * xs.max() + 4, 4 * ys.max() + 4], box) * [-1, -1, 1, 1]
+        assert (beyond <= 4.01).all()
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_polygons_and_masks_move_with_the_pixels(seed):
+def test_masks_move_with_the_pixels(seed):
     rng = np.random.default_rng(seed)
     options = dict(canvas=(90, 90), flip_share=0.5, scale=(0.6, 2.0), random_crop=True, hsv=(0, 0, 0))
     one = transforms.augment(outlined(0, 1, 2), rng, **options)
@@ -327,18 +329,50 @@ def test_polygons_and_masks_move_with_the_pixels(seed):
     assert len(put.boxes) == 3
     same_objects(put)
     same_objects(transforms.augment(put, rng, **options | {"scale": (1.2, 2.0)}))
-    both = transforms.mixup(put, put)
-    assert len(both.polygons) == 6 and both.masks.shape == (6, 180, 180)
+    both = transforms.mixup(put, transforms.flip(put))
+    np.testing.assert_array_equal(both.masks.drawn((180, 180))[:3], put.masks.drawn((180, 180)))
+    assert both.masks.drawn((180, 180)).shape == (6, 45, 45)
 
 
 @given(st.integers(0, 2**32 - 1))
 @hypothesis_settings(deadline=None, max_examples=40)
-def test_a_clipped_polygon_covers_what_it_covered(seed):
+def test_masks_are_the_means_of_the_pixels_of_their_window(seed):
+    """Without a resize exactly, up to the rounding to 1 / 255."""
     rng = np.random.default_rng(seed)
-    ring = rng.uniform(-15, 45, (int(rng.integers(3, 8)), 2)).astype(np.float32)
-    whole = drawn([[ring + 20]], (80, 80))[0][20:50, 20:44]
-    some = Sample(np.zeros((80, 80, 3), np.uint8), np.array([[0, 0, 80, 80]], np.float32), LABELS[:1], ((ring + 20,),))
-    [rings] = transforms.crop(some, 20, 20, (30, 24)).polygons
-    assert all((r >= 0).all() and (r <= [24, 30]).all() for r in rings)
-    # A point on the border counts here and not there.
-    assert (drawn([rings], (30, 24))[0] != whole).sum() <= 1
+    top, left, height, width = rng.integers(0, 60, 2).tolist() + rng.integers(20, 100, 2).tolist()
+    some = outlined(0, 1, 2)
+    out = transforms.flip(transforms.crop(some, top, left, (height, width)))
+    drawn = out.masks.drawn((100, 112))
+    for label, mask in zip(out.labels, drawn, strict=True):
+        window = whole(some.masks.shapes[label], (96, 110))[top : top + height, left : left + width][:, ::-1]
+        np.testing.assert_array_equal(mask, np.floor(averaged(window, (100, 112)) * 255 + 0.5))
+
+
+@pytest.mark.parametrize("size", [(31, 37), (97, 111), (240, 150), (8, 300), (2, 3)])
+def test_masks_are_shared_by_the_cells_that_they_cover(size):
+    """Of every pixel of the original the part that lies in a cell."""
+
+    def shares(count, end):  # [cells, pixels of the original]
+        edges, cells = np.arange(count + 1) * end / count, 4.0 * np.arange(-(-end // 4))[:, None]
+        return np.clip(np.minimum(edges[1:], cells + 4) - np.maximum(edges[:-1], cells), 0, None)
+
+    some = outlined(0, 1, 2)
+    drawn = transforms.resize(some, size).masks.drawn(size)
+    for shape, mask in zip(some.masks.shapes, drawn, strict=True):
+        want = shares(96, size[0]) @ whole(shape, (96, 110)) @ shares(110, size[1]).T / 16
+        np.testing.assert_allclose(mask, want * 255, atol=0.51)
+
+
+def test_many_masks_take_the_memory_of_one():
+    """1,000 objects of an image of 2,000 x 2,000 px; each in full resolution is 4 MB."""
+    ring = [[0, 0, 40, 0, 40, 30, 0, 30]]
+    places = np.random.default_rng(0).integers(0, 1950, (1000, 2)).tolist()
+    moved = ([[v + (x, y)[i % 2] for i, v in enumerate(ring[0])]] for x, y in places)
+    shapes = [masks.shape(polygon, (2000, 2000)) for polygon in moved]
+    some = masks_of(shapes).moved((0.32, 0.32), (0, 0))
+    tracemalloc.start()
+    drawn = some.drawn((640, 640))
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < drawn.nbytes + 2**21
+    np.testing.assert_allclose(drawn.sum((1, 2)) / 255 * 16, 40 * 30 * 0.32**2, rtol=0.02)

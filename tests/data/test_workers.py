@@ -18,7 +18,14 @@ def cfg(tmp_path_factory):
     return settings(folder / "cache", root=small_folder(folder / "set", count=11), image_size=(48, 64))
 
 
-def test_workers_and_a_clean_end(cfg, tmp_path):
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("masked")
+    root = small_folder(folder / "set", count=11, masks=True)
+    return settings(folder / "cache", root=root, image_size=(48, 64), masks=True)
+
+
+def test_workers_and_a_clean_end(cfg, masked, tmp_path):
     # In a process of its own, to see its exit and its imports.
     code = """
 import hashlib, sys, warnings
@@ -27,9 +34,9 @@ from ml_collections import ConfigDict
 from kdjax import data
 
 def main():
-    cfg = ConfigDict(eval(sys.argv[1]))
-    dataset = data.open_dataset(cfg)
-    for mixed, workers in ((False, 0), (False, 1), (False, 2), (True, 0), (True, 2)):
+    plain, masked = ((cfg, data.open_dataset(cfg)) for cfg in (ConfigDict(eval(text)) for text in sys.argv[1:]))
+    runs = [(*plain, False, 0), (*plain, False, 1), (*plain, False, 2), (*plain, True, 0), (*plain, True, 2)]
+    for cfg, dataset, mixed, workers in (*runs, (*masked, True, 0), (*masked, True, 2)):
         cfg.workers = workers
         cfg.augment.update(mosaic=mixed, mixup=0.7 * mixed, cache=5)
         batches = data.train_batches(dataset, cfg, batch_size=10, seed=7, start_step=2)
@@ -38,6 +45,7 @@ def main():
             for name, array in sorted(next(batches).items()):
                 digest.update(name.encode() + array.tobytes())
         assert batches.decoded >= 11, batches.decoded
+        assert ("masks" in next(batches)) == cfg.masks
         batches.close()
         print(digest.hexdigest(), flush=True)
     for workers in (0, 1):
@@ -54,7 +62,7 @@ if __name__ == "__main__":
     script = tmp_path / "run.py"
     script.write_text(code)
     done = subprocess.run(
-        [sys.executable, str(script), repr(cfg.to_dict())],
+        [sys.executable, str(script), repr(cfg.to_dict()), repr(masked.to_dict())],
         capture_output=True,
         text=True,
         timeout=300,
@@ -63,8 +71,9 @@ if __name__ == "__main__":
     )
     assert done.returncode == 0, done.stderr
     *hashes, tensorflow = done.stdout.split()
-    assert len(hashes) == 7 and tensorflow == "False"
-    assert len(set(hashes[:3])) == len(set(hashes[3:5])) == len(set(hashes[5:])) == 1 and len(set(hashes)) == 3
+    assert len(hashes) == 9 and tensorflow == "False"
+    alike = (hashes[:3], hashes[3:5], hashes[5:7], hashes[7:])
+    assert all(len(set(part)) == 1 for part in alike) and len(set(hashes)) == 4
     assert done.stderr == ""
 
 

@@ -58,15 +58,17 @@ def write_folder(root: Path, splits: dict[str, dict], pixels: dict[str, np.ndarr
     return root
 
 
-def small_folder(root: Path, *, count: int = 11) -> Path:
-    """`count` painted images in train, 3 in val; image i is (40 + i) x (60 - i) with i % 4 boxes."""
+def small_folder(root: Path, *, count: int = 11, masks: bool = False) -> Path:
+    """`count` painted images in train, 3 in val; image i is (40 + i) x (60 - i) with i % 4 boxes, masks as polygons."""
     pixels, sizes, annotations = {}, {}, []
     for i in range(count):
         boxes = [(2 + 14 * j, 5 + i, 12 + 14 * j, 25 + i) for j in range(i % 4)]
         name = f"p{i}.png"
         pixels[name] = paint(40 + i, 60 - i, boxes)
         sizes[name] = (40 + i, 60 - i)
-        annotations += [(i, (3, 11)[j % 2], [x0, y0, x1 - x0, y1 - y0], {}) for j, (x0, y0, x1, y1) in enumerate(boxes)]
+        for j, (x0, y0, x1, y1) in enumerate(boxes):
+            extra = {"segmentation": [[x0, y0, x1, y0, x1, y1, x0, y1]]} if masks else {}
+            annotations.append((i, (3, 11)[j % 2], [x0, y0, x1 - x0, y1 - y0], extra))
     train = coco_json(sizes, annotations)
     val = coco_json(dict(list(sizes.items())[:3]), [a for a in annotations if a[0] < 3])
     return write_folder(root, {"train": train, "val": val}, pixels)
