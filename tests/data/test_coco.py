@@ -224,7 +224,6 @@ UNUSABLE = {
     "segmentations that cannot be used: an odd number of coordinates, a flat list, an RLE of another size or sum",
     "counted with the reason; the object keeps its box",
 )
-@pytest.mark.user_input("COCO json", "a segmentation without `bbox`", "read: the box is that of the mask")
 @pytest.mark.user_input("COCO json", "`segmentation: []`", "read as an object without mask")
 def test_segmentations_are_kept_or_counted(tmp_path):
     polygon, parts = [[4, 5, 20, 5.5, 20, 30]], [[4, 5, 20, 5.5, 20, 30], [5, 9, 1, 2], [1, 1, 9, 1, 9, 9]]
