@@ -15,12 +15,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from kdjax import nn
 from kdjax.boxes import dynamic, nms, priors
-from kdjax.detectors import levels, rtmdet
+from kdjax.detectors import dynamic_masks, levels, rtmdet
 from kdjax.detectors.api import (
     Detector,
     PureModule,
@@ -40,10 +39,11 @@ from kdjax.structs import Array, Assignment, DetectorOutput, PaddedDetections, T
 
 __all__ = ["VARIANTS", "make"]
 
+mask_logits = functools.partial(dynamic_masks.mask_logits, stride=STRIDES[0])
+
 MASK_STRIDE = 4  # of the masks that the loss compares, in pixels
 MASKS = 300  # of an image, which the loss reads at most
 CHUNK = 32  # masks of an image that are computed together
-CHANNELS = 8  # of the two hidden maps of a small network
 EPS = 5e-6  # of the dice loss
 _MASK_CONVS = 4
 
@@ -79,7 +79,7 @@ class _Head(nnx.Module):
         self.kernel_convs = rtmdet.tower(inputs, channels, convs=stacked_convs, share_conv=False)
         self.rtm_cls = rtmdet.predictors(channels, num_classes, FOCAL_BIAS)
         self.rtm_reg = rtmdet.predictors(channels, 4, 1.0)
-        self.rtm_kernel = rtmdet.predictors(channels, sum(_sizes(prototypes)), 0.0)
+        self.rtm_kernel = rtmdet.predictors(channels, sum(dynamic_masks.sizes(prototypes)), 0.0)
         self.mask_head = _MaskHead(inputs, channels, prototypes)
 
     def branch(self, maps: tuple[Array, ...], name: str, start: int, train: bool) -> rtmdet.Branch:
@@ -222,59 +222,6 @@ def _copies(path: str, *, share_conv: bool) -> list[str]:
     return copies + [name.replace(tower, "bbox_head/reg_convs/") for name in (path, *copies) if name.startswith(tower)]
 
 
-def _sizes(prototypes: int) -> tuple[int, ...]:
-    """How many parameters each part of a small network has: the weights of its three layers, then their biases."""
-    return (prototypes + 2) * CHANNELS, CHANNELS * CHANNELS, CHANNELS, CHANNELS, CHANNELS, 1
-
-
-def mask_logits(kernels: Array, points: Array, prototypes: Array) -> Array:
-    """Masks of objects: three 1x1 convolutions with ReLU between them, with parameters that each object has of its own.
-
-    They read the cell's place relative to the object's, (x_object - x_cell) / (8 stride) and the same in y, and the
-    prototypes.
-
-    Args:
-      kernels: f32[B, n, P], the parameters: weights (outputs, inputs) of the three layers, then their biases.
-      points: f32[B, n, 4], x, y, stride, stride of the objects' cells in pixels.
-      prototypes: f32[B, h, w, C].
-
-    Returns:
-      f32[B, n, h, w], logits.
-
-    Scope: each object on its own.
-
-    Peers: mmdetection 3.3.0 RTMDetInsHead.
-
-    Reference: Tian et al., Conditional Convolutions for Instance Segmentation, ECCV 2020, section 3.2.
-    """
-    (batch, count), (height, width, channels) = kernels.shape[:2], prototypes.shape[1:]
-    ends = np.cumsum(_sizes(channels))[:-1]
-    first, second, third, first_bias, second_bias, third_bias = jnp.split(kernels, ends, -1)
-    first = first.reshape(batch, count, CHANNELS, channels + 2)
-    second = second.reshape(batch, count, CHANNELS, CHANNELS)
-    columns, rows = (STRIDES[0] * jnp.arange(n, dtype=jnp.float32) for n in (width, height))
-    reach = 8 * points[..., 2, None]
-    x = (points[..., 0, None] - columns) / reach  # [B, n, w]
-    y = (points[..., 1, None] - rows) / reach
-    # The layers are linear in each input: what depends on a row or a column alone is computed for it alone.
-    of_x = first[..., 0, None] * x[:, :, None]  # [B, n, 8, w]
-    of_y = first[..., 1, None] * y[:, :, None] + first_bias[..., None]
-    maps = jnp.einsum("bnoc,bhwc->bnohw", first[..., 2:], prototypes)
-    maps = jax.nn.relu(maps + of_x[..., None, :] + of_y[..., None])
-    maps = jnp.einsum("bnoi,bnihw->bnohw", second, maps) + second_bias[..., None, None]
-    return jnp.einsum("bni,bnihw->bnhw", third, jax.nn.relu(maps)) + third_bias[..., None]
-
-
-def _double(maps: Array) -> Array:
-    """f32[B, n, h, w] -> f32[B, n, 2 h, 2 w], as `nn.resize_bilinear` does it."""
-    for axis in (2, 3):
-        padded = jnp.pad(maps, [(0, 0)] * axis + [(1, 1)] + [(0, 0)] * (3 - axis), mode="edge")
-        before, after = (jax.lax.slice_in_dim(padded, i, i + maps.shape[axis], axis=axis) for i in (0, 2))
-        pair = jnp.stack([0.25 * before + 0.75 * maps, 0.75 * maps + 0.25 * after], axis + 1)
-        maps = pair.reshape(*(side * (1 + (i == axis)) for i, side in enumerate(maps.shape)))
-    return maps
-
-
 def _stride_of(masks: Array, output: DetectorOutput) -> int:
     """The stride of the truth's masks.
 
@@ -369,7 +316,7 @@ def _mask_loss(output: DetectorOutput, targets: Targets, assignment: Assignment)
 
     @jax.checkpoint
     def of_chunk(prototypes: Array, kernels: Array, points: Array, objects: Array, valid: Array) -> Array:
-        logits = _double(mask_logits(kernels, points, prototypes))
+        logits = dynamic_masks.doubled(mask_logits(kernels, points, prototypes))
         wanted = jax.vmap(lambda masks, index: masks[index])(truth, objects)
         return jnp.sum(jnp.where(valid, mask.dice(logits, wanted, eps=EPS), 0.0))
 
@@ -415,7 +362,6 @@ def decode(
     afterwards, by `kdjax.inference.masks.from_canvas`.
     """
     assert output.prototypes is not None
-    prototypes = output.prototypes
     found, rows = select(
         rtmdet.decode_boxes(output),
         jax.nn.sigmoid(levels.class_logits(output)),
@@ -429,5 +375,5 @@ def decode(
     kernels = jnp.take_along_axis(levels.join(output.kernels, output.kernels[0].shape[-1]), rows[..., None], 1)
     points = jnp.asarray(levels.grid(output))[rows]
     parts = [slice(start, start + CHUNK) for start in range(0, max_detections, CHUNK)]
-    masks = [mask_logits(kernels[:, part], points[:, part], prototypes) for part in parts]
+    masks = [mask_logits(kernels[:, part], points[:, part], output.prototypes) for part in parts]
     return found._replace(masks=jnp.where(found.valid[..., None, None], jnp.concatenate(masks, 1), 0.0))
