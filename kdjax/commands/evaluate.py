@@ -115,9 +115,10 @@ def analyse(truth: Mapping[str, Any], detections: Mapping[int, Detections]) -> d
       detections: of each image, see `coco.collect`.
 
     Returns:
-      metrics: COCO's 12; classes: {name: AP, AP50, objects, threshold (see `tide.best_thresholds`), precision f[101]
-      at IoU .5 and the recalls 0, 0.01 .. 1, or None without objects}; errors: {kind: {AP50: loss, count: at the best
-      thresholds}}; confusion: at the best thresholds, rows and columns in the order of the classes, then background.
+      metrics: COCO's 12, and those of masks (`coco.mask_metrics`); classes: {name: AP, AP50, objects, threshold (see
+      `tide.best_thresholds`), precision f[101] at IoU .5 and the recalls 0, 0.01 .. 1, or None without objects};
+      errors: {kind: {AP50: loss, count: at the best thresholds}}; confusion: at the best thresholds, rows and columns
+      in the order of the classes, then background.
     """
     curves = coco.curves(truth, detections)
     objects = truth_by_image(truth)
@@ -135,7 +136,7 @@ def analyse(truth: Mapping[str, Any], detections: Mapping[int, Detections]) -> d
     cost = tide.ap_cost(outcomes)
     counts = tide.error_counts(tide.outcomes(objects, kept, num_classes))
     return {
-        "metrics": coco.metrics(curves),
+        "metrics": coco.metrics(curves) | coco.mask_metrics(truth, detections),
         "classes": classes,
         "errors": {kind: {"AP50": cost[kind], "count": counts[kind]} for kind in tide.KINDS},
         "confusion": tide.confusion(objects, kept, num_classes).tolist(),
@@ -155,8 +156,10 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     two = len(results) > 1
     head = ["AP in points of 100", *(Path(one["path"]).as_posix() for one in results.values())]
     rows = [head + ["difference"] * two]
-    for name in coco.METRICS:
-        rows.append([name, *_beside([one["metrics"][name] for one in results.values()])])
+    for name in (*coco.METRICS, *coco.MASK_METRICS):
+        values = [one["metrics"].get(name, -1.0) for one in results.values()]
+        if any(name in one["metrics"] for one in results.values()):
+            rows.append([name.replace("_", " "), *_beside(values)])
     for name in ("params", "flops"):
         rows.append([name, *(f"{one[name]:,}" for one in results.values())] + [""] * two)
     text = [arguments.aligned(rows)]

@@ -34,8 +34,9 @@ def run(*, paths: list[str], model: str, out: str, threshold: float, exif: str |
     """Detects objects and writes the detections.
 
     Writes `detections.json` (COCO results with a score over 0.001, in pixels of the image), `images.json` (the names of
-    the ids in it: COCO's `images` and `categories`) and `drawn/`, the images and videos with their boxes. A file that
-    cannot be read is reported on stderr and skipped.
+    the ids in it: COCO's `images` and `categories`) and `drawn/`, the images and videos with their boxes. A detector of
+    masks adds each `segmentation` (compressed RLE), and its masks are drawn. A file that cannot be read is reported on
+    stderr and skipped.
 
     Args:
       paths: images, videos, and folders of images (with those below them).
@@ -134,8 +135,10 @@ class Drawings:
         """
         if target in self.failed:
             return
-        names = found.class_names
-        drawn = drawing.draw(image, found.boxes, found.labels, found.scores, names, threshold=threshold, width=None)
+        names, masks = found.class_names, found.masks or ()
+        drawn = drawing.draw(
+            image, found.boxes, found.labels, found.scores, names, masks=masks, threshold=threshold, width=None
+        )
         drawn = np.ascontiguousarray(drawn[:, :, ::-1])
         try:
             target.parent.mkdir(parents=True, exist_ok=True)

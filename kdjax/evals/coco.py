@@ -14,6 +14,7 @@ from kdjax.structs import Detections
 IouType = Literal["bbox", "segm"]
 Found: TypeAlias = Mapping[int, Detections] | Sequence[Mapping[str, Any]]  # by image id, or COCO results
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+MASK_METRICS = tuple(f"mask_{name}" for name in METRICS)  # the same of masks
 THRESHOLDS = np.linspace(0.5, 0.95, 10)  # T, of the IoU
 AREAS = ("all", "small", "medium", "large")  # A, limits at 32^2 and 96^2 px^2
 MAX_DETECTIONS = (1, 10, 100)  # D, an image and a class
@@ -195,6 +196,36 @@ def coco_metrics(
       (1.0, -1.0)
     """
     return metrics(curves(ground_truth, detections, iou_type=iou_type, use_categories=use_categories))
+
+
+def mask_metrics(ground_truth: Mapping[str, Any], detections: Mapping[int, Detections]) -> dict[str, float]:
+    """COCO's twelve metrics of masks, where both the data and the detector have masks.
+
+    An object without a mask is taken as a crowd region of its box: what is detected there counts neither for nor
+    against the detector.
+
+    Args:
+      ground_truth: COCO instances, see `curves`; some objects may have no `segmentation`.
+      detections: by image id, with `category_ids`.
+
+    Returns:
+      {mask_AP, mask_AP50, ..., mask_ARl: fraction}, -1 where undefined; {} if no object or no detection has a mask.
+
+    Scope: the whole data set.
+    """
+    rows = ground_truth["annotations"]
+    if not any(row.get("segmentation") for row in rows) or all(found.masks is None for found in detections.values()):
+        return {}
+
+    def masked(row: Mapping[str, Any]) -> Mapping[str, Any]:
+        if row.get("segmentation"):
+            return row
+        x, y, w, h = row["bbox"]
+        return {**row, "segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]], "iscrowd": 1}
+
+    truth = {**ground_truth, "annotations": [masked(row) for row in rows]}
+    values = coco_metrics(truth, detections, iou_type="segm").values()
+    return dict(zip(MASK_METRICS, values, strict=True))
 
 
 def to_coco(detections: Detections, image_id: int) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from kdjax import sharding
 from kdjax.data import images, transforms
 from kdjax.detectors.api import Apply, Decode, Detector, Tree
 from kdjax.errors import UserError
+from kdjax.inference.masks import encoded, from_boxes, from_canvas
 from kdjax.structs import AnyArray, Array, Detections, PaddedDetections
 
 Batch = Mapping[str, Any]
@@ -61,7 +62,7 @@ def predict(
 
     def finish() -> tuple[Batch, list[Detections]]:
         batch, padded = pending.popleft()
-        return batch, in_originals(batch, sharding.gather(padded), names, ids)
+        return batch, in_originals(batch, sharding.gather(padded), names, ids, masks=detector.masks)
 
     for batch in batches:
         pending.append((batch, run(variables, batch["image"], batch["image_size"])))
@@ -124,7 +125,12 @@ def _compiled(
 
 
 def in_originals(
-    batch: Batch, padded: PaddedDetections, class_names: tuple[str, ...] = (), category_ids: tuple[int, ...] = ()
+    batch: Batch,
+    padded: PaddedDetections,
+    class_names: tuple[str, ...] = (),
+    category_ids: tuple[int, ...] = (),
+    *,
+    masks: str = "",
 ) -> list[Detections]:
     """Detections on the canvas as detections of the original images, clipped to them.
 
@@ -133,6 +139,7 @@ def in_originals(
       padded: NumPy arrays, in pixels of the canvas.
       class_names: names of the K classes.
       category_ids: COCO's ids of the K classes.
+      masks: `Detector.masks`: which masks `padded` has.
 
     Returns:
       One `Detections` per row of the batch, empty for a row that is not real.
@@ -150,14 +157,23 @@ def in_originals(
     for row, (height, width) in enumerate(batch["original_size"]):
         if not real[row]:
             empty = np.zeros((0, 4)), np.zeros(0, np.float32), np.zeros(0, np.int32)
-            found.append(Detections(*empty, class_names, category_ids))
+            found.append(Detections(*empty, class_names, category_ids, () if masks else None))
             continue
         kept = np.asarray(padded.valid[row], bool)
         ratio = (np.asarray(batch["image_size"][row]) / np.asarray(batch["original_size"][row]))[[1, 0, 1, 0]]
         boxes = np.clip(np.asarray(padded.boxes[row], np.float64)[kept] / ratio, 0, [width, height, width, height])
         scores, labels = np.asarray(padded.scores[row])[kept], np.asarray(padded.labels[row])[kept]
         arrays = (boxes, scores.astype(np.float32), labels.astype(np.int32))
-        found.append(Detections(*arrays, class_names, category_ids))
+        shapes = None
+        if masks:
+            assert padded.masks is not None
+            coarse, original = np.asarray(padded.masks[row])[kept], (int(height), int(width))
+            if masks == "canvas":
+                size_y, size_x = (int(side) for side in batch["image_size"][row])
+                shapes = encoded(from_canvas(coarse, batch["image"].shape[1:3], (size_y, size_x), original))
+            else:
+                shapes = encoded(from_boxes(coarse, boxes, original))
+        found.append(Detections(*arrays, class_names, category_ids, shapes))
     return found
 
 

@@ -9,10 +9,11 @@ import colorsys
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
+from faster_coco_eval.core import mask as rle
 from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 
@@ -36,6 +37,10 @@ class Example(NamedTuple):
     labels: np.ndarray  # i[m], 0 .. K-1
     detections: Mapping[str, Detections]  # by model, in the order of the panels; in pixels of `image`
     name: str = ""
+
+
+# Of the whole image at any resolution: COCO's compressed RLE, or u8[h, w], 255 on the object.
+Mask = Mapping[str, Any] | np.ndarray
 
 
 class Panel(NamedTuple):
@@ -95,11 +100,14 @@ def draw(
     scores: np.ndarray | None,
     class_names: Sequence[str],
     *,
+    masks: Sequence[Mask | None] = (),
     threshold: float = 0.3,
     outcome: np.ndarray | None = None,
     width: tuple[int, int] | None = (320, 480),
 ) -> np.ndarray:
     """Draws boxes with class names and scores on an image, which is first scaled so that the text is legible.
+
+    Masks are laid over the image in the colours of their boxes.
 
     Args:
       image: u8[h, w, 3], RGB.
@@ -107,6 +115,7 @@ def draw(
       labels: i32[n].
       scores: f32[n] in 0 .. 1, or None (ground truth): all boxes are drawn, without scores.
       class_names: K names.
+      masks: of the n boxes, see `Mask`; None where there is none; () without any.
       threshold: minimum score of a drawn box.
       outcome: i32[n] of CORRECT, FALSE, MISSED for colours by outcome (a missed object has no score); None for
         colours by class.
@@ -150,6 +159,11 @@ def draw(
     edges = np.array([0, 0, size[0] - 1, size[1] - 1])
     placed: list[tuple[float, ...]] = []
     frames = {}
+    if len(masks):
+        for i in shown:
+            if (mask := masks[i]) is not None:
+                color = OUTCOME_COLORS.get(int(outcomes[i])) or class_color(int(labels[i]))
+                canvas.paste(color, mask=_cover(mask, size))
     for i in shown:
         x1, y1, x2, y2 = np.clip(np.round(boxes[i] * scales), 0, edges[[2, 3, 2, 3]])
         frames[i] = (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2))
@@ -165,6 +179,13 @@ def draw(
         color = OUTCOME_COLORS.get(int(outcomes[i])) or class_color(int(labels[i]))
         _tag(pen, frames[i], text, color, font, size, placed)
     return np.asarray(canvas)
+
+
+def _cover(mask: Mask, size: tuple[int, int]) -> Image.Image:
+    """How strongly a mask covers an image of `size` (w, h) px: at most by two fifths."""
+    share = mask if isinstance(mask, np.ndarray) else rle.decode(dict(mask)) * np.uint8(255)
+    cover = Image.fromarray(share).resize(size, Image.Resampling.BILINEAR)
+    return cover.point([value * 2 // 5 for value in range(256)])
 
 
 def panels(
@@ -208,6 +229,7 @@ def panels(
             np.concatenate([shown.labels, example.labels[~detected]]),
             np.concatenate([shown.scores, np.ones(missed)]),
             class_names,
+            masks=() if shown.masks is None else [*shown.masks, *[None] * missed],
             threshold=threshold,
             outcome=np.concatenate([np.where(correct, CORRECT, FALSE), np.full(missed, MISSED)]),
             width=width,
@@ -235,6 +257,7 @@ def contact_sheet(
     class_names: Sequence[str],
     columns: int,
     *,
+    masks: Sequence[Sequence[Mask]] = (),
     width: int = 320,
 ) -> np.ndarray:
     """Puts images with their boxes on one sheet, row by row, to check data or augmentation.
@@ -245,6 +268,7 @@ def contact_sheet(
       labels: for each image i32[n].
       class_names: K names.
       columns: images per row.
+      masks: for each image its n masks; () without any.
       width: width of each image on the sheet, in pixels.
 
     Returns:
@@ -266,8 +290,8 @@ def contact_sheet(
     if not len(images) or columns < 1:
         raise ValueError(f"contact_sheet: {len(images)} images in {columns} columns: at least one of each is needed")
     drawn = [
-        draw(image, own, own_labels, None, class_names, width=(width, width))
-        for image, own, own_labels in zip(images, boxes, labels, strict=True)
+        draw(image, own, own_labels, None, class_names, masks=own_masks, width=(width, width))
+        for image, own, own_labels, own_masks in zip(images, boxes, labels, masks or [()] * len(images), strict=True)
     ]
     return _grid(drawn, columns)
 

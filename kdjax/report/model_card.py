@@ -98,12 +98,13 @@ def _metrics(role: str, results: Mapping[str, Any], config: Config) -> str:
     shown = ("teacher", "twin", "student", "gain") if role == "student" else (role,)
     shown = [one for one in shown if results.get(one)]
     lines = ["| | " + " | ".join(shown) + " |", "|---|" + "---|" * len(shown)]
-    for metric in coco.METRICS:
+    masked = [metric for metric in coco.MASK_METRICS if any(metric in results[one] for one in shown)]
+    for metric in (*coco.METRICS, *masked):
         cells = []
         for one in shown:
-            value, sign = results[one][metric], "+" if one == "gain" else ""
+            value, sign = results[one].get(metric, -1), "+" if one == "gain" else ""
             cells.append("–" if value == -1 else f"{100 * value:{sign}.1f}")
-        lines.append(f"| {metric} | {' | '.join(cells)} |")
+        lines.append(f"| {metric.replace('_', ' ')} | {' | '.join(cells)} |")
     for count in ("params", "flops"):
         cells = [f"{results[one][count]:,}" if count in results[one] else "" for one in shown]
         lines.append(f"| {count} | {' | '.join(cells)} |")

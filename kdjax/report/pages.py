@@ -108,11 +108,13 @@ def metrics_table(results: Mapping[str, Mapping[str, float]]) -> str:
     pair = compared(results)
     head = "".join(f'<th scope="col"><i class="dot {name}"></i>{name}</th>' for name in results)
     lines = []
-    for key, meaning in METRICS.items():
+    masks = {f"mask_{key}": meaning for key, meaning in METRICS.items()}
+    shown = METRICS | {key: text for key, text in masks.items() if any(key in one for one in results.values())}
+    for key, meaning in shown.items():
         values = {name: metrics.get(key) for name, metrics in results.items()}
         cells = "".join(f"<td>{percent(value)}</td>" for value in values.values())
         gain = _gain(values, pair) if pair else ""
-        lines.append(f'<tr><th scope="row">{key} <small>{meaning}</small></th>{cells}{gain}</tr>')
+        lines.append(f'<tr><th scope="row">{key.replace("_", " ")} <small>{meaning}</small></th>{cells}{gain}</tr>')
     for key, label, meaning in (("params", "Parameters", "trainable"), ("flops", "FLOPs", "multiply-adds per image")):
         cells = "".join(f"<td>{abbreviated(metrics.get(key))}</td>" for metrics in results.values())
         blank = "<td></td>" if pair else ""

@@ -70,7 +70,7 @@ def draw_schedule(config: Config, curves: Mapping[str, np.ndarray]) -> Figure:
 
 
 def sheet(dataset: data.Dataset, config: Config, step: int) -> np.ndarray:
-    """u8[H, W, 3]: up to `IMAGES` rows of the batch of a step, whole canvas, with boxes."""
+    """u8[H, W, 3]: up to `IMAGES` rows of the batch of a step, whole canvas, with boxes and, if it has them, masks."""
     rows = max(n for n in range(1, IMAGES + 1) if config.batch_size % n == 0)
     shard = (0, config.batch_size // rows)
     settings = config.data.copy_and_resolve_references()
@@ -81,11 +81,11 @@ def sheet(dataset: data.Dataset, config: Config, step: int) -> np.ndarray:
         )
     ) as batches:
         batch = next(batches)
-    boxes, labels = (
-        [values[valid] for values, valid in zip(batch[name], batch["valid"], strict=True)]
-        for name in ("boxes", "labels")
+    boxes, labels, masks = (
+        [values[valid] for values, valid in zip(batch[name], batch["valid"], strict=True)] if name in batch else ()
+        for name in ("boxes", "labels", "masks")
     )
-    return drawing.contact_sheet(list(batch["image"]), boxes, labels, dataset.classes, min(rows, 4))
+    return drawing.contact_sheet(list(batch["image"]), boxes, labels, dataset.classes, min(rows, 4), masks=masks)
 
 
 def _steps(config: Config) -> list[int]:

@@ -29,7 +29,7 @@ EXAMPLES = 8  # images in the report
 class Evaluation(NamedTuple):
     """A model on the validation split."""
 
-    metrics: dict[str, float]  # COCO's 12
+    metrics: dict[str, float]  # COCO's 12, and those of masks where data and detector have them
     per_class: dict[str, float]  # class -> AP
     detections: dict[int, Detections]  # by image id, see `coco.collect`
     examples: list[drawing.Example]  # the first images with objects, on the canvas
@@ -59,8 +59,10 @@ def evaluate(setup: Setup, role: str, *, limit: int = 0) -> Evaluation:
         by_image |= coco.collect([(batch, detections)])
         for row in np.flatnonzero(batch["real"] & batch["valid"].any(axis=1))[: EXAMPLES - len(examples)]:
             examples.append(_example(role, batch, detections[row], row))
-    curves = coco.curves(data.ground_truth(dataset, "val", limit=limit or None), by_image)
-    return Evaluation(coco.metrics(curves), coco.class_metrics(curves), by_image, examples)
+    truth = data.ground_truth(dataset, "val", limit=limit or None)
+    curves = coco.curves(truth, by_image)
+    metrics = coco.metrics(curves) | coco.mask_metrics(truth, by_image)
+    return Evaluation(metrics, coco.class_metrics(curves), by_image, examples)
 
 
 def _example(role: str, batch: Mapping[str, np.ndarray], detections: Detections, row: int) -> drawing.Example:
@@ -116,6 +118,7 @@ def finish(setup: Setup, workdir: Path, log: Log) -> dict[str, Any]:
             if -1 not in (results["student"][name], results["twin"][name])
             else -1
             for name in evaluations["student"].metrics
+            if name in results["twin"]
         }
     if jax.process_index():
         return results

@@ -130,6 +130,26 @@ def test_masks_of_detections_count_their_own_area():
         assert part.masks == tuple(some.masks[i] for i in np.arange(len(some))[chosen]) and len(part.masks) == len(part)
 
 
+def test_objects_without_masks_are_crowd_regions_of_masks():
+    truth, rows = some_data(17)
+    found = detections_by_image(truth, rows)
+    whole = coco.mask_metrics(truth, found)
+    assert list(whole.values()) == list(coco.coco_metrics(truth, found, iou_type="segm").values())
+    assert list(whole) == [f"mask_{name}" for name in coco.METRICS] == list(coco.MASK_METRICS)
+    part = {**truth, "annotations": [dict(row) for row in truth["annotations"]]}
+    for row in part["annotations"][::3]:
+        del row["segmentation"]
+    crowd = copy.deepcopy(truth)
+    for row in crowd["annotations"][::3]:
+        x, y, w, h = row["bbox"]
+        row |= {"iscrowd": 1, "segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]]}
+    want = by_pycocotools(crowd, without(rows, "bbox"), "segm").stats
+    np.testing.assert_allclose(list(coco.mask_metrics(part, found).values()), want, rtol=0, atol=1e-12)
+    bare = {**truth, "annotations": without(truth["annotations"], "segmentation")}
+    boxes = detections_by_image(truth, without(rows, "segmentation"))
+    assert coco.mask_metrics(bare, found) == coco.mask_metrics(truth, boxes) == {}
+
+
 def test_metrics_of_masks_need_all_masks():
     truth, rows = some_data(16)
     with pytest.raises(UserError, match=r"detection of image \d+ has no segmentation"):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from pycocotools import mask as peer
 
 from kdjax import nn
 from kdjax.inference import masks
@@ -23,6 +24,34 @@ def test_resizes_twice_cuts_and_compares(original):
         assert got.shape == (3, *original) and got.dtype == bool
         np.testing.assert_array_equal(got[sure], probs[sure] > threshold)
         assert 0.1 < got.mean() < 0.95 and sure.mean() > 0.99
+
+
+def test_masks_of_boxes_are_interpolated_between_the_centres_of_their_cells():
+    """As a loop over the pixels does it: bilinear, with zeros around the cells."""
+    rng = np.random.default_rng(0)
+    probs = rng.random((4, 5, 5)).astype(np.float32)
+    boxes = np.array([[3.3, 2.1, 20.7, 15.2], [-4, 5, 9, 30], [0, 0, 1.5, 1.2], [7, 7, 7, 9]])
+    got = list(masks.from_boxes(probs, boxes, (18, 25)))
+    for one, (x0, y0, x1, y1), mask in zip(probs[:3], boxes, got, strict=False):
+        padded = np.pad(one, 1)
+        for y in range(18):
+            for x in range(25):
+                v, u = (y + 0.5 - y0) / (y1 - y0) * 5 + 0.5, (x + 0.5 - x0) / (x1 - x0) * 5 + 0.5
+                value = 0.0
+                if 0 <= v < 6 and 0 <= u < 6:
+                    (i, a), (j, b) = (int(v), v % 1), (int(u), u % 1)
+                    upper = padded[i, j] * (1 - b) + padded[i, j + 1] * b
+                    value = upper * (1 - a) + (padded[i + 1, j] * (1 - b) + padded[i + 1, j + 1] * b) * a
+                assert mask[y, x] == (value >= 0.5) or abs(value - 0.5) < 1e-6
+    assert got[0].any() and got[1].any() and not got[3].any()
+
+
+def test_encoded_masks_are_read_by_pycocotools():
+    some = np.random.default_rng(0).random((3, 9, 7)) < 0.4
+    for mask, rle in zip(some, masks.encoded(iter(some)), strict=True):
+        read = peer.toBbox(rle), peer.area(rle)
+        ys, xs = np.nonzero(mask)
+        assert read[0].tolist() == [xs.min(), ys.min(), np.ptp(xs) + 1, np.ptp(ys) + 1] and read[1] == mask.sum()
 
 
 def test_no_mask_is_no_mask():

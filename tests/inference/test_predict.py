@@ -4,10 +4,13 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from pycocotools import mask as peer
 
 from kdjax.detectors import build
 from kdjax.errors import UserError
+from kdjax.evals import coco
 from kdjax.inference import load, predict
+from kdjax.inference.masks import from_canvas
 from kdjax.structs import PaddedDetections
 
 
@@ -89,3 +92,42 @@ def test_boxes_are_those_of_the_original_image():
     first, second = predict.in_originals(batch, padded, ("a", "b"), (3, 9))
     assert first.boxes.tolist() == [[2, 4, 10, 12], [0, 0, 30, 20]]
     assert (first.labels.tolist(), first.category_ids, len(second)) == ([1, 0], (3, 9), 0)
+
+
+def test_masks_are_those_of_the_original_image():
+    """A detector of masks from images to COCO results: of each image's size, and of its detections."""
+    detector = build("rtmdet_ins_pico", 2, widen=0.0625, stacked_convs=1)
+    params, stats = detector.init(jax.random.PRNGKey(0))
+    noise = np.random.default_rng(1)  # initial weights detect nothing
+    params = jax.tree.map(lambda x: x + 0.3 * noise.normal(size=x.shape).astype(np.float32), params)
+    variables = (params, stats)
+    rng = np.random.default_rng(0)
+    originals = [rng.integers(0, 256, (*size, 3)).astype(np.uint8) for size in ((40, 70), (90, 31), (64, 64))]
+    batches = predict.canvases(originals, (64, 64), batch_size=2)
+    pairs = predict.predict(detector, variables, batches, category_ids=(3, 9))
+    found = [one for _, several in pairs for one in several]
+    assert len(found) == 4 and found[3].masks == ()
+    run = predict.program(detector)
+    for image, one in zip(originals, found, strict=False):
+        assert one.masks is not None and len(one.masks) == len(one) > 0
+        assert all(tuple(rle["size"]) == image.shape[:2] for rle in one.masks)
+        placed, size = predict.on_canvas(image, (64, 64))
+        padded = run(variables, placed[None], size[None])
+        coarse = np.asarray(padded.masks)[0][np.asarray(padded.valid)[0]]
+        want = from_canvas(coarse, (64, 64), tuple(size), image.shape[:2])
+        areas = np.array([mask.sum() for mask in want])
+        assert np.abs(peer.area(list(one.masks)) - areas).max() <= 2 and areas.max() > 100
+        row = coco.to_coco(one, 5)[0]
+        assert row["segmentation"] == {"size": list(image.shape[:2]), "counts": one.masks[0]["counts"].decode()}
+
+
+def test_masks_of_boxes_lie_in_their_boxes():
+    sizes = {"image_size": np.array([[16, 12]]), "original_size": np.array([[32, 24]])}
+    batch = {"image": np.zeros((1, 16, 16, 3)), **sizes}
+    padded = PaddedDetections(
+        np.array([[[1.0, 2, 5, 6], [0, 0, 0, 0]]]),
+        *(np.array([values]) for values in ([0.9, 0], [1, 0], [True, False])),
+        masks=np.ones((1, 2, 28, 28), np.float32),
+    )
+    [found] = predict.in_originals(batch, padded, masks="box")
+    assert peer.toBbox(found.masks[0]).tolist() == [2, 4, 8, 8] and peer.area(found.masks[0]) == 64

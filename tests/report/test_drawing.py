@@ -1,11 +1,20 @@
 """Boxes on images."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
+from kdjax.inference import masks
 from kdjax.report import drawing, pages
 from kdjax.structs import Detections
 from tests.support.report import examples
+
+
+def encode(mask):
+    [rle] = masks.encoded([mask])
+    return rle
+
 
 GREY = np.full((40, 80, 3), 128, np.uint8)
 BOX = np.array([[8.0, 8, 30, 30]])
@@ -93,3 +102,23 @@ def test_contact_sheet():
     for bad in (([], [], [], [], 2), (images, boxes, labels, ["a"], 0), (images, boxes[:1], labels, ["a"], 2)):
         with pytest.raises(ValueError, match="contact_sheet"):
             drawing.contact_sheet(*bad)
+
+
+def test_masks_are_laid_over_the_image():
+    """Of any resolution, as COCO's RLE or as bytes, under the colour of the class; without a mask nothing changes."""
+    plain = drawing.draw(GREY, BOX, [0], [0.9], ["a"], width=None)
+    half = np.zeros((10, 20), np.uint8)
+    half[:, 10:] = 255
+    fine = np.kron(half, np.ones((8, 8), np.uint8))
+    bytes_, text = (drawing.draw(GREY, BOX, [0], [0.9], ["a"], masks=[m], width=None) for m in (half, encode(fine > 0)))
+    for drawn in (bytes_, text):
+        assert (drawn[:, :30] == plain[:, :30]).all()
+        np.testing.assert_allclose(drawn[35, 60], 0.6 * 128 + 0.4 * np.array(drawing.class_color(0)), atol=1.5)
+    assert (drawing.draw(GREY, BOX, [0], [0.9], ["a"], masks=[None], width=None) == plain).all()
+    assert (drawing.draw(GREY, BOX, [0], [0.2], ["a"], masks=[half], width=None) == GREY).all()
+    one = Detections(BOX, np.array([0.9]), np.array([0]), masks=(encode(fine > 0),))
+    example = drawing.Example(GREY, BOX, np.array([0]), {"a": one, "b": dataclasses.replace(one, masks=None)})
+    _, with_mask, without = drawing.panels(example, ["a"], width=(80, 80))
+    assert (with_mask.image != without.image).any()
+    sheets = [drawing.contact_sheet([GREY], [BOX], [[0]], ["a"], 1, masks=m, width=80) for m in ((), [[half]])]
+    assert (sheets[0][35, 60] == 128).all() and (sheets[1][35, 60] == bytes_[35, 60]).all()
