@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 
 from kdjax.data import hashes
@@ -306,7 +307,7 @@ class Masks:
                     cells, window[1::-1], window[:1:-1], offset[::-1], scale[::-1], one.corner[::-1], strict=True
                 )
             )
-            share = _between(_between(one.decoded(), ys).T, xs).T * (abs(scale.prod()) / STRIDE**2)
+            share = _sums(one.decoded(), ys, xs) * (abs(scale.prod()) / STRIDE**2)
             row[slice(*cells[0]), slice(*cells[1])] = np.minimum(share * 255 + 0.5, 255)
         return out
 
@@ -324,21 +325,20 @@ def joined(parts: Sequence[Masks]) -> Masks:
     return Masks(tuple(one for part in parts for one in part.shapes), *arrays)
 
 
-def _between(values: np.ndarray, at: np.ndarray) -> np.ndarray:
-    """Sums of the rows of values [h, w] between each position of `at` f64[k + 1], in rows, and the next: f64[k, w].
+def _sums(mask: np.ndarray, ys: np.ndarray, xs: np.ndarray) -> np.ndarray:
+    """Sums of a mask u8[h, w] in the cells between the positions ys f64[k + 1] and xs f64[l + 1]: f64[k, l].
 
-    Rows are whole where a position lies inside of one: it is shared. Sums of running sums, so that the result does not
-    depend on threads or on the library that multiplies matrices.
+    A pixel is shared by the cells that it lies in. The sum up to a point is linear in both coordinates within a pixel.
     """
-    at = np.clip(at, 0, len(values))
-    first, last = int(at.min()), math.ceil(at.max())
-    values, at = values[first:last], at - first
-    exact = values.dtype == np.uint8
-    sums = np.zeros((len(values) + 1, values.shape[1]), np.int32 if exact else np.float64)
-    np.cumsum(values, axis=0, dtype=sums.dtype, out=sums[1:])
-    whole = np.minimum(at.astype(int), max(len(values) - 1, 0))
-    until = sums[whole] + (at - whole)[:, None] * values[whole] if len(values) else np.zeros((len(at), values.shape[1]))
-    return np.abs(np.diff(until, axis=0))
+    until = _linear(_linear(cv2.integral(mask.T), xs).T, ys)  # decoded masks run down the columns
+    return np.abs(np.diff(np.diff(until, axis=0), axis=1))
+
+
+def _linear(table: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """The rows of a table at positions, between its rows linearly interpolated."""
+    at = np.clip(at, 0, len(table) - 1)
+    low = np.minimum(at.astype(int), len(table) - 2)
+    return table[low] + (at - low)[:, None] * (table[low + 1] - table[low])
 
 
 def _finite(value: object) -> bool:

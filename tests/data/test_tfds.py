@@ -13,6 +13,8 @@ import tensorflow_datasets as tfds
 
 from kdjax import data
 from kdjax.commands import arguments
+from kdjax.data import masks
+from kdjax.data.build import Images
 from kdjax.errors import UserError
 from kdjax.evals.matching import detections_by_image, truth_by_image
 from kdjax.evals.voc import voc_metrics
@@ -118,7 +120,7 @@ def test_evaluate_and_export_read_a_directory(directory, tmp_path, monkeypatch):
 
 
 @pytest.mark.user_input(
-    "TFDS directories", "COCO's original json beside the records", "read: its category ids and areas"
+    "TFDS directories", "COCO's original json beside the records", "read: its category ids, areas and masks"
 )
 @pytest.mark.user_input(
     "TFDS directories", "a json of other classes, images or objects than the records", "refused with what differs"
@@ -156,6 +158,22 @@ def test_the_original_json_gives_category_ids_and_areas(directory, tmp_path):
         path.write_text(json.dumps(other))
         with pytest.raises(UserError, match=words):
             opened(directory, tmp_path, source="tfds", val_annotations=str(path))
+
+    # Its masks go with the objects of the same ids.
+    for entry in truth["annotations"]:
+        x, y, w, h = entry["bbox"]
+        entry["segmentation"] = [[x, y, x + w, y, x + w, y + h - entry["image_id"] % 100, x, y + h]]
+    truth["annotations"][0]["segmentation"] = [[1, 2, 3]]
+    truth["annotations"].reverse()
+    path.write_text(json.dumps(truth))
+    both = dict(train_annotations=str(path), val_annotations=str(path), train_split="validation")
+    split = opened(directory, tmp_path, source="tfds", masks=True, **both).splits["train"]
+    found = {example["image_id"]: example["masks"].shapes for example in map(Images(split).__getitem__, range(4))}
+    want = {i: masks.shape([[0, 10, 12, 10, 12, 35 - i % 100, 0, 35]], (50, 40)) for i in (102, 103)}
+    assert found == {100: (), 101: (), **{i: (one,) for i, one in want.items()}}
+    assert ("without mask", "polygon has an odd number of coordinates") in {
+        (e["action"], e["reason"]) for e in split.log
+    }
 
 
 @pytest.mark.user_input(
