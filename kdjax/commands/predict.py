@@ -26,7 +26,7 @@ from kdjax.structs import Detections
 VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
 JPEG_SIDE = 65_500  # px; the format ends there
 NAME_BYTES = 255  # of a file's name, in common file systems
-RATES = (0.01, 65_535)  # of an mp4, frames a second
+RATES = (0.01, 65_535)  # of an mp4, frames per second
 _KNOWN = SUFFIXES + VIDEOS
 
 
@@ -154,13 +154,13 @@ class Drawings:
             rate = _video(source)[0].get(cv2.CAP_PROP_FPS)
             if not RATES[0] <= rate <= RATES[1]:  # the file does not say, or mp4 has no such rate
                 if rate > 0:
-                    _warn(f"{source}: drawn with 25 frames a second: mp4 has no rate of {rate:g}")
+                    _warn(f"{source}: drawn with 25 frames per second: mp4 has no rate of {rate:g}")
                 rate = 25
             options = (_utf8(target), cv2.VideoWriter.fourcc(*"mp4v"), rate, drawn.shape[1::-1])
             self.writers[target], said = listened(lambda: cv2.VideoWriter(*options))
             self.frames[target] = 0
             if not self.writers[target].isOpened():
-                size = f"{drawn.shape[1]:,} x {drawn.shape[0]:,} px with {rate:g} frames a second"
+                size = f"{drawn.shape[1]:,} x {drawn.shape[0]:,} px with {rate:g} frames per second"
                 what = f"OpenCV cannot write a video of {size} as mp4, or the disk is full"
                 raise UserError(": ".join([what, *said[:1]]))
         self.writers[target].write(drawn)

@@ -30,7 +30,7 @@ def usable(segmentation: Segmentation, size: tuple[int, int]) -> tuple[Segmentat
     """What can be used of a segmentation of a json, and why the rest cannot.
 
     Args:
-      segmentation: of any form: what is not one is told. None and [] are objects without masks.
+      segmentation: of any form; what is not one is reported. None and [] are objects without masks.
       size: height and width of the image in pixels; 0 if they are not known yet.
 
     Returns:

@@ -7,14 +7,12 @@ instead of empty; with the exponential both are the same.
 
 Loads: state dicts with the names of mmdetection, mmyolo and mmrazor's distillers. Published AP: 41.1, 44.6, 49.4, 51.5
 and 52.8 (tiny to x). Not reproduced yet (no published checkpoint was available).
-
-The file is longer than others because it holds all of a family: network, loss, decoding and names in PyTorch.
 """
 
 import functools
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +20,7 @@ import numpy as np
 from flax import nnx
 
 from kdjax.boxes import coding, dynamic, nms, priors
-from kdjax.detectors import levels
+from kdjax.detectors import levels, towers
 from kdjax.detectors.api import (
     Detector,
     PureModule,
@@ -36,15 +34,15 @@ from kdjax.detectors.api import (
 )
 from kdjax.detectors.cspnext import Block, CSPNeXt
 from kdjax.detectors.keywords import changed, own_values, resolve
-from kdjax.detectors.layers import FOCAL_BIAS, MOMENTUM, BatchNorm, Conv, CSPLayer, constant, normal
+from kdjax.detectors.layers import FOCAL_BIAS, CSPLayer
 from kdjax.detectors.pafpn import PAFPN
+from kdjax.detectors.towers import STRIDES
 from kdjax.errors import UserError
 from kdjax.losses import box, classification
 from kdjax.structs import Assignment, DetectorOutput, PaddedDetections, Targets
 
 Array = jax.Array
 
-STRIDES = (8, 16, 32)
 _BGR_MEAN = np.array([103.53, 116.28, 123.675], np.float32)
 _BGR_STD = np.array([57.375, 57.12, 58.395], np.float32)
 
@@ -74,70 +72,6 @@ _MMYOLO = (
 )
 
 
-class TowerConv(nnx.Module):
-    """A 3x3 convolution (`own_conv=False`: another level's is used) and this level's batch norm."""
-
-    def __init__(self, inputs: int, outputs: int, *, own_conv: bool = True, momentum: float = MOMENTUM) -> None:
-        self.conv = Conv(inputs, outputs, 3, draw=normal(0.01)) if own_conv else None
-        self.bn = BatchNorm(outputs, momentum=momentum)
-
-
-# The convolutions of a tower, level first.
-Tower = nnx.List[nnx.List[TowerConv]]
-
-
-def tower(inputs: int, channels: int, *, convs: int, share_conv: bool, momentum: float = MOMENTUM) -> Tower:
-    """A tower over the levels, whose convolutions are shared if `share_conv`; its norms never are."""
-    return nnx.List(
-        [
-            nnx.List(
-                [
-                    TowerConv(
-                        channels if i else inputs, channels, own_conv=level == 0 or not share_conv, momentum=momentum
-                    )
-                    for i in range(convs)
-                ]
-            )
-            for level in range(len(STRIDES))
-        ]
-    )
-
-
-def predictors(channels: int, outputs: int, bias: float) -> nnx.List[Conv]:
-    """The 1x1 convolutions after a tower, one for each level."""
-    return nnx.List([Conv(channels, outputs, 1, draw=normal(0.01), bias=constant(bias)) for _ in STRIDES])
-
-
-# The outputs of a tower's convolutions before their activation (conv, then level), and the predictions.
-Branch = tuple[tuple[tuple[Array, ...], ...], tuple[Array, ...]]
-
-
-def run_tower(
-    convs: Tower,
-    predict: nnx.List[Conv],
-    maps: tuple[Array, ...],
-    start: int,
-    train: bool,
-    finish: Callable[[int, Array], Array] = lambda level, y: y,
-) -> Branch:
-    """Runs a tower on all levels from conv `start` on (0-based; the maps are activated first if start > 0).
-
-    `finish(level, prediction)` gives what is returned of a level's prediction.
-    """
-    taps, predictions = [], []
-    for level, x in enumerate(maps):
-        x = jax.nn.silu(x) if start else x
-        taps.append([])
-        for i in range(start, len(convs[level])):
-            layer = convs[level][i]
-            conv = layer.conv if layer.conv is not None else cast(Conv, convs[0][i].conv)
-            taps[level].append(layer.bn(conv(x), train))
-            x = jax.nn.silu(taps[level][-1])
-        # Losses and boxes are computed in float32.
-        predictions.append(finish(level, predict[level](x).astype(jnp.float32)))
-    return tuple(zip(*taps, strict=True)), tuple(predictions)
-
-
 class _Head(nnx.Module):
     """Two towers over the levels: the convolutions are shared if `share_conv`, norms and predictors never."""
 
@@ -145,20 +79,20 @@ class _Head(nnx.Module):
         self, inputs: int, channels: int, num_classes: int, *, stacked_convs: int, share_conv: bool, exp_on_reg: bool
     ) -> None:
         self.exp_on_reg = exp_on_reg
-        self.cls_convs = tower(inputs, channels, convs=stacked_convs, share_conv=share_conv)
-        self.reg_convs = tower(inputs, channels, convs=stacked_convs, share_conv=share_conv)
-        self.rtm_cls = predictors(channels, num_classes, FOCAL_BIAS)
-        self.rtm_reg = predictors(channels, 4, 0.0 if exp_on_reg else 1.0)
+        self.cls_convs = towers.tower(inputs, channels, convs=stacked_convs, share_conv=share_conv)
+        self.reg_convs = towers.tower(inputs, channels, convs=stacked_convs, share_conv=share_conv)
+        self.rtm_cls = towers.predictors(channels, num_classes, FOCAL_BIAS)
+        self.rtm_reg = towers.predictors(channels, 4, 0.0 if exp_on_reg else 1.0)
 
-    def branch(self, maps: tuple[Array, ...], name: str, start: int, train: bool) -> Branch:
-        """`run_tower` of one branch."""
+    def branch(self, maps: tuple[Array, ...], name: str, start: int, train: bool) -> towers.Branch:
+        """`towers.run_tower` of one branch."""
         if name == "cls":
-            return run_tower(self.cls_convs, self.rtm_cls, maps, start, train)
+            return towers.run_tower(self.cls_convs, self.rtm_cls, maps, start, train)
 
         def distances(level: int, y: Array) -> Array:
             return (jnp.exp(y) if self.exp_on_reg else y) * STRIDES[level]
 
-        return run_tower(self.reg_convs, self.rtm_reg, maps, start, train, distances)
+        return towers.run_tower(self.reg_convs, self.rtm_reg, maps, start, train, distances)
 
     def __call__(self, maps: tuple[Array, ...], train: bool) -> dict[str, Any]:
         """The head's fields of `DetectorOutput`."""

@@ -19,7 +19,7 @@ from flax import nnx
 
 from kdjax import nn
 from kdjax.boxes import dynamic, nms, priors
-from kdjax.detectors import dynamic_masks, levels, rtmdet
+from kdjax.detectors import dynamic_masks, levels, rtmdet, towers
 from kdjax.detectors.api import (
     Detector,
     PureModule,
@@ -54,7 +54,7 @@ class _MaskHead(nnx.Module):
     def __init__(self, inputs: int, channels: int, prototypes: int) -> None:
         self.fusion_conv = Conv(len(STRIDES) * inputs, inputs, 1, draw=normal(0.01), bias=constant(0.0))
         self.stacked_convs = nnx.List(
-            [rtmdet.TowerConv(channels if i else inputs, channels) for i in range(_MASK_CONVS)]
+            [towers.TowerConv(channels if i else inputs, channels) for i in range(_MASK_CONVS)]
         )
         self.projection = Conv(channels, prototypes, 1, draw=normal(0.01), bias=constant(0.0))
 
@@ -75,20 +75,20 @@ class _Head(nnx.Module):
     ) -> None:
         # In PyTorch the shared tower runs twice in a step, once for each name.
         twice = 1 - (1 - MOMENTUM) ** 2
-        self.cls_convs = rtmdet.tower(inputs, channels, convs=stacked_convs, share_conv=share_conv, momentum=twice)
-        self.kernel_convs = rtmdet.tower(inputs, channels, convs=stacked_convs, share_conv=False)
-        self.rtm_cls = rtmdet.predictors(channels, num_classes, FOCAL_BIAS)
-        self.rtm_reg = rtmdet.predictors(channels, 4, 1.0)
-        self.rtm_kernel = rtmdet.predictors(channels, sum(dynamic_masks.sizes(prototypes)), 0.0)
+        self.cls_convs = towers.tower(inputs, channels, convs=stacked_convs, share_conv=share_conv, momentum=twice)
+        self.kernel_convs = towers.tower(inputs, channels, convs=stacked_convs, share_conv=False)
+        self.rtm_cls = towers.predictors(channels, num_classes, FOCAL_BIAS)
+        self.rtm_reg = towers.predictors(channels, 4, 1.0)
+        self.rtm_kernel = towers.predictors(channels, sum(dynamic_masks.sizes(prototypes)), 0.0)
         self.mask_head = _MaskHead(inputs, channels, prototypes)
 
-    def branch(self, maps: tuple[Array, ...], name: str, start: int, train: bool) -> rtmdet.Branch:
-        """`rtmdet.run_tower` of one branch."""
+    def branch(self, maps: tuple[Array, ...], name: str, start: int, train: bool) -> towers.Branch:
+        """`towers.run_tower` of one branch."""
         if name == "kernel":
-            return rtmdet.run_tower(self.kernel_convs, self.rtm_kernel, maps, start, train)
+            return towers.run_tower(self.kernel_convs, self.rtm_kernel, maps, start, train)
         if name == "cls":
-            return rtmdet.run_tower(self.cls_convs, self.rtm_cls, maps, start, train)
-        return rtmdet.run_tower(self.cls_convs, self.rtm_reg, maps, start, train, _distances)
+            return towers.run_tower(self.cls_convs, self.rtm_cls, maps, start, train)
+        return towers.run_tower(self.cls_convs, self.rtm_reg, maps, start, train, _distances)
 
     def __call__(self, maps: tuple[Array, ...], train: bool) -> dict[str, Any]:
         """The head's fields of `DetectorOutput`."""

@@ -68,17 +68,18 @@ def make(
         boxes, valid = context.targets.boxes, context.targets.valid
         location = context.student_rows.location[0]
         offset = location[:2] / location[2:]
-        grids = [anchors(stride, t.shape, offset) for stride, _, t in pairs]
+        of_levels = [anchors(stride, t.shape, offset) for stride, _, t in pairs]
         if port:
             level = roi.roi_levels(boxes + jnp.array([0.0, 0.0, 1.0, 1.0]), len(pairs))
             return [
-                regions.fine_grained_mask(boxes, valid & (level == i), grid, psi=psi) for i, grid in enumerate(grids)
+                regions.fine_grained_mask(boxes, valid & (level == i), grid, psi=psi)
+                for i, grid in enumerate(of_levels)
             ]
-        column = jnp.concatenate([grid.reshape(-1, 1, 1, 4) for grid in grids])  # all levels as one map
+        column = jnp.concatenate([grid.reshape(-1, 1, 1, 4) for grid in of_levels])  # all levels as one map
         kept = regions.fine_grained_mask(boxes, valid, column, psi=psi)
-        ends = np.cumsum([grid.shape[0] * grid.shape[1] for grid in grids])
+        ends = np.cumsum([grid.shape[0] * grid.shape[1] for grid in of_levels])
         parts = jnp.split(kept, ends[:-1], 1)
-        return [part.reshape(-1, *grid.shape[:2], 1) for part, grid in zip(parts, grids, strict=True)]
+        return [part.reshape(-1, *grid.shape[:2], 1) for part, grid in zip(parts, of_levels, strict=True)]
 
     def apply(params: method.Params, context: method.Context) -> dict[str, Array]:
         pairs = adapters.adapt(params, taps.pair(context.student, context.teacher, student, teacher))

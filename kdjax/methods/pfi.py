@@ -56,12 +56,12 @@ def make(
     def init(key: Array, student_spec: DetectorOutput, teacher_spec: DetectorOutput) -> method.Params:
         pairs = taps.pair(student_spec, teacher_spec, student, teacher)
         predictions = taps.pair(student_spec, teacher_spec, "cls_logits")
-        grids = {p.stride: p.teacher.shape[1:3] for p in predictions}
+        sizes = {p.stride: p.teacher.shape[1:3] for p in predictions}
         for stride, _, of_teacher in pairs:
-            if grids.get(stride) != of_teacher.shape[1:3]:
+            if sizes.get(stride) != of_teacher.shape[1:3]:
                 raise UserError(
                     f"pfi weights features by predictions cell by cell, but at stride {stride} the tap {teacher!r} of "
-                    f"the teacher has {of_teacher.shape[1:3]} cells and its class logits {grids.get(stride)}"
+                    f"the teacher has {of_teacher.shape[1:3]} cells and its class logits {sizes.get(stride)}"
                 )
         return adapters.init_adapters(key, pairs)
 

@@ -202,10 +202,10 @@ NOTHING = Detections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.z
 
 
 @pytest.mark.user_input(
-    "Images and videos", "videos of 0.5 or 23.976 frames a second, of 2 x 2 px", "read, and drawn so"
+    "Images and videos", "videos of 0.5 or 23.976 frames per second, of 2 x 2 px", "read, and drawn so"
 )
 @pytest.mark.user_input(
-    "Images and videos", "a video of 90,000 frames a second", "reported: drawn with 25, because mp4 has no such rate"
+    "Images and videos", "a video of 90,000 frames per second", "reported: drawn with 25, because mp4 has no such rate"
 )
 @pytest.mark.user_input("Images and videos", "a video of 97 x 65 px", "read; drawn without the last row and column")
 @pytest.mark.user_input("Images and videos", "a video of 1 x 1 px", "reported: its drawing is not written")
@@ -221,9 +221,9 @@ def test_rates_and_sizes_of_videos(tmp_path, capsys):
             drawings.write(source, tmp_path / f"{number}.mp4", image, NOTHING, 0.5)
     drawings.close()
     assert capsys.readouterr().err.splitlines() == [
-        f"kdjax: {source}: drawn with 25 frames a second: mp4 has no rate of 90000",
-        f"kdjax: {source}: its drawing is not written: OpenCV cannot write a video of 1 x 1 px with 25 frames a second "
-        "as mp4, or the disk is full",
+        f"kdjax: {source}: drawn with 25 frames per second: mp4 has no rate of 90000",
+        f"kdjax: {source}: its drawing is not written: OpenCV cannot write a video of 1 x 1 px with 25 frames per "
+        "second as mp4, or the disk is full",
     ]
     expected = [(0.5, 96, 64), (23.976, 96, 64), (25, 96, 64), (25, 2, 2), (25, 96, 64)]
     for number, row in enumerate(expected):
@@ -368,7 +368,9 @@ def test_a_video_too_large_for_mp4_is_named(tmp_path, capfd):
     found = Detections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int32))
     drawings.write(tmp_path / "a.mp4", tmp_path / "b.mp4", np.zeros((48, 16_400, 3), np.uint8), found, 0.5)
     assert drawings.failed
-    what = "its drawing is not written: OpenCV cannot write a video of 16,400 x 48 px with 5 frames a second as mp4, or"
+    what = (
+        "its drawing is not written: OpenCV cannot write a video of 16,400 x 48 px with 5 frames per second as mp4, or"
+    )
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith(f"kdjax: {tmp_path / 'a.mp4'}: {what}"), lines
 
