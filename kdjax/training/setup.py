@@ -130,7 +130,7 @@ def check_masks(student: Detector, config: Config) -> None:
     Raises:
       UserError: they have none.
     """
-    if student.masks and not config.data.get("masks", False):
+    if student.masks and not config.data.masks:
         raise UserError(
             f"config.data.masks: the student {student.name} learns masks, but the batches have none: set it to True"
         )
