@@ -6,7 +6,7 @@ pixels of the network input.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -75,8 +75,18 @@ class Pairing(NamedTuple):
     valid: Array  # bool[B, P], False where a row has no partner
 
 
+class Regions(NamedTuple):
+    """What the second stage of a two-stage detector predicts for R given boxes."""
+
+    logits: Array  # f32[B, R, K + 1], of a softmax over the classes and, last, the background
+    box_reg: Array  # f32[B, R, K * 4], deltas of the given box for each class (`boxes.coding.boxes_to_deltas`)
+
+
 class Assignment(NamedTuple):
-    """What an assigner decided for every prior; no gradient flows through it."""
+    """What an assigner decided for every prior; no gradient flows through it.
+
+    For a two-stage detector the N rows are the regions that were sampled, and `first` is the assignment of the anchors.
+    """
 
     matched: Array  # i32[B, N], index 0 .. M-1 of the matched box, -1 for background
     positive: Array  # bool[B, N], foreground
@@ -86,6 +96,8 @@ class Assignment(NamedTuple):
     quality: Array  # f32[B, N], soft label in 0 .. 1: the IoU for RTMDet, 1 for hard labels, 0 for background
     # bool[B, N], positive rows whose mask is learned too; None: no masks are learned of these rows.
     masked: Array | None = None
+    regions: Array | None = None  # f32[B, N, 4], of a two-stage detector: pixels, zeros where ignored
+    first: "Assignment | None" = None  # of a two-stage detector: of its anchors, for one class
 
 
 class PaddedDetections(NamedTuple):
@@ -161,6 +173,9 @@ class DetectorOutput:
     kernels: tuple[Array, ...] = ()
     prototypes: Array | None = None
     quality_tower: str = dataclasses.field(default="", metadata={"static": True})  # "cls" or "reg", where it hangs
+    # Of a two-stage detector, whose `box_reg` and `quality` are those of its proposals: the second stage, a function
+    # of boxes f32[B, R, 4] in pixels: a `jax.tree_util.Partial` over parameters and maps, through which gradients flow.
+    at: Callable[[Array], Regions] | None = None
     rows: Rows | None = (
         None  # the predictions of all levels as rows; filled by `Detector.observe`, or by a model of your own
     )

@@ -88,7 +88,7 @@ def max_iou(
     that is at least `min_positive_iou` (0: even anchors that do not touch it). Of several such boxes the last one wins.
 
     Args:
-      anchors: f32[N, 4], `x1 y1 x2 y2` in pixels.
+      anchors: f32[N, 4], `x1 y1 x2 y2` in pixels, or f32[B, N, 4], of each image.
       targets: the ground truth, M >= 1; invalid rows are ignored.
       num_classes: K, the label of background.
       positive_iou: 0 .. 1.
@@ -116,8 +116,9 @@ def max_iou(
       >>> max_iou(anchors, truth, num_classes=3, positive_iou=0.5, negative_iou=0.2).labels.tolist()
       [[2, 3, 3]]
     """
-    check_targets("max_iou", targets, anchors=anchors)
-    batch, num_anchors = targets.boxes.shape[0], anchors.shape[0]
+    check_targets("max_iou", targets)
+    shapes.check("max_iou", anchors=(anchors, "B N 4" if anchors.ndim == 3 else "N 4"))
+    batch, num_anchors = targets.boxes.shape[0], anchors.shape[-2]
     takes_part = jnp.ones((batch, num_anchors), bool) if inside is None else inside
     usable = takes_part
     if ignored_boxes is not None and ignore_iof is not None:

@@ -89,7 +89,7 @@ def select_detections(
     """Selects detections among dense predictions: the best (prior, class) pairs of each level, then NMS over all.
 
     Args:
-      boxes: f32[B, N, 4], the box of each prior, `x1 y1 x2 y2` in pixels.
+      boxes: f32[B, N, 4], the box of each prior, `x1 y1 x2 y2` in pixels; or f32[B, N, K, 4], one for each class.
       scores: f32[B, N, K], probabilities in 0 .. 1.
       level_sizes: number of priors of each level; their sum is N.
       image_size: i32[B, 2], height and width in pixels to which boxes are clipped; None: no clipping.
@@ -145,13 +145,16 @@ def select_rows(
     quality: AnyArray | None = None,
 ) -> tuple[PaddedDetections, Array]:
     """`select_detections`, and the prior of each detection, i32[B, D] in 0 .. N-1 (0 where it is not valid)."""
-    shapes.check("select_detections", boxes=(boxes, "B N 4"), scores=(scores, "B N K"))
+    of_class = boxes.ndim == 4
+    layout = "B N K 4" if of_class else "B N 4"
+    shapes.check("select_detections", boxes=(boxes, layout), scores=(scores, "B N K"))
     batch, num_priors, num_classes = scores.shape
     if sum(level_sizes) != num_priors:
         raise UserError(
             f"select_detections: level_sizes must add up to the {num_priors} priors, not {sum(level_sizes)}"
         )
     boxes, scores = jnp.asarray(boxes).astype(jnp.float32), jnp.asarray(scores).astype(jnp.float32)
+    boxes = boxes.reshape(batch, -1, 4)
     if image_size is not None:
         boxes = clip(boxes, image_size)
 
@@ -165,7 +168,7 @@ def select_rows(
         start += size
     scores, pairs = jnp.concatenate(best_scores, axis=1), jnp.concatenate(best_pairs, axis=1)
     prior, labels = pairs // num_classes, pairs % num_classes
-    boxes = jnp.take_along_axis(boxes, prior[..., None], axis=1)
+    boxes = jnp.take_along_axis(boxes, (pairs if of_class else prior)[..., None], axis=1)
 
     has_area = (boxes[..., 2] > boxes[..., 0]) & (boxes[..., 3] > boxes[..., 1])
     enters = has_area & (scores > score_threshold)

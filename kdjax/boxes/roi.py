@@ -2,10 +2,12 @@
 
 import functools
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from kdjax import shapes
 from kdjax.structs import AnyArray, Array
@@ -41,10 +43,33 @@ def roi_levels(boxes: AnyArray, count: int, *, finest: float = 56.0) -> Array:
     return jnp.clip(octave, 0, count - 1).astype(jnp.int32)
 
 
+class _Sampling(NamedTuple):
+    """What is static of a call of `roi_align`."""
+
+    hw: tuple[tuple[int, int], ...]  # of the maps, in cells
+    strides: tuple[float, ...]
+    size: int
+    ratio: int
+    most: int
+    aligned: bool
+
+
+class _Side(NamedTuple):
+    """The cells of a map that the samples of each region touch along one side."""
+
+    first: Array  # i32[B, R]
+    count: Array  # i32[B, R]; 0: none
+    weights: Array  # f32[B, R, size, n], of the n cells of the longest map in each cell of the result
+
+
+# A pass of the loop over regions takes so many of each image, and so many cells of each at a time.
+_REGIONS, _CELLS = 16, 128
+
+
 def _samples(
     low: AnyArray, high: AnyArray, cells: AnyArray, *, size: int, ratio: int, most: int
-) -> tuple[Array, Array]:
-    """Map cells (i32[..., size, 2 S]) and weights along one side, for S points in each of `size` cells.
+) -> tuple[Array, Array, Array]:
+    """Map cells (i32[..., size, 2 S]), weights and whether they count, for S points in each of `size` cells of a side.
 
     A point has the two cells around it. A point more than one cell outside the map has the value 0.
     """
@@ -60,7 +85,132 @@ def _samples(
     after = jnp.minimum(before + 1, last)
     share = jnp.where(counts, 1 / jnp.maximum(many, 1)[..., None, None], 0)
     rest = at - before
-    return jnp.concatenate([before, after], -1), jnp.concatenate([share * (1 - rest), share * rest], -1)
+    weights = jnp.concatenate([share * (1 - rest), share * rest], -1)
+    return jnp.concatenate([before, after], -1), weights, jnp.concatenate([counts, counts], -1)
+
+
+def _sides(boxes: Array, level: Array, how: _Sampling) -> tuple[_Side, _Side]:
+    """The rows and the columns of cells that regions are made of."""
+    heights, widths = np.array(how.hw).T
+    corners = boxes / jnp.asarray(np.asarray(how.strides, np.float32))[level][..., None] - (0.5 if how.aligned else 0.0)
+    low, high = corners[..., :2], corners[..., 2:]
+    if not how.aligned:
+        high = jnp.maximum(high, low + 1)
+    found = []
+    for axis, lengths in ((1, heights), (0, widths)):
+        cells, weights, counts = _samples(
+            low[..., axis], high[..., axis], jnp.asarray(lengths)[level], size=how.size, ratio=how.ratio, most=how.most
+        )
+        place = jnp.arange(max(lengths))
+        same = cells[..., None] == place
+        touched = jnp.any(same & counts[..., None], (-3, -2))
+        first, last = jnp.argmax(touched, -1), len(place) - 1 - jnp.argmax(touched[..., ::-1], -1)
+        count = jnp.where(jnp.any(touched, -1), last - first + 1, 0)
+        dense = jnp.sum(jnp.where(same, weights[..., None], 0), -2)
+        found.append(_Side(first.astype(jnp.int32), count.astype(jnp.int32), dense))
+    return found[0], found[1]
+
+
+def _block(number: Array, rows: _Side, columns: _Side, level: Array, how: _Sampling) -> tuple[Array, Array, Array]:
+    """Cells number * _CELLS and on of each region: row and column on their map, and index into the joined maps."""
+    heights, widths = np.array(how.hw).T
+    starts = np.cumsum([0, *(heights * widths)[:-1]])
+    start, width = (jnp.asarray(values)[level][..., None] for values in (starts, widths))
+    cell = number * _CELLS + jnp.arange(_CELLS)
+    across = jnp.maximum(columns.count, 1)[..., None]
+    inside = cell < (rows.count * columns.count)[..., None]
+    row = jnp.where(inside, rows.first[..., None] + cell // across, -1)
+    column = jnp.where(inside, columns.first[..., None] + cell % across, -1)
+    return row, column, jnp.where(inside, start + row * width + column, 0)
+
+
+def _take(weights: Array, index: Array) -> Array:
+    """f32[B, R, size, n], i32[B, R, c] -> f32[B, R, size, c]; 0 where the index is -1."""
+    taken = jnp.take_along_axis(weights, jnp.maximum(index, 0)[..., None, :], -1)
+    return jnp.where(index[..., None, :] >= 0, taken, 0)
+
+
+def _count_blocks(rows: _Side, columns: _Side) -> Array:
+    return (jnp.max(rows.count * columns.count) + _CELLS - 1) // _CELLS
+
+
+def _passes(x: Array) -> Array:
+    """[B, R, ...] -> [R / _REGIONS, B, _REGIONS, ...], zeros added at the end."""
+    x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % _REGIONS)] + [(0, 0)] * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, _REGIONS, *x.shape[2:]), 1, 0)
+
+
+def _joined(x: Array, count: int) -> Array:
+    """The inverse of `_passes`."""
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :count]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _align(flat: Array, boxes: Array, level: Array, how: _Sampling) -> Array:
+    """`roi_align` of joined maps f32[B, N, C] -> f32[B, R, size * size, C]."""
+
+    def some(_: None, regions: tuple[Array, Array]) -> tuple[None, Array]:
+        rows, columns = _sides(*regions, how)
+
+        def add(number: Array, total: Array) -> Array:
+            row, column, index = _block(number, rows, columns, regions[1], how)
+            weights = _take(rows.weights, row)[:, :, :, None] * _take(columns.weights, column)[:, :, None]
+            cells = jax.vmap(lambda cells, index: cells[index])(flat, index).astype(jnp.float32)
+            return total + jnp.einsum("brkc,brcd->brkd", weights.reshape(*total.shape[:3], -1), cells)
+
+        shape = (*regions[1].shape, how.size**2, flat.shape[-1])
+        return None, lax.fori_loop(0, _count_blocks(rows, columns), add, jnp.zeros(shape, jnp.float32))
+
+    _, found = lax.scan(some, None, (_passes(boxes), _passes(level)))
+    return _joined(found, boxes.shape[1])
+
+
+def _align_forward(flat: Any, boxes: Any, level: Any, how: _Sampling) -> tuple[Array, Any]:  # noqa: ANN401
+    saved = (flat.value, boxes.value, level.value, () if boxes.perturbed else None)
+    return _align(*saved[:3], how), saved
+
+
+def _align_backward(how: _Sampling, saved: Any, gradient: Array) -> tuple[Array, Array, None]:  # noqa: ANN401
+    flat, boxes, level, of_boxes = saved
+
+    def some(of_maps: Array, regions: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+        boxes, level, gradient = regions
+
+        def weights(boxes: Array) -> tuple[Array, Array]:
+            rows, columns = _sides(boxes, level, how)
+            return rows.weights, columns.weights
+
+        rows, columns = _sides(boxes, level, how)
+
+        def add(number: Array, state: tuple[Array, tuple[Array, Array]]) -> tuple[Array, tuple[Array, Array]]:
+            of_maps, of_weights = state
+            row, column, index = _block(number, rows, columns, level, how)
+
+            def product(of_rows: Array, of_columns: Array, cells: Array) -> Array:
+                both = _take(of_rows, row)[:, :, :, None] * _take(of_columns, column)[:, :, None]
+                return jnp.einsum("brkc,brcd->brkd", both.reshape(*gradient.shape[:3], -1), cells)
+
+            if of_boxes is None:
+                cells = jnp.zeros((*index.shape, flat.shape[-1]), jnp.float32)  # the product is linear in them
+                one = jax.linear_transpose(functools.partial(product, rows.weights, columns.weights), cells)
+                (of_cells,) = one(gradient)
+            else:
+                cells = jax.vmap(lambda cells, index: cells[index])(flat, index).astype(jnp.float32)
+                *more, of_cells = jax.vjp(product, rows.weights, columns.weights, cells)[1](gradient)
+                of_weights = (of_weights[0] + more[0], of_weights[1] + more[1])
+            return jax.vmap(lambda maps, index, cells: maps.at[index].add(cells))(of_maps, index, of_cells), of_weights
+
+        none = (jnp.zeros_like(rows.weights), jnp.zeros_like(columns.weights)) if of_boxes is not None else ()
+        of_maps, of_weights = lax.fori_loop(0, _count_blocks(rows, columns), add, (of_maps, none))
+        return of_maps, jnp.zeros_like(boxes) if of_boxes is None else jax.vjp(weights, boxes)[1](of_weights)[0]
+
+    start = jnp.zeros(flat.shape, jnp.float32)
+    of_maps, found = lax.scan(some, start, tuple(map(_passes, (boxes, level, gradient))))
+    return of_maps.astype(flat.dtype), _joined(found, boxes.shape[1]), None
+
+
+_align.defvjp(_align_forward, _align_backward, symbolic_zeros=True)
 
 
 def roi_align(
@@ -68,7 +218,7 @@ def roi_align(
     boxes: AnyArray,
     level: AnyArray,
     *,
-    strides: Sequence[int],
+    strides: Sequence[float],
     size: int = 7,
     sampling_ratio: int = 2,
     max_samples: int = 8,
@@ -89,7 +239,11 @@ def roi_align(
         are shifted by half a cell to the lower right and are at least one map cell wide.
 
     Returns:
-      f32[B, R, size, size, C]. Samples more than one cell outside a map are zero. The gradient reaches maps and boxes.
+      f32[B, R, size, size, C]. Samples more than one cell outside a map are zero. The gradient reaches maps and boxes
+      (in reverse mode only).
+
+    A result is a weighted sum of the map cells between the outermost samples. The sum is taken for 16 boxes of each
+    image at a time, and for 128 cells of each, so that next to maps and result only B * 16 * 128 * C numbers are held.
 
     Scope: each box on its own.
 
@@ -105,23 +259,14 @@ def roi_align(
       [1.5, 3.5]
     """
     shapes.check("roi_align", boxes=(boxes, "B R 4"), level=(level, "B R"))
-    heights, widths = np.array([m.shape[1] for m in maps]), np.array([m.shape[2] for m in maps])
-    starts = np.cumsum([0, *(heights * widths)[:-1]])
-    flat = jnp.concatenate([m.reshape(m.shape[0], -1, m.shape[3]) for m in maps], 1)
-    height, width, start, stride = (
-        jnp.asarray(values)[level] for values in (heights, widths, starts, np.asarray(strides, np.float32))
-    )
-    corners = boxes / stride[..., None] - (0.5 if aligned else 0.0)
-    low, high = corners[..., :2], corners[..., 2:]
-    if not aligned:
-        high = jnp.maximum(high, low + 1)
-    samples = functools.partial(_samples, size=size, ratio=sampling_ratio, most=max_samples)
-    rows, row_weights = samples(low[..., 1], high[..., 1], height)
-    columns, column_weights = samples(low[..., 0], high[..., 0], width)
-
-    # [B, R, size, 2 S, size, 2 S]: each row with each column.
-    start, width = (x[..., None, None, None, None] for x in (start, width))
-    index = start + rows[..., None, None] * width + columns[..., None, None, :, :]
-    weights = row_weights[..., None, None] * column_weights[..., None, None, :, :]
-    cells = jax.vmap(lambda cells, index: cells[index])(flat, index)
-    return jnp.sum(cells * weights[..., None], (3, 5))
+    hw = tuple((m.shape[1], m.shape[2]) for m in maps)
+    how = _Sampling(hw, tuple(map(float, strides)), size, sampling_ratio, max_samples, aligned)
+    flat = jnp.concatenate([jnp.asarray(m).reshape(m.shape[0], -1, m.shape[3]) for m in maps], 1)
+    boxes, level = jnp.asarray(boxes, jnp.float32), jnp.asarray(level, jnp.int32)
+    # Boxes of similar size follow each other, so that those of one pass are done at about the same time.
+    cells = jnp.prod(jnp.maximum(boxes[..., 2:] - boxes[..., :2], 0), -1) / jnp.asarray(how.strides)[level] ** 2
+    order = jnp.argsort(lax.stop_gradient(cells), 1)
+    sorted_boxes = jnp.take_along_axis(boxes, order[..., None], 1)
+    found = _align(flat, sorted_boxes, jnp.take_along_axis(level, order, 1), how)
+    found = jnp.take_along_axis(found, jnp.argsort(order, 1)[..., None, None], 1)
+    return found.reshape(*level.shape, size, size, -1)

@@ -36,7 +36,7 @@ def normal_fan_out(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarr
 
 def uniform_fans(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     """Uniform within sqrt(6 / (fan in + fan out)) (Xavier initialisation)."""
-    bound = np.sqrt(6.0 / (shape[0] * shape[1] * (shape[2] + shape[3])))
+    bound = np.sqrt(6.0 / (np.prod(shape[:-2]) * (shape[-2] + shape[-1])))
     return rng.uniform(-bound, bound, shape)
 
 
@@ -78,10 +78,11 @@ class Conv(nnx.Module):
         *,
         stride: int = 1,
         depthwise: bool = False,
+        groups: int = 1,
         draw: Draw = uniform_fan_in,
         bias: Draw | None = None,
     ) -> None:
-        self.stride, self.groups = stride, inputs if depthwise else 1
+        self.stride, self.groups = stride, inputs if depthwise else groups
         self.kernel = nnx.Param(jnp.zeros((size, size, inputs // self.groups, outputs)), draw=draw)
         self.bias = None if bias is None else nnx.Param(jnp.zeros(outputs), draw=bias)
 
@@ -89,6 +90,17 @@ class Conv(nnx.Module):
         kernel = self.kernel[...].astype(x.dtype)  # the maps decide the precision, parameters are float32
         bias = None if self.bias is None else self.bias[...].astype(x.dtype)
         return nn.conv2d(x, kernel, bias, stride=self.stride, groups=self.groups)
+
+
+class Linear(nnx.Module):
+    """A linear layer with bias on the last axis."""
+
+    def __init__(self, inputs: int, outputs: int, *, draw: Draw) -> None:
+        self.kernel = nnx.Param(jnp.zeros((inputs, outputs)), draw=draw)
+        self.bias = nnx.Param(jnp.zeros(outputs), draw=constant(0.0))
+
+    def __call__(self, x: Array) -> Array:
+        return x @ self.kernel[...].astype(x.dtype) + self.bias[...].astype(x.dtype)
 
 
 class BatchNorm(nnx.Module):

@@ -1,9 +1,11 @@
-"""ResNet 18, 34, 50 and 101, the backbone of the dense detectors with a feature pyramid.
+"""ResNet 18, 34, 50 and 101 and ResNeXt 50 and 101, the backbones of the detectors with a feature pyramid.
 
-Reference: He et al., Deep Residual Learning for Image Recognition, CVPR 2016, table 1. Module names follow mmdetection
-3.3.0, torchvision and timm, which agree on them.
+Reference: He et al., Deep Residual Learning for Image Recognition, CVPR 2016, table 1; Xie et al., Aggregated Residual
+Transformations for Deep Neural Networks, CVPR 2017, table 1. Module names follow mmdetection 3.3.0, torchvision and
+timm, which agree on them.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -28,8 +30,8 @@ BGR_MEAN = (103.53, 116.28, 123.675)
 class BasicBlock(nnx.Module):
     """Two 3x3 convolutions beside the identity (or a 1x1 convolution where the shape changes)."""
 
-    def __init__(self, inputs: int, channels: int, *, stride: int, style: str, learned: bool) -> None:
-        del style  # the first convolution has the stride in both
+    def __init__(self, inputs: int, channels: int, *, stride: int, style: str, learned: bool, **of_groups: int) -> None:
+        del style, of_groups  # the first convolution has the stride in both; nothing is grouped
         self.conv1 = Conv(inputs, channels, 3, stride=stride, draw=normal_fan_out)
         self.bn1 = BatchNorm(channels, learned=learned)
         self.conv2 = Conv(channels, channels, 3, draw=normal_fan_out)
@@ -45,16 +47,19 @@ class BasicBlock(nnx.Module):
 class Bottleneck(nnx.Module):
     """1x1, 3x3 and 1x1 convolution, the last to four times the channels, beside the identity as in `BasicBlock`.
 
-    The stride is that of the 3x3 convolution in style "pytorch", of the first 1x1 in style "caffe".
+    The stride is that of the 3x3 convolution in style "pytorch", of the first 1x1 in style "caffe". With several
+    groups (ResNeXt), the 3x3 convolution has `width` channels in all.
     """
 
-    def __init__(self, inputs: int, channels: int, *, stride: int, style: str, learned: bool) -> None:
+    def __init__(
+        self, inputs: int, channels: int, *, stride: int, style: str, learned: bool, groups: int, width: int
+    ) -> None:
         first, second = (1, stride) if style == "pytorch" else (stride, 1)
-        self.conv1 = Conv(inputs, channels, 1, stride=first, draw=normal_fan_out)
-        self.bn1 = BatchNorm(channels, learned=learned)
-        self.conv2 = Conv(channels, channels, 3, stride=second, draw=normal_fan_out)
-        self.bn2 = BatchNorm(channels, learned=learned)
-        self.conv3 = Conv(channels, 4 * channels, 1, draw=normal_fan_out)
+        self.conv1 = Conv(inputs, width, 1, stride=first, draw=normal_fan_out)
+        self.bn1 = BatchNorm(width, learned=learned)
+        self.conv2 = Conv(width, width, 3, stride=second, groups=groups, draw=normal_fan_out)
+        self.bn2 = BatchNorm(width, learned=learned)
+        self.conv3 = Conv(width, 4 * channels, 1, draw=normal_fan_out)
         self.bn3 = BatchNorm(4 * channels, scale=0.0, learned=learned)
         self.downsample = _shortcut(inputs, 4 * channels, stride, learned)
 
@@ -81,10 +86,20 @@ class ResNet(nnx.Module):
 
     `frozen_stages`: -1 freezes nothing, 0 the stem, n the stem and n stages: no gradient, running statistics. With
     `norm_eval` all norms use their running statistics; with `frozen_norm` no gradient reaches their scales and biases.
+    With `groups` > 1 it is a ResNeXt, whose groups have `group_width` channels in the first stage.
     """
 
     def __init__(
-        self, depth: int, *, base_channels: int, style: str, frozen_stages: int, norm_eval: bool, frozen_norm: bool
+        self,
+        depth: int,
+        *,
+        base_channels: int,
+        style: str,
+        frozen_stages: int,
+        norm_eval: bool,
+        frozen_norm: bool,
+        groups: int = 1,
+        group_width: int = 4,
     ) -> None:
         self.frozen_stages, self.norm_eval = frozen_stages, norm_eval
         block, expansion = (BasicBlock, 1) if depth < 50 else (Bottleneck, 4)
@@ -95,8 +110,10 @@ class ResNet(nnx.Module):
         for i, count in enumerate(_BLOCKS[depth]):
             blocks = []
             for j in range(count):
-                stride = 2 if i and not j else 1
-                blocks.append(block(inputs, base_channels * 2**i, stride=stride, style=style, learned=not frozen_norm))
+                stride, channels = 2 if i and not j else 1, base_channels * 2**i
+                width = channels if groups == 1 else math.floor(channels * group_width / base_channels) * groups
+                form = {"stride": stride, "style": style, "learned": not frozen_norm}
+                blocks.append(block(inputs, channels, groups=groups, width=width, **form))
                 inputs = self.channels[i]
             setattr(self, f"layer{i + 1}", nnx.List(blocks))
 

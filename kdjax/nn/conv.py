@@ -1,8 +1,8 @@
 """Convolution, in the form that is fastest on the platform.
 
 The form is chosen when the program is lowered. XLA on the CPU has no fast path for grouped convolution and a slow one
-for 1x1. There a depthwise convolution is a sum of shifted products, a 1x1 convolution is a matrix product, and other
-ungrouped convolutions have the gradients of `conv_cpu`. GPU and TPU use the built-in operation and its gradients.
+for 1x1. There a depthwise convolution is a sum of shifted products, a 1x1 convolution is a matrix product, other
+ungrouped convolutions have the gradients of `conv_cpu`, and other grouped ones are batches of matrix products. GPU and TPU use the built-in operation and its gradients.
 (Measurements: "The forms of convolution" in benchmarks/README.md.) All forms but the built-in one define `custom_vjp`:
 they can be differentiated any number of times in reverse mode, but not in forward mode.
 """
@@ -85,7 +85,7 @@ def conv2d(
     elif groups == 1:
         y = _dense(x, kernel, stride, pads)
     else:
-        y = conv_builtin.conv(x, kernel, stride, pads, groups)
+        y = _grouped(x, kernel, stride, pads, groups)
     y = cast(Array, y)  # pyright loses the type of functions with a `custom_vjp`
     record("conv", y.size * height * width * channels)
     return y if bias is None else y + bias
@@ -204,3 +204,31 @@ def _depthwise_backward(
 
 
 _depthwise.defvjp(_depthwise_forward, _depthwise_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _grouped(x: Array, kernel: Array, stride: int, pads: tuple[int, int], groups: int) -> Array:
+    return lax.platform_dependent(
+        x,
+        kernel,
+        cpu=functools.partial(conv_cpu.grouped, stride=stride, pads=pads, groups=groups),
+        default=functools.partial(conv_builtin.conv, stride=stride, pads=pads, groups=groups),
+    )
+
+
+def _grouped_forward(
+    x: Array, kernel: Array, stride: int, pads: tuple[int, int], groups: int
+) -> tuple[Array, tuple[Array, Array]]:
+    return _grouped(x, kernel, stride, pads, groups), (x, kernel)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _grouped_backward(
+    stride: int, pads: tuple[int, int], groups: int, saved: tuple[Array, Array], gradient: Array
+) -> tuple[Array, Array]:
+    parts = functools.partial(conv_cpu.grouped_gradients, stride=stride, pads=pads, groups=groups)
+    builtin = functools.partial(conv_builtin.gradients, stride=stride, pads=pads, groups=groups)
+    return lax.platform_dependent(*saved, gradient, cpu=parts, default=builtin)
+
+
+_grouped.defvjp(_grouped_forward, _grouped_backward)

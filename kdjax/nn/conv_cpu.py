@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Iterator, Sequence
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -127,3 +128,22 @@ def depthwise_gradients(
     products = [_wide(view) * gradient for _, _, view in views]
     rows = lax.reduce(products, [jnp.zeros((), products[0].dtype)] * len(products), _add_all, (0, 1))
     return dx, jnp.stack(rows).sum(1).reshape(kernel.shape).astype(kernel.dtype)
+
+
+def grouped(x: Array, kernel: Array, *, stride: int, pads: tuple[int, int], groups: int) -> Array:
+    """A grouped convolution as a batch of matrix products, one for each group."""
+    outputs = kernel.shape[-1]
+    out = _output_size(x, kernel.shape[:2], stride, pads)
+    parts = jnp.moveaxis(x.reshape(*x.shape[:-1], groups, -1), -2, 0)
+    shifts = jax.vmap(lambda part: jnp.stack([v for *_, v in _shifts(_pad(part, pads), kernel.shape[:2], out, stride)]))
+    rows = jnp.moveaxis(shifts(parts), 1, -2).reshape(groups, len(x) * out[0] * out[1], -1)
+    blocks = jnp.moveaxis(kernel.reshape(-1, groups, outputs // groups), 1, 0)
+    return jnp.moveaxis(rows @ blocks, 0, 1).reshape(len(x), *out, outputs)
+
+
+def grouped_gradients(
+    x: Array, kernel: Array, gradient: Array, *, stride: int, pads: tuple[int, int], groups: int
+) -> tuple[Array, Array]:
+    """Gradients of `grouped` with respect to x and kernel, from the gradient of the result."""
+    form = functools.partial(grouped, stride=stride, pads=pads, groups=groups)
+    return jax.vjp(form, x, kernel)[1](gradient)

@@ -46,19 +46,25 @@ def torch_name(path: str) -> str:
 
 
 def torch_shape(shape: tuple[int, ...], path: str) -> tuple[int, ...]:
-    """The shape in PyTorch of the array at a path: OIHW for HWIO kernels."""
-    return tuple(shape[axis] for axis in (3, 2, 0, 1)) if path.endswith("/kernel") else tuple(shape)
+    """The shape in PyTorch of the array at a path: OIHW for HWIO kernels, (out, in) for those of linear layers."""
+    if not path.endswith("/kernel"):
+        return tuple(shape)
+    return tuple(shape[axis] for axis in ((3, 2, 0, 1) if len(shape) == 4 else (1, 0)))
 
 
 def from_torch_layout(value: np.ndarray, path: str) -> np.ndarray:
     """The float32 array for a path from its array in PyTorch's layout."""
     value = np.asarray(value, np.float32)
-    return value.transpose(2, 3, 1, 0) if path.endswith("/kernel") and value.ndim == 4 else value
+    if not path.endswith("/kernel") or value.ndim not in (2, 4):
+        return value
+    return value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
 
 
 def to_torch_layout(value: np.ndarray, path: str) -> np.ndarray:
     """The inverse of `from_torch_layout`."""
-    return value.transpose(3, 2, 0, 1) if path.endswith("/kernel") else value
+    if not path.endswith("/kernel"):
+        return value
+    return value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
 
 
 def is_classifier(detector: Detector, path: str) -> bool:

@@ -1,0 +1,147 @@
+"""The second stage of two-stage detectors: what it looks at, learns and finds in regions.
+
+Reference: Girshick, Fast R-CNN, ICCV 2015; Ren et al., Faster R-CNN, NeurIPS 2015; on a pyramid: Lin et al., FPN, CVPR
+2017, section 4.2. Module names follow mmdetection 3.3.0.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from kdjax.boxes import assign, coding, roi
+from kdjax.detectors import rpn
+from kdjax.detectors.layers import Linear, normal, uniform_fans
+from kdjax.losses import classification, distance
+from kdjax.structs import Array, Assignment, Regions, Targets
+
+SIZE = 7  # cells of a region along each side
+STDS = (0.1, 0.1, 0.2, 0.2)  # of the deltas
+POSITIVE_IOU = 0.5
+POSITIVE_SHARE = 0.25  # of the samples, at most
+
+
+class BoxHead(nnx.Module):
+    """Two linear layers that classes and boxes share; features f32[B, R, 7, 7, C] -> `Regions`."""
+
+    def __init__(self, num_classes: int, channels: int, hidden: int) -> None:
+        inputs = SIZE * SIZE * channels
+        self.shared_fcs = nnx.List([Linear(inputs, hidden, draw=uniform_fans), Linear(hidden, hidden, draw=uniform_fans)])
+        self.fc_cls = Linear(hidden, num_classes + 1, draw=normal(0.01))
+        self.fc_reg = Linear(hidden, num_classes * 4, draw=normal(0.001))
+
+    def __call__(self, features: Array) -> Regions:
+        x = jnp.moveaxis(features, -1, 2)  # PyTorch's order of the inputs: channels first
+        x = x.reshape(*x.shape[:2], -1)
+        for layer in self.shared_fcs:
+            x = jax.nn.relu(layer(x))
+        return Regions(self.fc_cls(x).astype(jnp.float32), self.fc_reg(x).astype(jnp.float32))
+
+
+def features(maps: tuple[Array, ...], boxes: Array, size: int) -> Array:
+    """The features of regions, each on the level that matches its size: f32[B, R, size, size, C].
+
+    Args:
+      maps: of the pyramid, of which P2 to P5 are used.
+      boxes: f32[B, R, 4] in pixels, inside the network input.
+      size: cells along each side.
+
+    Peers: mmdetection 3.3.0 SingleRoIExtractor, whose number of samples is not bounded; here it is bounded by what a
+      box inside the network input needs.
+    """
+    maps, strides = maps[:4], rpn.STRIDES[:4]
+    return roi.roi_align(
+        maps,
+        boxes,
+        roi.roi_levels(boxes, len(maps), finest=14.0 * strides[0]),
+        strides=strides,
+        size=size,
+        sampling_ratio=0,
+        max_samples=-(-max(maps[0].shape[1:3]) // size),
+    )
+
+
+def assign_regions(
+    proposals: rpn.Proposals,
+    targets: Targets,
+    *,
+    num_classes: int,
+    samples: int,
+    key: Array | None = None,
+    chosen: tuple[Array, Array] | None = None,
+    match_low_quality: bool = False,
+    positive_iou: float = POSITIVE_IOU,
+) -> Assignment:
+    """Draws regions of each image among its objects' own boxes and the proposals, and says what each of them learns.
+
+    Args:
+      proposals: of the first stage, P of each image.
+      targets: ground truth; its M boxes are regions too.
+      num_classes: K, the label of background.
+      samples: S, number of regions; at most a quarter of them positive.
+      key: PRNG key of the draw.
+      chosen: instead of a draw, (index i32[B, S] into the M boxes followed by the P proposals; valid bool[B, S]).
+      match_low_quality: whether each object also gets its best proposals, if their IoU is at least `positive_iou`.
+      positive_iou: proposals with less are background, 0 .. 1.
+
+    Returns:
+      The assignment of the S regions, positive ones first, with `regions`; `ignore` marks rows without a region.
+
+    Scope: each image on its own.
+
+    Peers: mmdetection 3.3.0 MaxIoUAssigner, then RandomSampler with `add_gt_as_proposals`.
+
+    Reference: Girshick, Fast R-CNN, ICCV 2015, section 2.3.
+    """
+    found = assign.max_iou(
+        proposals.boxes,
+        targets,
+        num_classes=num_classes,
+        positive_iou=positive_iou,
+        negative_iou=positive_iou,
+        min_positive_iou=positive_iou,
+        match_low_quality=match_low_quality,
+        inside=proposals.valid,
+    )
+    own = jnp.where(targets.valid, jnp.arange(targets.boxes.shape[1]), -1)
+    boxes = jnp.concatenate([targets.boxes, proposals.boxes], 1)
+    matched = jnp.concatenate([own.astype(jnp.int32), found.matched], 1)
+    negative = jnp.concatenate([jnp.zeros_like(targets.valid), ~found.positive & ~found.ignore], 1)
+    if chosen is None:
+        assert key is not None, "regions are drawn, which needs a key"
+        most = int(samples * POSITIVE_SHARE)
+        chosen = rpn.sample(matched >= 0, negative, number=samples, most_positive=most, key=key)
+    index, valid = chosen
+    matched = jnp.where(valid, jnp.take_along_axis(matched, index, 1), -1)
+    regions = jnp.where(valid[..., None], jnp.take_along_axis(boxes, index[..., None], 1), 0)
+    ones = jnp.ones(index.shape, jnp.float32)
+    drawn = assign.assignment_of(matched, ~valid, ones, num_classes, targets)
+    return drawn._replace(regions=jax.lax.stop_gradient(regions))
+
+
+def deltas_of(found: Regions, num_classes: int) -> Array:
+    """The deltas of each class, f32[B, R, K, 4]."""
+    return found.box_reg.reshape(*found.box_reg.shape[:2], num_classes, 4)
+
+
+def region_losses(found: Regions, assignment: Assignment) -> dict[str, Array]:
+    """The two losses of each region, f32[B, R], divided by the number of regions of the global batch.
+
+    loss_cls = cross-entropy of the class, loss_box = sum |deltas of the class - deltas of the box| of the positives,
+    both divided by max(number of sampled regions, 1).
+
+    Peers: mmdetection 3.3.0 BBoxHead.loss on one device.
+    """
+    positive, regions = assignment.positive, assignment.regions
+    assert regions is not None
+    count = jnp.maximum(jnp.sum(~assignment.ignore), 1).astype(jnp.float32)
+    entropy = classification.cross_entropy(found.logits, assignment.labels)
+    deltas = deltas_of(found, found.logits.shape[-1] - 1)
+    of_class = jnp.minimum(assignment.labels, deltas.shape[2] - 1)[..., None, None]
+    deltas = jnp.take_along_axis(deltas, of_class, 2)[:, :, 0]
+    unit = jnp.array([0, 0, 1, 1], jnp.float32)  # any box with an area, where there is nothing to learn
+    given, wanted = (jnp.where(positive[..., None], boxes, unit) for boxes in (regions, assignment.boxes))
+    apart = jnp.sum(distance.l1(deltas, coding.boxes_to_deltas(given, wanted, stds=STDS)), -1)
+    return {
+        "loss_cls": jnp.where(assignment.ignore, 0.0, entropy) / count,
+        "loss_box": jnp.where(positive, apart, 0.0) / count,
+    }
