@@ -117,11 +117,12 @@ class Detector:
     shapes: tuple[Tree, Tree]  # (params, stats) as trees of jax.ShapeDtypeStruct
     # Paths of the modules whose last axis is the classes (of every anchor), such as "bbox_head/rtm_cls".
     classifiers: tuple[str, ...] = ()
+    background: tuple[str, ...] = ()  # those of them with one more output, the background
     torch: TorchNames = TorchNames()
     init: Callable[[Array], tuple[Tree, Tree]]
     preprocess: Callable[[Array], Array]
     apply: Apply
-    head: Head
+    head: Head | None  # None: a two-stage detector, which is asked about boxes (`DetectorOutput.at`)
     assign: Assign
     loss: Loss
     decode: Decode
@@ -142,8 +143,10 @@ class Detector:
         output, _ = self.apply(*variables, x, train=False)
         return dataclasses.replace(output, rows=self.rows(output))
 
-    def rows(self, output: DetectorOutput) -> Rows:
-        """The predictions of all levels as rows."""
+    def rows(self, output: DetectorOutput) -> Rows | None:
+        """The predictions of all levels as rows; None for a two-stage detector, whose regions are yet to be chosen."""
+        if output.at is not None:
+            return None
         join, width = levels.join, output.box_reg[0].shape[-1] // output.anchors
         bins = join(output.box_reg, width).reshape(len(output.box_reg[0]), -1, 4, width // 4) if width > 4 else None
         return Rows(

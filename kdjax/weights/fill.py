@@ -116,9 +116,9 @@ def _match(detector: Detector, state: State) -> tuple[dict[str, np.ndarray], int
         shape, wanted = values[0].shape, shapes[path]
         if any(value.shape != shape or not np.array_equal(value, values[0]) for value in values):
             problems.append(f"{', '.join(names)} should be one shared array but differ")
-        elif is_classifier(detector, path.removeprefix("params/")) and _fits_but_classes(detector, shape, wanted):
+        elif shape[:-1] == wanted[:-1] and (classes := _classes(detector, path.removeprefix("params/"), shape, wanted)):
             filled[path] = values[0]
-            counts.add(shape[-1] * detector.num_classes // wanted[-1])
+            counts.add(classes)
         elif shape == wanted:
             filled[path] = values[0]
         else:
@@ -159,10 +159,13 @@ def wrong_values(name: str, value: np.ndarray, path: str) -> str:
     return ""
 
 
-def _fits_but_classes(detector: Detector, shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
-    """Whether a classifier's shape differs in nothing but the number of classes."""
-    anchors = wanted[-1] // detector.num_classes
-    return shape[:-1] == wanted[:-1] and shape[-1] % anchors == 0
+def _classes(detector: Detector, path: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> int:
+    """The number of classes of a classifier's array, where `wanted` is the detector's own shape; 0 if it is none."""
+    if not is_classifier(detector, path):
+        return 0
+    extra = int(path.rpartition("/")[0] in detector.background)
+    each = (wanted[-1] - extra) // detector.num_classes
+    return (shape[-1] - extra) // each if (shape[-1] - extra) % each == 0 else 0
 
 
 def reset_classifiers(detector: Detector, params: Tree, *, key: jax.Array | None = None) -> Tree:
@@ -185,9 +188,10 @@ def reset_classifiers(detector: Detector, params: Tree, *, key: jax.Array | None
     if not detector.classifiers:
         raise UserError(f"{detector.name} declares no classifiers: its weights cannot be used for other classes")
     initial = flatten(detector.init(jax.random.key(0) if key is None else key)[0])
+    start = "all classes start equally likely" if detector.background else "every class starts at a probability of 0.01"
     warnings.warn(
         f"the classifiers of {detector.name} are re-initialised for {detector.num_classes} classes, because the "
-        "weights are for other classes: every class starts at a probability of 0.01",
+        f"weights are for other classes: {start}",
         stacklevel=3,
     )
     kept = flatten(params)
@@ -229,7 +233,7 @@ def count_classes(detector: Detector, state: State) -> int:
     for path, leaf in flatten(detector.shapes[0]).items():
         name = torch_name(path)
         if path.endswith("/bias") and is_classifier(detector, path) and name in state:
-            return np.size(state[name]) // leaf.shape[0]
+            return _classes(detector, path, np.shape(state[name]), leaf.shape)
     return 0
 
 

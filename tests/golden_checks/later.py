@@ -3,7 +3,6 @@
 from tests.golden_checks.api import LATER_TRANSFORMERS, LATER_TWO_STAGE, skip_file
 
 CHECKS = [
-    ("model/faster_*.npz", skip_file(LATER_TWO_STAGE, "all but the features of regions")),
     ("model/mask_*.npz", skip_file(LATER_TWO_STAGE, "all but the features of regions")),
     ("model/dfine_*.npz", skip_file(LATER_TRANSFORMERS)),
     ("model/rtdetr_*.npz", skip_file(LATER_TRANSFORMERS)),

@@ -1,0 +1,269 @@
+"""What two-stage detectors share: ResNet or ResNeXt, a pyramid on P2 to P6, proposals, a second stage, decoding."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from kdjax.boxes import coding, nms
+from kdjax.detectors import box_head, dense, resnet, rpn
+from kdjax.detectors.api import Detector, Tree, check_images, flatten, pure, unflatten
+from kdjax.detectors.fpn import FPN
+from kdjax.detectors.keywords import changed, own_values, resolve
+from kdjax.errors import UserError
+from kdjax.structs import Array, Assignment, DetectorOutput, PaddedDetections, Regions, Targets
+
+# Variants of a family: the depth, and of a ResNeXt the groups and their width in the first stage.
+VARIANTS = {f"r{depth}": {"depth": depth} for depth in (18, 34, 50, 101)} | {
+    f"x{depth}-{groups}x{width}d": {"depth": depth, "groups": groups, "group_width": width}
+    for depth, groups, width in ((50, 32, 4), (101, 32, 4), (101, 64, 4))
+}
+# (Region, class) pairs that enter the last NMS, at most; mmdetection takes all above the threshold.
+PAIRS = 5000
+
+
+class RoIHead(nnx.Module):
+    """The second stage: maps of the pyramid and boxes f32[B, R, 4] -> `Regions`."""
+
+    def __init__(self, num_classes: int, channels: int, hidden: int) -> None:
+        self.bbox_head = box_head.BoxHead(num_classes, channels, hidden)
+
+    def __call__(self, maps: tuple[Array, ...], boxes: Array) -> Regions:
+        return self.bbox_head(box_head.features(maps, boxes, box_head.SIZE))
+
+
+class TwoStage(nnx.Module):
+    """The network; its parts have mmdetection's names. Called, it computes all but the second stage."""
+
+    def __init__(self, depth: int, roi_head: Callable[[], RoIHead], neck_channels: int, **of_backbone: Any) -> None:
+        self.backbone = resnet.ResNet(depth, **of_backbone)
+        self.neck = FPN(self.backbone.channels, neck_channels, levels=len(rpn.STRIDES))
+        self.rpn_head = rpn.RPNHead(neck_channels)
+        self.roi_head = roi_head()
+
+    def __call__(self, x: Array, train: bool) -> DetectorOutput:
+        backbone = self.backbone(x, train)
+        neck = self.neck(backbone)
+        logits, deltas = self.rpn_head(neck)
+        return DetectorOutput(
+            strides=rpn.STRIDES,
+            backbone_strides=resnet.STRIDES,
+            anchors=rpn.ANCHORS,
+            backbone=backbone,
+            neck=neck,
+            neck_conv=neck,  # the pyramid's last convolutions have neither norm nor activation
+            box_reg=deltas,
+            quality=logits,
+        )
+
+
+def detector(
+    title: str, name: str, make: Callable[..., Detector], variant: str, num_classes: int, given: dict[str, Any]
+) -> Detector:
+    """Builds a variant of a family with one second stage.
+
+    Args:
+      title: the family's name in messages.
+      name: of the family's file.
+      make: the family's `make`, whose defaults `Detector.options` leaves out.
+      variant: a key of `VARIANTS`.
+      num_classes: K >= 1.
+      given: every option of `make`.
+
+    Raises:
+      UserError: unknown variant, or a value out of range.
+    """
+    own = own_values(title, VARIANTS, variant)
+    options = resolve(given, own)
+    _check(title, num_classes, options)
+    of_network = {key: options[key] for key in ("base_channels", "style", "frozen_stages", "norm_eval", "frozen_norm")}
+    of_network |= {"neck_channels": options["neck_channels"]} | own
+
+    def roi_head() -> RoIHead:
+        return RoIHead(num_classes, options["neck_channels"], options["head_channels"])
+
+    module, second = pure(lambda: TwoStage(roi_head=roi_head, **of_network)), pure(roi_head)
+
+    def at(params: Tree, maps: tuple[Array, ...], boxes: Array) -> Regions:
+        return second.call(params, {}, RoIHead.__call__, maps, boxes)[0]
+
+    def apply(params: Tree, stats: Tree, x: Array, *, train: bool) -> tuple[DetectorOutput, Tree]:
+        check_images(title, x)
+        output, stats = module.call(params, stats, TwoStage.__call__, x, train)
+        stage = jax.tree_util.Partial(at, params["roi_head"], output.neck[:4])
+        return dataclasses.replace(output, at=stage), stats
+
+    def no_decay(params: Tree) -> Tree:
+        frozen = options["frozen_stages"]
+        return unflatten(
+            {path: not path.endswith("/kernel") or resnet.is_frozen(path, frozen) for path in flatten(params)}
+        )
+
+    return Detector(
+        name=f"{name}_{variant}",
+        num_classes=num_classes,
+        options=changed(make, given),
+        strides=rpn.STRIDES,
+        size_divisor=32,
+        pad_value=dense.PAD_VALUE,
+        shapes=module.shapes,
+        classifiers=("roi_head/bbox_head/fc_cls", "roi_head/bbox_head/fc_reg"),
+        background=("roi_head/bbox_head/fc_cls",),
+        init=module.init,
+        preprocess=functools.partial(resnet.preprocess, style=options["style"]),
+        apply=apply,
+        head=None,
+        assign=assigner(num_classes, options),
+        loss=loss,
+        decode=decoder(num_classes, options["proposals"]),
+        decode_boxes=rpn.decode_boxes,
+        class_logits=rpn.objectness,
+        priors=rpn.grid_priors,
+        no_decay=no_decay,
+    )
+
+
+def _check(title: str, num_classes: int, options: Mapping[str, Any]) -> None:
+    if num_classes < 1:
+        raise UserError(f"num_classes of {title} must be >= 1, not {num_classes}")
+    least = {name: 1 for name in ("base_channels", "neck_channels", "head_channels", "proposals", "train_pre_nms")}
+    for name, smallest in (least | {"rpn_samples": 2, "region_samples": 4}).items():
+        if options[name] < smallest:
+            raise UserError(f"{name} of {title} must be >= {smallest}, not {options[name]}")
+    for name, values in (("style", resnet.STYLES), ("frozen_stages", (-1, 0, 1, 2, 3, 4))):
+        if options[name] not in values:
+            raise UserError(f"{name} of {title} must be one of {', '.join(map(str, values))}, not {options[name]!r}")
+
+
+def assigner(num_classes: int, options: Mapping[str, Any]) -> Callable[..., Assignment]:
+    """Returns the function `assign` of a detector."""
+
+    def assign(output: DetectorOutput, targets: Targets, key: Array | None = None) -> Assignment:
+        """Draws the anchors and the regions that are learned, and says what each of them learns.
+
+        Args:
+          output: of `apply`.
+          targets: ground truth.
+          key: PRNG key of the two draws.
+
+        Returns:
+          The assignment of the regions; that of the anchors is its `first`. Without gradient.
+
+        Raises:
+          UserError: no key.
+        """
+        if key is None:
+            raise UserError("assign: a two-stage detector draws anchors and regions: pass a PRNG key")
+        key_anchors, key_regions = jax.random.split(key)
+        first = rpn.assign_anchors(output, targets, key_anchors, samples=options["rpn_samples"])
+        proposals = rpn.propose(
+            output, targets.image_size, pre_nms=options["train_pre_nms"], number=options["proposals"]
+        )
+        drawn = box_head.assign_regions(
+            proposals, targets, num_classes=num_classes, samples=options["region_samples"], key=key_regions
+        )
+        return drawn._replace(first=first)
+
+    return assign
+
+
+def loss(output: DetectorOutput, targets: Targets, assignment: Assignment) -> dict[str, Array]:
+    """The losses of both stages over the global batch: those of `rpn.anchor_losses` and `box_head.region_losses`.
+
+    Args:
+      output: of `apply`.
+      targets: ground truth.
+      assignment: what to learn, of `assign`; the second stage looks at its regions.
+
+    Returns:
+      loss_rpn_cls, loss_rpn_box, loss_cls and loss_box, each f32[] >= 0.
+
+    Scope: the global batch.
+
+    Peers: mmdetection 3.3.0 TwoStageDetector.loss on one device, the levels of the RPN added up.
+
+    Reference: Ren et al., Faster R-CNN, NeurIPS 2015, section 3.1.2; Girshick, Fast R-CNN, ICCV 2015, section 2.3.
+    """
+    del targets
+    first, at = assignment.first, output.at
+    assert first is not None and at is not None and assignment.regions is not None
+    return dense.total(
+        rpn.anchor_losses(output, first) | box_head.region_losses(at(assignment.regions), assignment)
+    )
+
+
+def decoder(num_classes: int, proposals: int) -> Callable[..., PaddedDetections]:
+    """Returns the function `decode` of a detector; its defaults are the published test settings."""
+
+    def decode(
+        output: DetectorOutput,
+        image_size: Array,
+        *,
+        score_threshold: float = 0.05,
+        iou_threshold: float = 0.5,
+        pre_nms: int = 1000,
+        max_detections: int = 100,
+        select: Callable[..., PaddedDetections] = nms.select_detections,
+    ) -> PaddedDetections:
+        """Runs the second stage on the proposals, and turns its predictions into detections by NMS within each class.
+
+        Args:
+          output: of `apply`.
+          image_size: i32[B, 2], height and width that boxes are clipped to.
+          score_threshold: (region, class) pairs with a probability at or below it are dropped, 0 .. 1.
+          iou_threshold: a box is dropped if its IoU with a better one of its class is above it.
+          pre_nms: largest number of anchors of each level that enter the NMS of the proposals.
+          max_detections: D, the number of rows of the result.
+          select: what chooses among boxes and scores; it has the arguments of `kdjax.boxes.select_detections`.
+
+        Returns:
+          D detections per image, padded.
+
+        Scope: one image.
+
+        Peers: mmdetection 3.3.0 BBoxHead.predict_by_feat without rescaling; here the best 5,000 (region, class) pairs
+          enter the last NMS, there all of them.
+        """
+        assert output.at is not None
+        found = rpn.propose(output, image_size, pre_nms=pre_nms, number=proposals)
+        return detections_of(
+            found,
+            output.at(found.boxes),
+            image_size,
+            num_classes=num_classes,
+            score_threshold=score_threshold,
+            iou_threshold=iou_threshold,
+            max_detections=max_detections,
+            select=select,
+        )
+
+    return decode
+
+
+def detections_of(
+    proposals: rpn.Proposals,
+    found: Regions,
+    image_size: Array,
+    *,
+    num_classes: int,
+    select: Callable[..., PaddedDetections] = nms.select_detections,
+    **settings: Any,
+) -> PaddedDetections:
+    """The detections among the predictions of the second stage for the proposals."""
+    scores = jax.nn.softmax(found.logits)[..., :num_classes]
+    boxes = coding.deltas_to_boxes(
+        proposals.boxes[:, :, None], box_head.deltas_of(found, num_classes), stds=box_head.STDS
+    )
+    return select(
+        boxes,
+        jnp.where(proposals.valid[..., None], scores, 0.0),
+        image_size=image_size,
+        pre_nms=PAIRS,
+        level_sizes=(proposals.boxes.shape[1],),
+        **settings,
+    )
+
