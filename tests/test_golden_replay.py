@@ -41,6 +41,7 @@ LONG = (
     "model/atss_*",
     "model/rtmdet_[bdf]*",
     "model/rtmdetins_b*",
+    "model/faster_a*",
 )
 
 

@@ -25,7 +25,9 @@ class BoxHead(nnx.Module):
 
     def __init__(self, num_classes: int, channels: int, hidden: int) -> None:
         inputs = SIZE * SIZE * channels
-        self.shared_fcs = nnx.List([Linear(inputs, hidden, draw=uniform_fans), Linear(hidden, hidden, draw=uniform_fans)])
+        self.shared_fcs = nnx.List(
+            [Linear(inputs, hidden, draw=uniform_fans), Linear(hidden, hidden, draw=uniform_fans)]
+        )
         self.fc_cls = Linear(hidden, num_classes + 1, draw=normal(0.01))
         self.fc_reg = Linear(hidden, num_classes * 4, draw=normal(0.001))
 

@@ -130,7 +130,7 @@ def detector(
 def _check(title: str, num_classes: int, options: Mapping[str, Any]) -> None:
     if num_classes < 1:
         raise UserError(f"num_classes of {title} must be >= 1, not {num_classes}")
-    least = {name: 1 for name in ("base_channels", "neck_channels", "head_channels", "proposals", "train_pre_nms")}
+    least = dict.fromkeys(("base_channels", "neck_channels", "head_channels", "proposals", "train_pre_nms"), 1)
     for name, smallest in (least | {"rpn_samples": 2, "region_samples": 4}).items():
         if options[name] < smallest:
             raise UserError(f"{name} of {title} must be >= {smallest}, not {options[name]}")
@@ -191,9 +191,7 @@ def loss(output: DetectorOutput, targets: Targets, assignment: Assignment) -> di
     del targets
     first, at = assignment.first, output.at
     assert first is not None and at is not None and assignment.regions is not None
-    return dense.total(
-        rpn.anchor_losses(output, first) | box_head.region_losses(at(assignment.regions), assignment)
-    )
+    return dense.total(rpn.anchor_losses(output, first) | box_head.region_losses(at(assignment.regions), assignment))
 
 
 def decoder(num_classes: int, proposals: int) -> Callable[..., PaddedDetections]:
@@ -266,4 +264,3 @@ def detections_of(
         level_sizes=(proposals.boxes.shape[1],),
         **settings,
     )
-

@@ -253,7 +253,9 @@ def anchor_checks(case: Case, trained: DetectorOutput, drawn: Assignment) -> Che
     counts = [np.maximum(rows.sum(1), 1) for rows in (first.positive, ~first.positive & ~first.ignore)]
     yield Check("samples of the RPN", mismatches(sum(counts).sum(), arrays["rpn_targets/4"]), 0)
     deltas = coding.boxes_to_deltas(anchors, np.where(first.positive[..., None], first.boxes, anchors))
-    yield Check("targets of the RPN", relative_error(deltas, dense.rows_of(arrays, "rpn_targets/2", len(deltas), 4)), 1e-5)
+    yield Check(
+        "targets of the RPN", relative_error(deltas, dense.rows_of(arrays, "rpn_targets/2", len(deltas), 4)), 1e-5
+    )
     for name, got, want in (
         ("positive", drawn.positive, first.positive),
         ("scored", ~drawn.ignore, ~first.ignore),

@@ -29,6 +29,8 @@ FAMILIES = {
     family: (f"{family}_r18", *({**DENSE, "groups": 2, "neck_channels": c, "head_channels": c} for c in (4, 8)))
     for family in ("fcos", "gfl", "atss")
 }
+TWO_STAGE = dict(base_channels=2, head_channels=8, proposals=16, region_samples=8)
+FAMILIES["faster_rcnn"] = ("faster_rcnn_r18", *(TWO_STAGE | {"neck_channels": c} for c in (4, 8)))
 assert set(FAMILIES) == set(detectors.families())
 PAIRS = [(student, teacher) for student in FAMILIES for teacher in FAMILIES]
 
@@ -49,7 +51,7 @@ def taps(family: str, teacher: bool):
     """Maps of two images; distances in pixels are of two cells and more, so that objects have several priors."""
     rng = np.random.default_rng(teacher)
     draw = lambda leaf: rng.normal(0, 0.5, (BATCH, *leaf.shape[1:])).astype(np.float32)  # noqa: E731
-    drawn = jax.tree.map(draw, dataclasses.replace(spec(family, teacher), rows=None))
+    drawn = jax.tree.map(draw, dataclasses.replace(spec(family, teacher), rows=None, at=None))
     if family not in ("rtmdet", "rtmdet_ins", "fcos"):
         return drawn
     distances = tuple(stride * (2 + cells) for stride, cells in zip(drawn.strides, drawn.box_reg, strict=True))
@@ -83,7 +85,7 @@ def check(name: str, student_family: str, teacher_family: str) -> None:
     adapters = distiller.init(key, (SIDE, SIDE))
 
     def terms(output, maps, frozen):
-        observed = dataclasses.replace(maps, rows=teacher.rows(maps))
+        observed = dataclasses.replace(maps, rows=teacher.rows(maps) if teacher.head else None)
         return distiller.terms(adapters, output, batch(), frozen, observed=observed, key=key, step=0)
 
     @functools.partial(jax.jit, compiler_options=QUICK)
