@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -206,7 +206,7 @@ def _align_backward(how: _Sampling, saved: Any, gradient: Array) -> tuple[Array,
         return of_maps, jnp.zeros_like(boxes) if of_boxes is None else jax.vjp(weights, boxes)[1](of_weights)[0]
 
     start = jnp.zeros(flat.shape, jnp.float32)
-    of_maps, found = lax.scan(some, start, tuple(map(_passes, (boxes, level, gradient))))
+    of_maps, found = lax.scan(some, start, (_passes(boxes), _passes(level), _passes(gradient)))
     return of_maps.astype(flat.dtype), _joined(found, boxes.shape[1]), None
 
 
@@ -267,6 +267,7 @@ def roi_align(
     cells = jnp.prod(jnp.maximum(boxes[..., 2:] - boxes[..., :2], 0), -1) / jnp.asarray(how.strides)[level] ** 2
     order = jnp.argsort(lax.stop_gradient(cells), 1)
     sorted_boxes = jnp.take_along_axis(boxes, order[..., None], 1)
-    found = _align(flat, sorted_boxes, jnp.take_along_axis(level, order, 1), how)
+    # pyright loses the type of functions with a `custom_vjp`.
+    found = cast(Array, _align(flat, sorted_boxes, jnp.take_along_axis(level, order, 1), how))
     found = jnp.take_along_axis(found, jnp.argsort(order, 1)[..., None, None], 1)
     return found.reshape(*level.shape, size, size, -1)

@@ -190,7 +190,9 @@ def loss(output: DetectorOutput, targets: Targets, assignment: Assignment) -> di
     """
     del targets
     first, at = assignment.first, output.at
-    assert first is not None and at is not None and assignment.regions is not None
+    assert first is not None, "an assignment of a two-stage detector"
+    assert at is not None, "an output of a two-stage detector"
+    assert assignment.regions is not None, "an assignment of a two-stage detector"
     return dense.total(rpn.anchor_losses(output, first) | box_head.region_losses(at(assignment.regions), assignment))
 
 

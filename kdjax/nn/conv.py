@@ -2,9 +2,10 @@
 
 The form is chosen when the program is lowered. XLA on the CPU has no fast path for grouped convolution and a slow one
 for 1x1. There a depthwise convolution is a sum of shifted products, a 1x1 convolution is a matrix product, other
-ungrouped convolutions have the gradients of `conv_cpu`, and other grouped ones are batches of matrix products. GPU and TPU use the built-in operation and its gradients.
-(Measurements: "The forms of convolution" in benchmarks/README.md.) All forms but the built-in one define `custom_vjp`:
-they can be differentiated any number of times in reverse mode, but not in forward mode.
+ungrouped convolutions have the gradients of `conv_cpu`, and other grouped ones are batches of matrix products. GPU and
+TPU use the built-in operation and its gradients. (Measurements: "The forms of convolution" in
+benchmarks/README.md.) All forms but the built-in one define `custom_vjp`: they can be differentiated any number of
+times in reverse mode, but not in forward mode.
 """
 
 import functools

@@ -14,17 +14,20 @@ from kdjax.detectors import api, box_head, build, rpn
 from kdjax.structs import Assignment, DetectorOutput, Targets
 from kdjax.weights import fill
 from tests.golden_checks import dense
-from tests.golden_checks.api import Check, Checks, UnknownCase, below, load, mismatches, relative_error
-from tests.golden_checks.model import (
+from tests.golden_checks.api import (
     QUICK,
-    expect,
-    leaves,
-    levels,
+    Check,
+    Checks,
+    UnknownCase,
+    below,
+    load,
     maps_of,
+    mismatches,
     nhwc,
-    targets_of,
-    unexplained,
+    relative_error,
 )
+from tests.golden_checks.model import expect, leaves, levels, targets_of
+from tests.support.detections import unexplained
 
 _OPTIONS = {
     "backbone.base_channels": "base_channels",
