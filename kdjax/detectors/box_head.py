@@ -39,16 +39,18 @@ class BoxHead(nnx.Module):
         return Regions(self.fc_cls(x).astype(jnp.float32), self.fc_reg(x).astype(jnp.float32))
 
 
-def features(maps: tuple[Array, ...], boxes: Array, size: int) -> Array:
+def features(maps: tuple[Array, ...], boxes: Array, size: int, *, peer: str = "mmdetection") -> Array:
     """The features of regions, each on the level that matches its size: f32[B, R, size, size, C].
 
     Args:
       maps: of the pyramid, of which P2 to P5 are used.
       boxes: f32[B, R, 4] in pixels, inside the network input.
       size: cells along each side.
+      peer: "mmdetection", or "torchvision", which takes two samples along each side of a cell and shifts regions by
+        half a cell of the map.
 
     Peers: mmdetection 3.3.0 SingleRoIExtractor, whose number of samples is not bounded; here it is bounded by what a
-      box inside the network input needs.
+      box inside the network input needs. torchvision's MultiScaleRoIAlign.
     """
     maps, strides = maps[:4], rpn.STRIDES[:4]
     return roi.roi_align(
@@ -57,8 +59,9 @@ def features(maps: tuple[Array, ...], boxes: Array, size: int) -> Array:
         roi.roi_levels(boxes, len(maps), finest=14.0 * strides[0]),
         strides=strides,
         size=size,
-        sampling_ratio=0,
+        sampling_ratio=0 if peer == "mmdetection" else 2,
         max_samples=-(-max(maps[0].shape[1:3]) // size),
+        aligned=peer == "mmdetection",
     )
 
 

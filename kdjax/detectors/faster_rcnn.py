@@ -3,9 +3,10 @@
 Reference: Ren et al., Faster R-CNN, NeurIPS 2015; on a pyramid: Lin et al., Feature Pyramid Networks, CVPR 2017. Peers:
 mmdetection 3.3.0, with the same module names and numbers (boxes by L1 on deltas, not smooth L1).
 
-Loads: state dicts with mmdetection's names; for the backbone alone, torchvision's and timm's ResNets. Published AP:
-37.4, 39.4, 41.2 and 42.1 (r50, r101, x101-32x4d, x101-64x4d, 12 epochs). Not reproduced yet (no published checkpoint
-was available).
+Loads: state dicts with mmdetection's names, and those of torchvision's fasterrcnn_resnet50_fpn (v1), of whose 91
+outputs it takes the background and COCO's 80 classes; for the backbone alone, torchvision's and timm's ResNets.
+Published AP: 37.4, 39.4, 41.2 and 42.1 (r50, r101, x101-32x4d, x101-64x4d, 12 epochs), torchvision's 37.0. Not
+reproduced yet (no published checkpoint was available).
 """
 
 from kdjax.detectors import two_stage
@@ -29,6 +30,7 @@ def make(
     train_pre_nms: int = 2000,
     proposals: int = 1000,
     region_samples: int = 512,
+    peer: str = "mmdetection",
 ) -> Detector:
     """Builds Faster R-CNN.
 
@@ -47,6 +49,9 @@ def make(
       train_pre_nms: largest number of anchors of a level that enter the NMS of the proposals in training, >= 1.
       proposals: number of proposals of an image, in training and in tests, >= 1.
       region_samples: regions of an image that are learned, >= 4; at most a quarter of them are positive.
+      peer: "mmdetection", or "torchvision": whose weights these are. With torchvision's, deltas are those of anchors
+        with rounded corners, and regions have two samples along each side of a cell and are shifted by half a cell.
+        Weights with torchvision's names choose it by themselves.
 
     Returns:
       The detector. `box_reg` and `quality` of its output are the deltas and the objectness of three anchors in each
@@ -65,5 +70,6 @@ def make(
         base_channels=base_channels, style=style, frozen_stages=frozen_stages, norm_eval=norm_eval,
         frozen_norm=frozen_norm, neck_channels=neck_channels, head_channels=head_channels, rpn_samples=rpn_samples,
         train_pre_nms=train_pre_nms, proposals=proposals, region_samples=region_samples,
+        peer=peer,
     )  # fmt: skip
     return two_stage.detector("Faster R-CNN", "faster_rcnn", make, variant, num_classes, given)

@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from kdjax import nn
+from kdjax.nn.flops import record
 
 Array = jax.Array
 
@@ -93,14 +94,16 @@ class Conv(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """A linear layer with bias on the last axis."""
+    """A linear layer with bias on the last axis; one operation per multiply-add is counted."""
 
     def __init__(self, inputs: int, outputs: int, *, draw: Draw) -> None:
         self.kernel = nnx.Param(jnp.zeros((inputs, outputs)), draw=draw)
         self.bias = nnx.Param(jnp.zeros(outputs), draw=constant(0.0))
 
     def __call__(self, x: Array) -> Array:
-        return x @ self.kernel[...].astype(x.dtype) + self.bias[...].astype(x.dtype)
+        y = x @ self.kernel[...].astype(x.dtype)
+        record("linear", y.size * x.shape[-1])
+        return y + self.bias[...].astype(x.dtype)
 
 
 class BatchNorm(nnx.Module):

@@ -36,9 +36,15 @@ class Proposals(NamedTuple):
 
 
 class RPNHead(nnx.Module):
-    """A 3x3 convolution, then 1x1 convolutions for the objectness and the deltas of each anchor, on all levels."""
+    """A 3x3 convolution, then 1x1 convolutions for the objectness and the deltas of each anchor, on all levels.
 
-    def __init__(self, channels: int) -> None:
+    With `rounded` the convolution's deltas are those of anchors whose corners are whole pixels from their centre, as
+    torchvision has them; returned are the deltas of the same boxes from the anchors as they are.
+    """
+
+    def __init__(self, channels: int, *, rounded: bool = False) -> None:
+        self.rounded = rounded
+
         def conv(outputs: int, size: int) -> Conv:
             return Conv(channels, outputs, size, draw=normal(0.01), bias=constant(0.0))
 
@@ -48,7 +54,17 @@ class RPNHead(nnx.Module):
         """Returns L of f32[B, H, W, A], logits of objects, and L of f32[B, H, W, A * 4], deltas."""
         hidden = [jax.nn.relu(self.rpn_conv(x)) for x in maps]
         logits, deltas = ([conv(x).astype(jnp.float32) for x in hidden] for conv in (self.rpn_cls, self.rpn_reg))
+        if self.rounded:
+            deltas = [x * scale + shift for x, (scale, shift) in zip(deltas, map(_of_rounded, STRIDES), strict=True)]
         return tuple(logits), tuple(deltas)
+
+
+def _of_rounded(stride: int) -> tuple[np.ndarray, np.ndarray]:
+    """Factor and summand, f32[A * 4], that turn deltas of rounded anchors into those of the anchors themselves."""
+    anchors = priors.grid_anchors((stride, stride), (stride,), ratios=RATIOS, scales=SCALES)
+    share = np.round(anchors[:, 2:]) / anchors[:, 2:]  # of the sides
+    none = np.zeros_like(share)
+    return np.concatenate([share, none + 1], 1).ravel(), np.concatenate([none, np.log(share)], 1).ravel()
 
 
 def grid_priors(hw: tuple[int, int]) -> np.ndarray:

@@ -11,7 +11,7 @@ from flax import nnx
 
 from kdjax.boxes import coding, nms
 from kdjax.detectors import box_head, dense, resnet, rpn
-from kdjax.detectors.api import Detector, Tree, check_images, flatten, pure, unflatten
+from kdjax.detectors.api import Detector, State, TorchNames, Tree, check_images, flatten, pure, unflatten
 from kdjax.detectors.fpn import FPN
 from kdjax.detectors.keywords import changed, own_values, resolve
 from kdjax.errors import UserError
@@ -22,6 +22,7 @@ VARIANTS = {f"r{depth}": {"depth": depth} for depth in (18, 34, 50, 101)} | {
     f"x{depth}-{groups}x{width}d": {"depth": depth, "groups": groups, "group_width": width}
     for depth, groups, width in ((50, 32, 4), (101, 32, 4), (101, 64, 4))
 }
+PEERS = ("mmdetection", "torchvision")
 # (Region, class) pairs that enter the last NMS, at most; mmdetection takes all above the threshold.
 PAIRS = 5000
 
@@ -29,20 +30,23 @@ PAIRS = 5000
 class RoIHead(nnx.Module):
     """The second stage: maps of the pyramid and boxes f32[B, R, 4] -> `Regions`."""
 
-    def __init__(self, num_classes: int, channels: int, hidden: int) -> None:
+    def __init__(self, num_classes: int, channels: int, hidden: int, *, peer: str) -> None:
+        self.peer = peer
         self.bbox_head = box_head.BoxHead(num_classes, channels, hidden)
 
     def __call__(self, maps: tuple[Array, ...], boxes: Array) -> Regions:
-        return self.bbox_head(box_head.features(maps, boxes, box_head.SIZE))
+        return self.bbox_head(box_head.features(maps, boxes, box_head.SIZE, peer=self.peer))
 
 
 class TwoStage(nnx.Module):
     """The network; its parts have mmdetection's names. Called, it computes all but the second stage."""
 
-    def __init__(self, depth: int, roi_head: Callable[[], RoIHead], neck_channels: int, **of_backbone: Any) -> None:
+    def __init__(
+        self, depth: int, roi_head: Callable[[], RoIHead], neck_channels: int, peer: str, **of_backbone: Any
+    ) -> None:
         self.backbone = resnet.ResNet(depth, **of_backbone)
         self.neck = FPN(self.backbone.channels, neck_channels, levels=len(rpn.STRIDES))
-        self.rpn_head = rpn.RPNHead(neck_channels)
+        self.rpn_head = rpn.RPNHead(neck_channels, rounded=peer == "torchvision")
         self.roi_head = roi_head()
 
     def __call__(self, x: Array, train: bool) -> DetectorOutput:
@@ -81,10 +85,10 @@ def detector(
     options = resolve(given, own)
     _check(title, num_classes, options)
     of_network = {key: options[key] for key in ("base_channels", "style", "frozen_stages", "norm_eval", "frozen_norm")}
-    of_network |= {"neck_channels": options["neck_channels"]} | own
+    of_network |= {"neck_channels": options["neck_channels"], "peer": options["peer"]} | own
 
     def roi_head() -> RoIHead:
-        return RoIHead(num_classes, options["neck_channels"], options["head_channels"])
+        return RoIHead(num_classes, options["neck_channels"], options["head_channels"], peer=options["peer"])
 
     module, second = pure(lambda: TwoStage(roi_head=roi_head, **of_network)), pure(roi_head)
 
@@ -113,6 +117,7 @@ def detector(
         shapes=module.shapes,
         classifiers=("roi_head/bbox_head/fc_cls", "roi_head/bbox_head/fc_reg"),
         background=("roi_head/bbox_head/fc_cls",),
+        torch=TorchNames(infer=peer_of),
         init=module.init,
         preprocess=functools.partial(resnet.preprocess, style=options["style"]),
         apply=apply,
@@ -127,6 +132,11 @@ def detector(
     )
 
 
+def peer_of(state: State) -> dict[str, Any]:
+    """The option `peer` that the names of a state dict imply."""
+    return {"peer": "torchvision"} if any(name.endswith("backbone.body.conv1.weight") for name in state) else {}
+
+
 def _check(title: str, num_classes: int, options: Mapping[str, Any]) -> None:
     if num_classes < 1:
         raise UserError(f"num_classes of {title} must be >= 1, not {num_classes}")
@@ -134,7 +144,7 @@ def _check(title: str, num_classes: int, options: Mapping[str, Any]) -> None:
     for name, smallest in (least | {"rpn_samples": 2, "region_samples": 4}).items():
         if options[name] < smallest:
             raise UserError(f"{name} of {title} must be >= {smallest}, not {options[name]}")
-    for name, values in (("style", resnet.STYLES), ("frozen_stages", (-1, 0, 1, 2, 3, 4))):
+    for name, values in (("style", resnet.STYLES), ("peer", PEERS), ("frozen_stages", (-1, 0, 1, 2, 3, 4))):
         if options[name] not in values:
             raise UserError(f"{name} of {title} must be one of {', '.join(map(str, values))}, not {options[name]!r}")
 

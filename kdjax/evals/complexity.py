@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from kdjax import nn
-from kdjax.structs import Array, DetectorOutput, PyTree
+from kdjax.structs import Array, DetectorOutput, PaddedDetections, PyTree
 
 
 class Network(Protocol):
@@ -22,6 +22,11 @@ class Network(Protocol):
     @property
     def apply(self) -> Callable[..., tuple[DetectorOutput, PyTree]]:
         """(params, stats, images, *, train) -> output and new statistics."""
+        ...
+
+    @property
+    def decode(self) -> Callable[..., PaddedDetections]:
+        """(output, image_size) -> detections."""
         ...
 
 
@@ -46,7 +51,8 @@ def parameters(params: PyTree) -> int:
 def flops(detector: Network, hw: tuple[int, int]) -> int:
     """Counts the operations of one image through a detector in evaluation mode; nothing is computed.
 
-    A multiply-add of a convolution counts as one (`kdjax.nn.count` has the whole rule); decoding is not counted.
+    A multiply-add of a convolution counts as one (`kdjax.nn.count` has the whole rule). Decoding is not counted, but
+    the second stage on all proposals is.
 
     Args:
       detector: a `kdjax.detectors.api.Detector`.
@@ -59,6 +65,7 @@ def flops(detector: Network, hw: tuple[int, int]) -> int:
     """
 
     def forward(params: PyTree, stats: PyTree, x: Array) -> PyTree:
-        return detector.apply(params, stats, x, train=False)
+        output, _ = detector.apply(params, stats, x, train=False)
+        return output if output.at is None else detector.decode(output, jnp.array([hw]))
 
     return nn.count(forward, *detector.shapes, jax.ShapeDtypeStruct((1, *hw, 3), jnp.float32))["flops"]

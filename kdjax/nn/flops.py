@@ -11,7 +11,7 @@ _counter: ContextVar[dict[str, int] | None] = ContextVar("counter", default=None
 
 
 def record(kind: str, flops: int) -> None:
-    """Adds to the count that is running, if any; `kind` is conv, norm, pool or upsample."""
+    """Adds to the count that is running, if any; `kind` is conv, linear, norm, pool or upsample."""
     counts = _counter.get()
     if counts is not None:
         counts[kind] += flops
@@ -19,7 +19,7 @@ def record(kind: str, flops: int) -> None:
 
 @contextmanager
 def _counting() -> Iterator[dict[str, int]]:
-    counts: dict[str, int] = {"conv": 0, "norm": 0, "pool": 0, "upsample": 0}
+    counts: dict[str, int] = dict.fromkeys(("conv", "linear", "norm", "pool", "upsample"), 0)
     token = _counter.set(counts)
     try:
         yield counts
@@ -30,16 +30,16 @@ def _counting() -> Iterator[dict[str, int]]:
 def count(function: Callable[..., Any], *args: Any) -> dict[str, int]:
     """Counts the floating-point operations of a function that uses `kdjax.nn`, without computing anything.
 
-    The rule is mmengine's: one per multiply-add of a convolution, two per output element of a batch norm and five of a
-    group norm, one per input element of a global average pool, one per output element of an upsampling (four of a
-    bilinear one), and none for everything else.
+    The rule is mmengine's: one per multiply-add of a convolution or of a linear layer, two per output element of a
+    batch norm and five of a group norm, one per input element of a global average pool, one per output element of an
+    upsampling (four of a bilinear one), and none for everything else.
 
     Args:
       function: the function to count. It is traced again, but jitted parts that were traced before are not counted.
       *args: trees of arrays or of `jax.ShapeDtypeStruct`.
 
     Returns:
-      `flops`, the total, and its parts `conv`, `norm`, `pool` and `upsample`.
+      `flops`, the total, and its parts `conv`, `linear`, `norm`, `pool` and `upsample`.
 
     Example:
       >>> import jax.numpy as jnp

@@ -6,7 +6,7 @@ import numpy as np
 
 from kdjax.detectors.api import Detector, State, flatten
 from kdjax.errors import listed
-from kdjax.weights import yolox
+from kdjax.weights import torchvision, yolox
 from kdjax.weights.wrappers import unwrap
 
 # Paths follow mmdetection's module names (those of torchvision and timm in a ResNet); only the leaves are renamed.
@@ -102,7 +102,7 @@ def plain(detector: Detector, state: State, network: str = "student") -> State:
     own = {part for names in table(detector).values() for name in names for part in name.split(".")}
     if "module" not in own:  # a wrapper around a part of the network
         state = {name.replace(".module.", "."): value for name, value in state.items()}
-    return detector.torch.rename(yolox.renamed(state))
+    return detector.torch.rename(torchvision.renamed(yolox.renamed(state)))
 
 
 def foreign(detector: Detector, state: State) -> str:

@@ -86,6 +86,23 @@ def test_gradient_is_the_transpose_of_the_sampling():
     assert np.any(gradient[0]) and not np.any(gradient[1])
 
 
+def test_gradient_at_the_boxes_is_the_slope():
+    """Central differences, on boxes whose samples lie inside cells."""
+    maps = [jnp.array(m) for m in pyramid()]
+    boxes = jnp.array([[[9.3, 5.1, 41.7, 33.9], [3.0, 4.2, 30.6, 26.3]]] * 2, jnp.float32)
+    level = np.array([[0, 1], [1, 0]], np.int32)
+    v = np.random.default_rng(2).normal(size=(2, 2, 3, 3, 3)).astype(np.float32)
+
+    def product(boxes):
+        return jnp.sum(roi.roi_align(maps, boxes, level, strides=STRIDES, size=3) * v)
+
+    slope = np.asarray(quick_jit(jax.grad(product))(boxes))
+    moved = quick_jit(jax.vmap(lambda step: product(boxes + step.reshape(boxes.shape))))
+    steps = 0.01 * np.eye(boxes.size, dtype=np.float32)
+    want = (np.asarray(moved(steps)) - np.asarray(moved(-steps))) / 0.02
+    np.testing.assert_allclose(slope.ravel(), want, rtol=0.02, atol=0.01)
+
+
 def test_more_samples_than_allowed_are_cut():
     maps, box = pyramid(), np.array([[[0.0, 0, 64, 40]], [[0, 0, 64, 40]]], np.float32)
     level = np.zeros((2, 1), np.int32)

@@ -12,7 +12,7 @@ from kdjax.errors import UserError
 from kdjax.nn import conv_builtin, conv_cpu
 from tests.support.arrays import arrays
 
-# Shapes of map and kernel, stride, padding, groups: every form, odd sizes, and what falls back to the built-in form.
+# Shapes of map and kernel, stride, padding, groups: every form and odd sizes.
 CASES = {
     "depthwise": ((2, 9, 8, 6), (5, 5, 1, 6), 1, "same", 6),
     "depthwise stride 2": ((2, 9, 8, 6), (5, 5, 1, 6), 2, "same", 6),
@@ -30,6 +30,8 @@ CASES = {
     "dense, more padding than kernel": ((1, 5, 5, 2), (3, 3, 2, 3), 2, 3, 1),
     "dense, as on a large map": ((2, 7, 6, 3), (3, 3, 3, 40), 2, "same", 1),
     "grouped": ((2, 5, 6, 4), (3, 3, 2, 6), 1, "same", 2),
+    "grouped stride 2": ((2, 6, 5, 4), (3, 3, 2, 6), 2, "same", 2),
+    "grouped padded": ((1, 5, 5, 6), (1, 3, 2, 3), 1, 1, 3),
     "depthwise multiplier": ((2, 5, 6, 4), (3, 3, 1, 8), 1, "same", 4),
 }
 
@@ -62,7 +64,7 @@ def test_conv_equals_the_builtin_form(name, monkeypatch):
     chex.assert_trees_all_close(both(tested)(*inputs), both(builtin)(*inputs), rtol=1e-4, atol=1e-4)
 
 
-FAST = ["depthwise stride 2", "pointwise"]
+FAST = ["depthwise stride 2", "pointwise", "grouped"]
 
 
 @pytest.mark.parametrize("name", [*FAST, "dense stride 2"])

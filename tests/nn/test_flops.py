@@ -23,6 +23,7 @@ def test_count_follows_the_rule_of_mmengine():
     for function in (network, functools.partial(network)):
         assert nn.count(function, x, *kernels) == {
             "conv": 9 * (9 * 4 * 8) + 9 * 25 * 8 + 36 * 8 * 2,
+            "linear": 0,
             "norm": 2 * 9 * 8,
             "pool": 9 * 8,
             "upsample": 36 * 8 + 4 * (4 * 2),
