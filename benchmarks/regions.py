@@ -19,7 +19,6 @@ from kdjax.detectors import box_head, rpn
 from kdjax.report import study
 from kdjax.training import provenance
 
-
 Maps = tuple[jax.Array, ...]
 
 

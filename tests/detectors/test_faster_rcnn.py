@@ -31,7 +31,9 @@ def detector(classes=CLASSES, name="faster_rcnn_r18"):
 
 @functools.cache
 def variables():
-    return detector().init(jax.random.key(0))
+    """The norms at the end of residual blocks start at 0, which would keep gradients from what is before them."""
+    params, stats = detector().init(jax.random.key(0))
+    return jax.tree.map(lambda leaf: leaf + 0.05, params), stats
 
 
 def first_stage(seed=0, batch=2):
@@ -201,8 +203,9 @@ def test_a_step_with_and_without_objects():
     assert all(value > 0 and np.isfinite(value) for value in losses.values())
     assert positive[:-1].any(1).all() and first[:-1].any(1).all() and not positive[-1].any()
     still = [path for path, leaf in flatten(gradient).items() if not np.abs(leaf).max()]
-    frozen = [path for path in still if not resnet.is_frozen(path, 1)]
-    assert not frozen, frozen
+    trained = [path for path in still if not resnet.is_frozen(path, 1)]
+    # Objects of 10 to 34 pixels have no region on P5, and none of its few anchors is drawn.
+    assert not [path for path in trained if not path.startswith("neck/fpn_convs/3/")], trained
     np.testing.assert_array_less(found.boxes[..., :2], found.boxes[..., 2:] + 1e-6)
 
     empty = truth._replace(valid=np.zeros_like(truth.valid))
@@ -280,9 +283,10 @@ def test_backbones_have_the_published_sizes(variant, millions):
 
 
 def test_parameters_and_operations_are_those_that_mmdetection_states():
-    """For images of 800 x 1280: 41.53 M and 207.07 G, with the second stage on 1,000 proposals."""
+    """For images of 800 x 1280: 41.53 M that are not frozen, and 207.07 G, with the second stage on 1,000 proposals."""
     whole = build("faster_rcnn_r50", 80)
-    assert complexity.parameters(whole.shapes[0]) == pytest.approx(41.53e6, abs=5e3)
+    trained = [leaf for path, leaf in flatten(whole.shapes[0]).items() if not resnet.is_frozen(path, 1)]
+    assert complexity.parameters(trained) == pytest.approx(41.53e6, abs=5e3)
     assert complexity.flops(whole, (800, 1280)) == pytest.approx(207.07e9, rel=0.01)
 
 

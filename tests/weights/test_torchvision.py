@@ -32,7 +32,7 @@ def as_torchvision(state, column=1):
     for name, value in state.items():
         for names in NAMES:
             pattern = re.escape(names[0]).replace("N", r"(\d)")
-            new, count = re.subn(f"^{pattern}", names[column].replace("N", r"\\1"), name)
+            new, count = re.subn(f"^{pattern}", names[column].replace("N", r"\1"), name)
             if count:
                 break
         if "fc_cls" in name:
