@@ -13,7 +13,7 @@ from kdjax import files
 from kdjax.commands import arguments
 from kdjax.errors import NAME, printable
 from kdjax.evals import coco, complexity, tide
-from kdjax.evals.matching import truth_by_image
+from kdjax.evals.matching import Truth, truth_by_image
 from kdjax.inference.model import BATCH, Model
 from kdjax.report import evaluation
 from kdjax.structs import Detections
@@ -117,15 +117,14 @@ def analyse(truth: Mapping[str, Any], detections: Mapping[int, Detections]) -> d
     Returns:
       metrics: COCO's 12, and those of masks (`coco.mask_metrics`); classes: {name: AP, AP50, objects, threshold (see
       `tide.best_thresholds`), precision f[101] at IoU .5 and the recalls 0, 0.01 .. 1, or None without objects};
-      errors: {kind: {AP50: loss, count: at the best thresholds}}; confusion: at the best thresholds, rows and columns
-      in the order of the classes, then background.
+      errors: {kind: {AP50: loss, count: at the best thresholds}}; where data and detector have masks, mask_errors: the
+      same by the IoU of masks; confusion: at the best thresholds, rows and columns in the order of the classes, then
+      background.
     """
     curves = coco.curves(truth, detections)
     objects = truth_by_image(truth)
     num_classes = len(truth["categories"])
-    outcomes = tide.outcomes(objects, detections, num_classes)
-    best = tide.best_thresholds(outcomes)
-    kept = tide.above_threshold(objects, detections, best)
+    outcomes, best, kept, errors = _errors(objects, detections, num_classes)
     ap, ap50 = coco.class_metrics(curves), coco.class_metrics(curves, threshold=0.5)
     number = np.bincount(outcomes.object_labels, minlength=num_classes)
     classes = {}
@@ -133,14 +132,27 @@ def analyse(truth: Mapping[str, Any], detections: Mapping[int, Detections]) -> d
         line = curves.precision[0, :, k, 0, -1].tolist() if number[k] else None
         classes[name] = {"AP": ap[name], "AP50": ap50[name], "objects": int(number[k]), "threshold": best[k]}
         classes[name]["precision"] = line
-    cost = tide.ap_cost(outcomes)
-    counts = tide.error_counts(tide.outcomes(objects, kept, num_classes))
+    of_masks = {}
+    if coco.has_masks(truth, detections):
+        of_masks["mask_errors"] = _errors(truth_by_image(truth, masks=True), detections, num_classes)[-1]
     return {
         "metrics": coco.metrics(curves) | coco.mask_metrics(truth, detections),
         "classes": classes,
-        "errors": {kind: {"AP50": cost[kind], "count": counts[kind]} for kind in tide.KINDS},
+        "errors": errors,
+        **of_masks,
         "confusion": tide.confusion(objects, kept, num_classes).tolist(),
     }
+
+
+def _errors(
+    objects: Mapping[int, Truth], detections: Mapping[int, Detections], num_classes: int
+) -> tuple[tide.Outcomes, list[dict[str, float] | None], dict[int, Detections], dict[str, dict[str, float]]]:
+    """Outcomes, the best thresholds, the detections above them, and what each kind of error costs and its number."""
+    outcomes = tide.outcomes(objects, detections, num_classes)
+    best = tide.best_thresholds(outcomes)
+    kept = tide.above_threshold(objects, detections, best)
+    cost, counts = tide.ap_cost(outcomes), tide.error_counts(tide.outcomes(objects, kept, num_classes))
+    return outcomes, best, kept, {kind: {"AP50": cost[kind], "count": counts[kind]} for kind in tide.KINDS}
 
 
 def thresholds(result: Mapping[str, Any]) -> list[dict[str, float] | None]:
@@ -173,11 +185,15 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
             rows.append([printable(label, NAME), str(entry["objects"]), *metrics])
         text.append((f"{one['path']}\n" if two else "") + arguments.aligned(rows))
     names = [f"{one['path']} " * two for one in results.values()]
-    rows = [["error"] + [f"{name}{word}" for name in names for word in ("AP50 cost", "count")]]
-    for kind in tide.KINDS:
-        costs = [(_points(one["errors"][kind]["AP50"]), str(one["errors"][kind]["count"])) for one in results.values()]
-        rows.append([kind, *itertools.chain(*costs)])
-    return "\n\n".join([*text, arguments.aligned(rows)])
+    for key, title in (("errors", "error"), ("mask_errors", "error of masks")):
+        if not all(key in one for one in results.values()):
+            continue
+        rows = [[title] + [f"{name}{word}" for name in names for word in ("AP50 cost", "count")]]
+        for kind in tide.KINDS:
+            costs = [(_points(one[key][kind]["AP50"]), str(one[key][kind]["count"])) for one in results.values()]
+            rows.append([kind, *itertools.chain(*costs)])
+        text.append(arguments.aligned(rows))
+    return "\n\n".join(text)
 
 
 def _points(value: float | None) -> str:

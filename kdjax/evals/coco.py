@@ -9,6 +9,7 @@ import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
 
 from kdjax.errors import UserError
+from kdjax.evals.matching import with_mask
 from kdjax.structs import Detections
 
 IouType = Literal["bbox", "segm"]
@@ -198,6 +199,12 @@ def coco_metrics(
     return metrics(curves(ground_truth, detections, iou_type=iou_type, use_categories=use_categories))
 
 
+def has_masks(ground_truth: Mapping[str, Any], detections: Mapping[int, Detections]) -> bool:
+    """Whether both the data and the detector have masks."""
+    known = any(row.get("segmentation") for row in ground_truth["annotations"])
+    return known and any(found.masks is not None for found in detections.values())
+
+
 def mask_metrics(ground_truth: Mapping[str, Any], detections: Mapping[int, Detections]) -> dict[str, float]:
     """COCO's twelve metrics of masks, where both the data and the detector have masks.
 
@@ -214,16 +221,9 @@ def mask_metrics(ground_truth: Mapping[str, Any], detections: Mapping[int, Detec
     Scope: the whole data set.
     """
     rows = ground_truth["annotations"]
-    if not any(row.get("segmentation") for row in rows) or all(found.masks is None for found in detections.values()):
+    if not has_masks(ground_truth, detections):
         return {}
-
-    def masked(row: Mapping[str, Any]) -> Mapping[str, Any]:
-        if row.get("segmentation"):
-            return row
-        x, y, w, h = row["bbox"]
-        return {**row, "segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]], "iscrowd": 1}
-
-    truth = {**ground_truth, "annotations": [masked(row) for row in rows]}
+    truth = {**ground_truth, "annotations": list(map(with_mask, rows))}
     values = coco_metrics(truth, detections, iou_type="segm").values()
     return dict(zip(MASK_METRICS, values, strict=True))
 

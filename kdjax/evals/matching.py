@@ -1,9 +1,10 @@
-"""Objects and detections by image, IoU of boxes, and matching, in NumPy: nothing here needs an accelerator."""
+"""Objects and detections by image, IoU of boxes and masks, and matching: nothing here needs an accelerator."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from faster_coco_eval.core import mask as rle
 
 from kdjax.structs import Detections
 
@@ -14,13 +15,17 @@ class Truth(NamedTuple):
     boxes: np.ndarray  # f64[m, 4], x1 y1 x2 y2 in pixels of the original image
     labels: np.ndarray  # i64[m], 0 .. K-1
     crowd: np.ndarray  # bool[m], COCO's `iscrowd`: a region of many objects
+    masks: tuple[dict[str, Any], ...] | None = None  # m masks as in `Detections.masks`; None: boxes are compared
 
 
-def truth_by_image(ground_truth: Mapping[str, Any]) -> dict[int, Truth]:
+def truth_by_image(ground_truth: Mapping[str, Any], *, masks: bool = False) -> dict[int, Truth]:
     """Reads the objects of a COCO json.
 
     Args:
-      ground_truth: COCO instances: `images`, `annotations` and `categories`; a missing `iscrowd` is 0.
+      ground_truth: COCO instances: `images`, `annotations` and `categories`; a missing `iscrowd` is 0. With `masks`,
+        every image has its `height` and `width`.
+      masks: whether to read the masks, by which objects and detections are then compared. An object without one is
+        taken as a crowd region of its box.
 
     Returns:
       {image id: its objects} of all images, by ascending id. Label i is the category with the i-th smallest id.
@@ -30,10 +35,51 @@ def truth_by_image(ground_truth: Mapping[str, Any]) -> dict[int, Truth]:
       >>> truth_by_image({"images": [{"id": 1}], "categories": [{"id": 3}], "annotations": [box]})[1].boxes
       array([[ 0., 10., 40., 50.]])
     """
+    if masks:
+        ground_truth = {**ground_truth, "annotations": list(map(with_mask, ground_truth["annotations"]))}
+    found = masks_by_image(ground_truth) if masks else {}
     return {
-        image_id: Truth(boxes, labels, np.array([bool(row.get("iscrowd", 0)) for row in rows], bool))
+        image_id: Truth(
+            boxes, labels, np.array([bool(row.get("iscrowd", 0)) for row in rows], bool), found.get(image_id)
+        )
         for image_id, rows, boxes, labels in _by_image(ground_truth, ground_truth["annotations"])
     }
+
+
+def masks_by_image(ground_truth: Mapping[str, Any]) -> dict[int, tuple[Any, ...]]:
+    """{image id: the masks of its objects as in `Detections.masks`, None for those without}, in the json's order.
+
+    Args:
+      ground_truth: COCO instances; every image has its `height` and `width`.
+    """
+    sizes = {image["id"]: (image["height"], image["width"]) for image in ground_truth["images"]}
+    return {
+        image_id: tuple(row.get("segmentation") and _rle(row["segmentation"], *sizes[image_id]) for row in rows)
+        for image_id, rows, *_ in _by_image(ground_truth, ground_truth["annotations"])
+    }
+
+
+def with_mask(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """An annotation of COCO; one without a mask as a crowd region of its box.
+
+    Example:
+      >>> with_mask({"bbox": [0, 1, 4, 4]})
+      {'bbox': [0, 1, 4, 4], 'segmentation': [[0, 1, 4, 1, 4, 5, 0, 5]], 'iscrowd': 1}
+    """
+    if row.get("segmentation"):
+        return row
+    x, y, w, h = row["bbox"]
+    return {**row, "segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]], "iscrowd": 1}
+
+
+def _rle(segmentation: Any, height: int, width: int) -> dict[str, Any]:  # noqa: ANN401 - any of COCO's forms
+    """A mask of COCO, polygons or RLE, as compressed RLE."""
+    if isinstance(segmentation, list):
+        return rle.merge(rle.frPyObjects(segmentation, height, width))
+    counts = segmentation["counts"]
+    if isinstance(counts, list):
+        return rle.frPyObjects(segmentation, height, width)
+    return {**segmentation, "counts": counts.encode() if isinstance(counts, str) else counts}
 
 
 def detections_by_image(ground_truth: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[int, Detections]:
@@ -106,6 +152,31 @@ def box_iou(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
     return np.where(union > 0, shared / np.where(union > 0, union, 1), 0.0)
 
 
+def overlaps(truth: Truth, found: Detections) -> np.ndarray:
+    """IoU of each detection with each object, f64[n, m]: of the masks if the truth has them, else of the boxes."""
+    if truth.masks is None:
+        return box_iou(found.boxes, truth.boxes)
+    return _of_masks(found, truth.masks, crowd=False)
+
+
+def covered(truth: Truth, found: Detections) -> np.ndarray:
+    """The share of each detection's area that lies in each object, f64[n, m], of masks or boxes as in `overlaps`."""
+    if truth.masks is not None:
+        return _of_masks(found, truth.masks, crowd=True)
+    boxes = np.asarray(found.boxes, np.float64)
+    low = np.maximum(boxes[:, None, :2], truth.boxes[None, :, :2])
+    high = np.minimum(boxes[:, None, 2:], truth.boxes[None, :, 2:])
+    area = (boxes[:, 2:] - boxes[:, :2]).prod(-1)
+    return np.clip(high - low, 0, None).prod(-1) / np.maximum(area, 1e-12)[:, None]
+
+
+def _of_masks(found: Detections, masks: tuple[dict[str, Any], ...], *, crowd: bool) -> np.ndarray:
+    if not len(found) or not masks:
+        return np.zeros((len(found), len(masks)))
+    assert found.masks is not None, "masks are compared with detections that have masks"
+    return np.asarray(rle.iou(list(found.masks), list(masks), [int(crowd)] * len(masks)), np.float64)
+
+
 def match(
     truth_boxes: np.ndarray,
     truth_labels: np.ndarray,
@@ -136,10 +207,18 @@ def match(
       >>> match(square, np.array([1]), square + 1, np.array([1]), np.array([0.9]))
       (array([ True]), array([ True]))
     """
-    correct, detected = np.zeros(len(boxes), bool), np.zeros(len(truth_boxes), bool)
+    iou = box_iou(boxes, truth_boxes)
+    return match_overlaps(iou, truth_labels, labels, scores, iou_threshold=iou_threshold)
+
+
+def match_overlaps(
+    iou: np.ndarray, truth_labels: np.ndarray, labels: np.ndarray, scores: np.ndarray, *, iou_threshold: float = 0.5
+) -> tuple[np.ndarray, np.ndarray]:
+    """`match` by the IoU f[n, m] of each detection with each object."""
+    correct, detected = np.zeros(len(labels), bool), np.zeros(len(truth_labels), bool)
     if not correct.size or not detected.size:
         return correct, detected
-    iou = np.where(labels[:, None] == truth_labels[None, :], box_iou(boxes, truth_boxes), -1.0)
+    iou = np.where(labels[:, None] == truth_labels[None, :], iou, -1.0)
     for i in np.argsort(-scores, kind="stable"):
         free = np.where(detected, -1.0, iou[i])
         best = int(np.argmax(free))

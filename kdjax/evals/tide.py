@@ -2,7 +2,7 @@
 
 Everything is at an IoU of 0.5, with COCO's rules for crowd regions (detections in a crowd region of their class do not
 count) and for the number of detections (the best 100 per image and class). Images are given as {image id: objects} and
-{image id: detections}.
+{image id: detections}. If the objects have masks (`truth_by_image(..., masks=True)`), IoU and area are those of masks.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kdjax.evals.matching import Truth, box_iou, match
+from kdjax.evals.matching import Truth, covered, match_overlaps, overlaps
 from kdjax.structs import Detections
 
 DEFAULT_THRESHOLD = 0.3  # score threshold if no detection is correct
@@ -62,8 +62,7 @@ def outcomes(truth: Mapping[int, Truth], detections: Mapping[int, Detections], n
     """
     parts, objects = [], 0
     for image_id, image in truth.items():
-        found, boxes, labels, correct, detected = _matched(image, detections[image_id])
-        iou = box_iou(found.boxes, boxes)
+        found, iou, labels, correct, detected = _matched(image, detections[image_id])
         same_class = found.labels[:, None] == labels[None, :]
         same, other = np.where(same_class, iou, 0.0), np.where(same_class, 0.0, iou)
         best_same, best_other = (side.max(1, initial=0.0) for side in (same, other))
@@ -166,10 +165,10 @@ def confusion(truth: Mapping[int, Truth], detections: Mapping[int, Detections], 
     """
     matrix = np.zeros((num_classes + 1, num_classes + 1), np.int64)
     for image_id, image in truth.items():
-        found, boxes, labels, correct, detected = _matched(image, detections[image_id])
+        found, iou, labels, correct, detected = _matched(image, detections[image_id])
         np.add.at(matrix, (labels[detected], labels[detected]), 1)
-        rest = found[~correct & ~_in_crowd(image, found)]
-        for row, label in zip(box_iou(rest.boxes, boxes), rest.labels, strict=True):
+        rest = ~correct & ~_in_crowd(image, found)
+        for row, label in zip(iou[rest], found.labels[rest], strict=True):
             row = np.where(detected, -1.0, row)
             best = int(row.argmax()) if len(row) else 0
             if len(row) and row[best] >= IOU:
@@ -253,22 +252,25 @@ def _average_precision(scores: np.ndarray, correct: np.ndarray, objects: int) ->
 
 
 def _matched(image: Truth, detections: Detections) -> tuple[Detections, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The best detections of each class, boxes and labels of the objects without crowd regions, and `match` of both."""
+    """The best detections of each class, their IoU with the objects, without crowd regions; their labels; `match`."""
     found = detections[np.argsort(-detections.scores, kind="stable")]
     rank = np.zeros(len(found), int)
     for label in np.unique(found.labels):
         of_class = found.labels == label
         rank[of_class] = np.arange(of_class.sum())
     found = found[rank < MAX_DETECTIONS]
-    boxes, labels = image.boxes[~image.crowd], image.labels[~image.crowd]
-    return found, boxes, labels, *match(boxes, labels, found.boxes, found.labels, found.scores, iou_threshold=IOU)
+    objects = _some(image, ~image.crowd)
+    iou, labels = overlaps(objects, found), objects.labels
+    return found, iou, labels, *match_overlaps(iou, labels, found.labels, found.scores, iou_threshold=IOU)
+
+
+def _some(image: Truth, chosen: np.ndarray) -> Truth:
+    """Some objects of an image."""
+    masks = None if image.masks is None else tuple(image.masks[i] for i in np.flatnonzero(chosen))
+    return Truth(image.boxes[chosen], image.labels[chosen], image.crowd[chosen], masks)
 
 
 def _in_crowd(image: Truth, detections: Detections) -> np.ndarray:
     """bool[n]: which detections have at least half of their area in a crowd region of their class."""
-    crowd, boxes = image.boxes[image.crowd], np.asarray(detections.boxes, np.float64)
-    low = np.maximum(boxes[:, None, :2], crowd[None, :, :2])
-    high = np.minimum(boxes[:, None, 2:], crowd[None, :, 2:])
-    area = (boxes[:, 2:] - boxes[:, :2]).prod(-1)
-    share = np.clip(high - low, 0, None).prod(-1) / np.maximum(area, 1e-12)[:, None]
-    return ((share >= IOU) & (detections.labels[:, None] == image.labels[image.crowd][None, :])).any(1)
+    crowd = _some(image, image.crowd)
+    return ((covered(crowd, detections) >= IOU) & (detections.labels[:, None] == crowd.labels[None, :])).any(1)

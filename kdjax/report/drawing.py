@@ -29,6 +29,10 @@ _INK = (20, 22, 26)
 _PAPER = (255, 255, 255)
 
 
+# Of the whole image at any resolution: COCO's compressed RLE, or u8[h, w], 255 on the object.
+Mask = Mapping[str, Any] | np.ndarray
+
+
 class Example(NamedTuple):
     """An image with its objects and what models detect in it."""
 
@@ -37,10 +41,7 @@ class Example(NamedTuple):
     labels: np.ndarray  # i[m], 0 .. K-1
     detections: Mapping[str, Detections]  # by model, in the order of the panels; in pixels of `image`
     name: str = ""
-
-
-# Of the whole image at any resolution: COCO's compressed RLE, or u8[h, w], 255 on the object.
-Mask = Mapping[str, Any] | np.ndarray
+    masks: Sequence[Mask | None] = ()  # of the objects; () if they have none
 
 
 class Panel(NamedTuple):
@@ -215,7 +216,7 @@ def panels(
       >>> [(panel.name, panel.correct, panel.missed) for panel in panels(example, ["cell"])]
       [('ground truth', 1, 0), ('student', 1, 0)]
     """
-    drawn = draw(example.image, example.boxes, example.labels, None, class_names, width=width)
+    drawn = draw(example.image, example.boxes, example.labels, None, class_names, masks=example.masks, width=width)
     result = [Panel(TRUTH, drawn, len(example.boxes), 0, 0)]
     for name, detections in example.detections.items():
         shown = detections[detections.scores >= threshold]
@@ -223,13 +224,15 @@ def panels(
             example.boxes, example.labels, shown.boxes, shown.labels, shown.scores, iou_threshold=iou_threshold
         )
         missed = int((~detected).sum())
+        masks = [*(shown.masks or [None] * len(shown))]
+        masks += [example.masks[i] if example.masks else None for i in np.flatnonzero(~detected)]
         drawn = draw(
             example.image,
             np.concatenate([shown.boxes, example.boxes[~detected]]),
             np.concatenate([shown.labels, example.labels[~detected]]),
             np.concatenate([shown.scores, np.ones(missed)]),
             class_names,
-            masks=() if shown.masks is None else [*shown.masks, *[None] * missed],
+            masks=masks,
             threshold=threshold,
             outcome=np.concatenate([np.where(correct, CORRECT, FALSE), np.full(missed, MISSED)]),
             width=width,

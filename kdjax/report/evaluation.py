@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from kdjax.evals.matching import Truth, match, truth_by_image
+from kdjax.evals.matching import Truth, masks_by_image, match, truth_by_image
 from kdjax.report import drawing, pages
 from kdjax.report.charts import chart_grid, line_chart
 from kdjax.report.format import percent
@@ -51,20 +51,26 @@ def page(
         title += f", compared with {results['other']['path']}"
     objects = truth_by_image(truth)
     files = {image["id"]: image["file_name"] for image in truth["images"]}
+    masks = masks_by_image(truth) if any("mask_errors" in one for one in results.values()) else {}
     examples = []
     for image_id, image in _chosen(objects, kept, stream):
         real = ~objects[image_id].crowd
         boxes, labels = objects[image_id].boxes[real], objects[image_id].labels[real]
         detections = {name: kept[name][image_id] for name in order}
-        examples.append(drawing.Example(image, boxes, labels, detections, files[image_id]))
+        own = [mask for mask, shown in zip(masks[image_id], real, strict=True) if shown] if masks else ()
+        examples.append(drawing.Example(image, boxes, labels, detections, files[image_id], own))
     which = "largest difference between the models" if "other" in results else "most errors"
     note = f"The images with the {which}. Detections above the score threshold of their class, without crowd regions."
+    masked = []
+    if all("mask_errors" in one for one in results.values()):
+        masked.append(("Error analysis of masks", _error_table(results, "mask_errors")))
     sections = [
         ("Metrics", pages.metrics_table(metrics)),
         ("AP by class", pages.bars(by_class, first="class")),
         ("Thresholds", "".join(_threshold_table(results, name) for name in results)),
         ("Precision and recall", _curves(results, names)),
         ("Error analysis", _error_table(results)),
+        *masked,
         ("Confusion matrix", "".join(_confusion_table(results, name, names) for name in results)),
         ("Images", pages.image_rows(examples, names, threshold=0.0, note=note)),
     ]
@@ -95,7 +101,7 @@ def _curves(results: Mapping[str, Result], names: list[str]) -> str:
     return f'<p class="small">At IoU 0.5.</p>{chart_grid(charts)}'
 
 
-def _error_table(results: Mapping[str, Result]) -> str:
+def _error_table(results: Mapping[str, Result], key: str = "errors") -> str:
     meanings = {
         "classification": "IoU of at least 0.5 with an object of another class",
         "localization": "IoU of 0.1 to 0.5 with an object of its class",
@@ -106,7 +112,7 @@ def _error_table(results: Mapping[str, Result]) -> str:
     }
     rows = [["error", "definition", *(word for name in results for word in (f"{name}: AP50 cost", f"{name}: count"))]]
     for kind, meaning in meanings.items():
-        entries = [one["errors"][kind] for one in results.values()]
+        entries = [one[key][kind] for one in results.values()]
         rows.append([kind, meaning, *itertools.chain(*((percent(e["AP50"]), str(e["count"])) for e in entries))])
     about = (
         "AP50 cost: gain in AP50, in percentage points, if all errors of this kind were corrected (TIDE, Bolya et al. "

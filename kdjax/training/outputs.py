@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from kdjax import data, files, weights
 from kdjax.evals import coco, complexity, voc
-from kdjax.evals.matching import truth_by_image
+from kdjax.evals.matching import Truth, masks_by_image, truth_by_image
 from kdjax.inference.predict import predict
 from kdjax.report import drawing, model_card
 from kdjax.report import run as run_report
@@ -54,24 +54,40 @@ def evaluate(setup: Setup, role: str, *, limit: int = 0) -> Evaluation:
         round_down=detector.round_down,
     )
     bar = tqdm(batches, desc=f"evaluate {role}", unit="batch", leave=False, disable=jax.process_index() > 0)
-    by_image, examples = {}, []
+    by_image, shown = {}, []
     for batch, detections in predict(detector, variables, bar, category_ids=dataset.category_ids):
         by_image |= coco.collect([(batch, detections)])
-        for row in np.flatnonzero(batch["real"] & batch["valid"].any(axis=1))[: EXAMPLES - len(examples)]:
-            examples.append(_example(role, batch, detections[row], row))
+        for row in np.flatnonzero(batch["real"] & batch["valid"].any(axis=1))[: EXAMPLES - len(shown)]:
+            shown.append((batch, row))
     truth = data.ground_truth(dataset, "val", limit=limit or None)
     curves = coco.curves(truth, by_image)
     metrics = coco.metrics(curves) | coco.mask_metrics(truth, by_image)
+    objects = truth_by_image(truth)
+    masks = masks_by_image(truth) if coco.has_masks(truth, by_image) else {}
+    examples = [_example(role, batch, row, objects, masks, by_image) for batch, row in shown]
     return Evaluation(metrics, coco.class_metrics(curves), by_image, examples)
 
 
-def _example(role: str, batch: Mapping[str, np.ndarray], detections: Detections, row: int) -> drawing.Example:
+def _example(
+    role: str,
+    batch: Mapping[str, np.ndarray],
+    row: int,
+    objects: Mapping[int, Truth],
+    masks: Mapping[int, Sequence[Any]],
+    detections: Mapping[int, Detections],
+) -> drawing.Example:
     """One image without the padding of the canvas, with its objects and detections."""
-    (height, width), valid = batch["image_size"][row], batch["valid"][row]
+    height, width = batch["image_size"][row]
     scale = (batch["image_size"][row] / batch["original_size"][row])[[1, 0, 1, 0]]
-    on_canvas = dataclasses.replace(detections, boxes=(detections.boxes * scale).astype(np.float32))
+    image_id = int(batch["image_id"][row])
+    truth, found = objects[image_id], detections[image_id]
+    real = ~truth.crowd
     return drawing.Example(
-        batch["image"][row, :height, :width], batch["boxes"][row][valid], batch["labels"][row][valid], {role: on_canvas}
+        image=batch["image"][row, :height, :width],
+        boxes=truth.boxes[real] * scale,
+        labels=truth.labels[real],
+        detections={role: dataclasses.replace(found, boxes=(found.boxes * scale).astype(np.float32))},
+        masks=[mask for mask, shown in zip(masks[image_id], real, strict=True) if shown] if masks else (),
     )
 
 
@@ -205,7 +221,10 @@ def write_report(
     rows = log.rows()
     shown = [evaluations[role].examples for role in ("teacher", "twin", "student") if role in evaluations]
     examples = [
-        same[0]._replace(detections={role: found for one in same for role, found in one.detections.items()})
+        same[0]._replace(
+            detections={role: found for one in same for role, found in one.detections.items()},
+            masks=next((one.masks for one in same if one.masks), ()),
+        )
         for same in zip(*shown, strict=True)
     ]
     run_report.write_report(

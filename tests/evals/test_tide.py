@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from kdjax.evals import coco, tide
+from kdjax.evals import coco, matching, tide
 from kdjax.evals.matching import detections_by_image, truth_by_image
+from kdjax.structs import Detections
 
 SQUARE = [0, 0, 40, 40]
 
@@ -132,6 +133,42 @@ def test_swapped_classes():
 def test_a_threshold_does_not_separate_equal_scores():
     truth, detections = case([(10, SQUARE)], [(10, SQUARE, 0.5), (10, FAR, 0.5)])
     assert tide.best_thresholds(tide.outcomes(truth, detections, 2))[0]["precision"] == 0.5
+
+
+def rectangle(box):
+    """A box as a polygon."""
+    x, y, w, h = box
+    return [[x, y, x + w, y, x + w, y + h, x, y + h]]
+
+
+def test_masks_decide_where_both_sides_have_them():
+    """Equal boxes, of which one detection's mask is half of the object's, and one object without a mask."""
+    triangle = [[0, 0, 40, 0, 0, 40]]
+    truth = {
+        "images": [{"id": 7, "height": 400, "width": 400}],
+        "categories": [{"id": 10, "name": "c"}],
+        "annotations": [
+            {"image_id": 7, "category_id": 10, "bbox": SQUARE, "segmentation": rectangle(SQUARE)},
+            {"image_id": 7, "category_id": 10, "bbox": FAR},
+        ],
+    }
+    half = matching._rle([[0, 0, 40, 0, 40, 16, 0, 16]], 400, 400)
+    whole = matching._rle(rectangle(SQUARE), 400, 400)
+    far = matching._rle(rectangle(FAR), 400, 400)
+    assert matching._rle(triangle, 400, 400)["size"] == [400, 400]
+    boxes = np.array([[0, 0, 40, 40.0], [0, 0, 40, 40], [200, 200, 220, 220]])
+    found = {7: Detections(boxes, np.array([0.9, 0.8, 0.7]), np.zeros(3, int), masks=(half, whole, far))}
+    by_box = tide.outcomes(truth_by_image(truth), found, 1)
+    assert [tide.KINDS[k] if k >= 0 else "correct" for k in by_box.kinds] == ["correct", "duplicate", "correct"]
+    objects = truth_by_image(truth, masks=True)
+    by_mask = tide.outcomes(objects, found, 1)  # the third lies in what is a crowd region without its mask
+    assert [tide.KINDS[k] if k >= 0 else "correct" for k in by_mask.kinds] == ["localization", "correct"]
+    assert tide.confusion(objects, found, 1).tolist() == [[1, 0], [1, 0]]
+    assert matching.masks_by_image(truth)[7][1] is None
+    np.testing.assert_allclose(matching.overlaps(objects[7], found[7])[:, 0], [0.4, 1, 0])
+    for form in (half["counts"].decode(), [0, *(n for _ in range(39) for n in (16, 384)), 16, 400 * 361 - 16]):
+        again = matching._rle({"size": [400, 400], "counts": form}, 400, 400)
+        assert matching.rle.area(again) == 640
 
 
 def random_case(seed: int):

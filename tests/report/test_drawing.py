@@ -120,5 +120,12 @@ def test_masks_are_laid_over_the_image():
     example = drawing.Example(GREY, BOX, np.array([0]), {"a": one, "b": dataclasses.replace(one, masks=None)})
     _, with_mask, without = drawing.panels(example, ["a"], width=(80, 80))
     assert (with_mask.image != without.image).any()
+    far = Detections(BOX + [45, 0, 45, 0], np.array([0.9]), np.array([0]))
+    drawn = [
+        drawing.panels(drawing.Example(GREY, BOX, np.array([0]), {"a": far}, masks=m), ["a"], width=(80, 80))
+        for m in ([half], [None])
+    ]
+    for own, other in zip(*drawn, strict=True):  # the object's mask is drawn, also where it is missed
+        assert (own.image != other.image).any(), own.name
     sheets = [drawing.contact_sheet([GREY], [BOX], [[0]], ["a"], 1, masks=m, width=80) for m in ((), [[half]])]
     assert (sheets[0][35, 60] == 128).all() and (sheets[1][35, 60] == bytes_[35, 60]).all()
