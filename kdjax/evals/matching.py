@@ -1,7 +1,7 @@
 """Objects and detections by image, IoU of boxes and masks, and matching: nothing here needs an accelerator."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from faster_coco_eval.core import mask as rle
@@ -75,10 +75,10 @@ def with_mask(row: Mapping[str, Any]) -> Mapping[str, Any]:
 def _rle(segmentation: Any, height: int, width: int) -> dict[str, Any]:  # noqa: ANN401 - any of COCO's forms
     """A mask of COCO, polygons or RLE, as compressed RLE."""
     if isinstance(segmentation, list):
-        return rle.merge(rle.frPyObjects(segmentation, height, width))
+        return rle.merge(cast(list[dict[str, Any]], rle.frPyObjects(segmentation, height, width)))
     counts = segmentation["counts"]
     if isinstance(counts, list):
-        return rle.frPyObjects(segmentation, height, width)
+        return cast(dict[str, Any], rle.frPyObjects(segmentation, height, width))
     return {**segmentation, "counts": counts.encode() if isinstance(counts, str) else counts}
 
 

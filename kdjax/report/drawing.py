@@ -225,7 +225,7 @@ def panels(
         )
         missed = int((~detected).sum())
         masks = [*(shown.masks or [None] * len(shown))]
-        masks += [example.masks[i] if example.masks else None for i in np.flatnonzero(~detected)]
+        masks += [example.masks[i] if example.masks else None for i in np.flatnonzero(~detected).tolist()]
         drawn = draw(
             example.image,
             np.concatenate([shown.boxes, example.boxes[~detected]]),

@@ -1,5 +1,6 @@
 """`kdjax evaluate`."""
 
+import dataclasses
 import json
 import shutil
 
@@ -7,9 +8,12 @@ import numpy as np
 import pytest
 
 from kdjax import cli
-from kdjax.commands import arguments
+from kdjax.commands import arguments, evaluate
 from kdjax.evals import coco
+from kdjax.inference import masks
 from kdjax.inference import predict as prediction
+from kdjax.report import evaluation as page
+from kdjax.structs import Detections
 from tests.support.models import read, refused
 
 
@@ -98,3 +102,30 @@ def test_evaluate_gives_the_metrics_of_the_run(finished, tmp_path, what):
     away = np.abs(first[:, None] - second).max(-1)
     assert (away.min(0) < 1e-3).all() and (away.min(1) < 1e-3).all()
     assert read(workdir / "student" / "config.json")["extra"]["category_ids"] == [1, 2, 3, 4, 5, 6]
+
+
+def test_errors_of_masks_are_told_beside_those_of_boxes():
+    """One detection has the right box and half of the mask."""
+    square = [[0, 0, 40, 0, 40, 40, 0, 40]]
+    row = {"image_id": 7, "category_id": 10, "bbox": [0, 0, 40, 40]}
+    truth = {
+        "images": [{"id": 7, "height": 80, "width": 80, "file_name": "a.png"}],
+        "categories": [{"id": 10, "name": "c"}],
+        "annotations": [{**row, "id": 1, "segmentation": square, "area": 1600, "iscrowd": 0}],
+    }
+    mask = np.zeros((80, 80), bool)
+    mask[:40, :16] = True
+    boxes = np.array([[0, 0, 40, 40.0]])
+    found = Detections(boxes, np.array([0.9]), np.zeros(1, int), ("c",), (10,), masks.encoded([mask]))
+    with_masks = evaluate.analyse(truth, {7: found})
+    assert with_masks["errors"]["localization"] == {"AP50": 0, "count": 0}
+    assert with_masks["mask_errors"]["localization"] == {"AP50": 1, "count": 1}
+    without = evaluate.analyse(truth, {7: dataclasses.replace(found, masks=None)})
+    assert "mask_errors" not in without
+    results = {"model": {"path": "a", "params": 1, "flops": 1, **with_masks}}
+    assert "error of masks" in evaluate.table(results)
+    image = np.zeros((80, 80, 3), np.uint8)
+    html = page.page(results, data="d", truth=truth, stream=lambda ids: iter([(7, image)]), kept={"model": {7: found}})
+    assert "Error analysis of masks" in html
+    both = results | {"other": {"path": "b", "params": 1, "flops": 1, **without}}
+    assert "error of masks" not in evaluate.table(both)

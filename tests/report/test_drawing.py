@@ -120,7 +120,7 @@ def test_masks_are_laid_over_the_image():
     example = drawing.Example(GREY, BOX, np.array([0]), {"a": one, "b": dataclasses.replace(one, masks=None)})
     _, with_mask, without = drawing.panels(example, ["a"], width=(80, 80))
     assert (with_mask.image != without.image).any()
-    far = Detections(BOX + [45, 0, 45, 0], np.array([0.9]), np.array([0]))
+    far = Detections(BOX + np.array([45.0, 0, 45, 0]), np.array([0.9]), np.array([0]))
     drawn = [
         drawing.panels(drawing.Example(GREY, BOX, np.array([0]), {"a": far}, masks=m), ["a"], width=(80, 80))
         for m in ([half], [None])
