@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from kdjax import shapes
+from kdjax import nn, shapes
 from kdjax.boxes.convert import clip
 from kdjax.errors import UserError
 from kdjax.structs import AnyArray, Array, PaddedDetections
@@ -41,6 +41,8 @@ def greedy_nms(
       ([[1, 2, 0]], [[True, True, False]])
     """
     shapes.check("greedy_nms", boxes=(boxes, "B C 4"), scores=(scores, "B C"))
+    if other := nn.replacement("greedy_nms"):
+        return other(boxes, scores, labels, iou_threshold=iou_threshold, max_detections=max_detections)
     x1, y1, x2, y2 = (boxes[..., i] for i in range(4))
     area = (x2 - x1) * (y2 - y1)
 
@@ -152,6 +154,18 @@ def select_rows(
     if sum(level_sizes) != num_priors:
         raise UserError(
             f"select_detections: level_sizes must add up to the {num_priors} priors, not {sum(level_sizes)}"
+        )
+    if other := nn.replacement("select_rows"):
+        return other(
+            boxes,
+            scores,
+            level_sizes=level_sizes,
+            image_size=image_size,
+            score_threshold=score_threshold,
+            iou_threshold=iou_threshold,
+            pre_nms=pre_nms,
+            max_detections=max_detections,
+            quality=quality,
         )
     boxes, scores = jnp.asarray(boxes).astype(jnp.float32), jnp.asarray(scores).astype(jnp.float32)
     boxes = boxes.reshape(batch, -1, 4)

@@ -69,7 +69,7 @@ def run(
     if format in ("onnx", "litert"):
         packages.check_installed(packages.ONNX if format == "onnx" else packages.LITERT)
     loaded = arguments.load_model(model)
-    graphs.check(loaded)
+    graphs.check(loaded, raw=raw, nms=format != "litert")
     exif = exif or loaded.exif_orientation
     opened = arguments.open_data(data, split, annotations, images, limit, exif) if data else None
     if opened:
@@ -80,10 +80,14 @@ def run(
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as folder:
         made = Path(folder) / target.name
         call = _write(loaded, made, format, raw=raw)
-        worst = verify.check(loaded, call, samples, raw=raw)
-        told = [f"outputs: largest difference from the JAX model {worst:.2g} (float32, {len(samples)} images)"]
+        agreement = verify.check(loaded, call, samples, raw=raw)
+        worst = f"{agreement.difference:.2g}"
+        told = [f"outputs: largest difference from the JAX model {worst} (float32, {len(samples)} images)"]
         facts = metadata.describe(loaded, raw=raw, nms=format != "litert")
-        facts["largest difference from JAX, float32"] = f"{worst:.2g}"
+        facts["largest difference from JAX, float32"] = worst
+        if loaded.detector.masks and not raw:
+            told.append(f"masks: smallest IoU with those of the JAX model {agreement.mask_iou:.4f}")
+            facts["smallest IoU of masks with JAX, float32"] = f"{agreement.mask_iou:.4f}"
         if dtype == "int8":
             calibration, source = _calibration(data or "", split, exif, opened)
             told += source
@@ -91,9 +95,9 @@ def run(
             call = onnx.runner(made)
         if opened:
             budget = BUDGET[dtype] if max_ap_loss is None else max_ap_loss
-            measured, line = _measure(loaded, call, opened, raw=raw, dtype=dtype, budget=budget)
+            measured, lines = _measure(loaded, call, opened, raw=raw, dtype=dtype, budget=budget)
             facts |= measured
-            told.append(line)
+            told += lines
             facts["AP measured on"] = f"{opened.name}, {split}, {opened.split.size} images"
         facts["dtype"] = dtype
         if format == "onnx":
@@ -111,30 +115,37 @@ def _write(model: Model, path: Path, format: str, *, raw: bool) -> verify.Call:
     if format == "litert":
         litert.write(model, path, raw=raw)
         return litert.runner(path, model, raw=raw)
-    one = onnx if format == "onnx" else stablehlo
-    one.write(model, path, raw=raw)
-    return one.runner(path)
+    if format == "onnx":
+        onnx.write(model, path, raw=raw)
+        return onnx.runner(path)
+    stablehlo.write(model, path, raw=raw)
+    return stablehlo.runner(path, raw=raw)
 
 
 def _measure(
     model: Model, call: verify.Call, opened: arguments.Data, *, raw: bool, dtype: str, budget: float
-) -> tuple[dict[str, str], str]:
-    """AP before and after, in points, for the metadata and as a line."""
+) -> tuple[dict[str, str], list[str]]:
+    """AP of boxes and masks before and after, in points, for the metadata and as lines."""
 
-    def average_precision(what: str, run: Program | None) -> float:
+    def average_precision(what: str, run: Program | None) -> dict[str, float]:
         with contextlib.closing(opened.batches(model, batch_size=BATCH)) as batches:
             bar = tqdm(batches, total=-(-opened.split.size // BATCH), desc=what, unit="batch")
-            return 100 * verify.average_precision(model, opened.truth, bar, run=run)
+            found = verify.average_precision(model, opened.truth, bar, run=run)
+        return {name: 100 * value for name, value in found.items()}
 
-    before = average_precision("JAX", None)
-    after = average_precision("exported", verify.as_program(model, call, raw=raw))
-    if before - after > budget:
-        raise UserError(
-            f"{dtype} loses {before - after:.2f} points of AP ({before:.2f} to {after:.2f}), more than "
-            f"--max-ap-loss={budget:g}: nothing was written"
-        )
-    line = f"AP: {before:.2f} in JAX, {after:.2f} in the file ({round(after - before, 2) + 0.0:+.2f})"
-    return {"AP of JAX": f"{before:.2f}", f"AP of this file, {dtype}": f"{after:.2f}"}, line
+    jax_model = average_precision("JAX", None)
+    exported = average_precision("exported", verify.as_program(model, call, raw=raw))
+    facts, lines = {}, []
+    for name, before in jax_model.items():
+        after = exported[name]
+        if before - after > budget:
+            raise UserError(
+                f"{dtype} loses {before - after:.2f} points of {name} ({before:.2f} to {after:.2f}), more than "
+                f"--max-ap-loss={budget:g}: nothing was written"
+            )
+        facts |= {f"{name} of JAX": f"{before:.2f}", f"{name} of this file, {dtype}": f"{after:.2f}"}
+        lines.append(f"{name}: {before:.2f} in JAX, {after:.2f} in the file ({round(after - before, 2) + 0.0:+.2f})")
+    return facts, lines
 
 
 def _generated(split: str, count: int) -> list[np.ndarray]:

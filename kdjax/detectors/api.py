@@ -58,7 +58,6 @@ class Decode(Protocol):
         iou_threshold: float = ...,
         pre_nms: int = ...,
         max_detections: int = ...,
-        select: Callable[..., Any] = ...,
     ) -> PaddedDetections: ...
 
 
@@ -97,9 +96,8 @@ class Detector:
       `DetectorOutput.cls_logits`, `box_reg` or `quality`.
     - `assign(output, targets, key=None) -> Assignment`: which row learns what; a detector that samples reads the key.
     - `loss(output, targets, assignment) -> {name: f32[]}`: normalised over the global batch.
-    - `decode(output, image_size i32[B, 2], *, score_threshold, iou_threshold, pre_nms, max_detections, select) ->
-      PaddedDetections`; `select` has the arguments of `kdjax.boxes.select_detections`, which it is by default
-      (`select_rows` of a detector that returns masks of the canvas).
+    - `decode(output, image_size i32[B, 2], *, score_threshold, iou_threshold, pre_nms, max_detections) ->
+      PaddedDetections`. Its NMS is one of `kdjax.boxes.nms`, which exports replace by operators of other runtimes.
     - `decode_boxes(output) -> f32[B, N, 4]`, `class_logits(output) -> f32[B, N, K]`: all levels in one array.
     - `priors((H, W)) -> f32[N, 4]`: NumPy; x, y, stride in x, stride in y, in pixels.
     - `no_decay(params) -> tree of bool`: True for parameters without weight decay: norms, biases, frozen ones.

@@ -281,7 +281,6 @@ def decoder(decode_boxes: Callable[[DetectorOutput], Array], *, iou_threshold: f
         iou_threshold: float = iou_threshold,
         pre_nms: int = 1000,
         max_detections: int = 100,
-        select: Callable[..., PaddedDetections] = nms.select_detections,
     ) -> PaddedDetections:
         """Turns predictions into detections by NMS within each class.
 
@@ -294,7 +293,6 @@ def decoder(decode_boxes: Callable[[DetectorOutput], Array], *, iou_threshold: f
           iou_threshold: a box is dropped if its IoU with a better one of its class is above it.
           pre_nms: largest number of (prior, class) pairs of each level that enter NMS.
           max_detections: D, the number of rows of the result.
-          select: what chooses among boxes and scores; it has the arguments of `kdjax.boxes.select_detections`.
 
         Returns:
           D detections per image, padded.
@@ -303,7 +301,7 @@ def decoder(decode_boxes: Callable[[DetectorOutput], Array], *, iou_threshold: f
 
         Peers: mmdetection 3.3.0 BaseDenseHead.predict_by_feat without rescaling.
         """
-        return select(
+        return nms.select_detections(
             decode_boxes(output),
             jax.nn.sigmoid(levels.class_logits(output)),
             quality=jax.nn.sigmoid(levels.join(output.quality, 1)[..., 0]) if output.quality else None,

@@ -360,7 +360,6 @@ def decode(
     iou_threshold: float = 0.65,
     pre_nms: int = 30000,
     max_detections: int = 300,
-    select: Callable[..., PaddedDetections] = nms.select_detections,
 ) -> PaddedDetections:
     """Turns predictions into detections by NMS within each class.
 
@@ -371,7 +370,6 @@ def decode(
       iou_threshold: a box is dropped if its IoU with a better one of its class is above it.
       pre_nms: largest number of (prior, class) pairs of each level that enter NMS.
       max_detections: D, the number of rows of the result.
-      select: what chooses among boxes and scores; it has the arguments of `kdjax.boxes.select_detections`.
 
     Returns:
       D detections per image, padded.
@@ -380,7 +378,7 @@ def decode(
 
     Peers: mmdetection 3.3.0 RTMDetHead.predict_by_feat without rescaling.
     """
-    return select(
+    return nms.select_detections(
         decode_boxes(output),
         jax.nn.sigmoid(levels.class_logits(output)),
         image_size=image_size,

@@ -10,7 +10,6 @@ Loads: state dicts with the names of mmdetection. Published mask AP: 35.4, 38.7,
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -340,7 +339,6 @@ def decode(
     iou_threshold: float = 0.6,
     pre_nms: int = 1000,
     max_detections: int = 100,
-    select: Callable[..., tuple[PaddedDetections, Array]] = nms.select_rows,
 ) -> PaddedDetections:
     """Turns predictions into detections by NMS within each class, and computes the masks of what is left.
 
@@ -351,7 +349,6 @@ def decode(
       iou_threshold: a box is dropped if its IoU with a better one of its class is above it.
       pre_nms: largest number of (prior, class) pairs of each level that enter NMS.
       max_detections: D, the number of rows of the result.
-      select: what chooses among boxes and scores; it has the arguments and results of `kdjax.boxes.select_rows`.
 
     Returns:
       D detections per image, padded; `masks` are logits of the whole canvas at stride 8, f32[B, D, H/8, W/8].
@@ -362,7 +359,7 @@ def decode(
     afterwards, by `kdjax.inference.masks.from_canvas`.
     """
     assert output.prototypes is not None
-    found, rows = select(
+    found, rows = nms.select_rows(
         rtmdet.decode_boxes(output),
         jax.nn.sigmoid(levels.class_logits(output)),
         image_size=image_size,

@@ -8,7 +8,7 @@ YOLOX-nano has 46.8 AP on 11 images of val2017 and 45.6 on 16 of train2017 (in o
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -304,7 +304,6 @@ def decode(
     iou_threshold: float = 0.65,
     pre_nms: int = 30000,
     max_detections: int = 300,
-    select: Callable[..., PaddedDetections] = nms.select_detections,
 ) -> PaddedDetections:
     """Turns predictions into detections by NMS within each class.
 
@@ -318,7 +317,6 @@ def decode(
       iou_threshold: a box is dropped if its IoU with a better one of its class is above it.
       pre_nms: largest number of (prior, class) pairs of each level that enter NMS.
       max_detections: D, the number of rows of the result.
-      select: what chooses among boxes and scores; it has the arguments of `kdjax.boxes.select_detections`.
 
     Returns:
       D detections per image, padded.
@@ -332,7 +330,7 @@ def decode(
     inside = clip(boxes, image_size)
     scores = jax.nn.sigmoid(levels.class_logits(output)) * jax.nn.sigmoid(_objectness(output))[..., None]
     seen = jnp.all(inside[..., 2:] > inside[..., :2], -1, keepdims=True)
-    found = select(
+    found = nms.select_detections(
         boxes,
         jnp.where(seen, scores, 0.0),
         level_sizes=levels.level_sizes(output),

@@ -1,6 +1,6 @@
-"""The functions that are exported: from the pixels of one image to the head's maps, or to the inputs of an NMS.
+"""The functions that are exported: from the pixels of one image to the head's maps, detections, or what NMS reads.
 
-Other runtimes need two things in another form than JAX: the normalisation is a convolution, and NMS is left to them.
+Other runtimes need the normalisation as a convolution (`nn.portable`), and have NMS as an operator or not at all.
 """
 
 import dataclasses
@@ -20,36 +20,58 @@ from kdjax.inference.model import Model
 from kdjax.structs import Array, DetectorOutput, PaddedDetections
 
 INPUTS = ("image", "image_size")
-_PREDICTIONS = ("cls_logits", "box_reg", "quality")
+DETECTIONS = ("boxes", "scores", "labels", "valid", "masks")
+_PREDICTIONS = ("cls_logits", "box_reg", "quality", "kernels")
 
 
-def check(model: Model) -> None:
-    """Checks that the detector's results can be exported.
+def check(model: Model, *, raw: bool, nms: bool = True) -> None:
+    """Checks that a format can hold what is asked for.
+
+    Args:
+      model: from `kdjax.inference.load`.
+      raw: the head's maps instead of detections.
+      nms: whether NMS can be in the file.
 
     Raises:
-      UserError: it returns masks.
+      UserError: it cannot.
     """
-    if model.detector.masks:
+    what, two_stages = f"{model.path}: {model.detector.name}", model.detector.head is None
+    if raw and two_stages:
+        raise UserError(f"{what} has two stages, and the second has no maps: export it without --raw")
+    if not raw and not nms and (two_stages or model.detector.masks):
+        why = "second stage is" if two_stages else "masks are"
         raise UserError(
-            f"{model.path}: {model.detector.name} returns masks, which kdjax cannot export yet: export a detector "
-            "without masks"
+            f"{what}: its {why} computed behind an NMS, which a LiteRT file cannot hold: use another format"
+            + ("" if two_stages else ", or --raw")
         )
 
 
+def network(model: Model, images: Array) -> DetectorOutput:
+    """The detector's output for images u8[B, H, W, 3].
+
+    In portable mode the normalisation is a convolution, which takes other runtimes a tenth of the time.
+    """
+    if nn.is_portable():
+        kernel, offset = affine(model)
+        x = nn.conv2d(images.astype(jnp.float32), jnp.asarray(kernel)[None, None], jnp.asarray(offset))
+    else:
+        x = model.detector.preprocess(images)
+    return model.detector.apply(*model.variables, x, train=False)[0]
+
+
 def maps(model: Model, images: Array) -> tuple[Array, ...]:
-    """The head's maps of images u8[B, H, W, 3]: class logits fine to coarse, then box regressions."""
-    return _maps(model, model.detector.preprocess(images))
+    """The head's maps of images u8[B, H, W, 3]: class logits fine to coarse, then box regressions, and so on."""
+    return tuple(_named(network(model, images)).values())
 
 
-def portable_maps(model: Model, images: Array) -> tuple[Array, ...]:
-    """`maps` with the normalisation as a convolution, which takes other runtimes a tenth of the time."""
-    kernel, offset = affine(model)
-    return _maps(model, nn.conv2d(images.astype(jnp.float32), jnp.asarray(kernel)[None, None], jnp.asarray(offset)))
-
-
-def _maps(model: Model, x: Array) -> tuple[Array, ...]:
-    found, _ = model.detector.apply(*model.variables, x, train=False)
-    return tuple(level for what in _PREDICTIONS for level in getattr(found, what))
+def _named(found: DetectorOutput) -> dict[str, Array]:
+    """The maps that detections are computed from, by name."""
+    levels = {
+        f"{what}_{stride}": level
+        for what in _PREDICTIONS
+        for stride, level in zip(found.strides, getattr(found, what), strict=False)
+    }
+    return levels if found.prototypes is None else levels | {"prototypes": found.prototypes}
 
 
 def spec(model: Model) -> DetectorOutput:
@@ -60,14 +82,15 @@ def spec(model: Model) -> DetectorOutput:
 
 def map_names(model: Model) -> list[str]:
     """The names of `maps`, in their order."""
-    shapes = spec(model)
-    return [f"{what}_{stride}" for what in _PREDICTIONS if getattr(shapes, what) for stride in shapes.strides]
+    return list(_named(spec(model)))
 
 
 def output(model: Model, found: Iterable[Array]) -> DetectorOutput:
     """The inverse of `maps`: the detector's output with the predictions alone."""
     shapes, levels = spec(model), iter(found)
     predictions: dict[str, Any] = {what: tuple(next(levels) for _ in getattr(shapes, what)) for what in _PREDICTIONS}
+    if shapes.prototypes is not None:
+        predictions["prototypes"] = next(levels)
     return dataclasses.replace(shapes, **predictions)
 
 
@@ -79,56 +102,81 @@ def affine(model: Model) -> tuple[np.ndarray, np.ndarray]:
     return (np.array(pure) - offset) / 255, offset
 
 
-def candidates(model: Model, settings: dict[str, Any], images: Array, image_size: Array) -> tuple[Array, Array, Array]:
-    """The inputs of an NMS that is not `kdjax.boxes.select_detections`.
+def detections(model: Model, images: Array, image_size: Array) -> tuple[Array, ...]:
+    """The detections of images u8[B, H, W, 3]: `boxes`, `scores`, `labels`, `valid` and, if there are any, `masks`."""
+    found = model.detector.decode(network(model, images), image_size)._asdict()
+    return tuple(found[name] for name in detection_names(model))
+
+
+def detection_names(model: Model) -> list[str]:
+    """The names of `detections`, in their order."""
+    return [name for name in DETECTIONS if name != "masks" or model.detector.masks]
+
+
+def candidates(model: Model, settings: dict[str, Any], found: DetectorOutput, image_size: Array) -> tuple[Array, Array]:
+    """The inputs of the NMS from which a detector's detections come.
 
     Args:
       model: from `kdjax.inference.load`.
       settings: is filled with the settings `iou_threshold` and `max_detections` of the NMS.
-      images: u8[1, H, W, 3].
+      found: of `network`, for one image.
       image_size: i32[1, 2].
 
     Returns:
-      Boxes to compare f32[1, N, 4]; scores f32[1, K, N], 0 for candidates that are left out; boxes to return
-      f32[1, N, 4].
+      Boxes f32[1, N, 4], or f32[1, N, K, 4], one for each class, not clipped if NMS compares them so; scores
+      f32[1, N, K], 0 for candidates that are left out.
     """
     compared = []
 
-    def select(
-        boxes: Array,
-        scores: Array,
-        *,
-        level_sizes: Sequence[int],
-        image_size: Array | None,
-        score_threshold: float,
-        pre_nms: int,
-        quality: Array | None = None,
-        **rest: Any,
-    ) -> PaddedDetections:
-        settings.update(rest)
-        boxes = boxes if image_size is None else clip(boxes, image_size)
-        counts = ((boxes[..., 2] > boxes[..., 0]) & (boxes[..., 3] > boxes[..., 1]))[..., None]
-        counts &= scores > score_threshold
-        if pre_nms < 100 * rest["max_detections"]:  # a larger number changes nothing among the best
-            ends = list(itertools.accumulate(level_sizes))
-            pairs = [scores[:, end - size : end].reshape(1, -1) for size, end in zip(level_sizes, ends, strict=True)]
-            # By its index, since LiteRT's converter makes a sort of a top_k whose indices are not used.
-            last = [jax.lax.top_k(level, min(pre_nms, level.shape[1]))[1][:, -1:] for level in pairs]
-            least = [jnp.take_along_axis(level, at, 1)[..., None] for level, at in zip(pairs, last, strict=True)]
-            least = [jnp.broadcast_to(one, (1, size, 1)) for one, size in zip(least, level_sizes, strict=True)]
-            counts &= scores >= jnp.concatenate(least, 1)
-        scores = jnp.where(counts, scores if quality is None else scores * quality[..., None], 0.0)
-        compared.extend((boxes, scores))
-        return PaddedDetections(boxes, scores, boxes, scores)  # `decode` only passes it on
+    def select(boxes: Array, scores: Array, **given: Any) -> tuple[PaddedDetections, Array]:
+        settings.update({name: given[name] for name in ("iou_threshold", "max_detections")})
+        compared.extend(dense(boxes, scores, **given))
+        rows = jnp.zeros((1, given["max_detections"]), jnp.int32)  # `decode` goes on with them, the compiler does not
+        return PaddedDetections(jnp.zeros((*rows.shape, 4)), rows.astype(jnp.float32), rows, rows > 0), rows
 
-    model.detector.decode(output(model, portable_maps(model, images)), image_size, select=select)
-    return compared[0], jnp.swapaxes(compared[1], 1, 2), clip(compared[0], image_size)
+    with nn.replaced(select_rows=select):
+        model.detector.decode(found, image_size)
+    return compared[0], compared[1]
+
+
+def dense(
+    boxes: Array,
+    scores: Array,
+    *,
+    level_sizes: Sequence[int],
+    image_size: Array | None,
+    score_threshold: float,
+    pre_nms: int,
+    max_detections: int,
+    iou_threshold: float,
+    quality: Array | None,
+) -> tuple[Array, Array]:
+    """What `kdjax.boxes.select_rows` gives to NMS, from its arguments, but as arrays of all priors.
+
+    Returns:
+      The boxes, clipped if there is an `image_size`; scores f32[1, N, K], 0 for candidates that are left out.
+    """
+    del iou_threshold
+    of_class = boxes.ndim == 4
+    if image_size is not None:
+        boxes = clip(boxes.reshape(1, -1, 4), image_size).reshape(boxes.shape)
+    counts = (boxes[..., 2] > boxes[..., 0]) & (boxes[..., 3] > boxes[..., 1])
+    counts = (counts if of_class else counts[..., None]) & (scores > score_threshold)
+    if pre_nms < 100 * max_detections:  # a larger number changes nothing among the best
+        ends = list(itertools.accumulate(level_sizes))
+        pairs = [scores[:, end - size : end].reshape(1, -1) for size, end in zip(level_sizes, ends, strict=True)]
+        # By its index, since LiteRT's converter makes a sort of a top_k whose indices are not used.
+        last = [jax.lax.top_k(level, min(pre_nms, level.shape[1]))[1][:, -1:] for level in pairs]
+        least = [jnp.take_along_axis(level, at, 1)[..., None] for level, at in zip(pairs, last, strict=True)]
+        least = [jnp.broadcast_to(one, (1, size, 1)) for one, size in zip(least, level_sizes, strict=True)]
+        counts &= scores >= jnp.concatenate(least, 1)
+    return boxes, jnp.where(counts, scores if quality is None else scores * quality[..., None], 0.0)
 
 
 def nms_settings(model: Model) -> dict[str, Any]:
     """The settings `iou_threshold` and `max_detections` of a detector's NMS."""
     settings: dict[str, Any] = {}
-    jax.eval_shape(functools.partial(candidates, model, settings), *inputs(model, raw=False))
+    jax.eval_shape(functools.partial(candidates, model, settings), spec(model), inputs(model, raw=False)[1])
     return settings
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from kdjax import nn
@@ -37,16 +36,15 @@ def write(model: Model, path: str | Path, *, raw: bool = False) -> None:
     Raises:
       UserError: see `graphs.check`.
     """
-    graphs.check(model)
+    graphs.check(model, raw=raw, nms=False)
     # The package is optional.
     from litert_converter import converter_api_ext as converter  # pyright: ignore[reportMissingImports]
     from litert_converter.mlir import ir, passmanager  # pyright: ignore[reportMissingImports]
 
     def candidates(images: Array, image_size: Array) -> tuple[Array, Array]:
-        boxes, scores, _ = graphs.candidates(model, {}, images, image_size)
-        return boxes, jnp.swapaxes(scores, 1, 2)
+        return graphs.candidates(model, {}, graphs.network(model, images), image_size)
 
-    function = functools.partial(graphs.portable_maps, model) if raw else candidates
+    function = functools.partial(graphs.maps, model) if raw else candidates
     with nn.portable():
         program = jax.jit(function).trace(*graphs.inputs(model, raw=raw)).lower(lowering_platforms=("cpu",))
     context = ir.Context()
@@ -99,7 +97,7 @@ def runner(path: str | Path, model: Model, *, raw: bool = False) -> Callable[...
 
     def call(image: np.ndarray, image_size: np.ndarray) -> Sequence[np.ndarray]:
         outputs = running(image=image, image_size=image_size)
-        *found, valid = (np.asarray(value)[0] for value in suppress(outputs["boxes"], outputs["scores"], image_size))
-        return [value[valid] for value in found]
+        found = jax.device_get(suppress(outputs["boxes"], outputs["scores"], image_size))
+        return [value[found.valid] for value in (found.boxes, found.scores, found.labels)]
 
     return call

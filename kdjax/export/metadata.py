@@ -7,6 +7,11 @@ from kdjax.evals import complexity
 from kdjax.export import graphs
 from kdjax.inference.model import Model
 
+_MASKS = {
+    "canvas": "logits of the whole canvas, of which a cell has canvas / h pixels",
+    "box": "probabilities inside the box",
+}
+
 
 def describe(model: Model, *, raw: bool, nms: bool = True) -> dict[str, str]:
     """The facts that a user of an exported file needs, as text by name.
@@ -20,6 +25,8 @@ def describe(model: Model, *, raw: bool, nms: bool = True) -> dict[str, str]:
     fit = "scaled to fit, fractions of a pixel cut off" if model.detector.round_down else "scaled to fit"
     image = f"image u8[1, {height}, {width}, 3], RGB, {fit}, at the top left, the rest {model.detector.pad_value}"
     outputs = "boxes f32[n, 4] x1 y1 x2 y2 in pixels of the canvas, scores f32[n], labels i64[n], best first"
+    if model.detector.masks:
+        outputs += f"; masks f32[n, h, w], {_MASKS[model.detector.masks]}"
     if not nms:
         limits = graphs.nms_settings(model)
         outputs = (

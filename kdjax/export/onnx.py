@@ -7,13 +7,13 @@ import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
 from kdjax import nn
 from kdjax.errors import UserError
-from kdjax.export import graphs
+from kdjax.export import graphs, operators
 from kdjax.inference import predict
 from kdjax.inference.model import Model
 
@@ -40,27 +40,25 @@ def write(model: Model, path: str | Path, *, raw: bool = False) -> None:
     Raises:
       UserError: see `graphs.check`.
     """
-    graphs.check(model)
+    graphs.check(model, raw=raw)
     path = Path(path)
+    names = graphs.map_names(model) if raw else graphs.detection_names(model)
     with quiet():
         import jax2onnx
         import onnx
 
-        settings: dict[str, Any] = {}
-        function = functools.partial(graphs.candidates, model, settings)
-        if raw:
-            function = functools.partial(graphs.portable_maps, model)
-        with nn.portable():
+        operators.register()
+        with nn.portable(), nn.replaced(**operators.REPLACED):
             graph = jax2onnx.to_onnx(
-                function,
+                functools.partial(graphs.maps if raw else graphs.detections, model),
                 graphs.inputs(model, raw=raw),
                 opset=OPSET,
                 input_names=list(graphs.INPUTS[: 1 if raw else 2]),
-                output_names=graphs.map_names(model) if raw else ["candidates", "candidate_scores", "candidate_boxes"],
+                output_names=names if raw else [f"padded_{name}" for name in names],
             )
         _simplify_upsampling(graph)
         if not raw:
-            _append_nms(graph, **settings)
+            _cut_padding(graph, names)
         onnx.save(graph, str(path))
         session(path, optimised=path.with_suffix(".optimised"))
         path.with_suffix(".optimised").replace(path)
@@ -88,41 +86,28 @@ def _simplify_upsampling(graph: "ModelProto") -> None:
             node.attribute.extend(helper.make_attribute(key, value) for key, value in form.items())
 
 
-def _append_nms(graph: "ModelProto", *, iou_threshold: float, max_detections: int) -> None:
-    """Replaces the outputs of `graphs.candidates` by the boxes, scores and labels that NMS leaves of them."""
+def _cut_padding(graph: "ModelProto", names: Sequence[str]) -> None:
+    """Replaces the outputs of `graphs.detections` by those of their rows that are valid."""
     from onnx import TensorProto, helper, numpy_helper
 
-    constants = {
-        "most": np.array([max_detections], np.int64),
-        "iou_threshold": np.array([iou_threshold], np.float32),
-        "score_threshold": np.array([0], np.float32),
-        "first": np.array(0, np.int64),
-        "column_class": np.array(1, np.int64),
-        "column_box": np.array(2, np.int64),
-    }
-    graph.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in constants.items())
-    nodes = [
-        ("NonMaxSuppression", ["candidates", "candidate_scores", "most", "iou_threshold", "score_threshold"], ["kept"]),
-        ("GatherND", ["candidate_scores", "kept"], ["kept_scores"]),
-        ("Shape", ["kept_scores"], ["number"]),
-        ("Min", ["number", "most"], ["places"]),
-        ("TopK", ["kept_scores", "places"], ["scores", "order"]),
-        ("Gather", ["kept", "order"], ["best"]),
-        ("Gather", ["best", "column_class"], ["labels"]),
-        ("Gather", ["best", "column_box"], ["rows"]),
-        ("Gather", ["candidate_boxes", "first"], ["all_boxes"]),
-        ("Gather", ["all_boxes", "rows"], ["boxes"]),
-    ]
-    axis = {"labels": 1, "rows": 1}
-    for kind, inputs, outputs in nodes:
-        options: dict[str, Any] = {"axis": axis.get(outputs[0], 0)} if kind == "Gather" else {}
-        graph.graph.node.append(helper.make_node(kind, inputs, outputs, name=f"nms_{outputs[0]}", **options))
+    padded = {entry.name: entry.type.tensor_type for entry in graph.graph.output}
     del graph.graph.output[:]
-    for name, kind, shape in (
-        ("boxes", TensorProto.FLOAT, ["n", 4]),
-        ("scores", TensorProto.FLOAT, ["n"]),
-        ("labels", TensorProto.INT64, ["n"]),
-    ):
+    first = numpy_helper.from_array(np.array(0, np.int64), "first_image")
+    graph.graph.initializer.append(first)
+    graph.graph.node.append(helper.make_node("Gather", ["padded_valid", "first_image"], ["kept"], name="kept"))
+    for name in names:
+        if name == "valid":
+            continue
+        known = padded[f"padded_{name}"]
+        shape = ["n", *(side.dim_value for side in known.shape.dim[2:])]
+        kind = TensorProto.INT64 if name == "labels" else known.elem_type
+        steps = [
+            ("Gather", [f"padded_{name}", "first_image"], [f"all_{name}"], {}),
+            ("Compress", [f"all_{name}", "kept"], [f"kept_{name}"], {"axis": 0}),
+            ("Cast", [f"kept_{name}"], [name], {"to": kind}),
+        ]
+        for step, inputs, outputs, form in steps:
+            graph.graph.node.append(helper.make_node(step, inputs, outputs, name=outputs[0], **form))
         graph.graph.output.append(helper.make_tensor_value_info(name, kind, shape))
 
 

@@ -10,13 +10,13 @@ import numpy as np
 
 from kdjax.export import graphs
 from kdjax.inference.model import Model
-from kdjax.structs import Array
 
 
 def write(model: Model, path: str | Path, *, raw: bool = False) -> None:
     """Writes the model as a portable program of `jax.export` for CPU, GPU and TPU, for one image.
 
-    Its outputs are the head's maps, or boxes f32[1, D, 4], scores f32[1, D], labels i32[1, D] and valid bool[1, D].
+    Its outputs are the head's maps, or boxes f32[1, D, 4], scores f32[1, D], labels i32[1, D], valid bool[1, D] and, of
+    a detector of masks, masks f32[1, D, h, w].
 
     Args:
       model: from `kdjax.inference.load`.
@@ -26,26 +26,22 @@ def write(model: Model, path: str | Path, *, raw: bool = False) -> None:
     Raises:
       UserError: see `graphs.check`.
     """
-    graphs.check(model)
-
-    def predict(images: Array, image_size: Array) -> tuple[Array, ...]:
-        found = model.detector.decode(graphs.output(model, graphs.maps(model, images)), image_size)
-        return found.boxes, found.scores, found.labels, found.valid
-
-    function = functools.partial(graphs.maps, model) if raw else predict
+    graphs.check(model, raw=raw)
+    function = functools.partial(graphs.maps if raw else graphs.detections, model)
     exported = jax.export.export(jax.jit(function), platforms=("cpu", "cuda", "tpu"))(*graphs.inputs(model, raw=raw))
     Path(path).write_bytes(exported.serialize())
 
 
-def runner(path: str | Path) -> Callable[..., Sequence[np.ndarray]]:
-    """A function from the inputs of an exported program to its outputs, both in order."""
+def runner(path: str | Path, *, raw: bool = False) -> Callable[..., Sequence[np.ndarray]]:
+    """A function from the inputs of an exported program to its outputs, both in order; detections without padding."""
     program = jax.jit(jax.export.deserialize(bytearray(Path(path).read_bytes())).call)
 
     def call(*inputs: np.ndarray) -> Sequence[np.ndarray]:
         outputs = [np.asarray(value) for value in program(*inputs)]
-        if len(outputs) == 4:  # detections: as from ONNX, without padding
-            *found, valid = (value[0] for value in outputs)
-            return [value[valid] for value in found]
-        return outputs
+        if raw:
+            return outputs
+        found = dict(zip(graphs.DETECTIONS, (value[0] for value in outputs), strict=False))
+        valid = found.pop("valid")
+        return [value[valid] for value in found.values()]
 
     return call

@@ -1,8 +1,8 @@
 """Comparing an exported model with the JAX model: the largest difference of the outputs, and AP before and after."""
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -10,22 +10,32 @@ import numpy as np
 from kdjax.errors import UserError
 from kdjax.evals import coco
 from kdjax.export import graphs
-from kdjax.inference import predict
+from kdjax.inference import masks, predict
 from kdjax.inference.model import Model
 from kdjax.structs import AnyArray, PaddedDetections, PyTree
 
 TOLERANCE = 1e-4  # of an output, relative where it is larger than 1
+MASK_IOU = 0.99  # of the masks of a detection, at least
+LEFT_OUT = 0.02  # share of the detections of an image
 
 Call = Callable[..., Sequence[np.ndarray]]  # from the inputs of an exported file to its outputs
 
 
-def largest_difference(model: Model, call: Call, images: Iterable[np.ndarray], *, raw: bool) -> float:
-    """The largest difference of an exported model's outputs from the JAX model's, relative where they exceed 1.
+class Agreement(NamedTuple):
+    """How near an exported model is to the JAX model."""
+
+    difference: float  # the largest of an output, relative where it exceeds 1; NaN if an output is
+    mask_iou: float = 1.0  # the smallest, of the two masks of a detection
+
+
+def compare(model: Model, call: Call, images: Iterable[np.ndarray], *, raw: bool) -> Agreement:
+    """Compares the outputs of an exported model with the JAX model's.
 
     Each detection of either model is compared with the nearest of its class: the JAX model's with the exported
     detections, the exported ones with the boxes and scores of all priors in JAX. The worst 2 % of each are left out:
     where an IoU or a score is within rounding of its threshold, either model may drop a box. If all places are taken,
-    those that score as the last one are arbitrary: in them, only the exported detections are compared.
+    those that score as the last one are arbitrary: in them, only the exported detections are compared. Masks are
+    compared on the canvas, those of the JAX model's detections with those of the nearest exported ones.
 
     Args:
       model: the JAX model.
@@ -34,62 +44,99 @@ def largest_difference(model: Model, call: Call, images: Iterable[np.ndarray], *
       raw: whether the outputs are maps.
 
     Returns:
-      The difference; NaN if an output is, infinite if the numbers of detections differ by more than 2 %.
+      The agreement; the difference is infinite if the numbers of detections differ by more than 2 %.
     """
-    network = jax.jit(functools.partial(graphs.maps, model))
-    program = predict.program(model.detector, devices=jax.local_devices()[:1])
+    network = jax.jit(functools.partial(graphs.maps if raw else graphs.network, model))
+    decode = jax.jit(model.detector.decode)
     candidates = jax.jit(functools.partial(graphs.candidates, model, {}))
-    worst = 0.0
+    worst, overlap = 0.0, 1.0
     for batch in predict.canvases(images, model.image_size, batch_size=1, round_down=model.detector.round_down):
         canvas, placed = batch["image"], batch["image_size"]
-        if not raw:
-            wanted = jax.tree.map(lambda value: np.asarray(value)[0], program(model.variables, canvas, placed))
-            boxes, scores, labels = call(canvas, placed)
-            own = np.column_stack([wanted.boxes, wanted.scores])[wanted.valid]
-            exported = np.column_stack([boxes, scores])
-            if abs(len(own) - len(exported)) > 0.02 * len(own):
-                return np.inf
-            away = _nearest(own, wanted.labels[wanted.valid], exported, labels)
-            if wanted.valid.all():
-                away = away[own[:, 4] > own[-1, 4] + TOLERANCE]
-            astray = np.full(len(exported), np.inf)  # also if there is no such class
-            _, of_classes, of_priors = (np.asarray(value)[0] for value in candidates(canvas, placed))
-            for label, of_class in enumerate(of_classes):
-                mine, pairs = labels == label, np.column_stack([of_priors, of_class])
-                astray[mine] = _nearest(exported[mine], labels[mine], pairs, np.full(len(pairs), label))
-            for distances in (away, astray):
-                if len(distances):
-                    worst = np.maximum(worst, np.quantile(distances, 0.98, method="lower"))
+        if raw:
+            for own, exported in zip(jax.device_get(network(canvas)), call(canvas), strict=True):
+                worst = np.maximum(worst, (np.abs(own - exported) / np.maximum(np.abs(own), 1)).max())
             continue
-        for own, exported in zip(map(np.asarray, network(canvas)), call(canvas), strict=True):
-            worst = np.maximum(worst, (np.abs(own - exported) / np.maximum(np.abs(own), 1)).max())
-    return float(worst)  # NaN if any output is
+        output = network(canvas)
+        wanted = jax.device_get(decode(output, placed))
+        boxes, scores, labels, *rest = call(canvas, placed)
+        valid = wanted.valid[0]
+        own, own_labels = np.column_stack([wanted.boxes[0], wanted.scores[0]])[valid], wanted.labels[0][valid]
+        exported = np.column_stack([boxes, scores])
+        if abs(len(own) - len(exported)) > LEFT_OUT * len(own):
+            return Agreement(np.inf)
+        away, nearest = _nearest(own, own_labels, exported, labels)
+        sure = own[:, 4] > own[-1, 4] + TOLERANCE if valid.all() else np.ones(len(own), bool)
+        astray = np.full(len(exported), np.inf)  # also if there is no such class
+        of_priors, of_pairs = (np.asarray(value)[0] for value in candidates(output, placed))
+        height, width = placed[0]
+        of_priors = np.clip(of_priors, 0, [width, height, width, height])
+        for label, of_class in enumerate(of_pairs.T):
+            mine = labels == label
+            pairs = np.column_stack([of_priors if of_priors.ndim == 2 else of_priors[:, label], of_class])
+            astray[mine], _ = _nearest(exported[mine], labels[mine], pairs, np.full(len(pairs), label))
+        for distances in (away[sure], astray):
+            if len(distances):
+                worst = np.maximum(worst, np.quantile(distances, 1 - LEFT_OUT, method="lower"))
+        if rest and np.any(sure):
+            assert wanted.masks is not None
+            pictured = functools.partial(_on_canvas, model, size=(int(height), int(width)))
+            mine = pictured(wanted.masks[0][valid][sure], own[sure, :4])
+            theirs = pictured(rest[0][nearest[sure]], boxes[nearest[sure]])
+            shared = [_iou(one, other) for one, other in zip(mine, theirs, strict=True)]
+            overlap = min(overlap, float(np.quantile(shared, LEFT_OUT, method="higher")))
+    return Agreement(float(worst), overlap)
 
 
-def _nearest(rows: np.ndarray, labels: np.ndarray, others: np.ndarray, their_labels: np.ndarray) -> np.ndarray:
-    """f[n]: how far each row (box, score) is from the nearest of the others with its label; NaN if one of them is."""
+def _nearest(
+    rows: np.ndarray, labels: np.ndarray, others: np.ndarray, their_labels: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """How far each row (box, score) is from the nearest of the others with its label, NaN if one is; and which it is.
+
+    Returns:
+      f[n], infinite if there is none; i[n].
+    """
+    if not len(others):
+        return np.full(len(rows), np.inf), np.zeros(len(rows), int)
     away = (np.abs(rows[:, None] - others) / np.maximum(np.abs(rows[:, None]), 1)).max(-1, initial=0.0)
-    return np.where(labels[:, None] == their_labels, away, np.inf).min(1, initial=np.inf)
+    away = np.where(labels[:, None] == their_labels, away, np.inf)
+    return away.min(1), away.argmin(1)
 
 
-def check(model: Model, call: Call, images: Iterable[np.ndarray], *, raw: bool) -> float:
-    """`largest_difference`, which must be within `TOLERANCE`.
+def _on_canvas(model: Model, found: np.ndarray, boxes: np.ndarray, size: tuple[int, int]) -> Iterator[np.ndarray]:
+    """Masks bool[height, width] of an image on the canvas."""
+    if model.detector.masks == "canvas":
+        return masks.from_canvas(found, model.image_size, size, size)
+    return masks.from_boxes(found, boxes, size)
+
+
+def _iou(one: np.ndarray, other: np.ndarray) -> float:
+    union = np.count_nonzero(one | other)
+    return np.count_nonzero(one & other) / union if union else 1.0
+
+
+def check(model: Model, call: Call, images: Iterable[np.ndarray], *, raw: bool) -> Agreement:
+    """`compare`, whose difference must be within `TOLERANCE`, and the IoU of masks at least `MASK_IOU`.
 
     Raises:
       UserError: it is not.
     """
-    worst = largest_difference(model, call, images, raw=raw)
-    if not np.isfinite(worst):
-        what = "hold numbers that are not finite" if np.isnan(worst) else "are not the detections of the JAX model"
+    found = compare(model, call, images, raw=raw)
+    if not np.isfinite(found.difference):
+        nan = np.isnan(found.difference)
+        what = "hold numbers that are not finite" if nan else "are not the detections of the JAX model"
         raise UserError(f"the exported outputs {what}")
-    if worst > TOLERANCE:
-        raise UserError(f"the exported outputs differ from the JAX model's by {worst:.2g}, more than {TOLERANCE:g}")
-    return worst
+    if found.difference > TOLERANCE:
+        what = f"differ from the JAX model's by {found.difference:.2g}, more than {TOLERANCE:g}"
+        raise UserError(f"the exported outputs {what}")
+    if not found.mask_iou >= MASK_IOU:
+        what = f"have an IoU of {found.mask_iou:.3f} with the JAX model's, less than {MASK_IOU:g}"
+        raise UserError(f"the exported masks {what}")
+    return found
 
 
 def average_precision(
     model: Model, truth: Mapping[str, Any], batches: Iterable[predict.Batch], *, run: predict.Program | None = None
-) -> float:
+) -> dict[str, float]:
     """COCO's AP, a fraction, of the JAX model, or of an exported one.
 
     Args:
@@ -97,8 +144,13 @@ def average_precision(
       truth: COCO instances.
       batches: of `kdjax.data.eval_batches`.
       run: `as_program` of the exported model; None: the JAX model.
+
+    Returns:
+      {"AP": of the boxes, "mask AP": of the masks, where both the data and the detector have masks}.
     """
-    return coco.coco_metrics(truth, coco.collect(model.predict(batches, run=run)))["AP"]
+    found = coco.collect(model.predict(batches, run=run))
+    of_masks = coco.mask_metrics(truth, found)
+    return {"AP": coco.coco_metrics(truth, found)["AP"]} | ({"mask AP": of_masks["mask_AP"]} if of_masks else {})
 
 
 def as_program(model: Model, call: Call, *, raw: bool) -> predict.Program:
@@ -118,10 +170,11 @@ def as_program(model: Model, call: Call, *, raw: bool) -> predict.Program:
         rows = []
         for image, size in zip(images, image_size, strict=True):
             if raw:
-                rows.append([value[0] for value in jax.device_get(decode(call(image[None]), size[None]))])
+                found = jax.device_get(decode(call(image[None]), size[None]))
+                rows.append([value[0] for value in found if value is not None])
             else:
-                boxes, scores, labels = call(image[None], size[None])
-                rows.append([boxes, scores, labels, np.ones(len(scores), bool)])
+                boxes, scores, labels, *rest = call(image[None], size[None])
+                rows.append([boxes, scores, labels, np.ones(len(scores), bool), *rest])
         places = max(len(row[1]) for row in rows)
         padded = ([_padded(value, places) for value in column] for column in zip(*rows, strict=True))
         return PaddedDetections(*map(np.stack, padded))  # pyright: ignore[reportArgumentType]

@@ -3,7 +3,7 @@
 from kdjax.nn.conv import conv2d, init_conv2d
 from kdjax.nn.flops import count
 from kdjax.nn.norm import batch_moments, batch_norm, group_norm
-from kdjax.nn.portability import is_portable, portable
+from kdjax.nn.portability import is_portable, portable, replaced, replacement
 from kdjax.nn.resample import avg_pool, global_average_pool, max_pool, resize_bilinear, upsample_nearest
 
 __all__ = [
@@ -18,6 +18,8 @@ __all__ = [
     "is_portable",
     "max_pool",
     "portable",
+    "replaced",
+    "replacement",
     "resize_bilinear",
     "upsample_nearest",
 ]

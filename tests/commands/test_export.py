@@ -68,7 +68,7 @@ def test_a_wrong_export_of_equal_scores_is_refused(made):
         outputs = list(right)
         if change:
             outputs[change[0]] = change[1](right[change[0]])
-        difference = verify.largest_difference(loaded, lambda *_, given=outputs: given, [image], raw=False)
+        difference = verify.compare(loaded, lambda *_, given=outputs: given, [image], raw=False).difference
         assert (difference > verify.TOLERANCE) == bool(wrong), (wrong, difference)
 
 
@@ -92,7 +92,7 @@ def test_int8_keeps_to_its_budget(made, exported, tmp_path, capsys, monkeypatch)
     assert kinds["Sigmoid"] == kinds["Mul"] > kinds["Conv"] / 2  # SiLUs, and no score or box
     assert kinds["Sigmoid"] < sum(node.op_type == "Sigmoid" for node in nodes)
     # The loss is set by hand: the AP of random weights may rise as well.
-    monkeypatch.setattr(verify, "average_precision", lambda *_, run: 0.40 if run is None else 0.37)
+    monkeypatch.setattr(verify, "average_precision", lambda *_, run: {"AP": 0.40 if run is None else 0.37})
     refusal = refused_at_the_end(capsys, *command, f"--out={tmp_path / 'no.onnx'}")
     assert "int8 loses 3.00 points of AP (40.00 to 37.00), more than --max-ap-loss=1" in refusal
     assert not (tmp_path / "no.onnx").exists()

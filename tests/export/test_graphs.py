@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from kdjax import nn
+from kdjax.boxes.convert import clip
 from kdjax.boxes.iou import pairwise_iou
 from kdjax.detectors import build, layers
 from kdjax.export import graphs
@@ -26,7 +27,7 @@ def greedy(boxes, scores, *, iou_threshold: float, max_detections: int):
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_candidates_of_onnx_are_those_of_decode(name, monkeypatch):
+def test_candidates_are_those_of_decode(name):
     """Of random maps, so that nothing has to be compiled but the decoding."""
     detector = build(name, 3, **OTHERS[name])
     loaded = Model(
@@ -41,15 +42,25 @@ def test_candidates_of_onnx_are_those_of_decode(name, monkeypatch):
     bins = name.startswith("gfl")  # whose average is in the middle unless they differ much
     maps = [
         (rng.normal(size=level.shape) * spread - shift).astype(np.float32)
-        for what, spread, shift in (("cls_logits", 2, 2), ("box_reg", 8 if bins else 1, -1), ("quality", 2, 0))
+        for what, spread, shift in (
+            ("cls_logits", 2, 2),
+            ("box_reg", 8 if bins else 1, -1),
+            ("quality", 2, 0),
+            ("kernels", 1, 0),
+        )
         for level in getattr(graphs.spec(loaded), what)
     ]
-    monkeypatch.setattr(graphs, "portable_maps", lambda model, images: maps)
+    if detector.masks:
+        maps.append(rng.normal(size=graphs.spec(loaded).prototypes.shape).astype(np.float32))
     assert len(graphs.map_names(loaded)) == len(maps)
     limits, size = {}, np.array([[64, 48]])
-    compared, scores, boxes = graphs.candidates(loaded, limits, None, size)
-    expected = greedy(np.asarray(compared[0]), np.asarray(scores[0]), **limits)
-    wanted = detector.decode(graphs.output(loaded, maps), size)
+    found = graphs.output(loaded, maps)
+    boxes, scores = graphs.candidates(loaded, limits, found, size)
+    expected = greedy(np.asarray(boxes[0]), np.asarray(scores[0]).T, **limits)
+    boxes = clip(boxes, size)
+    wanted = detector.decode(found, size)
+    if detector.masks:
+        assert wanted.masks.shape == (1, limits["max_detections"], 8, 8) and np.ptp(wanted.masks[0, 0]) > 0
     assert len(expected) == int(wanted.valid.sum()) > 10
     np.testing.assert_allclose([row[0] for row in expected], wanted.scores[0][: len(expected)], atol=1e-6)
     np.testing.assert_array_equal([row[1] for row in expected], wanted.labels[0][: len(expected)])

@@ -19,6 +19,7 @@ OTHERS = {
     "gfl_r18": SMALL | {"groups": 4},
     "atss_r18": SMALL | {"groups": 4},
     "yolox_pico": {},
+    "rtmdet_ins_pico": {"widen": 0.0625},
 }
 
 
