@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from kdjax import shapes
+from kdjax import nn, shapes
 from kdjax.structs import AnyArray, Array
 
 
@@ -259,6 +259,10 @@ def roi_align(
       [1.5, 3.5]
     """
     shapes.check("roi_align", boxes=(boxes, "B R 4"), level=(level, "B R"))
+    if other := nn.replacement("roi_align"):
+        return other(
+            maps, boxes, level, strides=strides, size=size, sampling_ratio=sampling_ratio, aligned=aligned
+        )
     hw = tuple((m.shape[1], m.shape[2]) for m in maps)
     how = _Sampling(hw, tuple(map(float, strides)), size, sampling_ratio, max_samples, aligned)
     flat = jnp.concatenate([jnp.asarray(m).reshape(m.shape[0], -1, m.shape[3]) for m in maps], 1)

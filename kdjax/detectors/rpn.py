@@ -221,7 +221,7 @@ def propose(
     kept, valid = nms.greedy_nms(
         boxes,
         jnp.where(has_area, best, -jnp.inf),
-        jnp.broadcast_to(level, best.shape),
+        np.broadcast_to(level, best.shape),
         iou_threshold=iou_threshold,
         max_detections=number,
     )

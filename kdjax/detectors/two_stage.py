@@ -217,7 +217,6 @@ def decoder(num_classes: int, proposals: int) -> Callable[..., PaddedDetections]
         iou_threshold: float = 0.5,
         pre_nms: int = 1000,
         max_detections: int = 100,
-        select: Callable[..., PaddedDetections] = nms.select_detections,
     ) -> PaddedDetections:
         """Runs the second stage on the proposals, and turns its predictions into detections by NMS within each class.
 
@@ -228,7 +227,6 @@ def decoder(num_classes: int, proposals: int) -> Callable[..., PaddedDetections]
           iou_threshold: a box is dropped if its IoU with a better one of its class is above it.
           pre_nms: largest number of anchors of each level that enter the NMS of the proposals.
           max_detections: D, the number of rows of the result.
-          select: what chooses among boxes and scores; it has the arguments of `kdjax.boxes.select_detections`.
 
         Returns:
           D detections per image, padded.
@@ -248,7 +246,6 @@ def decoder(num_classes: int, proposals: int) -> Callable[..., PaddedDetections]
             score_threshold=score_threshold,
             iou_threshold=iou_threshold,
             max_detections=max_detections,
-            select=select,
         )
 
     return decode
@@ -260,7 +257,6 @@ def detections_of(
     image_size: Array,
     *,
     num_classes: int,
-    select: Callable[..., PaddedDetections] = nms.select_detections,
     **settings: Any,
 ) -> PaddedDetections:
     """The detections among the predictions of the second stage for the proposals."""
@@ -268,7 +264,7 @@ def detections_of(
     boxes = coding.deltas_to_boxes(
         proposals.boxes[:, :, None], box_head.deltas_of(found, num_classes), stds=box_head.STDS
     )
-    return select(
+    return nms.select_detections(
         boxes,
         jnp.where(proposals.valid[..., None], scores, 0.0),
         image_size=image_size,

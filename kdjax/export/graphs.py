@@ -3,7 +3,6 @@
 Other runtimes need the normalisation as a convolution (`nn.portable`), and have NMS as an operator or not at all.
 """
 
-import dataclasses
 import functools
 import itertools
 from collections.abc import Iterable, Sequence
@@ -61,10 +60,10 @@ def network(model: Model, images: Array) -> DetectorOutput:
 
 def maps(model: Model, images: Array) -> tuple[Array, ...]:
     """The head's maps of images u8[B, H, W, 3]: class logits fine to coarse, then box regressions, and so on."""
-    return tuple(_named(network(model, images)).values())
+    return tuple(named_maps(network(model, images)).values())
 
 
-def _named(found: DetectorOutput) -> dict[str, Array]:
+def named_maps(found: DetectorOutput) -> dict[str, Array]:
     """The maps that detections are computed from, by name."""
     levels = {
         f"{what}_{stride}": level
@@ -82,16 +81,15 @@ def spec(model: Model) -> DetectorOutput:
 
 def map_names(model: Model) -> list[str]:
     """The names of `maps`, in their order."""
-    return list(_named(spec(model)))
+    return list(named_maps(spec(model)))
 
 
 def output(model: Model, found: Iterable[Array]) -> DetectorOutput:
     """The inverse of `maps`: the detector's output with the predictions alone."""
     shapes, levels = spec(model), iter(found)
-    predictions: dict[str, Any] = {what: tuple(next(levels) for _ in getattr(shapes, what)) for what in _PREDICTIONS}
-    if shapes.prototypes is not None:
-        predictions["prototypes"] = next(levels)
-    return dataclasses.replace(shapes, **predictions)
+    parts: dict[str, Any] = {what: tuple(next(levels) for _ in getattr(shapes, what)) for what in _PREDICTIONS}
+    prototypes = None if shapes.prototypes is None else next(levels)
+    return DetectorOutput(strides=shapes.strides, anchors=shapes.anchors, prototypes=prototypes, **parts)
 
 
 def affine(model: Model) -> tuple[np.ndarray, np.ndarray]:

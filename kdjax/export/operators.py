@@ -76,13 +76,11 @@ def _roi_align(
     level: Array,
     *,
     strides: Sequence[float],
-    size: int = 7,
-    sampling_ratio: int = 2,
-    max_samples: int = 8,
-    aligned: bool = True,
+    size: int,
+    sampling_ratio: int,
+    aligned: bool,
 ) -> Array:
-    """`kdjax.boxes.roi.roi_align`; the number of samples is not bounded."""
-    del max_samples
+    """`kdjax.boxes.roi.roi_align`, but the number of samples is not bounded."""
     form = dict(strides=tuple(strides), size=size, ratio=sampling_ratio, aligned=aligned)
     return roi_align_p.bind(*maps, boxes[0], level[0], **form)[None]
 

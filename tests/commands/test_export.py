@@ -4,15 +4,15 @@ import collections
 import dataclasses
 import shutil
 
-import jax
 import numpy as np
 import pytest
 
-from kdjax import cli, detectors, weights
+from kdjax import cli
 from kdjax.detectors.api import flatten, unflatten
-from kdjax.export import onnx, packages, verify
+from kdjax.errors import UserError
+from kdjax.export import graphs, onnx, packages, verify
 from kdjax.inference import load
-from tests.support.models import refused, refused_at_the_end
+from tests.support.models import random_maps, refused, refused_at_the_end, save_noisy
 
 
 @pytest.mark.user_input(
@@ -99,9 +99,30 @@ def test_int8_keeps_to_its_budget(made, exported, tmp_path, capsys, monkeypatch)
     assert "--data" in refused(capsys, *[part for part in command if "--data" not in part], f"--out={tmp_path / 'n'}")
 
 
-def test_masks_are_not_exported_yet(tmp_path, capsys):
-    detector = detectors.build("rtmdet_ins_pico", 2, widen=0.0625)
-    variables = detector.init(jax.random.key(0))
-    weights.save(tmp_path / "masks", detector, *variables, classes=["a", "b"], image_size=(64, 64))
-    command = ("export", f"--model={tmp_path / 'masks'}", "--format=stablehlo", f"--out={tmp_path / 'x'}")
-    assert "rtmdet_ins_pico returns masks, which kdjax cannot export yet" in refused(capsys, *command)
+@pytest.mark.user_input(
+    "Models and exports", "LiteRT of a detector of masks", "refused without `--raw`: masks are computed behind the NMS"
+)
+def test_masks_are_not_decoded_in_litert(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(packages, "missing", lambda packages: [])
+    save_noisy("rtmdet_ins_pico", tmp_path / "m")
+    command = ("export", f"--model={tmp_path / 'm'}", "--format=litert", f"--out={tmp_path / 'x'}")
+    assert "its masks are computed behind an NMS, which a LiteRT file cannot hold" in refused(capsys, *command)
+
+
+def test_wrong_masks_are_refused(tmp_path, monkeypatch):
+    """Of random maps, so that nothing has to be compiled but the decoding."""
+    save_noisy("rtmdet_ins_pico", tmp_path / "m")
+    loaded = load(tmp_path / "m")
+    maps = random_maps(loaded)
+    monkeypatch.setattr(graphs, "network", lambda model, images: graphs.output(model, maps))
+    found = loaded.detector.decode(graphs.output(loaded, maps), np.array([[64, 64]]))
+    right = [np.asarray(value[0])[np.asarray(found.valid[0])] for value in found[:3] + found[4:]]
+    image = np.zeros((64, 64, 3), np.uint8)
+    assert len(right[0]) > 50
+    for shift in (0, 1e-6, 1.0):
+        outputs = [*right[:3], right[3] + np.float32(shift)]
+        agreement = verify.compare(loaded, lambda *_, given=outputs: given, [image], raw=False)
+        assert agreement.difference < verify.TOLERANCE
+        assert (agreement.mask_iou < verify.MASK_IOU) == (shift == 1.0), agreement
+    with pytest.raises(UserError, match="the exported masks have an IoU of 0"):
+        verify.check(loaded, lambda *_: outputs, [image], raw=False)

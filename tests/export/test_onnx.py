@@ -2,16 +2,19 @@
 
 import json
 import re
+from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from faster_coco_eval.core import mask as rle
 
 from kdjax import cli
 from kdjax.data import records
-from kdjax.export import onnx
+from kdjax.export import graphs, onnx, stablehlo
 from kdjax.inference import load
 from kdjax.inference import predict as prediction
-from tests.support.models import CLASSES, save_noisy
+from tests.support.models import CLASSES, random_maps, read, save_noisy
 
 
 def test_onnx_is_the_jax_model(made, exported):
@@ -51,3 +54,58 @@ def test_an_image_without_detections_gives_empty_arrays(exported):
     session = onnx.session(exported[0])
     feed = {"image": np.zeros((1, 64, 64, 3), np.uint8), "image_size": np.zeros((1, 2), np.int32)}
     assert [value.shape for value in session.run(None, feed)] == [(0, 4), (0,), (0,)]
+
+
+@pytest.mark.parametrize("name", ["rtmdet_ins_pico", "gfl_r18"])
+def test_exported_decoding_is_that_of_jax(name, tmp_path, monkeypatch):
+    """Of random maps, so that no network has to be converted; StableHLO too."""
+    pytest.importorskip("jax2onnx", reason="ONNX needs kdjax[export]")
+    pytest.importorskip("onnxruntime", reason="ONNX needs kdjax[export]")
+    save_noisy(name, tmp_path / "m")
+    loaded = load(tmp_path / "m")
+    maps = random_maps(loaded)
+    monkeypatch.setattr(graphs, "network", lambda model, images: graphs.output(model, maps))
+    onnx.write(loaded, tmp_path / "m.onnx")
+    size = np.array([[64, 48]], np.int32)
+    wanted = jax.device_get(jax.jit(loaded.detector.decode)(graphs.output(loaded, maps), size))
+    stablehlo.write(loaded, tmp_path / "m.stablehlo")
+    valid = wanted.valid[0]
+    assert valid.sum() > 50 and len(set(wanted.labels[0][valid])) == 6
+    for runner in (onnx.runner(tmp_path / "m.onnx"), stablehlo.runner(tmp_path / "m.stablehlo")):
+        found = runner(np.zeros((1, 64, 64, 3), np.uint8), size)
+        assert len(found) == (4 if name.startswith("rtmdet_ins") else 3)
+        for own, exported in zip([v for v in wanted if v is not None and v.dtype != bool], found, strict=True):
+            np.testing.assert_allclose(exported, own[0][valid], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_masks_are_those_of_the_jax_model(made, tmp_path, capsys):
+    """The lines of the page make of an exported file what `Model.detect` finds."""
+    pytest.importorskip("jax2onnx", reason="ONNX needs kdjax[export]")
+    pytest.importorskip("onnxruntime", reason="ONNX needs kdjax[export]")
+    cv2 = pytest.importorskip("cv2")
+    save_noisy("rtmdet_ins_pico", tmp_path / "m")
+    truth = read(made / "data" / "annotations" / "instances_val.json")
+    for row in truth["annotations"]:
+        x, y, w, h = row["bbox"]
+        row["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+    (tmp_path / "masks.json").write_text(json.dumps(truth))
+    file = tmp_path / "model.onnx"
+    command = ["export", f"--model={tmp_path / 'm'}", "--format=onnx", f"--out={file}", f"--data={made / 'data'}"]
+    assert cli.main([*command, f"--annotations={tmp_path / 'masks.json'}"]) == 0
+    told = capsys.readouterr().out
+    assert "smallest IoU with those of the JAX model 1.0" in told and told.count("(+0.00)") == 2, told
+    assert "mask AP of this file, float32" in onnx.session(file).get_modelmeta().custom_metadata_map
+    image = cv2.imread(str(made / "data" / "images" / "val" / "val_00001.png"))[..., ::-1]
+    page = (Path(__file__).parents[2] / "docs" / "command_line.md").read_text()
+    lines = re.search(r"```python\n(import cv2.*?)```", page, re.DOTALL)[1].replace("model.onnx", str(file))
+    names = {"image": image}
+    exec(lines, names)
+    own = load(tmp_path / "m").detect(image)
+    assert len(own) == len(names["scores"]) > 20
+    filled = 0
+    for mask, encoded in zip(names["masks"], own.masks, strict=True):
+        one, other = names["of_canvas"](mask), rle.decode(encoded).astype(bool)
+        assert (one != other).sum() <= 0.01 * (one | other).sum()
+        filled += one.any()
+    assert filled > 20

@@ -19,7 +19,7 @@ OTHERS = {
     "gfl_r18": SMALL | {"groups": 4},
     "atss_r18": SMALL | {"groups": 4},
     "yolox_pico": {},
-    "rtmdet_ins_pico": {"widen": 0.0625},
+    "rtmdet_ins_pico": {"widen": 0.0625, "stacked_convs": 1, "attention": False},
 }
 
 
@@ -98,6 +98,17 @@ def save_noisy(name: str, folder: Path) -> None:
         if "bbox_head" in path:  # and the focal prior taken back
             noisy[path] = value + rng.normal(size=value.shape, scale=0.3).astype(np.float32) + 4 * (value < -4)
     weights.save(folder, detector, unflatten(noisy), stats, classes=CLASSES, image_size=(64, 64))
+
+
+def random_maps(model) -> list[np.ndarray]:
+    """Maps as `kdjax.export.graphs.maps` gives them, from which many detections come."""
+    from kdjax.export import graphs
+
+    rng, found = np.random.default_rng(0), []
+    for name, shape in graphs.named_maps(graphs.spec(model)).items():
+        mean, spread = (8, 8) if name.startswith("box_reg") else (-1, 2)
+        found.append(rng.normal(mean, spread, shape.shape).astype(np.float32))
+    return found
 
 
 @pytest.fixture(scope="session")
