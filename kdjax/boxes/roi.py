@@ -38,7 +38,7 @@ def roi_levels(boxes: AnyArray, count: int, *, finest: float = 56.0) -> Array:
       [0, 1, 2]
     """
     shapes.check("roi_levels", boxes=(boxes, "... 4"))
-    sides = jnp.maximum(boxes[..., 2:] - boxes[..., :2], 0)
+    sides = jnp.maximum(boxes[..., 2:] - boxes[..., :2], 0.0)
     octave = jnp.floor(jnp.log2(jnp.sqrt(sides[..., 0] * sides[..., 1]) / finest + 1e-6))
     return jnp.clip(octave, 0, count - 1).astype(jnp.int32)
 
@@ -260,9 +260,7 @@ def roi_align(
     """
     shapes.check("roi_align", boxes=(boxes, "B R 4"), level=(level, "B R"))
     if other := nn.replacement("roi_align"):
-        return other(
-            maps, boxes, level, strides=strides, size=size, sampling_ratio=sampling_ratio, aligned=aligned
-        )
+        return other(maps, boxes, level, strides=strides, size=size, sampling_ratio=sampling_ratio, aligned=aligned)
     hw = tuple((m.shape[1], m.shape[2]) for m in maps)
     how = _Sampling(hw, tuple(map(float, strides)), size, sampling_ratio, max_samples, aligned)
     flat = jnp.concatenate([jnp.asarray(m).reshape(m.shape[0], -1, m.shape[3]) for m in maps], 1)

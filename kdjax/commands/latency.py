@@ -58,7 +58,7 @@ def run(*, models: list[str], threads: int | None, runs: int, out: str | None) -
     print(table(rows))
     print(
         f"\nOne image, {threads} {'thread' if threads == 1 else 'threads'}, {runs} runs after {WARM_UP} to warm up. "
-        "Models in folders are timed without decoding, exported files as they are."
+        "Models in folders are timed without decoding (with it if they have two stages), exported files as they are."
     )
     if missing := packages.missing():
         print(f"onnxruntime timings skipped (missing: {', '.join(missing)}): pip install 'kdjax[export]'")
@@ -88,18 +88,20 @@ def measure(path: str, model: Model | None, *, threads: int, runs: int) -> Itera
     image = np.full((1, *model.image_size, 3), 100, np.uint8)
     row = {"model": path, "image_size": list(model.image_size), "params": complexity.parameters(model.variables[0])}
     row["flops"] = complexity.flops(model.detector, model.image_size)
-    network = jax.jit(functools.partial(graphs.maps, model))
-    held = jnp.asarray(image)
+    raw = model.detector.head is not None
+    network = jax.jit(functools.partial(graphs.maps if raw else graphs.detections, model))
+    feed = {"image": image} if raw else {"image": image, "image_size": np.array([model.image_size], np.int32)}
+    held = [jnp.asarray(value) for value in feed.values()]
     file = model.path / weights.WEIGHTS  # a run that is not finished has none yet
     stored = file.stat().st_size if file.exists() else sum(leaf.nbytes for leaf in jax.tree.leaves(model.variables))
-    yield row | {"runtime": "XLA", "bytes": stored} | clock(lambda: jax.block_until_ready(network(held)), runs, path)
+    yield row | {"runtime": "XLA", "bytes": stored} | clock(lambda: jax.block_until_ready(network(*held)), runs, path)
     if packages.missing():
         return
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
-        onnx.write(model, file, raw=True)
+        onnx.write(model, file, raw=raw)
         session = onnx.session(file, threads=threads)
-        times = clock(lambda: session.run(None, {"image": image}), runs, path)
+        times = clock(lambda: session.run(None, feed), runs, path)
         yield row | {"runtime": "onnxruntime", "bytes": file.stat().st_size} | times
 
 

@@ -226,7 +226,7 @@ def propose(
         max_detections=number,
     )
     return Proposals(
-        boxes=jnp.where(valid[..., None], jnp.take_along_axis(boxes, kept[..., None], 1), 0),
-        scores=jnp.where(valid, jnp.take_along_axis(best, kept, 1), 0),
+        boxes=jnp.where(valid[..., None], jnp.take_along_axis(boxes, kept[..., None], 1), 0.0),
+        scores=jnp.where(valid, jnp.take_along_axis(best, kept, 1), 0.0),
         valid=valid,
     )

@@ -179,12 +179,6 @@ def nms_settings(model: Model) -> dict[str, Any]:
 
 
 def inputs(model: Model, *, raw: bool) -> list[jax.ShapeDtypeStruct]:
-    """The shapes of an exported function's inputs.
-
-    Raises:
-      UserError: a two-stage detector.
-    """
-    if model.detector.head is None:
-        raise UserError(f"export: {model.detector.name} has two stages: only detectors of one stage can be exported")
+    """The shapes of an exported function's inputs."""
     image = jax.ShapeDtypeStruct((1, *model.image_size, 3), jnp.uint8)
     return [image] if raw else [image, jax.ShapeDtypeStruct((1, 2), jnp.int32)]

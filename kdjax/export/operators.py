@@ -92,9 +92,7 @@ REPLACED = {"greedy_nms": _greedy_nms, "select_rows": _select_rows, "roi_align":
 Add = Callable[..., Any]
 
 
-def _nms(
-    add: Add, constant: Add, boxes: object, scores: object, *, iou_threshold: float, most: int
-) -> tuple[object, ...]:
+def _nms(add: Add, constant: Add, boxes: object, scores: object, *, iou_threshold: float, most: int) -> tuple[Any, ...]:
     """The nodes of `nms_p`: NonMaxSuppression, the best of all groups and classes, padded."""
     limit = constant([most], np.int64)
     thresholds = (constant([value], np.float32) for value in (iou_threshold, _NONE))
@@ -109,7 +107,7 @@ def _nms(
 
 def _roi_align_nodes(
     add: Add, constant: Add, *inputs: object, strides: Sequence[float], size: int, ratio: int, aligned: bool
-) -> tuple[object, ...]:
+) -> tuple[Any, ...]:
     """The nodes of `roi_align_p`: RoiAlign of the regions of each level, then in the order of the regions."""
     *maps, boxes, level = inputs
     found, places = [], []
@@ -132,11 +130,14 @@ def _roi_align_nodes(
     return (add("Transpose", add("Gather", add("Concat", *found, axis=0), order, axis=0), perm=[0, 2, 3, 1]),)
 
 
+_NODES: dict[Primitive, Callable[..., tuple[Any, ...]]] = {nms_p: _nms, roi_align_p: _roi_align_nodes}
+
+
 def register() -> None:
     """Tells jax2onnx how the primitives are written."""
     from jax2onnx.plugins import plugin_system
 
-    for primitive, nodes in ((nms_p, _nms), (roi_align_p, _roi_align_nodes)):
+    for primitive, nodes in _NODES.items():
 
         class Plugin(plugin_system.PrimitiveLeafPlugin):
             make = staticmethod(nodes)

@@ -12,7 +12,7 @@ from kdjax.detectors.api import flatten, unflatten
 from kdjax.errors import UserError
 from kdjax.export import graphs, onnx, packages, verify
 from kdjax.inference import load
-from tests.support.models import random_maps, refused, refused_at_the_end, save_noisy
+from tests.support.models import random_output, refused, refused_at_the_end, save_noisy
 
 
 @pytest.mark.user_input(
@@ -109,13 +109,26 @@ def test_masks_are_not_decoded_in_litert(tmp_path, capsys, monkeypatch):
     assert "its masks are computed behind an NMS, which a LiteRT file cannot hold" in refused(capsys, *command)
 
 
+@pytest.mark.user_input(
+    "Models and exports",
+    "an export of a two-stage detector with `--raw`, or to LiteRT",
+    "refused: the second stage needs boxes",
+)
+def test_two_stages_have_no_maps(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(packages, "missing", lambda packages: [])
+    save_noisy("faster_rcnn_r18", tmp_path / "m")
+    command = ["export", f"--model={tmp_path / 'm'}", f"--out={tmp_path / 'x'}"]
+    assert "has two stages, and the second has no maps" in refused(capsys, *command, "--format=onnx", "--raw")
+    assert "its second stage is computed behind an NMS" in refused(capsys, *command, "--format=litert")
+
+
 def test_wrong_masks_are_refused(tmp_path, monkeypatch):
     """Of random maps, so that nothing has to be compiled but the decoding."""
     save_noisy("rtmdet_ins_pico", tmp_path / "m")
     loaded = load(tmp_path / "m")
-    maps = random_maps(loaded)
-    monkeypatch.setattr(graphs, "network", lambda model, images: graphs.output(model, maps))
-    found = loaded.detector.decode(graphs.output(loaded, maps), np.array([[64, 64]]))
+    output = random_output(loaded)
+    monkeypatch.setattr(graphs, "network", lambda model, images: output)
+    found = jax.jit(loaded.detector.decode)(output, np.array([[64, 64]]))
     right = [np.asarray(value[0])[np.asarray(found.valid[0])] for value in found[:3] + found[4:]]
     image = np.zeros((64, 64, 3), np.uint8)
     assert len(right[0]) > 50

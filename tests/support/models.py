@@ -13,6 +13,9 @@ import pytest
 
 CLASSES = ["disc", "wedge", "star", "cross", "striped", "checked"]
 SMALL = {"base_channels": 8, "neck_channels": 8, "head_channels": 8, "stacked_convs": 1}
+TWO_STAGES = {
+    "faster_rcnn_r18": {"base_channels": 8, "neck_channels": 8, "head_channels": 16, "proposals": 100},
+}
 OTHERS = {
     "retinanet_r18": SMALL,
     "fcos_r18": SMALL | {"groups": 4},
@@ -90,25 +93,36 @@ def save_noisy(name: str, folder: Path) -> None:
     from kdjax.detectors import build
     from kdjax.detectors.api import flatten, unflatten
 
-    detector = build(name, 6, **OTHERS[name])
+    detector = build(name, 6, **(OTHERS | TWO_STAGES)[name])
     params, stats = detector.init(jax.random.key(0))
     rng = np.random.default_rng(0)
     noisy = flatten(params)
     for path, value in noisy.items():
-        if "bbox_head" in path:  # and the focal prior taken back
+        if "_head" in path:  # and the focal prior taken back
             noisy[path] = value + rng.normal(size=value.shape, scale=0.3).astype(np.float32) + 4 * (value < -4)
     weights.save(folder, detector, unflatten(noisy), stats, classes=CLASSES, image_size=(64, 64))
 
 
-def random_maps(model) -> list[np.ndarray]:
-    """Maps as `kdjax.export.graphs.maps` gives them, from which many detections come."""
+def random_output(model):
+    """A detector's output from which many detections come, so that no network has to be compiled."""
+    import dataclasses
+
+    import jax
+
     from kdjax.export import graphs
 
-    rng, found = np.random.default_rng(0), []
-    for name, shape in graphs.named_maps(graphs.spec(model)).items():
-        mean, spread = (8, 8) if name.startswith("box_reg") else (-1, 2)
+    rng, found, spec = np.random.default_rng(0), [], graphs.spec(model)
+    for name, shape in graphs.named_maps(spec).items():
+        mean, spread = (8, 8) if name.startswith("box_reg") and spec.at is None else (-1, 2)
         found.append(rng.normal(mean, spread, shape.shape).astype(np.float32))
-    return found
+    output = graphs.output(model, found)
+    if spec.at is None:
+        return output
+    _, maps = spec.at.args
+    maps = [rng.normal(size=level.shape).astype(np.float32) for level in maps]
+    box_reg = tuple(level * np.float32(0.3) for level in output.box_reg)
+    at = jax.tree_util.Partial(spec.at.func, model.variables[0]["roi_head"], tuple(maps))
+    return dataclasses.replace(output, box_reg=box_reg, at=at)
 
 
 @pytest.fixture(scope="session")
