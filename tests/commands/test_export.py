@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
