@@ -7,7 +7,7 @@ pixels of the network input.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,16 +55,22 @@ def targets_of(batch: Mapping[str, Array]) -> Targets:
 class Rows:
     """Predictions, one row each; a row is a point, an anchor, a region or a query.
 
-    What a model does not predict is None. Rows are in level order, row-major inside a level.
+    What a model does not predict is None. Rows are in level order, row-major inside a level; regions have no level.
     """
 
-    logits: Array | None = None  # f32[B, N, K], of the classes
-    boxes: Array | None = None  # f32[B, N, 4], decoded, x1 y1 x2 y2 in pixels of the network input
+    logits: Array | None = None  # f32[B, N, K], of the classes; f32[B, N, K + 1] with `form` "softmax"
+    # f32[B, N, 4], decoded, x1 y1 x2 y2 in pixels of the network input. Of a region: its box for the class that the
+    # teacher finds most likely, on both sides.
+    boxes: Array | None = None
     quality: Array | None = None  # f32[B, N], logits of centreness or objectness
     distribution: Array | None = None  # f32[B, N, 4, n + 1], logits of the bins of each edge's distance
-    location: AnyArray | None = None  # f32[N, 4], x, y, stride in x, stride in y, in pixels
+    # f32[N, 4], x, y, stride in x, stride in y, in pixels; of regions f32[B, N, 4], centre, width and height.
+    location: AnyArray | None = None
     # Rows of each level, fine to coarse; static. () if rows belong to no level.
     level_sizes: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
+    # What turns the logits into scores; static. "sigmoid": of each class; "softmax": over the classes and, last, the
+    # background, as regions have it.
+    form: Literal["sigmoid", "softmax"] = dataclasses.field(default="sigmoid", metadata={"static": True})
 
 
 class Pairing(NamedTuple):
@@ -79,7 +85,9 @@ class Regions(NamedTuple):
     """What the second stage of a two-stage detector predicts for R given boxes."""
 
     logits: Array  # f32[B, R, K + 1], of a softmax over the classes and, last, the background
-    box_reg: Array  # f32[B, R, K * 4], deltas of the given box for each class (`boxes.coding.boxes_to_deltas`)
+    # f32[B, R, K * 4], deltas of the given box for each class, or f32[B, R, 4] for all of them
+    # (`boxes.coding.boxes_to_deltas` with `boxes.coding.REGION_STDS`).
+    box_reg: Array
 
 
 class Assignment(NamedTuple):

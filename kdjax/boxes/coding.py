@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from kdjax.structs import AnyArray, Array
 
+REGION_STDS = (0.1, 0.1, 0.2, 0.2)  # of the deltas of regions (`kdjax.structs.Regions`)
 LARGEST_LOG_SCALE = math.log(1000 / 16)  # keeps the exponential finite
 
 

@@ -99,6 +99,8 @@ class Detector:
     - `decode(output, image_size i32[B, 2], *, score_threshold, iou_threshold, pre_nms, max_detections) ->
       PaddedDetections`. Its NMS is one of `kdjax.boxes.nms`, which exports replace by operators of other runtimes.
     - `decode_boxes(output) -> f32[B, N, 4]`, `class_logits(output) -> f32[B, N, K]`: all levels in one array.
+    - `propose(output, image_size i32[B, 2]) -> (boxes f32[B, P, 4], valid bool[B, P])`: of a two-stage detector, the
+      regions that its second stage looks at in tests, best first, without gradient.
     - `priors((H, W)) -> f32[N, 4]`: NumPy; x, y, stride in x, stride in y, in pixels.
     - `no_decay(params) -> tree of bool`: True for parameters without weight decay: norms, biases, frozen ones.
     """
@@ -126,6 +128,7 @@ class Detector:
     decode: Decode
     decode_boxes: Callable[[DetectorOutput], Array]
     class_logits: Callable[[DetectorOutput], Array]
+    propose: Callable[[DetectorOutput, Array], tuple[Array, Array]] | None = None  # None: a detector with one stage
     priors: Callable[[tuple[int, int]], np.ndarray]
     no_decay: Callable[[Tree], Tree]
 
@@ -141,10 +144,14 @@ class Detector:
         output, _ = self.apply(*variables, x, train=False)
         return dataclasses.replace(output, rows=self.rows(output))
 
-    def rows(self, output: DetectorOutput) -> Rows | None:
-        """The predictions of all levels as rows; None for a two-stage detector, whose regions are yet to be chosen."""
+    def rows(self, output: DetectorOutput) -> Rows:
+        """The predictions of all levels as rows; of a two-stage detector only where its anchors are.
+
+        The rows that a two-stage detector is compared by are regions, which are yet to be chosen.
+        """
+        where = {"location": self.priors(levels.input_size(output)), "level_sizes": levels.level_sizes(output)}
         if output.at is not None:
-            return None
+            return Rows(**where)
         join, width = levels.join, output.box_reg[0].shape[-1] // output.anchors
         bins = join(output.box_reg, width).reshape(len(output.box_reg[0]), -1, 4, width // 4) if width > 4 else None
         return Rows(
@@ -152,8 +159,7 @@ class Detector:
             boxes=self.decode_boxes(output),
             quality=join(output.quality, 1)[..., 0] if output.quality else None,
             distribution=bins,
-            location=self.priors(levels.input_size(output)),
-            level_sizes=levels.level_sizes(output),
+            **where,
         )
 
 

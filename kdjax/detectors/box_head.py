@@ -15,7 +15,7 @@ from kdjax.losses import classification, distance
 from kdjax.structs import Array, Assignment, Regions, Targets
 
 SIZE = 7  # cells of a region along each side
-STDS = (0.1, 0.1, 0.2, 0.2)  # of the deltas
+STDS = coding.REGION_STDS  # of the deltas
 POSITIVE_IOU = 0.5
 POSITIVE_SHARE = 0.25  # of the samples, at most
 

@@ -25,6 +25,7 @@ VARIANTS = {f"r{depth}": {"depth": depth} for depth in (18, 34, 50, 101)} | {
 PEERS = ("mmdetection", "torchvision")
 # (Region, class) pairs that enter the last NMS, at most; mmdetection takes all above the threshold.
 PAIRS = 5000
+PRE_NMS = 1000  # largest number of anchors of each level that enter the NMS of the proposals in tests
 
 
 class RoIHead(nnx.Module):
@@ -101,6 +102,10 @@ def detector(
         stage = jax.tree_util.Partial(at, params["roi_head"], output.neck[:4])
         return dataclasses.replace(output, at=stage), stats
 
+    def propose(output: DetectorOutput, image_size: Array) -> tuple[Array, Array]:
+        found = rpn.propose(output, image_size, pre_nms=PRE_NMS, number=options["proposals"])
+        return found.boxes, found.valid
+
     def no_decay(params: Tree) -> Tree:
         frozen = options["frozen_stages"]
         return unflatten(
@@ -127,6 +132,7 @@ def detector(
         decode=decoder(num_classes, options["proposals"]),
         decode_boxes=rpn.decode_boxes,
         class_logits=rpn.objectness,
+        propose=propose,
         priors=rpn.grid_priors,
         no_decay=no_decay,
     )
@@ -215,7 +221,7 @@ def decoder(num_classes: int, proposals: int) -> Callable[..., PaddedDetections]
         *,
         score_threshold: float = 0.05,
         iou_threshold: float = 0.5,
-        pre_nms: int = 1000,
+        pre_nms: int = PRE_NMS,
         max_detections: int = 100,
     ) -> PaddedDetections:
         """Runs the second stage on the proposals, and turns its predictions into detections by NMS within each class.

@@ -2,15 +2,15 @@
 
 import dataclasses
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, cast
 
 import jax
 import jax.numpy as jnp
 
 from kdjax.distill import pairing as pairings
-from kdjax.distill import taps
-from kdjax.distill.method import Context, Method, PairedRows
+from kdjax.distill import regions, taps
+from kdjax.distill.method import Context, Method, PairedRows, Proposals
 from kdjax.distill.pairing import Rule
 from kdjax.distill.teachers import Batch, Custom, Student, Teacher
 from kdjax.errors import UserError
@@ -105,10 +105,7 @@ class Distiller:
         adapters = {}
         for name, method in self.methods.items():
             try:
-                student, teacher = self._read(method, *specs)
-                if _compares_rows(method):
-                    self.pairing(student.rows or Rows(), teacher.rows or Rows())
-                adapters[name] = method.init(method_key(key, name), student, teacher)
+                adapters[name] = method.init(method_key(key, name), *self._compared(method, *specs))
             except UserError as error:
                 raise UserError(str(error) if str(error).startswith(name) else f"{name}: {error}") from error
         return adapters
@@ -156,7 +153,8 @@ class Distiller:
           batch: `image` u8[B, H, W, 3]; what methods and teacher read of it: `boxes`, `labels`, `valid`, `image_size`.
           variables: of the teacher; by default those of the loaded model that the distiller was made with.
           observed: what `observe` returned for this batch; by default the teacher is run.
-          assignment: of the student's assigner; by default it assigns.
+          assignment: of the student's assigner; by default it assigns. Of a two-stage student, its `regions` are the
+            rows that both sides are asked about.
           key: PRNG key of the run, or of the step if `step` is None.
           step: i32[], folded into the key.
 
@@ -171,40 +169,57 @@ class Distiller:
         if observed is None:
             observed = self.observe(batch, variables)
         whole = self._with_rows(output)
-        reads = {name for method in self.methods.values() for name in method.reads.student}
-        targets = _targets(batch) if reads & {"targets", "assignment"} else None
-        if "assignment" in reads and assignment is None and targets is not None:
+        reads = {name for method in self.methods.values() for side in method.reads for name in side}
+        by_regions = whole.at is not None and any(map(_compares_rows, self.methods.values()))
+        targets = _targets(batch) if by_regions or reads & {"targets", "assignment", "proposals"} else None
+        if (by_regions or "assignment" in reads) and assignment is None and targets is not None:
             assignment = self._assign(output, targets, key)
         student, teacher = taps.shared_levels(whole, jax.lax.stop_gradient(observed))
-        pairs = self._pair(student.rows, teacher.rows)
+        pairs = None if by_regions else self._pair(student.rows, teacher.rows)
+        of_regions = _regions(student, teacher, assignment) if by_regions else None
 
         def paired(given: Assignment) -> Assignment:
-            if (own := student.rows) is not None:
+            if (own := student.rows) is not None and student.at is None:
                 given = jax.tree.map(lambda rows: rows[:, : _count(own)], given)
             return pairings.take_assignment(given, pairs)
 
         def assign(targets: Targets) -> Assignment:
+            if of_regions is not None and assignment is not None:
+                assert assignment.regions is not None
+                return _match(of_regions[0], assignment.regions, targets, ~assignment.ignore)
             return paired(self._assign(output, targets, key))
+
+        def proposals() -> Proposals:
+            assert targets is not None
+            boxes, valid = self.teacher.propose(teacher, targets.image_size)
+            sides = regions.with_rows(student, teacher, boxes)
+            names = [f"rows.{field}" for field in taps.OF_REGIONS]
+            of_student, of_teacher = (_fields(side.rows or Rows(), names) for side in sides)
+            return Proposals(of_student, of_teacher, _match(sides[0], boxes, targets, valid))
 
         def boxes(maps: tuple[Array, ...]) -> Array:
             return self.teacher.decode_boxes(dataclasses.replace(teacher, box_reg=maps))
 
         ready = None if assignment is None else paired(assignment)
-        student_rows, teacher_rows = _paired_rows(student.rows, teacher.rows, pairs)
+        rows = _paired_rows(student.rows, teacher.rows, pairs)
         values = {}
         for name, method in self.methods.items():
-            mine, theirs = self._read(method, student, teacher)
+            sides, rows_of = (student, teacher), rows
+            if of_regions is not None and _compares_rows(method):
+                sides, rows_of = of_regions, (of_regions[0].rows or Rows(), of_regions[1].rows or Rows())
+            mine, theirs = self._read(method, *sides)
             context = Context(
                 student=mine,
                 teacher=theirs,
-                student_rows=_fields(student_rows, method.reads.student),
-                teacher_rows=_fields(teacher_rows, method.reads.teacher),
+                student_rows=_fields(rows_of[0], method.reads.student),
+                teacher_rows=_fields(rows_of[1], method.reads.teacher),
                 targets=targets if "targets" in method.reads.student else None,  # type: ignore[arg-type]
                 assignment=ready if "assignment" in method.reads.student else None,  # type: ignore[arg-type]
                 key=method_key(key, name),
                 teacher_head=self._head(variables) if "head" in method.reads.teacher else None,  # type: ignore[arg-type]
                 teacher_boxes=boxes if "head" in method.reads.teacher else None,  # type: ignore[arg-type]
                 assign=assign if "assignment" in method.reads.student else None,  # type: ignore[arg-type]
+                proposals=proposals() if "proposals" in method.reads.teacher else None,  # type: ignore[arg-type]
             )
             terms = method.apply(adapters[name], context)
             values |= {f"{name}/{term}": value for term, value in terms.items()}
@@ -234,6 +249,25 @@ class Distiller:
             return dataclasses.replace(output, rows=jax.eval_shape(rows, output))
         return dataclasses.replace(output, rows=rows(output))
 
+    def _compared(
+        self, method: Method, student: DetectorOutput, teacher: DetectorOutput
+    ) -> tuple[DetectorOutput, DetectorOutput]:
+        """The specs of what a method reads, if it can compare these two."""
+        for role, output in (("student", student), ("teacher", teacher)):
+            if method.one_stage and output.at is not None:
+                raise UserError(f"the {role} has two stages: {method.one_stage}")
+        compares, proposes = _compares_rows(method), "proposals" in method.reads.teacher
+        by_regions = (compares or proposes) and regions.check(student, teacher)
+        if proposes and not by_regions:
+            raise UserError("the teacher's proposals are compared, which needs a student and a teacher with two stages")
+        if compares and by_regions:
+            box = jax.ShapeDtypeStruct((1, 1, 4), jnp.float32)
+            student, teacher = regions.with_rows(student, teacher, cast(Array, box))
+        student, teacher = self._read(method, student, teacher)
+        if compares and not by_regions:
+            self.pairing(student.rows or Rows(), teacher.rows or Rows())
+        return student, teacher
+
     def _read(
         self, method: Method, student: DetectorOutput, teacher: DetectorOutput
     ) -> tuple[DetectorOutput, DetectorOutput]:
@@ -241,7 +275,7 @@ class Distiller:
         sides = []
         for role, output in (("student", student), ("teacher", teacher)):
             names = getattr(method.reads, role)
-            for extra, attribute in (("assignment", "assign"), ("head", "head")):
+            for extra, attribute in (("assignment", "assign"), ("head", "head"), ("proposals", "propose")):
                 if extra in names and getattr(getattr(self, role), attribute, None) is None:
                     raise UserError(f"the method reads the {role}'s {extra}, which this {role} does not have")
             try:
@@ -262,6 +296,24 @@ class Distiller:
         return lambda features, *, branch, start: self.teacher.head(
             *jax.lax.stop_gradient(variables), features, branch=branch, start=start
         )
+
+
+def _regions(
+    student: DetectorOutput, teacher: DetectorOutput, assignment: Assignment | None
+) -> tuple[DetectorOutput, DetectorOutput]:
+    """Both outputs, with the regions of the student's assignment as rows."""
+    if teacher.at is None:
+        raise UserError("teacher: the rows of the student are regions, about which this teacher cannot be asked")
+    if assignment is None or assignment.regions is None:
+        raise UserError("student: it has two stages, but its assignment has no `regions`")
+    return regions.with_rows(student, teacher, assignment.regions)
+
+
+def _match(output: DetectorOutput, boxes: Array, targets: Targets, valid: Array) -> Assignment:
+    """The assignment of regions to objects, for an output whose rows are regions."""
+    assert output.rows is not None
+    assert output.rows.logits is not None
+    return regions.match(boxes, targets, valid, num_classes=output.rows.logits.shape[-1] - 1)
 
 
 def method_key(key: Array, name: str) -> Array:
@@ -293,7 +345,6 @@ def _paired_rows(student: Rows | None, teacher: Rows | None, pairs: Pairing | No
     return pairings.take(student, pairs.student), pairings.take(teacher, pairs.teacher)
 
 
-def _fields(rows: Rows, reads: tuple[str, ...]) -> PairedRows:
+def _fields(rows: Rows, reads: Iterable[str]) -> PairedRows:
     names = [name.removeprefix("rows.") for name in reads if name.startswith("rows.")]
-    kept = Rows(level_sizes=rows.level_sizes, **{name: getattr(rows, name) for name in names})
-    return cast(PairedRows, kept)
+    return cast(PairedRows, taps.with_fields(rows, {name: getattr(rows, name) for name in names}))

@@ -5,7 +5,7 @@ A method is two functions, its weights and the taps that it reads (`Method`). `m
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax.numpy as jnp
 
@@ -19,12 +19,21 @@ Params = Mapping[str, Any]  # what a method trains beside the student: nested di
 class PairedRows(Protocol):
     """`kdjax.structs.Rows` as a method sees them: what it declares is there, the rest is None."""
 
-    logits: Array  # f32[B, P, K]
+    logits: Array  # f32[B, P, K], or with `form` "softmax" f32[B, P, K + 1], the background last
     boxes: Array  # f32[B, P, 4]
     quality: Array  # f32[B, P]
     distribution: Array  # f32[B, P, 4, n + 1]
-    location: Array  # f32[P, 4], or f32[B, P, 4] where rows are paired by index
+    location: Array  # f32[P, 4], or f32[B, P, 4] where rows are paired by index or are regions
     level_sizes: tuple[int, ...]
+    form: Literal["sigmoid", "softmax"]  # what turns the logits into scores; "softmax" means that rows are regions
+
+
+class Proposals(NamedTuple):
+    """What both second stages say about the P regions that the teacher proposes."""
+
+    student: PairedRows  # logits, boxes, location
+    teacher: PairedRows  # without gradient
+    assignment: Assignment  # to the ground truth, at an IoU of 0.5; `ignore` where there are fewer than P proposals
 
 
 class Context(NamedTuple):
@@ -45,8 +54,10 @@ class Context(NamedTuple):
     teacher_head: Callable[..., tuple[Array, ...]]
     # Of methods that read "head": (predictions by level in the form of `DetectorOutput.box_reg`) -> boxes f32[B, N, 4].
     teacher_boxes: Callable[[tuple[Array, ...]], Array]
-    # Of methods that read "assignment": the student's assigner, without gradient, for targets that the method chooses.
+    # Of methods that read "assignment": the student's assigner, without gradient, for targets that the method chooses;
+    # regions are not drawn again, but matched at an IoU of 0.5.
     assign: Callable[[Targets], Assignment]
+    proposals: Proposals  # of methods that read "proposals"
 
 
 class Method(NamedTuple):
@@ -59,6 +70,8 @@ class Method(NamedTuple):
     reads: Reads
     scale: Callable[[AnyArray | int], Array | float] = lambda step: 1.0  # step i32[] -> f32[] in 0 .. 1, the schedule
     name: str = ""
+    # Why the method has no meaning for detectors with two stages, the rest of a sentence; "": it has one.
+    one_stage: str = ""
 
 
 def schedule(*, start: int = 0, stop: int = 0, warmup: int = 0, decay: int = 0) -> Callable[[AnyArray | int], Array]:
@@ -96,7 +109,7 @@ def schedule(*, start: int = 0, stop: int = 0, warmup: int = 0, decay: int = 0) 
     return scale
 
 
-def check_choice(option: str, value: str | int, choices: tuple[str | int, ...]) -> None:
+def check_choice(option: str, value: str | int | None, choices: tuple[str | int | None, ...]) -> None:
     """Checks that the value of an option ("method: option") is one of its choices.
 
     Raises:
@@ -114,6 +127,22 @@ def check(option: str, value: float | str | Sequence[float], possible: bool, ran
     """
     if not possible:
         raise UserError(f"{option} is {value}: it must be {range_}")
+
+
+def check_head(name: str, chosen: str | None, student_spec: DetectorOutput) -> None:
+    """Checks an option `head`: regions have softmax scores.
+
+    Raises:
+      UserError: "sigmoid" was chosen for regions.
+    """
+    rows = student_spec.rows
+    if chosen == "sigmoid" and rows is not None and rows.form == "softmax":
+        raise UserError(f"{name}: head is 'sigmoid', but the student's regions have softmax scores: leave head out")
+
+
+def compared_rows(rows: PairedRows, assignment: Assignment) -> Array:
+    """The rows that have a target class, bool[B, P]: all regions, with those of the background, or positive priors."""
+    return ~assignment.ignore if rows.form == "softmax" else assignment.positive
 
 
 def mean_over_positives(values: Array, positive: Array) -> Array:

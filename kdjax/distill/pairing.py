@@ -5,6 +5,7 @@ raises `UserError` for rows that it cannot pair, also on shape specs, so that a 
 computed.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -139,7 +140,7 @@ def take(rows: Rows, index: Array | None) -> Rows:
         return jnp.take_along_axis(value, index.reshape(*index.shape, *[1] * (value.ndim - 2)), 1)
 
     fields: dict[str, Any] = {field: gather(field) for field in ROWS}
-    return Rows(**fields)
+    return dataclasses.replace(rows, level_sizes=(), **fields)
 
 
 def take_assignment(assignment: Assignment, pairing: Pairing | None) -> Assignment:

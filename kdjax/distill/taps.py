@@ -3,6 +3,10 @@
 A tap is written `neck`, `backbone.2` (one level), `neck.0:3` (the first three levels), `cls_tower.1` (a convolution of
 a tower, before its activation; `cls_tower.-2` counts from the end) or `rows.logits` (a field of the rows). The methods
 declare the taps that they read (`Reads`).
+
+The rows of a two-stage detector are regions, and their taps are `rows.logits`, `rows.boxes` and `rows.location`: what
+its second stage says about the regions of the student's assignment. A method that reads `rows.location` and compares no
+rows gets the anchors of the first stage there.
 """
 
 import dataclasses
@@ -24,13 +28,16 @@ NEEDS = {
     "rows.distribution": "box edges as distributions over bins, as GFL has them",
 }
 ROWS = ("logits", "boxes", "quality", "distribution", "location")
+OF_REGIONS = ("logits", "boxes", "location")  # fields of the rows that a second stage fills
+NO_TAPS = ("targets", "assignment", "head", "proposals")  # what else a method may read
 
 
 class Reads(NamedTuple):
     """The taps that a method reads of each side.
 
     Beside taps, the student's may hold "targets" (the ground truth) and "assignment" (of its assigner), the teacher's
-    "head" (its head can be run on other features).
+    "head" (its head can be run on other features) or "proposals" (the regions that it proposes, with what both second
+    stages say about them).
     """
 
     student: tuple[str, ...] = ()
@@ -54,9 +61,12 @@ def taps(output: DetectorOutput) -> list[str]:
             names += [field, *(f"{field}.{i}" for i in range(len(levels)))]
     for field in TOWERS:
         names += [f"{field}.{i}" for i in range(len(getattr(output, field)))]
-    if output.rows is not None:
-        names += [f"rows.{field}" for field in ROWS if getattr(output.rows, field) is not None]
-    return names
+    return names + [f"rows.{field}" for field in ROWS if _has_rows(output, field)]
+
+
+def _has_rows(output: DetectorOutput, field: str) -> bool:
+    """Whether the rows have a field, or would have it if they were regions."""
+    return getattr(output.rows, field, None) is not None or (output.at is not None and field in OF_REGIONS)
 
 
 def resolve(output: DetectorOutput, name: str) -> tuple[str, list[int] | None]:
@@ -77,7 +87,7 @@ def resolve(output: DetectorOutput, name: str) -> tuple[str, list[int] | None]:
         return field, [int(index) % count]
     elif field in LEVELS and index.isdigit() and int(index) < count:
         return field, [int(index)]
-    elif field == "rows" and output.rows is not None and getattr(output.rows, index, None) is not None:
+    elif field == "rows" and _has_rows(output, index):
         return field, None
     needs = f", which needs {NEEDS[name]}" if name in NEEDS else ""
     raise UserError(
@@ -113,6 +123,8 @@ def tap(output: DetectorOutput, name: str) -> dict[int, Array]:
 def only(output: DetectorOutput, names: Iterable[str]) -> DetectorOutput:
     """The output with only the fields of the named taps; levels that are not named are None.
 
+    The second stage `at` is kept where a tap or "proposals" needs to ask it.
+
     Args:
       output: arrays or shape specs.
       names: taps; "targets", "assignment" and "head" are ignored.
@@ -122,12 +134,16 @@ def only(output: DetectorOutput, names: Iterable[str]) -> DetectorOutput:
     """
     wanted: dict[str, set[int] | None] = {}
     rows: dict[str, Array] = {}
+    asks = False
     for name in names:
-        if name in ("targets", "assignment", "head"):
+        asks |= name == "proposals"
+        if name in NO_TAPS:
             continue
         field, indices = resolve(output, name)
         if field == "rows":
-            rows[name.removeprefix("rows.")] = getattr(output.rows, name.removeprefix("rows."))
+            value = getattr(output.rows, name.removeprefix("rows."), None)
+            rows |= {} if value is None else {name.removeprefix("rows."): value}
+            asks |= value is None
         elif indices is None or wanted.get(field, set()) is None:
             wanted[field] = None
         else:
@@ -139,8 +155,13 @@ def only(output: DetectorOutput, names: Iterable[str]) -> DetectorOutput:
             kept[field] = ()
         elif (indices := wanted[field]) is not None:
             kept[field] = tuple(level if i in indices else None for i, level in enumerate(levels))
-    left = Rows(level_sizes=output.rows.level_sizes, **rows) if rows and output.rows is not None else None
-    return dataclasses.replace(output, rows=left, **kept)
+    kept["at"] = output.at if asks else None
+    return dataclasses.replace(output, rows=with_fields(output.rows or Rows(), rows) if rows else None, **kept)
+
+
+def with_fields(rows: Rows, fields: dict[str, Any]) -> Rows:
+    """The rows with these fields and no others."""
+    return dataclasses.replace(rows, **dict.fromkeys(ROWS) | fields)
 
 
 def shared_levels(student: DetectorOutput, teacher: DetectorOutput) -> tuple[DetectorOutput, DetectorOutput]:
@@ -182,7 +203,7 @@ def first_rows(rows: Rows, levels: int) -> Rows:
         return value[:end] if axis == 0 else value[:, :end]
 
     fields: dict[str, Any] = {field: cut(field) for field in ROWS}
-    return Rows(level_sizes=sizes, **fields)
+    return dataclasses.replace(rows, level_sizes=sizes, **fields)
 
 
 def pair(student: DetectorOutput, teacher: DetectorOutput, student_tap: str, teacher_tap: str = "") -> list[Pair]:

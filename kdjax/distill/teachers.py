@@ -26,7 +26,8 @@ class Teacher(Protocol):
       tree of arrays the teacher needs, None if it needs none.
 
     A method that reads "head" also needs `head(params, stats, features, *, branch, start)` and `decode_boxes(output)`,
-    as `Detector` has them.
+    one that reads "proposals" `propose(output, image_size)`, as `Detector` has them. A teacher with two stages has `at`
+    in its output, also in that of `spec`: it is asked about the regions of the student.
     """
 
     @property
@@ -60,12 +61,16 @@ class Custom:
     Attributes:
       spec: (height, width) -> DetectorOutput of `jax.ShapeDtypeStruct` for one image; see `spec_of`.
       observe: (variables, batch) -> DetectorOutput; only a teacher needs it.
-      assign: (output, targets, key) -> Assignment; only a student whose methods read "assignment" needs it.
+      assign: (output, targets, key) -> Assignment; only a student whose methods read "assignment" needs it. That of a
+        student with two stages has `regions`.
+      propose: (output, image_size i32[B, 2]) -> (boxes f32[B, P, 4], valid bool[B, P]); only a teacher with two stages
+        whose methods read "proposals" needs it.
     """
 
     spec: Callable[[tuple[int, int]], DetectorOutput]
     observe: Callable[[Any, Batch], DetectorOutput] | None = None
     assign: Callable[[DetectorOutput, Targets, Array | None], Assignment] | None = None
+    propose: Callable[[DetectorOutput, Array], tuple[Array, Array]] | None = None
 
 
 def spec_of(function: Callable[..., DetectorOutput], *arguments: Any) -> Callable[[tuple[int, int]], DetectorOutput]:
@@ -101,7 +106,7 @@ def on_host(function: Callable[[Any], DetectorOutput], spec: Callable[[tuple[int
 
     Args:
       function: images u8[B, H, W, 3] in NumPy -> DetectorOutput of NumPy arrays with exactly what `spec` has.
-      spec: of its output for one image.
+      spec: of its output for one image; without `at`, because the host is not asked about regions.
     """
 
     def observe(variables: PyTree, batch: Batch) -> DetectorOutput:

@@ -68,8 +68,7 @@ def measure_gradients(setup: Setup, batch: Mapping[str, np.ndarray], adapters: P
         if distiller:
             assert variables is not None, "a distiller needs the variables of its teacher"
             values |= distiller.terms(adapters, output, batch, tuple(variables), assignment=assignment, key=state.key)
-        rows = student.rows(output)
-        logits = None if rows is None else rows.logits
+        logits = student.rows(output).logits
         score = None if logits is None else jnp.mean(jax.nn.sigmoid(logits))
         return jnp.dot(chosen, jnp.stack([values[name] for name in sorted(values)])), (values, score)
 

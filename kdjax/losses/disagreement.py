@@ -71,11 +71,13 @@ def general_instances(
     *,
     count: int = 10,
     iou_threshold: float = 0.3,
+    softmax: bool = False,
+    valid: AnyArray | None = None,
 ) -> tuple[Array, Array, Array]:
     """Boxes and classes of the priors on which the two models differ most, after NMS (GID's general instances).
 
-    The score of a prior is max_k |sigmoid(teacher) - sigmoid(student)|; its box is that of the model with the higher
-    score for that class. No gradient flows through the selection.
+    The score of a prior is max_k |sigmoid(teacher) - sigmoid(student)|, or of their softmaxes; its box is that of the
+    model with the higher score for that class. No gradient flows through the selection.
 
     Args:
       student_logits: f32[B, N, K], class logits.
@@ -84,6 +86,8 @@ def general_instances(
       teacher_boxes: f32[B, N, 4].
       count: number of instances per image.
       iou_threshold: of the NMS.
+      softmax: the logits, f32[B, N, K + 1], are those of a softmax with the background last, which is no instance.
+      valid: bool[B, N], rows that can be instances; None: all.
 
     Returns:
       (boxes f32[B, count, 4], labels i32[B, count]: the class that differs most, valid bool[B, count]).
@@ -109,10 +113,12 @@ def general_instances(
     student_logits, teacher_logits, student_boxes, teacher_boxes = (
         jax.lax.stop_gradient(jnp.asarray(x, jnp.float32)) for x in inputs
     )
-    gap = jax.nn.sigmoid(teacher_logits) - jax.nn.sigmoid(student_logits)
+    scores = (lambda logits: jax.nn.softmax(logits)[..., :-1]) if softmax else jax.nn.sigmoid
+    gap = scores(teacher_logits) - scores(student_logits)
     best = jnp.argmax(jnp.abs(gap), -1, keepdims=True)
     boxes = jnp.where(jnp.take_along_axis(gap, best, -1) > 0, teacher_boxes, student_boxes)
-    score = score_gap(student_logits, teacher_logits)
+    score = jnp.max(jnp.abs(gap), -1)
+    score = score if valid is None else jnp.where(valid, score, -jnp.inf)
     index, valid = nms.greedy_nms(boxes, score, iou_threshold=iou_threshold, max_detections=count)
     labels = jnp.take_along_axis(best[..., 0], index, 1)
     return jnp.take_along_axis(boxes, index[..., None], 1), labels, valid

@@ -77,4 +77,5 @@ def make(
         return {name: jnp.sum(jnp.where(scored, value, 0.0)) / positives for name, value in terms.items()}
 
     names = ("rows.logits", *(("rows.boxes",) if weights["boxes"] else ()))
-    return method.Method(init, apply, weights, taps.Reads((*names, "assignment"), names))
+    why = "BCKD is made for the sigmoid scores of dense heads, and regions have softmax scores"
+    return method.Method(init, apply, weights, taps.Reads((*names, "assignment"), names), one_stage=why)

@@ -147,7 +147,8 @@ def make(
         (*dict.fromkeys(place(student, branch) for branch in used), "rows.logits", "assignment"),
         (*dict.fromkeys(place(teacher, branch) for branch in used), *maps, "rows.logits", "head"),
     )
-    return method.Method(init, apply, weights, reads)
+    why = "CrossKD enters the tower of a head over the maps, and a second stage has none"
+    return method.Method(init, apply, weights, reads, one_stage=why)
 
 
 def rows_of(maps: tuple[Array, ...], context: method.Context) -> Array:

@@ -8,11 +8,12 @@ Taps: neck, or one map such as backbone.2 (any detector). Needs the boxes of the
   priors. Trains one 3x3 convolution A per level, with initial weights near zero.
 Open: the original has one map and nine anchors per cell. Here each cell has one square anchor, 8 strides wide like
   those of ATSS and GFL, around the location of the prior (`anchor_scale`), so that detectors without anchors can be
-  used too. The best overlap of a box is taken over all levels; the port of the DeFeat authors (`port=True`) assigns
-  every box to the one level of its size, as DeFeat does, divides each level by 2 Np C (C channels, Np of that level)
-  and averages levels. The original ends A with a ReLU, which the port leaves out because the maps of a neck are signed;
-  `relu=True` is for maps that are not negative. Without any object the original divides by zero; here the loss is 0.
-  The original starts after 400 steps (set `start`).
+  used too; with anchor_ratios=(0.5, 1, 2) they are those of the first stage of two-stage detectors. The best overlap of
+  a box is taken over all levels; the port of the DeFeat authors (`port=True`) assigns every box to the one level of its
+  size, as DeFeat does, divides each level by 2 Np C (C channels, Np of that level) and averages levels. The original
+  ends A with a ReLU, which the port leaves out because the maps of a neck are signed; `relu=True` is for maps that are
+  not negative. Without any object the original divides by zero; here the loss is 0. The original starts after 400 steps
+  (set `start`).
 Proof: none: no reference numbers; the masks equal loops over the formula.
 Status: formula
 """
@@ -34,6 +35,7 @@ def make(
     teacher: str = "neck",
     psi: float = 0.5,
     anchor_scale: float = 8.0,
+    anchor_ratios: tuple[float, ...] = (1.0,),
     relu: bool = False,
     port: bool = False,
 ) -> method.Method:
@@ -43,25 +45,28 @@ def make(
       weight: mu; 0.01.
       student, teacher: taps.
       psi: 0 .. 1, the share of the best overlap above which an anchor counts; 0.5.
-      anchor_scale: side of a cell's square anchor, in strides.
+      anchor_scale: square root of the area of a cell's anchors, in strides.
+      anchor_ratios: height / width of a cell's anchors, each above 0; (0.5, 1, 2) are those of an RPN.
       relu: ends the adapter with a ReLU, for a teacher's map that is the output of a ReLU.
       port: assigns boxes to levels and normalises as the port to feature pyramids does.
 
     Raises:
-      UserError: `psi` outside 0 .. 1, or `anchor_scale` not above 0.
+      UserError: `psi` outside 0 .. 1, or `anchor_scale` or a ratio not above 0.
     """
     method.check("fgfi: psi", psi, 0 <= psi <= 1, "within 0 .. 1")
     method.check("fgfi: anchor_scale", anchor_scale, anchor_scale > 0, "above 0")
+    possible = bool(anchor_ratios) and min(anchor_ratios) > 0
+    method.check("fgfi: anchor_ratios", anchor_ratios, possible, "numbers above 0, at least one")
 
     def init(key: Array, student_spec: DetectorOutput, teacher_spec: DetectorOutput) -> method.Params:
         pairs = taps.pair(student_spec, teacher_spec, student, teacher)
         return adapters.init_adapters(key, pairs, kernel_size=3, always=True, deviation=1e-4)
 
     def anchors(stride: int, shape: tuple[int, ...], offset: Array) -> Array:
-        """f32[H, W, 1, 4]; `offset` is the position of a prior in its cell, 0 .. 1."""
-        height, width = shape[1:3]
-        boxes = priors.grid_anchors((height * stride, width * stride), [stride], ratios=[1.0], scales=[anchor_scale])
-        return jnp.add(boxes.reshape(height, width, 1, 4), jnp.tile(offset, 2) * stride)
+        """f32[H, W, A, 4]; `offset` is the position of a prior in its cell, 0 .. 1."""
+        size = shape[1] * stride, shape[2] * stride
+        boxes = priors.grid_anchors(size, [stride], ratios=list(anchor_ratios), scales=[anchor_scale])
+        return jnp.add(boxes.reshape(*shape[1:3], -1, 4), jnp.tile(offset, 2) * stride)
 
     def masks(pairs: list[taps.Pair], context: method.Context) -> list[Array]:
         """The kept cells of each level, bool[B, H, W, 1]."""
@@ -75,7 +80,8 @@ def make(
                 regions.fine_grained_mask(boxes, valid & (level == i), grid, psi=psi)
                 for i, grid in enumerate(of_levels)
             ]
-        column = jnp.concatenate([grid.reshape(-1, 1, 1, 4) for grid in of_levels])  # all levels as one map
+        # All levels as one map.
+        column = jnp.concatenate([grid.reshape(-1, 1, *grid.shape[2:]) for grid in of_levels])
         kept = regions.fine_grained_mask(boxes, valid, column, psi=psi)
         ends = np.cumsum([grid.shape[0] * grid.shape[1] for grid in of_levels])
         parts = jnp.split(kept, ends[:-1], 1)

@@ -9,18 +9,21 @@
             + class_weight / P * sum_{priors} sum_k KL(sigmoid(z_T) || sigmoid(z_S))
             + box_weight / P * sum_{priors} |box_S - box_T|_1 / stride )
     priors: the P that the student's assigner gives to the instances, taken as ground truth
+    two stages: regions instead of priors, softmax instead of sigmoid, a region's width and height instead of the stride
 
 Paper: Dai et al., "General Instance Distillation for Object Detection", CVPR 2021.
-Taps: neck; also reads class logits and decoded boxes (dense heads, the same priors and classes on both sides) and runs
-  the student's assigner. The ground truth must be in the batch, but its boxes are replaced by the instances. Trains one
-  3x3 convolution A, shared by the levels.
+Taps: neck; also reads class logits and decoded boxes of priors (dense heads, the same priors and classes on both sides)
+  or of regions (two stages on both sides, the same classes), and runs the student's assigner. The ground truth must be
+  in the batch, but its boxes are replaced by the instances. Trains one 3x3 convolution A, shared by the levels.
 Open: the only public code is a third-party port, whose weights and reductions are the defaults; the paper reportedly
   has 5e-4, 40 and 0.1, 1. The port never applies its adapter and so needs equal widths; here it is applied. The port
   relates the instances of all images of a device to each other, which depends on the batch (`parity=True`); here those
   of one image are related. The port takes the binary cross-entropy, which has the gradient of the divergence used here
   but does not vanish at equality. It compares the raw box regression, which for heads that regress distances equals the
   comparison in strides used here. It leaves out boxes smaller than 10 pixels and clips boxes to the image; here nothing
-  is left out or clipped.
+  is left out or clipped. Our sources do not say which predictions of two-stage detectors are compared: here those of
+  the regions that the student's assigner draws, as in DKD. A region belongs to an instance that it overlaps with an IoU
+  of at least 0.5, and its box is, on both sides, that of the class that the teacher finds most likely.
 Proof: none: no public original; the parts equal loops over the formulas, RoIAlign and its levels model/faster_* and
   model/mask_* (mmdetection): largest relative error 2e-6.
 Status: formula
@@ -107,20 +110,28 @@ def make(
     def apply(params: method.Params, context: method.Context) -> dict[str, Array]:
         rows = context.student_rows, context.teacher_rows
         scores, predicted = [side.logits for side in rows], [side.boxes for side in rows]
+        by_regions = context.student_rows.form == "softmax"
         boxes, labels, valid = disagreement.general_instances(
-            *scores, *predicted, count=count, iou_threshold=iou_threshold
+            *scores,
+            *predicted,
+            count=count,
+            iou_threshold=iou_threshold,
+            softmax=by_regions,
+            valid=~context.assignment.ignore if by_regions else None,
         )
         s, t = features(params, context, boxes)
         pixels = valid[..., None, None] & jnp.ones(s.shape[2:4], bool)
         chosen = context.targets._replace(boxes=boxes, labels=labels, valid=valid)
         assignment = context.assign(chosen)
         positive = assignment.positive & ~assignment.ignore
-        strides = jnp.tile(context.student_rows.location[..., 2:], 2)
+        sides = jnp.tile(context.student_rows.location[..., 2:], 2)
+        sides = jnp.maximum(sides, 1e-6) if by_regions else sides  # a region without area is ignored
+        apart = divergence.softmax_kl(*scores) if by_regions else jnp.sum(divergence.sigmoid_kl(*scores), -1)
         terms = {
             "feature": method.mean_over_positives(jnp.sum(distance.squared(s, t), -1), pixels),
             "relation": pair_distance(s, t, valid),
-            "class": method.mean_over_positives(jnp.sum(divergence.sigmoid_kl(*scores), -1), positive),
-            "box": method.mean_over_positives(jnp.sum(distance.l1(*predicted) / strides, -1), positive),
+            "class": method.mean_over_positives(apart, positive),
+            "box": method.mean_over_positives(jnp.sum(distance.l1(*predicted) / sides, -1), positive),
         }
         return {name: terms[name] for name in weights if weights[name]}
 

@@ -109,4 +109,5 @@ def make(
 
     names = ("rows.logits", "rows.distribution")
     reads = taps.Reads((*names, "rows.location", "targets", "assignment"), names)
-    return method.Method(init, apply, weights, reads)
+    why = "LD compares box edges as distributions over bins, and regions have one number for each"
+    return method.Method(init, apply, weights, reads, one_stage=why)

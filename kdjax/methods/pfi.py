@@ -84,4 +84,5 @@ def make(
         return {"feature": method.mean_over_levels(levels)}
 
     reads = taps.Reads((student, "cls_logits", "rows.logits"), (teacher, "cls_logits", "rows.logits"))
-    return method.Method(init, apply, {"feature": weight}, reads)
+    why = "PFI weights the cells of a map by their class predictions, and a second stage classifies regions"
+    return method.Method(init, apply, {"feature": weight}, reads, one_stage=why)

@@ -2,14 +2,16 @@
 
     X = resample(S'),  Y = Gen(sigmoid(Conv7x7([mean_c X ; max_c X])) X),  Gen = Conv3x3, ReLU, Conv3x3
     features:       L = feature_weight * mean over levels of mean (Y - T)^2
-    target, others: L = logit_weight * mean over positives of (target_weight TCKD + other_weight NCKD), as in dkd
+    target, others: L = logit_weight * mean of (target_weight TCKD + other_weight NCKD) over positive priors, or over
+                    all regions of the student's assignment, as in dkd
     many:           L = many_weight * mean over levels i of sum_{|i-j| <= reach} o_ij mean (FAM_ij(S_i) - T_j)^2,
                     FAM_ij = Conv3x3(ReLU(Conv1x1(S_i resized to level j))),  o_ij ~ 2^-|i-j|, summing to 1 over j
 
 Paper: Yao et al., "An Improved Knowledge Distillation Algorithm and Its Application to Object Detection", 2025. Only
     its abstract is public: it names the parts, no formula and no number. All formulas are ours.
-Taps: neck (any detector), and for the logits cls_logits (dense heads, the same priors and classes on both sides) with
-    the student's assignment. S' is the student's map, after a 1x1 convolution where the channels differ.
+Taps: neck (any detector), and for the logits those of priors (dense heads, the same priors and classes on both sides)
+    or of regions (two stages on both sides, the same classes), with the student's assignment. S' is the student's map,
+    after a 1x1 convolution where the channels differ.
 Open: everything. Resampling: cells masked at random as in MGD (resample="mask"), average pooling and interpolation back
     ("interp"), or "none". The attention is applied to the student's side, before the generator, so that it cannot
     shrink both sides of the loss: spatial_attention=False leaves it out. foreground=True weights cells by the teacher's
@@ -30,6 +32,8 @@ from kdjax.distill import adapters, method, taps
 from kdjax.losses import attention, distance, divergence, reconstruction
 from kdjax.structs import Array, DetectorOutput
 
+DIVERGENCES = {"sigmoid": divergence.decoupled_sigmoid_kl, "softmax": divergence.decoupled_kl}
+
 
 def make(
     *,
@@ -44,7 +48,7 @@ def make(
     factor: int = 2,
     spatial_attention: bool = True,
     foreground: bool = False,
-    head: Literal["sigmoid", "softmax"] = "sigmoid",
+    head: Literal["sigmoid", "softmax"] | None = None,
     target_weight: float = 1.0,
     other_weight: float = 0.25,
     temperature: float = 1.0,
@@ -61,7 +65,8 @@ def make(
       factor: window >= 1 of the pooling of "interp", in cells; 1 changes nothing.
       spatial_attention: whether the resampled features are weighted by a learned map.
       foreground: weights the cells of the feature part by FGD's spatial attention of the teacher (mean 1).
-      head: "sigmoid" or "softmax", what turns the class logits into scores.
+      head: "sigmoid" or "softmax", what turns the class logits into scores; None: "softmax" of regions, "sigmoid" of
+        priors.
       target_weight, other_weight: of the two terms of the logits, as in dkd.
       temperature: tau > 0 of the logits.
       reach: largest distance of the two levels of a pair, in levels, >= 0.
@@ -70,7 +75,7 @@ def make(
       UserError: unknown `resample` or `head`, or a number out of its range.
     """
     method.check_choice("yao: resample", resample, ("mask", "interp", "none"))
-    method.check_choice("yao: head", head, ("sigmoid", "softmax"))
+    method.check_choice("yao: head", head, (None, "sigmoid", "softmax"))
     method.check("yao: drop", drop, 0 <= drop <= 1, "within 0 .. 1")
     method.check("yao: factor", factor, factor >= 1, "at least 1")
     method.check("yao: temperature", temperature, temperature > 0, "above 0")
@@ -81,7 +86,6 @@ def make(
         "others": weight * logit_weight * other_weight,
         "many": weight * many_weight,
     }
-    divergences = divergence.decoupled_sigmoid_kl if head == "sigmoid" else divergence.decoupled_kl
 
     def neighbours(pairs: list[taps.Pair]) -> Iterator[tuple[int, Array, int, Array, float]]:
         """Every pair of levels (student i, teacher j) that is compared, with its weight o_ij."""
@@ -91,6 +95,7 @@ def make(
                 yield pair.stride, pair.student, pairs[j].stride, pairs[j].teacher, share / sum(near.values())
 
     def init(key: Array, student_spec: DetectorOutput, teacher_spec: DetectorOutput) -> method.Params:
+        method.check_head("yao", head, student_spec)
         pairs = taps.pair(student_spec, teacher_spec, student, teacher)
         params = {}
         if weights["features"]:
@@ -144,11 +149,12 @@ def make(
             adapted = adapters.adapt(params["adapters"], pairs)
             terms["features"] = method.mean_over_levels([rebuilt(params, pair, context.key) for pair in adapted])
         if weights["target"] or weights["others"]:
-            assignment = context.assignment
-            logits = context.student_rows.logits, context.teacher_rows.logits
-            target, others = divergences(*logits, assignment.labels, temperature=temperature)
-            terms["target"] = method.mean_over_positives(target, assignment.positive)
-            terms["others"] = method.mean_over_positives(others, assignment.positive)
+            rows, labels = context.student_rows, context.assignment.labels
+            divergences = DIVERGENCES[head or rows.form]
+            target, others = divergences(rows.logits, context.teacher_rows.logits, labels, temperature=temperature)
+            compared = method.compared_rows(rows, context.assignment)
+            terms["target"] = method.mean_over_positives(target, compared)
+            terms["others"] = method.mean_over_positives(others, compared)
         if weights["many"]:
             total = method.sum_over_levels(
                 share * aligned(params["many"][f"{i}-{j}"], s, t) for i, s, j, t, share in neighbours(pairs)

@@ -52,6 +52,9 @@ def taps(family: str, teacher: bool):
     rng = np.random.default_rng(teacher)
     draw = lambda leaf: rng.normal(0, 0.5, (BATCH, *leaf.shape[1:])).astype(np.float32)  # noqa: E731
     drawn = jax.tree.map(draw, dataclasses.replace(spec(family, teacher), rows=None, at=None))
+    if (stage := spec(family, teacher).at) is not None:  # of parameters and maps
+        params = jax.tree.map(lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32), stage.args[0])
+        drawn = dataclasses.replace(drawn, at=jax.tree_util.Partial(stage.func, params, drawn.neck[:4]))
     if family not in ("rtmdet", "rtmdet_ins", "fcos"):
         return drawn
     distances = tuple(stride * (2 + cells) for stride, cells in zip(drawn.strides, drawn.box_reg, strict=True))
@@ -85,7 +88,7 @@ def check(name: str, student_family: str, teacher_family: str) -> None:
     adapters = distiller.init(key, (SIDE, SIDE))
 
     def terms(output, maps, frozen):
-        observed = dataclasses.replace(maps, rows=teacher.rows(maps) if teacher.head else None)
+        observed = dataclasses.replace(maps, rows=teacher.rows(maps))
         return distiller.terms(adapters, output, batch(), frozen, observed=observed, key=key, step=0)
 
     @functools.partial(jax.jit, compiler_options=QUICK)
