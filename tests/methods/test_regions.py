@@ -160,15 +160,15 @@ def slow_overlap(a, b) -> float:
     return inter / (sum(area) - inter)
 
 
-def slow_fgfi(params, ctx, *, psi=0.5, scale=8.0, relu=False, port=False, offset=0.0) -> float:
+def slow_fgfi(params, ctx, *, psi=0.5, scale=8.0, ratios=(1.0,), relu=False, port=False, offset=0.0) -> float:
     cells, errors = [], []
     for stride, s, t in zip(STRIDES, ctx.student.neck, ctx.teacher.neck, strict=True):
         s = slow_conv(s, params[str(stride)])
         error = np.square((np.maximum(s, 0) if relu else s) - np.float64(t))
         for y, x in np.ndindex(t.shape[1:3]):
             cx, cy = (x + offset) * stride, (y + offset) * stride
-            half = scale * stride / 2
-            cells.append((stride, (cx - half, cy - half, cx + half, cy + half)))
+            sides = [(scale * stride / 2 / ratio**0.5, scale * stride / 2 * ratio**0.5) for ratio in ratios]
+            cells.append((stride, [(cx - w, cy - h, cx + w, cy + h) for w, h in sides]))
             errors.append(error[:, y, x].sum(-1))
     kept = np.zeros((2, len(cells)), bool)
     for b, j in np.ndindex(2, 4):
@@ -177,8 +177,8 @@ def slow_fgfi(params, ctx, *, psi=0.5, scale=8.0, relu=False, port=False, offset
             side = np.sqrt((box[2] - box[0] + 1) * (box[3] - box[1] + 1))
             level = STRIDES[int(np.clip(np.floor(np.log2(side / 56)), 0, 2))]
             of = [i for i, (stride, _) in enumerate(cells) if not port or stride == level]
-            overlaps = np.array([slow_overlap(box, cells[i][1]) for i in of])
-            kept[b, np.array(of)[overlaps > psi * overlaps.max()]] = True
+            overlaps = np.array([[slow_overlap(box, anchor) for anchor in cells[i][1]] for i in of])
+            kept[b, np.array(of)[(overlaps > psi * overlaps.max()).any(1)]] = True
     errors = np.array(errors).T
     if not port:
         return (errors * kept).sum() / (2 * kept.sum())
@@ -190,11 +190,11 @@ def test_fgfi_equals_a_slow_loop():
     params, ctx = shaken("fgfi"), scene()
     chosen = {
         "plain": {}, "psi": dict(psi=0.8), "scale": dict(anchor_scale=3.0), "relu": dict(relu=True),
-        "port": dict(port=True),
+        "port": dict(port=True), "ratios": dict(anchor_ratios=(0.5, 1.0, 2.0)),
     }  # fmt: skip
     found = variants("fgfi", params, chosen, ctx)
     for label, options in chosen.items():
-        options = {"scale" if k == "anchor_scale" else k: v for k, v in options.items()}
+        options = {k.removeprefix("anchor_"): v for k, v in options.items()}
         assert found[label]["feature"] == pytest.approx(slow_fgfi(params, ctx, **options), rel=1e-4), label
     assert len({terms["feature"] for terms in found.values()}) == len(chosen)
     centred = ctx._replace(priors=ctx.priors + 0.5 * jnp.tile(ctx.priors[:, 2:], 2) * jnp.array([1.0, 1.0, 0.0, 0.0]))
@@ -363,6 +363,8 @@ def test_images_without_objects(name):
         ("fkd", dict(temperature=0.0), "fkd: temperature is 0.0"),
         ("fgfi", dict(psi=1.5), "fgfi: psi is 1.5"),
         ("fgfi", dict(anchor_scale=0), "fgfi: anchor_scale is 0"),
+        ("fgfi", dict(anchor_ratios=()), r"fgfi: anchor_ratios is \(\): it must be numbers above 0, at least one"),
+        ("defeat", dict(temperature=0), "defeat: temperature is 0"),
         ("gid", dict(count=0), "gid: count is 0"),
         ("gid", dict(iou_threshold=2), "gid: iou_threshold is 2"),
         *((name, dict(start=5, stop=5), "not possible") for name in METHODS),
