@@ -104,7 +104,11 @@ def shapes_of_terms(name: str, student: str, teacher: str) -> dict:
     batch = dict(zip(("boxes", "labels", "valid"), arrays(1, 5, of=boxes), strict=True))
     batch["image_size"], batch["image"] = arrays(1, of=[(jnp.int32, 2), (jnp.uint8, side, side, 3)])
     rows = [(jnp.int32,), (jnp.bool_,), (jnp.bool_,), (jnp.int32,), (jnp.float32, 4), (jnp.float32,)]
-    assignment = Assignment(*arrays(1, len(distiller.student.priors((side, side))), of=rows))
+    two_stages = generate.specs(student).at is not None
+    count = 8 if two_stages else len(distiller.student.priors((side, side)))
+    assignment = Assignment(*arrays(1, count, of=rows))
+    if two_stages:
+        assignment = assignment._replace(regions=assignment.boxes)
 
     def terms(key, output, observed, variables, assignment, batch):
         adapters = distiller.init(key, (side, side))
