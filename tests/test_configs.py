@@ -145,6 +145,40 @@ def test_the_dense_recipes(chosen):
     assert jax.eval_shape(lambda key: distiller.init(key, (64, 64)), key).keys() == set(config.methods)
 
 
+@pytest.mark.parametrize("chosen", ["faster_rcnn,ssim", "faster_rcnn,dkd+fgfi+gid", "faster_rcnn,fgd+mgd+pkd"])
+def test_the_recipes_of_two_stages(chosen):
+    """mmdetection's schedule, the authors' values for two stages, and methods that run on these detectors."""
+    config = load(ROOT / "configs/distill/two_stage.py", chosen)
+    family, names = chosen.split(",")
+    epochs = 24 if "fgd" in names else 12
+    assert config.steps == round(epochs * 118287 / 16) and (config.batch_size, config.optimizer.lr) == (16, 0.02)
+    assert sorted(config.methods) == sorted(names.split("+")) and config.twin
+    assert config.optimizer.clip_norm == (35 if "fgd" in names else 0)
+    built = {name: methods.build(name, **options) for name, options in config.methods.items()}
+    if "fgd" in names:  # the tables of the methods' authors
+        weights = {"foreground": 5e-5, "background": 2.5e-5, "attention": 5e-5, "relation": 5e-7}
+        assert built["fgd"].weights == weights and config.methods.fgd.temperature == 0.5
+        assert (built["mgd"].weights, config.methods.mgd.drop) == ({"generation": 5e-7}, 0.45)
+        assert built["pkd"].weights == {"correlation": 6} and built["pkd"].reads.teacher == ("neck.0:4",)
+    pair = [build(config[role].detector, 80) for role in ("student", "teacher")]
+    assert [detector.name for detector in pair] == ["faster_rcnn_r50", f"{family}_r101"]
+    key = jax.ShapeDtypeStruct((2,), jnp.uint32)
+    made = jax.eval_shape(lambda key: Distiller(*pair, built).init(key, (64, 64)), key)
+    assert made.keys() == set(config.methods)
+    with pytest.raises(ValueError, match=r"must be TEACHER,METHODS with a teacher of faster_rcnn.*, not 'fcos,ssim"):
+        load(ROOT / "configs/distill/two_stage.py", "fcos,ssim")
+
+
+def test_the_recipe_of_masks_reads_them():
+    config = load(ROOT / "configs/distill/mkd_rtmdet.py", "ins_tiny,ins_s")
+    plain = load(ROOT / "configs/distill/mkd_rtmdet.py", "tiny,s")
+    assert (config.student.detector, config.teacher.detector) == ("rtmdet_ins_tiny", "rtmdet_ins_s")
+    assert config.data.masks and not plain.data.masks
+    assert (config.data.source, config.data.train_split) == ("coco_folder", "train2017")
+    assert config.data.augment == plain.data.augment and config.optimizer == plain.optimizer
+    checks.check_settings(config)
+
+
 def test_sgd_drops_its_rate_and_decays_what_decays():
     config = settings.base()
     config.steps = 10

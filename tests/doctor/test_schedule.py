@@ -17,6 +17,7 @@ from tests.support.findings import errors
         ("supervised/rtmdet", 118287),
         ("supervised/dense", 118287),
         ("distill/dense", 118287),
+        ("distill/two_stage", 118287),
     ],
 )
 def test_the_schedules_of_the_configs_are_sound(name, size):
