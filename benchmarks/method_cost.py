@@ -90,7 +90,9 @@ class Bench:
         self.rounds = args.rounds
         self.student, self.teacher = (detectors.build(name, args.classes) for name in (args.student, args.teacher))
         self.key, self.image_size = jax.random.PRNGKey(0), (args.size, args.size)
-        self.batch = jax.tree.map(jax.numpy.asarray, made_up_batch(args.batch, args.size, args.classes))
+        self.batch = jax.tree.map(
+            jax.numpy.asarray, made_up_batch(args.batch, args.size, args.classes, masks=bool(self.student.masks))
+        )
         self.variables = TeacherVariables(*self.teacher.init(jax.random.PRNGKey(1)))
         config = settings.base()
         config.batch_size, config.steps = args.batch, 100_000
@@ -126,19 +128,26 @@ class Bench:
         return self.forwards[read]
 
 
-def made_up_batch(batch: int, size: int, classes: int, boxes: int = BOXES) -> dict:
-    """Random images with random boxes, a quarter of the rows padding, as the loader gives them."""
+def made_up_batch(batch: int, size: int, classes: int, boxes: int = BOXES, *, masks: bool = False) -> dict:
+    """Random images with random boxes, a quarter of the rows padding, as the loader gives them; masks are ellipses."""
     rng = np.random.default_rng(0)
     corner = rng.uniform(0, 0.7 * size, (batch, boxes, 2))
     corners = np.concatenate([corner, corner + rng.uniform(0.05 * size, 0.3 * size, corner.shape)], -1)
     valid = np.tile(np.arange(boxes) < 3 * boxes // 4, (batch, 1))
-    return {
+    made = {
         "image": rng.integers(0, 256, (batch, size, size, 3), np.uint8),
         "boxes": np.where(valid[..., None], corners, 0).astype(np.float32),
         "labels": np.where(valid, rng.integers(0, classes, valid.shape), 0).astype(np.int32),
         "valid": valid,
         "image_size": np.full((batch, 2), size, np.int32),
     }
+    if masks:
+        cells = 4 * np.arange(size // 4) + 2  # their middles
+        x0, y0, x1, y1 = np.moveaxis(corners, -1, 0)[..., None]
+        across, down = 2 * (cells - x0) / (x1 - x0) - 1, 2 * (cells - y0) / (y1 - y0) - 1
+        inside = (down[..., :, None] ** 2 + across[..., None, :] ** 2 <= 1) & valid[..., None, None]
+        made["masks"] = np.where(inside, 255, 0).astype(np.uint8)
+    return made
 
 
 def compiled(function: Callable[..., Any], *args: Any, donate: bool = False) -> jax.stages.Compiled:

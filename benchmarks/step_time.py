@@ -102,7 +102,9 @@ def build(args: argparse.Namespace) -> Built:
     teacher = setup.in_precision(teacher, args.dtype) if teacher else None
     distiller = Distiller(student, teacher, methods) if teacher else None
     step = make_step(student, optimizer, lambda at: optim.ema_rate(config, at), distiller=distiller)
-    batch = jax.tree.map(jax.numpy.asarray, made_up_batch(args.batch, args.size, args.classes, args.boxes))
+    masks = bool(student.masks)
+    batch = made_up_batch(args.batch, args.size, args.classes, args.boxes, masks=masks)
+    batch = jax.tree.map(jax.numpy.asarray, batch)
     program = compiled(step, state, variables, batch, donate=True)
     return Built(program, state, variables, batch, student, teacher)
 

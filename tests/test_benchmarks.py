@@ -5,6 +5,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from tests.shared import ROOT, script
@@ -48,7 +49,11 @@ def test_method_cost_memory_counts_a_donated_argument_once():
 
 
 def test_method_cost_batch_has_objects_and_padding():
-    batch = of("method_cost").made_up_batch(2, 64, 5)
+    batch = of("method_cost").made_up_batch(2, 64, 5, masks=True)
+    covered = batch["masks"].mean((2, 3)) / 255
+    areas = np.prod(batch["boxes"][..., 2:] - batch["boxes"][..., :2], -1) / 64**2
+    np.testing.assert_allclose(covered, np.pi / 4 * areas, atol=0.01)
+    assert not covered[~batch["valid"]].any()
     assert batch["image"].shape == (2, 64, 64, 3) and 0 < batch["valid"].mean() < 1
     boxes = batch["boxes"][batch["valid"]]
     assert (boxes[:, 2:] > boxes[:, :2]).all() and boxes.max() <= 64 and not batch["boxes"][~batch["valid"]].any()
