@@ -184,6 +184,9 @@ class DetectorOutput:
     # Of a two-stage detector, whose `box_reg` and `quality` are those of its proposals: the second stage, a function
     # of boxes f32[B, R, 4] in pixels: a `jax.tree_util.Partial` over parameters and maps, through which gradients flow.
     at: Callable[[Array], Regions] | None = None
+    # Of a two-stage detector with masks, likewise: boxes f32[B, R, 4] and their classes i32[B, R] -> f32[B, R, m, m],
+    # logits of the class's mask in m x m cells of the box.
+    masks_at: Callable[[Array, Array], Array] | None = None
     rows: Rows | None = (
         None  # the predictions of all levels as rows; filled by `Detector.observe`, or by a model of your own
     )

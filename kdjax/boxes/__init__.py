@@ -19,7 +19,7 @@ from kdjax.boxes.dynamic import dynamic_soft_label, mask_centers, sim_ota
 from kdjax.boxes.iou import box_iou, pairwise_iou
 from kdjax.boxes.nms import greedy_nms, select_detections, select_rows
 from kdjax.boxes.priors import grid_anchors, grid_priors, octave_scales
-from kdjax.boxes.roi import roi_align, roi_levels
+from kdjax.boxes.roi import crop_masks, roi_align, roi_levels
 from kdjax.boxes.topk import k_smallest
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "cells_to_boxes",
     "centreness",
     "clip",
+    "crop_masks",
     "deltas_to_boxes",
     "distance_to_boxes",
     "dynamic_soft_label",

@@ -273,3 +273,47 @@ def roi_align(
     found = cast(Array, _align(flat, sorted_boxes, jnp.take_along_axis(level, order, 1), how))
     found = jnp.take_along_axis(found, jnp.argsort(order, 1)[..., None, None], 1)
     return found.reshape(*level.shape, size, size, -1)
+
+
+def crop_masks(masks: AnyArray, boxes: AnyArray, index: AnyArray, *, stride: float, size: int) -> Array:
+    """The part of a mask in each box, in size x size cells: RoIAlign with as many samples as a cell is wide.
+
+    Args:
+      masks: f32[B, M, h, w] or bool, share of each pixel or block of pixels that an object covers, 0 .. 1.
+      boxes: f32[B, R, 4], `x1 y1 x2 y2` in pixels of the network input; clipped to the masks.
+      index: i32[B, R], the mask of each box, 0 .. M - 1.
+      stride: of the masks, in pixels.
+      size: cells along each side of the result.
+
+    Returns:
+      f32[B, R, size, size], 0 .. 1. Masks are read for 16 boxes of each image at a time.
+
+    Scope: each box on its own.
+
+    Peers: mmdetection 3.3.0 BitmapMasks.crop_and_resize, before its threshold of 0.5 (masks of stride 1).
+
+    Reference: He et al., Mask R-CNN, ICCV 2017, section 3.
+
+    Example:
+      >>> import numpy as np
+      >>> masks = np.zeros((1, 1, 8, 8), bool)
+      >>> masks[0, 0, :, 4:] = True
+      >>> crop_masks(masks, np.array([[[0.0, 0, 8, 4]]]), np.array([[0]]), stride=1, size=4)[0, 0, 0].tolist()
+      [0.0, 0.125, 0.875, 1.0]
+    """
+    shapes.check("crop_masks", masks=(masks, "B M H W"), boxes=(boxes, "B R 4"), index=(index, "B R"))
+    hw = masks.shape[2:]
+    how = _Sampling((hw,), (float(stride),), size, 0, -(-max(hw) // size), True)
+    wide = jnp.array([hw[1], hw[0]] * 2, jnp.float32) * stride
+    masks, index = jnp.asarray(masks), jnp.asarray(index, jnp.int32)
+
+    def some(_: None, regions: tuple[Array, Array]) -> tuple[None, Array]:
+        boxes, index = regions
+        rows, columns = _sides(boxes, jnp.zeros(index.shape, jnp.int32), how)
+        own = jax.vmap(lambda masks, index: masks[index])(masks, index).astype(jnp.float32)
+        parts = (rows.weights, own, columns.weights)
+        # Exact, because the result is compared with a threshold.
+        return None, jnp.einsum("brih,brhw,brjw->brij", *parts, precision=lax.Precision.HIGHEST)
+
+    _, found = lax.scan(some, None, (_passes(jnp.clip(boxes, 0, wide)), _passes(index)))
+    return _joined(found, boxes.shape[1])

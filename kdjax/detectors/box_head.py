@@ -65,6 +65,11 @@ def features(maps: tuple[Array, ...], boxes: Array, size: int, *, peer: str = "m
     )
 
 
+def most_positive(samples: int) -> int:
+    """How many of the regions of an image may be positive; they are the first ones."""
+    return int(samples * POSITIVE_SHARE)
+
+
 def assign_regions(
     proposals: rpn.Proposals,
     targets: Targets,
@@ -113,7 +118,7 @@ def assign_regions(
     negative = jnp.concatenate([jnp.zeros_like(targets.valid), ~found.positive & ~found.ignore], 1)
     if chosen is None:
         assert key is not None, "regions are drawn, which needs a key"
-        most = int(samples * POSITIVE_SHARE)
+        most = most_positive(samples)
         chosen = rpn.sample(matched >= 0, negative, number=samples, most_positive=most, key=key)
     index, valid = chosen
     matched = jnp.where(valid, jnp.take_along_axis(matched, index, 1), -1)

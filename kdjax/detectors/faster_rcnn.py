@@ -72,4 +72,5 @@ def make(
         train_pre_nms=train_pre_nms, proposals=proposals, region_samples=region_samples,
         peer=peer,
     )  # fmt: skip
-    return two_stage.detector("Faster R-CNN", "faster_rcnn", make, variant, num_classes, given)
+    second = two_stage.box_stage(num_classes, given)
+    return two_stage.detector("Faster R-CNN", "faster_rcnn", make, variant, num_classes, given, second)

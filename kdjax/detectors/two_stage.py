@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,19 @@ from flax import nnx
 
 from kdjax.boxes import coding, nms
 from kdjax.detectors import box_head, dense, resnet, rpn
-from kdjax.detectors.api import Detector, State, TorchNames, Tree, check_images, flatten, pure, unflatten
+from kdjax.detectors.api import (
+    Assign,
+    Decode,
+    Detector,
+    Loss,
+    State,
+    TorchNames,
+    Tree,
+    check_images,
+    flatten,
+    pure,
+    unflatten,
+)
 from kdjax.detectors.fpn import FPN
 from kdjax.detectors.keywords import changed, own_values, resolve
 from kdjax.errors import UserError
@@ -28,22 +40,56 @@ PAIRS = 5000
 PRE_NMS = 1000  # largest number of anchors of each level that enter the NMS of the proposals in tests
 
 
+Bind = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+class SecondStage(NamedTuple):
+    """The second stage of a family: its network, and how it learns and finds."""
+
+    network: Callable[[], nnx.Module]  # makes the part `roi_head`
+    # The fields of `DetectorOutput` that ask it about boxes. `bind` gives a method of the network (always the same
+    # object) the parameters and its first argument, the maps of the pyramid.
+    fields: Callable[[Bind], dict[str, Any]]
+    classifiers: tuple[str, ...]  # as those of `Detector`, without "roi_head/"
+    background: tuple[str, ...]
+    assign: Assign
+    loss: Loss
+    decode: Decode
+    masks: str = ""  # `Detector.masks`
+
+
 class RoIHead(nnx.Module):
-    """The second stage: maps of the pyramid and boxes f32[B, R, 4] -> `Regions`."""
+    """A second stage that finds boxes."""
 
     def __init__(self, num_classes: int, channels: int, hidden: int, *, peer: str) -> None:
         self.peer = peer
         self.bbox_head = box_head.BoxHead(num_classes, channels, hidden)
 
-    def __call__(self, maps: tuple[Array, ...], boxes: Array) -> Regions:
+    def regions(self, maps: tuple[Array, ...], boxes: Array) -> Regions:
+        """What it says of boxes f32[B, R, 4]."""
         return self.bbox_head(box_head.features(maps, boxes, box_head.SIZE, peer=self.peer))
+
+
+def box_stage(num_classes: int, options: Mapping[str, Any], *, match_low_quality: bool = False) -> SecondStage:
+    """The second stage of Faster R-CNN; `match_low_quality`: see `box_head.assign_regions`."""
+    return SecondStage(
+        network=lambda: RoIHead(
+            num_classes, options["neck_channels"], options["head_channels"], peer=options["peer"]
+        ),
+        fields=lambda bind: {"at": bind(RoIHead.regions)},
+        classifiers=("bbox_head/fc_cls", "bbox_head/fc_reg"),
+        background=("bbox_head/fc_cls",),
+        assign=assigner(num_classes, options, match_low_quality=match_low_quality),
+        loss=loss,
+        decode=decoder(num_classes, options["proposals"]),
+    )
 
 
 class TwoStage(nnx.Module):
     """The network; its parts have mmdetection's names. Called, it computes all but the second stage."""
 
     def __init__(
-        self, depth: int, roi_head: Callable[[], RoIHead], neck_channels: int, peer: str, **of_backbone: Any
+        self, depth: int, roi_head: Callable[[], nnx.Module], neck_channels: int, peer: str, **of_backbone: Any
     ) -> None:
         self.backbone = resnet.ResNet(depth, **of_backbone)
         self.neck = FPN(self.backbone.channels, neck_channels, levels=len(rpn.STRIDES))
@@ -67,9 +113,15 @@ class TwoStage(nnx.Module):
 
 
 def detector(
-    title: str, name: str, make: Callable[..., Detector], variant: str, num_classes: int, given: dict[str, Any]
+    title: str,
+    name: str,
+    make: Callable[..., Detector],
+    variant: str,
+    num_classes: int,
+    given: dict[str, Any],
+    second: SecondStage,
 ) -> Detector:
-    """Builds a variant of a family with one second stage.
+    """Builds a variant of a family.
 
     Args:
       title: the family's name in messages.
@@ -78,6 +130,7 @@ def detector(
       variant: a key of `VARIANTS`.
       num_classes: K >= 1.
       given: every option of `make`.
+      second: the second stage.
 
     Raises:
       UserError: unknown variant, or a value out of range.
@@ -88,19 +141,18 @@ def detector(
     of_network = {key: options[key] for key in ("base_channels", "style", "frozen_stages", "norm_eval", "frozen_norm")}
     of_network |= {"neck_channels": options["neck_channels"], "peer": options["peer"]} | own
 
-    def roi_head() -> RoIHead:
-        return RoIHead(num_classes, options["neck_channels"], options["head_channels"], peer=options["peer"])
+    module, second_module = pure(lambda: TwoStage(roi_head=second.network, **of_network)), pure(second.network)
 
-    module, second = pure(lambda: TwoStage(roi_head=roi_head, **of_network)), pure(roi_head)
-
-    def at(params: Tree, maps: tuple[Array, ...], boxes: Array) -> Regions:
-        return second.call(params, {}, RoIHead.__call__, maps, boxes)[0]
+    @functools.cache
+    def call_of(method: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda params, maps, *args: second_module.call(params, {}, method, maps, *args)[0]
 
     def apply(params: Tree, stats: Tree, x: Array, *, train: bool) -> tuple[DetectorOutput, Tree]:
         check_images(title, x)
         output, stats = module.call(params, stats, TwoStage.__call__, x, train)
-        stage = jax.tree_util.Partial(at, params["roi_head"], output.neck[:4])
-        return dataclasses.replace(output, at=stage), stats
+        known = (params["roi_head"], output.neck[:4])
+        fields = second.fields(lambda method: jax.tree_util.Partial(call_of(method), *known))
+        return dataclasses.replace(output, **fields), stats
 
     def propose(output: DetectorOutput, image_size: Array) -> tuple[Array, Array]:
         found = rpn.propose(output, image_size, pre_nms=PRE_NMS, number=options["proposals"])
@@ -119,17 +171,18 @@ def detector(
         strides=rpn.STRIDES,
         size_divisor=32,
         pad_value=dense.PAD_VALUE,
+        masks=second.masks,
         shapes=module.shapes,
-        classifiers=("roi_head/bbox_head/fc_cls", "roi_head/bbox_head/fc_reg"),
-        background=("roi_head/bbox_head/fc_cls",),
+        classifiers=tuple(f"roi_head/{path}" for path in second.classifiers),
+        background=tuple(f"roi_head/{path}" for path in second.background),
         torch=TorchNames(infer=peer_of),
         init=module.init,
         preprocess=functools.partial(resnet.preprocess, style=options["style"]),
         apply=apply,
         head=None,
-        assign=assigner(num_classes, options),
-        loss=loss,
-        decode=decoder(num_classes, options["proposals"]),
+        assign=second.assign,
+        loss=second.loss,
+        decode=second.decode,
         decode_boxes=rpn.decode_boxes,
         class_logits=rpn.objectness,
         propose=propose,
@@ -155,7 +208,7 @@ def _check(title: str, num_classes: int, options: Mapping[str, Any]) -> None:
             raise UserError(f"{name} of {title} must be one of {', '.join(map(str, values))}, not {options[name]!r}")
 
 
-def assigner(num_classes: int, options: Mapping[str, Any]) -> Callable[..., Assignment]:
+def assigner(num_classes: int, options: Mapping[str, Any], *, match_low_quality: bool) -> Assign:
     """Returns the function `assign` of a detector."""
 
     def assign(output: DetectorOutput, targets: Targets, key: Array | None = None) -> Assignment:
@@ -180,7 +233,12 @@ def assigner(num_classes: int, options: Mapping[str, Any]) -> Callable[..., Assi
             output, targets.image_size, pre_nms=options["train_pre_nms"], number=options["proposals"]
         )
         drawn = box_head.assign_regions(
-            proposals, targets, num_classes=num_classes, samples=options["region_samples"], key=key_regions
+            proposals,
+            targets,
+            num_classes=num_classes,
+            samples=options["region_samples"],
+            key=key_regions,
+            match_low_quality=match_low_quality,
         )
         return drawn._replace(first=first)
 
@@ -212,7 +270,7 @@ def loss(output: DetectorOutput, targets: Targets, assignment: Assignment) -> di
     return dense.total(rpn.anchor_losses(output, first) | box_head.region_losses(at(assignment.regions), assignment))
 
 
-def decoder(num_classes: int, proposals: int) -> Callable[..., PaddedDetections]:
+def decoder(num_classes: int, proposals: int) -> Decode:
     """Returns the function `decode` of a detector; its defaults are the published test settings."""
 
     def decode(

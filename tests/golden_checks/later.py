@@ -1,9 +1,8 @@
 """Reference files of detectors that kdjax does not have yet: remove a line with the detector that it waits for."""
 
-from tests.golden_checks.api import LATER_TRANSFORMERS, LATER_TWO_STAGE, skip_file
+from tests.golden_checks.api import LATER_TRANSFORMERS, skip_file
 
 CHECKS = [
-    ("model/mask_*.npz", skip_file(LATER_TWO_STAGE, "all but the features of regions")),
     ("model/dfine_*.npz", skip_file(LATER_TRANSFORMERS)),
     ("model/rtdetr_*.npz", skip_file(LATER_TRANSFORMERS)),
     ("model/rtdetrv2_*.npz", skip_file(LATER_TRANSFORMERS)),

@@ -1,4 +1,4 @@
-"""Whole two-stage models: Faster R-CNN."""
+"""Whole two-stage models: Faster and Mask R-CNN."""
 
 import dataclasses
 import functools
@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdjax.boxes import coding
-from kdjax.detectors import api, box_head, build, rpn
+from kdjax.boxes import coding, roi
+from kdjax.detectors import api, box_head, build, mask_head, rpn
+from kdjax.inference import masks
 from kdjax.structs import Assignment, DetectorOutput, Targets
 from kdjax.weights import fill
 from tests.golden_checks import dense
@@ -27,7 +28,7 @@ from tests.golden_checks.api import (
     relative_error,
 )
 from tests.golden_checks.model import expect, leaves, levels, targets_of
-from tests.support.detections import unexplained
+from tests.support.detections import mask_check, unexplained
 
 _OPTIONS = {
     "backbone.base_channels": "base_channels",
@@ -36,6 +37,8 @@ _OPTIONS = {
     "backbone.style": "style",
     "neck.out_channels": "neck_channels",
     "roi_head.bbox_head.fc_out_channels": "head_channels",
+    "roi_head.mask_head.conv_out_channels": "mask_channels",
+    "roi_head.mask_head.num_convs": "mask_convs",
     "train_cfg.rpn.sampler.num": "rpn_samples",
     "train_cfg.rpn_proposal.nms_pre": "train_pre_nms",
     "train_cfg.rpn_proposal.max_per_img": "proposals",
@@ -82,7 +85,18 @@ _FIXED = (
     | _below("train_cfg.rpn_proposal", _PROPOSALS)
     | _below("train_cfg.rcnn", _RCNN)
 )
-_FAMILIES = {"FasterRCNN": ("faster_rcnn", {"train_cfg.rcnn.assigner.match_low_quality": False})}
+_MASKS = (
+    {"data_preprocessor.pad_mask": True, "train_cfg.rcnn.assigner.match_low_quality": True}
+    | {"train_cfg.rcnn.mask_size": mask_head.OUTPUT}
+    | _below("roi_head.mask_roi_extractor", _EXTRACTOR)
+    | _below("roi_head.mask_roi_extractor.roi_layer", _ALIGN | {"output_size": mask_head.SIZE})
+    | _below("roi_head.mask_head", {"type": "FCNMaskHead"})
+    | _below("roi_head.mask_head.loss_mask", {"type": "CrossEntropyLoss", "use_mask": True, "loss_weight": 1.0})
+)
+_FAMILIES = {
+    "FasterRCNN": ("faster_rcnn", {"train_cfg.rcnn.assigner.match_low_quality": False}),
+    "MaskRCNN": ("mask_rcnn", _MASKS),
+}
 
 
 def options_of(config: dict[str, Any]) -> tuple[str, int, dict[str, Any]]:
@@ -205,11 +219,15 @@ def replay(path: Path) -> Checks:
     def run(params, stats, x):
         evaluated, _ = detector.apply(params, stats, x, train=False)
         stored = draw(case.proposals, chosen=case.chosen)._replace(first=case.first)
+        if detector.masks:
+            stored = stored._replace(masked=stored.positive)
 
         def total(params):
             trained, new_stats = detector.apply(params, stats, x, train=True)
             found = trained.at(stored.regions)
             losses = rpn.anchor_losses(trained, case.first) | box_head.region_losses(found, stored)
+            if detector.masks:
+                losses["loss_mask"] = mask_head.mask_losses(trained, targets, stored, stride=1)
             return sum(jnp.sum(one) for one in losses.values()), (trained, new_stats, found, losses)
 
         gradient, (trained, new_stats, found, losses) = jax.grad(total, has_aux=True)(params)
@@ -218,12 +236,15 @@ def replay(path: Path) -> Checks:
         anchors_by_key = rpn.assign_anchors(trained, targets, jax.random.key(0), samples=case.options["rpn_samples"])
         summed = detector.loss(trained, targets, stored)
         at_stored = evaluated.at(regions)
-        slim = {name: dataclasses.replace(o, at=None) for name, o in (("e", evaluated), ("t", trained))}
+        of_masks = mask_outputs(trained, targets, stored, detector.num_classes) if detector.masks else ()
+        alone = {"at": None, "masks_at": None}
+        slim = {name: dataclasses.replace(o, **alone) for name, o in (("e", evaluated), ("t", trained))}
+        found = (found, of_masks)
         return slim, new_stats, found, losses, gradient, proposals, by_key, anchors_by_key, stored, summed, at_stored
 
     outcome = jax.device_get(jax.jit(run, compiler_options=QUICK)(params, stats, nhwc(arrays["input"])))
     slim, new_stats, found, losses, gradient, proposals, by_key, anchors_by_key, stored, summed, at_stored = outcome
-    evaluated, trained = slim["e"], slim["t"]
+    evaluated, trained, (found, of_masks) = slim["e"], slim["t"], found
     for name, field in (("backbone", "backbone"), ("neck", "neck"), ("rpn_cls", "quality"), ("rpn_reg", "box_reg")):
         yield levels(f"eval/{name}", getattr(evaluated, field), maps_of(arrays, f"eval/{name}"), 1e-4)
     for name, field in (("cls", "logits"), ("reg", "box_reg")):
@@ -235,6 +256,8 @@ def replay(path: Path) -> Checks:
     yield from anchor_checks(case, trained, anchors_by_key)
     yield proposal_check("train proposals, end to end", proposals, case.proposals)
     yield from region_checks(case, stored, by_key)
+    if detector.masks:
+        yield from mask_checks(arrays, stored, *of_masks)
     yield from loss_checks(arrays, trained, losses, summed)
     yield from dense.gradients(case, gradient)
     yield from dense.frozen_parts(case, gradient)
@@ -309,9 +332,30 @@ def loss_checks(arrays: dict[str, np.ndarray], trained: DetectorOutput, losses, 
         yield Check(f"{name} by level", relative_error(got, arrays[f"train/loss/{name}"]), 1e-4)
     for ours, name in (("loss_cls", "loss_cls"), ("loss_box", "loss_bbox")):
         yield Check(name, relative_error(losses[ours].sum(), arrays[f"train/loss/{name}"]), 1e-4)
+    if "loss_mask" in losses:
+        yield Check("loss_mask", relative_error(losses["loss_mask"].sum(), arrays["train/loss/loss_mask"].sum()), 1e-4)
     total = sum(one.sum() for one in losses.values())
     yield Check("loss total", relative_error(total, arrays["train/loss/total"]), 1e-4)
     yield Check("loss total of `loss`", relative_error(sum(summed.values()), arrays["train/loss/total"]), 1e-4)
+
+
+def mask_outputs(output: DetectorOutput, targets: Targets, stored: Assignment, classes: int) -> tuple:
+    """The masks' logits of all classes [K, B, R, 28, 28], the share of each cell that is covered, and the targets."""
+    labels = jnp.arange(classes)[:, None, None]
+    logits = jax.vmap(lambda label: output.masks_at(stored.regions, jnp.broadcast_to(label, stored.labels.shape)))
+    of_objects = (targets.instance_masks, stored.regions, jnp.maximum(stored.matched, 0))
+    shares = roi.crop_masks(*of_objects, stride=1, size=mask_head.OUTPUT)
+    return logits(labels), shares, mask_head.targets_of(*of_objects, stride=1)
+
+
+def mask_checks(arrays: dict[str, np.ndarray], stored: Assignment, logits, shares, wanted) -> Checks:
+    got = np.moveaxis(logits, 0, 2)[stored.positive]
+    yield Check("train/mask_preds, stored regions", relative_error(got, arrays["train/mask_preds"]), 2e-3)
+    # Half a cell is covered or not by rounding alone.
+    clear = np.abs(shares[stored.positive] - 0.5) > 1e-5
+    wrong = (wanted[stored.positive] != arrays["mask_targets"]) & clear
+    yield Check("cells of mask_targets", float(wrong.sum()), 0)
+    yield Check("share of cells of mask_targets that are half covered", float((~clear).mean()), 0.01)
 
 
 def detection_checks(case: Case, meta: dict[str, Any], params, stats, evaluated: DetectorOutput) -> Checks:
@@ -325,7 +369,7 @@ def detection_checks(case: Case, meta: dict[str, Any], params, stats, evaluated:
         "iou_threshold": nms[1]["iou_threshold"],
         "max_detections": second.pop("max_per_img"),
     }
-    second.pop("mask_thr_binary", None)
+    threshold = second.pop("mask_thr_binary", 0.5)
     if first or second:
         raise UnknownCase(f"test settings {first | second}")
     name, classes, options = options_of(meta["model_cfg"])
@@ -337,8 +381,10 @@ def detection_checks(case: Case, meta: dict[str, Any], params, stats, evaluated:
     def run(params, stats, output: DetectorOutput):
         # The second stage of these weights on the given maps of the neck.
         x = jnp.zeros((len(neck[0]), *(4 * side for side in neck[0].shape[1:3]), 3), jnp.float32)
-        at = detector.apply(params, stats, x, train=False)[0].at
-        output = dataclasses.replace(output, at=jax.tree_util.Partial(at.func, at.args[0], tuple(output.neck[:4])))
+        whole, known = detector.apply(params, stats, x, train=False)[0], (params["roi_head"], tuple(output.neck[:4]))
+        calls = {name: call for name in ("at", "masks_at") if (call := getattr(whole, name))}
+        bound = {name: jax.tree_util.Partial(call.func, *known) for name, call in calls.items()}
+        output = dataclasses.replace(output, **bound)
         size = case.targets.image_size
         proposals = rpn.propose(output, size, pre_nms=pre_nms, number=number)
         return proposals, detector.decode(output, size, pre_nms=pre_nms, **settings)
@@ -357,6 +403,14 @@ def detection_checks(case: Case, meta: dict[str, Any], params, stats, evaluated:
             for i in range(len(found.valid))
         )
         yield Check(f"pred/default, {source}: boxes without a match", float(error), 0)
+        if detector.masks:
+            want = below(arrays, "pred/default")
+
+            def in_image(i: int, boxes: np.ndarray, found=found):
+                kept = found.masks[i][found.valid[i]]
+                return masks.from_boxes(kept, boxes, case.targets.image_size[i], threshold=threshold)
+
+            yield mask_check(f"pred/default, {source}", found, want, np.ones(4, np.float32), in_image)
 
 
-CHECKS = [("model/faster_*.npz", replay)]
+CHECKS = [("model/faster_*.npz", replay), ("model/mask_*.npz", replay)]

@@ -60,24 +60,29 @@ def detections(detector, arrays, meta, targets: Targets, evaluated: DetectorOutp
                     )
                     yield Check(f"{prefix}/{name}, {source}: boxes without a match", float(error), 0)
                     if detector.masks:
-                        yield mask_check(f"{prefix}/{name}, {source}", found, want, factor, targets, threshold)
+                        of = (found, want, factor, targets.instance_masks.shape[2:], threshold)
+                        in_image = functools.partial(_from_canvas, *of)
+                        yield mask_check(f"{prefix}/{name}, {source}", found, want, factor, in_image)
 
 
-def mask_check(name: str, found, want: dict[str, np.ndarray], factor, targets: Targets, threshold: float) -> Check:
+def _from_canvas(found, want, factor, canvas, threshold, i: int, boxes):
+    """Masks of the canvas as those of an image of the file."""
+    shape = tuple(want[f"{i}/masks_shape"][1:])
+    size = tuple((np.array(shape) * factor[1::-1]).astype(int))
+    return masks.from_canvas(found.masks[i][found.valid[i]], canvas, size, shape, threshold=threshold)
+
+
+def mask_check(name: str, found, want: dict[str, np.ndarray], factor, in_image) -> Check:
     """The largest share of pixels in which a mask differs from that of the same detection in the file.
 
-    A pixel whose logit is near the threshold can fall to either side.
+    A pixel whose logit is near the threshold can fall to either side. `in_image(i, boxes)` gives the masks of image i.
     """
     worst, count = 0.0, 0
     for i, valid in enumerate(found.valid):
         boxes, scores, labels = found.boxes[i][valid] / factor, found.scores[i][valid], found.labels[i][valid]
         shape = want[f"{i}/masks_shape"]
         truth = np.unpackbits(want[f"{i}/masks_packed"])[: shape.prod()].reshape(shape).astype(bool)
-        size = (np.array(shape[1:]) * factor[1::-1]).astype(int)
-        ours = masks.from_canvas(
-            found.masks[i][valid], targets.instance_masks.shape[2:], tuple(size), tuple(shape[1:]), threshold=threshold
-        )
-        for box, score, label, mask in zip(boxes, scores, labels, ours, strict=True):
+        for box, score, label, mask in zip(boxes, scores, labels, in_image(i, boxes), strict=True):
             same = (want[f"{i}/labels"] == label) & (np.abs(want[f"{i}/scores"] - score) <= 1e-4)
             same &= (np.abs(want[f"{i}/bboxes"] - box) <= 1e-2).all(1)
             if same.any():
