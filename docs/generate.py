@@ -72,8 +72,8 @@ ZOO = """\
 <!-- Written by `python docs/generate.py` from the files in kdjax/detectors; change those, not this page. -->
 
 Parameters are those of {classes} classes, GFLOPs count a multiply-add once, at {side}x{side}; of two-stage detectors
-they count the second stage on 1,000 proposals too. A family is one file in `kdjax/detectors`; what its docstring says
-about published weights and metrics stands above its table.
+they count the second stage on 1,000 proposals too, and the masks of 100 detections. A family is one file in
+`kdjax/detectors`; what its docstring says about published weights and metrics stands above its table.
 """
 MATRIX = """\
 ## Student, teacher, method

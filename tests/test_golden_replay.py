@@ -42,6 +42,7 @@ LONG = (
     "model/rtmdet_[bdf]*",
     "model/rtmdetins_b*",
     "model/faster_a*",
+    "model/mask_a*",
 )
 
 

@@ -298,11 +298,11 @@ def crop_masks(masks: AnyArray, boxes: AnyArray, index: AnyArray, *, stride: flo
       >>> import numpy as np
       >>> masks = np.zeros((1, 1, 8, 8), bool)
       >>> masks[0, 0, :, 4:] = True
-      >>> crop_masks(masks, np.array([[[0.0, 0, 8, 4]]]), np.array([[0]]), stride=1, size=4)[0, 0, 0].tolist()
-      [0.0, 0.125, 0.875, 1.0]
+      >>> crop_masks(masks, np.array([[[3.0, 0, 7, 4]]]), np.array([[0]]), stride=1, size=2)[0, 0].tolist()
+      [[0.5, 1.0], [0.5, 1.0]]
     """
     shapes.check("crop_masks", masks=(masks, "B M H W"), boxes=(boxes, "B R 4"), index=(index, "B R"))
-    hw = masks.shape[2:]
+    hw = (masks.shape[2], masks.shape[3])
     how = _Sampling((hw,), (float(stride),), size, 0, -(-max(hw) // size), True)
     wide = jnp.array([hw[1], hw[0]] * 2, jnp.float32) * stride
     masks, index = jnp.asarray(masks), jnp.asarray(index, jnp.int32)

@@ -9,7 +9,7 @@ import jax
 from flax import nnx
 
 from kdjax import nn
-from kdjax.detectors.layers import Conv, Draw, constant, uniform_fans
+from kdjax.detectors.layers import Conv, constant, uniform_fans
 
 Array = jax.Array
 
@@ -19,8 +19,8 @@ SOURCES = ("on_input", "on_output")  # of the convolutions of P6 and P7
 class PlainConv(nnx.Module):
     """A convolution with bias, without norm or activation, under the name that such a layer has in mmdetection."""
 
-    def __init__(self, inputs: int, outputs: int, size: int, *, stride: int = 1, draw: Draw = uniform_fans) -> None:
-        self.conv = Conv(inputs, outputs, size, stride=stride, draw=draw, bias=constant(0.0))
+    def __init__(self, inputs: int, outputs: int, size: int, *, stride: int = 1) -> None:
+        self.conv = Conv(inputs, outputs, size, stride=stride, draw=uniform_fans, bias=constant(0.0))
 
     def __call__(self, x: Array) -> Array:
         return self.conv(x)

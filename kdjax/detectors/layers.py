@@ -69,7 +69,10 @@ def _without_gradient(x: Array) -> Array:
 
 
 class Conv(nnx.Module):
-    """Convolution with "same" padding; groups = channels if `depthwise`. A bias exists where its `draw` is given."""
+    """Convolution with "same" padding; groups = channels if `depthwise`. A bias exists where its `draw` is given.
+
+    `in_loop`: see `nn.conv2d`.
+    """
 
     def __init__(
         self,
@@ -80,17 +83,18 @@ class Conv(nnx.Module):
         stride: int = 1,
         depthwise: bool = False,
         groups: int = 1,
+        in_loop: bool = False,
         draw: Draw = uniform_fan_in,
         bias: Draw | None = None,
     ) -> None:
-        self.stride, self.groups = stride, inputs if depthwise else groups
+        self.stride, self.groups, self.in_loop = stride, inputs if depthwise else groups, in_loop
         self.kernel = nnx.Param(jnp.zeros((size, size, inputs // self.groups, outputs)), draw=draw)
         self.bias = None if bias is None else nnx.Param(jnp.zeros(outputs), draw=bias)
 
     def __call__(self, x: Array) -> Array:
         kernel = self.kernel[...].astype(x.dtype)  # the maps decide the precision, parameters are float32
         bias = None if self.bias is None else self.bias[...].astype(x.dtype)
-        return nn.conv2d(x, kernel, bias, stride=self.stride, groups=self.groups)
+        return nn.conv2d(x, kernel, bias, stride=self.stride, groups=self.groups, in_loop=self.in_loop)
 
 
 class Linear(nnx.Module):

@@ -9,7 +9,6 @@ from flax import nnx
 
 from kdjax.boxes import roi
 from kdjax.detectors import box_head, levels
-from kdjax.detectors.fpn import PlainConv
 from kdjax.detectors.layers import Conv, constant, normal_fan_out
 from kdjax.errors import UserError
 from kdjax.losses.mask import mask_cross_entropy
@@ -18,6 +17,13 @@ from kdjax.structs import Array, Assignment, DetectorOutput, Targets
 
 SIZE, OUTPUT = 14, 28  # cells of a region along each side, of the features and of the mask
 PIECE = 32  # regions of an image whose masks are learned together
+
+
+class _Conv(nnx.Module):
+    """A 3x3 convolution, which is part of the loop in `mask_losses`."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        self.conv = Conv(inputs, outputs, 3, in_loop=True, draw=normal_fan_out, bias=constant(0.0))
 
 
 class _Upsample(nnx.Module):
@@ -42,16 +48,14 @@ class MaskHead(nnx.Module):
     """
 
     def __init__(self, num_classes: int, inputs: int, channels: int, convs: int) -> None:
-        self.convs = nnx.List(
-            [PlainConv(channels if i else inputs, channels, 3, draw=normal_fan_out) for i in range(convs)]
-        )
+        self.convs = nnx.List([_Conv(channels if i else inputs, channels) for i in range(convs)])
         self.upsample = _Upsample(channels)
         self.conv_logits = Conv(channels, num_classes, 1, draw=normal_fan_out, bias=constant(0.0))
 
     def __call__(self, features: Array, labels: Array) -> Array:
         x = features.reshape(-1, *features.shape[2:])
-        for conv in self.convs:
-            x = jax.nn.relu(conv(x))
+        for layer in self.convs:
+            x = jax.nn.relu(layer.conv(x))
         x = jax.nn.relu(self.upsample(x)).reshape(*labels.shape, OUTPUT, OUTPUT, -1)
         # Of the last layer only the output of the class.
         labels = jnp.clip(labels, 0, self.conv_logits.kernel.shape[-1] - 1)

@@ -102,9 +102,9 @@ def make(
         mask_channels=mask_channels, mask_convs=mask_convs, rpn_samples=rpn_samples, train_pre_nms=train_pre_nms,
         proposals=proposals, region_samples=region_samples, peer=peer,
     )  # fmt: skip
-    for name in ("mask_channels", "mask_convs"):
-        if given[name] < 1:
-            raise UserError(f"{name} of {TITLE} must be >= 1, not {given[name]}")
+    for name, value in (("mask_channels", mask_channels), ("mask_convs", mask_convs)):
+        if value < 1:
+            raise UserError(f"{name} of {TITLE} must be >= 1, not {value}")
     boxes = two_stage.box_stage(num_classes, given, match_low_quality=True)
     second = boxes._replace(
         network=lambda: _RoIHead(num_classes, neck_channels, head_channels, mask_channels, mask_convs, peer=peer),

@@ -73,9 +73,7 @@ class RoIHead(nnx.Module):
 def box_stage(num_classes: int, options: Mapping[str, Any], *, match_low_quality: bool = False) -> SecondStage:
     """The second stage of Faster R-CNN; `match_low_quality`: see `box_head.assign_regions`."""
     return SecondStage(
-        network=lambda: RoIHead(
-            num_classes, options["neck_channels"], options["head_channels"], peer=options["peer"]
-        ),
+        network=lambda: RoIHead(num_classes, options["neck_channels"], options["head_channels"], peer=options["peer"]),
         fields=lambda bind: {"at": bind(RoIHead.regions)},
         classifiers=("bbox_head/fc_cls", "bbox_head/fc_reg"),
         background=("bbox_head/fc_cls",),

@@ -52,7 +52,7 @@ def flops(detector: Network, hw: tuple[int, int]) -> int:
     """Counts the operations of one image through a detector in evaluation mode; nothing is computed.
 
     A multiply-add of a convolution counts as one (`kdjax.nn.count` has the whole rule). Decoding is not counted, but
-    the second stage on all proposals is.
+    the second stage on all proposals is, and the mask head on all detections.
 
     Args:
       detector: a `kdjax.detectors.api.Detector`.

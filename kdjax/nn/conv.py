@@ -31,6 +31,7 @@ def conv2d(
     stride: int = 1,
     padding: Literal["same"] | int = "same",
     groups: int = 1,
+    in_loop: bool = False,
 ) -> Array:
     """Convolves a batch of maps with a kernel (strictly, cross-correlates them).
 
@@ -45,6 +46,8 @@ def conv2d(
       stride: step in both directions, in cells.
       padding: zeros on each side, in cells; "same" is (kh - 1) / 2 and (kw - 1) / 2, for odd kernels only.
       groups: number of channel groups; the convolution is depthwise if groups = C = O.
+      in_loop: whether it is differentiated inside of a loop or a condition: there XLA's gradient at the kernel takes up
+        to 70 times as long on the CPU, and matrix products replace it.
 
     Returns:
       f32[B, H', W', O] with H' = floor((H + 2 padding - kh) / stride) + 1.
@@ -84,7 +87,7 @@ def conv2d(
     elif (height, width) == (1, 1) and groups == 1 and pads == (0, 0):
         y = _pointwise(x[:, ::stride, ::stride] if stride > 1 else x, kernel)
     elif groups == 1:
-        y = _dense(x, kernel, stride, pads)
+        y = _dense(x, kernel, stride, pads, in_loop)
     else:
         y = _grouped(x, kernel, stride, pads, groups)
     y = cast(Array, y)  # pyright loses the type of functions with a `custom_vjp`
@@ -130,22 +133,25 @@ def init_conv2d(
 # would keep the residuals of all its branches. The backward rules are jitted, so that equal shapes are traced once.
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _dense(x: Array, kernel: Array, stride: int, pads: tuple[int, int]) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _dense(x: Array, kernel: Array, stride: int, pads: tuple[int, int], in_loop: bool) -> Array:
     return conv_builtin.conv(x, kernel, stride, pads, 1)
 
 
-def _dense_forward(x: Array, kernel: Array, stride: int, pads: tuple[int, int]) -> tuple[Array, tuple[Array, Array]]:
-    return _dense(x, kernel, stride, pads), (x, kernel)
+def _dense_forward(
+    x: Array, kernel: Array, stride: int, pads: tuple[int, int], in_loop: bool
+) -> tuple[Array, tuple[Array, Array]]:
+    return _dense(x, kernel, stride, pads, in_loop), (x, kernel)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _dense_backward(
-    stride: int, pads: tuple[int, int], saved: tuple[Array, Array], gradient: Array
+    stride: int, pads: tuple[int, int], in_loop: bool, saved: tuple[Array, Array], gradient: Array
 ) -> tuple[Array, Array]:
     def cpu(x: Array, kernel: Array, gradient: Array) -> tuple[Array, Array]:
+        of_kernel = conv_cpu.kernel_gradient_in_loop if in_loop else conv_cpu.kernel_gradient
         dx = conv_cpu.input_gradient(x, kernel, gradient, stride, pads)
-        return dx, conv_cpu.kernel_gradient(x, kernel, gradient, stride, pads)
+        return dx, of_kernel(x, kernel, gradient, stride, pads)
 
     builtin = functools.partial(conv_builtin.gradients, stride=stride, pads=pads, groups=1)
     return lax.platform_dependent(*saved, gradient, cpu=cpu, default=builtin)

@@ -68,6 +68,13 @@ def kernel_gradient(x: Array, kernel: Array, gradient: Array, stride: int, pads:
     )
 
 
+def kernel_gradient_in_loop(x: Array, kernel: Array, gradient: Array, stride: int, pads: tuple[int, int]) -> Array:
+    """Gradient with respect to the kernel as a matrix product for each of its cells."""
+    views = _shifts(_pad(x, pads), kernel.shape[:2], gradient.shape[1:3], stride)
+    products = [jnp.einsum("bhwc,bhwo->co", view, gradient) for _, _, view in views]
+    return jnp.stack(products).reshape(kernel.shape)
+
+
 def pointwise(x: Array, kernel: Array) -> Array:
     """A 1x1 convolution as a matrix product."""
     rows = x.reshape(-1, x.shape[-1])

@@ -34,10 +34,11 @@ def from_torch(
 ) -> tuple[Tree, Tree]:
     """Fills a detector from a PyTorch state dict.
 
-    The names may be mmdetection's, mmyolo's of RTMDet, the authors' of YOLOX or torchvision's of Faster R-CNN, behind
-    wrappers (`kdjax.weights.wrappers.unwrap`) and mmrazor's `architecture.`, `student.` and `teacher.`. Every key must
-    be used and every array filled. If only the number of classes differs, the classifiers are re-initialised with a
-    warning. A bare ResNet, as torchvision and timm have it, fills the backbone, and everything else is initialised.
+    The names may be mmdetection's, mmyolo's of RTMDet, the authors' of YOLOX or torchvision's of Faster and Mask R-CNN,
+    behind wrappers (`kdjax.weights.wrappers.unwrap`) and mmrazor's `architecture.`, `student.` and `teacher.`. Every
+    key must be used and every array filled. If only the number of classes differs, the classifiers are re-initialised
+    with a warning. A bare ResNet, as torchvision and timm have it, fills the backbone, and everything else is
+    initialised.
 
     Args:
       detector: what to fill.

@@ -10,10 +10,10 @@ import pytest
 
 from kdjax import weights
 from kdjax.boxes import roi
-from kdjax.detectors import build, mask_head, resnet
-from kdjax.detectors.api import flatten
+from kdjax.detectors import build, mask_head, rpn
+from kdjax.detectors.api import flatten, pure
 from kdjax.errors import UserError
-from kdjax.structs import Assignment, DetectorOutput, Targets
+from kdjax.structs import Assignment, DetectorOutput, Regions, Targets
 from tests.support.arrays import on_shards, quick_jit
 
 SIDE, CLASSES, OBJECTS = 64, 3, 3
@@ -55,29 +55,45 @@ def images(batch):
 
 def test_head_is_convolutions_a_deconvolution_and_the_output_of_the_class():
     """In PyTorch's layout: cell i, j of a deconvolution gives cells 2 i + a, 2 j + b by the weights [:, :, a, b]."""
-    whole = detector()
-    state = weights.to_torch(whole, *variables())
+    state = weights.to_torch(detector(), *variables())
     w = {n.removeprefix("roi_head.mask_head."): v for n, v in state.items() if n.startswith("roi_head.mask_head.")}
     assert {name: value.shape for name, value in w.items()} == {
         "convs.0.conv.weight": (6, 8, 3, 3), "convs.0.conv.bias": (6,), "upsample.weight": (6, 6, 2, 2),
         "upsample.bias": (6,), "conv_logits.weight": (3, 6, 1, 1), "conv_logits.bias": (3,),
     }  # fmt: skip
-    output, _ = whole.apply(*variables(), images(1), train=False)
-    boxes, labels = jnp.array([[[4.0, 6, 40, 30], [20, 20, 60, 64]]]), jnp.array([[2, 0]])
-    got = np.asarray(output.masks_at(boxes, labels))
-    features = roi.roi_align(
-        output.neck[:4], boxes, roi.roi_levels(boxes, 4), strides=(4, 8, 16, 32), size=14, sampling_ratio=0
-    )
-    for row, label in enumerate((2, 0)):
-        x = np.pad(np.asarray(features[0, row], np.float64), ((1, 1), (1, 1), (0, 0)))
+    head = pure(lambda: mask_head.MaskHead(CLASSES, 8, 6, 1))
+    features, labels = np.random.default_rng(0).normal(size=(1, 2, 14, 14, 8)).astype(np.float32), np.array([[2, 0]])
+    run = quick_jit(lambda params: head.call(params, {}, mask_head.MaskHead.__call__, features, labels)[0])
+    got = np.asarray(run(variables()[0]["roi_head"]["mask_head"]))
+    for row, label in enumerate(labels[0]):
+        x = np.pad(features[0, row], ((1, 1), (1, 1), (0, 0)))
         windows = np.lib.stride_tricks.sliding_window_view(x, (3, 3), (0, 1))  # [14, 14, C, 3, 3]
         x = np.maximum(np.einsum("ijcab,ocab->ijo", windows, w["convs.0.conv.weight"]) + w["convs.0.conv.bias"], 0)
         fine = np.zeros((28, 28, 6))
-        for a in range(2):
-            for b in range(2):
-                fine[a::2, b::2] = x @ w["upsample.weight"][:, :, a, b] + w["upsample.bias"]
+        for a, b in np.ndindex(2, 2):
+            fine[a::2, b::2] = np.einsum("ijc,co->ijo", x, w["upsample.weight"][:, :, a, b]) + w["upsample.bias"]
         logits = np.maximum(fine, 0) @ w["conv_logits.weight"][label, :, 0, 0] + w["conv_logits.bias"][label]
         np.testing.assert_allclose(got[0, row], logits, rtol=1e-4, atol=1e-5)
+
+
+def test_detections_have_the_masks_of_their_boxes_and_classes():
+    """The second stage is a function here: the class by the place of the region, and masks that tell box and class."""
+
+    def at(boxes):
+        logits = jnp.where(jnp.arange(boxes.shape[1])[:, None] % 3 == jnp.arange(4), 4.0, 0.0)
+        return Regions(jnp.broadcast_to(logits, (*boxes.shape[:2], 4)), jnp.zeros((*boxes.shape[:2], 12)))
+
+    def masks_at(boxes, labels):
+        return jnp.broadcast_to((boxes[..., 0] / 64 + labels)[..., None, None], (*labels.shape, 28, 28))
+
+    rng, sides = np.random.default_rng(0), (16, 8, 4, 2, 1)
+    maps = lambda channels: tuple(rng.normal(size=(2, s, s, channels)).astype(np.float32) for s in sides)  # noqa: E731
+    output = DetectorOutput(strides=rpn.STRIDES, anchors=3, quality=maps(3), box_reg=maps(12), at=at, masks_at=masks_at)
+    found = quick_jit(lambda: detector().decode(output, np.full((2, 2), SIDE), max_detections=30))()
+    assert found.masks.shape == (2, 30, 28, 28) and found.valid.any() and not found.valid.all()
+    wanted = 1 / (1 + np.exp(-(found.boxes[..., 0] / 64 + found.labels)))
+    wanted = np.where(found.valid, wanted, 0)[..., None, None]
+    np.testing.assert_allclose(found.masks, np.broadcast_to(wanted, found.masks.shape), rtol=1e-5)
 
 
 def learned(masked):
@@ -146,8 +162,6 @@ def test_coarse_masks_give_nearly_the_targets_of_fine_ones():
     fine, coarse = (crop(targets(2, s).instance_masks, boxes, objects, stride=s) >= 0.5 for s in (1, 4))
     assert np.mean(fine[0]) > 0.5 and not np.any(fine[1])
     assert 0 < np.mean(fine[0] != coarse[0]) < 0.05
-    again = crop(np.repeat(np.repeat(targets(2, 4).instance_masks, 4, 2), 4, 3), boxes, objects, stride=1)
-    assert np.mean((again[0] >= 0.5) != coarse[0]) < 0.05
 
 
 @functools.cache
@@ -167,18 +181,18 @@ def step():
         again = jax.nn.sigmoid(evaluated.masks_at(found.boxes, found.labels))
         return aux, gradient, found, again
 
-    return quick_jit(run)
+    return jax.jit(run)
 
 
+@pytest.mark.slow
 def test_a_step_with_and_without_objects():
     truth = targets(8)
     (losses, masked), gradient, found, again = step()(*variables(), images(8), truth, jax.random.key(0))
     assert sorted(losses) == ["loss_box", "loss_cls", "loss_mask", "loss_rpn_box", "loss_rpn_cls"]
     assert all(value > 0 and np.isfinite(value) for value in losses.values())
     assert masked[:-1].any(1).all() and not masked[-1].any()
-    still = [path for path, leaf in flatten(gradient).items() if not np.abs(leaf).max()]
-    frozen = [path for path in still if not resnet.is_frozen(path, 1)]
-    assert not frozen, frozen
+    moved = flatten(gradient["roi_head"]) | flatten(gradient["rpn_head"])
+    assert len(moved) == 22 and all(np.abs(leaf).max() for leaf in moved.values())
     assert found.masks.shape == (8, 6, 28, 28) and found.valid.any() and detector().masks == "box"
     np.testing.assert_allclose(found.masks, np.where(found.valid[..., None, None], again, 0), atol=1e-6)
     assert 0 < found.masks[found.valid].min() and found.masks.max() < 1

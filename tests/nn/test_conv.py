@@ -64,6 +64,20 @@ def test_conv_equals_the_builtin_form(name, monkeypatch):
     chex.assert_trees_all_close(both(tested)(*inputs), both(builtin)(*inputs), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+def test_conv_in_a_loop_equals_that_outside(stride):
+    x, kernel = arrays((3, 2, 5, 6, 2), (3, 3, 2, 4))
+
+    def outside(x, kernel):
+        return jnp.stack([nn.conv2d(one, kernel, stride=stride) for one in x])
+
+    def inside(x, kernel):
+        return jax.lax.map(lambda one: nn.conv2d(one, kernel, stride=stride, in_loop=True), x)
+
+    values, expected = (jax.jit(jax.value_and_grad(loss_of(form), (0, 1)))(x, kernel) for form in (inside, outside))
+    chex.assert_trees_all_close(values, expected, rtol=1e-4, atol=1e-4)
+
+
 FAST = ["depthwise stride 2", "pointwise", "grouped"]
 
 

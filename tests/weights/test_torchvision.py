@@ -1,4 +1,4 @@
-"""torchvision's names and values of Faster R-CNN, made here from the detector's own."""
+"""torchvision's names and values of Faster and Mask R-CNN, made here from the detector's own."""
 
 import re
 
@@ -11,7 +11,8 @@ from kdjax.detectors import build, rpn
 from kdjax.detectors.api import flatten
 from kdjax.weights import torchvision
 
-TINY = dict(base_channels=4, neck_channels=8, head_channels=16)
+TINY = {"faster_rcnn_r18": dict(base_channels=4, neck_channels=8, head_channels=16)}
+TINY["mask_rcnn_r18"] = TINY["faster_rcnn_r18"] | dict(mask_channels=4)
 NAMES = (  # torchvision's names since 0.14, and those of the published files
     ("backbone.", "backbone.body.", "backbone.body."),
     ("neck.lateral_convs.N.conv.", "backbone.fpn.inner_blocks.N.0.", "backbone.fpn.inner_blocks.N."),
@@ -23,6 +24,12 @@ NAMES = (  # torchvision's names since 0.14, and those of the published files
     ("roi_head.bbox_head.shared_fcs.1.", "roi_heads.box_head.fc7.", "roi_heads.box_head.fc7."),
     ("roi_head.bbox_head.fc_cls.", "roi_heads.box_predictor.cls_score.", "roi_heads.box_predictor.cls_score."),
     ("roi_head.bbox_head.fc_reg.", "roi_heads.box_predictor.bbox_pred.", "roi_heads.box_predictor.bbox_pred."),
+    ("roi_head.mask_head.upsample.", "roi_heads.mask_predictor.conv5_mask.", "roi_heads.mask_predictor.conv5_mask."),
+    ("roi_head.mask_head.conv_logits.", *["roi_heads.mask_predictor.mask_fcn_logits."] * 2),
+    *(
+        (f"roi_head.mask_head.convs.{i}.conv.", f"roi_heads.mask_head.{i}.0.", f"roi_heads.mask_head.mask_fcn{i + 1}.")
+        for i in range(4)
+    ),
 )
 
 
@@ -37,29 +44,29 @@ def as_torchvision(state, column=1):
                 break
         if "fc_cls" in name:
             value = np.concatenate([value[-1:], value[:-1]])
-        if "fc_reg" in name:
-            value = np.concatenate([np.full_like(value[:4], 7), value])
+        if "fc_reg" in name or "conv_logits" in name:
+            value = np.concatenate([np.full_like(value[: 4 if "fc_reg" in name else 1], 7), value])
         out[new] = value
     return out
 
 
 @pytest.mark.user_input(
     "Weights",
-    "a state dict of torchvision's Faster R-CNN (v1), also with the names of its published files",
+    "a state dict of torchvision's Faster or Mask R-CNN (v1), also with the names of its published files",
     "read: classes in its order, boxes with its coding",
 )
 @pytest.mark.parametrize("column", [1, 2])
-@pytest.mark.parametrize("classes", [3, 80])
-def test_names_classes_and_norms(column, classes):
-    detector = build("faster_rcnn_r18", classes, **TINY)
+@pytest.mark.parametrize(("name", "classes"), [("faster_rcnn_r18", 3), ("mask_rcnn_r18", 80)])
+def test_names_classes_and_norms(column, name, classes):
+    detector = build(name, classes, **TINY[name])
     params, stats = detector.init(jax.random.key(0))
     stats = jax.tree.map(lambda leaf: leaf + 0.01, stats)
     state = as_torchvision(weights.to_torch(detector, params, stats), column)
     if classes == 80:  # COCO's 90 numbers
         numbers = np.cumsum([i not in torchvision._UNUSED for i in range(91)])
-        for module in ("cls_score", "bbox_pred"):
+        for module in ("box_predictor.cls_score", "box_predictor.bbox_pred", "mask_predictor.mask_fcn_logits"):
             for leaf in ("weight", "bias"):
-                name = f"roi_heads.box_predictor.{module}.{leaf}"
+                name = f"roi_heads.{module}.{leaf}"
                 by_class = state[name].reshape(81, -1, *state[name].shape[1:])
                 state[name] = by_class[numbers - 1].reshape(-1, *state[name].shape[1:])
         assert len(state["roi_heads.box_predictor.cls_score.bias"]) == 91
