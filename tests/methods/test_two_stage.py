@@ -309,14 +309,16 @@ def test_missing_regions_and_their_order_change_nothing(everything):
 
 
 def test_ten_images_equal_five_and_five(everything):
-    """Means over regions: the terms of two halves with equally many regions, averaged, are those of the whole."""
+    """Means over regions: the terms of two halves with equally many regions, averaged, are those of the whole.
+
+    The halves may be mapped over, or lie on two devices.
+    """
     _, adapters, _ = everything
     sides = [output(i, c, batch=10) for i, c in ((0, 4), (1, 5))]
     assigned = drawn_regions(10)._replace(ignore=jnp.zeros((10, REGIONS), bool))
     assigned = assigned._replace(labels=jnp.tile(assigned.labels[:1], (10, 1)))
     made = distiller(methods.dkd(), methods.hinton())
 
-    @quick_jit
     def run(student, teacher, assignment, batch):
         return made.terms(adapters, student, batch, observed=teacher, assignment=assignment, key=jax.random.key(0))
 
@@ -324,10 +326,16 @@ def test_ten_images_equal_five_and_five(everything):
         return jax.tree.map(lambda x: x[start:end] if len(x) == 10 else x, tree)
 
     arguments = (*sides, assigned, batch_of(10))
-    whole, *halves = (run(*(part(a, *ends) for a in arguments)) for ends in ((0, 10), (0, 5), (5, 10)))
+    once = quick_jit(run)
+    whole, *halves = (once(*(part(a, *ends) for a in arguments)) for ends in ((0, 10), (0, 5), (5, 10)))
     for name, value in whole.items():
         assert float(value) == pytest.approx(float(halves[0][name] + halves[1][name]) / 2, rel=1e-5)
         assert float(halves[0][name]) != float(halves[1][name])
+    axes = jax.tree.map(lambda x: 0 if len(x) == 10 else None, arguments)
+    by_half = jax.tree.map(lambda x: x.reshape(2, 5, *x.shape[1:]) if len(x) == 10 else x, arguments)
+    for mapped in (quick_jit(jax.vmap(run, axes)), jax.pmap(run, in_axes=axes, devices=jax.devices()[:2])):
+        for name, values in mapped(*by_half).items():
+            assert values.tolist() == pytest.approx([float(half[name]) for half in halves], rel=1e-5)
 
 
 def test_devices_change_nothing():
