@@ -145,12 +145,12 @@ def test_the_dense_recipes(chosen):
     assert jax.eval_shape(lambda key: distiller.init(key, (64, 64)), key).keys() == set(config.methods)
 
 
-@pytest.mark.parametrize("chosen", ["faster_rcnn,ssim", "faster_rcnn,dkd+fgfi+gid", "faster_rcnn,fgd+mgd+pkd"])
+@pytest.mark.parametrize("chosen", ["faster_rcnn,ssim", "faster_rcnn,dkd+fgfi+gid", "mask_rcnn,fgd+mgd+pkd", "mask_rcnn,mkd"])
 def test_the_recipes_of_two_stages(chosen):
     """mmdetection's schedule, the authors' values for two stages, and methods that run on these detectors."""
     config = load(ROOT / "configs/distill/two_stage.py", chosen)
     family, names = chosen.split(",")
-    epochs = 24 if "fgd" in names else 12
+    epochs = 24 if family == "mask_rcnn" else 12
     assert config.steps == round(epochs * 118287 / 16) and (config.batch_size, config.optimizer.lr) == (16, 0.02)
     assert sorted(config.methods) == sorted(names.split("+")) and config.twin
     assert config.optimizer.clip_norm == (35 if "fgd" in names else 0)
@@ -161,11 +161,12 @@ def test_the_recipes_of_two_stages(chosen):
         assert (built["mgd"].weights, config.methods.mgd.drop) == ({"generation": 5e-7}, 0.45)
         assert built["pkd"].weights == {"correlation": 6} and built["pkd"].reads.teacher == ("neck.0:4",)
     pair = [build(config[role].detector, 80) for role in ("student", "teacher")]
-    assert [detector.name for detector in pair] == ["faster_rcnn_r50", f"{family}_r101"]
+    assert [detector.name for detector in pair] == [f"{family}_r50", f"{family}_r101"]
+    assert config.data.masks == bool(pair[0].masks)
     key = jax.ShapeDtypeStruct((2,), jnp.uint32)
     made = jax.eval_shape(lambda key: Distiller(*pair, built).init(key, (64, 64)), key)
     assert made.keys() == set(config.methods)
-    with pytest.raises(ValueError, match=r"must be TEACHER,METHODS with a teacher of faster_rcnn.*, not 'fcos,ssim"):
+    with pytest.raises(ValueError, match=r"must be FAMILY,METHODS with a family of faster_rcnn, mask.*, not 'fcos,ssim"):
         load(ROOT / "configs/distill/two_stage.py", "fcos,ssim")
 
 
