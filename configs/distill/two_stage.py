@@ -8,9 +8,8 @@ r"""Two-stage detectors on COCO, ResNet-101 to ResNet-50, with the methods that 
 
 The argument is FAMILY,METHODS, with the family of both, faster_rcnn or mask_rcnn. `--config.teacher.detector` and
 `--config.student.detector` take other sizes and families. Mask R-CNN reads COCO's own files (DIR has annotations,
-train2017 and val2017). Methods have their published values for two-stage detectors
-(OPTIONS), on the levels that their authors compare. The training is that of supervised/dense, with 24 epochs where the
-published result has them.
+train2017 and val2017). Methods have their published values for two-stage detectors (OPTIONS), on the levels that their
+authors compare. The training is that of supervised/dense, with 24 epochs where the published result has them.
 
 Published AP of the student alone -> with the method:
 
