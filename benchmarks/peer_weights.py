@@ -47,8 +47,11 @@ CONFIGS = {
     "faster_rcnn_r101": "faster_rcnn/faster-rcnn_r101_fpn_1x_coco.py",
     "faster_rcnn_x101-32x4d": "faster_rcnn/faster-rcnn_x101-32x4d_fpn_1x_coco.py",
     "faster_rcnn_x101-64x4d": "faster_rcnn/faster-rcnn_x101-64x4d_fpn_1x_coco.py",
+    "mask_rcnn_r50": "mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py",
+    "mask_rcnn_r101": "mask_rcnn/mask-rcnn_r101_fpn_1x_coco.py",
 }
 CLASSES = tuple(f"class {i}" for i in range(80))
+LABELS = np.arange(20) * 4  # of the boxes whose masks are compared
 
 
 def main() -> None:
@@ -60,7 +63,7 @@ def main() -> None:
     args.folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     x = rng.normal(size=(1, 96, 128, 3)).astype(np.float32)  # the normalised image, channels last
-    corner = rng.uniform(0, 60, (20, 2))
+    corner = rng.uniform(0, 60, (len(LABELS), 2))
     boxes = np.concatenate([corner, corner + rng.uniform(4, 60, corner.shape)], 1).clip(0, (128, 96) * 2)
     boxes = boxes.astype(np.float32)
     write(args.folder, args.bench, args.only, x, boxes) if args.bench else compare(args.folder, args.only, x, boxes)
@@ -90,6 +93,9 @@ def write(folder: Path, bench: str, names: list[str], x: np.ndarray, boxes: np.n
                 rois = torch.from_numpy(np.column_stack([np.zeros(len(boxes), np.float32), boxes]))
                 regions = model.roi_head._bbox_forward(features, rois)
                 found += [regions["cls_score"].numpy()[None], regions["bbox_pred"].numpy()[None]]
+                if model.with_mask:
+                    masks = model.roi_head._mask_forward(features, rois)["mask_preds"]
+                    found.append(masks[np.arange(len(boxes)), LABELS].numpy()[None])
         np.savez(folder / f"{name}.npz", *found)
         meta = {"dataset_meta": {"classes": CLASSES}}
         torch.save({"state_dict": model.state_dict(), "meta": meta}, folder / f"{name}.pth")
@@ -106,7 +112,8 @@ def compare(folder: Path, names: list[str], x: np.ndarray, boxes: np.ndarray) ->
     def outputs(params: object, stats: object, apply: Callable[..., Any]) -> list[jax.Array]:
         found, _ = apply(params, stats, x, train=False)
         if found.at is not None:  # mmdetection's RPN returns the objectness first
-            return [*found.quality, *found.box_reg, *found.at(boxes[None])]
+            masks = [found.masks_at(boxes[None], LABELS[None])] if found.masks_at is not None else []
+            return [*found.quality, *found.box_reg, *found.at(boxes[None]), *masks]
         maps = [*found.cls_logits, *found.box_reg, *found.quality, *found.kernels]
         return maps if found.prototypes is None else [*maps, found.prototypes]
 

@@ -123,9 +123,10 @@ def test_two_stages_have_no_maps(tmp_path, capsys, monkeypatch):
     assert "its second stage is computed behind an NMS" in refused(capsys, *command, "--format=litert")
 
 
-def test_wrong_masks_are_refused(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["rtmdet_ins_pico", pytest.param("mask_rcnn_r18", marks=pytest.mark.slow)])
+def test_wrong_masks_are_refused(name, tmp_path, monkeypatch):
     """Of random maps, so that nothing has to be compiled but the decoding."""
-    save_noisy("rtmdet_ins_pico", tmp_path / "m")
+    save_noisy(name, tmp_path / "m")
     loaded = load(tmp_path / "m")
     output = random_output(loaded)
     monkeypatch.setattr(graphs, "network", lambda model, images: output)
