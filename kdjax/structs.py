@@ -90,6 +90,13 @@ class Regions(NamedTuple):
     box_reg: Array
 
 
+class Stage(NamedTuple):
+    """One second stage of a cascade; see `DetectorOutput.at` and `masks_at`."""
+
+    at: Callable[[Array], Regions]
+    masks_at: Callable[[Array, Array], Array] | None = None
+
+
 class Assignment(NamedTuple):
     """What an assigner decided for every prior; no gradient flows through it.
 
@@ -106,6 +113,7 @@ class Assignment(NamedTuple):
     masked: Array | None = None
     regions: Array | None = None  # f32[B, N, 4], of a two-stage detector: pixels, zeros where ignored
     first: "Assignment | None" = None  # of a two-stage detector: of its anchors, for one class
+    earlier: tuple["Assignment", ...] = ()  # of a cascade: of the regions of the stages before the last, in turn
 
 
 class PaddedDetections(NamedTuple):
@@ -187,6 +195,7 @@ class DetectorOutput:
     # Of a two-stage detector with masks, likewise: boxes f32[B, R, 4] and their classes i32[B, R] -> f32[B, R, m, m],
     # logits of the class's mask in m x m cells of the box.
     masks_at: Callable[[Array, Array], Array] | None = None
+    stages: tuple[Stage, ...] = ()  # of a cascade, its second stages in turn; `at` and `masks_at` are those of the last
     rows: Rows | None = (
         None  # the predictions of all levels as rows; filled by `Detector.observe`, or by a model of your own
     )

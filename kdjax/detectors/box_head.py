@@ -4,8 +4,12 @@ Reference: Girshick, Fast R-CNN, ICCV 2015; Ren et al., Faster R-CNN, NeurIPS 20
 2017, section 4.2. Module names follow mmdetection 3.3.0.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from kdjax.boxes import assign, coding, roi
@@ -21,22 +25,37 @@ POSITIVE_SHARE = 0.25  # of the samples, at most
 
 
 class BoxHead(nnx.Module):
-    """Two linear layers that classes and boxes share; features f32[B, R, 7, 7, C] -> `Regions`."""
+    """Two linear layers that classes and boxes share; features f32[B, R, 7, 7, C] -> `Regions`.
 
-    def __init__(self, num_classes: int, channels: int, hidden: int) -> None:
+    With `of_any_class` the deltas are the same for all classes. They are learned with `stds`, and returned with `STDS`.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        channels: int,
+        hidden: int,
+        *,
+        of_any_class: bool = False,
+        stds: tuple[float, ...] = STDS,
+    ) -> None:
+        self.stds = stds
         inputs = SIZE * SIZE * channels
         self.shared_fcs = nnx.List(
             [Linear(inputs, hidden, draw=uniform_fans), Linear(hidden, hidden, draw=uniform_fans)]
         )
         self.fc_cls = Linear(hidden, num_classes + 1, draw=normal(0.01))
-        self.fc_reg = Linear(hidden, num_classes * 4, draw=normal(0.001))
+        self.fc_reg = Linear(hidden, 4 if of_any_class else num_classes * 4, draw=normal(0.001))
 
     def __call__(self, features: Array) -> Regions:
         x = jnp.moveaxis(features, -1, 2)  # PyTorch's order of the inputs: channels first
         x = x.reshape(*x.shape[:2], -1)
         for layer in self.shared_fcs:
             x = jax.nn.relu(layer(x))
-        return Regions(self.fc_cls(x).astype(jnp.float32), self.fc_reg(x).astype(jnp.float32))
+        logits, deltas = self.fc_cls(x).astype(jnp.float32), self.fc_reg(x).astype(jnp.float32)
+        if self.stds != STDS:
+            deltas = deltas * np.resize(np.divide(self.stds, STDS), deltas.shape[-1]).astype(np.float32)
+        return Regions(logits, deltas)
 
 
 def features(maps: tuple[Array, ...], boxes: Array, size: int, *, peer: str = "mmdetection") -> Array:
@@ -70,7 +89,7 @@ def most_positive(samples: int) -> int:
     return int(samples * POSITIVE_SHARE)
 
 
-def assign_regions(
+def draw_regions(
     proposals: rpn.Proposals,
     targets: Targets,
     *,
@@ -80,7 +99,7 @@ def assign_regions(
     chosen: tuple[Array, Array] | None = None,
     match_low_quality: bool = False,
     positive_iou: float = POSITIVE_IOU,
-) -> Assignment:
+) -> tuple[Assignment, Array]:
     """Draws regions of each image among its objects' own boxes and the proposals, and says what each of them learns.
 
     Args:
@@ -94,7 +113,8 @@ def assign_regions(
       positive_iou: proposals with less are background, 0 .. 1.
 
     Returns:
-      The assignment of the S regions, positive ones first, with `regions`; `ignore` marks rows without a region.
+      The assignment of the S regions, positive ones first, with `regions`; `ignore` marks rows without a region. And
+      bool[B, S], which of them are objects' own boxes.
 
     Scope: each image on its own.
 
@@ -125,19 +145,32 @@ def assign_regions(
     regions = jnp.where(valid[..., None], jnp.take_along_axis(boxes, index[..., None], 1), 0)
     ones = jnp.ones(index.shape, jnp.float32)
     drawn = assign.assignment_of(matched, ~valid, ones, num_classes, targets)
-    return drawn._replace(regions=jax.lax.stop_gradient(regions))
+    own_box = valid & (index < targets.boxes.shape[1])
+    return drawn._replace(regions=jax.lax.stop_gradient(regions)), own_box
 
 
-def deltas_of(found: Regions, num_classes: int) -> Array:
-    """The deltas of each class, f32[B, R, K, 4]."""
-    return found.box_reg.reshape(*found.box_reg.shape[:2], num_classes, 4)
+def assign_regions(*given: Any, **settings: Any) -> Assignment:
+    """The assignment of `draw_regions`, which has the same arguments."""
+    return draw_regions(*given, **settings)[0]
 
 
-def region_losses(found: Regions, assignment: Assignment) -> dict[str, Array]:
+def deltas_of(found: Regions) -> Array:
+    """The deltas of each class, f32[B, R, K, 4], or f32[B, R, 1, 4] of all of them."""
+    return found.box_reg.reshape(*found.box_reg.shape[:2], -1, 4)
+
+
+def region_losses(
+    found: Regions,
+    assignment: Assignment,
+    *,
+    stds: tuple[float, ...] = STDS,
+    apart: Callable[..., Array] = distance.l1,
+) -> dict[str, Array]:
     """The two losses of each region, f32[B, R], divided by the number of regions of the global batch.
 
     loss_cls = cross-entropy of the class, loss_box = sum |deltas of the class - deltas of the box| of the positives,
-    both divided by max(number of sampled regions, 1).
+    both divided by max(number of sampled regions, 1). The deltas are compared with `stds`; `apart` is another distance
+    than the absolute difference.
 
     Peers: mmdetection 3.3.0 BBoxHead.loss on one device.
     """
@@ -145,13 +178,15 @@ def region_losses(found: Regions, assignment: Assignment) -> dict[str, Array]:
     assert regions is not None
     count = jnp.maximum(jnp.sum(~assignment.ignore), 1).astype(jnp.float32)
     entropy = classification.cross_entropy(found.logits, assignment.labels)
-    deltas = deltas_of(found, found.logits.shape[-1] - 1)
+    deltas = deltas_of(found)
     of_class = jnp.minimum(assignment.labels, deltas.shape[2] - 1)[..., None, None]
     deltas = jnp.take_along_axis(deltas, of_class, 2)[:, :, 0]
+    if stds != STDS:
+        deltas = deltas * np.divide(STDS, stds).astype(np.float32)
     unit = jnp.array([0, 0, 1, 1], jnp.float32)  # any box with an area, where there is nothing to learn
     given, wanted = (jnp.where(positive[..., None], boxes, unit) for boxes in (regions, assignment.boxes))
-    apart = jnp.sum(distance.l1(deltas, coding.boxes_to_deltas(given, wanted, stds=STDS)), -1)
+    of_boxes = jnp.sum(apart(deltas, coding.boxes_to_deltas(given, wanted, stds=stds)), -1)
     return {
         "loss_cls": jnp.where(assignment.ignore, 0.0, entropy) / count,
-        "loss_box": jnp.where(positive, apart, 0.0) / count,
+        "loss_box": jnp.where(positive, of_boxes, 0.0) / count,
     }

@@ -3,20 +3,25 @@
 Reference: He et al., Mask R-CNN, ICCV 2017, section 3. Module names follow mmdetection 3.3.0.
 """
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from kdjax.boxes import roi
 from kdjax.detectors import box_head, levels
+from kdjax.detectors.api import Decode
 from kdjax.detectors.layers import Conv, constant, normal_fan_out
 from kdjax.errors import UserError
 from kdjax.losses.mask import mask_cross_entropy
 from kdjax.nn.flops import record
-from kdjax.structs import Array, Assignment, DetectorOutput, Targets
+from kdjax.structs import Array, Assignment, DetectorOutput, PaddedDetections, Targets
 
 SIZE, OUTPUT = 14, 28  # cells of a region along each side, of the features and of the mask
 PIECE = 32  # regions of an image whose masks are learned together
+Find = Callable[[Array, Array], Array]  # `DetectorOutput.masks_at`
 
 
 class _Conv(nnx.Module):
@@ -99,7 +104,7 @@ def targets_of(masks: Array, boxes: Array, objects: Array, *, stride: int) -> Ar
     return (roi.crop_masks(masks, boxes, objects, stride=stride, size=OUTPUT) >= 0.5).astype(jnp.float32)
 
 
-def mask_losses(output: DetectorOutput, targets: Targets, assignment: Assignment, *, stride: int) -> Array:
+def mask_losses(find: Find, targets: Targets, assignment: Assignment, *, stride: int) -> Array:
     """The mask loss of each region that can be positive, f32[B, R], divided by their number in the global batch.
 
     loss_mask = the mean over 28 x 28 cells of the binary cross-entropy of the class's mask, for the regions that
@@ -108,11 +113,16 @@ def mask_losses(output: DetectorOutput, targets: Targets, assignment: Assignment
     Masks are computed for 32 regions of each image at a time, as often as there are any, and again in the backward
     pass: the memory does not grow with their number.
 
+    Args:
+      find: a detector's `masks_at`.
+      targets: ground truth with masks.
+      assignment: of the regions.
+      stride: of the masks, in pixels.
+
     Peers: mmdetection 3.3.0 FCNMaskHead.loss_and_target on one device.
     """
-    masks, find = targets.instance_masks, output.masks_at
+    masks = targets.instance_masks
     assert masks is not None
-    assert find is not None
     assert assignment.masked is not None
     assert assignment.regions is not None
     batch, samples = assignment.masked.shape
@@ -138,3 +148,17 @@ def mask_losses(output: DetectorOutput, targets: Targets, assignment: Assignment
     _, losses = jax.lax.scan(add, None, tuple(map(split, of_rows)))
     count = jnp.maximum(jnp.sum(assignment.masked), 1).astype(jnp.float32)
     return jnp.moveaxis(losses, 0, 1).reshape(batch, -1)[:, :rows] / count
+
+
+def decoder(of_boxes: Decode) -> Decode:
+    """The function `decode` that adds masks to what `of_boxes` finds; of a cascade, the means over its stages."""
+
+    @functools.wraps(of_boxes)
+    def decode(output: DetectorOutput, image_size: Array, **settings) -> PaddedDetections:  # noqa: ANN003
+        found = of_boxes(output, image_size, **settings)
+        finders = [one.masks_at for one in output.stages] or [output.masks_at]
+        masks = [jax.nn.sigmoid(find(found.boxes, found.labels)) for find in finders if find is not None]
+        mean = functools.reduce(jnp.add, masks) / len(masks)
+        return found._replace(masks=jnp.where(found.valid[..., None, None], mean, 0.0))
+
+    return decode

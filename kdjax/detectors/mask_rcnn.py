@@ -11,14 +11,13 @@ torchvision's 34.6 (37.9). Not reproduced yet (no published checkpoint was avail
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from kdjax.detectors import box_head, mask_head, two_stage
-from kdjax.detectors.api import Assign, Decode, Detector
+from kdjax.detectors.api import Assign, Detector
 from kdjax.errors import UserError
-from kdjax.structs import Array, Assignment, DetectorOutput, PaddedDetections, Regions, Targets
+from kdjax.structs import Array, Assignment, DetectorOutput, Regions, Targets
 
 VARIANTS = two_stage.VARIANTS
 TITLE = "Mask R-CNN"
@@ -112,7 +111,7 @@ def make(
         classifiers=(*boxes.classifiers, "mask_head/conv_logits"),
         assign=_assigner(boxes.assign),
         loss=loss,
-        decode=_decoder(boxes.decode),
+        decode=mask_head.decoder(boxes.decode),
         masks="box",
     )
     return two_stage.detector(TITLE, "mask_rcnn", make, variant, num_classes, given, second)
@@ -148,16 +147,6 @@ def loss(output: DetectorOutput, targets: Targets, assignment: Assignment) -> di
       UserError: there are no masks, or they do not fit the input.
     """
     stride = mask_head.check_masks(TITLE, output, targets)
-    of_masks = mask_head.mask_losses(output, targets, assignment, stride=stride)
+    assert output.masks_at is not None
+    of_masks = mask_head.mask_losses(output.masks_at, targets, assignment, stride=stride)
     return two_stage.loss(output, targets, assignment) | {"loss_mask": jnp.sum(of_masks)}
-
-
-def _decoder(of_boxes: Decode) -> Decode:
-    @functools.wraps(of_boxes)
-    def decode(output: DetectorOutput, image_size: Array, **settings) -> PaddedDetections:  # noqa: ANN003
-        assert output.masks_at is not None
-        found = of_boxes(output, image_size, **settings)
-        masks = jax.nn.sigmoid(output.masks_at(found.boxes, found.labels))
-        return found._replace(masks=jnp.where(found.valid[..., None, None], masks, 0.0))
-
-    return decode

@@ -7,6 +7,7 @@ Reference: Ren et al., Faster R-CNN, NeurIPS 2015, section 3.1; on a pyramid: Li
 Module names follow mmdetection 3.3.0.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -124,11 +125,16 @@ def sample(positive: Array, negative: Array, *, number: int, most_positive: int,
     return jnp.where(place < positives, of_positive, of_negative), place < positives + negatives
 
 
-def match(output: DetectorOutput, targets: Targets) -> Assignment:
+def match(output: DetectorOutput, targets: Targets, *, inside_image: bool = False) -> Assignment:
     """Matches anchors with an IoU of at least 0.7, and each object's best ones from 0.3 on; below 0.3 is background.
 
-    Labels are 0 for objects, 1 for background.
+    Labels are 0 for objects, 1 for background. With `inside_image`, anchors that leave the image take no part
+    (`allowed_border=0` of mmdetection).
     """
+    inside = assign.inside_padding(grid_priors(levels.input_size(output)), targets.pad_size)
+    if inside_image:
+        low, high = anchors(output)[:, :2], anchors(output)[:, 2:]
+        inside &= jnp.all((low >= 0) & (high < targets.image_size[:, None, ::-1]), -1)
     return assign.max_iou(
         anchors(output),
         targets._replace(labels=jnp.zeros_like(targets.labels)),
@@ -136,7 +142,7 @@ def match(output: DetectorOutput, targets: Targets) -> Assignment:
         positive_iou=POSITIVE_IOU,
         negative_iou=NEGATIVE_IOU,
         min_positive_iou=0.3,
-        inside=assign.inside_padding(grid_priors(levels.input_size(output)), targets.pad_size),
+        inside=inside,
     )
 
 
@@ -155,19 +161,24 @@ def keep_sampled(matched: Assignment, index: Array, valid: Array) -> Assignment:
     )
 
 
-def assign_anchors(output: DetectorOutput, targets: Targets, key: Array, *, samples: int) -> Assignment:
+def assign_anchors(
+    output: DetectorOutput, targets: Targets, key: Array, *, samples: int, inside_image: bool = False
+) -> Assignment:
     """`match`, of which `samples` anchors of each image are drawn, at most half of them positive."""
-    found = match(output, targets)
+    found = match(output, targets, inside_image=inside_image)
     negative = ~found.positive & ~found.ignore
     drawn = sample(found.positive, negative, number=samples, most_positive=samples // 2, key=key)
     return keep_sampled(found, *drawn)
 
 
-def anchor_losses(output: DetectorOutput, assignment: Assignment) -> dict[str, Array]:
+def anchor_losses(
+    output: DetectorOutput, assignment: Assignment, *, apart: Callable[..., Array] = distance.l1
+) -> dict[str, Array]:
     """The two losses of each anchor, f32[B, N], divided by the number of samples of the global batch.
 
     With S = sum over images of max(positives, 1) + max(negatives, 1): loss_rpn_cls = cross-entropy of the objectness of
-    the samples / S, loss_rpn_box = sum |deltas - deltas of the box| / S over the positives.
+    the samples / S, loss_rpn_box = sum |deltas - deltas of the box| / S over the positives; `apart` is another distance
+    than the absolute difference.
 
     Peers: mmdetection 3.3.0 RPNHead.loss_by_feat on one device.
     """
@@ -176,10 +187,11 @@ def anchor_losses(output: DetectorOutput, assignment: Assignment) -> dict[str, A
     samples = jnp.sum(counts[0] + counts[1]).astype(jnp.float32)
     entropy = classification.binary_cross_entropy(objectness(output), assignment.labels)[..., 0]
     boxes = jnp.where(positive[..., None], assignment.boxes, anchors(output))
-    apart = jnp.sum(distance.l1(levels.join(output.box_reg, 4), coding.boxes_to_deltas(anchors(output), boxes)), -1)
+    wanted = coding.boxes_to_deltas(anchors(output), boxes)
+    of_boxes = jnp.sum(apart(levels.join(output.box_reg, 4), wanted), -1)
     return {
         "loss_rpn_cls": jnp.where(assignment.ignore, 0.0, entropy) / samples,
-        "loss_rpn_box": jnp.where(positive, apart, 0.0) / samples,
+        "loss_rpn_box": jnp.where(positive, of_boxes, 0.0) / samples,
     }
 
 

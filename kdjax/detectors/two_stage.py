@@ -137,7 +137,7 @@ def detector(
     options = resolve(given, own)
     _check(title, num_classes, options)
     of_network = {key: options[key] for key in ("base_channels", "style", "frozen_stages", "norm_eval", "frozen_norm")}
-    of_network |= {"neck_channels": options["neck_channels"], "peer": options["peer"]} | own
+    of_network |= {"neck_channels": options["neck_channels"], "peer": options.get("peer", PEERS[0])} | own
 
     module, second_module = pure(lambda: TwoStage(roi_head=second.network, **of_network)), pure(second.network)
 
@@ -173,7 +173,7 @@ def detector(
         shapes=module.shapes,
         classifiers=tuple(f"roi_head/{path}" for path in second.classifiers),
         background=tuple(f"roi_head/{path}" for path in second.background),
-        torch=TorchNames(infer=peer_of),
+        torch=TorchNames(infer=peer_of) if "peer" in options else TorchNames(),
         init=module.init,
         preprocess=functools.partial(resnet.preprocess, style=options["style"]),
         apply=apply,
@@ -202,8 +202,31 @@ def _check(title: str, num_classes: int, options: Mapping[str, Any]) -> None:
         if options[name] < smallest:
             raise UserError(f"{name} of {title} must be >= {smallest}, not {options[name]}")
     for name, values in (("style", resnet.STYLES), ("peer", PEERS), ("frozen_stages", (-1, 0, 1, 2, 3, 4))):
-        if options[name] not in values:
+        if name in options and options[name] not in values:
             raise UserError(f"{name} of {title} must be one of {', '.join(map(str, values))}, not {options[name]!r}")
+
+
+def first_stage(
+    output: DetectorOutput,
+    targets: Targets,
+    key: Array | None,
+    options: Mapping[str, Any],
+    *,
+    number: int,
+    inside_image: bool = False,
+) -> tuple[Assignment, rpn.Proposals, Array]:
+    """What `assign` does first: the assignment of the anchors, `number` proposals, and a key for the regions.
+
+    Raises:
+      UserError: no key.
+    """
+    if key is None:
+        raise UserError("assign: a two-stage detector draws anchors and regions: pass a PRNG key")
+    key_anchors, key_regions = jax.random.split(key)
+    samples = options["rpn_samples"]
+    first = rpn.assign_anchors(output, targets, key_anchors, samples=samples, inside_image=inside_image)
+    found = rpn.propose(output, targets.image_size, pre_nms=options["train_pre_nms"], number=number)
+    return first, found, key_regions
 
 
 def assigner(num_classes: int, options: Mapping[str, Any], *, match_low_quality: bool) -> Assign:
@@ -223,13 +246,7 @@ def assigner(num_classes: int, options: Mapping[str, Any], *, match_low_quality:
         Raises:
           UserError: no key.
         """
-        if key is None:
-            raise UserError("assign: a two-stage detector draws anchors and regions: pass a PRNG key")
-        key_anchors, key_regions = jax.random.split(key)
-        first = rpn.assign_anchors(output, targets, key_anchors, samples=options["rpn_samples"])
-        proposals = rpn.propose(
-            output, targets.image_size, pre_nms=options["train_pre_nms"], number=options["proposals"]
-        )
+        first, proposals, key_regions = first_stage(output, targets, key, options, number=options["proposals"])
         drawn = box_head.assign_regions(
             proposals,
             targets,
@@ -268,8 +285,24 @@ def loss(output: DetectorOutput, targets: Targets, assignment: Assignment) -> di
     return dense.total(rpn.anchor_losses(output, first) | box_head.region_losses(at(assignment.regions), assignment))
 
 
-def decoder(num_classes: int, proposals: int) -> Decode:
-    """Returns the function `decode` of a detector; its defaults are the published test settings."""
+Look = Callable[[DetectorOutput, rpn.Proposals, Array], tuple[rpn.Proposals, Regions]]
+
+
+def look_once(output: DetectorOutput, proposals: rpn.Proposals, image_size: Array) -> tuple[rpn.Proposals, Regions]:
+    """What the second stage says of the proposals."""
+    del image_size
+    assert output.at is not None
+    return proposals, output.at(proposals.boxes)
+
+
+def decoder(num_classes: int, proposals: int, look: Look = look_once) -> Decode:
+    """Returns the function `decode` of a detector; its defaults are the published test settings.
+
+    Args:
+      num_classes: K.
+      proposals: number of proposals of an image.
+      look: (output, proposals, image_size) -> the boxes that the second stage looked at last, and what it said of them.
+    """
 
     def decode(
         output: DetectorOutput,
@@ -298,11 +331,9 @@ def decoder(num_classes: int, proposals: int) -> Decode:
         Peers: mmdetection 3.3.0 BBoxHead.predict_by_feat without rescaling; here the best 5,000 (region, class) pairs
           enter the last NMS, there all of them.
         """
-        assert output.at is not None
         found = rpn.propose(output, image_size, pre_nms=pre_nms, number=proposals)
         return detections_of(
-            found,
-            output.at(found.boxes),
+            *look(output, found, image_size),
             image_size,
             num_classes=num_classes,
             score_threshold=score_threshold,
@@ -323,11 +354,9 @@ def detections_of(
 ) -> PaddedDetections:
     """The detections among the predictions of the second stage for the proposals."""
     scores = jax.nn.softmax(found.logits)[..., :num_classes]
-    boxes = coding.deltas_to_boxes(
-        proposals.boxes[:, :, None], box_head.deltas_of(found, num_classes), stds=box_head.STDS
-    )
+    boxes = coding.deltas_to_boxes(proposals.boxes[:, :, None], box_head.deltas_of(found), stds=box_head.STDS)
     return nms.select_detections(
-        boxes,
+        boxes if boxes.shape[2] == num_classes else boxes[:, :, 0],
         jnp.where(proposals.valid[..., None], scores, 0.0),
         image_size=image_size,
         pre_nms=PAIRS,

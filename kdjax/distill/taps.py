@@ -148,7 +148,7 @@ def only(output: DetectorOutput, names: Iterable[str]) -> DetectorOutput:
             wanted[field] = None
         else:
             wanted[field] = (wanted.get(field) or set()) | set(indices)
-    kept: dict[str, Any] = {"kernels": (), "prototypes": None, "masks_at": None}  # no taps
+    kept: dict[str, Any] = {"kernels": (), "prototypes": None, "masks_at": None, "stages": ()}  # no taps
     for field in LEVELS + TOWERS:
         levels = getattr(output, field)
         if field not in wanted:

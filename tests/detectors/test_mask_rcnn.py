@@ -121,8 +121,7 @@ def test_loss_is_the_mean_cross_entropy_of_the_learned_masks(monkeypatch):
             at = jnp.arange(28.0)[:, None] - jnp.arange(28.0)
             return slope * (at + labels[..., None, None] + boxes[..., :1, None])
 
-        output = DetectorOutput(strides=(), masks_at=find)
-        return jnp.sum(mask_head.mask_losses(output, truth, assignment, stride=1))
+        return jnp.sum(mask_head.mask_losses(find, truth, assignment, stride=1))
 
     value, gradient = quick_jit(jax.value_and_grad(total))(0.01)
     losses, slopes = [], []

@@ -57,7 +57,7 @@ def test_an_image_without_detections_gives_empty_arrays(exported):
     assert [value.shape for value in session.run(None, feed)] == [(0, 4), (0,), (0,)]
 
 
-@pytest.mark.parametrize("name", ["rtmdet_ins_pico", "gfl_r18", "faster_rcnn_r18", "mask_rcnn_r18"])
+@pytest.mark.parametrize("name", ["rtmdet_ins_pico", "gfl_r18", "faster_rcnn_r18", "mask_rcnn_r18", "cascade_rcnn_r18"])
 def test_exported_decoding_is_that_of_jax(name, tmp_path, monkeypatch):
     """Of random maps, so that no network has to be converted; StableHLO too."""
     pytest.importorskip("jax2onnx", reason="ONNX needs kdjax[export]")
@@ -75,8 +75,9 @@ def test_exported_decoding_is_that_of_jax(name, tmp_path, monkeypatch):
     for runner in (onnx.runner(tmp_path / "m.onnx"), stablehlo.runner(tmp_path / "m.stablehlo")):
         found = runner(np.zeros((1, 64, 64, 3), np.uint8), size)
         assert len(found) == (4 if loaded.detector.masks else 3)
+        atol = 1e-3 if name.startswith("cascade") else 1e-4  # boxes move three times
         for own, exported in zip([v for v in wanted if v is not None and v.dtype != bool], found, strict=True):
-            np.testing.assert_allclose(exported, own[0][valid], rtol=1e-4, atol=1e-4)
+            np.testing.assert_allclose(exported, own[0][valid], rtol=1e-4, atol=atol)
 
 
 @pytest.mark.parametrize("form", [{}, {"aligned": False}, {"sampling_ratio": 0, "max_samples": 8, "size": 3}])

@@ -227,7 +227,7 @@ def replay(path: Path) -> Checks:
             found = trained.at(stored.regions)
             losses = rpn.anchor_losses(trained, case.first) | box_head.region_losses(found, stored)
             if detector.masks:
-                losses["loss_mask"] = mask_head.mask_losses(trained, targets, stored, stride=1)
+                losses["loss_mask"] = mask_head.mask_losses(trained.masks_at, targets, stored, stride=1)
             return sum(jnp.sum(one) for one in losses.values()), (trained, new_stats, found, losses)
 
         gradient, (trained, new_stats, found, losses) = jax.grad(total, has_aux=True)(params)

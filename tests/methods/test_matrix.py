@@ -33,6 +33,7 @@ TWO_STAGE = dict(base_channels=2, head_channels=8, proposals=16, region_samples=
 FAMILIES["faster_rcnn"] = ("faster_rcnn_r18", *(TWO_STAGE | {"neck_channels": c} for c in (4, 8)))
 MASKS = TWO_STAGE | dict(mask_channels=4, mask_convs=1)
 FAMILIES["mask_rcnn"] = ("mask_rcnn_r18", *(MASKS | {"neck_channels": c} for c in (4, 8)))
+FAMILIES["cascade_rcnn"] = ("cascade_rcnn_r18", *(TWO_STAGE | {"neck_channels": c} for c in (4, 8)))
 assert set(FAMILIES) == set(detectors.families())
 PAIRS = [(student, teacher) for student in FAMILIES for teacher in FAMILIES]
 
@@ -53,7 +54,7 @@ def taps(family: str, teacher: bool):
     """Maps of two images; distances in pixels are of two cells and more, so that objects have several priors."""
     rng = np.random.default_rng(teacher)
     draw = lambda leaf: rng.normal(0, 0.5, (BATCH, *leaf.shape[1:])).astype(np.float32)  # noqa: E731
-    drawn = jax.tree.map(draw, dataclasses.replace(spec(family, teacher), rows=None, at=None, masks_at=None))
+    drawn = jax.tree.map(draw, dataclasses.replace(spec(family, teacher), rows=None, at=None, masks_at=None, stages=()))
     if (stage := spec(family, teacher).at) is not None:  # of parameters and maps
         params = jax.tree.map(lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32), stage.args[0])
         drawn = dataclasses.replace(drawn, at=jax.tree_util.Partial(stage.func, params, drawn.neck[:4]))

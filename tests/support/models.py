@@ -17,6 +17,7 @@ TWO_STAGES = {
     "faster_rcnn_r18": {"base_channels": 8, "neck_channels": 8, "head_channels": 16, "proposals": 100},
 }
 TWO_STAGES["mask_rcnn_r18"] = TWO_STAGES["faster_rcnn_r18"] | {"mask_channels": 8, "mask_convs": 1}
+TWO_STAGES["cascade_rcnn_r18"] = TWO_STAGES["mask_rcnn_r18"] | {"masks": True}
 OTHERS = {
     "retinanet_r18": SMALL,
     "fcos_r18": SMALL | {"groups": 4},
@@ -122,9 +123,13 @@ def random_output(model):
     _, maps = spec.at.args
     maps = [rng.normal(size=level.shape).astype(np.float32) for level in maps]
     box_reg = tuple(level * np.float32(0.3) for level in output.box_reg)
-    calls = {name: call for name in ("at", "masks_at") if (call := getattr(spec, name))}
     known = (model.variables[0]["roi_head"], tuple(maps))
-    bound = {name: jax.tree_util.Partial(call.func, *known) for name, call in calls.items()}
+    fields = ("at", "masks_at", "stages")
+    bound = jax.tree.map(
+        lambda call: jax.tree_util.Partial(call.func, *known),
+        {name: getattr(spec, name) for name in fields},
+        is_leaf=lambda leaf: isinstance(leaf, jax.tree_util.Partial),
+    )
     return dataclasses.replace(output, box_reg=box_reg, **bound)
 
 
