@@ -54,10 +54,13 @@ def taps(family: str, teacher: bool):
     """Maps of two images; distances in pixels are of two cells and more, so that objects have several priors."""
     rng = np.random.default_rng(teacher)
     draw = lambda leaf: rng.normal(0, 0.5, (BATCH, *leaf.shape[1:])).astype(np.float32)  # noqa: E731
-    drawn = jax.tree.map(draw, dataclasses.replace(spec(family, teacher), rows=None, at=None, masks_at=None, stages=()))
-    if (stage := spec(family, teacher).at) is not None:  # of parameters and maps
-        params = jax.tree.map(lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32), stage.args[0])
-        drawn = dataclasses.replace(drawn, at=jax.tree_util.Partial(stage.func, params, drawn.neck[:4]))
+    of = spec(family, teacher)
+    drawn = jax.tree.map(draw, dataclasses.replace(of, rows=None, at=None, masks_at=None, stages=()))
+    if of.at is not None:  # of parameters and maps
+        params = jax.tree.map(lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32), of.at.args[0])
+        bind = lambda call: jax.tree_util.Partial(call.func, params, drawn.neck[:4])  # noqa: E731
+        calls, is_call = {"at": of.at, "stages": of.stages}, lambda leaf: isinstance(leaf, jax.tree_util.Partial)
+        drawn = dataclasses.replace(drawn, **jax.tree.map(bind, calls, is_leaf=is_call))
     if family not in ("rtmdet", "rtmdet_ins", "fcos"):
         return drawn
     distances = tuple(stride * (2 + cells) for stride, cells in zip(drawn.strides, drawn.box_reg, strict=True))
