@@ -13,10 +13,11 @@ authors compare. The training is that of supervised/dense, with 24 epochs where 
 
 Published AP of the student alone -> with the method:
 
-    R101 -> R50    fkd 37.4 -> 39.3; gid 38.3 -> 40.2; dkd 37.9 -> 39.3, by its authors alone; ssim: not published
+    R101 -> R50    fkd 37.4 -> 39.3; gid 38.3 -> 40.2; dkd 37.9 -> 39.3, by its authors alone
                    24 epochs: pkd 38.4 -> 40.3
     R152 -> R50    defeat 37.4 -> 40.9
-    X101 -> R50    24 epochs: fgd 38.4 -> 42.0, the teacher a Cascade Mask R-CNN; mgd 38.4 -> 42.1
+    X101 -> R50    ssim 37.4 -> 40.9, the teacher a Cascade R-CNN (--config.teacher.detector=cascade_rcnn_x101-64x4d)
+                   24 epochs: fgd 38.4 -> 42.0, the teacher a Cascade Mask R-CNN; mgd 38.4 -> 42.1
     Mask R-CNN R50, 24 epochs, masks (boxes), teachers not in our sources: fgd 35.4 -> 37.8 (39.2 -> 42.1); mgd 35.4 ->
                    38.1; the table of masks in MKD's paper repeats these, and the result of mkd is not in our sources
 
