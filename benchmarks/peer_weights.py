@@ -49,8 +49,11 @@ CONFIGS = {
     "faster_rcnn_x101-64x4d": "faster_rcnn/faster-rcnn_x101-64x4d_fpn_1x_coco.py",
     "mask_rcnn_r50": "mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py",
     "mask_rcnn_r101": "mask_rcnn/mask-rcnn_r101_fpn_1x_coco.py",
+    "cascade_rcnn_r50": "cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco.py",
+    "cascade_rcnn_x101-64x4d": "cascade_rcnn/cascade-rcnn_x101-64x4d_fpn_1x_coco.py",
 }
 CLASSES = tuple(f"class {i}" for i in range(80))
+STDS = (0.1, 0.1, 0.2, 0.2)  # of the deltas of regions
 LABELS = np.arange(20) * 4  # of the boxes whose masks are compared
 
 
@@ -91,11 +94,17 @@ def write(folder: Path, bench: str, names: list[str], x: np.ndarray, boxes: np.n
             found = [level.permute(0, 2, 3, 1).numpy() for level in levels]
             if hasattr(model, "roi_head"):
                 rois = torch.from_numpy(np.column_stack([np.zeros(len(boxes), np.float32), boxes]))
-                regions = model.roi_head._bbox_forward(features, rois)
-                found += [regions["cls_score"].numpy()[None], regions["bbox_pred"].numpy()[None]]
-                if model.with_mask:
-                    masks = model.roi_head._mask_forward(features, rois)["mask_preds"]
-                    found.append(masks[np.arange(len(boxes)), LABELS].numpy()[None])
+                cascade = [(stage,) for stage in range(getattr(model.roi_head, "num_stages", 0))]
+                for stage in cascade or [()]:
+                    regions = model.roi_head._bbox_forward(*stage, features, rois)
+                    head = model.roi_head.bbox_head[stage[0]] if stage else model.roi_head.bbox_head
+                    deltas = regions["bbox_pred"].numpy()[None]
+                    # kdjax gives the deltas of all stages in the units of the first.
+                    units = np.resize(np.divide(head.bbox_coder.stds, STDS), deltas.shape[-1]).astype(np.float32)
+                    found += [regions["cls_score"].numpy()[None], deltas * units]
+                    if model.with_mask:
+                        masks = model.roi_head._mask_forward(*stage, features, rois)["mask_preds"]
+                        found.append(masks[np.arange(len(boxes)), LABELS].numpy()[None])
         np.savez(folder / f"{name}.npz", *found)
         meta = {"dataset_meta": {"classes": CLASSES}}
         torch.save({"state_dict": model.state_dict(), "meta": meta}, folder / f"{name}.pth")
@@ -112,8 +121,11 @@ def compare(folder: Path, names: list[str], x: np.ndarray, boxes: np.ndarray) ->
     def outputs(params: object, stats: object, apply: Callable[..., Any]) -> list[jax.Array]:
         found, _ = apply(params, stats, x, train=False)
         if found.at is not None:  # mmdetection's RPN returns the objectness first
-            masks = [found.masks_at(boxes[None], LABELS[None])] if found.masks_at is not None else []
-            return [*found.quality, *found.box_reg, *found.at(boxes[None]), *masks]
+            asked = []
+            for stage in found.stages or [found]:
+                asked += stage.at(boxes[None])
+                asked += [] if stage.masks_at is None else [stage.masks_at(boxes[None], LABELS[None])]
+            return [*found.quality, *found.box_reg, *asked]
         maps = [*found.cls_logits, *found.box_reg, *found.quality, *found.kernels]
         return maps if found.prototypes is None else [*maps, found.prototypes]
 
