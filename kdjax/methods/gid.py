@@ -24,8 +24,8 @@ Open: the only public code is a third-party port, whose weights and reductions a
   is left out or clipped. Our sources do not say which predictions of two-stage detectors are compared: here those of
   the regions that the student's assigner draws, as in DKD. A region belongs to an instance that it overlaps with an IoU
   of at least 0.5, and its box is, on both sides, that of the class that the teacher finds most likely.
-Proof: none: no public original; the parts equal loops over the formulas, RoIAlign and its levels model/faster_* and
-  model/mask_* (mmdetection): largest relative error 2e-6.
+Proof: none: no public original; the parts equal loops over the formulas, RoIAlign and its levels those of
+  model/faster_* and model/mask_* (mmdetection).
 Status: formula
 """
 
