@@ -76,7 +76,8 @@ def _simplify_upsampling(graph: "ModelProto") -> None:
     known = shape_inference.infer_shapes(graph).graph.value_info
     shapes = {entry.name: [dim.dim_value for dim in entry.type.tensor_type.shape.dim] for entry in known}
     for node in graph.graph.node:
-        if node.op_type == "Resize":
+        modes = [helper.get_attribute_value(one) for one in node.attribute if one.name == "mode"]
+        if node.op_type == "Resize" and modes in ([], [b"nearest"]):
             factors = sizes[node.input[3]] / shapes[node.input[0]]
             name = f"{node.output[0]}_factors"
             graph.graph.initializer.append(numpy_helper.from_array(factors.astype(np.float32), name))

@@ -79,9 +79,9 @@ def compare(model: Model, call: Call, images: Iterable[np.ndarray], *, raw: bool
                 worst = np.maximum(worst, np.quantile(distances, 1 - LEFT_OUT, method="lower"))
         if rest and np.any(sure):
             assert wanted.masks is not None
-            pictured = functools.partial(_on_canvas, model, size=(int(height), int(width)))
-            mine = pictured(wanted.masks[0][valid][sure], own[sure, :4])
-            theirs = pictured(rest[0][nearest[sure]], boxes[nearest[sure]])
+            drawn = functools.partial(_on_canvas, model, size=(int(height), int(width)))
+            mine = drawn(wanted.masks[0][valid][sure], own[sure, :4])
+            theirs = drawn(rest[0][nearest[sure]], boxes[nearest[sure]])
             shared = [_iou(one, other) for one, other in zip(mine, theirs, strict=True)]
             overlap = min(overlap, float(np.quantile(shared, LEFT_OUT, method="higher")))
     return Agreement(float(worst), overlap)

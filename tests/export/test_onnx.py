@@ -104,6 +104,23 @@ def test_roi_align_of_onnx(form, tmp_path):
     np.testing.assert_allclose(found, align(*maps, boxes, level), rtol=1e-4, atol=1e-5)
 
 
+def test_both_kinds_of_upsampling_are_those_of_jax(tmp_path):
+    jax2onnx = pytest.importorskip("jax2onnx", reason="ONNX needs kdjax[export]")
+    pytest.importorskip("onnxruntime", reason="ONNX needs kdjax[export]")
+    x = np.random.default_rng(0).normal(size=(1, 3, 5, 2)).astype(np.float32)
+
+    def both(x):
+        x = x + 1.0
+        return nn.upsample_nearest(x), nn.resize_bilinear(x, (6, 10)), nn.resize_bilinear(x, (12, 20))
+
+    with onnx.quiet(), nn.portable():
+        graph = jax2onnx.to_onnx(both, [jax.ShapeDtypeStruct(x.shape, x.dtype)], opset=onnx.OPSET)
+    onnx._simplify_upsampling(graph)
+    (tmp_path / "m.onnx").write_bytes(graph.SerializeToString())
+    for found, wanted in zip(onnx.runner(tmp_path / "m.onnx")(x), both(x), strict=True):
+        np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["rtmdet_ins_pico", "mask_rcnn_r18"])
 def test_masks_are_those_of_the_jax_model(name, made, tmp_path, capsys):
