@@ -5,7 +5,8 @@ r"""A student distilled on your own images in COCO format, with its twin; the ar
 
 It trains rtmdet_nano for 3000 steps at 320x320; `--config.student.detector=rtmdet_tiny` trains a larger student.
 Methods have the defaults of their papers, which are mostly for RetinaNet or Faster R-CNN, except for OPTIONS: the
-authors' values for one-stage detectors, or values for the scale of RTMDet's maps. docs/methods.md describes every
+authors' values for one-stage detectors, or values for the scale of RTMDet's maps (distill/two_stage has those for
+two-stage detectors). docs/methods.md describes every
 method. The papers' own detectors are in distill/dense, and RTMDet's training on COCO is in distill/mkd_rtmdet.
 """
 

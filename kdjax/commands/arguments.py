@@ -110,7 +110,9 @@ class Data:
         return data.eval_batches(self.dataset, "val", config, batch_size=batch_size, round_down=round_down)
 
 
-def open_data(source: str, split: str, annotations: str, images: str, limit: int, exif: str) -> Data:
+def open_data(
+    source: str, split: str, annotations: str, images: str, limit: int, exif: str, *, masks: bool = False
+) -> Data:
     """Opens and checks the data of `--data`; every image is decoded once when it is first used.
 
     Args:
@@ -120,6 +122,7 @@ def open_data(source: str, split: str, annotations: str, images: str, limit: int
       images: as `config.data.val_images` of a run.
       limit: only the first images; 0 takes all.
       exif: as `config.data.exif_orientation` of a run.
+      masks: whether to tell which objects have no mask.
 
     Raises:
       UserError: the data cannot be used.
@@ -153,7 +156,8 @@ def open_data(source: str, split: str, annotations: str, images: str, limit: int
         listed = opened.truth
         if all(row["iscrowd"] for row in listed["annotations"]):
             raise UserError(f"its {len(listed['images'])} images have no objects: metrics need some")
-    told = data.reasons(data.count(dataset, "val", config), ("dropped", "ignored", "noted"))
+    counts = data.count(dataset, "val", {**config.to_dict(), "masks": masks})
+    told = data.reasons(counts, ("dropped", "ignored", "noted"))
     if told:
         print(f"{source}: {'; '.join(told)}")
     return opened

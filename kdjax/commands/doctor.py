@@ -24,5 +24,6 @@ def run(*, config: Config) -> int:
     for finding in examine.examine(config):
         counts[finding.level] += 1
         print(f"{finding.level:>7}  {finding.subject:<{WIDTH}}  {printable(finding.message)}", flush=True)
-    print(f"{counts[ERROR]} errors, {counts[WARNING]} warnings, {counts[OK]} ok")
+    plural = {level: "" if counts[level] == 1 else "s" for level in counts}
+    print(f"{counts[ERROR]} error{plural[ERROR]}, {counts[WARNING]} warning{plural[WARNING]}, {counts[OK]} ok")
     return 1 if counts[ERROR] else 0

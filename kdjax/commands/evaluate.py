@@ -59,7 +59,8 @@ def run(
     named = ("evaluation.json", "report.html", *DETECTIONS.values())
     folder = arguments.make_folder(out, outputs=named) if out else None
     exif = exif or arguments.exif_of(models.values())
-    opened = arguments.open_data(data, split, annotations, images, limit, exif)
+    masks = any(one.detector.masks for one in models.values())
+    opened = arguments.open_data(data, split, annotations, images, limit, exif, masks=masks)
     models = {name: arguments.match_classes(one, opened) for name, one in models.items()}
     found, results, failed = {}, {}, []
     for name, one in models.items():

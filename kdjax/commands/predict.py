@@ -111,7 +111,8 @@ def run(*, paths: list[str], model: str, out: str, threshold: float, exif: str |
     if not images:
         return 2
     strong = sum(row["score"] >= threshold for row in results)
-    print(f"{out}: {len(images)} images, {strong} objects with a score of at least {threshold:g}")
+    shown = "1 image" if len(images) == 1 else f"{len(images)} images"
+    print(f"{out}: {shown}, {strong} {'object' if strong == 1 else 'objects'} with a score of at least {threshold:g}")
     return 2 if unreadable or drawings.failed else 0
 
 

@@ -43,12 +43,16 @@ def count(dataset: Dataset, role: str, cfg: Settings) -> Counts:
     objects = [entry for entry in truth["annotations"] if not entry["iscrowd"]]
     boxes = collections.Counter(entry["image_id"] for entry in objects)
     other = collections.Counter((entry["action"], entry["reason"]) for entry in split.log)
-    other["left out", "image after the first, as limit says"] = len(split.records) - split.size
+    other["left out", f"image after the first {split.size}, as limit says"] = len(split.records) - split.size
     over = sum(max(0, number - dataset.max_boxes) for number in boxes.values())
     other["left out", f"box over max_boxes={dataset.max_boxes} of an image, the smallest first"] = over
     masked = sum(bool(entry.get("segmentation")) for entry in objects)
-    if role == "train" and cfg["masks"]:
+    if cfg["masks"] and role == "train":
         other["left out", "object without mask, as masks=True needs"] = len(objects) - masked
+    elif cfg["masks"] and masked:
+        other["noted", "object without mask, which metrics of masks ignore"] = len(objects) - masked
+    elif cfg["masks"]:
+        other["noted", "object without mask: no object has one, so there are no metrics of masks"] = len(objects)
     if role == "train":
         other["left out", "box too small, less than a pixel on the canvas at every scale"] = _tiny(truth, cfg)
     elif "train" in dataset.splits:

@@ -175,7 +175,10 @@ def _masks(cfg: Settings, split: Split) -> Store | None:
     folder = cache.prepared(cache.root(cfg["cache"]), f"masks-{split.folder.name}", fingerprint, write)
     store = Store(folder).checked()
     if not len(store):
-        raise UserError(f"masks: no object of the split '{split.name}' has a mask: must be False for such data")
+        raise UserError(
+            f"masks: no object of the split '{split.name}' has a mask: must be False for such data, which trains "
+            "detectors without masks"
+        )
     return store
 
 

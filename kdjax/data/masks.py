@@ -20,6 +20,7 @@ from kdjax.data import hashes
 STRIDE = 4  # px of the canvas, side of a cell of the masks of a batch
 VERSION = "1"  # of the files that `write` writes
 
+EMPTY = "mask is empty"
 FEW_POINTS = "polygon has fewer than 3 points: left out"
 _FAR = 1  # heights or widths of the image, outside of it
 
@@ -56,7 +57,8 @@ def usable(segmentation: Segmentation, size: tuple[int, int]) -> tuple[Segmentat
 
 def _usable_polygons(polygons: list[Any], size: tuple[int, int]) -> tuple[list[Any] | None, str]:
     if not all(isinstance(ring, list) and all(map(_finite, ring)) for ring in polygons):
-        return None, "polygon is not a list of finite numbers"
+        flat = "polygons are not lists in a list, [[x, y, ...]]"
+        return None, flat if all(map(_finite, polygons)) else "polygon is not a list of finite numbers"
     if any(len(ring) % 2 for ring in polygons):
         return None, "polygon has an odd number of coordinates"
     kept = [ring for ring in polygons if len(ring) >= 6]
@@ -69,6 +71,8 @@ def _usable_polygons(polygons: list[Any], size: tuple[int, int]) -> tuple[list[A
         sides = zip((x0, y0), (x0 + w, y0 + h), size[::-1], strict=True)
         if any(low < -_FAR * side or high > (1 + _FAR) * side for low, high, side in sides):
             return None, "polygon reaches farther outside the image than the image is large"
+        if sum(map(_area, kept)) < 1 and not all(shape(kept, size).size):
+            return None, EMPTY
     return kept, FEW_POINTS if len(kept) < len(polygons) else ""
 
 
@@ -85,7 +89,13 @@ def _rle_fault(rle: Mapping[str, Any], size: tuple[int, int]) -> str:
         return "counts of the RLE cannot be read"
     if lengths.sum() != own[0] * own[1]:
         return "counts of the RLE do not sum to height x width"
-    return "" if lengths[1::2].any() else "mask is empty"
+    return "" if lengths[1::2].any() else EMPTY
+
+
+def _area(ring: list[float]) -> float:
+    """What a polygon encloses, in pixels."""
+    x, y = np.asarray(ring[::2], float), np.asarray(ring[1::2], float)
+    return abs(float(x @ np.roll(y, 1) - y @ np.roll(x, 1))) / 2
 
 
 def runs(rle: Mapping[str, Any]) -> np.ndarray | None:

@@ -22,7 +22,7 @@ import tensorflow_datasets as tfds
 from kdjax.data.images import decode
 from kdjax.errors import UserError
 
-VERSION = "1.7.0"  # of what the builder writes; part of every cache key
+VERSION = "1.7.1"  # of what the builder writes; part of every cache key
 _SPLIT = "images"  # the only TFDS split that the builder writes
 
 

@@ -230,8 +230,8 @@ def detector(
 def _check(title: str, num_classes: int, options: dict[str, Any]) -> None:
     if num_classes < 1:
         raise UserError(f"num_classes of {title} must be >= 1, not {num_classes}")
-    for name in ("base_channels", "neck_channels", "head_channels", "stacked_convs"):
-        if options[name] < 1:
+    for name in ("base_channels", "neck_channels", "head_channels", "stacked_convs", "groups"):
+        if options.get(name, 1) < 1:
             raise UserError(f"{name} of {title} must be >= 1, not {options[name]}")
     for name, values in (("style", resnet.STYLES), ("frozen_stages", (-1, 0, 1, 2, 3, 4)), ("extra_convs", SOURCES)):
         if options[name] not in values:

@@ -178,7 +178,16 @@ def resolved(title: str, variant: str, num_classes: int, given: Mapping[str, Any
             f"deepen={options['deepen']}, stacked_convs={options['stacked_convs']}"
         )
     width, depth = int(256 * options["widen"]), max(round(3 * options["deepen"]), 1)
-    return resolve(options, {"neck_channels": width, "head_channels": width, "neck_blocks": depth})
+    options = resolve(options, {"neck_channels": width, "head_channels": width, "neck_blocks": depth})
+    for name in ("neck_channels", "head_channels", "neck_blocks"):
+        if options[name] < 1:
+            raise UserError(f"{name} of {title} must be >= 1, not {options[name]}")
+    if int(min(128 * options["widen"], options["neck_channels"]) * options["expand_ratio"]) < 1:
+        raise UserError(
+            f"expand_ratio of {title} must leave at least one of the channels of each CSP layer, not be "
+            f"{options['expand_ratio']}"
+        )
+    return options
 
 
 def make(

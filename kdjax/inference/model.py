@@ -210,7 +210,7 @@ def _from_file(
     count = weights.count_classes(probe, plain)
     if not count:
         why = weights.foreign(probe, plain)
-        raise UserError(f"{path}: it holds no classifier of {name} for the {network}" + (f": {why}" if why else ""))
+        raise UserError(f"{path}: it holds no classifier of {name}" + (f": {why}" if why else ""))
     names = class_names or own_names or ()
     if names and len(names) != count:
         whose = "class_names" if class_names else "its own metadata"

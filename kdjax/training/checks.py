@@ -64,6 +64,18 @@ def check_models(config: Config) -> None:
         raise UserError(f"config.methods: there is a teacher but no method: choose among {', '.join(methods.names())}")
     if config.twin and not config.methods:
         raise UserError("config.twin has no effect without config.methods: it is for comparison with distillation")
+    check_detectors(config)
+    for role in ("student", "teacher"):
+        if config[role].weights and not resources.model_path(config[role].weights).exists():
+            raise UserError(f"config.{role}.weights: there is no file or folder {config[role].weights}")
+
+
+def check_detectors(config: Config) -> None:
+    """Checks the options of student and teacher, and that they can take the images and masks of the batches.
+
+    Raises:
+      UserError: names the setting and what it must be.
+    """
     for role in ("student", "teacher"):
         if config[role].detector:
             with prefix(f"config.{role}"):
@@ -73,8 +85,6 @@ def check_models(config: Config) -> None:
                 check_masks(detector, config)
         elif config[role].options:
             raise UserError(f"config.{role}.options has no effect unless config.{role}.detector is set")
-        if config[role].weights and not resources.model_path(config[role].weights).exists():
-            raise UserError(f"config.{role}.weights: there is no file or folder {config[role].weights}")
 
 
 def check_truth(dataset: data.Dataset, cfg: Mapping[str, Any]) -> None:

@@ -86,6 +86,7 @@ def run(config: Config, workdir: str | Path | None) -> dict[str, Any] | None:
     """
     checks.check_settings(config)
     if config.data.check:
+        checks.check_detectors(config)
         dry_run(config, workdir)
         return None
     checks.check_models(config)

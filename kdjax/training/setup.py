@@ -132,7 +132,8 @@ def check_masks(student: Detector, config: Config) -> None:
     """
     if student.masks and not config.data.masks:
         raise UserError(
-            f"config.data.masks: the student {student.name} learns masks, but the batches have none: set it to True"
+            f"config.data.masks: the student {student.name} learns masks, but the batches have none: set it to True, "
+            "or choose a student without masks"
         )
 
 
@@ -302,6 +303,8 @@ def reads_predictions(chosen: Mapping[str, Method]) -> bool:
 def init_adapters(distiller: Distiller, key: Array, image_size: tuple[int, int]) -> dict[str, Any]:
     """`Distiller.init`; an error also lists the methods that can compare this student and teacher.
 
+    If the method itself can, with its default options, there is no list.
+
     Raises:
       UserError: a method cannot compare these two.
     """
@@ -309,9 +312,9 @@ def init_adapters(distiller: Distiller, key: Array, image_size: tuple[int, int])
         return distiller.init(key, image_size)
     except UserError as error:
         able = [n for n in methods.names() if not methods.refusal(n, distiller.student, distiller.teacher, image_size)]
-        raise UserError(
-            f"config.methods.{error}; methods that run on this student and teacher: {', '.join(able)}"
-        ) from error
+        name = str(error).partition(":")[0]
+        others = "" if name in able else f"; methods that run on this student and teacher: {', '.join(able)}"
+        raise UserError(f"config.methods.{error}{others}") from error
 
 
 def run_fingerprint(setup: Setup) -> dict[str, Any]:

@@ -85,10 +85,10 @@ def test_import_weights_refuses(tmp_path, capsys, state):
     assert "required: --detector" in refused(capsys, *base)
     np.savez(tmp_path / "other.npz", a=np.zeros(3))
     other = ("import-weights", str(tmp_path / "other.npz"), "--detector=rtmdet_pico", f"--out={tmp_path / 'm'}")
-    told = "it holds no classifier of rtmdet_pico for the student: its names (a) are not those of rtmdet_pico: choose"
+    told = "it holds no classifier of rtmdet_pico: its names (a) are not those of rtmdet_pico: choose"
     assert told in refused(capsys, *other)
     np.savez(tmp_path / "other.npz", **{f"net.{name}": value for name, value in state[1].items()})
-    assert "student: its names have the unknown prefix 'net.' (net.backbone." in refused(capsys, *other)
+    assert "rtmdet_pico: its names have the unknown prefix 'net.' (net.backbone." in refused(capsys, *other)
     assert not (tmp_path / "m").exists()
 
 
@@ -113,7 +113,7 @@ def test_values_that_cannot_be_used(tmp_path, capsys, state, name, value, told):
     assert found == f"kdjax: {tmp_path / 'w.npz'}: the values of 1 array cannot be used: {name} {told}"
 
 
-FOREIGN = "it holds no classifier of rtmdet_pico for the student: its names ({}) are not those of rtmdet_pico: choose "
+FOREIGN = "it holds no classifier of rtmdet_pico: its names ({}) are not those of rtmdet_pico: choose "
 
 
 @pytest.mark.user_input("Weights", "a safetensors file without arrays", "refused: it holds no arrays by name")

@@ -206,15 +206,18 @@ OUTSIDE = "polygon outside the image"
 UNUSABLE = {
     "polygon has an odd number of coordinates": [[5, 5, 20, 5, 20]],
     "polygon has fewer than 3 points": [[5, 5, 20, 5], [5, 5]],
-    "polygon is not a list of finite numbers": FLAT,
+    "polygons are not lists in a list, [[x, y, ...]]": FLAT,
+    "polygon is not a list of finite numbers": [FLAT, ["a"]],
     OUTSIDE: [[70, 5, 80, 5, 80, 20]],
     "polygon reaches farther outside the image than the image is large": [[5, 5, 1e6, 5, 5, 30]],
-    "mask lies outside of its box": [[0.1, 0.1, 0.4, 0.1, 0.4, 0.7]],
+    "mask lies outside of its box": [[0.1, 0.1, 2, 0.1, 2, 2]],
     "size of the RLE is not that of the image": {"size": [50, 40], "counts": [20, 980, 1000]},
     "counts of the RLE do not sum to height x width": {"size": [40, 50], "counts": [20, 980]},
     "counts of the RLE cannot be read": {"size": [40, 50], "counts": "x"},
     "counts of the RLE are neither text nor whole numbers": {"size": [40, 50], "counts": [20, 980.5, 999.5]},
     "mask is empty": {"size": [40, 50], "counts": [2000]},
+    "mask is empty ": [[5, 5, 10, 10, 15, 15]],
+    "mask is empty  ": [[5.1, 5.1, 5.2, 5.1, 5.2, 5.2]],
     "segmentation is neither a list of polygons nor an RLE": "5 5 20 5",
 }
 
@@ -229,7 +232,7 @@ def test_segmentations_are_kept_or_counted(tmp_path):
     polygon, parts = [[4, 5, 20, 5.5, 20, 30]], [[4, 5, 20, 5.5, 20, 30], [5, 9, 1, 2], [1, 1, 9, 1, 9, 9]]
     box = [4, 5, 16, 25]
     good = [(0, 3, box, {"segmentation": some}) for some in (polygon, CROWD, TEXT)]
-    bad = [(1, 3, box, {"segmentation": some, "note": reason}) for reason, some in UNUSABLE.items()]
+    bad = [(1, 3, box, {"segmentation": some, "note": reason.strip()}) for reason, some in UNUSABLE.items()]
     others = [(0, 3, box, {"segmentation": parts}), (0, 3, box, {"segmentation": []}), (0, 3, box, {})]
     unboxed = [(0, 11, [], {"segmentation": some}) for some in (parts, CROWD, TEXT, [[5, 5]], None)]
     truth = coco_json({"a.png": (40, 50), "b.png": (40, 50)}, [*good, *others, *unboxed, *bad])

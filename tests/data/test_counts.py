@@ -173,12 +173,32 @@ def test_every_object_that_does_not_reach_training_is_counted(tmp_path):
         "train: 1 dropped: box outside the image",
         "train: 2 left out: box over max_boxes=2 of an image, the smallest first",
         "train: 1 left out: box too small, less than a pixel on the canvas at every scale",
-        "train: 1 left out: image after the first, as limit says",
+        "train: 1 left out: image after the first 1, as limit says",
         "train: 1 noted: class without objects: dog",
     ]
     stored = dataset.splits["train"].records[0]
     assert len(stored["boxes"]) == 4
     assert data.count(dataset, "train", cfg).dropped == 2
+
+
+def test_evaluation_tells_of_objects_without_masks(tmp_path):
+    def change(truth):
+        for entry in truth["annotations"][:drawn]:
+            x, y, w, h = entry["bbox"]
+            entry["segmentation"] = [[x, y, x + w, y, x + w, y + h]]
+        for entry in truth["annotations"][drawn:]:
+            entry.pop("segmentation", None)
+
+    for drawn, what in ((1, "which metrics of masks ignore"), (0, "no object has one, so there are no metrics")):
+        root = folder(tmp_path / str(drawn), change)
+        shutil.copytree(root / "images" / "train", root / "images" / "val")
+        annotations = root / "annotations"
+        shutil.copy(annotations / "instances_train.json", annotations / "instances_val.json")
+        dataset, cfg = opened(root, tmp_path), settings(tmp_path)
+        objects = data.count(dataset, "val", cfg).objects
+        plain = data.counted(dataset, "val", cfg)
+        [told] = [line for line in data.counted(dataset, "val", {**cfg, "masks": True}) if line not in plain]
+        assert told.startswith(f"val: {objects - drawn} noted: object without mask") and what in told
 
 
 @pytest.mark.user_input(

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from kdjax import data
 from kdjax.data.dataset import Split
 from kdjax.errors import UserError
-from kdjax.training import checks
+from kdjax.training import checks, setup
 from kdjax.training import run as training
 from kdjax.training.run import run
 from tests.support.data import small_folder
@@ -81,6 +81,34 @@ def test_mistakes_are_refused_in_one_sentence(folder, teacher_folder, tmp_path, 
         run(tiny_config(folder, teacher=teacher_folder, **changes), tmp_path)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_the_dry_run_refuses_options_that_training_refuses(folder):
+    for options, words in (
+        ({"head_channels": 0}, "config.student: head_channels of RTMDet must be >= 1, not 0"),
+        ({"hedd": 1}, "config.student: .* has no option hedd"),
+    ):
+        config = tiny_config(folder, teacher="", data__check=True)
+        with config.unlocked():
+            config.student.options.update(options)
+        with pytest.raises(UserError, match=words):
+            run(config, None)
+
+
+def test_the_list_of_methods_leaves_out_what_does_not_help(monkeypatch):
+    """A wrong option of a method that can compare the two is no reason to take another method."""
+    monkeypatch.setattr(setup.methods, "refusal", lambda name, *_: "" if name == "dkd" else "no")
+    for told, wanted in (("dkd: head is wrong", ""), ("rm: no", "; methods that run on this student and teacher: dkd")):
+
+        class Failing:
+            student = teacher = None
+
+            def init(self, *_, told=told):
+                raise UserError(told)
+
+        with pytest.raises(UserError) as caught:
+            setup.init_adapters(Failing(), None, (64, 64))
+        assert str(caught.value) == f"config.methods.{told}{wanted}"
 
 
 @pytest.mark.user_input("COCO json", "a split without objects", "refused, also in the dry run")
