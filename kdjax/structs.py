@@ -1,8 +1,8 @@
 """The arrays that travel between the parts of kdjax; every shape is documented once, here.
 
 Letters: B batch, H W space, C channels, L levels (fine to coarse), N priors of all levels in level order, row-major
-inside a level, M padded boxes, K classes, R regions of interest. Images and maps are NHWC. Boxes are `x1 y1 x2 y2` in
-pixels of the network input.
+inside a level, M padded boxes, K classes, R regions of interest, Q queries, D further ones. Images and maps are NHWC.
+Boxes are `x1 y1 x2 y2` in pixels of the network input, but those of queries are `cx cy w h` as shares of its sides.
 """
 
 import dataclasses
@@ -95,6 +95,39 @@ class Stage(NamedTuple):
 
     at: Callable[[Array], Regions]
     masks_at: Callable[[Array, Array], Array] | None = None
+
+
+class Queries(NamedTuple):
+    """What one layer of a transformer's decoder predicts for Q queries."""
+
+    logits: Array  # f32[B, Q, K], of a sigmoid for each class
+    # f32[B, Q, 4], cx cy w h as shares of the sides of the network input, 0 .. 1; of D-FINE not clipped, and sides may
+    # be negative.
+    boxes: Array
+    hidden: Array | None = None  # f32[B, Q, d], the layer's state; None of the encoder's selection
+    corners: Array | None = None  # f32[B, Q, 4, n + 1], D-FINE: logits of the bins of each edge's distance
+    reference: Array | None = None  # f32[B, Q, 4], D-FINE: the box that the distances refine, without gradient
+
+
+class Asked(NamedTuple):
+    """Further queries that a transformer's decoder is asked about, beside its own (`DetectorOutput.ask`).
+
+    They look at the own queries and at each other; the own ones never look at them.
+    """
+
+    boxes: Array  # f32[B, D, 4], where each begins: cx cy w h as shares of the sides of the network input, 0 .. 1
+    # i32[B, D], 0 .. K: a query begins with the learned embedding of its class (K: of none). None: it begins with what
+    # the encoder's output says at the centre of its box.
+    labels: Array | None = None
+    blocked: Array | None = None  # bool[D, D] or bool[B, D, D], True where query i may not look at query j
+    sees_own: bool = True  # whether they look at the own queries
+
+
+class Decoded(NamedTuple):
+    """What a transformer's decoder says of queries."""
+
+    layers: tuple[Queries, ...]  # of each layer, first to last
+    first: Queries | None = None  # D-FINE: the boxes that all layers refine, with the logits of the first layer
 
 
 class Assignment(NamedTuple):
@@ -196,6 +229,14 @@ class DetectorOutput:
     # logits of the class's mask in m x m cells of the box.
     masks_at: Callable[[Array, Array], Array] | None = None
     stages: tuple[Stage, ...] = ()  # of a cascade, its second stages in turn; `at` and `masks_at` are those of the last
+    # Of a transformer: what its own Q queries become in each layer of the decoder, first to last; and D-FINE's first
+    # boxes (`Decoded.first`).
+    layers: tuple[Queries, ...] = ()
+    first: Queries | None = None
+    selected: Queries | None = None  # of a transformer: the cells that become its queries, with gradient
+    # Of a transformer: its decoder, asked about further queries: a `jax.tree_util.Partial` over parameters, the maps of
+    # the encoder and the states of the own queries, through which gradients flow.
+    ask: Callable[[Asked], Decoded] | None = None
     rows: Rows | None = (
         None  # the predictions of all levels as rows; filled by `Detector.observe`, or by a model of your own
     )

@@ -149,6 +149,7 @@ def only(output: DetectorOutput, names: Iterable[str]) -> DetectorOutput:
         else:
             wanted[field] = (wanted.get(field) or set()) | set(indices)
     kept: dict[str, Any] = {"kernels": (), "prototypes": None, "masks_at": None, "stages": ()}  # no taps
+    kept |= {"layers": (), "first": None, "selected": None, "ask": None}
     for field in LEVELS + TOWERS:
         levels = getattr(output, field)
         if field not in wanted:
