@@ -43,6 +43,7 @@ LONG = (
     "model/rtmdetins_b*",
     "model/faster_a*",
     "model/mask_a*",
+    "ops/deform_attn_*",
 )
 
 

@@ -17,7 +17,7 @@ from kdjax.boxes.coding import (
 from kdjax.boxes.convert import clip, from_xywh, to_xywh
 from kdjax.boxes.dynamic import dynamic_soft_label, mask_centers, sim_ota
 from kdjax.boxes.iou import box_iou, pairwise_iou
-from kdjax.boxes.nms import greedy_nms, select_detections, select_rows
+from kdjax.boxes.nms import best_pairs, greedy_nms, select_detections, select_rows
 from kdjax.boxes.priors import grid_anchors, grid_priors, octave_scales
 from kdjax.boxes.roi import crop_masks, roi_align, roi_levels
 from kdjax.boxes.topk import k_smallest
@@ -25,6 +25,7 @@ from kdjax.boxes.topk import k_smallest
 __all__ = [
     "atss",
     "atss_candidates",
+    "best_pairs",
     "box_iou",
     "boxes_to_cells",
     "boxes_to_deltas",

@@ -203,3 +203,41 @@ def select_rows(
         valid=valid,
     )
     return found, jnp.where(valid, jnp.take_along_axis(prior, kept, axis=1), 0)
+
+
+def best_pairs(boxes: AnyArray, scores: AnyArray, *, score_threshold: float, max_detections: int) -> PaddedDetections:
+    """The pairs of a row and a class with the best scores, without NMS.
+
+    Args:
+      boxes: f32[B, N, 4], `x1 y1 x2 y2` in pixels; they are not clipped.
+      scores: f32[B, N, K], probabilities in 0 .. 1.
+      score_threshold: pairs with a score at or below it are left out.
+      max_detections: D, the largest number of detections per image.
+
+    Returns:
+      PaddedDetections, best first, of equal scores the first.
+
+    Scope: each image on its own.
+
+    Example:
+      >>> import numpy as np
+      >>> boxes, scores = np.array([[[0.0, 0, 8, 8]]]), np.array([[[0.3, 0.9]]])
+      >>> found = best_pairs(boxes, scores, score_threshold=0.0, max_detections=3)
+      >>> found.labels.tolist(), found.valid.tolist()
+      ([[1, 0, 0]], [[True, True, False]])
+    """
+    shapes.check("best_pairs", boxes=(boxes, "B N 4"), scores=(scores, "B N K"))
+    if other := nn.replacement("best_pairs"):
+        return other(boxes, scores, score_threshold=score_threshold, max_detections=max_detections)
+    batch, rows, classes = scores.shape
+    count = min(max_detections, rows * classes)
+    best, pairs = jax.lax.top_k(jnp.asarray(scores, jnp.float32).reshape(batch, -1), count)
+    best, pairs = (jnp.pad(x, ((0, 0), (0, max_detections - count))) for x in (best, pairs))
+    valid = (best > score_threshold) & (jnp.arange(max_detections) < count)
+    taken = jnp.take_along_axis(jnp.asarray(boxes, jnp.float32), (pairs // classes)[..., None], axis=1)
+    return PaddedDetections(
+        boxes=jnp.where(valid[..., None], taken, 0),
+        scores=jnp.where(valid, best, 0),
+        labels=jnp.where(valid, pairs % classes, 0),
+        valid=valid,
+    )

@@ -93,7 +93,8 @@ def _is_family(module: ModuleType) -> bool:
 
 def _find(name: str) -> tuple[ModuleType, str]:
     """The module of a detector's family, and its variant."""
-    family, _, variant = name.rpartition("_")
-    if family in families() and variant in _module(family).VARIANTS:
-        return _module(family), variant
+    for family in families():
+        variant = name.removeprefix(f"{family}_")
+        if variant != name and variant in _module(family).VARIANTS:
+            return _module(family), variant
     raise UserError(f"unknown detector {name!r}: the detectors are {', '.join(names())}")

@@ -122,7 +122,7 @@ class Detector:
     init: Callable[[Array], tuple[Tree, Tree]]
     preprocess: Callable[[Array], Array]
     apply: Apply
-    head: Head | None  # None: a two-stage detector, which is asked about boxes (`DetectorOutput.at`)
+    head: Head | None  # None: a detector that is asked about boxes (`DetectorOutput.at`) or queries (`ask`)
     assign: Assign
     loss: Loss
     decode: Decode
@@ -145,10 +145,15 @@ class Detector:
         return dataclasses.replace(output, rows=self.rows(output))
 
     def rows(self, output: DetectorOutput) -> Rows:
-        """The predictions of all levels as rows; of a two-stage detector only where its anchors are.
+        """The predictions of all levels as rows, or those of a transformer's last layer.
 
-        The rows that a two-stage detector is compared by are regions, which are yet to be chosen.
+        Of a two-stage detector only where its anchors are: the rows that it is compared by are regions, which are yet
+        to be chosen.
         """
+        if output.layers:
+            found = output.layers[-1]
+            boxes = self.decode_boxes(output)
+            return Rows(logits=found.logits, boxes=boxes, distribution=found.corners)
         where = {"location": self.priors(levels.input_size(output)), "level_sizes": levels.level_sizes(output)}
         if output.at is not None:
             return Rows(**where)

@@ -98,11 +98,11 @@ class Conv(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """A linear layer with bias on the last axis; one operation per multiply-add is counted."""
+    """A linear layer with bias (at first 0) on the last axis; one operation per multiply-add is counted."""
 
-    def __init__(self, inputs: int, outputs: int, *, draw: Draw) -> None:
+    def __init__(self, inputs: int, outputs: int, *, draw: Draw, bias: Draw | None = None) -> None:
         self.kernel = nnx.Param(jnp.zeros((inputs, outputs)), draw=draw)
-        self.bias = nnx.Param(jnp.zeros(outputs), draw=constant(0.0))
+        self.bias = nnx.Param(jnp.zeros(outputs), draw=bias or constant(0.0))
 
     def __call__(self, x: Array) -> Array:
         y = x @ self.kernel[...].astype(x.dtype)
@@ -155,6 +155,17 @@ class GroupNorm(nnx.Module):
         return nn.group_norm(x, self.scale[...], self.bias[...], groups=self.groups, eps=EPS)
 
 
+class LayerNorm(nnx.Module):
+    """Normalises the last axis; it has no running statistics."""
+
+    def __init__(self, channels: int) -> None:
+        self.scale = nnx.Param(jnp.zeros(channels), draw=constant(1.0))
+        self.bias = nnx.Param(jnp.zeros(channels), draw=constant(0.0))
+
+    def __call__(self, x: Array) -> Array:
+        return nn.layer_norm(x, self.scale[...], self.bias[...], eps=EPS)
+
+
 class Scale(nnx.Module):
     """Multiplies by one learned number."""
 
@@ -166,7 +177,7 @@ class Scale(nnx.Module):
 
 
 class ConvNorm(nnx.Module):
-    """Convolution without bias, batch norm (`norm(channels)` makes it), SiLU."""
+    """Convolution without bias, batch norm (`norm(channels)` makes it), activation (None: none)."""
 
     def __init__(
         self,
@@ -177,8 +188,11 @@ class ConvNorm(nnx.Module):
         stride: int = 1,
         depthwise: bool = False,
         norm: Callable[[int], BatchNorm] = BatchNorm,
+        activation: Callable[[Array], Array] | None = jax.nn.silu,
+        draw: Draw = uniform_fan_in,
     ) -> None:
-        self.conv = Conv(inputs, outputs, size, stride=stride, depthwise=depthwise)
+        self.activation = activation or (lambda x: x)
+        self.conv = Conv(inputs, outputs, size, stride=stride, depthwise=depthwise, draw=draw)
         self.bn = norm(outputs)
 
     def __call__(self, x: Array, train: bool) -> Array:
@@ -187,7 +201,7 @@ class ConvNorm(nnx.Module):
     def taps(self, x: Array, train: bool) -> tuple[Array, Array]:
         """Returns the output, and the convolution's own output before norm and activation."""
         y = self.conv(x)
-        return jax.nn.silu(self.bn(y, train)), y
+        return self.activation(self.bn(y, train)), y
 
     def normed(self, x: Array, train: bool) -> Array:
         """Returns the output before the activation."""

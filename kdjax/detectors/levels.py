@@ -13,8 +13,8 @@ def join(maps: tuple[Array, ...], width: int) -> Array:
 
 
 def input_size(output: DetectorOutput) -> tuple[int, int]:
-    """Height and width in pixels of the image that an output belongs to; it has class logits or boxes."""
-    height, width = (output.cls_logits or output.box_reg)[0].shape[1:3]
+    """Height and width in pixels of the image that an output belongs to; it has class logits, boxes or a neck."""
+    height, width = (output.cls_logits or output.box_reg or output.neck)[0].shape[1:3]
     return height * output.strides[0], width * output.strides[0]
 
 
@@ -31,3 +31,16 @@ def level_sizes(output: DetectorOutput) -> tuple[int, ...]:
 def class_logits(output: DetectorOutput) -> Array:
     """Classification logits of all levels, f32[B, N, K]."""
     return join(output.cls_logits, output.cls_logits[0].shape[-1] // output.anchors)
+
+
+def query_logits(output: DetectorOutput) -> Array:
+    """Classification logits of the last layer's queries, f32[B, Q, K]."""
+    return output.layers[-1].logits
+
+
+def query_boxes(output: DetectorOutput) -> Array:
+    """Boxes of the last layer's queries, f32[B, Q, 4], x1 y1 x2 y2 in pixels, not clipped."""
+    height, width = input_size(output)
+    centre, sides = jnp.split(output.layers[-1].boxes, 2, -1)
+    corners = jnp.concatenate([centre - sides / 2, centre + sides / 2], -1)
+    return corners * np.array([width, height, width, height], np.float32)

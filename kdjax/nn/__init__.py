@@ -1,8 +1,9 @@
 """Primitives of detectors and adapters, in plain JAX: every layer is a function. Maps are NHWC, kernels HWIO."""
 
 from kdjax.nn.conv import conv2d, init_conv2d
+from kdjax.nn.deformable import deformable_attention, sample_points
 from kdjax.nn.flops import count
-from kdjax.nn.norm import batch_moments, batch_norm, group_norm
+from kdjax.nn.norm import batch_moments, batch_norm, group_norm, layer_norm
 from kdjax.nn.portability import is_portable, portable, replaced, replacement
 from kdjax.nn.resample import avg_pool, global_average_pool, max_pool, resize_bilinear, upsample_nearest
 
@@ -12,14 +13,17 @@ __all__ = [
     "batch_norm",
     "conv2d",
     "count",
+    "deformable_attention",
     "global_average_pool",
     "group_norm",
     "init_conv2d",
     "is_portable",
+    "layer_norm",
     "max_pool",
     "portable",
     "replaced",
     "replacement",
     "resize_bilinear",
+    "sample_points",
     "upsample_nearest",
 ]

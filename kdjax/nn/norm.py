@@ -1,4 +1,4 @@
-"""Batch and group normalisation as functions of their parameters and statistics."""
+"""Batch, group and layer normalisation as functions of their parameters and statistics."""
 
 import jax.numpy as jnp
 from jax import lax
@@ -102,3 +102,35 @@ def group_norm(x: Array, scale: Array, bias: Array, *, groups: int, eps: float =
     variance = jnp.mean(jnp.square(centred), (1, 2, 4), keepdims=True)
     normed = (centred * lax.rsqrt(variance + eps)).reshape(x.shape)
     return (normed * scale + bias).astype(x.dtype)
+
+
+def layer_norm(x: Array, scale: Array, bias: Array, *, eps: float = 1e-5) -> Array:
+    """Normalises the last axis with its own mean and biased variance.
+
+        y = (x - mean) / sqrt(var + eps) * scale + bias,  statistics in float32 for every dtype of x
+
+    Args:
+      x: f32[..., C].
+      scale, bias: f32[C].
+      eps: added to the variance.
+
+    Returns:
+      Array of x's shape and dtype.
+
+    Scope: one place.
+
+    Peers: torch.nn.LayerNorm(C).
+
+    Reference: Ba et al., Layer Normalization, arXiv 1607.06450, equation 4.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> layer_norm(jnp.array([[1.0, 3.0]]), jnp.ones(2), jnp.zeros(2), eps=0.0).tolist()
+      [[-1.0, 1.0]]
+    """
+    # mmengine counts 5 for norms that compute their statistics.
+    record("norm", 5 * x.size)
+    centred = x.astype(jnp.float32)
+    centred = centred - jnp.mean(centred, -1, keepdims=True)
+    variance = jnp.mean(jnp.square(centred), -1, keepdims=True)
+    return (centred * lax.rsqrt(variance + eps) * scale + bias).astype(x.dtype)

@@ -7,7 +7,6 @@ CHECKS = [
     ("model/rtdetr_*.npz", skip_file(LATER_TRANSFORMERS)),
     ("model/rtdetrv2_*.npz", skip_file(LATER_TRANSFORMERS)),
     ("ops/contrastive_dn_*.npz", skip_file(LATER_TRANSFORMERS)),
-    ("ops/deform_attn_*.npz", skip_file(LATER_TRANSFORMERS)),
-    ("ops/detr_*.npz", skip_file(LATER_TRANSFORMERS)),
+    ("ops/detr_losses_*.npz", skip_file(LATER_TRANSFORMERS)),
     ("ops/hungarian_*.npz", skip_file(LATER_TRANSFORMERS)),
 ]
