@@ -5,6 +5,7 @@ A variable declares its initial value (`draw`, read by `kdjax.detectors.api.pure
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ FOCAL_BIAS = -math.log((1 - 0.01) / 0.01)  # every class starts at a probability
 
 
 Draw = Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]  # (rng, shape) -> initial value
+Padding = Literal["same"] | int  # zeros on each side, in cells
 
 
 def uniform_fan_in(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
@@ -69,9 +71,9 @@ def _without_gradient(x: Array) -> Array:
 
 
 class Conv(nnx.Module):
-    """Convolution with "same" padding; groups = channels if `depthwise`. A bias exists where its `draw` is given.
+    """Convolution; groups = channels if `depthwise`. A bias exists where its `draw` is given.
 
-    `in_loop`: see `nn.conv2d`.
+    `padding`, `in_loop`: see `nn.conv2d`.
     """
 
     def __init__(
@@ -81,20 +83,23 @@ class Conv(nnx.Module):
         size: int,
         *,
         stride: int = 1,
+        padding: Padding = "same",
         depthwise: bool = False,
         groups: int = 1,
         in_loop: bool = False,
         draw: Draw = uniform_fan_in,
         bias: Draw | None = None,
     ) -> None:
-        self.stride, self.groups, self.in_loop = stride, inputs if depthwise else groups, in_loop
+        self.stride, self.padding, self.groups = stride, padding, inputs if depthwise else groups
+        self.in_loop = in_loop
         self.kernel = nnx.Param(jnp.zeros((size, size, inputs // self.groups, outputs)), draw=draw)
         self.bias = None if bias is None else nnx.Param(jnp.zeros(outputs), draw=bias)
 
     def __call__(self, x: Array) -> Array:
         kernel = self.kernel[...].astype(x.dtype)  # the maps decide the precision, parameters are float32
         bias = None if self.bias is None else self.bias[...].astype(x.dtype)
-        return nn.conv2d(x, kernel, bias, stride=self.stride, groups=self.groups, in_loop=self.in_loop)
+        form = {"stride": self.stride, "padding": self.padding, "groups": self.groups, "in_loop": self.in_loop}
+        return nn.conv2d(x, kernel, bias, **form)
 
 
 class Linear(nnx.Module):
@@ -186,13 +191,14 @@ class ConvNorm(nnx.Module):
         size: int,
         *,
         stride: int = 1,
+        padding: Padding = "same",
         depthwise: bool = False,
         norm: Callable[[int], BatchNorm] = BatchNorm,
         activation: Callable[[Array], Array] | None = jax.nn.silu,
         draw: Draw = uniform_fan_in,
     ) -> None:
         self.activation = activation or (lambda x: x)
-        self.conv = Conv(inputs, outputs, size, stride=stride, depthwise=depthwise, draw=draw)
+        self.conv = Conv(inputs, outputs, size, stride=stride, padding=padding, depthwise=depthwise, draw=draw)
         self.bn = norm(outputs)
 
     def __call__(self, x: Array, train: bool) -> Array:

@@ -102,7 +102,8 @@ def _match(detector: Detector, state: State) -> tuple[dict[str, np.ndarray], int
     unusable: list[str] = []
     for name, values in detector.torch.constants.items():
         if name in state and not np.array_equal(state[name], values):
-            problems.append(f"{name} must be {values[0]:g}, {values[1]:g}, ... {values[-1]:g}")
+            numbers = f"{values[0]:g}" if len(values) == 1 else f"{values[0]:g}, {values[1]:g}, ... {values[-1]:g}"
+            problems.append(f"{name} must be {numbers}")
     unused = set(state) - set(detector.torch.constants)
     for path, names in table(detector).items():
         unused -= set(names)
