@@ -1,4 +1,7 @@
-"""Conversion between formats of boxes. Inside kdjax a box is always `x1 y1 x2 y2` in pixels of the network input."""
+"""Conversion between formats of boxes.
+
+Inside kdjax a box is `x1 y1 x2 y2` in pixels of the network input; the queries of transformers have centre and size.
+"""
 
 import jax.numpy as jnp
 
@@ -42,6 +45,45 @@ def from_xywh(boxes: AnyArray) -> Array:
       [1.0, 2.0, 4.0, 6.0]
     """
     return jnp.concatenate([boxes[..., :2], boxes[..., :2] + boxes[..., 2:]], axis=-1)
+
+
+def to_cxcywh(boxes: AnyArray) -> Array:
+    """Centre and size of boxes: `((x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1)`.
+
+    Args:
+      boxes: f32[..., 4], `x1 y1 x2 y2`, any unit.
+
+    Returns:
+      f32[..., 4], `cx cy w h`, the same unit; the size of an inverted box is negative.
+
+    Scope: each box on its own.
+
+    Example:
+      >>> import numpy as np
+      >>> to_cxcywh(np.array([1.0, 2.0, 4.0, 6.0])).tolist()
+      [2.5, 4.0, 3.0, 4.0]
+    """
+    return jnp.concatenate([(boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2]], axis=-1)
+
+
+def from_cxcywh(boxes: AnyArray) -> Array:
+    """Corners of boxes from centre and size, the inverse of `to_cxcywh`.
+
+    Args:
+      boxes: f32[..., 4], `cx cy w h`, any unit.
+
+    Returns:
+      f32[..., 4], `x1 y1 x2 y2`, the same unit; inverted where the size is negative.
+
+    Scope: each box on its own.
+
+    Example:
+      >>> import numpy as np
+      >>> from_cxcywh(np.array([2.5, 4.0, 3.0, 4.0])).tolist()
+      [1.0, 2.0, 4.0, 6.0]
+    """
+    half = boxes[..., 2:] / 2
+    return jnp.concatenate([boxes[..., :2] - half, boxes[..., :2] + half], axis=-1)
 
 
 def clip(boxes: AnyArray, image_size: AnyArray) -> Array:

@@ -109,6 +109,49 @@ def schedule(*, start: int = 0, stop: int = 0, warmup: int = 0, decay: int = 0) 
     return scale
 
 
+def guided_weight(
+    weight: AnyArray | float,
+    share: AnyArray | float,
+    *,
+    target: float,
+    tolerance: float,
+    default: float,
+    plain: AnyArray | bool = False,
+) -> Array:
+    """The next weight of a method, so that its share of the gradient comes near a target (GAM of RT-DETRv4).
+
+    A share p outside `target` -+ `tolerance` calls for the bound t on the other side of the target:
+
+        w <- w clip(t (1 - p) / (p (1 - t)), 1/10, 10)
+
+    Args:
+      weight: w, > 0, in use.
+      share: p, 0 .. 1, of the sum of the gradient's absolute values that lies in the parameters that the method acts
+        on, a mean over the steps since the last call.
+      target: of that share, 0 .. 1.
+      tolerance: within which the weight stays as it is.
+      default: the weight while the share is 0.
+      plain: whether the run is in its last phase, without augmentation, which has the default weight.
+
+    Returns:
+      f32[...], > 0.
+
+    Peers: RT-DETRv4's `det_solver`, once an epoch; there all are percentages.
+    Reference: Liao et al., "RT-DETRv4", 2025.
+
+    Example:
+      >>> round(float(guided_weight(5.0, 0.005, target=0.02, tolerance=0.001, default=20.0)), 3)
+      21.343
+    """
+    share = jnp.asarray(share, jnp.float32)
+    wanted = jnp.where(share < target, target + tolerance, target - tolerance)
+    known = share > 1e-8
+    factor = wanted * (1 - share) / (jnp.where(known, share, 1) * (1 - wanted))
+    inside = (share >= target - tolerance) & (share <= target + tolerance)
+    new = weight * jnp.where(inside, 1.0, jnp.clip(factor, 0.1, 10.0))
+    return jnp.where(known & ~jnp.asarray(plain), new, default)
+
+
 def check_choice(option: str, value: str | int | None, choices: tuple[str | int | None, ...]) -> None:
     """Checks that the value of an option ("method: option") is one of its choices.
 

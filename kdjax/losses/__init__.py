@@ -11,19 +11,22 @@ from kdjax.losses.attention import (
     joint_spatial_attention,
     spatial_attention,
 )
-from kdjax.losses.box import ciou, diou, distribution_focal, giou, iou
+from kdjax.losses.box import ciou, diou, distribution_focal, fine_grained_localization, giou, iou
 from kdjax.losses.classification import (
     binary_cross_entropy,
     cross_entropy,
     label_score,
+    matchability_aware,
     modulated_bce,
     quality_focal,
     sigmoid_focal,
     soft_binary_cross_entropy,
+    varifocal,
 )
 from kdjax.losses.disagreement import class_disagreement, general_instances, score_gap
 from kdjax.losses.distance import (
     adaptive_avg_pool,
+    cosine,
     frobenius,
     guided_squared,
     l1,
@@ -60,12 +63,14 @@ __all__ = [
     "ciou",
     "class_disagreement",
     "context_block",
+    "cosine",
     "cross_entropy",
     "decoupled_kl",
     "decoupled_sigmoid_kl",
     "dice",
     "diou",
     "distribution_focal",
+    "fine_grained_localization",
     "fine_grained_mask",
     "fitting_window",
     "focal_masks",
@@ -86,6 +91,7 @@ __all__ = [
     "level_masks",
     "mask_cross_entropy",
     "match_statistics",
+    "matchability_aware",
     "min_max",
     "modulated_bce",
     "multiscale",
@@ -109,4 +115,5 @@ __all__ = [
     "unit_mean",
     "unit_norm",
     "valuable_region",
+    "varifocal",
 ]

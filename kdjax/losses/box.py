@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from kdjax import shapes
+from kdjax.boxes.edges import nearest_bins
 from kdjax.boxes.iou import box_iou
 from kdjax.errors import UserError
 from kdjax.losses import common
@@ -166,3 +167,45 @@ def distribution_focal(logits: AnyArray, target: AnyArray) -> Array:
         return jnp.take_along_axis(log_q, index.astype(jnp.int32)[..., None], axis=-1)[..., 0]
 
     return -(left + 1 - target) * log_prob(left) - (target - left) * log_prob(left + 1)
+
+
+def fine_grained_localization(logits: AnyArray, target: AnyArray, bins: AnyArray) -> Array:
+    """Fine-grained localization loss: cross-entropy with the two bins around a target, as `distribution_focal`.
+
+    With the bins W_i, the last of them W_l at or below the target y, w = (y - W_l) / (W_(l + 1) - W_l) in 0 .. 1 and
+    q = softmax(logits): `-(1 - w) log q_l - w log q_(l + 1)`.
+
+    Args:
+      logits: f32[..., n + 1].
+      target: f32[...], y, in the unit of the bins; beyond them the outermost one is the target.
+      bins: f32[n + 1], increasing: the distances that the bins stand for, as of `kdjax.boxes.edge_bins`.
+
+    Returns:
+      f32[...], >= 0; at least the entropy of the two weights.
+
+    Scope: each distance on its own.
+
+    Peers: `loss_local` of D-FINE and transformers, which weights each edge by the IoU of its box and divides the sum by
+      the number of boxes.
+
+    Reference: Peng et al., D-FINE, ICLR 2025, section 4.1.
+
+    Raises:
+      UserError: the shapes differ.
+
+    Example:
+      >>> import numpy as np
+      >>> loss = fine_grained_localization(np.array([9.0, 0.0, 9.0]), np.array(1.0), np.array([-1.0, 0.0, 1.0]))
+      >>> round(float(loss), 4)
+      0.6932
+    """
+    shapes.check("fine_grained_localization", logits=(logits, "... N"), bins=(bins, "N"))
+    logits, target = jnp.asarray(logits).astype(jnp.float32), jnp.asarray(target).astype(jnp.float32)
+    if logits.shape[:-1] != target.shape:
+        raise UserError(
+            f"fine_grained_localization: target must have the shape {logits.shape[:-1]}, not {target.shape}"
+        )
+    left, weight = nearest_bins(target, bins)
+    index, weight = jnp.arange(logits.shape[-1]), weight[..., None]
+    wanted = jnp.where(index == left[..., None], 1 - weight, jnp.where(index == left[..., None] + 1, weight, 0.0))
+    return -jnp.sum(wanted * jax.nn.log_softmax(logits, axis=-1), axis=-1)

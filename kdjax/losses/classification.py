@@ -48,6 +48,85 @@ def quality_focal(logits: AnyArray, labels: AnyArray, quality: AnyArray, *, beta
     return jnp.sum(weight * _binary_cross_entropy(logits, target), axis=-1)
 
 
+def varifocal(
+    logits: AnyArray, labels: AnyArray, quality: AnyArray, *, alpha: float = 0.75, gamma: float = 2.0
+) -> Array:
+    """Varifocal loss: cross-entropy against a soft label, weighted by that label or, elsewhere, by the score.
+
+    With the target t = quality at the label and 0 elsewhere, and p = sigmoid(logits), constants to the gradient:
+
+      sum_c w_c (-t_c log p_c - (1 - t_c) log(1 - p_c)),  w_c = t_c at the label, alpha p_c^gamma elsewhere
+
+    Args:
+      logits: f32[..., K].
+      labels: i32[...], 0 .. K; K is background.
+      quality: f32[...], soft label of the true class in 0 .. 1 (the IoU), without gradient; not read at background.
+      alpha: weight of the other classes, >= 0.
+      gamma: strength of the focus, > 0.
+
+    Returns:
+      f32[...], >= 0. A row whose quality is 0 has no loss at its label.
+
+    Scope: each row on its own, summed over its classes.
+
+    Peers: `loss_labels_vfl` of RT-DETR, D-FINE and transformers, which sums rows and divides by the number of boxes.
+
+    Reference: Zhang et al., VarifocalNet, CVPR 2021, equation 2.
+
+    Example:
+      >>> import numpy as np
+      >>> varifocal(np.zeros((1, 2)), np.array([0]), np.array([1.0])).round(4).tolist()
+      [0.823099970817566]
+    """
+    target, present, probs, logits = _soft_target("varifocal", logits, labels, quality)
+    weight = jnp.where(present, target, alpha * probs**gamma)
+    return jnp.sum(weight * _binary_cross_entropy(logits, target), axis=-1)
+
+
+def matchability_aware(
+    logits: AnyArray, labels: AnyArray, quality: AnyArray, *, alpha: float = 1.0, gamma: float = 1.5
+) -> Array:
+    """Matchability-aware loss: as `varifocal`, but a match of low quality is learned too.
+
+    With the target t = quality^gamma at the label and 0 elsewhere, and p = sigmoid(logits), constants to the gradient:
+
+      sum_c w_c (-t_c log p_c - (1 - t_c) log(1 - p_c)),  w_c = 1 at the label, alpha p_c^gamma elsewhere
+
+    Args:
+      logits: f32[..., K].
+      labels: i32[...], 0 .. K; K is background.
+      quality: f32[...], soft label of the true class in 0 .. 1 (the IoU), without gradient; not read at background.
+      alpha: weight of the other classes, >= 0.
+      gamma: strength of the focus, > 0.
+
+    Returns:
+      f32[...], >= 0.
+
+    Scope: each row on its own, summed over its classes.
+
+    Peers: `loss_labels_mal` of DEIM and RT-DETRv4, which sums rows and divides by the number of boxes.
+
+    Reference: Huang et al., DEIM, CVPR 2025, section 3.3.
+
+    Example:
+      >>> import numpy as np
+      >>> matchability_aware(np.zeros((1, 1)), np.array([0]), np.array([0.0])).round(4).tolist()
+      [0.6930999755859375]
+    """
+    target, present, probs, logits = _soft_target("matchability_aware", logits, labels, quality)
+    target, weight = common.power(target, gamma), jnp.where(present, 1.0, alpha * probs**gamma)
+    return jnp.sum(weight * _binary_cross_entropy(logits, target), axis=-1)
+
+
+def _soft_target(loss: str, logits: AnyArray, labels: AnyArray, quality: AnyArray) -> tuple[Array, Array, Array, Array]:
+    """The quality at the label, where that is, the scores without gradient, and the logits, all [..., K]."""
+    common.check_labels(loss, logits, labels)
+    logits = jnp.asarray(logits).astype(jnp.float32)
+    present = jnp.asarray(labels)[..., None] == jnp.arange(logits.shape[-1])
+    target = jnp.where(present, jax.lax.stop_gradient(jnp.asarray(quality, jnp.float32))[..., None], 0.0)
+    return target, present, jax.lax.stop_gradient(jax.nn.sigmoid(logits)), logits
+
+
 def sigmoid_focal(logits: AnyArray, labels: AnyArray, *, alpha: float = 0.25, gamma: float = 2.0) -> Array:
     """Focal loss of independent classes: cross-entropy with less weight where the prediction is already good.
 

@@ -146,6 +146,35 @@ def pearson(
     return 0.5 * jnp.square(student - teacher)
 
 
+def cosine(student: AnyArray, teacher: AnyArray, *, eps: float = 1e-12) -> Array:
+    """One minus the cosine of the angle between two vectors: half the squared distance of s / |s| and t / |t|.
+
+    Args:
+      student: f32[..., C], any range.
+      teacher: f32[..., C], the same shape.
+      eps: smallest length that a vector is divided by.
+
+    Returns:
+      f32[...], 0 (same direction) to 2 (opposite); 1/2 where one vector is zero.
+
+    Scope: the last axis.
+    Peers: RT-DETRv4's semantic injection (DSI) is its mean over the cells of a map, the teacher's resized to the
+      student's by `kdjax.nn.resize_bilinear`.
+    Reference: Liao et al., "RT-DETRv4", 2025.
+
+    Example:
+      >>> import numpy as np
+      >>> cosine(np.array([[2.0, 0.0], [0.0, 1.0]]), np.array([[3.0, 0.0], [4.0, 0.0]])).tolist()
+      [0.0, 1.0]
+    """
+    student, teacher = common.float32_pair(student, teacher, "cosine", "... C")
+
+    def unit(x: Array) -> Array:
+        return x / jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(x), -1, keepdims=True), eps**2))
+
+    return jnp.sum(jnp.square(unit(student) - unit(teacher)), -1) / 2
+
+
 def guided_squared(student: AnyArray, teacher: AnyArray, guide: AnyArray) -> Array:
     """Mean squared difference of each cell times a guide: P * mean_c (student - teacher)^2 (PFI).
 

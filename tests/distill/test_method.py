@@ -40,3 +40,14 @@ def test_means():
     assert method.mean_over_positives(values, positive) == 37 / 3
     assert method.mean_over_positives(values, jnp.zeros_like(positive)) == 0
     assert method.mean_over_levels([jnp.array(1.0), jnp.array(2.0), jnp.array(6.0)]) == 3
+
+
+def test_a_guided_weight_moves_to_the_far_bound_and_by_ten_times_at_most():
+    settings = {"target": 0.11, "tolerance": 0.01, "default": 20.0}
+    new = lambda share, **of_call: float(method.guided_weight(5.0, share, **settings, **of_call))  # noqa: E731
+    assert [new(share) for share in (0.1, 0.11, 0.12)] == [5.0] * 3
+    odds = lambda share: share / (1 - share)  # noqa: E731
+    np.testing.assert_allclose(new(0.05), 5 * odds(0.12) / odds(0.05), rtol=1e-5)
+    np.testing.assert_allclose(new(0.2), 5 * odds(0.10) / odds(0.2), rtol=1e-5)
+    np.testing.assert_allclose([new(0.001), new(0.9)], [50, 0.5], rtol=1e-5)
+    assert new(0.0) == 20 and new(0.2, plain=True) == 20

@@ -18,6 +18,7 @@ from tests.support.losses import ROWS, some_predictions
 FAST = settings(deadline=None, max_examples=30, derandomize=True, database=None)
 SEEDS = st.integers(0, 2**32 - 1)
 BINS = 8
+UNEVEN = np.float32([-1, 0.3, 1, 1.5, 5])  # what the bins of `some_pairs` stand for
 
 BOX = {
     "giou": box.giou,
@@ -41,7 +42,8 @@ def some_pairs(seed: int):
 
 def every(pred, target, logits, place):
     return {name: loss(pred, target) for name, loss in BOX.items()} | {
-        "distribution_focal": box.distribution_focal(logits, place)
+        "distribution_focal": box.distribution_focal(logits, place),
+        "fine_grained_localization": box.fine_grained_localization(logits, place, UNEVEN),
     }
 
 
@@ -103,6 +105,8 @@ def test_equals_slow_loop(seed):
         want["distribution_focal"] = -(left + 1 - place[row]) * np.log(q[left]) - (place[row] - left) * np.log(
             q[left + 1]
         )
+        hat = [np.interp(place[row], UNEVEN, unit) for unit in np.eye(len(UNEVEN))]
+        want["fine_grained_localization"] = -np.dot(hat, np.log(q))
         assert want.keys() == got.keys()
         for name, value in want.items():
             np.testing.assert_allclose(got[name][row], value, rtol=2e-4, atol=2e-5, err_msg=name)
@@ -131,6 +135,18 @@ def test_distribution_focal_takes_the_last_bin():
     got = box.distribution_focal(logits, np.array([0.0, 2.25, BINS - 1.0], np.float32))
     want = [-log_q[0, 0], -0.75 * log_q[1, 2] - 0.25 * log_q[1, 3], -log_q[2, BINS - 1]]
     np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+def test_fine_grained_localization_between_and_beyond_the_bins():
+    logits = jax.random.normal(jax.random.key(1), (4, 5))
+    log_q = jax.nn.log_softmax(logits)
+    got = box.fine_grained_localization(logits, np.float32([-7, 1.25, 1.5, 9]), UNEVEN)
+    want = [-log_q[0, 0], -(log_q[1, 2] + log_q[1, 3]) / 2, -log_q[2, 3], -log_q[3, 4]]
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    even = box.fine_grained_localization(logits, np.float32([0, 0.5, 2.25, 4]), np.arange(5.0))
+    np.testing.assert_allclose(even, box.distribution_focal(logits, np.float32([0, 0.5, 2.25, 4])), rtol=1e-5)
+    with pytest.raises(UserError, match="target must have the shape"):
+        box.fine_grained_localization(logits, np.zeros(3), UNEVEN)
 
 
 def test_finite_on_bad_boxes_large_logits_and_bfloat16():

@@ -16,6 +16,9 @@ FAST = settings(deadline=None, max_examples=30, derandomize=True, database=None)
 SEEDS = st.integers(0, 2**32 - 1)
 
 
+HELD = ("varifocal", "matchability_aware")  # the weight is a constant to the gradient
+
+
 def some_rows(seed: int):
     """Logits, labels (CLASSES is background) and qualities."""
     return some_predictions(seed)[2:]
@@ -27,6 +30,9 @@ def every(logits, labels, quality):
         "quality_focal_1.5": classification.quality_focal(logits, labels, quality, beta=1.5),
         "sigmoid_focal": classification.sigmoid_focal(logits, labels),
         "sigmoid_focal_0.4_1.5": classification.sigmoid_focal(logits, labels, alpha=0.4, gamma=1.5),
+        "varifocal": classification.varifocal(logits, labels, quality),
+        "varifocal_0.4_1.5": classification.varifocal(logits, labels, quality, alpha=0.4, gamma=1.5),
+        "matchability_aware": classification.matchability_aware(logits, labels, quality),
         "cross_entropy": classification.cross_entropy(logits, jnp.minimum(labels, CLASSES - 1)),
         "binary_cross_entropy": classification.binary_cross_entropy(logits, labels),
         "soft_binary_cross_entropy": classification.soft_binary_cross_entropy(logits[..., 0], quality),
@@ -55,7 +61,8 @@ def test_gradients_by_finite_differences():
     logits, labels, quality = some_rows(2)
 
     def smooth(logits):
-        return {name: jnp.mean(value) for name, value in every(logits, labels, quality).items()}
+        values = every(logits, labels, quality).items()
+        return {name: jnp.mean(value) for name, value in values if not name.startswith(HELD)}
 
     check_grads(smooth, (logits,), order=1, modes=["rev"], atol=2e-2, rtol=2e-2, eps=1e-2)
 
@@ -74,7 +81,7 @@ def test_equals_slow_loop(seed):
     logits, labels, quality = some_rows(seed)
     got = jitted(*some_rows(seed))
     for row in range(ROWS):
-        total, gentle = 0.0, 0.0
+        total, gentle, held = 0.0, 0.0, np.zeros(3)
         row_logits = np.float64(logits[row])
         entropy = np.log(np.exp(row_logits).sum()) - row_logits[min(labels[row], CLASSES - 1)]
         np.testing.assert_allclose(got["cross_entropy"][row], entropy, rtol=1e-4, atol=1e-6)
@@ -93,6 +100,10 @@ def test_equals_slow_loop(seed):
             soft = t * quality[row]
             entropy = -soft * np.log(p) - (1 - soft) * np.log1p(-p)
             total, gentle = total + abs(soft - p) ** 2 * entropy, gentle + abs(soft - p) ** 1.5 * entropy
+            held[:2] += entropy * np.array([soft, soft] if t else [0.75 * p**2, 0.4 * p**1.5])
+            held[2] += -(soft**1.5) * np.log(p) - (1 - soft**1.5) * np.log1p(-p) if t else -(p**1.5) * np.log1p(-p)
+        for name, value in zip(("varifocal", "varifocal_0.4_1.5", "matchability_aware"), held, strict=True):
+            np.testing.assert_allclose(got[name][row], value, rtol=1e-4, atol=1e-6)
         np.testing.assert_allclose(got["quality_focal"][row], total, rtol=1e-4, atol=1e-6)
         np.testing.assert_allclose(got["quality_focal_1.5"][row], gentle, rtol=1e-4, atol=1e-6)
 
@@ -120,6 +131,23 @@ def test_finite_on_large_logits_and_bfloat16():
         for name, value in jitted(*values).items():
             assert value.dtype == jnp.float32 and np.all(np.isfinite(value)), name
         assert np.all(np.isfinite(np.asarray(with_gradient(*values), np.float32)))
+
+
+def test_the_weight_of_varifocal_and_mal_is_a_constant_to_the_gradient():
+    logits, labels, quality = some_rows(8)
+    p, here = np.asarray(jax.nn.sigmoid(logits)), np.arange(CLASSES) == labels[:, None]
+    for loss, gamma, exponent, at_label, alpha in (
+        (classification.varifocal, 2.0, 1.0, quality[:, None], 0.75),
+        (classification.matchability_aware, 1.5, 1.5, 1.0, 1.0),
+    ):
+        slope, of_quality = jax.grad(lambda x, q, loss=loss: jnp.sum(loss(x, labels, q)), (0, 1))(logits, quality)
+        target = np.where(here, quality[:, None] ** exponent, 0)
+        weight = np.where(here, at_label, alpha * p**gamma)
+        np.testing.assert_allclose(slope, weight * (p - target), rtol=1e-4, atol=1e-6)
+        assert not np.any(of_quality)
+    # A match without overlap is learned by one of the two alone.
+    rows = np.zeros((1, 1), np.float32), np.array([0]), np.zeros(1, np.float32)
+    assert classification.varifocal(*rows)[0] == 0 < classification.matchability_aware(*rows)[0]
 
 
 def test_label_score():

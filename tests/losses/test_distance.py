@@ -20,13 +20,14 @@ LOSSES = {
     "multiscale": distance.multiscale,
     "multiscale_mean": lambda s, t: distance.multiscale(s, t, scales=(2, 3), per_scale_mean=True),
     "hcl": lambda s, t: distance.multiscale(s, t, mode="hcl"),
+    "cosine": distance.cosine,
     "pearson": distance.pearson,
     "pearson_ddof1": lambda s, t: distance.pearson(s, t, ddof=1),
     "batch_norm": lambda s, t: distance.squared(
         normalization.standardize(s, eps=0, variance_eps=1e-5), normalization.standardize(t, eps=0, variance_eps=1e-5)
     ),
 }
-PER_IMAGE = ("squared", "absolute", "unit_norm", "multiscale", "multiscale_mean", "hcl")
+PER_IMAGE = ("squared", "absolute", "cosine", "unit_norm", "multiscale", "multiscale_mean", "hcl")
 
 
 def every(student, teacher):
@@ -87,6 +88,15 @@ def test_bfloat16_is_computed_in_float32():
     student, teacher = maps(6, dtype=jnp.bfloat16)
     wide = jitted(student.astype(jnp.float32), teacher.astype(jnp.float32))
     chex.assert_trees_all_close(jitted(student, teacher), wide, rtol=1e-4, atol=1e-6)
+
+
+def test_cosine_is_that_of_the_angle():
+    student, teacher = maps(3, (2, 3, 3, 6))
+    s, t = np.float64(student), np.float64(teacher)
+    want = 1 - (s * t).sum(-1) / np.linalg.norm(s, axis=-1) / np.linalg.norm(t, axis=-1)
+    np.testing.assert_allclose(distance.cosine(student, teacher), want, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(distance.cosine(5 * student, teacher), want, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(distance.cosine(-teacher, teacher), 2, rtol=1e-6)
 
 
 @pytest.mark.parametrize("loss", [distance.squared, distance.l1, distance.multiscale, distance.pearson])

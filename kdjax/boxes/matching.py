@@ -1,0 +1,145 @@
+"""One-to-one matching of queries with objects at the lowest total cost. No gradient flows through it.
+
+Boxes here are `cx cy w h` as shares of the sides of the network input, as the losses of transformers have them.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from kdjax import shapes
+from kdjax.boxes import convert
+from kdjax.boxes.iou import pairwise_iou
+from kdjax.structs import AnyArray, Array
+
+NO_MATCH = 1e4  # the cost of no query at all; above any other
+
+
+def matching_cost(
+    logits: AnyArray,
+    boxes: AnyArray,
+    labels: AnyArray,
+    truth: AnyArray,
+    *,
+    class_weight: float = 2.0,
+    l1_weight: float = 5.0,
+    giou_weight: float = 2.0,
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+) -> Array:
+    """What it costs to match each query with each object.
+
+    With p = sigmoid(logit of the object's class), b the query's box and t the object's:
+
+        class_weight (alpha (1 - p)^gamma (-log(p + 1e-8)) - (1 - alpha) p^gamma (-log(1 - p + 1e-8)))
+        + l1_weight |b - t|_1 - giou_weight GIoU(b, t)
+
+    Args:
+      logits: f32[..., Q, K].
+      boxes: f32[..., Q, 4], `cx cy w h`; negative sides count as 0 in the GIoU.
+      labels: i32[..., M], 0 .. K-1.
+      truth: f32[..., M, 4], boxes of the objects.
+      class_weight, l1_weight, giou_weight: of the three costs.
+      alpha, gamma: of the focal cost.
+
+    Returns:
+      f32[..., Q, M], without gradient.
+
+    Scope: each pair on its own.
+
+    Peers: the matchers of RT-DETR, D-FINE and transformers, with the focal cost.
+
+    Reference: Carion et al., DETR, ECCV 2020, section 3.1, with the focal cost of Zhu et al., Deformable DETR, ICLR
+      2021, section 4.
+
+    Example:
+      >>> import numpy as np
+      >>> box = np.array([[0.5, 0.5, 0.2, 0.2]])
+      >>> matching_cost(np.zeros((1, 1)), box, np.array([0]), box).round(4).tolist()
+      [[-2.1733]]
+    """
+    layouts = {"logits": "... Q K", "boxes": "... Q 4", "labels": "... M", "truth": "... M 4"}
+    given = {"logits": logits, "boxes": boxes, "labels": labels, "truth": truth}
+    shapes.check("matching_cost", **{name: (given[name], layout) for name, layout in layouts.items()})
+    logits, boxes, truth = (jax.lax.stop_gradient(jnp.asarray(x, jnp.float32)) for x in (logits, boxes, truth))
+    probs = jax.nn.sigmoid(logits)
+    present = -alpha * (1 - probs) ** gamma * jnp.log(probs + 1e-8)
+    absent = -(1 - alpha) * probs**gamma * jnp.log(1 - probs + 1e-8)
+    of_class = jnp.take_along_axis(present - absent, jnp.asarray(labels)[..., None, :], -1)
+    l1 = jnp.sum(jnp.abs(boxes[..., :, None, :] - truth[..., None, :, :]), -1)
+    giou = pairwise_iou(corners(boxes), corners(truth), mode="giou", eps=1e-12)
+    return class_weight * of_class + l1_weight * l1 - giou_weight * giou
+
+
+def corners(boxes: AnyArray) -> Array:
+    """`cx cy w h` to `x1 y1 x2 y2`; negative sides count as 0."""
+    return convert.from_cxcywh(jnp.concatenate([boxes[..., :2], jnp.maximum(boxes[..., 2:], 0)], -1))
+
+
+def hungarian(cost: AnyArray, valid: AnyArray) -> Array:
+    """The query of each object, so that the sum of their costs is the smallest that there is.
+
+    Args:
+      cost: f32[..., Q, M]; NaN and infinity count as 1e4.
+      valid: bool[..., M], which objects there are.
+
+    Returns:
+      i32[..., M], 0 .. Q-1, each query at most once; -1 where `valid` is False. Of more objects than queries some are
+      left out (-1).
+
+    Scope: each matrix on its own.
+
+    Peers: `scipy.optimize.linear_sum_assignment`, up to sums that float32 cannot tell apart.
+
+    Reference: Kuhn, The Hungarian method for the assignment problem, 1955.
+
+    Example:
+      >>> import numpy as np
+      >>> cost = np.array([[1.0, 2, 9], [1, 4, 9], [5, 5, 9]])
+      >>> hungarian(cost, np.array([True, True, False])).tolist()
+      [1, 0, -1]
+    """
+    shapes.check("hungarian", cost=(cost, "... Q M"), valid=(valid, "... M"))
+    *batch, queries, objects = cost.shape
+    cost, valid = jnp.asarray(cost, jnp.float32), jnp.asarray(valid)
+    cost = jnp.nan_to_num(jax.lax.stop_gradient(cost), nan=NO_MATCH, posinf=NO_MATCH, neginf=-NO_MATCH)
+    missing = max(objects - queries, 0)
+    cost = jnp.pad(cost, [(0, 0)] * len(batch) + [(0, missing), (0, 0)], constant_values=NO_MATCH)
+    cost = jnp.where(valid[..., None, :], cost, 0.0)  # the same with every query: padding decides nothing
+
+    import optax  # takes as long to import as jax
+
+    def match(cost: Array) -> Array:
+        query, of_object = optax.assignment.hungarian_algorithm(cost)
+        return jnp.zeros(objects, jnp.int32).at[of_object].set(query.astype(jnp.int32))
+
+    flat = cost.reshape(math.prod(batch), *cost.shape[-2:])
+    found = jax.vmap(match)(flat).reshape(*batch, objects)
+    return jnp.where(valid & (found < queries), found, -1)
+
+
+def objects_of(found: AnyArray, queries: int) -> Array:
+    """The object of each query; of several matchings the one that it was matched with most often.
+
+    Args:
+      found: i32[S, ..., M], S matchings: the query of each object, -1 for none.
+      queries: Q.
+
+    Returns:
+      i32[..., Q], 0 .. M-1, of objects that were met equally often the first; -1 where there is none. With S > 1
+      several queries may have the same object.
+
+    Scope: each image on its own.
+
+    Peers: D-FINE's `_get_go_indices`, which leaves open what it takes of objects that were met equally often.
+
+    Reference: Peng et al., D-FINE, ICLR 2025, section 4.2.
+
+    Example:
+      >>> import numpy as np
+      >>> objects_of(np.array([[0, 1], [0, 2], [1, 2]]), 4).tolist()
+      [0, 0, 1, -1]
+    """
+    counts = jnp.sum(jax.nn.one_hot(found, queries, dtype=jnp.int32), 0)
+    return jnp.where(jnp.max(counts, -2) > 0, jnp.argmax(counts, -2), -1).astype(jnp.int32)
