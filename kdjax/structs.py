@@ -130,10 +130,22 @@ class Decoded(NamedTuple):
     first: Queries | None = None  # D-FINE: the boxes that all layers refine, with the logits of the first layer
 
 
+class Denoising(NamedTuple):
+    """Noised objects, which the decoder of a transformer learns to restore; D of them in groups that are apart."""
+
+    boxes: Array  # f32[B, D, 4], `Asked.boxes`
+    labels: Array  # i32[B, D], `Asked.labels`
+    blocked: Array  # bool[D, D], `Asked.blocked`
+    matched: Array  # i32[B, D], index 0 .. M-1 of the object to restore, -1 where there is to be none
+    live: Array  # bool[D], False where a place is not used
+    groups: Array  # i32[], how many groups are used
+
+
 class Assignment(NamedTuple):
     """What an assigner decided for every prior; no gradient flows through it.
 
     For a two-stage detector the N rows are the regions that were sampled, and `first` is the assignment of the anchors.
+    For a transformer they are the queries of the last layer.
     """
 
     matched: Array  # i32[B, N], index 0 .. M-1 of the matched box, -1 for background
@@ -147,6 +159,10 @@ class Assignment(NamedTuple):
     regions: Array | None = None  # f32[B, N, 4], of a two-stage detector: pixels, zeros where ignored
     first: "Assignment | None" = None  # of a two-stage detector: of its anchors, for one class
     earlier: tuple["Assignment", ...] = ()  # of a cascade: of the regions of the stages before the last, in turn
+    # Of a transformer: i32[S, B, M], the query of each object, -1 for none, in each of S outputs: the decoder's layers,
+    # D-FINE's first boxes, the encoder's selection.
+    queries: Array | None = None
+    denoising: Denoising | None = None  # of a transformer, unless it learns without
 
 
 class PaddedDetections(NamedTuple):

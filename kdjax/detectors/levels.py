@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from kdjax.boxes import priors
+from kdjax.boxes import convert, priors
 from kdjax.structs import Array, DetectorOutput
 
 
@@ -41,6 +41,4 @@ def query_logits(output: DetectorOutput) -> Array:
 def query_boxes(output: DetectorOutput) -> Array:
     """Boxes of the last layer's queries, f32[B, Q, 4], x1 y1 x2 y2 in pixels, not clipped."""
     height, width = input_size(output)
-    centre, sides = jnp.split(output.layers[-1].boxes, 2, -1)
-    corners = jnp.concatenate([centre - sides / 2, centre + sides / 2], -1)
-    return corners * np.array([width, height, width, height], np.float32)
+    return convert.from_cxcywh(output.layers[-1].boxes) * np.array([width, height, width, height], np.float32)

@@ -151,7 +151,9 @@ def take_assignment(assignment: Assignment, pairing: Pairing | None) -> Assignme
     def gather(value: Array) -> Array:
         return jnp.take_along_axis(value, pairing.student.reshape(*pairing.student.shape, *[1] * (value.ndim - 2)), 1)
 
-    taken = jax.tree.map(gather, assignment)
+    # What belongs to no row is left out.
+    rows = assignment._replace(first=None, earlier=(), queries=None, denoising=None)
+    taken = jax.tree.map(gather, rows)
     return taken._replace(positive=taken.positive & pairing.valid, ignore=taken.ignore | ~pairing.valid)
 
 

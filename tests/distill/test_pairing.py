@@ -151,6 +151,7 @@ def test_an_assignment_ignores_rows_without_a_partner():
         labels=jnp.array([[2, 3, 0], [1, 1, 3]]),
         boxes=jnp.asarray(rng.normal(size=(2, 3, 4)), jnp.float32),
         quality=jnp.asarray(rng.uniform(size=(2, 3)), jnp.float32),
+        queries=jnp.zeros((4, 2, 5), jnp.int32),  # of objects, not of rows
     )
     assert pairing.take_assignment(assignment, None) is assignment
     index, valid = jnp.array([[2, 1], [1, 0]]), jnp.array([[True, True], [False, True]])

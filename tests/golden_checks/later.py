@@ -6,7 +6,4 @@ CHECKS = [
     ("model/dfine_*.npz", skip_file(LATER_TRANSFORMERS)),
     ("model/rtdetr_*.npz", skip_file(LATER_TRANSFORMERS)),
     ("model/rtdetrv2_*.npz", skip_file(LATER_TRANSFORMERS)),
-    ("ops/contrastive_dn_*.npz", skip_file(LATER_TRANSFORMERS)),
-    ("ops/detr_losses_*.npz", skip_file(LATER_TRANSFORMERS)),
-    ("ops/hungarian_*.npz", skip_file(LATER_TRANSFORMERS)),
 ]
