@@ -43,7 +43,11 @@ LONG = (
     "model/rtmdetins_b*",
     "model/faster_a*",
     "model/mask_a*",
+    "model/dfine_*",
+    "model/rtdetr_*",
+    "ops/contrastive_dn_*",
     "ops/deform_attn_*",
+    "ops/hungarian_*",
 )
 
 

@@ -31,7 +31,7 @@ def edge_bins(number: int, *, up: AnyArray | float = 0.5, scale: AnyArray | floa
     Reference: Peng et al., D-FINE, ICLR 2025, section 4.1.
 
     Example:
-      >>> edge_bins(8, scale=6.0).round(4).tolist()
+      >>> [round(x, 4) for x in edge_bins(8, scale=6.0).tolist()]
       [-6.0, -3.0, -1.5198, -0.5874, 0.0, 0.5874, 1.5198, 3.0, 6.0]
     """
     bound = jnp.abs(up * jnp.asarray(scale, jnp.float32))

@@ -56,8 +56,8 @@ def matching_cost(
     Example:
       >>> import numpy as np
       >>> box = np.array([[0.5, 0.5, 0.2, 0.2]])
-      >>> matching_cost(np.zeros((1, 1)), box, np.array([0]), box).round(4).tolist()
-      [[-2.1733]]
+      >>> round(float(matching_cost(np.zeros((1, 1)), box, np.array([0]), box)[0, 0]), 4)
+      -2.1733
     """
     layouts = {"logits": "... Q K", "boxes": "... Q 4", "labels": "... M", "truth": "... M 4"}
     given = {"logits": logits, "boxes": boxes, "labels": labels, "truth": truth}
