@@ -116,6 +116,16 @@ class Attention(nnx.Module):
         return self.out_proj(found.reshape(queries.shape))
 
 
+def gelu(x: Array) -> Array:
+    """The exact GELU, x (1 + erf(x / sqrt 2)) / 2; ONNX has no operator for `jax.nn.gelu` before opset 20.
+
+    Example:
+      >>> [round(float(gelu(jnp.float32(x))), 3) for x in (-1, 0, 2)]
+      [-0.159, 0.0, 1.954]
+    """
+    return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
+
+
 class EncoderLayer(nnx.Module):
     """Attention of tokens to each other, then a perceptron with exact GELU; each is added and normed."""
 
@@ -128,7 +138,7 @@ class EncoderLayer(nnx.Module):
     def __call__(self, x: Array, position: Array) -> Array:
         placed = x + position
         x = self.self_attn_layer_norm(x + self.self_attn(placed, *self.self_attn.project(placed, x)))
-        return self.final_layer_norm(x + self.fc2(jax.nn.gelu(self.fc1(x), approximate=False)))
+        return self.final_layer_norm(x + self.fc2(gelu(self.fc1(x))))
 
 
 def directions(heads: int, points: Sequence[int]) -> Draw:

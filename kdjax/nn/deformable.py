@@ -84,11 +84,15 @@ def deformable_attention(
       >>> float(deformable_attention(maps, where, jnp.ones((1, 1, 1, 1)), shapes=[(2, 2)], points=[1])[0, 0, 0])
       1.5
     """
-    sample = jax.checkpoint(_nearest if discrete else _bilinear, static_argnums=(3,))
+    sample = _nearest if discrete else _bilinear
+    if not is_portable():  # it would remember the primitives of a converter
+        sample = jax.checkpoint(sample, static_argnums=(3,))
     total, cell, point = jnp.zeros((), memory.dtype), 0, 0
     for shape, count in zip(shapes, points, strict=True):
         cells, here = shape[0] * shape[1], slice(point, point + count)
-        total += sample(memory[:, cell : cell + cells], locations[..., here, :], weights[..., here], tuple(shape))
+        total += sample(
+            memory[:, cell : cell + cells], locations[..., here, :], weights[..., here], (shape[0], shape[1])
+        )
         cell, point = cell + cells, point + count
     return total.reshape(*total.shape[:2], -1)
 
