@@ -1,13 +1,17 @@
 """How long does the matching of queries with objects take, for all layers of a decoder and all images at once?
 
     python benchmarks/matching.py --queries=300 --objects=100 --outputs=7 --batch=8
+    python benchmarks/matching.py --detector=rtdetr_r18 --size=640 --batch=2
 
 Boxes lie at random, and the queries, as in training, around the objects: `noise` is how far from them, in shares of
 the image. It prints the time of the costs and of the matching, of optax's solver with the same padding, and of scipy
-without padding, which must find the same sums.
+without padding, which must find the same sums. With a detector it prints instead what part of its training step is
+`assign`, with so many objects in every image: the costs, the matching and the drawing of the denoising queries.
 """
 
 import argparse
+import functools
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -17,11 +21,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import step_time
 from scipy.optimize import linear_sum_assignment
 
 from kdjax.boxes import matching
 from kdjax.report import study
-from kdjax.structs import Array
+from kdjax.structs import Array, targets_of
 from kdjax.training import provenance
 
 
@@ -60,13 +65,36 @@ def timed(function: Callable[[], object], repeats: int) -> float:
     return float(np.median(seconds))
 
 
+def share(args: argparse.Namespace) -> tuple[float, float]:
+    """Seconds of `assign`, and of a whole training step."""
+    boxes = -(-4 * args.objects // 3)  # a quarter of them is padding
+    of_step = {"teacher": "", "method": "", "dtype": "float32", "boxes": boxes}
+    built = step_time.build(argparse.Namespace(**vars(args) | of_step))
+    student, state, batch, key = built.student, built.state, built.batch, jax.random.key(0)
+    apply = jax.jit(functools.partial(student.apply, train=True))
+    output, _ = apply(state.params["student"], state.stats, student.preprocess(batch["image"]))
+    assign, targets = jax.jit(student.assign), targets_of(batch)
+    jax.block_until_ready(assign(output, targets, key))
+    assigning = timed(lambda: assign(output, targets, key), args.repeats)
+    return assigning, statistics.median(seconds for seconds, _ in step_time.steps(built, args.repeats))
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options = {"queries": 300, "objects": 100, "outputs": 7, "batch": 8, "classes": 80, "repeats": 5}
     for name, default in options.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--detector", default="", help="a transformer; its queries and layers are its own")
+    parser.add_argument("--size", type=int, default=640, help="side of its images in pixels")
     parser.add_argument("--log", type=Path)
     args = parser.parse_args(arguments)
+    command = " ".join(["python benchmarks/matching.py", *(arguments or sys.argv[1:])])
+    if args.detector:
+        seconds = share(args)
+        cells = [args.detector, *(f"{1000 * value:.1f}" for value in seconds), f"{100 * seconds[0] / seconds[1]:.2f}"]
+        table = study.table(["", "assign ms", "step ms", "percent"], [cells])
+        study.publish(command, [table, study.facts(provenance.environment())], {"seconds": seconds}, args.log)
+        return
 
     rows, found = [], {}
     programs = [jax.jit(function) for function in (costs, matching.hungarian, by_optax)]
@@ -91,7 +119,7 @@ def main(arguments: list[str] | None = None) -> None:
             found[name] = {"seconds": seconds, "excess": wrong}
             rows.append([name, *(f"{1000 * value:.1f}" for value in seconds), f"{wrong:.1e}"])
     study.publish(
-        " ".join(["python benchmarks/matching.py", *(arguments or sys.argv[1:])]),
+        command,
         [
             study.table(["", "costs ms", "matching ms", "optax ms", "scipy ms", "sum above scipy's"], rows),
             study.facts(provenance.environment()),

@@ -106,6 +106,13 @@ def test_convolutions_time_both_forms(capsys, monkeypatch):
     assert row[:2] == ["160x160, 12 to 24", "3x3"] and all(float(ms) > 0 for cell in row[2:] for ms in cell.split("/"))
 
 
+@pytest.mark.slow
+def test_matching_finds_the_sums_of_scipy(capsys):
+    of("matching").main(["--queries=20", "--objects=10", "--outputs=2", "--batch=2", "--classes=3", "--repeats=1"])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert len(found) == 6 and all(abs(row["excess"]) < 1e-4 and min(row["seconds"]) > 0 for row in found.values())
+
+
 def test_step_time_needs_teacher_and_method_together(capsys):
     with pytest.raises(SystemExit):
         of("step_time").main(["--method=mkd"])
