@@ -14,7 +14,7 @@ from kdjax.boxes import convert
 from kdjax.boxes.iou import pairwise_iou
 from kdjax.structs import AnyArray, Array
 
-NO_MATCH = 1e4  # the cost of no query at all; above any other
+LARGEST = 1e4  # of costs that are no numbers
 
 
 def matching_cost(
@@ -106,11 +106,17 @@ def hungarian(cost: AnyArray, valid: AnyArray) -> Array:
     if not objects:
         return jnp.zeros((*batch, 0), jnp.int32)
     cost, valid = jnp.asarray(cost, jnp.float32), jnp.asarray(valid)
-    cost = jnp.nan_to_num(jax.lax.stop_gradient(cost), nan=NO_MATCH, posinf=NO_MATCH, neginf=-NO_MATCH)
-    missing = max(objects - queries, 0)
-    cost = jnp.pad(cost, [(0, 0)] * len(batch) + [(0, missing), (0, 0)], constant_values=NO_MATCH)
-    flat = jnp.swapaxes(cost, -1, -2).reshape(math.prod(batch), objects, queries + missing)
-    found = jax.vmap(_assign)(flat, valid.reshape(len(flat), objects)).reshape(*batch, objects)
+    cost = jnp.nan_to_num(jax.lax.stop_gradient(cost), nan=LARGEST, posinf=LARGEST, neginf=-LARGEST)
+    flat = jnp.swapaxes(cost, -1, -2).reshape(math.prod(batch), objects, queries)
+    there = valid.reshape(len(flat), objects)
+    if objects > queries:
+        # Queries that stand for none: so dear that as many objects as can be have one of the others.
+        real = jnp.where(there[..., None], flat, 0)
+        low, high = jnp.min(real, (1, 2), keepdims=True), jnp.max(real, (1, 2), keepdims=True)
+        dear = high + 1 + objects * (high - low)
+        none = jnp.broadcast_to(dear, (len(flat), objects, objects - queries))
+        flat = jnp.concatenate([flat, none], -1)
+    found = jax.vmap(_assign)(flat, there).reshape(*batch, objects)
     return jnp.where(found < queries, found, -1)
 
 
