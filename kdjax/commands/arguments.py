@@ -106,8 +106,8 @@ class Data:
     def batches(self, model: inference.Model, *, batch_size: int) -> data.Batches:
         """The batches that the model is evaluated on."""
         config = {**self.config, "image_size": model.image_size}
-        round_down = model.detector.round_down
-        return data.eval_batches(self.dataset, "val", config, batch_size=batch_size, round_down=round_down)
+        fit = model.detector.fit
+        return data.eval_batches(self.dataset, "val", config, batch_size=batch_size, fit=fit)
 
 
 def open_data(

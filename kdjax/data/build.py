@@ -144,7 +144,7 @@ class EvalBuilder:
     images: Images
     canvas: tuple[int, int]
     max_boxes: int
-    round_down: bool
+    fit: str
 
     def __call__(self, plan: list[int | None], /) -> list[Arrays]:
         """One dict of arrays for every image of the plan; None is a row that is not real."""
@@ -159,7 +159,7 @@ class EvalBuilder:
             example = self.images[index]
             image_id, sample = example["image_id"], _sample(example)
         original = sample.image.shape[:2]
-        _, size = transforms.fitted(original, self.canvas, round_down=self.round_down)
+        _, size = transforms.fitted(original, self.canvas, fit=self.fit)
         return _padded(transforms.resize(sample, size), self.canvas, self.max_boxes) | {
             "image_id": np.array(image_id, np.int64),
             "original_size": np.array(original, np.int32),

@@ -87,7 +87,7 @@ def eval_batches(
     *,
     batch_size: int,
     limit: int | None = None,
-    round_down: bool = False,
+    fit: str = "round",
 ) -> Batches:
     """The images of a split once, in order, resized to fit the canvas (`transforms.fitted`).
 
@@ -97,7 +97,7 @@ def eval_batches(
       cfg: `config.data`; read here: image_size, workers.
       batch_size: rows of every batch; the last batch is padded to it with grey images.
       limit: only the first images of the split; None takes all.
-      round_down: whether the sides of a resized image are rounded down instead of to the nearest pixel.
+      fit: how an image is resized, see `transforms.fitted`.
 
     Returns:
       An iterator with `close()` of the dicts of `train_batches` without masks, and image_id i64[B], original_size
@@ -116,6 +116,6 @@ def eval_batches(
         images=Images(dataclasses.replace(chosen, masks=None)),
         canvas=canvas_size(cfg),
         max_boxes=dataset.max_boxes,
-        round_down=round_down,
+        fit=fit,
     )
     return Batches(grain.MapDataset.source(plans), builder, workers=int(cfg["workers"]))

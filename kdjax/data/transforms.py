@@ -41,20 +41,23 @@ def resize(sample: Sample, size: tuple[int, int]) -> Sample:
 
 
 def fitted(
-    image_size: tuple[int, int], canvas: tuple[int, int], *, round_down: bool = False
+    image_size: tuple[int, int], canvas: tuple[int, int], *, fit: str = "round"
 ) -> tuple[float, tuple[int, int]]:
     """The factor that fits an image (h, w) into the canvas (h, w) with its aspect ratio, and the resulting size.
 
-    The size is rounded half up, or down, to integers of at least 1.
+    The size is rounded half up, or with the fit "down" down, to integers of at least 1; with "stretch" it is the
+    canvas.
 
     Example:
       >>> fitted((480, 640), (320, 320))
       (0.5, (240, 320))
-      >>> fitted((427, 640), (320, 320))[1], fitted((427, 640), (320, 320), round_down=True)[1]
+      >>> fitted((427, 640), (320, 320))[1], fitted((427, 640), (320, 320), fit="down")[1]
       ((214, 320), (213, 320))
     """
     factor = min(canvas[0] / image_size[0], canvas[1] / image_size[1])
-    if round_down:  # the small number keeps a product that is whole but for rounding
+    if fit == "stretch":
+        return factor, (canvas[0], canvas[1])
+    if fit == "down":  # the small number keeps a product that is whole but for rounding
         height, width = (max(int(side * factor + 1e-6), 1) for side in image_size)
         return factor, (height, width)
     return factor, scaled(image_size, factor)

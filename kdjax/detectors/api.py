@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import zlib
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 import numpy as np
@@ -112,7 +112,9 @@ class Detector:
     strides: tuple[int, ...]
     size_divisor: int  # sides of the network input divide by it
     pad_value: int  # grey level of the canvas around an image
-    round_down: bool = False  # in evaluations an image fitted to the canvas loses the fraction of a pixel
+    # How evaluations bring an image onto the canvas: "round" or "down" with its aspect ratio, in whole pixels, the
+    # rest padded; "stretch" onto all of it.
+    fit: Literal["round", "down", "stretch"] = "round"
     masks: str = ""  # which masks `decode` returns, "box" or "canvas" (`PaddedDetections.masks`); "": none
     shapes: tuple[Tree, Tree]  # (params, stats) as trees of jax.ShapeDtypeStruct
     # Paths of the modules whose last axis is the classes (of every anchor), such as "bbox_head/rtm_cls".

@@ -184,7 +184,7 @@ def make(
         strides=STRIDES,
         size_divisor=32,
         pad_value=114,
-        round_down=True,
+        fit="down",
         shapes=module.shapes,
         classifiers=("bbox_head/multi_level_conv_cls",),
         init=module.init,

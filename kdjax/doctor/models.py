@@ -90,7 +90,7 @@ def _detections(role: str, setup: Setup, image_count: int, changes: Sequence[Cha
             setup.config.data,
             batch_size=setup.config.eval.batch_size,
             limit=image_count,
-            round_down=detector.round_down,
+            fit=detector.fit,
         )
         run = prediction.program(
             detector,

@@ -7,6 +7,11 @@ from kdjax.evals import complexity
 from kdjax.export import graphs
 from kdjax.inference.model import Model
 
+_FITS = {
+    "round": "scaled to fit",
+    "down": "scaled to fit, fractions of a pixel cut off",
+    "stretch": "resized to it without keeping the aspect ratio",
+}
 _MASKS = {
     "canvas": "logits of the whole canvas, of which a cell has canvas / h pixels",
     "box": "probabilities inside the box",
@@ -22,8 +27,9 @@ def describe(model: Model, *, raw: bool, nms: bool = True) -> dict[str, str]:
       nms: whether the file holds the NMS.
     """
     height, width = model.image_size
-    fit = "scaled to fit, fractions of a pixel cut off" if model.detector.round_down else "scaled to fit"
-    image = f"image u8[1, {height}, {width}, 3], RGB, {fit}, at the top left, the rest {model.detector.pad_value}"
+    image = f"image u8[1, {height}, {width}, 3], RGB, {_FITS[model.detector.fit]}"
+    if model.detector.fit != "stretch":
+        image += f", at the top left, the rest {model.detector.pad_value}"
     outputs = "boxes f32[n, 4] x1 y1 x2 y2 in pixels of the canvas, scores f32[n], labels i64[n], best first"
     if model.detector.masks:
         outputs += f"; masks f32[n, h, w], {_MASKS[model.detector.masks]}"

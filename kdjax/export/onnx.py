@@ -176,7 +176,7 @@ def quantise(path: str | Path, model: Model, images: Iterable[np.ndarray]) -> No
     nodes = onnx.load(str(path)).graph.node
     chosen = [node for node in nodes if node.op_type == "Conv"] + _silus(nodes)
     names = [entry.name for entry in session(path).get_inputs()]
-    batches = predict.canvases(images, model.image_size, batch_size=1, round_down=model.detector.round_down)
+    batches = predict.canvases(images, model.image_size, batch_size=1, fit=model.detector.fit)
     feeds = ({name: batch[name] for name in names} for batch in batches)
 
     class Reader(quantization.CalibrationDataReader):

@@ -50,7 +50,7 @@ def compare(model: Model, call: Call, images: Iterable[np.ndarray], *, raw: bool
     decode = jax.jit(model.detector.decode)
     candidates = jax.jit(functools.partial(graphs.candidates, model, {}))
     worst, overlap = 0.0, 1.0
-    for batch in predict.canvases(images, model.image_size, batch_size=1, round_down=model.detector.round_down):
+    for batch in predict.canvases(images, model.image_size, batch_size=1, fit=model.detector.fit):
         canvas, placed = batch["image"], batch["image_size"]
         if raw:
             for own, exported in zip(jax.device_get(network(canvas)), call(canvas), strict=True):

@@ -74,8 +74,8 @@ class Model:
         Yields:
           Each image with its detections.
         """
-        canvas, round_down = self.image_size, self.detector.round_down
-        batches = predict.canvases(images, canvas, batch_size=batch_size, round_down=round_down)
+        canvas, fit = self.image_size, self.detector.fit
+        batches = predict.canvases(images, canvas, batch_size=batch_size, fit=fit)
         for batch, detections in self.predict(batches, devices=jax.local_devices()[:batch_size]):
             yield from zip(batch["originals"], detections, strict=False)  # the last batch is filled up
 

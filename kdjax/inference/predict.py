@@ -177,18 +177,18 @@ def in_originals(
     return found
 
 
-def on_canvas(image: np.ndarray, canvas: tuple[int, int], *, round_down: bool = False) -> tuple[np.ndarray, np.ndarray]:
+def on_canvas(image: np.ndarray, canvas: tuple[int, int], *, fit: str = "round") -> tuple[np.ndarray, np.ndarray]:
     """An image as a detector gets it in every evaluation.
 
     Args:
       image: u8[h, w, 3], RGB.
       canvas: height and width in pixels.
-      round_down: `Detector.round_down`.
+      fit: `Detector.fit`.
 
     Returns:
       The canvas u8[H, W, 3], the image fitted to its top left, and the image's size on it, i32[2].
     """
-    size = transforms.fitted(image.shape[:2], canvas, round_down=round_down)[1]
+    size = transforms.fitted(image.shape[:2], canvas, fit=fit)[1]
     sample = transforms.Sample(image, np.zeros((0, 4), np.float32), np.zeros(0, np.int32))
     return transforms.pad(transforms.resize(sample, size), canvas).image, np.array(size, np.int32)
 
@@ -221,7 +221,7 @@ def read_image(file: Path, *, exif: str = "stored", warn: Callable[[str], None] 
 
 
 def canvases(
-    images: Iterable[np.ndarray], canvas: tuple[int, int], *, batch_size: int, round_down: bool = False
+    images: Iterable[np.ndarray], canvas: tuple[int, int], *, batch_size: int, fit: str = "round"
 ) -> Iterator[Batch]:
     """Batches for `predict` of images of any size.
 
@@ -229,14 +229,14 @@ def canvases(
       images: u8[h, w, 3] RGB each; read as they are needed.
       canvas: height and width of the network input in pixels.
       batch_size: images of a batch; the last batch is filled up with rows that are not real.
-      round_down: `Detector.round_down`.
+      fit: `Detector.fit`.
 
     Yields:
       `image`, `image_size`, `original_size`, `real` as for `predict`, and `originals`, the list of the images.
     """
     images = iter(images)
     while originals := list(itertools.islice(images, batch_size)):
-        rows = [on_canvas(image, canvas, round_down=round_down) for image in originals]
+        rows = [on_canvas(image, canvas, fit=fit) for image in originals]
         sizes = [image.shape[:2] for image in originals]
         missing = batch_size - len(rows)
         placed, image_size = (np.stack(part) for part in zip(*rows + rows[-1:] * missing, strict=True))

@@ -51,7 +51,7 @@ def evaluate(setup: Setup, role: str, *, limit: int = 0) -> Evaluation:
         config.data,
         batch_size=config.eval.batch_size,
         limit=limit or None,
-        round_down=detector.round_down,
+        fit=detector.fit,
     )
     bar = tqdm(batches, desc=f"evaluate {role}", unit="batch", leave=False, disable=jax.process_index() > 0)
     by_image, shown = {}, []

@@ -250,13 +250,22 @@ def test_evaluation_of_the_first_images(dataset, cfg):
 
 
 def test_evaluation_may_round_sizes_down(dataset, cfg):
-    batches = list(data.eval_batches(dataset, "train", cfg, batch_size=11, round_down=True))
+    batches = list(data.eval_batches(dataset, "train", cfg, batch_size=11, fit="down"))
     originals, sizes = (batches[0][name] for name in ("original_size", "image_size"))
     exact = originals * np.min([48, 64] / originals, axis=1, keepdims=True)
     np.testing.assert_array_equal(sizes, np.floor(exact + 1e-6))
     assert (exact - sizes).max() > 0.5  # rounded, it would be one more
     for row, (height, width) in enumerate(sizes):
         assert (batches[0]["image"][row, height:] == 114).all() and (batches[0]["image"][row, :, width:] == 114).all()
+
+
+def test_evaluation_may_fill_the_canvas(dataset, cfg):
+    fitted, filled = (
+        next(data.eval_batches(dataset, "train", cfg, batch_size=11, fit=fit)) for fit in ("round", "stretch")
+    )
+    assert (filled["image_size"] == [48, 64]).all() and (fitted["image_size"] != [48, 64]).any()
+    ratio = (filled["image_size"] / fitted["image_size"])[:, None, [1, 0, 1, 0]]
+    np.testing.assert_allclose(filled["boxes"], fitted["boxes"] * ratio, rtol=1e-5)
 
 
 def test_the_largest_of_too_many_boxes_are_kept(tmp_path):

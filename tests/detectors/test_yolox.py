@@ -572,7 +572,7 @@ def test_published_weights_find_what_is_stored(nano, split):
 def test_maps_equal_onnxruntimes(nano):
     runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     image = next((SHARED / "data" / "coco_mini" / "images" / "val").glob("*.jpg"))
-    canvas, _ = on_canvas(records.decode(image.read_bytes()), (416, 416), round_down=True)
+    canvas, _ = on_canvas(records.decode(image.read_bytes()), (416, 416), fit="down")
     x = nano.detector.preprocess(canvas[None])
     session = runtime.InferenceSession(str(SHARED / "weights" / "yolox_nano.onnx"), providers=["CPUExecutionProvider"])
     (theirs,) = session.run(None, {"images": np.asarray(x).transpose(0, 3, 1, 2)})
