@@ -1,16 +1,20 @@
 """One-to-one matching against scipy, and what must not change it."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.optimize import linear_sum_assignment
 
-from kdjax.boxes import convert, iou, matching
+from kdjax.boxes import matching
 from kdjax.errors import UserError
+from tests.support.arrays import quick_jit
+from tests.support.boxes import slow_iou
 
 QUERIES, OBJECTS = 30, 12
-hungarian = jax.jit(matching.hungarian)
+hungarian = quick_jit(matching.hungarian)
 
 
 def problems(seed: int, count: int, queries: int = QUERIES, objects: int = OBJECTS):
@@ -69,7 +73,7 @@ def test_padding_and_the_order_of_objects_change_nothing():
     np.testing.assert_array_equal(hungarian(cost[:, :, order], valid[:, order]), found[:, order])
     padded = np.pad(cost, [(0, 0), (0, 0), (3, 5)], constant_values=np.nan)
     more = np.pad(valid, [(0, 0), (3, 5)])
-    np.testing.assert_array_equal(jax.jit(matching.hungarian)(padded, more)[:, 3:-5], found)
+    np.testing.assert_array_equal(hungarian(padded, more)[:, 3:-5], found)
     several = hungarian(cost.reshape(5, 10, QUERIES, -1), valid.reshape(5, 10, -1))
     np.testing.assert_array_equal(several.reshape(50, -1), found)
 
@@ -93,21 +97,25 @@ def test_cost_is_the_formula():
     boxes, truth = (rng.uniform(0.1, 0.6, (2, n, 4)).astype(np.float32) for n in (6, 3))
     boxes[0, 0, 2] = -0.1  # an inverted box has no width in the GIoU, and its own in L1
     weights = {"class_weight": 3, "l1_weight": 4, "giou_weight": 5}
-    cost = matching.matching_cost(logits, boxes, labels, truth, **weights, alpha=0.4, gamma=3)
+    cost = np.asarray(
+        quick_jit(functools.partial(matching.matching_cost, **weights, alpha=0.4, gamma=3))(
+            logits, boxes, labels, truth
+        )
+    )
     solid = boxes * [1, 1, 0, 1] + np.maximum(boxes, 0) * [0, 0, 1, 0]
-    corners = [np.asarray(convert.from_cxcywh(x)) for x in (solid, truth)]
+    corners = [np.concatenate([x[..., :2] - x[..., 2:] / 2, x[..., :2] + x[..., 2:] / 2], -1) for x in (solid, truth)]
     for b in range(2):
         for q in range(6):
             for m in range(3):
                 p = 1 / (1 + np.exp(-np.float64(logits[b, q, labels[b, m]])))
                 present, absent = -0.4 * (1 - p) ** 3 * np.log(p + 1e-8), -0.6 * p**3 * np.log(1 - p + 1e-8)
-                giou = float(iou.box_iou(corners[0][b, q], corners[1][b, m], mode="giou", eps=1e-12))
+                giou = slow_iou(corners[0][b, q], corners[1][b, m], "giou")
                 want = 3 * (present - absent) + 4 * np.abs(boxes[b, q] - truth[b, m]).sum() - 5 * giou
                 assert cost[b, q, m] == pytest.approx(want, abs=1e-4)
 
 
 def test_no_gradient_flows():
-    slope = jax.grad(lambda x: jnp.sum(matching.matching_cost(x, x, np.array([0]), np.full((1, 4), 0.5))))
+    slope = quick_jit(jax.grad(lambda x: jnp.sum(matching.matching_cost(x, x, np.array([0]), np.full((1, 4), 0.5)))))
     assert not np.any(slope(np.full((3, 4), 0.3, np.float32)))
 
 

@@ -9,6 +9,7 @@ import pytest
 from kdjax.boxes import convert
 from kdjax.detectors import denoising
 from kdjax.errors import UserError
+from tests.support.arrays import quick_jit
 from tests.support.queries import CLASSES, NUMBER, SIZE, reordered, some_targets, widened
 
 SIDES = np.float32([SIZE[1], SIZE[0]] * 2)
@@ -16,18 +17,20 @@ SIDES = np.float32([SIZE[1], SIZE[0]] * 2)
 
 @functools.cache
 def program(**settings):
-    def run(key, targets):
-        batch, objects = targets.valid.shape
-        number = settings.get("number", NUMBER)
-        draws = denoising.draw(key, batch, denoising.places(number, objects), CLASSES)
-        of_all = {"number": number, "num_classes": CLASSES} | settings
+    def run(draws, targets):
+        of_all = {"number": NUMBER, "num_classes": CLASSES} | settings
         return denoising.contrastive(draws, targets.boxes / SIDES, targets.labels, targets.valid, **of_all)
 
-    return jax.jit(run)
+    return quick_jit(run)
 
 
-def noised(targets, seed=0, **settings):
-    return jax.tree.map(np.asarray, program(**settings)(jax.random.key(seed), targets))
+def noised(targets, draws=None, **settings):
+    """With other draws for each place if there are none."""
+    batch, size = len(targets.valid), denoising.places(settings.get("number", NUMBER), targets.valid.shape[1])
+    rng = np.random.default_rng(0)
+    uniform, sign = rng.random((batch, size, 4), np.float32), rng.choice(np.float32([-1, 1]), (batch, size, 4))
+    made = denoising.Draws(uniform[..., 0], np.int32(uniform[..., 1] * CLASSES), uniform, sign)
+    return jax.tree.map(np.asarray, program(**settings)(draws or made, targets))
 
 
 def test_groups_of_positives_and_negatives():
@@ -71,7 +74,8 @@ def test_strength_of_the_noise():
     targets = some_targets(1, [4] * 64, 4)
     middle = np.concatenate([targets.boxes[..., :2] + targets.boxes[..., 2:]] * 2, -1) / 2
     targets = targets._replace(boxes=np.float32(middle + np.float32([-5, -4, 5, 4])))  # noise does not leave the image
-    found = noised(targets, number=40, label_noise=0.5, box_noise=0.6)
+    draws = denoising.draw(jax.random.key(0), 64, 80, CLASSES)
+    found = noised(targets, draws, number=40, label_noise=0.5, box_noise=0.6)
     assert found.live.all()
     index = np.arange(80) % 4
     own, negative = targets.boxes[:, index] / SIDES, np.arange(80) % 8 >= 4

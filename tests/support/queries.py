@@ -69,6 +69,14 @@ def reordered(targets: Targets, order: np.ndarray) -> Targets:
     return targets._replace(**{name: getattr(targets, name)[:, order] for name in ("boxes", "labels", "valid")})
 
 
+def soiled(targets: Targets) -> Targets:
+    """With numbers in the padding that would show."""
+    return targets._replace(
+        boxes=np.where(targets.valid[..., None], targets.boxes, np.float32(33)),
+        labels=np.where(targets.valid, targets.labels, 1).astype(np.int32),
+    )
+
+
 def widened(targets: Targets, more: int) -> Targets:
     """With more padding, which holds numbers that would show."""
     return targets._replace(
