@@ -309,7 +309,8 @@ def edge_losses(
     reference, wanted, positive = layers[-1].reference, _of_matched(truth.boxes, matched), matched >= 0
     assert reference is not None, "layers of D-FINE"
     others, last = ~positive & live, jax.lax.stop_gradient(corners[-1])
-    target = edges.edge_distance(jax.lax.stop_gradient(reference), wanted, scale=scale)
+    reference = jax.lax.stop_gradient(reference).astype(jnp.float32)
+    target = edges.edge_distance(reference, wanted, scale=scale)
     score = jax.lax.stop_gradient(jnp.max(jax.nn.sigmoid(logits[-1]), -1))
 
     def one(boxes: Array, corners: Array) -> dict[str, Array]:
