@@ -3,7 +3,7 @@
 from kdjax.distill.adapters import adapt, init_adapters, init_generators
 from kdjax.distill.distiller import Distiller
 from kdjax.distill.method import Context, Method, check, check_choice, mean_over_levels, mean_over_positives
-from kdjax.distill.pairing import by_hungarian, by_location, by_overlap, by_place
+from kdjax.distill.pairing import auto, by_hungarian, by_location, by_overlap, by_place
 from kdjax.distill.taps import Pair, Reads, pair, tap
 from kdjax.distill.teachers import Custom, Student, Teacher, on_host, recorded, spec_of
 
@@ -17,6 +17,7 @@ __all__ = [
     "Student",
     "Teacher",
     "adapt",
+    "auto",
     "by_hungarian",
     "by_location",
     "by_overlap",

@@ -130,7 +130,10 @@ class Distiller:
         if getattr(self.teacher, "observe", None) is None:
             raise UserError("teacher: it has no `observe`: pass its output to `terms` as `observed`")
         variables = self.variables if variables is None else variables
-        output = taps.only(self.teacher.observe(variables, batch), self.teacher_reads)
+        whole = self.teacher.observe(variables, batch)
+        output = taps.only(whole, self.teacher_reads)
+        if self._pairs_by_content(lambda: self.student.spec(batch["image"].shape[1:3]), whole):
+            output = dataclasses.replace(output, rows=whole.rows)
         return jax.lax.stop_gradient(output)
 
     def terms(
@@ -179,6 +182,7 @@ class Distiller:
         of_regions = _regions(student, teacher, assignment) if by_regions else None
 
         def paired(given: Assignment) -> Assignment:
+            given = given._replace(queries=None, denoising=None)
             if (own := student.rows) is not None and student.at is None:
                 given = jax.tree.map(lambda rows: rows[:, : _count(own)], given)
             return pairings.take_assignment(given, pairs)
@@ -256,17 +260,26 @@ class Distiller:
         for role, output in (("student", student), ("teacher", teacher)):
             if method.one_stage and output.at is not None:
                 raise UserError(f"the {role} has two stages: {method.one_stage}")
+            if method.grid and output.layers:
+                raise UserError(f"the {role} is a transformer, whose queries lie on no grid: {method.grid}")
         compares, proposes = _compares_rows(method), "proposals" in method.reads.teacher
+        if compares and self.pairing is pairings.by_place and (student.layers or teacher.layers):
+            raise UserError(
+                "predictions are compared row by row, and the rows of a transformer are queries, which have no place: "
+                "take a method that compares maps, or pair them by `kdjax.distill.pairing.by_hungarian` or `by_overlap`"
+            )
         by_regions = (compares or proposes) and regions.check(student, teacher)
         if proposes and not by_regions:
             raise UserError("the teacher's proposals are compared, which needs a student and a teacher with two stages")
         if compares and by_regions:
             box = jax.ShapeDtypeStruct((1, 1, 4), jnp.float32)
             student, teacher = regions.with_rows(student, teacher, cast(Array, box))
-        student, teacher = self._read(method, student, teacher)
+        read = self._read(method, student, teacher)
         if compares and not by_regions:
-            self.pairing(student.rows or Rows(), teacher.rows or Rows())
-        return student, teacher
+            by_content = self._pairs_by_content(lambda: student, teacher)
+            sides = (student, teacher) if by_content else read
+            self.pairing(*(side.rows or Rows() for side in sides))
+        return read
 
     def _read(
         self, method: Method, student: DetectorOutput, teacher: DetectorOutput
@@ -288,6 +301,15 @@ class Distiller:
         if student is None or teacher is None or not any(map(_compares_rows, self.methods.values())):
             return None
         return self.pairing(student, teacher)
+
+    def _pairs_by_content(self, student: Callable[[], DetectorOutput], teacher: DetectorOutput) -> bool:
+        """Whether rows are paired by more of what they say than the methods read of them."""
+        if self.pairing is pairings.by_place or not any(map(_compares_rows, self.methods.values())):
+            return False
+        if self.pairing is not pairings.auto:
+            return True
+        sides = teacher.rows, self._with_rows(student()).rows
+        return any(rows is not None and pairings.are_queries(rows) for rows in sides)
 
     def _assign(self, output: DetectorOutput, targets: Targets, key: Array) -> Assignment:
         return jax.lax.stop_gradient(self.student.assign(output, targets, key))

@@ -72,6 +72,8 @@ class Method(NamedTuple):
     name: str = ""
     # Why the method has no meaning for detectors with two stages, the rest of a sentence; "": it has one.
     one_stage: str = ""
+    # Why the method needs priors on a grid, which a transformer has not, the rest of a sentence; "": it does not.
+    grid: str = ""
 
 
 def schedule(*, start: int = 0, stop: int = 0, warmup: int = 0, decay: int = 0) -> Callable[[AnyArray | int], Array]:

@@ -11,14 +11,38 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from kdjax.boxes import iou
+from kdjax.boxes import iou, matching
 from kdjax.distill.taps import ROWS
 from kdjax.errors import UserError
 from kdjax.structs import AnyArray, Array, Assignment, Pairing, Rows
 
 Rule = Callable[[Rows, Rows], Pairing | None]
+SCORE = 0.05  # the best class score from which `auto` compares a row of the teacher
+
+
+def auto(student: Rows, teacher: Rows) -> Pairing | None:
+    """The rule that fits: by place, or where rows are queries, which have no place, by what they say.
+
+    Args:
+      student, teacher: rows. Queries are rows without levels.
+
+    Returns:
+      `by_place` if neither side has queries, `by_hungarian` if both have, else `by_overlap`; of the last two without
+      the rows of the teacher whose best class score is below 0.05.
+
+    Raises:
+      UserError: that rule cannot pair them.
+    """
+    queries = [are_queries(rows) for rows in (student, teacher)]
+    if not any(queries):
+        return by_place(student, teacher)
+    return (by_hungarian if all(queries) else by_overlap)(student, teacher, score=SCORE)
+
+
+def are_queries(rows: Rows) -> bool:
+    """Whether rows are queries: they belong to no level, and are not regions."""
+    return not rows.level_sizes and rows.form == "sigmoid"
 
 
 def by_place(student: Rows, teacher: Rows) -> None:
@@ -60,28 +84,32 @@ def by_location(student: Rows, teacher: Rows) -> Pairing:
     return _broadcast(student, nearest, distance < 1e-3)
 
 
-def by_overlap(student: Rows, teacher: Rows, *, threshold: float = 0.5) -> Pairing:
+def by_overlap(student: Rows, teacher: Rows, *, threshold: float = 0.5, score: float = 0.0) -> Pairing:
     """Pairs a row of the student with the row of the teacher whose box overlaps its own most.
 
     Args:
       student, teacher: rows with `boxes` f32[B, N, 4].
       threshold: smallest IoU of a pair, 0 .. 1.
+      score: rows of the teacher whose best class score is below have no partner, 0 .. 1; above 0 the teacher's rows
+        need `logits`.
 
     Returns:
       The pairing, one pair for each row of the student, without gradient. The IoU of all pairs of an image is
       computed in blocks of 1,024 rows of the student, so that memory is bounded.
 
     Raises:
-      UserError: a side has no boxes, or the classes differ.
+      UserError: a side has no boxes, the teacher no logits, or the classes differ.
     """
     _check_classes(student, teacher)
     student_boxes, teacher_boxes = _boxes(student, teacher)
+    if score and teacher.logits is None:
+        raise UserError("pairing by overlap: the teacher's rows have no scores: they must have `logits`")
     if isinstance(student_boxes, jax.ShapeDtypeStruct):
         return _spec(student)
 
-    def image(own: Array, other: Array) -> tuple[Array, Array]:
+    def image(own: Array, other: Array, kept: Array) -> tuple[Array, Array]:
         def block(boxes: Array) -> tuple[Array, Array]:
-            overlaps = iou.box_iou(boxes[:, None], other[None])
+            overlaps = jnp.where(kept, iou.box_iou(boxes[:, None], other[None]), -1.0)
             return jnp.argmax(overlaps, 1), jnp.max(overlaps, 1)
 
         size = min(1024, len(own))
@@ -89,12 +117,15 @@ def by_overlap(student: Rows, teacher: Rows, *, threshold: float = 0.5) -> Pairi
         index, best = jax.lax.map(block, padded)
         return index.reshape(-1)[: len(own)], best.reshape(-1)[: len(own)]
 
-    index, best = jax.vmap(image)(jax.lax.stop_gradient(student_boxes), jax.lax.stop_gradient(teacher_boxes))
+    own, other = map(jax.lax.stop_gradient, (student_boxes, teacher_boxes))
+    index, best = jax.vmap(image)(own, other, _kept(teacher, score))
     rows = jnp.broadcast_to(jnp.arange(index.shape[1], dtype=jnp.int32), index.shape)
     return Pairing(rows, index.astype(jnp.int32), best >= threshold)
 
 
-def by_hungarian(student: Rows, teacher: Rows, *, class_weight: float = 1.0, box_weight: float = 2.0) -> Pairing:
+def by_hungarian(
+    student: Rows, teacher: Rows, *, class_weight: float = 1.0, box_weight: float = 2.0, score: float = 0.0
+) -> Pairing:
     """One-to-one pairs of least total cost: class_weight * L1 of the probabilities + box_weight * (1 - IoU).
 
     For queries; the cost matrix has all pairs of an image.
@@ -102,6 +133,7 @@ def by_hungarian(student: Rows, teacher: Rows, *, class_weight: float = 1.0, box
     Args:
       student, teacher: rows with `logits` f32[B, N, K] and `boxes` f32[B, N, 4].
       class_weight, box_weight: of the two costs, >= 0.
+      score: rows of the teacher whose best class score is below have no partner, 0 .. 1.
 
     Returns:
       The pairing, min(N of the student, N of the teacher) pairs, without gradient.
@@ -113,17 +145,35 @@ def by_hungarian(student: Rows, teacher: Rows, *, class_weight: float = 1.0, box
     student_boxes, teacher_boxes = _boxes(student, teacher)
     if student.logits is None or teacher.logits is None:
         raise UserError("pairing by the Hungarian method: one side has no logits: its rows must have `logits`")
+    counts = student_boxes.shape[1], teacher_boxes.shape[1]
     if isinstance(student_boxes, jax.ShapeDtypeStruct):
-        return _spec(student if student_boxes.shape[1] <= teacher_boxes.shape[1] else teacher)
+        return _spec(student if counts[0] <= counts[1] else teacher)
+    sides = (student.logits, teacher.logits, student_boxes, teacher_boxes)
+    own_logits, other_logits, own, other = map(jax.lax.stop_gradient, sides)
+    probs = jax.nn.sigmoid(own_logits.astype(jnp.float32)), jax.nn.sigmoid(other_logits.astype(jnp.float32))
 
-    def image(own_logits: Array, own: Array, other_logits: Array, other: Array) -> tuple[Array, Array]:
-        apart = jnp.abs(jax.nn.sigmoid(own_logits)[:, None] - jax.nn.sigmoid(other_logits)[None])
-        cost = class_weight * jnp.sum(apart, -1) + box_weight * (1 - iou.box_iou(own[:, None], other[None]))
-        return optax.assignment.hungarian_algorithm(cost)
+    def of_classes(one: Array) -> Array:
+        """f32[B, S, T], of one class at a time: all classes at once would not fit in memory."""
+        return jnp.abs(probs[0][..., one][:, :, None] - probs[1][..., one][:, None])
 
-    sides = (student.logits, student_boxes, teacher.logits, teacher_boxes)
-    i, j = jax.vmap(image)(*map(jax.lax.stop_gradient, sides))
-    return Pairing(i.astype(jnp.int32), j.astype(jnp.int32), jnp.ones(i.shape, bool))
+    apart = jax.lax.fori_loop(
+        0, probs[0].shape[-1], lambda k, total: total + of_classes(k), jnp.zeros((len(own), *counts))
+    )
+    cost = class_weight * apart + box_weight * (1 - iou.box_iou(own[:, :, None], other[:, None]))
+    kept = _kept(teacher, score)
+    if counts[0] >= counts[1]:
+        found = matching.hungarian(cost, kept)
+        rows = jnp.broadcast_to(jnp.arange(counts[1], dtype=jnp.int32), found.shape)
+        return Pairing(jnp.maximum(found, 0), rows, found >= 0)
+    # Rows without a partner are the dearest, so that the fewer rows of the student have the others first.
+    dear = jnp.max(cost, (1, 2), keepdims=True) + 1
+    cost = jnp.where(kept[:, None], cost, dear * counts[0] + 1)
+    found = matching.hungarian(jnp.swapaxes(cost, 1, 2), jnp.ones((len(cost), counts[0]), bool))
+    rows = jnp.broadcast_to(jnp.arange(counts[0], dtype=jnp.int32), found.shape)
+    return Pairing(rows, found, jnp.take_along_axis(kept, found, 1))
+
+
+RULES: dict[str, Rule] = {rule.__name__: rule for rule in (auto, by_place, by_location, by_overlap, by_hungarian)}
 
 
 def take(rows: Rows, index: Array | None) -> Rows:
@@ -166,6 +216,15 @@ def _check_classes(student: Rows, teacher: Rows) -> None:
     classes = [None if rows.logits is None else rows.logits.shape[-1] for rows in (student, teacher)]
     if None not in classes and classes[0] != classes[1]:
         raise UserError(f"the student has {classes[0]} classes and the teacher {classes[1]}: they must be the same")
+
+
+def _kept(teacher: Rows, score: float) -> Array:
+    """Which rows have a best class score of at least `score`, bool[B, N]."""
+    assert teacher.boxes is not None
+    if not score:
+        return jnp.ones(teacher.boxes.shape[:2], bool)
+    assert teacher.logits is not None
+    return jax.lax.stop_gradient(jnp.max(jax.nn.sigmoid(teacher.logits), -1)) >= score
 
 
 def _boxes(student: Rows, teacher: Rows) -> tuple[Array, Array]:

@@ -22,9 +22,10 @@ def check(student: DetectorOutput, teacher: DetectorOutput) -> bool:
     """
     kinds = []
     for output in (student, teacher):
-        priors = output.rows is not None and output.rows.logits is not None
-        kinds.append("regions" if output.at is not None else "priors" if priors else "")
-    if set(kinds) == {"regions", "priors"}:
+        predicts = output.rows is not None and output.rows.logits is not None
+        kind = "queries" if output.layers else "priors" if predicts else ""
+        kinds.append("regions" if output.at is not None else kind)
+    if "regions" in kinds and {"priors", "queries"} & set(kinds):
         raise UserError(
             f"predictions are compared row by row, and the rows of the student are {kinds[0]}, those of the teacher "
             f"{kinds[1]}: take two detectors with two stages, two with one, or a method that compares maps"

@@ -25,6 +25,8 @@ NEEDS = {
     "neck_conv": "a neck that ends in convolutions with norm and activation",
     "quality": "a head that predicts centreness or objectness",
     "rows.quality": "a head that predicts centreness or objectness",
+    "rows.location": "priors on a grid",
+    "cls_logits": "priors on a grid",
     "rows.distribution": "box edges as distributions over bins, as GFL has them",
 }
 ROWS = ("logits", "boxes", "quality", "distribution", "location")
@@ -172,10 +174,16 @@ def shared_levels(student: DetectorOutput, teacher: DetectorOutput) -> tuple[Det
     """
     same = [a == b for a, b in zip(student.strides, teacher.strides, strict=False)]
     count = same.index(False) if False in same else len(same)
-    return (_cut(student, count), _cut(teacher, count)) if count else (student, teacher)
+    if not count:
+        return student, teacher
+    # Queries are predictions of all levels, and are compared with those of all levels.
+    whole = bool(student.layers or teacher.layers) or any(
+        side.rows is not None and not side.rows.level_sizes for side in (student, teacher)
+    )
+    return _cut(student, count, whole), _cut(teacher, count, whole)
 
 
-def _cut(output: DetectorOutput, count: int) -> DetectorOutput:
+def _cut(output: DetectorOutput, count: int, whole: bool) -> DetectorOutput:
     if count == len(output.strides):
         return output
     cut = {field: getattr(output, field)[:count] for field in LEVELS if field != "backbone"}
@@ -184,7 +192,7 @@ def _cut(output: DetectorOutput, count: int) -> DetectorOutput:
         for field in TOWERS
     }
     rows = output.rows
-    if rows is not None and rows.level_sizes:
+    if rows is not None and rows.level_sizes and not whole:
         rows = first_rows(rows, count)
     return dataclasses.replace(output, strides=output.strides[:count], rows=rows, **cut)
 

@@ -17,6 +17,7 @@ import jax
 from kdjax import plugins
 from kdjax.distill.distiller import Distiller, Loaded
 from kdjax.distill.method import Method, schedule
+from kdjax.distill.pairing import Rule, by_place
 from kdjax.distill.teachers import Custom, Student, Teacher
 from kdjax.errors import UserError
 
@@ -76,7 +77,11 @@ def build(name: str, **chosen: Any) -> Method:
 
 
 def refusal(
-    name: str, student: Student | Loaded, teacher: Teacher | Custom | Loaded, image_size: tuple[int, int]
+    name: str,
+    student: Student | Loaded,
+    teacher: Teacher | Custom | Loaded,
+    image_size: tuple[int, int],
+    pairing: Rule = by_place,
 ) -> str:
     """The error with which a method with default options refuses a student and a teacher; "" if it accepts them.
 
@@ -84,8 +89,9 @@ def refusal(
       name: of a method.
       student, teacher: as `Distiller` takes them.
       image_size: height and width of the network input in pixels.
+      pairing: which rows are compared.
     """
-    distiller = Distiller(student, teacher, [build(name)])
+    distiller = Distiller(student, teacher, [build(name)], pairing)
     try:
         jax.eval_shape(lambda key: distiller.init(key, image_size), jax.ShapeDtypeStruct((2,), jax.numpy.uint32))
     except UserError as error:

@@ -148,7 +148,8 @@ def make(
         (*dict.fromkeys(place(teacher, branch) for branch in used), *maps, "rows.logits", "head"),
     )
     why = "CrossKD enters the tower of a head over the maps, and a second stage has none"
-    return method.Method(init, apply, weights, reads, one_stage=why)
+    grid = "CrossKD enters the tower of a head over the maps, and a decoder has none"
+    return method.Method(init, apply, weights, reads, one_stage=why, grid=grid)
 
 
 def rows_of(maps: tuple[Array, ...], context: method.Context) -> Array:

@@ -137,4 +137,5 @@ def make(
 
     names = ("rows.logits", "rows.boxes")
     reads = taps.Reads((student, *names, "rows.location", "targets", "assignment"), (teacher, *names))
-    return method.Method(init, apply, weights, reads)
+    grid = "GID assigns what it chooses to priors, and no query learns from another"
+    return method.Method(init, apply, weights, reads, grid=grid)

@@ -110,4 +110,5 @@ def make(
     names = ("rows.logits", "rows.distribution")
     reads = taps.Reads((*names, "rows.location", "targets", "assignment"), names)
     why = "LD compares box edges as distributions over bins, and regions have one number for each"
-    return method.Method(init, apply, weights, reads, one_stage=why)
+    grid = "LD compares the distances of the edges from one prior, and each query counts them from a box of its own"
+    return method.Method(init, apply, weights, reads, one_stage=why, grid=grid)

@@ -85,4 +85,5 @@ def make(
 
     reads = taps.Reads((student, "cls_logits", "rows.logits"), (teacher, "cls_logits", "rows.logits"))
     why = "PFI weights the cells of a map by their class predictions, and a second stage classifies regions"
-    return method.Method(init, apply, {"feature": weight}, reads, one_stage=why)
+    grid = "PFI weights the cells of a map by their class predictions, and a decoder classifies queries"
+    return method.Method(init, apply, {"feature": weight}, reads, one_stage=why, grid=grid)

@@ -75,4 +75,5 @@ def make(
     names = ("rows.logits", *(() if quality == "cls" else ("rows.boxes",)))
     reads = taps.Reads((*names, "assignment", "targets"), names)
     why = "RM ranks all priors of one object, and a second stage looks at a few regions, drawn at random"
-    return method.Method(init, apply, {"rank": weight}, reads, one_stage=why)
+    grid = "RM ranks all priors of one object, and one query alone has it"
+    return method.Method(init, apply, {"rank": weight}, reads, one_stage=why, grid=grid)

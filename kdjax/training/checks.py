@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kdjax import data, detectors, files, methods, resources, sharding
+from kdjax.distill import pairing
 from kdjax.errors import UserError, prefix
 from kdjax.structs import Array, DetectorOutput, targets_of
 from kdjax.training import config as settings
@@ -41,6 +42,8 @@ def check_settings(config: Config) -> None:
     with prefix("config.data"):
         data.check_settings(config.data)
     build_methods(config)
+    if config.pairing not in pairing.RULES:
+        raise UserError(f"config.pairing must be one of {', '.join(pairing.RULES)}, not {config.pairing!r}")
     devices = sharding.make_mesh().size
     if config.batch_size % devices:
         raise UserError(f"config.batch_size must be divisible by the {devices} devices, not {config.batch_size}")

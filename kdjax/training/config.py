@@ -44,6 +44,9 @@ def base() -> Config:
         )
     )
     config.methods = ConfigDict()  # {method: its options}; the terms of several methods are added
+    # Which rows of predictions methods compare: auto (by place; of transformers, whose queries have none, by_hungarian
+    # or, with another detector, by_overlap), by_place, by_location, by_overlap or by_hungarian
+    config.pairing = "auto"
     config.twin = False  # also train the same student on the same batches without the teacher, for comparison
 
     config.data = ConfigDict(

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from kdjax import data, detectors, files, methods, sharding, weights
 from kdjax.detectors.api import Detector, Tree
-from kdjax.distill import Distiller, Method
+from kdjax.distill import Distiller, Method, pairing
 from kdjax.errors import UserError, listed
 from kdjax.structs import Array, PyTree
 from kdjax.training import optim
@@ -238,7 +238,8 @@ def prepare(config: Config, dataset: data.Dataset) -> Setup:
     for role, detector in (("student", student), ("teacher", teacher)):
         if detector:
             check_size(role, detector, (height, width))
-    distiller = Distiller(student, cast(Detector, teacher), chosen) if chosen else None
+    rule = pairing.RULES[config.pairing]
+    distiller = Distiller(student, cast(Detector, teacher), chosen, rule) if chosen else None
     adapters = init_adapters(distiller, key, (height, width)) if distiller else {}
 
     def no_decay(params: Tree) -> Tree:
@@ -261,7 +262,7 @@ def prepare(config: Config, dataset: data.Dataset) -> Setup:
 
     def update(name: str, teacher: Detector | None = None) -> jax.stages.Wrapped:
         trained = in_precision(student, config.dtype)
-        distiller = Distiller(trained, in_precision(teacher, config.dtype), chosen) if teacher else None
+        distiller = Distiller(trained, in_precision(teacher, config.dtype), chosen, rule) if teacher else None
         step = make_step(trained, optimizer, lambda at: optim.ema_rate(config, at), distiller=distiller)
         return program(name, step, donate_argnums=0, out_shardings=everywhere)
 
@@ -311,7 +312,8 @@ def init_adapters(distiller: Distiller, key: Array, image_size: tuple[int, int])
     try:
         return distiller.init(key, image_size)
     except UserError as error:
-        able = [n for n in methods.names() if not methods.refusal(n, distiller.student, distiller.teacher, image_size)]
+        sides = distiller.student, distiller.teacher
+        able = [n for n in methods.names() if not methods.refusal(n, *sides, image_size, distiller.pairing)]
         name = str(error).partition(":")[0]
         others = "" if name in able else f"; methods that run on this student and teacher: {', '.join(able)}"
         raise UserError(f"config.methods.{error}{others}") from error

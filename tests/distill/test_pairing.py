@@ -1,5 +1,6 @@
 """Which row meets which: the rules against slow loops, and what a pairing does to rows and assignments."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kdjax.distill import by_hungarian, by_location, by_overlap, by_place, pairing
+from kdjax.distill import auto, by_hungarian, by_location, by_overlap, by_place, pairing
 from kdjax.errors import UserError
 from kdjax.structs import Assignment, Pairing, Rows
 from tests.support.arrays import quick_jit
@@ -161,3 +162,64 @@ def test_an_assignment_ignores_rows_without_a_partner():
             assert np.array_equal(getattr(found, field)[b, p], getattr(assignment, field)[b, index[b, p]])
     np.testing.assert_array_equal(found.positive, [[True, False], [False, True]])
     np.testing.assert_array_equal(found.ignore, [[False, True], [True, False]])
+
+
+def queries(seed: int, count: int) -> Rows:
+    return dataclasses.replace(rows(seed, count), location=None, level_sizes=())
+
+
+def pairs(found: Pairing, image: int) -> set[tuple[int, int]]:
+    i, j, valid = (np.asarray(part[image]) for part in found)
+    return set(zip(i[valid].tolist(), j[valid].tolist(), strict=True))
+
+
+def test_auto_takes_the_rule_that_fits():
+    grid, other = rows(0, 6), rows(1, 6)
+    assert auto(grid, other) is None and auto(shapes(grid), shapes(other)) is None
+    with pytest.raises(UserError, match="same levels, anchors and classes"):
+        auto(grid, rows(1, 5))
+    chosen = {
+        "hungarian": (queries(0, 6), queries(1, 5)),
+        "student": (queries(0, 6), other),
+        "teacher": (grid, queries(1, 6)),
+    }
+    for name, sides in chosen.items():
+        rule = by_hungarian if name == "hungarian" else by_overlap
+        found, expected = auto(*sides), rule(*sides, score=pairing.SCORE)
+        assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True)), name
+        assert [x.shape for x in auto(*map(shapes, sides))] == [x.shape for x in found]
+    with pytest.raises(UserError, match="the teacher's rows have no scores"):
+        auto(grid, Rows(boxes=other.boxes))
+
+
+@pytest.mark.parametrize("counts", [(7, 5), (4, 6)], ids=str)
+@pytest.mark.parametrize("rule", [by_hungarian, by_overlap])
+def test_rows_without_a_score_are_no_partners(rule, counts):
+    """The pairs are those without these rows, whatever their boxes; the order of the teacher's rows is no matter."""
+    student, teacher = queries(0, counts[0]), queries(1, counts[1])
+    low = np.array([1, 3])
+    logits, boxes = teacher.logits + 1, teacher.boxes.copy()
+    logits[:, low], boxes[:, low] = -9, student.boxes[:, :2]
+    kept = np.setdiff1d(np.arange(counts[1]), low)
+    fewer = Rows(logits=logits[:, kept], boxes=boxes[:, kept])
+    options = {"score": 0.05} | ({"threshold": 0.1} if rule is by_overlap else {})
+    run = quick_jit(lambda s, t: rule(s, t, **options))
+    found, expected = run(student, Rows(logits=logits, boxes=boxes)), run(student, fewer)
+    order = np.random.default_rng(0).permutation(counts[1])
+    shuffled = run(student, Rows(logits=logits[:, order], boxes=boxes[:, order]))
+    for image in range(2):
+        wanted = {(i, int(kept[j])) for i, j in pairs(expected, image)}
+        assert wanted and pairs(found, image) == wanted
+        assert {(i, int(order[j])) for i, j in pairs(shuffled, image)} == wanted
+    nothing = run(student, Rows(logits=np.full_like(logits, -9), boxes=boxes))
+    assert not np.any(nothing.valid)
+
+
+def test_overlap_is_the_same_in_a_mirror():
+    student, teacher = rows(0, 9), rows(1, 6)
+    mirrored = [
+        dataclasses.replace(side, boxes=40 - side.boxes[..., [2, 1, 0, 3]] * [1, -1, 1, -1] - [0, 40, 0, 40])
+        for side in (student, teacher)
+    ]
+    for a, b in zip(by_overlap(student, teacher, threshold=0.2), by_overlap(*mirrored, threshold=0.2), strict=True):
+        np.testing.assert_array_equal(a, b)

@@ -95,13 +95,19 @@ def test_the_dry_run_refuses_options_that_training_refuses(folder):
             run(config, None)
 
 
+def test_the_dry_run_refuses_an_unknown_pairing(folder):
+    config = tiny_config(folder, teacher="", data__check=True, pairing="by_name")
+    with pytest.raises(UserError, match=r"config\.pairing must be one of auto, by_place, .*, not 'by_name'"):
+        run(config, None)
+
+
 def test_the_list_of_methods_leaves_out_what_does_not_help(monkeypatch):
     """A wrong option of a method that can compare the two is no reason to take another method."""
     monkeypatch.setattr(setup.methods, "refusal", lambda name, *_: "" if name == "dkd" else "no")
     for told, wanted in (("dkd: head is wrong", ""), ("rm: no", "; methods that run on this student and teacher: dkd")):
 
         class Failing:
-            student = teacher = None
+            student = teacher = pairing = None
 
             def init(self, *_, told=told):
                 raise UserError(told)
