@@ -268,7 +268,8 @@ def families() -> dict[str, list[str]]:
     """Detector family -> its variants by name, small to large."""
     found = {}
     for name in detectors.names():
-        found.setdefault(name.rsplit("_", 1)[0], []).append(name)
+        family = max((family for family in detectors.families() if name.startswith(f"{family}_")), key=len)
+        found.setdefault(family, []).append(name)
     return found
 
 

@@ -34,9 +34,14 @@ def check(model: Model, *, raw: bool, nms: bool = True) -> None:
     Raises:
       UserError: it cannot.
     """
-    what, two_stages = f"{model.path}: {model.detector.name}", model.detector.head is None
+    what, two_stages = f"{model.path}: {model.detector.name}", model.detector.propose is not None
+    queries = model.detector.head is None and not two_stages
     if raw and two_stages:
         raise UserError(f"{what} has two stages, and the second has no maps: export it without --raw")
+    if raw and queries:
+        raise UserError(f"{what} predicts queries, which are no maps: export it without --raw")
+    if not raw and not nms and queries:
+        raise UserError(f"{what} chooses its queries by a sort, which a LiteRT file cannot hold: use another format")
     if not raw and not nms and (two_stages or model.detector.masks):
         why = "second stage is" if two_stages else "masks are"
         raise UserError(
@@ -112,7 +117,7 @@ def detection_names(model: Model) -> list[str]:
 
 
 def candidates(model: Model, settings: dict[str, Any], found: DetectorOutput, image_size: Array) -> tuple[Array, Array]:
-    """The inputs of the NMS from which a detector's detections come.
+    """The inputs of the NMS from which a detector's detections come; without NMS, what the best are taken of.
 
     Args:
       model: from `kdjax.inference.load`.
@@ -132,7 +137,12 @@ def candidates(model: Model, settings: dict[str, Any], found: DetectorOutput, im
         rows = jnp.zeros((1, given["max_detections"]), jnp.int32)  # `decode` goes on with them, the compiler does not
         return PaddedDetections(jnp.zeros((*rows.shape, 4)), rows.astype(jnp.float32), rows, rows > 0), rows
 
-    with nn.replaced(select_rows=select):
+    def best(boxes: Array, scores: Array, *, score_threshold: float, max_detections: int) -> PaddedDetections:
+        compared.extend((boxes, jnp.where(scores > score_threshold, scores, 0.0)))
+        rows = jnp.zeros((1, max_detections), jnp.int32)
+        return PaddedDetections(jnp.zeros((*rows.shape, 4)), rows.astype(jnp.float32), rows, rows > 0)
+
+    with nn.replaced(select_rows=select, best_pairs=best):
         model.detector.decode(found, image_size)
     return compared[0], compared[1]
 

@@ -69,11 +69,11 @@ def compare(model: Model, call: Call, images: Iterable[np.ndarray], *, raw: bool
         astray = np.full(len(exported), np.inf)  # also if there is no such class
         of_priors, of_pairs = (np.asarray(value)[0] for value in candidates(output, placed))
         height, width = placed[0]
-        of_priors = np.clip(of_priors, 0, [width, height, width, height])
+        of_priors, inside = (_clipped(rows, width, height) for rows in (of_priors, exported))
         for label, of_class in enumerate(of_pairs.T):
             mine = labels == label
             pairs = np.column_stack([of_priors if of_priors.ndim == 2 else of_priors[:, label], of_class])
-            astray[mine], _ = _nearest(exported[mine], labels[mine], pairs, np.full(len(pairs), label))
+            astray[mine], _ = _nearest(inside[mine], labels[mine], pairs, np.full(len(pairs), label))
         for distances in (away[sure], astray):
             if len(distances):
                 worst = np.maximum(worst, np.quantile(distances, 1 - LEFT_OUT, method="lower"))
@@ -85,6 +85,12 @@ def compare(model: Model, call: Call, images: Iterable[np.ndarray], *, raw: bool
             shared = [_iou(one, other) for one, other in zip(mine, theirs, strict=True)]
             overlap = min(overlap, float(np.quantile(shared, LEFT_OUT, method="higher")))
     return Agreement(float(worst), overlap)
+
+
+def _clipped(rows: np.ndarray, width: int, height: int) -> np.ndarray:
+    """Rows whose first four numbers are boxes, with these clipped to the image; transformers do not clip theirs."""
+    boxes = np.clip(rows[..., :4], 0, [width, height, width, height])
+    return np.concatenate([boxes, rows[..., 4:]], -1)
 
 
 def _nearest(

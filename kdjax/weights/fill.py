@@ -190,7 +190,10 @@ def reset_classifiers(detector: Detector, params: Tree, *, key: jax.Array | None
     if not detector.classifiers:
         raise UserError(f"{detector.name} declares no classifiers: its weights cannot be used for other classes")
     initial = flatten(detector.init(jax.random.key(0) if key is None else key)[0])
-    start = "all classes start equally likely" if detector.background else "every class starts at a probability of 0.01"
+    rare = any(
+        np.max(initial[path]) < 0 for path in initial if path.endswith("/bias") and is_classifier(detector, path)
+    )
+    start = "every class starts at a probability of 0.01" if rare else "all classes start equally likely"
     warnings.warn(
         f"the classifiers of {detector.name} are re-initialised for {detector.num_classes} classes, because the "
         f"weights are for other classes: {start}",

@@ -20,6 +20,7 @@ _AVERAGES = ("ema_state_dict", "state_dict_ema", "model_ema", "ema_model", "ema"
 _SWAPPED = {"state_dict", "ema_state_dict"}
 _ROLES = {"student": ("architecture", "student"), "teacher": ("teacher",)}
 _PAIR = ("architecture", "student", "teacher", "distiller")
+_HEADS = ("class_embed", "bbox_embed")
 # Counters of averaged models.
 _COUNTERS = ("steps", "n_averaged")
 _DEPTH, _ENTRIES = 20, 1_000_000
@@ -108,7 +109,9 @@ def unwrap(state: Mapping[str, T], network: str | None = None) -> dict[str, T]:
         others = [name for name in (*_WEIGHTS, *_AVERAGES) if name in groups and name != chosen]
         if others and not {chosen, *others} <= _SWAPPED:
             _tell(f"under {chosen!r}", others)
-        state = groups[chosen]
+        # transformers keeps heads beside its `model`; they are its weights too.
+        heads = {f"{name}.{rest}": value for name in _HEADS for rest, value in groups.get(name, {}).items()}
+        state = groups[chosen] | (heads if chosen == "model" else {})
 
 
 def _tell(taken: str, others: list[str]) -> None:

@@ -1,5 +1,7 @@
 """Options out of range: a sentence, or a detector that can be initialised."""
 
+import importlib
+
 import jax
 import pytest
 
@@ -8,7 +10,11 @@ from kdjax.detectors.api import flatten
 from kdjax.errors import UserError
 
 SMALL = {"base_channels": 4, "neck_channels": 8, "head_channels": 8, "mask_channels": 4, "widen": 0.0625, "groups": 2}
-FIRST = {name.rsplit("_", 1)[0]: name for name in reversed(detectors.names())}
+FIRST = {
+    family: next(name for name in detectors.names() if name.removeprefix(f"{family}_") in _variants)
+    for family in detectors.families()
+    for _variants in [importlib.import_module(f"kdjax.detectors.{family}").VARIANTS]
+}
 
 
 @pytest.mark.user_input("Config and flags", "options of a detector that are 0 or below", "refused: with the range")

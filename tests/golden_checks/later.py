@@ -4,6 +4,4 @@ from tests.golden_checks.api import LATER_TRANSFORMERS, skip_file
 
 CHECKS = [
     ("model/dfine_*.npz", skip_file(LATER_TRANSFORMERS)),
-    ("model/rtdetr_*.npz", skip_file(LATER_TRANSFORMERS)),
-    ("model/rtdetrv2_*.npz", skip_file(LATER_TRANSFORMERS)),
 ]

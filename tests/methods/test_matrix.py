@@ -34,6 +34,13 @@ FAMILIES["faster_rcnn"] = ("faster_rcnn_r18", *(TWO_STAGE | {"neck_channels": c}
 MASKS = TWO_STAGE | dict(mask_channels=4, mask_convs=1)
 FAMILIES["mask_rcnn"] = ("mask_rcnn_r18", *(MASKS | {"neck_channels": c} for c in (4, 8)))
 FAMILIES["cascade_rcnn"] = ("cascade_rcnn_r18", *(TWO_STAGE | {"neck_channels": c} for c in (4, 8)))
+DETR = dict(encoder_hidden=4, expansion=0.5, heads=2, hidden=4, layers=2, queries=6, denoising=2)
+for _family in ("rtdetr", "rtdetrv2"):
+    _backbone = dict(stem=2, widths=[4, 4, 4, 4], blocks=[1, 1, 1, 1], points=1)
+    FAMILIES[_family] = (
+        f"{_family}_pico",
+        *(DETR | _backbone | {"encoder_channels": c, "channels": c} for c in (4, 8)),
+    )
 assert set(FAMILIES) == set(detectors.families())
 PAIRS = [(student, teacher) for student in FAMILIES for teacher in FAMILIES]
 
@@ -55,7 +62,7 @@ def taps(family: str, teacher: bool):
     rng = np.random.default_rng(teacher)
     draw = lambda leaf: rng.normal(0, 0.5, (BATCH, *leaf.shape[1:])).astype(np.float32)  # noqa: E731
     of = spec(family, teacher)
-    drawn = jax.tree.map(draw, dataclasses.replace(of, rows=None, at=None, masks_at=None, stages=()))
+    drawn = jax.tree.map(draw, dataclasses.replace(of, rows=None, at=None, masks_at=None, stages=(), ask=None))
     if of.at is not None:  # of parameters and maps
         params = jax.tree.map(lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32), of.at.args[0])
         bind = lambda call: jax.tree_util.Partial(call.func, params, drawn.neck[:4])  # noqa: E731
