@@ -20,14 +20,59 @@ SIDE, CLASSES, GAP = 640, 80, 1e-4
 BASIC = {"layer_type": "basic", "hidden_sizes": [64, 128, 256, 512]}
 DEEP = {"layer_type": "bottleneck", "hidden_sizes": [256, 512, 1024, 2048]}
 LARGE = {"encoder_hidden_dim": 384, "encoder_ffn_dim": 2048, "decoder_in_channels": [384] * 3}
-# The backbone, and what differs from transformers' defaults, which are those of r50.
+# The backbone, and what differs from transformers' defaults, which are those of r50 and of D-FINE's l.
 SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "r18": (BASIC | {"depths": [2, 2, 2, 2]}, {"hidden_expansion": 0.5, "decoder_layers": 3}),
     "r34": (BASIC | {"depths": [3, 4, 6, 3]}, {"hidden_expansion": 0.5, "decoder_layers": 4}),
     "r50": (DEEP | {"depths": [3, 4, 6, 3]}, {}),
     "r101": (DEEP | {"depths": [3, 4, 23, 3]}, LARGE),
 }
+B0 = {
+    "stem_channels": [3, 16, 16],
+    "stage_in_channels": [16, 64, 256, 512],
+    "stage_mid_channels": [16, 32, 64, 128],
+    "stage_out_channels": [64, 256, 512, 1024],
+    "stage_num_blocks": [1, 1, 2, 1],
+    "stage_numb_of_layers": [3] * 4,
+    "use_learnable_affine_block": True,
+}
+B2 = {
+    "stem_channels": [3, 24, 32],
+    "stage_in_channels": [32, 96, 384, 768],
+    "stage_mid_channels": [32, 64, 128, 256],
+    "stage_out_channels": [96, 384, 768, 1536],
+    "stage_num_blocks": [1, 1, 3, 1],
+    "stage_numb_of_layers": [4] * 4,
+    "use_learnable_affine_block": True,
+}
+B4 = {
+    "stem_channels": [3, 32, 48],
+    "stage_in_channels": [48, 128, 512, 1024],
+    "stage_mid_channels": [48, 96, 192, 384],
+    "stage_out_channels": [128, 512, 1024, 2048],
+    "stage_num_blocks": [1, 1, 3, 1],
+    "stage_numb_of_layers": [6] * 4,
+    "use_learnable_affine_block": False,
+}
+B5 = B4 | {
+    "stem_channels": [3, 32, 64],
+    "stage_in_channels": [64, 128, 512, 1024],
+    "stage_mid_channels": [64, 128, 256, 512],
+    "stage_num_blocks": [1, 2, 5, 2],
+}
+POINTS = {"decoder_n_points": [3, 6, 3]}
+NANO = {"decoder_n_points": [6, 6], "num_feature_levels": 2, "feat_strides": [16, 32], "encode_proj_layers": [1]}
+NANO |= {"encoder_hidden_dim": 128, "d_model": 128, "decoder_in_channels": [128, 128]}
+NANO |= {"encoder_ffn_dim": 512, "decoder_ffn_dim": 512}
+D_FINE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "n": (B0, NANO | {"hidden_expansion": 0.34, "depth_mult": 0.5, "decoder_layers": 3}),
+    "s": (B0, POINTS | {"hidden_expansion": 0.5, "depth_mult": 0.34, "decoder_layers": 3}),
+    "m": (B2, POINTS | {"depth_mult": 0.67, "decoder_layers": 4}),
+    "l": (B4, POINTS),
+    "x": (B5, POINTS | LARGE | {"reg_scale": 8.0}),
+}
 NAMES = [f"{family}_{size}" for family in ("rtdetr", "rtdetrv2") for size in SIZES]
+NAMES += [f"dfine_{size}" for size in D_FINE]
 
 
 def main() -> None:
@@ -80,10 +125,17 @@ def made(name: str) -> Any:  # noqa: ANN401 - the package is not installed with 
     import transformers
 
     family, size = name.split("_", 1)
-    kind = {"rtdetr": "RTDetr", "rtdetrv2": "RTDetrV2"}[family]
-    of_backbone, changed = SIZES[size]
-    backbone = transformers.RTDetrResNetConfig(**of_backbone, out_indices=[2, 3, 4])
-    inputs = of_backbone["hidden_sizes"][1:]
+    kind = {"rtdetr": "RTDetr", "rtdetrv2": "RTDetrV2", "dfine": "DFine"}[family]
+    of_backbone, changed = (D_FINE if family == "dfine" else SIZES)[size]
+    levels = changed.get("num_feature_levels", 3)
+    if family == "dfine":
+        widths = of_backbone["stage_out_channels"]
+        of_backbone = of_backbone | {"depths": [1] * 4, "hidden_sizes": widths}  # the number and names of stages
+        backbone = transformers.HGNetV2Config(**of_backbone, out_indices=[2, 3, 4][-levels:])
+    else:
+        backbone = transformers.RTDetrResNetConfig(**of_backbone, out_indices=[2, 3, 4])
+        widths = of_backbone["hidden_sizes"]
+    inputs = widths[-levels:]
     config = getattr(transformers, f"{kind}Config")(
         backbone_config=backbone, encoder_in_channels=inputs, num_labels=CLASSES, **changed
     )
@@ -106,6 +158,9 @@ def spread(model: Any) -> None:  # noqa: ANN401
         elif isinstance(module, torch.nn.LayerNorm) or hasattr(module, "running_var"):
             module.weight.uniform_(0.6, 1.4)
             module.bias.normal_(0, 0.2)
+        elif hasattr(module, "scale") and hasattr(module, "bias"):  # behind the activations of HGNetv2
+            module.scale.uniform_(0.7, 1.3)
+            module.bias.normal_(0, 0.1)
     model.model.enc_bbox_head.layers[-1].weight.mul_(0.5)
     for head in model.model.decoder.bbox_embed:
         head.layers[-1].weight.mul_(0.4)
@@ -117,7 +172,7 @@ def calibrate(model: Any) -> None:  # noqa: ANN401
     def measure(norm: Any, inputs: tuple[Any, ...]) -> None:  # noqa: ANN401
         norm.running_mean.copy_(inputs[0].mean((0, 2, 3)))
         spread = inputs[0].var((0, 2, 3))
-        norm.running_var.copy_(spread + 0.2 * spread.mean())  # channels that hardly vary are not blown up
+        norm.running_var.copy_(spread + spread.mean())  # or deep networks blow up roundings
 
     hooks = [m.register_forward_pre_hook(measure) for m in model.modules() if hasattr(m, "running_var")]
     model(pixel_values=picture(1000))

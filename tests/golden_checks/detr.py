@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdjax.detectors import api, detr_names, query_decoder
+from kdjax.detectors import api, detr_names, query_decoder, rtdetr
 from kdjax.detectors.detr import DETR
 from kdjax.structs import Asked, DetectorOutput, Queries
 from kdjax.weights import fill
@@ -199,14 +199,18 @@ def running_stats(detector: api.Detector, stats: api.Tree, want: dict[str, np.nd
         yield Check(f"after_train_forward/{name}", relative_error(got[own], value), TRAIN)
 
 
-def replay(path: Path) -> Checks:
-    arrays, meta = load(path)
+def build_of(meta: Mapping[str, Any]) -> tuple[api.Detector, api.PureModule]:
+    """The detector of a file and its network."""
     kind, classes, options = options_of(meta["build"])
     family = importlib.import_module(f"kdjax.detectors.{kind}")
-    detector = family.make("r18", classes, **options)
-    own = {"xavier": kind == "rtdetrv2"}
     full = dict(discrete=False, points=4) | options
-    network = api.pure(lambda: importlib.import_module("kdjax.detectors.rtdetr").network(classes, full, **own))
+    network = api.pure(lambda: rtdetr.network(classes, full, xavier=kind == "rtdetrv2"))
+    return family.make("r18", classes, **options), network
+
+
+def replay(path: Path) -> Checks:
+    arrays, meta = load(path)
+    detector, network = build_of(meta)
     params, stats = fill.from_torch(detector, below(arrays, "param"))
     evaluated, trained, answer, found = forward(detector, network, arrays, params, stats)
     yield from part_checks(arrays, "eval", evaluated, None, EVAL)

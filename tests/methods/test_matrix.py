@@ -41,6 +41,9 @@ for _family in ("rtdetr", "rtdetrv2"):
         f"{_family}_pico",
         *(DETR | _backbone | {"encoder_channels": c, "channels": c} for c in (4, 8)),
     )
+_backbone = dict(stem=[2, 2], middle=[2] * 4, widths=[4] * 4, blocks=[1] * 4, block_layers=[1] * 4, repeats=1)
+_backbone |= dict(points=[1, 1, 1], bins=4)
+FAMILIES["dfine"] = ("dfine_s", *(DETR | _backbone | {"encoder_channels": c, "channels": c} for c in (4, 8)))
 assert set(FAMILIES) == set(detectors.families())
 PAIRS = [(student, teacher) for student in FAMILIES for teacher in FAMILIES]
 
