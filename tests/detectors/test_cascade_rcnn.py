@@ -19,7 +19,7 @@ from kdjax.detectors.api import flatten
 from kdjax.errors import UserError
 from kdjax.losses import distance
 from kdjax.structs import Assignment, DetectorOutput, Regions, Stage, Targets
-from tests.support.arrays import quick_jit
+from tests.support.arrays import on_shards, quick_jit
 
 SIDE, CLASSES, LEVELS = 64, 3, (16, 8, 4, 2, 1)
 TINY = dict(base_channels=4, neck_channels=8, head_channels=16, proposals=20, region_samples=12, rpn_samples=16)
@@ -218,27 +218,53 @@ def test_what_is_refused():
         detector().loss(first_stage(), targets()._replace(instance_masks=None), None)
 
 
-@pytest.mark.slow
-def test_a_step_with_and_without_objects():
-    variables = detector().init(jax.random.key(0))
-    image = jnp.asarray(np.random.default_rng(4).normal(size=(2, SIDE, SIDE, 3)), jnp.float32)
+def images(batch):
+    return jnp.asarray(np.random.default_rng(4).normal(size=(batch, SIDE, SIDE, 3)), jnp.float32)
 
-    @jax.jit
-    def step(params, stats, truth):
+
+@functools.cache
+def step():
+    """A step's losses, the positive regions of its stages, and its gradient; jitted once."""
+
+    def run(params, stats, image, truth, key):
         def total(params):
             output, _ = detector().apply(params, stats, image, train=True)
-            losses = detector().loss(output, truth, detector().assign(output, truth, jax.random.key(0)))
-            return sum(losses.values()), losses
+            drawn = detector().assign(output, truth, key)
+            losses = detector().loss(output, truth, drawn)
+            return sum(losses.values()), (losses, [stage.positive for stage in (*drawn.earlier, drawn)])
 
-        return jax.grad(total, has_aux=True)(params)
+        gradient, aux = jax.grad(total, has_aux=True)(params)
+        return aux, gradient
 
-    truth = targets()
-    gradient, losses = step(*variables, truth)
+    return jax.jit(run)
+
+
+@pytest.mark.slow
+def test_a_step_with_and_without_objects():
+    variables, truth = detector().init(jax.random.key(0)), targets()
+    (losses, _), gradient = step()(*variables, images(2), truth, jax.random.key(0))
     names = [f"loss_{name}_{i}" for name in ("box", "cls", "mask") for i in range(3)]
     assert sorted(losses) == [*names, "loss_rpn_box", "loss_rpn_cls"]
     assert all(value > 0 and np.isfinite(value) for value in losses.values())
     moved = flatten(gradient["roi_head"]) | flatten(gradient["rpn_head"])
     assert len(moved) == 3 * 14 + 6 and all(np.abs(leaf).max() for leaf in moved.values())
-    gradient, losses = step(*variables, truth._replace(valid=np.zeros_like(truth.valid)))
-    assert all(losses[name] == 0 for name in names if "cls" not in name)
+    empty = truth._replace(valid=np.zeros_like(truth.valid))
+    (losses, positive), gradient = step()(*variables, images(2), empty, jax.random.key(0))
+    assert all(losses[name] == 0 for name in names if "cls" not in name) and not np.any(positive)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+
+
+@pytest.mark.slow
+def test_eight_devices_are_one():
+    variables, truth = detector().init(jax.random.key(0)), targets(8)
+    arrays, tree = jax.tree.flatten((images(8), truth))
+
+    def run(*flat):
+        return step()(*variables, *jax.tree.unflatten(tree, flat), jax.random.key(0))
+
+    (losses, positive), gradient = on_shards(run, *arrays)
+    (one, of_one), slope = step()(*variables, images(8), truth, jax.random.key(0))
+    assert all(np.any(stage) for stage in of_one)
+    chex.assert_trees_all_equal(positive, of_one)
+    chex.assert_trees_all_close(losses, one, rtol=1e-5)
+    chex.assert_trees_all_close(gradient, slope, rtol=1e-3, atol=1e-4)
