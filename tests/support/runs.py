@@ -49,10 +49,10 @@ def tiny_config(folder: Path, *, teacher: Path | str | None, method: str = "mkd"
     return config
 
 
-def random_teacher(folder: Path) -> Path:
+def random_teacher(folder: Path, name: str = "rtmdet_pico", **options: object) -> Path:
     """Writes a teacher with random weights and the classes of the scenes to `folder`/teacher."""
     classes = data.open_dataset(tiny_config(folder, teacher=None).data).classes
-    detector = detectors.build("rtmdet_pico", len(classes))
+    detector = detectors.build(name, len(classes), **options)
     params, stats = detector.init(jax.random.PRNGKey(99))
     weights.save(folder / "teacher", detector, params, stats, classes=list(classes), image_size=(64, 64))
     return folder / "teacher"

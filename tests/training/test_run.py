@@ -28,7 +28,10 @@ from kdjax.training import step as steps
 from kdjax.training.run import run
 from kdjax.training.setup import prepare
 from kdjax.weights.checkpoint import fingerprint
-from tests.support.runs import tiny_config
+from tests.support.runs import random_teacher, tiny_config
+
+TWO_STAGES = dict(base_channels=4, neck_channels=8, head_channels=16, proposals=20, region_samples=12, rpn_samples=16)
+MASKS = dict(mask_channels=4, mask_convs=1)
 
 
 @pytest.fixture(scope="module")
@@ -214,6 +217,42 @@ def test_twin_is_a_supervised_run_to_the_bit(finished, folder, monkeypatch):
     assert results["teacher"] is results["twin"] is results["gain"] is None
     assert results["student"] == finished[1]["twin"]
     assert_equal_bits(arrays(folder / "alone", "student"), arrays(finished[0], "twin"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "options"), [("faster_rcnn_r18", {}), ("mask_rcnn_r18", MASKS), ("cascade_rcnn_r18", {})]
+)
+def test_detectors_with_two_stages_resume_and_have_an_exact_twin(name, options, tmp_path, monkeypatch):
+    """5 + 5 steps are 10, to the bit, also where anchors and regions are drawn; one trace a program."""
+    teacher = random_teacher(tmp_path, name, **TWO_STAGES, **options)
+    changes = dict(steps=10, log_every=5, method="dkd", student__detector=name, data__stage2__start=5)
+    changes |= {f"student__options__{option}": value for option, value in (TWO_STAGES | options).items()}
+    changes |= dict(data__masks=bool(options))
+    finish, traced = outputs.finish, []
+    monkeypatch.setattr(
+        outputs, "finish", lambda setup, *rest: (traced.append(dict(setup.programs)), finish(setup, *rest))[1]
+    )
+    config = tiny_config(tmp_path, teacher=teacher, **changes)
+    whole = run(config, tmp_path / "whole")
+    shard_batch, calls = sharding.shard_batch, iter(range(10**6))
+
+    def stop_in_step_five(*args):
+        if next(calls) == 5:  # the first call is for the check of the terms
+            signal.raise_signal(signal.SIGTERM)
+        return shard_batch(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sharding, "shard_batch", stop_in_step_five)
+        with pytest.raises(training.Stopped, match="step 5 of 10"):
+            run(config, tmp_path / "resumed")
+    assert run(config, tmp_path / "resumed") == whole
+    alone = run(tiny_config(tmp_path, teacher=None, **changes), tmp_path / "alone")
+    assert alone["student"] == whole["twin"]
+    for role in ("student", "twin"):
+        assert_equal_bits(arrays(tmp_path / "resumed", role), arrays(tmp_path / "whole", role))
+    assert_equal_bits(arrays(tmp_path / "alone", "student"), arrays(tmp_path / "whole", "twin"))
+    assert traced == [{"student": 1, "twin": 1}] * 2 + [{"student": 1}]
 
 
 def test_one_trace_a_program_in_twenty_steps(finished):
