@@ -27,6 +27,27 @@ def test_means_and_tables():
     assert report.table(["a", "b"], [["1", "x|y"]]) == "| a | b |\n|---|---|\n| 1 | x\\|y |"
 
 
+def test_the_table_of_detectors_with_masks_has_their_ap():
+    def run(of_twin, of_student, **masks):
+        sides = {
+            name: {"AP": ap, "AP50": ap, "params": 1, "flops": 1.0}
+            for name, ap in (("twin", of_twin), ("student", of_student))
+        }
+        for name, ap in masks.items():
+            sides[name]["mask_AP"] = ap
+        return {"teacher": {"AP": 0.5}} | sides
+
+    with_masks = {0: run(0.2, 0.3, twin=0.1, student=0.15), 1: run(0.2, 0.3, twin=0.1, student=0.13)}
+    rows = [report.summarize("a", with_masks, {}), report.summarize("b", {0: run(0.2, 0.3)}, {})]
+    lines = [
+        line.split(" | ") for line in report.study_table([*rows, report.summarize("c", {}, {0: "no"})]).splitlines()
+    ]
+    assert lines[0][-4:] == ["gain in mask AP", "mask AP", "twin's mask AP", "note |"]
+    assert lines[2][-4:-1] == ["+4.00 ± 1.00", "14.00 ± 1.00", "10.00 ± 0.00"]
+    assert lines[3][-4:-1] == lines[4][-4:-1] == ["–"] * 3 and len({len(line) for line in lines[2:]}) == 1
+    assert "mask" not in report.study_table(rows[1:])
+
+
 def test_what_is_published_is_logged(tmp_path, capsys):
     log = tmp_path / "log.md"
     log.write_text("before\n")

@@ -11,6 +11,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 METRICS = ("AP", "AP50")
+OF_MASKS = "mask_AP"  # in the results of detectors with masks
 Row = dict[str, Any]
 
 
@@ -28,6 +29,10 @@ def summarize(name: str, runs: Mapping[int, Mapping[str, Any]], failures: dict[i
             row[f"gain {metric}"] = mean_and_error(row[f"gains {metric}"])
         for model in ("teacher", "twin", "student"):
             row[model] = mean_and_error([100 * run[model]["AP"] for run in runs.values()])
+        if all(OF_MASKS in run[model] for run in runs.values() for model in ("twin", "student")):
+            row[f"gains {OF_MASKS}"] = [gain(run, OF_MASKS) for run in runs.values()]
+            for model in ("twin", "student"):
+                row[f"{model} {OF_MASKS}"] = mean_and_error([100 * run[model][OF_MASKS] for run in runs.values()])
         row["params"], row["flops"] = (next(iter(runs.values()))["student"][key] for key in ("params", "flops"))
     return row
 
@@ -37,6 +42,8 @@ def study_table(rows: list[Row]) -> str:
     header = ["", "gain in AP ± standard error", "by seed", "gain in AP50", "AP", "twin", "teacher", "seeds"]
     sizes = any("latency_ms" in row for row in rows)
     header += ["parameters", "MFLOPs", "latency in ms"] if sizes else []
+    masks = any(f"gains {OF_MASKS}" in row for row in rows)
+    header += ["gain in mask AP", "mask AP", "twin's mask AP"] if masks else []
     lines = []
     for row in rows:
         if row["seeds"]:
@@ -50,8 +57,13 @@ def study_table(rows: list[Row]) -> str:
             cells += [shown(row["student"]), shown(row["twin"]), f"{row['teacher'][0]:.2f}", str(len(gains))]
             if sizes:
                 cells += [str(row["params"]), f"{row['flops'] / 1e6:.1f}", f"{row['latency_ms']:.1f}"]
+            if f"gains {OF_MASKS}" in row:
+                of_models = [shown(row[f"{model} {OF_MASKS}"]) for model in ("student", "twin")]
+                cells += [with_error(row[f"gains {OF_MASKS}"], "+"), *of_models]
+            elif masks:
+                cells += ["–"] * 3
         else:
-            notes, cells = [], ["–"] * 6 + ["0"] + ["–"] * (3 * sizes)
+            notes, cells = [], ["–"] * 6 + ["0"] + ["–"] * (3 * sizes + 3 * masks)
         reasons: dict[str, list[str]] = {}
         for seed, why in row["failed"].items():
             reasons.setdefault(why, []).append(str(seed))

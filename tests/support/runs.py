@@ -49,9 +49,11 @@ def tiny_config(folder: Path, *, teacher: Path | str | None, method: str = "mkd"
     return config
 
 
-def random_teacher(folder: Path, name: str = "rtmdet_pico", **options: object) -> Path:
-    """Writes a teacher with random weights and the classes of the scenes to `folder`/teacher."""
-    classes = data.open_dataset(tiny_config(folder, teacher=None).data).classes
+def random_teacher(
+    folder: Path, name: str = "rtmdet_pico", config: ConfigDict | None = None, **options: object
+) -> Path:
+    """Writes a teacher with random weights and the classes of a run's data (the scenes) to `folder`/teacher."""
+    classes = data.open_dataset((config or tiny_config(folder, teacher=None)).data).classes
     detector = detectors.build(name, len(classes), **options)
     params, stats = detector.init(jax.random.PRNGKey(99))
     weights.save(folder / "teacher", detector, params, stats, classes=list(classes), image_size=(64, 64))

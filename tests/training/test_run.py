@@ -28,10 +28,10 @@ from kdjax.training import step as steps
 from kdjax.training.run import run
 from kdjax.training.setup import prepare
 from kdjax.weights.checkpoint import fingerprint
+from tests.support.data import small_folder
 from tests.support.runs import random_teacher, tiny_config
 
 TWO_STAGES = dict(base_channels=4, neck_channels=8, head_channels=16, proposals=20, region_samples=12, rpn_samples=16)
-MASKS = dict(mask_channels=4, mask_convs=1)
 
 
 @pytest.fixture(scope="module")
@@ -220,15 +220,18 @@ def test_twin_is_a_supervised_run_to_the_bit(finished, folder, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "options"), [("faster_rcnn_r18", {}), ("mask_rcnn_r18", MASKS), ("cascade_rcnn_r18", {})]
-)
-def test_detectors_with_two_stages_resume_and_have_an_exact_twin(name, options, tmp_path, monkeypatch):
-    """5 + 5 steps are 10, to the bit, also where anchors and regions are drawn; one trace a program."""
-    teacher = random_teacher(tmp_path, name, **TWO_STAGES, **options)
-    changes = dict(steps=10, log_every=5, method="dkd", student__detector=name, data__stage2__start=5)
-    changes |= {f"student__options__{option}": value for option, value in (TWO_STAGES | options).items()}
-    changes |= dict(data__masks=bool(options))
+@pytest.mark.parametrize("name", ["faster_rcnn_r18", "cascade_rcnn_r18", "rtmdet_ins_pico"])
+def test_other_families_resume_and_have_an_exact_twin(name, tmp_path, monkeypatch):
+    """5 + 5 steps are 10, to the bit, where anchors and regions are drawn or masks are learned; one trace a program."""
+    masks = name == "rtmdet_ins_pico"
+    options = {} if masks else TWO_STAGES
+    changes = {"steps": 10, "method": "mkd" if masks else "dkd", "student__detector": name, "data__stage2__start": 5}
+    changes |= {f"student__options__{option}": value for option, value in options.items()}
+    if masks:
+        folder = small_folder(tmp_path / "data", masks=True)
+        changes |= dict(data__source="coco_folder", data__root=str(folder), data__masks=True)
+    supervised = tiny_config(tmp_path, teacher=None, **changes)
+    teacher = random_teacher(tmp_path, name, supervised, **options)
     finish, traced = outputs.finish, []
     monkeypatch.setattr(
         outputs, "finish", lambda setup, *rest: (traced.append(dict(setup.programs)), finish(setup, *rest))[1]
@@ -247,7 +250,7 @@ def test_detectors_with_two_stages_resume_and_have_an_exact_twin(name, options, 
         with pytest.raises(training.Stopped, match="step 5 of 10"):
             run(config, tmp_path / "resumed")
     assert run(config, tmp_path / "resumed") == whole
-    alone = run(tiny_config(tmp_path, teacher=None, **changes), tmp_path / "alone")
+    alone = run(supervised, tmp_path / "alone")
     assert alone["student"] == whole["twin"]
     for role in ("student", "twin"):
         assert_equal_bits(arrays(tmp_path / "resumed", role), arrays(tmp_path / "whole", role))
