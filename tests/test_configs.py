@@ -92,7 +92,7 @@ def test_the_published_recipe(pair):
     assert config.steps == round(300 * 118287 / 256) == 138618
     assert data["stage2"]["start"] == round(280 * 118287 / 256) == 129376
     optimizer = dict(name="adamw", lr=0.004, weight_decay=0.05, clip_norm=0.0, warmup=1000, flat=0.5, end=0.05)
-    assert config.optimizer.to_dict() == optimizer | dict(momentum=0.0, drops=())
+    assert config.optimizer.to_dict() == optimizer | dict(momentum=0.0, drops=(), backbone=1.0)
     assert 1 - config.ema.momentum == 0.9998 and config.ema.ramp == 2000
     rate = optim.learning_rate(config)
     at = [float(rate(step)) for step in (0, 1000, 69309, 138618)]
@@ -100,6 +100,7 @@ def test_the_published_recipe(pair):
     small = student == "tiny"
     scale = (0.5, 2.0) if student in ("tiny", "s") else (0.1, 2.0)
     single = dict(mosaic=False, mixup=0.0, cache=40, flip=0.5, scale=scale, crop=True, hsv=(5.0, 30.0, 30.0))
+    single |= dict(stretch=False, distort=0.0, zoom_out=0.0, iou_crop=0.0)
     assert data["stage2"]["augment"] == single
     assert data["augment"] == single | dict(mosaic=True, mixup=0.5 if small else 1.0, cache=20 if small else 40)
     if teacher:

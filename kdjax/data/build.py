@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from kdjax.data import transforms
+from kdjax.data import ssd, transforms
 from kdjax.data.dataset import Split
 from kdjax.data.masks import Shape, masks_of
 from kdjax.data.plans import STREAM, Row
@@ -107,9 +107,21 @@ class TrainBuilder:
             options = options | {"scale": tuple(2 * factor for factor in options["scale"])}
         else:
             sample = _sample(self.images[row.images[0]])
+        if any(stage.ssd.values()):
+            sample = self._of_ssd(sample, np.random.default_rng((self.seed, row.position, 3)), **stage.ssd)
         return transforms.augment(
             sample, np.random.default_rng((self.seed, row.position)), canvas=self.canvas, **options
         )
+
+    def _of_ssd(
+        self, sample: Sample, rng: np.random.Generator, *, distort: float, zoom_out: float, iou_crop: float
+    ) -> Sample:
+        """SSD's augmentations, each with its probability."""
+        distorted, zoomed, cropped = rng.uniform(size=3) < (distort, zoom_out, iou_crop)
+        if distorted:
+            sample = sample._replace(image=ssd.distort(sample.image, rng))
+        sample = ssd.zoom_out(sample, rng) if zoomed else sample
+        return ssd.iou_crop(sample, rng) if cropped else sample
 
     @functools.cached_property
     def _cached_tile(self) -> Callable[[int], Sample]:

@@ -21,6 +21,7 @@ class Stage(NamedTuple):
     mixup: float  # probability
     cache: int  # Mosaic draws its partners from so many earlier positions of the stream, MixUp from half as many
     augment: dict[str, Any]  # keyword arguments of `transforms.augment`
+    ssd: dict[str, float]  # probabilities of the functions of `ssd`
 
 
 def check_settings(cfg: Settings) -> None:
@@ -83,10 +84,11 @@ def _stage(options: Settings, name: str) -> Stage:
         raise UserError(f"{name}.scale must be (low, high) with 0 < low <= high, not {scale}")
     if len(hsv) != 3 or not all(0 <= gain <= 255 for gain in hsv):
         raise UserError(f"{name}.hsv must be three gains in 0 .. 255, not {hsv}")
-    for key, probability in (("flip", flip), ("mixup", mixup)):
+    ssd = {key: float(options[key]) for key in ("distort", "zoom_out", "iou_crop")}
+    for key, probability in (("flip", flip), ("mixup", mixup), *ssd.items()):
         if not 0 <= probability <= 1:
             raise UserError(f"{name}.{key} must be a probability in 0 .. 1, not {probability}")
     if cache < 1:
         raise UserError(f"{name}.cache must be at least 1 image, not {cache}")
     single = dict(flip_share=flip, scale=scale, random_crop=bool(options["crop"]), hsv=hsv)
-    return Stage(bool(options["mosaic"]), mixup, cache, single)
+    return Stage(bool(options["mosaic"]), mixup, cache, single | {"stretch": bool(options["stretch"])}, ssd)

@@ -116,7 +116,7 @@ def pad(sample: Sample, canvas: tuple[int, int]) -> Sample:
         return sample
     padded = np.full((*canvas, 3), PAD, np.uint8)
     padded[:height, :width] = sample.image
-    return _moved(sample, 0, 0)._replace(image=padded)
+    return moved(sample, 0, 0)._replace(image=padded)
 
 
 def mosaic(tiles: Sequence[Sample], centre: tuple[int, int], canvas: tuple[int, int]) -> Sample:
@@ -141,7 +141,7 @@ def mosaic(tiles: Sequence[Sample], centre: tuple[int, int], canvas: tuple[int, 
         )
         part = crop(tile, top, left, (height, width))
         image[y : y + height, x : x + width] = part.image
-        placed.append(_moved(part, y, x))
+        placed.append(moved(part, y, x))
     return _joined(image, placed)
 
 
@@ -189,6 +189,7 @@ def augment(
     scale: tuple[float, float],
     random_crop: bool,
     hsv: tuple[float, float, float],
+    stretch: bool = False,
 ) -> Sample:
     """One training image: random resize, random crop to the canvas, flip, colour; not yet padded.
 
@@ -204,6 +205,7 @@ def augment(
       scale: (low, high) of the factor.
       random_crop: whether a resized image that is larger than the canvas is cropped at random.
       hsv: gains of `draw_shifts`.
+      stretch: whether the image gets the ratio of the canvas, so that a factor of 1 fills it.
 
     Returns:
       An image of at most `canvas` (h, w) px with the remaining objects.
@@ -213,7 +215,7 @@ def augment(
     if not random_crop:
         factor = min(factor, 1.0)
     fit, _ = fitted(sample.image.shape[:2], canvas)
-    size = scaled(sample.image.shape[:2], fit * factor)
+    size = scaled(canvas, factor) if stretch else scaled(sample.image.shape[:2], fit * factor)
     # To enlarge only the window would be cheaper, but would change the pixels at its border.
     sample = resize(sample, size)
     spare = max(size[0] - canvas[0], 0), max(size[1] - canvas[1], 0)
@@ -223,7 +225,7 @@ def augment(
     return sample._replace(image=hsv_jitter(sample.image, shifts))
 
 
-def _moved(sample: Sample, top: int, left: int) -> Sample:
+def moved(sample: Sample, top: int, left: int) -> Sample:
     """The objects of an image that is placed at (top, left) of a canvas; the caller draws the image."""
     return sample._replace(
         boxes=sample.boxes + np.array([left, top, left, top], np.float32),

@@ -89,6 +89,7 @@ def base() -> Config:
             warmup=1000,  # steps of linear warm-up, from 1e-5 * lr
             flat=0.5,  # fraction of the run after which the cosine decay starts
             end=0.05,  # final learning rate, as a fraction of lr
+            backbone=1.0,  # learning rate of the student's backbone, as a fraction of lr
             drops=(),  # steps at which the rate is divided by 10, instead of the cosine decay; () = none
         )
     )
@@ -115,7 +116,8 @@ def base() -> Config:
 _AT_LEAST_1 = ("batch_size", "steps", "data.scenes_train", "data.scenes_val", "eval.batch_size", "log_every",
                "checkpoint.every", "checkpoint.keep")  # fmt: skip
 _AT_LEAST_0 = ("data.max_boxes", "data.workers", "data.limit", "optimizer.lr", "optimizer.weight_decay",
-               "optimizer.clip_norm", "optimizer.warmup", "ema.ramp", "eval.every", "eval.limit")  # fmt: skip
+               "optimizer.clip_norm", "optimizer.warmup", "optimizer.backbone", "ema.ramp", "eval.every",
+               "eval.limit")  # fmt: skip
 _SHARES = ("optimizer.momentum", "optimizer.flat", "optimizer.end", "ema.momentum")
 _RANGES = (
     dict.fromkeys(_AT_LEAST_1, (1, math.inf))
@@ -290,5 +292,9 @@ def augment(**changes: Any) -> dict[str, Any]:
         scale=(0.5, 2.0),  # range of the random resize, relative to the size that fits the canvas (or the Mosaic)
         crop=True,  # random crop where the resized image is larger than the canvas
         hsv=(5.0, 30.0, 30.0),  # largest shift of hue (of 180), saturation and value (of 255); zeros switch it off
+        stretch=False,  # the image gets the ratio of the canvas, as transformers are trained; else it keeps its own
+        distort=0.0,  # probability of SSD's changes of colours (kdjax/data/ssd.py), before all others
+        zoom_out=0.0,  # probability of being placed on a larger black canvas
+        iou_crop=0.0,  # probability of a crop that some object overlaps
     )
     return defaults | changes

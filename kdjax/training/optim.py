@@ -90,9 +90,34 @@ def optimizer(config: Config, no_decay: Callable[[PyTree], PyTree]) -> optax.Gra
         update = optax.adamw(rate, weight_decay=settings.weight_decay, mask=decayed)
     else:
         raise UserError(f"config.optimizer.name must be 'adamw' or 'sgd', not {settings.name!r}")
+    if settings.backbone != 1:
+        update = optax.chain(update, scale_backbone(settings.backbone))
     if settings.clip_norm:
         return optax.chain(optax.clip_by_global_norm(settings.clip_norm), update)
     return update
+
+
+def scale_backbone(factor: float) -> optax.GradientTransformation:
+    """Multiplies the updates of the student's backbone, and with them its learning rate and weight decay, by a factor.
+
+    Updates are {"student": {part: ...}, ...}; a student without a part `backbone` is refused where the state is made.
+    """
+
+    def init(params: PyTree) -> optax.EmptyState:
+        if "backbone" not in params["student"]:
+            raise UserError(
+                f"config.optimizer.backbone is {factor}, but the student has no part `backbone`: its parts are "
+                f"{', '.join(sorted(params['student']))}: set it to 1"
+            )
+        return optax.EmptyState()
+
+    def update(updates: PyTree, state: optax.EmptyState, params: PyTree = None) -> tuple[PyTree, optax.EmptyState]:
+        del params
+        student = updates["student"]
+        scaled = jax.tree.map(lambda update: factor * update, student["backbone"])
+        return {**updates, "student": {**student, "backbone": scaled}}, state
+
+    return optax.GradientTransformation(init, update)
 
 
 def ema_rate(config: Config, step: Array | int) -> Array:

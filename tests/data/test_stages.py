@@ -26,6 +26,7 @@ from tests.support.data import settings
         (dict(augment=dict(scale=(2.0, 0.5))), "augment.scale"),
         (dict(augment=dict(scale=(1.0, np.inf))), "augment.scale"),
         (dict(augment=dict(hsv=(-1.0, 0.0, 0.0))), "augment.hsv"),
+        (dict(augment=dict(zoom_out=1.5)), "augment.zoom_out"),
         (dict(augment=dict(hsv=(0.0, np.nan, 0.0))), "augment.hsv"),
         (dict(augment=dict(mixup=-0.5)), "augment.mixup must be a probability in 0 .. 1, not -0.5"),
         (dict(augment=dict(cache=0)), "augment.cache must be at least 1 image, not 0"),

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from kdjax.data import masks, transforms
+from kdjax.data import masks, ssd, transforms
 from kdjax.data.masks import masks_of
 from kdjax.data.transforms import Sample
 from tests.support.data import COLOURS, paint, read_off
@@ -318,6 +318,13 @@ def same_objects(out):
         assert (beyond <= 4.01).all()
 
 
+def test_a_stretched_image_fills_the_canvas():
+    options = dict(canvas=(40, 120), flip_share=0.0, scale=(1.0, 1.0), random_crop=False, hsv=(0, 0, 0), stretch=True)
+    out = transforms.augment(sample(), np.random.default_rng(0), **options)
+    assert out.image.shape == (40, 120, 3)
+    np.testing.assert_allclose(out.boxes, BOXES * np.tile([1.5, 0.625], 2))
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_masks_move_with_the_pixels(seed):
     rng = np.random.default_rng(seed)
@@ -325,6 +332,9 @@ def test_masks_move_with_the_pixels(seed):
     one = transforms.augment(outlined(0, 1, 2), rng, **options)
     same_objects(one)
     same_objects(transforms.pad(one, (90, 90)))
+    same_objects(ssd.zoom_out(outlined(0, 1, 2), rng))
+    same_objects(ssd.iou_crop(outlined(0, 1, 2), rng))
+    same_objects(transforms.augment(outlined(0, 1, 2), rng, **options | {"stretch": True}))
     put = transforms.mosaic([outlined(0), outlined(1), outlined(2), outlined()], (80, 95), (180, 180))
     assert len(put.boxes) == 3
     same_objects(put)

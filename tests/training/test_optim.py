@@ -88,6 +88,23 @@ def test_gradients_are_clipped_by_their_global_norm():
     assert clipped == pytest.approx(dict.fromkeys(("matrix", "bias"), -0.1 / np.sqrt(6)), rel=1e-5)
 
 
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_the_backbone_learns_at_its_own_rate(name):
+    params = {"student": {"backbone": {"a": jnp.ones(2)}, "neck": {"a": jnp.ones(2)}}, "adapters": {"b": jnp.ones(2)}}
+    none = lambda params: jax.tree.map(lambda _: False, params)  # noqa: E731
+
+    def updates(**options):
+        transform = optim.optimizer(config_of(name=name, lr=0.5, **options), none)
+        return transform.update(params, transform.init(params), params)[0]
+
+    plain, slow = updates(), updates(backbone=0.1)
+    np.testing.assert_allclose(slow["student"]["backbone"]["a"], 0.1 * plain["student"]["backbone"]["a"], rtol=1e-6)
+    plain["student"]["backbone"] = slow["student"]["backbone"]
+    assert jax.tree.all(jax.tree.map(np.array_equal, slow, plain)) and np.all(slow["adapters"]["b"])
+    with pytest.raises(UserError, match=r"config\.optimizer\.backbone is 0\.1, but the student has no part `backbone`"):
+        optim.optimizer(config_of(backbone=0.1), none).init({"student": {"neck": {}}})
+
+
 def test_an_unknown_optimizer_is_named():
     with pytest.raises(UserError, match=r"config.optimizer.name must be 'adamw' or 'sgd', not 'adam'"):
         optim.optimizer(config_of(name="adam"), lambda params: params)
