@@ -31,7 +31,8 @@ NEEDS = {
 }
 ROWS = ("logits", "boxes", "quality", "distribution", "location")
 OF_REGIONS = ("logits", "boxes", "location")  # fields of the rows that a second stage fills
-NO_TAPS = ("targets", "assignment", "head", "proposals")  # what else a method may read
+DECODER = ("layers", "ask")  # what a transformer's decoder says of its own queries, and of further ones
+NO_TAPS = ("targets", "assignment", "head", "proposals", *DECODER)  # what else a method may read
 
 
 class Reads(NamedTuple):
@@ -39,7 +40,8 @@ class Reads(NamedTuple):
 
     Beside taps, the student's may hold "targets" (the ground truth) and "assignment" (of its assigner), the teacher's
     "head" (its head can be run on other features) or "proposals" (the regions that it proposes, with what both second
-    stages say about them).
+    stages say about them). Both may hold "layers" (what a transformer's decoder says of its queries, layer by layer,
+    and the cells that became queries) and "ask" (the decoder answers further queries); of other models they are empty.
     """
 
     student: tuple[str, ...] = ()
@@ -137,6 +139,7 @@ def only(output: DetectorOutput, names: Iterable[str]) -> DetectorOutput:
     wanted: dict[str, set[int] | None] = {}
     rows: dict[str, Array] = {}
     asks = False
+    names = tuple(names)
     for name in names:
         asks |= name == "proposals"
         if name in NO_TAPS:
@@ -151,7 +154,8 @@ def only(output: DetectorOutput, names: Iterable[str]) -> DetectorOutput:
         else:
             wanted[field] = (wanted.get(field) or set()) | set(indices)
     kept: dict[str, Any] = {"kernels": (), "prototypes": None, "masks_at": None, "stages": ()}  # no taps
-    kept |= {"layers": (), "first": None, "selected": None, "ask": None}
+    kept |= {} if "layers" in names else {"layers": (), "first": None, "selected": None}
+    kept |= {} if "ask" in names else {"ask": None}
     for field in LEVELS + TOWERS:
         levels = getattr(output, field)
         if field not in wanted:

@@ -45,6 +45,8 @@ _backbone = dict(stem=[2, 2], middle=[2] * 4, widths=[4] * 4, blocks=[1] * 4, bl
 _backbone |= dict(points=[1, 1, 1], bins=4)
 FAMILIES["dfine"] = ("dfine_s", *(DETR | _backbone | {"encoder_channels": c, "channels": c} for c in (4, 8)))
 assert set(FAMILIES) == set(detectors.families())
+# Decoders that are asked are made up in test_decoders.py.
+NAMES = [name for name in methods.names() if "ask" not in methods.build(name).reads.student]
 PAIRS = [(student, teacher) for student in FAMILIES for teacher in FAMILIES]
 
 
@@ -122,15 +124,17 @@ def check(name: str, student_family: str, teacher_family: str) -> None:
     assert np.isfinite(at_student) and at_student > 0 and not any(at_teacher)
 
 
-@pytest.mark.parametrize(("number", "name"), list(enumerate(methods.names())), ids=methods.names())
+@pytest.mark.parametrize(("number", "name"), list(enumerate(NAMES)), ids=NAMES)
 def test_a_method_teaches_across_families(number, name):
     able = runs(name)
+    if not able:
+        pytest.skip(f"no family has what {name} compares")
     mixed = [pair for pair in able if pair[0] != pair[1]] or able
     check(name, *mixed[7 * number % len(mixed)])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", methods.names())
+@pytest.mark.parametrize("name", NAMES)
 def test_a_method_teaches_on_every_pair(name):
     for pair in runs(name):
         check(name, *pair)
