@@ -31,7 +31,7 @@ ADAPT_IF_NEEDED = {"crosskd", "cwd", "fgd", "fitnet", "mgd", "mkd", "pfi", "pkd"
 ADAPT_ALWAYS = {"defeat", "fgfi", "fkd", "gid", "rtmdet_cwd"}
 ADAPT_NEVER = {"bckd", "dkd", "hinton", "ld", "rm"}
 # Methods between the decoders of two transformers: tests/methods/test_decoders.py.
-OF_DECODERS = {"go_lsd", "kd_detr"}
+OF_DECODERS = {"detrdistill", "go_lsd", "kd_detr"}
 # The methods of the package: a method of the user's keeps the contract, but is in none of these lists.
 OWN = {path.stem for path in Path(methods.__file__).parent.glob("*.py")} - {"__init__"}
 # Taps of the teacher whose values do not matter: they are read to refuse predictions that do not pair.

@@ -12,8 +12,9 @@ from kdjax import methods
 from kdjax.boxes import edges
 from kdjax.distill import Distiller, queries
 from kdjax.errors import UserError
+from kdjax.methods.detrdistill import attention
 from kdjax.structs import Decoded, Queries
-from tests.methods.test_queries import BATCH, OBJECTS, STUDENT, batch_of, detector, grid
+from tests.methods.test_queries import BATCH, OBJECTS, STUDENT, TARGETS, batch_of, detector, grid
 from tests.support.arrays import quick_jit
 from tests.support.queries import CLASSES, SIZE, some_output
 
@@ -25,7 +26,8 @@ MATRICES = {
 
 def answer(matrices, asked):
     """Of each layer: what matrices make of the box, and of the mean box of those that the query sees."""
-    seen = ~jnp.asarray(asked.blocked)
+    count = asked.boxes.shape[1]
+    seen = jnp.ones((count, count), bool) if asked.blocked is None else ~jnp.asarray(asked.blocked)
     boxes = asked.boxes + (seen @ asked.boxes) / jnp.sum(seen, -1, keepdims=True)
     found = [jnp.matmul(boxes, m, precision="highest") for m in matrices]
     return Decoded(tuple(Queries(x[..., :CLASSES], jax.nn.sigmoid(x[..., CLASSES:])) for x in found))
@@ -217,6 +219,134 @@ def test_go_lsd_moves_edges_to_those_of_the_teacher():
     assert kept > 3
 
 
+WIDTH = 6
+
+
+def with_states(who: str, seed: int):
+    """With states of the queries, and maps as wide as they are."""
+    output, rng = asked_output(who, seed), np.random.default_rng(seed)
+    hidden = lambda q: q._replace(hidden=rng.normal(size=(*q.boxes.shape[:2], WIDTH)).astype(np.float32))  # noqa: E731
+    maps = rng.normal(size=(BATCH, SIZE[0] // 8, SIZE[1] // 8, WIDTH)).astype(np.float32)
+    return dataclasses.replace(output, layers=tuple(map(hidden, output.layers)), neck=(maps,))
+
+
+def test_detrdistill_learns_matched_predictions_and_the_teacher_learns_nothing():
+    """Equal models have nothing to learn but the truth, in any order of the teacher's queries."""
+    student, teacher = with_states("s", 0), with_states("t", 1)
+    made = Distiller(detector(student), detector(teacher), [methods.detrdistill()])
+    order = np.random.default_rng(0).permutation(teacher.layers[0].boxes.shape[1])
+    names = ("classes", "l1", "giou", "features")
+
+    @quick_jit
+    def values(student, teacher):
+        shuffled = dataclasses.replace(student, layers=jax.tree.map(lambda x: x[:, order], student.layers))
+
+        def total(s, t, names=(*names, "prior")):
+            terms = term_sums(made, s, t)
+            return sum(terms[f"detrdistill/{name}"] for name in names), terms
+
+        gradient = jax.grad(total, (0, 1), has_aux=True)
+        return gradient(student, teacher), jax.value_and_grad(lambda s: total(s, shuffled, names)[0])(student)
+
+    ((of_student, of_teacher), terms), (nothing, gradient) = jax.device_get(values(student, teacher))
+    assert nothing == pytest.approx(0, abs=1e-4)
+    assert max(np.max(np.abs(g), initial=0) for g in jax.tree.leaves(gradient)) < 1e-5
+    assert all(term > 0 for term in terms.values()) and len(terms) == 5
+    parts = (of_student.layers[0].boxes, of_student.layers[1].logits, of_student.neck, of_student.ask)
+    assert all(any(np.any(g) for g in jax.tree.leaves(part)) for part in parts)
+    assert not any(np.any(g) for g in jax.tree.leaves(of_teacher))
+
+
+def test_detrdistill_matches_and_sums_as_its_formula():
+    student, teacher = with_states("s", 0), with_states("t", 1)
+    made = Distiller(detector(student), detector(teacher), [methods.detrdistill(prior_weight=0)])
+    found = jax.device_get(quick_jit(lambda s, t: term_sums(made, s, t))(student, teacher))
+    wanted = dict.fromkeys(("classes", "l1", "giou"), 0.0)
+    for s, t in zip(student.layers, (teacher.layers[1], teacher.layers[2]), strict=True):
+        sums, costs, weights = dict.fromkeys(wanted, 0.0), np.asarray(queries.cost(s, t)), 0.0
+        for image in range(BATCH):
+            for i, j in zip(*linear_sum_assignment(costs[image]), strict=True):
+                p, q = sigmoid(t.logits[image, j]), sigmoid(s.logits[image, i])
+                a, b = s.boxes[image, i], t.boxes[image, j]
+                w = p.max()
+                sums["classes"] += w * np.sum(p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q)))
+                sums["l1"] += w * np.abs(a - b).sum()
+                sums["giou"] += w * (1 - giou(a, b))
+                weights += w
+        wanted = {name: wanted[name] + sums[name] / weights for name in wanted}
+    assert {name: found[f"detrdistill/{name}"] for name in wanted} == pytest.approx(wanted, rel=1e-4)
+    maps = zip(student.neck, teacher.neck, strict=True)
+    masks = [np.asarray(attention(layer, teacher.neck[0], TARGETS)) for layer in teacher.layers]
+    apart = sum(np.mean((mask[..., None] * (s - t)) ** 2) for s, t in maps for mask in masks)
+    assert found["detrdistill/features"] == pytest.approx(apart, rel=1e-4)
+
+
+def test_the_attention_of_detrdistill():
+    """Cosines weighted by score and overlap, of an image without objects by score alone; the scale of states is no
+    matter."""
+    teacher = with_states("t", 1)
+    layer, x = teacher.layers[-1], teacher.neck[0]
+    targets = TARGETS._replace(valid=TARGETS.valid & np.array([[True], [False]]))
+    found = np.asarray(attention(layer, x, targets))
+    assert np.all(found > 0) and found.max((1, 2)) == pytest.approx(np.ones(BATCH))
+    scaled = layer._replace(hidden=layer.hidden * np.linspace(0.1, 9, layer.hidden.shape[1])[:, None])
+    np.testing.assert_allclose(attention(scaled, x, targets), found, rtol=2e-4, atol=1e-5)
+    truth = np.asarray(queries.truth(targets))
+    wanted = np.zeros_like(found)
+    for image in range(BATCH):
+        for q, h in enumerate(layer.hidden[image]):
+            u = sigmoid(layer.logits[image, q]).max()
+            if targets.valid[image].any():
+                u *= max(iou(layer.boxes[image, q], box) for box in truth[image][targets.valid[image]])
+            wanted[image] += u * (x[image] @ h) / np.linalg.norm(x[image], axis=-1) / np.linalg.norm(h)
+    wanted = np.maximum(wanted, 0.01)
+    np.testing.assert_allclose(found, wanted / wanted.max((1, 2), keepdims=True), rtol=1e-4, atol=1e-5)
+
+
+def test_the_prior_of_detrdistill_learns_what_the_teacher_found():
+    """Against a loop: the student's answers to the teacher's boxes, with the objects of the teacher's last layer."""
+    student, teacher = with_states("s", 0), with_states("t", 1)
+    made = Distiller(detector(student), detector(teacher), [methods.detrdistill(feature_weight=0)])
+    spied = dataclasses.replace(student, ask=jax.tree_util.Partial(apart, MATRICES["s"]))
+    found = jax.device_get(quick_jit(lambda s, t: term_sums(made, s, t))(spied, teacher))["detrdistill/prior"]
+    boxes = np.asarray(teacher.selected.boxes)
+    truth, last, total = np.asarray(queries.truth(TARGETS)), teacher.layers[-1], 0.0
+    seen = boxes + boxes.mean(1, keepdims=True)
+    for image in range(BATCH):
+        objects = np.flatnonzero(TARGETS.valid[image])
+        cost = np.array([[_cost(last, image, q, m, truth) for m in objects] for q in range(boxes.shape[1])])
+        partner = dict(zip(*linear_sum_assignment(cost), strict=True))
+        for matrix in MATRICES["s"]:
+            out = seen[image] @ matrix
+            p, b = sigmoid(out[:, :CLASSES]), sigmoid(out[:, CLASSES:])
+            for q in range(boxes.shape[1]):
+                target, weight = np.zeros(CLASSES), 0.75 * p[q] ** 2
+                if q in partner:
+                    m = objects[partner[q]]
+                    overlap = iou(b[q], truth[image, m])
+                    target[TARGETS.labels[image, m]], weight[TARGETS.labels[image, m]] = overlap, overlap
+                    total += 5 * np.abs(b[q] - truth[image, m]).sum() + 2 * (1 - giou(b[q], truth[image, m]))
+                total -= np.sum(weight * (target * np.log(p[q]) + (1 - target) * np.log(1 - p[q])))
+    assert found == pytest.approx(total / TARGETS.valid.sum(), rel=1e-4)
+
+
+def apart(matrices, asked):
+    assert not asked.sees_own and asked.labels is None and asked.blocked is None
+    return answer(matrices, asked)
+
+
+def iou(a, b) -> float:
+    a, b = (np.concatenate([x[:2] - x[2:] / 2, x[:2] + x[2:] / 2]) for x in (a, b))
+    inner = np.prod(np.maximum(np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2]), 0))
+    return inner / (np.prod(a[2:] - a[:2]) + np.prod(b[2:] - b[:2]) - inner)
+
+
+def _cost(last: Queries, image: int, q: int, m: int, truth) -> float:
+    p, box = sigmoid(last.logits[image, q])[TARGETS.labels[image, m]], last.boxes[image, q]
+    focal = 0.25 * (1 - p) ** 2 * -np.log(p + 1e-8) - 0.75 * p**2 * -np.log(1 - p + 1e-8)
+    return 2 * focal + 5 * np.abs(box - truth[image, m]).sum() - 2 * giou(box, truth[image, m])
+
+
 def test_what_is_no_transformer_is_refused():
     _, of_grid = grid(0)
     query, d_fine = detector(STUDENT), detector(D_FINE)
@@ -224,6 +354,8 @@ def test_what_is_no_transformer_is_refused():
         ("kd_detr", of_grid, query, "kd_detr: the student is no transformer"),
         ("kd_detr", query, of_grid, "kd_detr: the teacher is no transformer"),
         ("kd_detr", query, detector(dataclasses.replace(STUDENT, ask=None)), "the teacher's decoder cannot be asked"),
+        ("detrdistill", query, of_grid, "detrdistill: the teacher is no transformer"),
+        ("detrdistill", query, query, "set feature_weight=0"),
         ("go_lsd", query, d_fine, "go_lsd: the student predicts no distributions of edges"),
         ("go_lsd", d_fine, of_grid, "go_lsd: the teacher is no transformer"),
     ):
