@@ -264,6 +264,7 @@ def shown(default: object) -> str:
     return f'`"{default}"`' if isinstance(default, str) else f"`{default!r}`"
 
 
+@functools.cache
 def families() -> dict[str, list[str]]:
     """Detector family -> its variants by name, small to large."""
     found = {}
@@ -273,6 +274,7 @@ def families() -> dict[str, list[str]]:
     return found
 
 
+@functools.cache
 def pair_of(family: str) -> tuple[str, str]:
     """The smallest student of a family, and the next larger teacher."""
     variants = families()[family]

@@ -71,7 +71,7 @@ def test_a_proof_names_reference_files_that_are_replayed(name):
 
 
 # A family with the taps, strides and rows of another: only the pair of itself is traced by default.
-ALIKE = ("rtmdet_ins", "mask_rcnn", "cascade_rcnn")
+ALIKE = ("rtmdet_ins", "mask_rcnn", "cascade_rcnn", "rtdetrv2", "dfine")
 
 
 @pytest.mark.parametrize("rest", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["default", "rest"])
