@@ -100,7 +100,7 @@ def test_the_published_recipe(pair):
     small = student == "tiny"
     scale = (0.5, 2.0) if student in ("tiny", "s") else (0.1, 2.0)
     single = dict(mosaic=False, mixup=0.0, cache=40, flip=0.5, scale=scale, crop=True, hsv=(5.0, 30.0, 30.0))
-    single |= dict(stretch=False, distort=0.0, zoom_out=0.0, iou_crop=0.0)
+    single |= dict(distort=0.0, zoom_out=0.0, iou_crop=0.0)
     assert data["stage2"]["augment"] == single
     assert data["augment"] == single | dict(mosaic=True, mixup=0.5 if small else 1.0, cache=20 if small else 40)
     if teacher:
@@ -289,8 +289,8 @@ def test_the_recipes_of_transformers_are_the_authors():
     rate = optim.learning_rate(config)
     assert [float(rate(step)) for step in (500, config.steps - 1)] == pytest.approx([2.5e-4] * 2)
     strong, plain = config.data.augment, config.data.stage2.augment
-    assert (strong.distort, strong.zoom_out, strong.iou_crop) == (1.0, 0.5, 0.8) and strong.stretch
-    assert (plain.distort, plain.zoom_out, plain.iou_crop) == (0.0, 0.0, 0.0) and plain.stretch
+    assert (strong.distort, strong.zoom_out, strong.iou_crop) == (1.0, 0.5, 0.8)
+    assert (plain.distort, plain.zoom_out, plain.iou_crop) == (0.0, 0.0, 0.0)
     assert 1 - config.ema.momentum == 0.9999 and config.ema.ramp == 1000
     plain = load(ROOT / "configs/supervised/transformers.py")
     assert (plain.steps, plain.data.stage2.start, plain.optimizer.warmup) == (72 * 118287 // 16, 0, 0)

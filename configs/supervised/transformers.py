@@ -47,7 +47,7 @@ def get_config(detector: str = "rtdetr_r18") -> Config:
     config.steps = epochs * IMAGES // batch
     config.student.detector = detector
     config.data.update(dict(source="tfds", val_split="validation", image_size=(640, 640)))
-    single = augment(scale=(1.0, 1.0), crop=False, hsv=(0.0, 0.0, 0.0), stretch=True)
+    single = augment(scale=(1.0, 1.0), crop=False, hsv=(0.0, 0.0, 0.0))
     config.data.augment = single | dict(distort=1.0, zoom_out=0.5, iou_crop=0.8)
     if plain:
         config.data.stage2.start = (epochs - plain) * IMAGES // batch

@@ -78,6 +78,7 @@ class TrainBuilder:
     canvas: tuple[int, int]
     max_boxes: int
     stages: tuple[Stage, ...]
+    stretch: bool  # images get the aspect ratio of the canvas
     streams: int  # number of virtual streams that this process has
 
     def __call__(self, plan: list[Row], /) -> list[Arrays]:
@@ -110,7 +111,11 @@ class TrainBuilder:
         if any(stage.ssd.values()):
             sample = self._of_ssd(sample, np.random.default_rng((self.seed, row.position, 3)), **stage.ssd)
         return transforms.augment(
-            sample, np.random.default_rng((self.seed, row.position)), canvas=self.canvas, **options
+            sample,
+            np.random.default_rng((self.seed, row.position)),
+            canvas=self.canvas,
+            stretch=self.stretch,
+            **options,
         )
 
     def _of_ssd(

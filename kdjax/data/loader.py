@@ -24,6 +24,7 @@ def train_batches(
     seed: int,
     start_step: int = 0,
     shard: tuple[int, int] = (0, 1),
+    fit: str = "round",
 ) -> Batches:
     """Endless training batches from `start_step` on; every epoch is shuffled anew.
 
@@ -35,6 +36,7 @@ def train_batches(
       seed: at least 0; with the step it determines a batch.
       start_step: the step of the first batch.
       shard: (index, count): this host gets rows index·n .. (index + 1)·n of the global batch, n = batch_size / count.
+      fit: of the detector that is trained (`Detector.fit`): with "stretch" images get the aspect ratio of the canvas.
 
     Returns:
       An iterator with `close()` of dicts: image u8[B, H, W, 3] RGB, boxes f32[B, M, 4] x1 y1 x2 y2 in pixels of the
@@ -73,6 +75,7 @@ def train_batches(
         canvas=canvas_size(cfg),
         max_boxes=dataset.max_boxes,
         stages=stages,
+        stretch=fit == "stretch",
         streams=-(-rows // (STREAM * max(workers, 1))) + 1,  # a host's rows may begin inside a stream
     )
     mixing = any(stage.mosaic or stage.mixup for stage in stages)

@@ -91,4 +91,4 @@ def _stage(options: Settings, name: str) -> Stage:
     if cache < 1:
         raise UserError(f"{name}.cache must be at least 1 image, not {cache}")
     single = dict(flip_share=flip, scale=scale, random_crop=bool(options["crop"]), hsv=hsv)
-    return Stage(bool(options["mosaic"]), mixup, cache, single | {"stretch": bool(options["stretch"])}, ssd)
+    return Stage(bool(options["mosaic"]), mixup, cache, single, ssd)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from kdjax.boxes import matching
+from kdjax.boxes import convert, matching
 from kdjax.errors import UserError
 from kdjax.losses import box, distance
 from kdjax.structs import Array, DetectorOutput, Queries, Targets
@@ -91,9 +91,7 @@ def taken(queries: Queries, index: Array) -> Queries:
 
 def truth(targets: Targets) -> Array:
     """The boxes of the objects as the decoder has them, f32[B, M, 4]."""
-    sides = jnp.tile(targets.pad_size[:, None, ::-1], 2).astype(jnp.float32)
-    boxes = targets.boxes / sides
-    return jnp.concatenate([(boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2]], -1)
+    return convert.to_cxcywh(targets.boxes / jnp.tile(targets.pad_size[:, None, ::-1], 2))
 
 
 def weighted_mean(values: Array, weight: Array) -> Array:

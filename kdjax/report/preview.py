@@ -17,7 +17,7 @@ IMAGES = 8  # at most, of a batch
 
 
 def save(
-    dataset: data.Dataset, config: Config, curves: Mapping[str, np.ndarray], workdir: str | Path | None
+    dataset: data.Dataset, config: Config, curves: Mapping[str, np.ndarray], workdir: str | Path | None, fit: str
 ) -> dict[str, Path]:
     """Writes a contact sheet for a batch of each augmentation stage, and a plot of the schedule.
 
@@ -29,6 +29,7 @@ def save(
       config: of the run.
       curves: from `kdjax.training.schedule.schedule`.
       workdir: the folder for the images; None: a folder of the cache.
+      fit: of the student (`Detector.fit`).
 
     Returns:
       {description: file}.
@@ -38,7 +39,7 @@ def save(
     files = {}
     for step in _steps(config):
         file = files[f"training images of batch {step}"] = folder / f"batch_{step:06d}.png"
-        Image.fromarray(sheet(dataset, config, step)).save(file)
+        Image.fromarray(sheet(dataset, config, step, fit)).save(file)
     file = files["schedule of learning rate, moving average and weights"] = folder / "schedule.png"
     draw_schedule(config, curves).savefig(file)
     return files
@@ -69,7 +70,7 @@ def draw_schedule(config: Config, curves: Mapping[str, np.ndarray]) -> Figure:
     return figure
 
 
-def sheet(dataset: data.Dataset, config: Config, step: int) -> np.ndarray:
+def sheet(dataset: data.Dataset, config: Config, step: int, fit: str) -> np.ndarray:
     """u8[H, W, 3]: up to `IMAGES` rows of the batch of a step, whole canvas, with boxes and, if it has them, masks."""
     rows = max(n for n in range(1, IMAGES + 1) if config.batch_size % n == 0)
     shard = (0, config.batch_size // rows)
@@ -77,7 +78,7 @@ def sheet(dataset: data.Dataset, config: Config, step: int) -> np.ndarray:
     settings.workers = 0
     with contextlib.closing(
         data.train_batches(
-            dataset, settings, batch_size=config.batch_size, seed=config.seed, start_step=step, shard=shard
+            dataset, settings, batch_size=config.batch_size, seed=config.seed, start_step=step, shard=shard, fit=fit
         )
     ) as batches:
         batch = next(batches)

@@ -165,7 +165,9 @@ def first_batch_with_objects(setup: Setup) -> dict[str, np.ndarray]:
       UserError: the first 100 batches contain none.
     """
     config = setup.config
-    batches = data.train_batches(setup.dataset, config.data, batch_size=config.batch_size, seed=config.seed)
+    batches = data.train_batches(
+        setup.dataset, config.data, batch_size=config.batch_size, seed=config.seed, fit=setup.student.fit
+    )
     with contextlib.closing(batches):
         for _ in range(100):
             batch = next(batches)

@@ -292,7 +292,6 @@ def augment(**changes: Any) -> dict[str, Any]:
         scale=(0.5, 2.0),  # range of the random resize, relative to the size that fits the canvas (or the Mosaic)
         crop=True,  # random crop where the resized image is larger than the canvas
         hsv=(5.0, 30.0, 30.0),  # largest shift of hue (of 180), saturation and value (of 255); zeros switch it off
-        stretch=False,  # the image gets the ratio of the canvas, as transformers are trained; else it keeps its own
         distort=0.0,  # probability of SSD's changes of colours (kdjax/data/ssd.py), before all others
         zoom_out=0.0,  # probability of being placed on a larger black canvas
         iou_crop=0.0,  # probability of a crop that some object overlaps

@@ -27,7 +27,7 @@ from kdjax.training.checkpoint import Checkpoints
 from kdjax.training.config import Config
 from kdjax.training.log import Log
 from kdjax.training.schedule import schedule
-from kdjax.training.setup import Setup, prepare, prepare_process, resume, run_fingerprint
+from kdjax.training.setup import Setup, load_detector, prepare, prepare_process, resume, run_fingerprint
 from kdjax.training.step import TeacherVariables, TrainState
 
 
@@ -154,6 +154,7 @@ def train(setup: Setup, start: int, checkpoints: Checkpoints, log: Log) -> dict[
         seed=config.seed,
         start_step=start,
         shard=(jax.process_index(), jax.process_count()),
+        fit=setup.student.fit,
     )
 
     fingerprint, category_ids = run_fingerprint(setup), list(setup.dataset.category_ids)
@@ -309,5 +310,6 @@ def dry_run(config: Config, workdir: str | Path | None) -> None:
         dataset = data.open_dataset(config.data)
     print(data.summary(dataset, config.data))
     checks.check_truth(dataset, config.data)
-    for description, file in preview.save(dataset, config, schedule(config), workdir).items():
+    student, _ = load_detector("student", config.student, dataset, jax.random.PRNGKey(config.seed))
+    for description, file in preview.save(dataset, config, schedule(config), workdir, student.fit).items():
         print(f"{description}: {file}")

@@ -268,6 +268,13 @@ def test_evaluation_may_fill_the_canvas(dataset, cfg):
     np.testing.assert_allclose(filled["boxes"], fitted["boxes"] * ratio, rtol=1e-5)
 
 
+def test_training_of_a_detector_that_is_evaluated_so_fills_the_canvas(dataset, cfg):
+    [fitted], [filled] = (train(dataset, plain(cfg), 1, batch_size=11, fit=fit) for fit in ("round", "stretch"))
+    assert (filled["image_size"] == [48, 64]).all() and (fitted["image_size"] != [48, 64]).any()
+    ratio = (filled["image_size"] / fitted["image_size"])[:, None, [1, 0, 1, 0]]
+    np.testing.assert_allclose(filled["boxes"], fitted["boxes"] * ratio, rtol=1e-5)
+
+
 def test_the_largest_of_too_many_boxes_are_kept(tmp_path):
     boxes = [(2, 2, 5, 5), (10, 2, 40, 30), (2, 10, 8, 30), (2, 35, 40, 47)]
     truth = coco_json({"a.png": (48, 64)}, [(0, 3, [x, y, p - x, q - y], {}) for x, y, p, q in boxes])

@@ -20,7 +20,7 @@ def test_a_sheet_of_every_stage(tmp_path, capsys):
     config.data.stage2.start = 30
     dataset = data.open_dataset(config.data)
     config.optimizer.warmup = 4
-    files = preview.save(dataset, config, schedule.schedule(config), tmp_path / "run")
+    files = preview.save(dataset, config, schedule.schedule(config), tmp_path / "run", "round")
     assert [file.name for file in files.values()] == ["batch_000006.png", "batch_000030.png", "schedule.png"]
     assert [cv2.imread(str(file)).ndim for file in files.values()] == [3, 3, 3]
     batches = data.train_batches(dataset, config.data, batch_size=24, seed=5, start_step=6)
