@@ -1,5 +1,6 @@
 """docs/methods.md, zoo.md and inputs.md say what code and tests do; the guide to a method works as it is printed."""
 
+import dataclasses
 import fnmatch
 import functools
 import inspect
@@ -105,7 +106,9 @@ def shapes_of_terms(name: str, student: str, teacher: str) -> dict:
     batch["image_size"], batch["image"] = arrays(1, of=[(jnp.int32, 2), (jnp.uint8, side, side, 3)])
     rows = [(jnp.int32,), (jnp.bool_,), (jnp.bool_,), (jnp.int32,), (jnp.float32, 4), (jnp.float32,)]
     two_stages = generate.specs(student).at is not None
-    count = 8 if two_stages else len(distiller.student.priors((side, side)))
+    queries = generate.specs(student).layers
+    rows_of_one = queries[-1].logits.shape[1] if queries else len(distiller.student.priors((side, side)))
+    count = 8 if two_stages else rows_of_one
     assignment = Assignment(*arrays(1, count, of=rows))
     if two_stages:
         assignment = assignment._replace(regions=assignment.boxes)
@@ -117,7 +120,10 @@ def shapes_of_terms(name: str, student: str, teacher: str) -> dict:
         )
 
     key = jax.ShapeDtypeStruct((2,), jnp.uint32)
-    observed = taps.only(generate.specs(teacher), distiller.teacher_reads)
+    whole = generate.specs(teacher)
+    observed = taps.only(whole, distiller.teacher_reads)
+    if queries or whole.layers:  # as `Distiller.observe` has it: queries are paired by all that they say
+        observed = dataclasses.replace(observed, rows=whole.rows)
     variables = distiller.teacher.shapes
     found = jax.eval_shape(terms, key, generate.specs(student), observed, variables, assignment, batch)
     return {term.partition("/")[2]: value for term, value in found.items()}

@@ -55,7 +55,7 @@ class Distiller:
     student: Any  # a `Student`, with what its methods need beside `spec`
     teacher: Any  # a `Teacher`, with what its methods need beside `spec` and `observe`
     methods: Mapping[str, Method]
-    pairing: Rule = pairings.by_place
+    pairing: Rule = pairings.auto
     variables: PyTree = dataclasses.field(default=None, repr=False, compare=False)
 
     def __init__(
@@ -63,7 +63,7 @@ class Distiller:
         student: Student | Loaded,
         teacher: Teacher | Custom | Loaded,
         methods: Mapping[str, Method] | Sequence[Method],
-        pairing: Rule = pairings.by_place,
+        pairing: Rule = pairings.auto,
         variables: PyTree = None,
     ) -> None:
         models: dict[str, Any] = {"student": student, "teacher": teacher}

@@ -17,7 +17,7 @@ import jax
 from kdjax import plugins
 from kdjax.distill.distiller import Distiller, Loaded
 from kdjax.distill.method import Method, schedule
-from kdjax.distill.pairing import Rule, by_place
+from kdjax.distill.pairing import Rule, auto
 from kdjax.distill.teachers import Custom, Student, Teacher
 from kdjax.errors import UserError
 
@@ -81,7 +81,7 @@ def refusal(
     student: Student | Loaded,
     teacher: Teacher | Custom | Loaded,
     image_size: tuple[int, int],
-    pairing: Rule = by_place,
+    pairing: Rule = auto,
 ) -> str:
     """The error with which a method with default options refuses a student and a teacher; "" if it accepts them.
 

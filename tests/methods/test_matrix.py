@@ -2,7 +2,8 @@
 
 Maps are drawn once for each family, in the shapes of narrow networks; assigners, heads and decoders are the families'
 own. One pair a method is tried here, all others by `python -m pytest tests/methods/test_matrix.py -m slow`. That what
-does not refuse a pair also runs on it is traced for all pairs in tests/test_docs.py.
+does not refuse a pair also runs on it is traced for all pairs in tests/test_docs.py. Rows are paired by place: made-up
+queries would rarely overlap; test_queries.py pairs them by what they say.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from kdjax import detectors, methods
-from kdjax.distill import Distiller
+from kdjax.distill import Distiller, by_place
 
 SIDE, BATCH, CLASSES = 64, 2, 3
 QUICK = {"xla_backend_optimization_level": 0}
@@ -96,13 +97,13 @@ def runs(name: str) -> list[tuple[str, str]]:
     return [
         pair
         for pair in PAIRS
-        if not methods.refusal(name, network(pair[0], False), network(pair[1], True), (SIDE, SIDE))
+        if not methods.refusal(name, network(pair[0], False), network(pair[1], True), (SIDE, SIDE), by_place)
     ]
 
 
 def check(name: str, student_family: str, teacher_family: str) -> None:
     student, teacher = network(student_family, False), network(teacher_family, True)
-    distiller, key = Distiller(student, teacher, [methods.build(name)]), jax.random.PRNGKey(0)
+    distiller, key = Distiller(student, teacher, [methods.build(name)], by_place), jax.random.PRNGKey(0)
     adapters = distiller.init(key, (SIDE, SIDE))
 
     def terms(output, maps, frozen):
