@@ -82,8 +82,8 @@ def iou_crop(sample: Sample, rng: np.random.Generator) -> Sample:
             top, left = int((height - size[0]) * y), int((width - size[1]) * x)
             window = np.array([left, top, left + size[1], top + size[0]], np.float32)
             centres = (sample.boxes[:, :2] + sample.boxes[:, 2:]) / 2
-            inside = ((window[:2] < centres) & (centres < window[2:])).all(-1)
-            if inside.any() and _overlaps(sample.boxes[inside], window).max() >= least:
+            inside = np.flatnonzero(((window[:2] < centres) & (centres < window[2:])).all(-1))
+            if len(inside) and _overlaps(sample.boxes[inside], window).max() >= least:
                 kept = None if sample.masks is None else sample.masks[inside]
                 chosen = Sample(sample.image, sample.boxes[inside], sample.labels[inside], kept)
                 return transforms.crop(chosen, top, left, size)
@@ -101,7 +101,7 @@ def _grey(pixels: np.ndarray) -> np.ndarray:
 
 
 def _contrasted(pixels: np.ndarray, factor: float) -> np.ndarray:
-    return _towards(np.mean(_grey(pixels)), pixels, factor)
+    return _towards(_grey(pixels).mean(keepdims=True), pixels, factor)
 
 
 def _towards(zero: np.ndarray, pixels: np.ndarray, factor: float) -> np.ndarray:

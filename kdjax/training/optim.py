@@ -103,21 +103,16 @@ def scale_backbone(factor: float) -> optax.GradientTransformation:
     Updates are {"student": {part: ...}, ...}; a student without a part `backbone` is refused where the state is made.
     """
 
-    def init(params: PyTree) -> optax.EmptyState:
-        if "backbone" not in params["student"]:
+    def of_backbone(updates: PyTree) -> PyTree:
+        student = updates["student"]
+        if "backbone" not in student:
             raise UserError(
                 f"config.optimizer.backbone is {factor}, but the student has no part `backbone`: its parts are "
-                f"{', '.join(sorted(params['student']))}: set it to 1"
+                f"{', '.join(sorted(student))}: set it to 1"
             )
-        return optax.EmptyState()
+        return {key: {part: part == "backbone" for part in student} if key == "student" else False for key in updates}
 
-    def update(updates: PyTree, state: optax.EmptyState, params: PyTree = None) -> tuple[PyTree, optax.EmptyState]:
-        del params
-        student = updates["student"]
-        scaled = jax.tree.map(lambda update: factor * update, student["backbone"])
-        return {**updates, "student": {**student, "backbone": scaled}}, state
-
-    return optax.GradientTransformation(init, update)
+    return optax.masked(optax.scale(factor), of_backbone)
 
 
 def ema_rate(config: Config, step: Array | int) -> Array:
