@@ -18,6 +18,13 @@ TWO_STAGES = {
 }
 TWO_STAGES["mask_rcnn_r18"] = TWO_STAGES["faster_rcnn_r18"] | {"mask_channels": 8, "mask_convs": 1}
 TWO_STAGES["cascade_rcnn_r18"] = TWO_STAGES["mask_rcnn_r18"] | {"masks": True}
+_DECODER = dict(encoder_channels=8, encoder_hidden=8, channels=8, heads=2, hidden=8, layers=2, queries=10, denoising=4)
+_RTDETR = _DECODER | dict(stem=4, widths=[4, 8, 8, 8], blocks=[1, 1, 1, 1], points=2)
+TRANSFORMERS = {"rtdetr_pico": _RTDETR, "rtdetrv2_pico": _RTDETR}
+TRANSFORMERS["dfine_n"] = _DECODER | dict(
+    stem=[4, 4], middle=[4, 4, 4, 4], widths=[4, 8, 8, 8], blocks=[1, 1, 1, 1], block_layers=[1, 1, 1, 1], repeats=1,
+    bins=8, points=[2, 1],
+)  # fmt: skip
 OTHERS = {
     "retinanet_r18": SMALL,
     "fcos_r18": SMALL | {"groups": 4},

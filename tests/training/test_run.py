@@ -29,6 +29,7 @@ from kdjax.training.run import run
 from kdjax.training.setup import prepare
 from kdjax.weights.checkpoint import fingerprint
 from tests.support.data import small_folder
+from tests.support.models import TRANSFORMERS
 from tests.support.runs import random_teacher, tiny_config
 
 TWO_STAGES = dict(base_channels=4, neck_channels=8, head_channels=16, proposals=20, region_samples=12, rpn_samples=16)
@@ -220,12 +221,13 @@ def test_twin_is_a_supervised_run_to_the_bit(finished, folder, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["faster_rcnn_r18", "cascade_rcnn_r18", "rtmdet_ins_pico"])
+@pytest.mark.parametrize("name", ["faster_rcnn_r18", "cascade_rcnn_r18", "rtmdet_ins_pico", *TRANSFORMERS])
 def test_other_families_resume_and_have_an_exact_twin(name, tmp_path, monkeypatch):
-    """5 + 5 steps are 10, to the bit, where anchors and regions are drawn or masks are learned; one trace a program."""
+    """10 + 10 steps are 20, to the bit, where anchors, regions or queries are drawn or masks learned; one trace each."""
     masks = name == "rtmdet_ins_pico"
-    options = {} if masks else TWO_STAGES
-    changes = {"steps": 10, "method": "mkd" if masks else "dkd", "student__detector": name, "data__stage2__start": 5}
+    options = TRANSFORMERS.get(name, {} if masks else TWO_STAGES)
+    method = "dkd" if name.endswith("rcnn_r18") else "mkd"
+    changes = {"method": method, "student__detector": name}
     changes |= {f"student__options__{option}": value for option, value in options.items()}
     if masks:
         folder = small_folder(tmp_path / "data", masks=True)
@@ -240,14 +242,14 @@ def test_other_families_resume_and_have_an_exact_twin(name, tmp_path, monkeypatc
     whole = run(config, tmp_path / "whole")
     shard_batch, calls = sharding.shard_batch, iter(range(10**6))
 
-    def stop_in_step_five(*args):
-        if next(calls) == 5:  # the first call is for the check of the terms
+    def stop_in_step_ten(*args):
+        if next(calls) == 10:  # the first call is for the check of the terms
             signal.raise_signal(signal.SIGTERM)
         return shard_batch(*args)
 
     with monkeypatch.context() as patched:
-        patched.setattr(sharding, "shard_batch", stop_in_step_five)
-        with pytest.raises(training.Stopped, match="of 10"):
+        patched.setattr(sharding, "shard_batch", stop_in_step_ten)
+        with pytest.raises(training.Stopped, match="of 20"):
             run(config, tmp_path / "resumed")
     assert run(config, tmp_path / "resumed") == whole
     alone = run(supervised, tmp_path / "alone")
