@@ -223,7 +223,7 @@ def test_twin_is_a_supervised_run_to_the_bit(finished, folder, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["faster_rcnn_r18", "cascade_rcnn_r18", "rtmdet_ins_pico", *TRANSFORMERS])
 def test_other_families_resume_and_have_an_exact_twin(name, tmp_path, monkeypatch):
-    """10 + 10 steps are 20, to the bit, where anchors, regions or queries are drawn or masks learned; one trace each."""
+    """10 + 10 steps are 20, to the bit, where anchors, regions or queries are drawn or masks learned; a trace each."""
     masks = name == "rtmdet_ins_pico"
     options = TRANSFORMERS.get(name, {} if masks else TWO_STAGES)
     method = "dkd" if name.endswith("rcnn_r18") else "mkd"
