@@ -32,6 +32,9 @@ class Targets(NamedTuple):
     # f32[B, M, h, w], share of each pixel or block of pixels that the object covers, 0 .. 1, or bool. H / h = W / w is
     # a whole number, the stride of the masks (4 in kdjax's own batches). None: the data has no masks.
     instance_masks: Array | None = None
+    # f32[B, M + 1], >= 0: factors of what the rows lose that learn each object and, last, of those that learn none, for
+    # targets that are not equally sure. The numbers that losses are divided by stay. None: 1.
+    weights: Array | None = None
 
 
 def targets_of(batch: Mapping[str, Array]) -> Targets:
@@ -253,6 +256,9 @@ class DetectorOutput:
     # Of a transformer: its decoder, asked about further queries: a `jax.tree_util.Partial` over parameters, the maps of
     # the encoder and the states of the own queries, through which gradients flow.
     ask: Callable[[Asked], Decoded] | None = None
+    # What the model finds, as `Detector.decode` returns it: what a teacher may give that shows nothing else. Filled by
+    # `Distiller.observe` where a method reads it.
+    detections: "PaddedDetections | None" = None
     rows: Rows | None = (
         None  # the predictions of all levels as rows; filled by `Detector.observe`, or by a model of your own
     )

@@ -125,8 +125,7 @@ def loss(output: DetectorOutput, targets: Targets, assignment: Assignment) -> di
 
     Reference: Zhang et al., CVPR 2020, section 4.
     """
-    del targets
-    return dense.total(prior_losses(output, assignment))
+    return levels.total(prior_losses(output, assignment), targets, assignment)
 
 
 def prior_losses(output: DetectorOutput, assignment: Assignment) -> dict[str, Array]:

@@ -21,7 +21,7 @@ from flax import nnx
 
 from kdjax.boxes import coding
 from kdjax.boxes.convert import clip
-from kdjax.detectors import box_head, dense, mask_head, rpn, two_stage
+from kdjax.detectors import box_head, levels, mask_head, rpn, two_stage
 from kdjax.detectors.api import Assign, Detector, Loss
 from kdjax.errors import UserError
 from kdjax.losses import distance
@@ -253,7 +253,8 @@ def _loss(masks: bool) -> Loss:
         stride = mask_head.check_masks(TITLE, output, targets) if masks else 0
         assert assignment.first is not None, "an assignment of a cascade"
         apart = functools.partial(distance.smooth_l1, beta=RPN_BETA)
-        losses = dense.total(rpn.anchor_losses(output, assignment.first, apart=apart))
+        of_anchors = rpn.anchor_losses(output, assignment.first, apart=apart)
+        losses = levels.total(of_anchors, targets, assignment.first)
         stages = zip(STAGES, output.stages, (*assignment.earlier, assignment), strict=True)
         for i, (settings, stage, drawn) in enumerate(stages):
             assert drawn.regions is not None, "an assignment of a cascade"
@@ -261,7 +262,8 @@ def _loss(masks: bool) -> Loss:
             each = box_head.region_losses(found, drawn, stds=settings.stds, apart=distance.smooth_l1)
             if stage.masks_at is not None:
                 each["loss_mask"] = mask_head.mask_losses(stage.masks_at, targets, drawn, stride=stride)
-            losses |= {f"{name}_{i}": settings.weight * value for name, value in dense.total(each).items()}
+            each = levels.total(each, targets, drawn)
+            losses |= {f"{name}_{i}": settings.weight * value for name, value in each.items()}
         return losses
 
     return loss

@@ -265,11 +265,6 @@ def positives_of_images(assignment: Assignment) -> Array:
     return jnp.sum(jnp.maximum(jnp.sum(assignment.positive, 1), 1)).astype(jnp.float32)
 
 
-def total(values: dict[str, Array]) -> dict[str, Array]:
-    """The sum of each loss of the priors, {name: f32[B, N]} -> {name: f32[]}."""
-    return {name: jnp.sum(value) for name, value in values.items()}
-
-
 def decoder(decode_boxes: Callable[[DetectorOutput], Array], *, iou_threshold: float) -> Decode:
     """Returns the function `decode` of a family; its defaults are the published test settings."""
 

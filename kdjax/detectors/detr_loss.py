@@ -31,6 +31,7 @@ class Truth(NamedTuple):
     boxes: Array  # f32[B, M, 4], cx cy w h
     labels: Array  # i32[B, M]
     count: Array  # f32[], of the global batch, at least 1
+    weights: Array | None = None  # f32[B, M + 1], `Targets.weights`
 
 
 def sides(output: DetectorOutput) -> Array:
@@ -42,7 +43,8 @@ def sides(output: DetectorOutput) -> Array:
 def truth_of(output: DetectorOutput, targets: Targets) -> Truth:
     """The objects as the losses have them."""
     boxes = convert.to_cxcywh(targets.boxes / sides(output))
-    return Truth(boxes, targets.labels, jnp.maximum(jnp.sum(targets.valid, dtype=jnp.float32), 1))
+    count = jnp.maximum(jnp.sum(targets.valid, dtype=jnp.float32), 1)
+    return Truth(boxes, targets.labels, count, targets.weights)
 
 
 def outputs_of(output: DetectorOutput) -> tuple[Queries, ...]:
@@ -255,7 +257,7 @@ def class_losses(
     def one(logits: Array, boxes: Array, matched: Array) -> Array:
         labels = jnp.where(matched >= 0, _of_matched(truth.labels[..., None], matched)[..., 0], logits.shape[-1])
         rows = classification.varifocal(logits, labels, _quality(boxes, _of_matched(truth.boxes, matched)))
-        return jnp.sum(jnp.where(live, rows, 0.0)) / count
+        return jnp.sum(jnp.where(live, rows * levels.row_weights(truth.weights, matched), 0.0)) / count
 
     return {"cls": jax.vmap(one)(*_stacked(outputs), matched)}
 
@@ -271,7 +273,9 @@ def box_losses(outputs: Sequence[Queries], matched: Array, truth: Truth, count: 
         wanted, positive = _of_matched(truth.boxes, matched), matched >= 0
         l1 = jnp.sum(distance.l1(boxes, wanted), -1)
         giou = box.giou(matching.corners(boxes), matching.corners(wanted), eps=EPS)
-        return {name: jnp.sum(jnp.where(positive, rows, 0.0)) / count for name, rows in (("l1", l1), ("giou", giou))}
+        weights = levels.row_weights(truth.weights, matched)
+        rows = {"l1": l1 * weights, "giou": giou * weights}
+        return {name: jnp.sum(jnp.where(positive, values, 0.0)) / count for name, values in rows.items()}
 
     return jax.vmap(one)(_stacked(outputs)[1], matched)
 
@@ -312,12 +316,13 @@ def edge_losses(
     reference = jax.lax.stop_gradient(reference).astype(jnp.float32)
     target = edges.edge_distance(reference, wanted, scale=scale)
     score = jax.lax.stop_gradient(jnp.max(jax.nn.sigmoid(logits[-1]), -1))
+    weights = levels.row_weights(truth.weights, matched)
 
     def one(boxes: Array, corners: Array) -> dict[str, Array]:
-        quality = _quality(boxes, wanted)
+        quality = _quality(boxes, wanted) * weights
         fgl = box.fine_grained_localization(corners, target, bins(corners.shape[-1] - 1)) * quality[..., None]
         apart = divergence.softmax_kl(corners, last, temperature=TEMPERATURE)
-        apart = jnp.sum(apart, -1) / 4 * jnp.where(positive, quality, score)
+        apart = jnp.sum(apart, -1) / 4 * jnp.where(positive, quality, score * weights)
         means = [jnp.sum(jnp.where(rows, apart, 0.0)) / jnp.maximum(jnp.sum(rows), 1) for rows in (positive, others)]
         return {
             "fgl": jnp.sum(jnp.where(positive[..., None], fgl, 0.0)) / count,

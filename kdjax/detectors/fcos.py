@@ -193,8 +193,7 @@ def loss(
 
     Reference: Tian et al., ICCV 2019, equation 2 and section 3.3.
     """
-    del targets
-    return dense.total(prior_losses(output, assignment, box_loss=box_loss))
+    return levels.total(prior_losses(output, assignment, box_loss=box_loss), targets, assignment)
 
 
 def prior_losses(output: DetectorOutput, assignment: Assignment, *, box_loss: str = "iou") -> dict[str, Array]:

@@ -132,8 +132,7 @@ def loss(output: DetectorOutput, targets: Targets, assignment: Assignment) -> di
 
     Reference: Li et al., NeurIPS 2020, equations 2, 6 and 8.
     """
-    del targets
-    return dense.total(prior_losses(output, assignment))
+    return levels.total(prior_losses(output, assignment), targets, assignment)
 
 
 def prior_losses(output: DetectorOutput, assignment: Assignment) -> dict[str, Array]:

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kdjax.boxes import convert, priors
-from kdjax.structs import Array, DetectorOutput
+from kdjax.structs import Array, Assignment, DetectorOutput, Targets
 
 
 def join(maps: tuple[Array, ...], width: int) -> Array:
@@ -42,3 +42,24 @@ def query_boxes(output: DetectorOutput) -> Array:
     """Boxes of the last layer's queries, f32[B, Q, 4], x1 y1 x2 y2 in pixels, not clipped."""
     height, width = input_size(output)
     return convert.from_cxcywh(output.layers[-1].boxes) * np.array([width, height, width, height], np.float32)
+
+
+def row_weights(weights: Array | None, matched: Array) -> Array | float:
+    """What the losses of rows are multiplied by: f32[..., B, N], or 1.
+
+    Args:
+      weights: f32[B, M + 1], `Targets.weights`, or None.
+      matched: i32[..., B, N], the object that each row learns, -1 for none.
+    """
+    if weights is None:
+        return 1.0
+    weights = jnp.broadcast_to(weights, (*matched.shape[:-1], weights.shape[-1]))
+    return jnp.take_along_axis(weights, jnp.where(matched < 0, weights.shape[-1] - 1, matched), -1)
+
+
+def total(values: dict[str, Array], targets: Targets, assignment: Assignment) -> dict[str, Array]:
+    """The sum of each loss of the rows, by their weights: {name: f32[B, N], or of the first rows} -> {name: f32[]}."""
+    return {
+        name: jnp.sum(value * row_weights(targets.weights, assignment.matched[:, : value.shape[1]]))
+        for name, value in values.items()
+    }

@@ -11,10 +11,9 @@ torchvision's 34.6 (37.9). Not reproduced yet (no published checkpoint was avail
 
 import functools
 
-import jax.numpy as jnp
 from flax import nnx
 
-from kdjax.detectors import box_head, mask_head, two_stage
+from kdjax.detectors import box_head, levels, mask_head, two_stage
 from kdjax.detectors.api import Assign, Detector
 from kdjax.errors import UserError
 from kdjax.structs import Array, Assignment, DetectorOutput, Regions, Targets
@@ -149,4 +148,4 @@ def loss(output: DetectorOutput, targets: Targets, assignment: Assignment) -> di
     stride = mask_head.check_masks(TITLE, output, targets)
     assert output.masks_at is not None
     of_masks = mask_head.mask_losses(output.masks_at, targets, assignment, stride=stride)
-    return two_stage.loss(output, targets, assignment) | {"loss_mask": jnp.sum(of_masks)}
+    return two_stage.loss(output, targets, assignment) | levels.total({"loss_mask": of_masks}, targets, assignment)

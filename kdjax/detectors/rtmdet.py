@@ -347,9 +347,8 @@ def loss(output: DetectorOutput, targets: Targets, assignment: Assignment) -> di
 
     Reference: arXiv 2212.07784, section 3.3.
     """
-    del targets
     focal, giou = prior_losses(levels.class_logits(output), decode_boxes(output), assignment)
-    return {"loss_cls": jnp.sum(focal), "loss_box": jnp.sum(giou)}
+    return levels.total({"loss_cls": focal, "loss_box": giou}, targets, assignment)
 
 
 def prior_losses(logits: Array, boxes: Array, assignment: Assignment) -> tuple[Array, Array]:

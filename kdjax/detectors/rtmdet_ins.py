@@ -312,22 +312,23 @@ def _mask_loss(output: DetectorOutput, targets: Targets, assignment: Assignment)
     kernels = jnp.take_along_axis(levels.join(output.kernels, output.kernels[0].shape[-1]), rows[..., None], 1)
     points = jnp.asarray(levels.grid(output))[rows]
     objects = jnp.maximum(jnp.take_along_axis(assignment.matched, rows, 1), 0)
+    weights = jnp.where(valid, levels.row_weights(targets.weights, objects), 0.0)
 
     @jax.checkpoint
-    def of_chunk(prototypes: Array, kernels: Array, points: Array, objects: Array, valid: Array) -> Array:
+    def of_chunk(prototypes: Array, kernels: Array, points: Array, objects: Array, weights: Array) -> Array:
         logits = dynamic_masks.doubled(mask_logits(kernels, points, prototypes))
         wanted = jax.vmap(lambda masks, index: masks[index])(truth, objects)
-        return jnp.sum(jnp.where(valid, mask.dice(logits, wanted, eps=EPS), 0.0))
+        return jnp.sum(jnp.where(weights > 0, weights * mask.dice(logits, wanted, eps=EPS), 0.0))
 
     def add(total: Array, chunk: tuple[Array, ...]) -> tuple[Array, None]:
-        used = jnp.any(chunk[-1])
+        used = jnp.any(chunk[-1] > 0)
         of_used = functools.partial(of_chunk, output.prototypes)
         return total + jax.lax.cond(used, of_used, lambda *_: jnp.float32(0), *chunk), None
 
     def split(x: Array) -> Array:
         return jnp.moveaxis(x.reshape(batch, chunks, CHUNK, *x.shape[2:]), 1, 0)
 
-    total, _ = jax.lax.scan(add, jnp.float32(0), tuple(map(split, (kernels, points, objects, valid))))
+    total, _ = jax.lax.scan(add, jnp.float32(0), tuple(map(split, (kernels, points, objects, weights))))
     return 2 * total / jnp.maximum(jnp.sum(valid), 1)
 
 

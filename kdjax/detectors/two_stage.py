@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kdjax.boxes import coding, nms
-from kdjax.detectors import box_head, dense, resnet, rpn
+from kdjax.detectors import box_head, dense, levels, resnet, rpn
 from kdjax.detectors.api import (
     Assign,
     Decode,
@@ -277,12 +277,13 @@ def loss(output: DetectorOutput, targets: Targets, assignment: Assignment) -> di
 
     Reference: Ren et al., Faster R-CNN, NeurIPS 2015, section 3.1.2; Girshick, Fast R-CNN, ICCV 2015, section 2.3.
     """
-    del targets
     first, at = assignment.first, output.at
     assert first is not None, "an assignment of a two-stage detector"
     assert at is not None, "an output of a two-stage detector"
     assert assignment.regions is not None, "an assignment of a two-stage detector"
-    return dense.total(rpn.anchor_losses(output, first) | box_head.region_losses(at(assignment.regions), assignment))
+    of_regions = box_head.region_losses(at(assignment.regions), assignment)
+    of_anchors = levels.total(rpn.anchor_losses(output, first), targets, first)
+    return of_anchors | levels.total(of_regions, targets, assignment)
 
 
 Look = Callable[[DetectorOutput, rpn.Proposals, Array], tuple[rpn.Proposals, Regions]]

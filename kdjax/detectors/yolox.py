@@ -270,9 +270,9 @@ def loss(output: DetectorOutput, targets: Targets, assignment: Assignment, *, l1
 
     Reference: arXiv 2107.08430, section 2.1.
     """
-    del targets
     values = prior_losses(output, assignment)
-    return {name: jnp.sum(value) for name, value in values.items() if l1 or name != "loss_l1"}
+    used = {name: value for name, value in values.items() if l1 or name != "loss_l1"}
+    return levels.total(used, targets, assignment)
 
 
 def prior_losses(output: DetectorOutput, assignment: Assignment) -> dict[str, Array]:

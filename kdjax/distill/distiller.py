@@ -14,7 +14,26 @@ from kdjax.distill.method import Context, Method, PairedRows, Proposals
 from kdjax.distill.pairing import Rule
 from kdjax.distill.teachers import Batch, Custom, Student, Teacher
 from kdjax.errors import UserError
-from kdjax.structs import Array, Assignment, DetectorOutput, Pairing, PyTree, Rows, Targets, targets_of
+from kdjax.structs import (
+    Array,
+    Assignment,
+    DetectorOutput,
+    PaddedDetections,
+    Pairing,
+    PyTree,
+    Rows,
+    Targets,
+    targets_of,
+)
+
+# What a method may read beside taps, and which function of the model makes it.
+EXTRAS = (
+    ("assignment", "assign"),
+    ("loss", "loss"),
+    ("head", "head"),
+    ("proposals", "propose"),
+    ("detections", "decode"),
+)
 
 
 class Loaded(Protocol):
@@ -131,6 +150,8 @@ class Distiller:
             raise UserError("teacher: it has no `observe`: pass its output to `terms` as `observed`")
         variables = self.variables if variables is None else variables
         whole = self.teacher.observe(variables, batch)
+        if "detections" in self.teacher_reads and whole.detections is None:
+            whole = dataclasses.replace(whole, detections=self._detect(whole, batch))
         output = taps.only(whole, self.teacher_reads)
         if self._pairs_by_content(lambda: self.student.spec(batch["image"].shape[1:3]), whole):
             output = dataclasses.replace(output, rows=whole.rows)
@@ -174,7 +195,7 @@ class Distiller:
         whole = self._with_rows(output)
         reads = {name for method in self.methods.values() for side in method.reads for name in side}
         by_regions = whole.at is not None and any(map(_compares_rows, self.methods.values()))
-        targets = _targets(batch) if by_regions or reads & {"targets", "assignment", "proposals"} else None
+        targets = _targets(batch) if by_regions or reads & {"targets", "assignment", "loss", "proposals"} else None
         if (by_regions or "assignment" in reads) and assignment is None and targets is not None:
             assignment = self._assign(output, targets, key)
         student, teacher = taps.shared_levels(whole, jax.lax.stop_gradient(observed))
@@ -201,6 +222,10 @@ class Distiller:
             of_student, of_teacher = (_fields(side.rows or Rows(), names) for side in sides)
             return Proposals(of_student, of_teacher, _match(sides[0], boxes, targets, valid))
 
+        def losses(targets: Targets) -> Mapping[str, Array]:
+            found = self._assign(output, targets, key)._replace(denoising=None)
+            return self.student.loss(output, targets, found)
+
         def boxes(maps: tuple[Array, ...]) -> Array:
             return self.teacher.decode_boxes(dataclasses.replace(teacher, box_reg=maps))
 
@@ -224,6 +249,7 @@ class Distiller:
                 teacher_boxes=boxes if "head" in method.reads.teacher else None,  # type: ignore[arg-type]
                 assign=assign if "assignment" in method.reads.student else None,  # type: ignore[arg-type]
                 proposals=proposals() if "proposals" in method.reads.teacher else None,  # type: ignore[arg-type]
+                loss=losses if "loss" in method.reads.student else None,  # type: ignore[arg-type]
             )
             terms = method.apply(adapters[name], context)
             values |= {f"{name}/{term}": value for term, value in terms.items()}
@@ -279,6 +305,9 @@ class Distiller:
             by_content = self._pairs_by_content(lambda: student, teacher)
             sides = (student, teacher) if by_content else read
             self.pairing(*(side.rows or Rows() for side in sides))
+        classes = [getattr(model, "num_classes", None) for model in (self.student, self.teacher)]
+        if "detections" in method.reads.teacher and None not in classes and classes[0] != classes[1]:
+            raise UserError(f"the student has {classes[0]} classes and the teacher {classes[1]}: they must be the same")
         return read
 
     def _read(
@@ -288,8 +317,9 @@ class Distiller:
         sides = []
         for role, output in (("student", student), ("teacher", teacher)):
             names = getattr(method.reads, role)
-            for extra, attribute in (("assignment", "assign"), ("head", "head"), ("proposals", "propose")):
-                if extra in names and getattr(getattr(self, role), attribute, None) is None:
+            for extra, attribute in EXTRAS:
+                there = getattr(getattr(self, role), attribute, None) or getattr(output, extra, None)
+                if extra in names and there is None:
                     raise UserError(f"the method reads the {role}'s {extra}, which this {role} does not have")
             try:
                 sides.append(taps.only(output, names))
@@ -313,6 +343,14 @@ class Distiller:
 
     def _assign(self, output: DetectorOutput, targets: Targets, key: Array) -> Assignment:
         return jax.lax.stop_gradient(self.student.assign(output, targets, key))
+
+    def _detect(self, output: DetectorOutput, batch: Batch) -> PaddedDetections:
+        """The teacher's best 100 detections, of 1,000 before NMS."""
+        if getattr(self.teacher, "decode", None) is None or "image_size" not in batch:
+            missing = "`image_size` in the batch" if "image_size" not in batch else "`decode` or `detections`"
+            raise UserError(f"teacher: a method reads its detections, which needs {missing}")
+        found = self.teacher.decode(output, batch["image_size"], pre_nms=1000, max_detections=100)
+        return found._replace(masks=None)
 
     def _head(self, variables: PyTree) -> Callable[..., tuple[Array, ...]]:
         return lambda features, *, branch, start: self.teacher.head(

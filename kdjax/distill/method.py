@@ -58,6 +58,9 @@ class Context(NamedTuple):
     # regions are not drawn again, but matched at an IoU of 0.5.
     assign: Callable[[Targets], Assignment]
     proposals: Proposals  # of methods that read "proposals"
+    # Of methods that read "loss": the student's own losses, {name: f32[]}, for targets that the method chooses: its
+    # assigner decides anew what each row learns. Without denoising queries and without masks.
+    loss: Callable[[Targets], Mapping[str, Array]]
 
 
 class Method(NamedTuple):

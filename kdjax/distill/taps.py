@@ -32,15 +32,16 @@ NEEDS = {
 ROWS = ("logits", "boxes", "quality", "distribution", "location")
 OF_REGIONS = ("logits", "boxes", "location")  # fields of the rows that a second stage fills
 DECODER = ("layers", "ask")  # what a transformer's decoder says of its own queries, and of further ones
-NO_TAPS = ("targets", "assignment", "head", "proposals", *DECODER)  # what else a method may read
+NO_TAPS = ("targets", "assignment", "loss", "head", "proposals", "detections", *DECODER)  # what else a method may read
 
 
 class Reads(NamedTuple):
     """The taps that a method reads of each side.
 
-    Beside taps, the student's may hold "targets" (the ground truth) and "assignment" (of its assigner), the teacher's
-    "head" (its head can be run on other features) or "proposals" (the regions that it proposes, with what both second
-    stages say about them). Both may hold "layers" (what a transformer's decoder says of its queries, layer by layer,
+    Beside taps, the student's may hold "targets" (the ground truth), "assignment" (of its assigner) and "loss" (its own
+    losses for targets that the method chooses), the teacher's "head" (its head can be run on other features),
+    "proposals" (the regions that it proposes, with what both second stages say about them) or "detections" (what it
+    finds). Both may hold "layers" (what a transformer's decoder says of its queries, layer by layer,
     and the cells that became queries) and "ask" (the decoder answers further queries); of other models they are empty.
     """
 
@@ -127,11 +128,11 @@ def tap(output: DetectorOutput, name: str) -> dict[int, Array]:
 def only(output: DetectorOutput, names: Iterable[str]) -> DetectorOutput:
     """The output with only the fields of the named taps; levels that are not named are None.
 
-    The second stage `at` is kept where a tap or "proposals" needs to ask it.
+    The second stage `at` is kept where a tap or "proposals" needs to ask it, and with "loss" what learns masks.
 
     Args:
       output: arrays or shape specs.
-      names: taps; "targets", "assignment" and "head" are ignored.
+      names: taps, and what else methods read.
 
     Raises:
       UserError: no such tap; the valid ones are listed.
@@ -153,7 +154,9 @@ def only(output: DetectorOutput, names: Iterable[str]) -> DetectorOutput:
             wanted[field] = None
         else:
             wanted[field] = (wanted.get(field) or set()) | set(indices)
-    kept: dict[str, Any] = {"kernels": (), "prototypes": None, "masks_at": None, "stages": ()}  # no taps
+    kept: dict[str, Any] = {"kernels": (), "stages": ()}  # no taps
+    kept |= {} if "loss" in names else {"prototypes": None, "masks_at": None}
+    kept |= {} if "detections" in names else {"detections": None}
     kept |= {} if "layers" in names else {"layers": (), "first": None, "selected": None}
     kept |= {} if "ask" in names else {"ask": None}
     for field in LEVELS + TOWERS:

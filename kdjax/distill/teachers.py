@@ -26,7 +26,8 @@ class Teacher(Protocol):
       tree of arrays the teacher needs, None if it needs none.
 
     A method that reads "head" also needs `head(params, stats, features, *, branch, start)` and `decode_boxes(output)`,
-    one that reads "proposals" `propose(output, image_size)`, as `Detector` has them. A teacher with two stages has `at`
+    one that reads "proposals" `propose(output, image_size)`, one that reads "detections" `decode(output, image_size)`,
+    as `Detector` has them, or `detections` in the output. A teacher with two stages has `at`
     in its output, also in that of `spec`: it is asked about the regions of the student.
     """
 
@@ -44,8 +45,8 @@ class Teacher(Protocol):
 class Student(Protocol):
     """What `Distiller` needs of a student: `spec(image_size)`, as of a teacher.
 
-    A method that reads "assignment" also needs `assign(output, targets, key)`, as `Detector` has it. `rows(output)` is
-    called where a method reads rows and the output has none.
+    A method that reads "assignment" also needs `assign(output, targets, key)`, one that reads "loss" that and
+    `loss(output, targets, assignment)`, as `Detector` has them. `rows(output)` is called where a method reads rows and the output has none.
     """
 
     @property
@@ -63,6 +64,7 @@ class Custom:
       observe: (variables, batch) -> DetectorOutput; only a teacher needs it.
       assign: (output, targets, key) -> Assignment; only a student whose methods read "assignment" needs it. That of a
         student with two stages has `regions`.
+      loss: (output, targets, assignment) -> {name: f32[]}; only a student whose methods read "loss" needs it.
       propose: (output, image_size i32[B, 2]) -> (boxes f32[B, P, 4], valid bool[B, P]); only a teacher with two stages
         whose methods read "proposals" needs it.
     """
@@ -70,6 +72,7 @@ class Custom:
     spec: Callable[[tuple[int, int]], DetectorOutput]
     observe: Callable[[Any, Batch], DetectorOutput] | None = None
     assign: Callable[[DetectorOutput, Targets, Array | None], Assignment] | None = None
+    loss: Callable[[DetectorOutput, Targets, Assignment], dict[str, Array]] | None = None
     propose: Callable[[DetectorOutput, Array], tuple[Array, Array]] | None = None
 
 

@@ -298,7 +298,8 @@ def in_precision(detector: Detector, dtype: str) -> Detector:
 def reads_predictions(chosen: Mapping[str, Method]) -> bool:
     """Whether a method reads predictions of the teacher, so that teacher and student must have the same classes."""
     reads = {name for method in chosen.values() for name in method.reads.teacher}
-    return any(name.startswith(("rows.", "cls_logits", "box_reg", "quality", "head")) for name in reads)
+    predictions = ("rows.", "cls_logits", "box_reg", "quality", "head", "layers", "ask", "proposals", "detections")
+    return any(name.startswith(predictions) for name in reads)
 
 
 def init_adapters(distiller: Distiller, key: Array, image_size: tuple[int, int]) -> dict[str, Any]:

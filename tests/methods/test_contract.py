@@ -30,8 +30,8 @@ ADAPT_IF_NEEDED = {"crosskd", "cwd", "fgd", "fitnet", "mgd", "mkd", "pfi", "pkd"
 # Methods that always make one, and those that have none.
 ADAPT_ALWAYS = {"defeat", "fgfi", "fkd", "gid", "rtmdet_cwd"}
 ADAPT_NEVER = {"bckd", "dkd", "hinton", "ld", "rm"}
-# Methods between the decoders of two transformers: tests/methods/test_decoders.py.
-OF_DECODERS = {"detrdistill", "go_lsd", "kd_detr"}
+# Methods between the decoders of two transformers, and what reads detections: test_decoders.py, test_teach_detr.py.
+ELSEWHERE = {"detrdistill", "go_lsd", "kd_detr", "teach_detr"}
 # The methods of the package: a method of the user's keeps the contract, but is in none of these lists.
 OWN = {path.stem for path in Path(methods.__file__).parent.glob("*.py")} - {"__init__"}
 # Taps of the teacher whose values do not matter: they are read to refuse predictions that do not pair.
@@ -81,10 +81,10 @@ def evaluation(method: Method, size: int) -> Callable:
 
 
 def test_every_method_of_the_package_is_in_one_list_of_adapters():
-    assert sorted([*ADAPT_IF_NEEDED, *ADAPT_ALWAYS, *ADAPT_NEVER, *OF_DECODERS]) == sorted(OWN)
+    assert sorted([*ADAPT_IF_NEEDED, *ADAPT_ALWAYS, *ADAPT_NEVER, *ELSEWHERE]) == sorted(OWN)
 
 
-@pytest.fixture(scope="module", params=[name for name in methods.names() if name not in OF_DECODERS])
+@pytest.fixture(scope="module", params=[name for name in methods.names() if name not in ELSEWHERE])
 def made(request):
     return prepared(request.param)
 
