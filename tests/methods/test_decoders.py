@@ -1,6 +1,7 @@
 """Methods between the decoders of two transformers, on random layers and a made-up decoder that can be asked."""
 
 import dataclasses
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from kdjax.distill import Distiller, queries
 from kdjax.errors import UserError
 from kdjax.methods.detrdistill import attention
 from kdjax.structs import Decoded, Queries
+from tests.methods.test_matrix import network
 from tests.methods.test_queries import BATCH, OBJECTS, STUDENT, TARGETS, batch_of, detector, grid
 from tests.support.arrays import quick_jit
 from tests.support.queries import CLASSES, SIZE, some_output
@@ -133,6 +135,56 @@ def test_kd_detr_of_equal_models_is_nothing_and_the_teacher_learns_nothing():
     assert value > 0 and any(np.any(g) for g in jax.tree.leaves(of_student.ask))
     assert not any(np.any(g) for g in jax.tree.leaves(of_teacher))
     assert shuffled == pytest.approx(float(value), rel=1e-5)
+
+
+@pytest.mark.parametrize("cells", [300, 32])
+def test_kd_detr_asks_about_the_cells_of_a_dense_student(cells, monkeypatch):
+    """Against a loop; queries see those that are asked with them, and of padding nothing."""
+    monkeypatch.setattr(sys.modules["kdjax.methods.kd_detr"], "CELLS", cells)
+    (student, of_grid), teacher = grid(0), asked_output("t", 1)
+    made = Distiller(of_grid, detector(teacher), [methods.kd_detr(dense=True)])
+    value = lambda s, t: term_sums(made, s, t)  # noqa: E731
+
+    @quick_jit
+    def compute(student, teacher):
+        found, pull = jax.vjp(value, student, teacher)
+        return found, pull(dict.fromkeys(found, 1.0))
+
+    found, (of_student, of_teacher) = jax.device_get(compute(student, teacher))
+    rows, sides = of_grid.rows(student), np.array([SIZE[1], SIZE[0]] * 2)
+    boxes = np.clip(np.asarray(rows.location) * [1, 1, 4, 4] / sides, 0, 1)
+    pieces = [boxes[i : i + cells] for i in range(0, len(boxes), cells)]
+    said = np.concatenate([(piece + piece.mean(0)) @ MATRICES["t"][-1] for piece in pieces])
+    p, b = sigmoid(said[:, :CLASSES]), sigmoid(said[:, CLASSES:])
+    q, a = sigmoid(rows.logits), np.asarray(rows.boxes) / sides
+    a = np.concatenate([(a[..., :2] + a[..., 2:]) / 2, a[..., 2:] - a[..., :2]], -1)
+    w = np.tile(p.max(-1), (BATCH, 1))
+    apart = np.array([[1 - giou(x, y) for x, y in zip(image, b, strict=True)] for image in a])
+    kl = np.sum(p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q)), -1)
+    for name, values in (("classes", kl), ("l1", np.abs(a - b).sum(-1)), ("giou", apart)):
+        assert found[f"kd_detr/{name}"] == pytest.approx((w * values).sum() / w.sum(), rel=1e-4), name
+    assert any(np.any(leaf) for leaf in jax.tree.leaves(of_student.cls_logits))
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(of_teacher))
+
+
+def test_kd_detr_asks_once_about_the_anchors_of_a_cell():
+    asked = []
+
+    def spy(matrices, given):
+        asked.append(given.boxes.shape)
+        return answer(matrices, given)
+
+    teacher = dataclasses.replace(asked_output("t", 1), ask=jax.tree_util.Partial(spy, MATRICES["t"]))
+    student = network("retinanet", False)
+    made = Distiller(student, detector(teacher), [methods.kd_detr(dense=True)])
+    location = student.priors(SIZE).reshape(-1, 9, 4)
+    assert np.all(location == location[:, :1])
+    spec = dataclasses.replace(student.spec(SIZE), rows=None)
+    jax.eval_shape(
+        lambda output: term_sums(made, output, teacher),
+        jax.tree.map(lambda x: jax.ShapeDtypeStruct((BATCH, *x.shape[1:]), x.dtype), spec),
+    )
+    assert asked == [(BATCH, len(location), 4)]
 
 
 def test_kd_detr_draws_boxes_and_keeps_groups_apart():
@@ -361,6 +413,12 @@ def test_what_is_no_transformer_is_refused():
     ):
         with pytest.raises(UserError, match=words):
             Distiller(student, teacher, [methods.build(name)]).init(jax.random.key(0), SIZE)
+    for student, teacher, words in (
+        (query, query, "rows.location"),
+        (of_grid, of_grid, "the teacher is no transformer whose decoder can be asked"),
+    ):
+        with pytest.raises(UserError, match=words):
+            Distiller(student, teacher, [methods.kd_detr(dense=True)]).init(jax.random.key(0), SIZE)
     with pytest.raises(UserError, match="kd_detr: specific is False"):
         methods.kd_detr(general=0, specific=False)
     with pytest.raises(UserError, match="go_lsd: scale is 0"):
