@@ -46,7 +46,8 @@ class Student(Protocol):
     """What `Distiller` needs of a student: `spec(image_size)`, as of a teacher.
 
     A method that reads "assignment" also needs `assign(output, targets, key)`, one that reads "loss" that and
-    `loss(output, targets, assignment)`, as `Detector` has them. `rows(output)` is called where a method reads rows and the output has none.
+    `loss(output, targets, assignment)`, as `Detector` has them. `rows(output)` is called where a method reads rows and
+    the output has none.
     """
 
     @property

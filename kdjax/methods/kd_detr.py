@@ -16,8 +16,8 @@ Open: there is no public code. What is shared: RT-DETR and D-FINE have no learne
     model begins with what its own encoder says at the centre of a box. The queries see those of their group, but not
     the model's own nor the other group. The paper's KL is of a softmax; here it is that of each sigmoid, summed over
     the classes. Weights 1, 5 and 2 are those of DETR's losses; both groups weigh the same. A layer of the student is
-    compared with the teacher's at the same relative depth. For a grid the paper has no formula: its cells are the general
-    queries, asked 300 at a time, which see those of their 300; anchors of one cell are one query.
+    compared with the teacher's at the same relative depth. For a grid the paper has no formula: its cells are the
+    general queries, asked 300 at a time, which see those of their 300; anchors of one cell are one query.
 Proof: none: no public original; compared with a loop, and with what the formula says of equal models.
 Status: formula
 """

@@ -3,7 +3,7 @@
     L = weight * the student's own losses, with the detections of a score s >= score_threshold as objects: what a row
         loses that learns a detection is multiplied by its s, and what one loses that learns none by `unmatched`
 
-Paper: Huang et al., "Teach-DETR: Better Training DETR with Teachers", arXiv 2211.11953.
+Paper: Huang et al., "Teach-DETR: Better Training DETR with Teachers", 2022.
 Taps: the teacher's detections, as its evaluation finds them, and the student's own loss: a transformer's queries are
     matched with the detections apart from the objects, in every layer; other students assign by their own rules.
     Students that learn masks are refused: detections teach boxes only.

@@ -315,7 +315,7 @@ def test_loss_is_the_formula():
         boxes=np.where(positive[..., None], np.array([4.0, 4, 12, 20]), 0),
         quality=np.where(positive, 0.5, 0.0),
     )
-    losses = jax.jit(lambda *a: detector().loss(a[0], None, a[1]), compiler_options=QUICK)(output, assignment)
+    losses = jax.jit(detector().loss, compiler_options=QUICK)(output, targets(), assignment)
     # Normalizer max(0.5, 1) = 1. Every class at 1/2: ten other priors and one wrong class add ln 2 / 4 each (beta = 2);
     # the true class is where its soft label wants it.
     assert losses["loss_cls"] == pytest.approx(21 * math.log(2) / 4, rel=1e-4)

@@ -302,7 +302,7 @@ def test_loss_equals_the_slow_loop():
     for name, value in want.items():
         assert float(losses[name]) == pytest.approx(value, rel=1e-4), name
     # With the assignment given, eager, without the last of the losses.
-    again = tiny().loss(random_output(), None, assignment)
+    again = tiny().loss(random_output(), targets(), assignment)
     del losses["loss_l1"]
     chex.assert_trees_all_close(again, losses, rtol=1e-5)
 
@@ -317,10 +317,10 @@ def test_priors_outside_the_padding_are_not_scored():
     half = targets()._replace(pad_size=np.full((BATCH, 2), 32, np.int32))
     _, assignment = assigned_loss()(random_output(), half)
     assert assignment.ignore[0].sum() == 84 - 21
-    near = tiny().loss(random_output(), None, assignment)
+    near = tiny().loss(random_output(), half, assignment)
     loud = random_output()
     loud.quality[0][:, 5:] = 9.0  # cells below the padding
-    far = tiny().loss(loud, None, assignment)
+    far = tiny().loss(loud, half, assignment)
     assert near["loss_obj"] == far["loss_obj"]
 
 
