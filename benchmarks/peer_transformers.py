@@ -1,12 +1,13 @@
 """Do Hugging Face's detection transformers load? Compares outputs for random weights that transformers saved.
 
     PEER/bin/python benchmarks/peer_transformers.py --write --folder=DIR [NAME ...]
-    python benchmarks/peer_transformers.py --folder=DIR [NAME ...]
+    python benchmarks/peer_transformers.py --folder=DIR [--float64] [NAME ...]
 
 PEER is an environment with torch and transformers. The first command writes `DIR/NAME/model.safetensors`, which
 `save_pretrained` makes, in full size for 80 classes, beside the outputs for an image of 640 x 640; the second reads the
 file and prints the largest differences, relative to the largest value, and after each, in brackets, what a change of
-the image by one rounding makes of transformers' own outputs. Norms get the statistics of a random image, and the image
+the image by one rounding makes of transformers' own outputs. With `--float64` both sides compute in float64 (kdjax but
+for what it does in float32 in any case), and in brackets is what float32 makes of transformers' outputs. Norms get the statistics of a random image, and the image
 is drawn anew until the last query that is selected and the first one that is not differ in score by 1e-4.
 """
 
@@ -80,11 +81,15 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}; all by default")
     parser.add_argument("--write", action="store_true", help="the peer's side")
     parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--float64", action="store_true", help="compare with transformers in float64")
     args = parser.parse_args()
     for name in args.names or NAMES:
         if name not in NAMES:
             parser.error(f"unknown detector {name!r}: the detectors are {', '.join(NAMES)}")
-        (write if args.write else compare)(args.folder / name, name)
+        if args.write:
+            write(args.folder / name, name)
+        else:
+            compare(args.folder / name, name, double=args.float64)
 
 
 def write(folder: Path, name: str) -> None:
@@ -108,7 +113,10 @@ def write(folder: Path, name: str) -> None:
         rounding = torch.from_numpy(np.random.default_rng(0).choice([-1, 1], image.shape))
         moved = model(pixel_values=(image.double() * (1 + 6e-8 * rounding)).float())
     model.save_pretrained(folder)
-    np.savez(folder / "outputs.npz", image=image.numpy(), **named(found), **named(moved, "moved_"))
+    with torch.no_grad():
+        double = model.double()(pixel_values=image.double())
+    others = named(moved, "moved_") | named(double, "double_")
+    np.savez(folder / "outputs.npz", image=image.numpy(), **named(found), **others)
     print(name, "by transformers", transformers.__version__)
 
 
@@ -189,9 +197,11 @@ def picture(seed: int) -> Any:  # noqa: ANN401
     return torch.from_numpy((tiles + 0.5 * rng.normal(size=(1, 3, SIDE, SIDE))).astype(np.float32))
 
 
-def compare(folder: Path, name: str) -> None:
+def compare(folder: Path, name: str, *, double: bool) -> None:
     """Our side."""
     import jax
+
+    jax.config.update("jax_enable_x64", double)
 
     from kdjax import weights
     from kdjax.detectors import build
@@ -201,16 +211,20 @@ def compare(folder: Path, name: str) -> None:
     params, stats = weights.from_torch(detector, state, keep_classifiers=True)
     stored = dict(np.load(folder / "outputs.npz"))
     image = stored.pop("image").transpose(0, 2, 3, 1)
-    theirs, moved = (
-        {k: v for k, v in stored.items() if k.startswith("moved_") == with_it} for with_it in (False, True)
-    )
+    sides: dict[str, dict[str, np.ndarray]] = {"moved": {}, "double": {}, "": {}}
+    for key, value in stored.items():
+        side = next(side for side in sides if key.startswith(side))
+        sides[side][key.removeprefix(f"{side}_")] = value
+    theirs, other = (sides["double"], sides[""]) if double else (sides[""], sides["moved"])
+    if double:
+        params, stats, image = jax.tree.map(lambda x: np.asarray(x, np.float64), (params, stats, image))
     run = jax.jit(lambda *inputs: detector.apply(*inputs, train=False)[0])
     output = jax.device_get(run(params, stats, image))
     assert output.selected is not None
     ours = {"logits": output.layers[-1].logits, "boxes": output.layers[-1].boxes}
     ours |= {"selected_logits": output.selected.logits, "selected_boxes": output.selected.boxes}
     ours |= {f"neck_{i}": np.moveaxis(x, -1, 1) for i, x in enumerate(output.neck)}
-    found, usual = apart(ours, theirs), apart({k.removeprefix("moved_"): v for k, v in moved.items()}, theirs)
+    found, usual = apart(ours, theirs), apart(other, theirs)
     print(f"{name}: {len(state)} arrays read;", ", ".join(f"{k} {found[k]:.1e} ({usual[k]:.1e})" for k in found))
 
 
