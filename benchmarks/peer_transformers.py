@@ -7,8 +7,10 @@ PEER is an environment with torch and transformers. The first command writes `DI
 `save_pretrained` makes, in full size for 80 classes, beside the outputs for an image of 640 x 640; the second reads the
 file and prints the largest differences, relative to the largest value, and after each, in brackets, what a change of
 the image by one rounding makes of transformers' own outputs. With `--float64` both sides compute in float64 (kdjax but
-for what it does in float32 in any case), and in brackets is what float32 makes of transformers' outputs. Norms get the statistics of a random image, and the image
-is drawn anew until the last query that is selected and the first one that is not differ in score by 1e-4.
+for what it does in float32 in any case), and in brackets is what float32 makes of transformers' outputs.
+
+Norms get the statistics of a random image, and the image is drawn anew until the last query that is selected and the
+first one that is not differ in score by 1e-4.
 """
 
 import argparse
