@@ -99,7 +99,7 @@ def test_detections_have_the_masks_of_their_boxes_and_classes():
 def learned(masked):
     """Twelve regions of each of two images around its objects, of which some are learned."""
     truth = targets(3, stride=1)
-    truth = Targets(*(field[:2] for field in truth))
+    truth = jax.tree.map(lambda field: field[:2], truth)
     rng = np.random.default_rng(2)
     regions = np.repeat(truth.boxes[:, :2], 6, 1) + rng.uniform(-3, 3, (2, 12, 4)).astype(np.float32)
     matched = np.repeat(np.arange(2), 6)[None].repeat(2, 0).astype(np.int32)
