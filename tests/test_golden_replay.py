@@ -37,10 +37,10 @@ CASES = {
 LONG = (
     "model/retinanet_*",
     "model/fcos_*",
-    "model/gfl_a*",
+    "model/gfl_*",
     "model/atss_*",
     "model/rtmdet_[bdf]*",
-    "model/rtmdetins_b*",
+    "model/rtmdetins_*",
     "model/faster_a*",
     "model/mask_a*",
     "model/dfine_*",

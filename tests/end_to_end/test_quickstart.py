@@ -38,12 +38,13 @@ def test_a_shortened_quickstart(tmp_path):
         "--config.eval.batch_size=8",
         "--config.log_every=2",
         "--config.checkpoint.every=2",
+        "--config.twin=False",  # a program less to compile; the quickstart as it stands has one, below
     )
     done = train(*flags)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "step" in done.stderr and "it/s" not in done.stderr.splitlines()[-1], "a progress bar"
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert results["teacher"]["params"] > 2 * results["student"]["params"] == 2 * results["twin"]["params"]
+    assert results["teacher"]["params"] > 2 * results["student"]["params"] > 0
     page = (tmp_path / "run" / "report.html").read_text()
     assert page.count("<img") >= 4 and not re.search(r"""(src|href)=["']?https?:""", page)
     again = train(*flags)
