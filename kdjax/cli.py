@@ -270,6 +270,26 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, list[str]]]:
     add_exif(one)
 
     one = add(
+        "label",
+        "Write a model's detections as labels of images that have none: COCO json, what was kept, and a preview.",
+        "kdjax label --model=runs/teacher --data=photos --labelled=DIR --out=photos.json",
+    )
+    one.add_argument("--model", required=True, metavar="DIR", help=MODEL)
+    one.add_argument("--data", required=True, metavar="DIR", help="folder of images, with those below it")
+    one.add_argument("--out", required=True, metavar="FILE", help="the COCO json to write; NAME.png shows some images")
+    one.add_argument("--threshold", type=float, metavar="S", help="lowest score of a label, for all classes")
+    one.add_argument(
+        "--labelled", metavar="DIR", help="instead: labelled data, as for evaluate, on which each class gets its own"
+    )
+    one.add_argument(
+        "--precision",
+        type=float,
+        metavar="P",
+        help="share of the labels of a class that must be correct there (without: the largest F1)",
+    )
+    add_split(one)
+
+    one = add(
         "evaluate",
         "Measure a model on labelled data, or compare two models: tables, json and a page.",
         "kdjax evaluate --model=quickstart_teacher --data=scenes --limit=40 --out=evaluated",

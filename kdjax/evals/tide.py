@@ -86,32 +86,39 @@ def outcomes(truth: Mapping[int, Truth], detections: Mapping[int, Detections], n
     return Outcomes(labels, scores, kinds, targets, object_labels, detected, num_classes)
 
 
-def best_thresholds(outcomes: Outcomes) -> list[dict[str, float] | None]:
-    """The score threshold of each class with the largest F1.
+def best_thresholds(outcomes: Outcomes, *, precision: float | None = None) -> list[dict[str, float] | None]:
+    """The score threshold of each class with the largest F1, or the lowest one with a precision.
 
     Args:
       outcomes: from `outcomes`.
+      precision: at least this share of the detections is correct, 0 .. 1; None: the largest F1.
 
     Returns:
       For each class {score, precision, recall, F1} of the detections with at least this score; None if no detection of
-      the class is correct.
+      the class is correct, or no threshold has the precision.
     """
     best = []
     for label in range(outcomes.num_classes):
         of_class = outcomes.labels == label
         objects = int((outcomes.object_labels == label).sum())
-        best.append(_best_threshold(outcomes.scores[of_class], outcomes.kinds[of_class], objects))
+        best.append(_best_threshold(outcomes.scores[of_class], outcomes.kinds[of_class], objects, precision))
     return best
 
 
-def _best_threshold(scores: np.ndarray, kinds: np.ndarray, objects: int) -> dict[str, float] | None:
+def _best_threshold(
+    scores: np.ndarray, kinds: np.ndarray, objects: int, precision: float | None = None
+) -> dict[str, float] | None:
     order = np.argsort(-scores, kind="stable")
     scores, true = scores[order], np.cumsum(kinds[order] == CORRECT)
     if not len(true) or not true[-1]:
         return None
-    f1 = 2 * true / (np.arange(1, len(true) + 1) + objects)
-    f1[:-1][scores[:-1] == scores[1:]] = 0  # a threshold cannot separate equal scores
-    at = int(np.argmax(f1))
+    count = np.arange(1, len(true) + 1)
+    f1 = 2 * true / (count + objects)
+    value = f1 if precision is None else np.where((true > 0) & (true >= precision * count), count, 0)
+    value[:-1][scores[:-1] == scores[1:]] = 0  # a threshold cannot separate equal scores
+    at = int(np.argmax(value))
+    if not value[at]:
+        return None
     metrics = {"score": scores[at], "precision": true[at] / (at + 1), "recall": true[at] / objects, "F1": f1[at]}
     return {name: float(value) for name, value in metrics.items()}
 
