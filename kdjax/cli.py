@@ -191,8 +191,14 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, list[str]]]:
 
     def add_split(to: argparse.ArgumentParser) -> None:
         to.add_argument("--split", default="val", help="split, as in annotations/instances_SPLIT.json (val)")
-        to.add_argument("--annotations", default="", metavar="FILE", help="the json, if not in its usual place in DIR")
+        to.add_argument("--annotations", default="", metavar="FILE", help="the json (YOLO, VOC: folder), if elsewhere")
         to.add_argument("--images", default="", metavar="DIR", help="the images, if not in their usual place in DIR")
+        to.add_argument(
+            "--classes",
+            default="",
+            metavar="C",
+            help="names of numbered classes: coco, voc, or a FILE",
+        )
         to.add_argument("--limit", type=int, default=0, metavar="N", help="only the first N images")
         add_exif(to)
 
@@ -297,7 +303,10 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, list[str]]]:
     one.add_argument("--model", required=True, metavar="DIR", help=MODEL)
     one.add_argument("--against", metavar="DIR", help="another model, to compare with")
     one.add_argument(
-        "--data", required=True, metavar="DIR", help="a folder in COCO layout, or scenes (the quickstart's)"
+        "--data",
+        required=True,
+        metavar="DIR",
+        help="a folder in COCO, YOLO or VOC layout, or scenes",
     )
     add_split(one)
     one.add_argument("--out", metavar="DIR", help="folder for evaluation.json, detections.json and report.html")
@@ -353,7 +362,9 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, list[str]]]:
     one.add_argument("--detector", required=True, metavar="NAME", help="rtmdet_tiny, rtmdet_s, ...")
     one.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
     one.add_argument(
-        "--classes", metavar="FILE", help="COCO json, or text with a name per line; needed if the file has no names"
+        "--classes",
+        metavar="C",
+        help="coco, voc, or a FILE: COCO json, or text with a name per line; needed if the file has no names",
     )
     one.add_argument("--image-size", default="640,640", metavar="H,W", help="of the network input in pixels (640,640)")
     one.add_argument(

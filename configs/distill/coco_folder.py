@@ -1,4 +1,4 @@
-r"""A student distilled on your own images in COCO format, with its twin; the argument is the method, or several: a+b.
+r"""A student distilled on your own images, with its twin; the argument is the method, or several: a+b.
 
     kdjax train --config=distill/coco_folder:mkd --config.data.root=DIR \
         --config.teacher.weights=runs/teacher/student --workdir=runs/mkd

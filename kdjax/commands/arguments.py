@@ -111,17 +111,26 @@ class Data:
 
 
 def open_data(
-    source: str, split: str, annotations: str, images: str, limit: int, exif: str, *, masks: bool = False
+    source: str,
+    split: str,
+    annotations: str,
+    images: str,
+    limit: int,
+    exif: str,
+    *,
+    classes: str = "",
+    masks: bool = False,
 ) -> Data:
     """Opens and checks the data of `--data`; every image is decoded once when it is first used.
 
     Args:
-      source: "scenes", a folder in COCO layout, or a prepared TFDS directory.
+      source: "scenes", a folder in COCO, YOLO or VOC layout, a data.yaml, or a prepared TFDS directory.
       split: as `config.data.val_split` of a run.
       annotations: as `config.data.val_annotations` of a run.
       images: as `config.data.val_images` of a run.
       limit: only the first images; 0 takes all.
       exif: as `config.data.exif_orientation` of a run.
+      classes: as `config.data.classes` of a run.
       masks: whether to tell which objects have no mask.
 
     Raises:
@@ -133,23 +142,22 @@ def open_data(
     config.limit = limit
     config.exif_orientation = exif
     if source == "scenes":
-        if split != "val" or annotations or images:
-            raise UserError("--data=scenes takes no --split, --annotations or --images: its only split is val")
+        if split != "val" or annotations or images or classes:
+            raise UserError(
+                "--data=scenes takes no --split, --annotations, --images or --classes: its only split is val"
+            )
         config.update(source="scenes", scenes_val=min(limit or SCENES, SCENES))
     else:
         folder = Path(source).expanduser()
-        if not folder.is_dir():
+        if not folder.is_dir() and not (folder.is_file() and folder.suffix.lower() in data.YAML):
             raise UserError(
-                f"--data: there is no folder {source}: give a folder in COCO layout, a TFDS directory, or scenes"
+                f"--data: there is no folder {source}: give a folder in COCO, YOLO or VOC layout, a TFDS directory, or "
+                "scenes"
             )
-        config.update(source="coco_folder", root=source, val_split=split, val_annotations=annotations)
-        config.val_images = images
-        if not (folder / "annotations").is_dir() and any(
-            any(folder.glob("*/" * k + "features.json")) for k in range(4)
-        ):
-            config.source = "tfds"
-            if images:
-                raise UserError("--images: a TFDS directory contains its images: omit this flag")
+        config.update(source="folder", root=source, val_split=split, val_annotations=annotations, val_images=images)
+        config.classes = classes
+        if images and data.recognised(config, ("val",)) == "tfds":
+            raise UserError("--images: a TFDS directory contains its images: omit this flag")
     with prefix(f"--data={source}"):
         dataset = data.open_dataset(config, splits=("val",))
         opened = Data(source, dataset, config.to_dict())

@@ -31,6 +31,7 @@ def run(
     images: str,
     limit: int,
     exif: str | None,
+    classes: str = "",
     out: str | None,
 ) -> int:
     """Evaluates a model and prints tables; with `out`, also writes them as json and HTML, and the detections.
@@ -43,6 +44,7 @@ def run(
       annotations: the json, where it is not at its usual place.
       images: the images, where they are not at their usual place.
       limit: only the first images; 0 takes all.
+      classes: see `arguments.open_data`.
       exif: see `arguments.open_data`; None: as the models were trained.
       out: a folder for evaluation.json, report.html, detections.json (COCO results) and, of the other model,
         detections_against.json; or None.
@@ -60,7 +62,7 @@ def run(
     folder = arguments.make_folder(out, outputs=named) if out else None
     exif = exif or arguments.exif_of(models.values())
     masks = any(one.detector.masks for one in models.values())
-    opened = arguments.open_data(data, split, annotations, images, limit, exif, masks=masks)
+    opened = arguments.open_data(data, split, annotations, images, limit, exif, classes=classes, masks=masks)
     models = {name: arguments.match_classes(one, opened) for name, one in models.items()}
     found, results, failed = {}, {}, []
     for name, one in models.items():

@@ -33,6 +33,7 @@ def run(
     images: str,
     limit: int,
     exif: str | None,
+    classes: str = "",
     dtype: str,
     raw: bool,
     max_ap_loss: float | None,
@@ -48,6 +49,7 @@ def run(
       annotations: the json, where it is not at its usual place.
       images: the images, where they are not at their usual place.
       limit: only the first images; 0 takes all.
+      classes: see `arguments.open_data`.
       exif: see `arguments.open_data`; None: as the model was trained.
       dtype: "float32", or "int8" (ONNX; calibrated on images of the split train, if the data has one).
       raw: the head's maps instead of detections.
@@ -71,7 +73,7 @@ def run(
     loaded = arguments.load_model(model)
     graphs.check(loaded, raw=raw, nms=format != "litert")
     exif = exif or loaded.exif_orientation
-    opened = arguments.open_data(data, split, annotations, images, limit, exif) if data else None
+    opened = arguments.open_data(data, split, annotations, images, limit, exif, classes=classes) if data else None
     if opened:
         loaded = arguments.match_classes(loaded, opened)
         samples = [image for _, image in itertools.islice(opened.stream(), SAMPLES)]
@@ -89,7 +91,7 @@ def run(
             told.append(f"masks: smallest IoU with those of the JAX model {agreement.mask_iou:.4f}")
             facts["smallest IoU of masks with JAX, float32"] = f"{agreement.mask_iou:.4f}"
         if dtype == "int8":
-            calibration, source = _calibration(data or "", split, exif, opened)
+            calibration, source = _calibration(data or "", split, exif, classes, opened)
             told += source
             onnx.quantise(made, loaded, calibration)
             call = onnx.runner(made)
@@ -155,7 +157,7 @@ def _generated(split: str, count: int) -> list[np.ndarray]:
 
 
 def _calibration(
-    data: str, split: str, exif: str, opened: arguments.Data | None
+    data: str, split: str, exif: str, classes: str, opened: arguments.Data | None
 ) -> tuple[Iterator[np.ndarray], list[str]]:
     """Images for calibration: of the training split or, if the data has none, of the split that AP is measured on.
 
@@ -166,7 +168,7 @@ def _calibration(
     if data == "scenes":
         return iter(_generated("train", CALIBRATION)), told
     try:
-        train = arguments.open_data(data, "train", "", "", CALIBRATION, exif)
+        train = arguments.open_data(data, "train", "", "", CALIBRATION, exif, classes=classes)
     except (UserError, FileNotFoundError):
         if opened is None:
             raise

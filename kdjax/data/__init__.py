@@ -2,7 +2,9 @@
 
 from kdjax.data.coco import same_names
 from kdjax.data.counts import Counts, count, counted, counted_in_one_line, reasons
-from kdjax.data.dataset import Dataset, Split, ground_truth, open_dataset
+from kdjax.data.data_yaml import SUFFIXES as YAML
+from kdjax.data.dataset import Dataset, Split, ground_truth, open_dataset, open_unlabelled
+from kdjax.data.folders import recognised
 from kdjax.data.loader import eval_batches, train_batches
 from kdjax.data.records import Damaged
 from kdjax.data.stages import check_settings
@@ -10,6 +12,7 @@ from kdjax.data.summary import summary
 from kdjax.data.workers import Batches
 
 __all__ = [
+    "YAML",
     "Batches",
     "Counts",
     "Damaged",
@@ -22,7 +25,9 @@ __all__ = [
     "eval_batches",
     "ground_truth",
     "open_dataset",
+    "open_unlabelled",
     "reasons",
+    "recognised",
     "same_names",
     "summary",
     "train_batches",

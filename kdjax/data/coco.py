@@ -22,6 +22,7 @@ IGNORED = "marked ignore: taken as a crowd region"  # a reason in the log
 FORM = "its name on disk is in another Unicode form"  # a reason in the log
 REPEATED = "class and box are, digit for digit, those of another annotation of the image"  # a reason in the log
 BOXED = "bbox is missing: set to the box of the mask"  # a reason in the log
+ROOT = "root category of Roboflow, which no annotation has, is left out"  # a reason in the log
 UNMASKED = "without mask"  # the action in the log where a segmentation cannot be used
 CLIP = 0.01  # px: a box that extends beyond the image by less is clipped silently (rounding in the json)
 
@@ -139,9 +140,10 @@ def check(data: Mapping[str, Any], name: str) -> tuple[list[ImageRecord], dict[i
     Raises:
       UserError: the json is refused.
     """
+    data, root = without_root(data)
     categories = _categories(data, name)
     image_records = _image_records(data, name)
-    log: list[dict[str, Any]] = []
+    log = noted(name, [ROOT] if root else [])
     used: set[int] = set()
     given = {a["id"] for a in data["annotations"] if _whole(a.get("id"))}
     above = 1 + max(given, default=0)
@@ -214,6 +216,32 @@ def check(data: Mapping[str, Any], name: str) -> tuple[list[ImageRecord], dict[i
     return list(image_records.values()), categories, log
 
 
+def without_root(data: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool]:
+    """The json without the root that Roboflow writes above its categories, and whether it has one.
+
+    The root has the id 0 and the supercategory "none", is the supercategory of another category, and no annotation has
+    it. It is no class: nothing could be learned of it.
+
+    Example:
+      >>> root, cell = dict(id=0, name="blood", supercategory="none"), dict(id=1, name="cell", supercategory="blood")
+      >>> without_root({"annotations": [], "categories": [root, cell]})
+      ({'annotations': [], 'categories': [{'id': 1, 'name': 'cell', 'supercategory': 'blood'}]}, True)
+    """
+    first, others = None, []
+    for entry in data["categories"]:
+        if first is None and _whole(entry.get("id")) and entry["id"] == 0 and entry.get("supercategory") == "none":
+            first = entry
+        else:
+            others.append(entry)
+    if first is None or not isinstance(first.get("name"), str):
+        return data, False
+    if not any(entry.get("supercategory") == first["name"] for entry in others):
+        return data, False
+    if any(entry.get("category_id") == 0 for entry in data["annotations"]):
+        return data, False
+    return {**data, "categories": others}, True
+
+
 def _set_mask(entry: dict[str, Any], mask: masks.Segmentation | None) -> None:
     """Sets what can be used of an annotation's segmentation."""
     del entry["segmentation"]
@@ -234,7 +262,7 @@ def _categories(data: Mapping[str, Any], name: str) -> dict[int, str]:
             raise UserError(f"{name}: category {key} has no name")
         if not isinstance(label, str):
             raise UserError(f'{name}: category {key}: its name is {label!r}: must be text, as "{label}"')
-        if not any(letter.isprintable() and not letter.isspace() for letter in label):
+        if not visible(label):
             raise UserError(f"{name}: category {key}: its name {label!r} is blank: must be text that can be seen")
         if any("\ud800" <= letter <= "\udfff" for letter in label):
             what = "has a lone surrogate, half of a character: must be text that UTF-8 can hold"
@@ -302,6 +330,11 @@ def _integer_hint(value: object, known: Collection[int]) -> str:
     if isinstance(value, float | str) and (meant := next((k for k in known if value in (k, str(k))), None)) is not None:
         return f": must be the integer {meant}"
     return ""
+
+
+def visible(text: str) -> bool:
+    """Whether a name has a letter that can be seen."""
+    return any(letter.isprintable() and not letter.isspace() for letter in text)
 
 
 def composed(text: str) -> str:

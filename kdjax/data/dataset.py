@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from kdjax.data import cache, coco, hashes, images, masks
+from kdjax.data import cache, coco, folders, hashes, images, masks
 from kdjax.data.masks import Store
 from kdjax.data.records import Reader
-from kdjax.data.sources import CONTENTS, LOG, META, SOURCES, TRUTH
+from kdjax.data.sources import CONTENTS, LOG, META, SOURCES, TRUTH, prepare_unlabelled
 from kdjax.data.stages import Settings
 from kdjax.errors import UserError
+
+FOLDER = "folder"  # the source that is recognised by what lies in the folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Split:
     folder: Path  # of the prepared split; holds TRUTH, LOG and CONTENTS
     categories: Mapping[int, str]  # of the data set: name by category id, ascending
     masks: Store | None = None  # of the objects that are trained on, if `config.data.masks` asks for them
+    labelled: bool = True  # False: what its images show is not known; True without an annotation: they show nothing
 
     @functools.cached_property
     def truth(self) -> dict[str, Any]:
@@ -83,6 +86,7 @@ class Dataset:
     max_boxes: int  # M of every batch
     splits: dict[str, Split]  # 'train' and 'val', as far as they were opened
     licenses: tuple[str, ...] = ()  # of the images, as the jsons list them
+    source: str = ""  # that reads it: 'coco_folder', 'yolo_folder', …
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -99,10 +103,11 @@ def open_dataset(cfg: Settings, splits: Sequence[str] = ("train", "val")) -> Dat
     Every split is prepared on its own: training and evaluation on the same folder share the prepared data.
 
     Args:
-      cfg: `config.data`. Read here: source ('scenes', 'coco_folder' or 'tfds'), root, cache, limit (first images of
-        each split, 0 for all), masks (whether training batches have them), max_boxes (0: from the data), augment and
-        stage2 (whether a training image is made of several), exif_orientation ('stored' or 'upright'); of every split
-        {split}_split, {split}_annotations, {split}_images (explicit paths) and scenes_{split}.
+      cfg: `config.data`. Read here: source ('scenes', 'coco_folder', 'yolo_folder', 'voc_folder', 'tfds', or 'folder',
+        which is one of the last four by what lies in root), root, classes, cache, limit (first images of each split, 0
+        for all), masks (whether training batches have them), max_boxes (0: from the data), augment and stage2 (whether
+        a training image is made of several), exif_orientation ('stored' or 'upright'); of every split {split}_split,
+        {split}_annotations, {split}_images (explicit paths) and scenes_{split}.
       splits: which to open; the others need not exist.
 
     Returns:
@@ -112,26 +117,19 @@ def open_dataset(cfg: Settings, splits: Sequence[str] = ("train", "val")) -> Dat
       UserError: the config or the data cannot be used; the message says what is wrong.
     """
     source = cfg["source"]
-    if source not in SOURCES:
-        raise UserError(f"source must be one of {', '.join(sorted(SOURCES))}, not {source!r}")
-    upright = images.check_exif(cfg["exif_orientation"])
-    folders = SOURCES[source](cfg, splits)
-    metas = {role: hashes.checked(folder / META) for role, folder in folders.items()}
+    if source != FOLDER and source not in SOURCES:
+        raise UserError(f"source must be one of {', '.join(sorted([*SOURCES, FOLDER]))}, not {source!r}")
+    images.check_exif(cfg["exif_orientation"])
+    if source == FOLDER:
+        source = folders.recognised(cfg, splits)
+    prepared = SOURCES[source](cfg, splits)
+    metas = {role: hashes.checked(folder / META) for role, folder in prepared.items()}
     categories = _categories(metas)
-    labels = {key: label for label, key in enumerate(categories)}
-    limit = int(cfg["limit"])
     opened = {}
     for role, meta in metas.items():
-        folder = folders[role]
-        parts = tuple((str(folder / path), part) for path, part in meta["records"])  # an absolute path stays itself
-        remedy = f"delete {folder} to have it prepared again" if cfg["source"] != "tfds" else Reader.remedy
-        reader = Reader(parts, tuple(labels[key] for key, _ in meta["categories"]), remedy, upright)
-        try:
-            reader.raw(meta["size"] - 1)
-        except Exception:  # TFDS and array_record raise many exception types
-            raise hashes.damaged(" or ".join(dict.fromkeys(directory for directory, _ in parts)), folder) from None
-        size = min(meta["size"], limit) if limit > 0 else meta["size"]
-        split = Split(_split_name(cfg, role), size, reader, folder, categories)
+        name = role if source == "scenes" else cfg[f"{role}_split"]
+        remedy = Reader.remedy if source == "tfds" else ""
+        split = _split(cfg, name, prepared[role], meta, categories, remedy)
         opened[role] = dataclasses.replace(split, masks=_masks(cfg, split)) if role == "train" else split
     return Dataset(
         name=next(iter(metas.values()))["name"],
@@ -140,7 +138,46 @@ def open_dataset(cfg: Settings, splits: Sequence[str] = ("train", "val")) -> Dat
         max_boxes=int(cfg["max_boxes"]) or _box_rows(metas, cfg),
         splits=opened,
         licenses=tuple(dict.fromkeys(one for meta in metas.values() for one in meta["licenses"])),
+        source=source,
     )
+
+
+def open_unlabelled(cfg: Settings, folder: str) -> Split:
+    """A split of images that have no labels: all in a folder and those below it. It is prepared as others are.
+
+    Args:
+      cfg: `config.data`. Read here: cache, limit, exif_orientation.
+      folder: its path.
+
+    Returns:
+      A split named as the folder whose `labelled` is False: its truth lists the images by their paths in the folder,
+      without categories and annotations; its records have no boxes.
+
+    Raises:
+      UserError: there is no such folder, it has no images, or one cannot be read.
+    """
+    images.check_exif(cfg["exif_orientation"])
+    prepared = prepare_unlabelled(cfg, folder)
+    meta = hashes.checked(prepared / META)
+    return _split(cfg, meta["name"], prepared, meta, {})
+
+
+def _split(
+    cfg: Settings, name: str, folder: Path, meta: Mapping[str, Any], categories: Mapping[int, str], remedy: str = ""
+) -> Split:
+    """A prepared split, whose last record was read once."""
+    labels = {key: label for label, key in enumerate(categories)}
+    parts = tuple((str(folder / path), part) for path, part in meta["records"])  # an absolute path stays itself
+    remedy = remedy or f"delete {folder} to have it prepared again"
+    upright = cfg["exif_orientation"] == "upright"
+    reader = Reader(parts, tuple(labels[key] for key, _ in meta["categories"]), remedy, upright)
+    try:
+        reader.raw(meta["size"] - 1)
+    except Exception:  # TFDS and array_record raise many exception types
+        raise hashes.damaged(" or ".join(dict.fromkeys(directory for directory, _ in parts)), folder) from None
+    limit = int(cfg["limit"])
+    size = min(meta["size"], limit) if limit > 0 else meta["size"]
+    return Split(name, size, reader, folder, categories, labelled=meta.get("labelled", True))
 
 
 def ground_truth(dataset: Dataset, split: str, *, limit: int | None = None) -> dict[str, Any]:
@@ -180,10 +217,6 @@ def _masks(cfg: Settings, split: Split) -> Store | None:
             "detectors without masks"
         )
     return store
-
-
-def _split_name(cfg: Settings, role: str) -> str:
-    return role if cfg["source"] == "scenes" else cfg[f"{role}_split"]
 
 
 def _categories(metas: Mapping[str, Any]) -> dict[int, str]:

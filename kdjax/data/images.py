@@ -35,6 +35,7 @@ _ORIENTATION = 274  # EXIF's tag
 _STORED = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
 _LARGE = 89_478_485  # px; above, Pillow warns of decompression bombs
 _SEQUENCES = ("GIF", "WEBP", "AVIF", "PNG", "TIFF")  # Pillow's names; a JPEG's second image is a preview
+_PLAIN = ("JPEG", "PNG", "BMP", "WEBP")  # of which Pillow's header has the size that OpenCV decodes
 _DENSEST = 10_000  # px that a byte of a large image can hold: PNG and GIF end below
 _MOST = 2**30  # px; OpenCV reads no more, and no side over 2^20
 _DAMAGE = (OSError, SyntaxError)  # what Pillow raises of damaged files
@@ -127,6 +128,30 @@ def facts(images: Sequence[tuple[bytes, str]], pool: Executor, *, upright: bool 
     """
     found = heard(lambda item: _read(*item, upright)[1], images, pool)
     return [one._replace(notes=one.notes + lines) for one, lines in found]
+
+
+def sizes(paths: Sequence[str], pool: Executor, *, upright: bool = False) -> list[tuple[int, int]]:
+    """Height and width in pixels of several images, as `facts` finds them; of most kinds only the header is read.
+
+    Raises:
+      UserError: one cannot be read.
+    """
+    return [size for size, _ in heard(lambda path: _size(path, upright), paths, pool)]
+
+
+def _size(path: str, upright: bool) -> tuple[int, int]:
+    try:
+        with _opened(Path(path)) as opened:
+            if opened.format in _PLAIN:
+                turn = upright and opened.getexif().get(_ORIENTATION, 1) in range(5, 9)
+                return (opened.width, opened.height) if turn else (opened.height, opened.width)
+    except Exception:  # Pillow raises many exception types of damaged files
+        pass
+    try:
+        encoded = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    return _read(encoded, path, upright)[1].size
 
 
 def check_file(file: Path) -> None:

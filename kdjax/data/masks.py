@@ -71,7 +71,7 @@ def _usable_polygons(polygons: list[Any], size: tuple[int, int]) -> tuple[list[A
         sides = zip((x0, y0), (x0 + w, y0 + h), size[::-1], strict=True)
         if any(low < -_FAR * side or high > (1 + _FAR) * side for low, high, side in sides):
             return None, "polygon reaches farther outside the image than the image is large"
-        if sum(map(_area, kept)) < 1 and not all(shape(kept, size).size):
+        if sum(map(area, kept)) < 1 and not all(shape(kept, size).size):
             return None, EMPTY
     return kept, FEW_POINTS if len(kept) < len(polygons) else ""
 
@@ -92,8 +92,8 @@ def _rle_fault(rle: Mapping[str, Any], size: tuple[int, int]) -> str:
     return "" if lengths[1::2].any() else EMPTY
 
 
-def _area(ring: list[float]) -> float:
-    """What a polygon encloses, in pixels."""
+def area(ring: list[float]) -> float:
+    """What a polygon x y x y … encloses, in pixels."""
     x, y = np.asarray(ring[::2], float), np.asarray(ring[1::2], float)
     return abs(float(x @ np.roll(y, 1) - y @ np.roll(x, 1))) / 2
 

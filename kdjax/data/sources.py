@@ -1,5 +1,6 @@
 """The sources of data: each turns its splits into folders of prepared records, whose ground truth has COCO's layout."""
 
+import concurrent.futures
 import dataclasses
 import functools
 import json
@@ -12,7 +13,8 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-from kdjax.data import cache, coco, hashes, paths, records, scenes, tfds
+from kdjax.data import cache, coco, folders, hashes, images, paths, records, scenes, tfds, voc, yolo
+from kdjax.data.folders import Found, Parsed, Size
 from kdjax.data.records import ImageRecord, Reader
 from kdjax.data.stages import Settings
 from kdjax.errors import UserError
@@ -31,7 +33,7 @@ def _prepare_folders(cfg: Settings, splits: Sequence[str]) -> dict[str, Path]:
         )
         for role in splits
     }
-    name = Path(cfg["root"]).expanduser().resolve().name or "folder"
+    name = _folder_name(Path(cfg["root"]))
     exif = cfg["exif_orientation"]
 
     def prepare(role: str, json_path: Path, folder_of_images: Path) -> Path:
@@ -60,11 +62,120 @@ def _prepare_folders(cfg: Settings, splits: Sequence[str]) -> dict[str, Path]:
             licenses = coco.licenses(truth)
             _write(folder, name=name, categories=categories, stream=bar, log=log, licenses=licenses, exif=exif)
 
-        fingerprint = {"json": content, "exif": exif}
+        fingerprint = {"json": content, "exif": exif, "root": "left out"}
         place = [content, os.path.abspath(folder_of_images)]
         return _prepared(cfg, f"folder-{name}", fingerprint, place, located, write)
 
     return {role: prepare(role, *paths) for role, paths in files.items()}
+
+
+def _prepare_labelled(
+    cfg: Settings,
+    splits: Sequence[str],
+    *,
+    find: Callable[..., Found],
+    parse: Callable[[Found, Callable[[str], bytes], Mapping[str, Size]], Parsed],
+) -> dict[str, Path]:
+    """Prepares splits of a folder that has a file of labels for each image: `find` finds them, `parse` reads them."""
+
+    def prepare(role: str, found: Found) -> Path:
+        def write(folder: Path, known: hashes.Known) -> None:
+            def read(name: str) -> bytes:
+                return folders.content(found.files[name], known[name][1])
+
+            sizes = _sizes(found.images, upright=cfg["exif_orientation"] == "upright")
+            truth, log, places = parse(found, read, sizes)
+            image_records, categories, changes = coco.check(truth, found.name)
+            _write_images(folder, cfg, role, found, known, image_records, categories, log + changes, places)
+
+        files = found.images | found.files
+        fingerprint = {
+            "folders": folders.VERSION,
+            "images": [*found.images],
+            "labels": found.labels,
+            "notes": found.notes,
+            "exif": cfg["exif_orientation"],
+            **found.facts,
+        }
+        place = [os.path.abspath(found.base), *(cfg[f"{role}_{what}"] for what in ("split", "annotations", "images"))]
+        return _prepared(cfg, f"folder-{_folder_name(found.base)}", fingerprint, place, lambda _: files, write)
+
+    found = {
+        role: find(
+            cfg["root"],
+            cfg[f"{role}_split"],
+            annotations=cfg[f"{role}_annotations"],
+            images=cfg[f"{role}_images"],
+            names=cfg["classes"],
+        )
+        for role in splits
+    }
+    return {role: prepare(role, one) for role, one in found.items()}
+
+
+def prepare_unlabelled(cfg: Settings, folder: str) -> Path:
+    """Prepares the images of a folder, and of those below it, without any labels."""
+    base = folders.check_root(folder)
+    by_name = folders.named(folders.below(base), base)
+    if not by_name:
+        raise UserError(f"{base}: it holds no images ({', '.join(images.SUFFIXES)})")
+    found = Found(f"{base}", base, by_name, labels={}, files={}, facts={}, notes=[])
+
+    def write(target: Path, known: hashes.Known) -> None:
+        sizes = _sizes(by_name, upright=cfg["exif_orientation"] == "upright")
+        image_records = [
+            ImageRecord(id=number, file_name=name, width=width, height=height)
+            for number, (name, (height, width)) in enumerate(sizes.items(), start=1)
+        ]
+        _write_images(target, cfg, "unlabelled", found, known, image_records, {}, [], {}, labelled=False)
+
+    fingerprint = {"unlabelled": [*by_name], "exif": cfg["exif_orientation"]}
+    place = [os.path.abspath(base), "unlabelled"]
+    return _prepared(cfg, f"folder-{_folder_name(base)}", fingerprint, place, lambda _: by_name, write)
+
+
+def _folder_name(folder: Path) -> str:
+    return folder.expanduser().resolve().name or "folder"
+
+
+def _sizes(paths: Mapping[str, str], *, upright: bool) -> dict[str, Size]:
+    """Height and width of images in pixels, by name."""
+    names = [*paths]
+    found: dict[str, Size] = {}
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        for start in range(0, len(names), 64):
+            portion = names[start : start + 64]
+            measured = images.sizes([paths[name] for name in portion], pool, upright=upright)
+            found |= dict(zip(portion, measured, strict=True))
+    return found
+
+
+def _write_images(
+    folder: Path,
+    cfg: Settings,
+    role: str,
+    found: Found,
+    known: hashes.Known,
+    image_records: list[ImageRecord],
+    categories: Mapping[int, str],
+    log: list[dict[str, Any]],
+    places: Mapping[int, str],
+    *,
+    labelled: bool = True,
+) -> None:
+    """Writes the images of a folder as records; entries of the log get the file and line of their annotation."""
+    for record in image_records:
+        record.sha256 = known[record.file_name][1]
+    exif, name = cfg["exif_orientation"], _folder_name(found.base)
+    stream = coco.stream(image_records, found.images, found.base, found.name, log, upright=exif == "upright")
+
+    def placed() -> records.Stream:
+        yield from tqdm(stream, **_bar(name, role, len(image_records)))
+        for entry in log:
+            if entry["annotation"] in places:
+                entry["place"] = places[entry["annotation"]]
+
+    _write(folder, name=name, categories=categories, stream=placed(), log=log, exif=exif, labelled=labelled)
 
 
 def _prepare_scenes(cfg: Settings, splits: Sequence[str]) -> dict[str, Path]:
@@ -195,6 +306,7 @@ def _write(
     log: list[dict[str, Any]],
     licenses: Iterable[str] = (),
     exif: str = "stored",
+    labelled: bool = True,
 ) -> None:
     """Writes the records of a split into `folder`, and its index."""
     image_records = []
@@ -216,6 +328,7 @@ def _write(
         log=log,
         licenses=licenses,
         exif=exif,
+        labelled=labelled,
     )
 
 
@@ -229,6 +342,7 @@ def _save_index(
     log: list[dict[str, Any]],
     licenses: Iterable[str],
     exif: str,
+    labelled: bool = True,
 ) -> None:
     """Writes what `open_dataset` and `Split` read beside the records."""
     ascending = sorted(categories.items())
@@ -250,6 +364,7 @@ def _save_index(
         "size": len(image_records),
         "content": hashes.together(digests),
         "images_by_boxes": np.bincount(boxes, minlength=1).tolist(),
+        "labelled": labelled,
     }
     (folder / LOG).write_text(json.dumps(log))
     (folder / CONTENTS).write_text(json.dumps([record.sha256[:16] for record in image_records]))
@@ -257,4 +372,10 @@ def _save_index(
     hashes.seal(folder)
 
 
-SOURCES = {"coco_folder": _prepare_folders, "scenes": _prepare_scenes, "tfds": _prepare_tfds}
+SOURCES = {
+    "coco_folder": _prepare_folders,
+    "scenes": _prepare_scenes,
+    "tfds": _prepare_tfds,
+    "voc_folder": functools.partial(_prepare_labelled, find=voc.find, parse=voc.parse),
+    "yolo_folder": functools.partial(_prepare_labelled, find=yolo.find, parse=yolo.parse),
+}

@@ -65,6 +65,7 @@ def _log(role: str, split: Split, told: list[str]) -> list[str]:
     lines = told or [f"{role}: nothing dropped, nothing repaired"]
     for entry in log[:SHOWN]:
         which = "" if entry["annotation"] is None else f" annotation {entry['annotation']}"
+        which = f" ({entry['place']})" if "place" in entry else which
         lines.append(printable(f"  {entry['file']}{which}: {entry['action']}, {entry['reason']}"))
     if len(log) > SHOWN:
         lines.append(f"  … and {len(log) - SHOWN} more: full list in {split.folder / LOG}")

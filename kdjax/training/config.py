@@ -51,12 +51,18 @@ def base() -> Config:
 
     config.data = ConfigDict(
         dict(
-            source="scenes",  # scenes (generated images), coco_folder, or tfds (prepared TFDS directories)
-            root="",  # folder of coco_folder or tfds
+            # scenes (generated images), coco_folder, yolo_folder, voc_folder, tfds (prepared TFDS directories), or
+            # folder: one of the last four, by what lies in root
+            source="scenes",
+            root="",  # the folder; of YOLO also its data.yaml
+            # names of classes by index, for yolo_folder and voc_folder: coco, voc, or a file (a name per line, COCO's
+            # json, data.yaml); "" takes those of the data
+            classes="",
             train_split="train",
             val_split="val",
-            # Explicit paths of the jsons and image folders of coco_folder, absolute or relative to root; "" searches
-            # the usual layouts. With tfds, the json gives category ids and exact areas.
+            # Explicit paths of the jsons (of yolo_folder and voc_folder: the folders of labels) and of the image
+            # folders, absolute or relative to root; "" searches the usual layouts. With tfds, the json gives category
+            # ids and exact areas.
             train_annotations="",
             val_annotations="",
             train_images="",

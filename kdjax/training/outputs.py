@@ -122,7 +122,7 @@ def finish(setup: Setup, workdir: Path, log: Log) -> dict[str, Any]:
                 files.write_json(
                     workdir / "detections" / f"{role}.json", coco.results(evaluations[role].detections), indent=1
                 )
-    if dataset.name == "voc":
+    if dataset.name == "voc" or dataset.source == "voc_folder":
         truth = data.ground_truth(dataset, "val")
         results["voc"] = {
             role: voc.voc_metrics(truth_by_image(truth), one.detections, len(dataset.classes))

@@ -64,7 +64,7 @@ def test_import_weights_refuses(tmp_path, capsys, state):
     assert told.endswith("w.npz: it has 6 classes, but class_names names 2: a, b")
     (tmp_path / "twice.txt").write_text("a\nb\na\n")
     told = refused(capsys, *base, "--detector=rtmdet_pico", f"--classes={tmp_path / 'twice.txt'}")
-    assert told.endswith("twice.txt has the name 'a' twice: every class needs a name of its own")
+    assert told.endswith("twice.txt:3 has the name 'a' twice: every class needs a name of its own")
     (tmp_path / "void.txt").write_text("\n \n")
     told = refused(capsys, *base, "--detector=rtmdet_pico", f"--classes={tmp_path / 'void.txt'}")
     assert told.endswith("void.txt has no names of classes")

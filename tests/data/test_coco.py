@@ -349,7 +349,7 @@ def test_ambiguous_entries_are_refused(tmp_path, changes, words):
 )
 @pytest.mark.user_input("COCO json", "a json with a byte order mark", "read")
 @pytest.mark.user_input(
-    "Config and flags", "an unknown `data.source`", "refused: must be one of coco_folder, scenes, tfds"
+    "Config and flags", "an unknown `data.source`", "refused: must be one of coco_folder, folder, scenes, tfds, …"
 )
 def test_messages_for_a_wrong_root_json_or_image(tmp_path):
     with pytest.raises(UserError, match=r"there is no folder .*nowhere"):
@@ -382,7 +382,7 @@ def test_messages_for_a_wrong_root_json_or_image(tmp_path):
         (root / "images" / "train" / "p1.png").write_bytes(spoilt)
         with pytest.raises(UserError, match=r"p1.png: cannot be read as an image"):
             opened(root, tmp_path)
-    with pytest.raises(UserError, match="source must be one of coco_folder, scenes, tfds, not 'coco'"):
+    with pytest.raises(UserError, match="source must be one of coco_folder, folder, scenes, tfds, voc_folder, yolo_folder, not 'coco'"):
         opened(root, tmp_path, source="coco")
 
 
