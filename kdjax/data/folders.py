@@ -172,9 +172,7 @@ def text(content: bytes, path: str) -> list[str]:
         decoded = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(
-            f"{path}:{line}: byte {content[error.start]:#04x} is not UTF-8: must be text in UTF-8"
-        ) from None
+        raise UserError(f"{path}:{line}: byte {content[error.start]:#04x} is not UTF-8: must be in UTF-8") from None
     return decoded.replace("\r\n", "\n").replace("\r", "\n").split("\n")
 
 

@@ -59,9 +59,7 @@ def parse(content: bytes, path: str) -> Element:
         stack.pop().text = "".join(parts.pop()).strip()
 
     def refuse(*_: object) -> NoReturn:
-        raise UserError(
-            f"{path}:{parser.CurrentLineNumber}: it declares an entity, which is not read: must be plain xml"
-        )
+        raise UserError(f"{path}:{parser.CurrentLineNumber}: it declares an entity: must be xml without any")
 
     parser.StartElementHandler, parser.EndElementHandler = begin, end
     parser.CharacterDataHandler = lambda text: parts[-1].append(text)

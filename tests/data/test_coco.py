@@ -382,7 +382,9 @@ def test_messages_for_a_wrong_root_json_or_image(tmp_path):
         (root / "images" / "train" / "p1.png").write_bytes(spoilt)
         with pytest.raises(UserError, match=r"p1.png: cannot be read as an image"):
             opened(root, tmp_path)
-    with pytest.raises(UserError, match="source must be one of coco_folder, folder, scenes, tfds, voc_folder, yolo_folder, not 'coco'"):
+    with pytest.raises(
+        UserError, match="source must be one of coco_folder, folder, scenes, tfds, voc_folder, yolo_folder, not 'coco'"
+    ):
         opened(root, tmp_path, source="coco")
 
 
