@@ -97,6 +97,7 @@ the test beside it. Settings are explained in [Data](data.md) and [The command l
 """
 AREAS = (
     "COCO json",
+    "YOLO and VOC folders",
     "Images and videos",
     "Folders and names",
     "TFDS directories",

@@ -83,15 +83,22 @@ def yolo_polygon(draft: Draft) -> None:
 
 
 def yolo_flat_polygon(draft: Draft) -> None:
-    draft.put(
-        yolo_row("0 0.1 0.1 0.9 0.9 0.5 0.5 0.3 0.3"[: draft.choice(25, 33)]),
-        (coco.UNMASKED, "mask is empty"),
-        objects=1,
-    )
+    _, y = draft.place()
+    points = [0.1, 0.9, 0.5, 0.3][: draft.choice(3, 4)]
+    row = "0 " + " ".join(f"{x} {y / HEIGHT:.6f}" for x in points)
+    draft.put(yolo_row(row), ("dropped", "box has no extent"))
+
+
+def yolo_thin_polygon(draft: Draft) -> None:
+    x, _ = draft.place()
+    ring = [x, 1, x + 12, 13, x + 6, 7]  # on a line
+    row = "0 " + " ".join(f"{v / (WIDTH, HEIGHT)[i % 2]:.6f}" for i, v in enumerate(ring))
+    draft.put(yolo_row(row), (coco.UNMASKED, "mask is empty"), objects=1)
 
 
 def yolo_outside(draft: Draft) -> None:
-    row = draft.choice("0 1.5 0.5 0.1 0.1", "1 0.5 -0.5 0.1 0.2", "1 1e9 0.5 1 1")
+    x, y = draft.place()
+    row = draft.choice(f"0 {share(x + WIDTH, y)}", f"1 {share(x, y - 2 * HEIGHT)}", f"1 1e9 {y} 1 1")
     draft.put(yolo_row(row), ("dropped", "box outside the image"))
 
 
@@ -183,6 +190,7 @@ YOLO = {
     "sound": yolo_sound,
     "polygon": yolo_polygon,
     "flat polygon": yolo_flat_polygon,
+    "thin polygon": yolo_thin_polygon,
     "outside": yolo_outside,
     "beyond": yolo_beyond,
     "no extent": yolo_flat,
@@ -222,11 +230,17 @@ def voc_sound(draft: Draft) -> None:
     draft.put(Row(voc_row(corners(*draft.place()), name=name, more=more).encode()), objects=1)
 
 
-def voc_spoilt(action: str, reason: str, *boxes: tuple, objects: int = 0) -> Callable[[Draft], None]:
+def voc_spoilt(action: str, reason: str, *boxes: tuple) -> Callable[[Draft], None]:
     def spoil(draft: Draft) -> None:
-        draft.put(Row(voc_row(draft.choice(*boxes)).encode()), (action, reason), objects=objects)
+        draft.put(Row(voc_row(draft.choice(*boxes)).encode()), (action, reason))
 
     return spoil
+
+
+def voc_outside(draft: Draft) -> None:
+    x, y = draft.place()
+    box = draft.choice(corners(x + WIDTH, y), corners(x, y - 2 * HEIGHT))
+    draft.put(Row(voc_row(box).encode()), ("dropped", "box outside the image"))
 
 
 def voc_beyond(draft: Draft) -> None:
@@ -315,7 +329,7 @@ def size_of() -> bytes:
 
 VOC = {
     "sound": voc_sound,
-    "outside": voc_spoilt("dropped", "box outside the image", corners(60, 5), corners(5, -50)),
+    "outside": voc_outside,
     "beyond": voc_beyond,
     "no extent": voc_spoilt("dropped", "box has no extent", (9, 9, 5, 20), (9, 9, 8, 20), (5, 9, 9, 1)),
     "not finite": voc_spoilt("dropped", "bbox is not four finite numbers", ("nan", 1, 5, 5), (1, 1, "1e300", 5)),
