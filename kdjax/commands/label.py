@@ -47,6 +47,7 @@ def run(
     limit: int,
     precision: float | None,
     exif: str | None,
+    classes: str = "",
 ) -> int:
     """Detects objects in a folder of images, and writes those with high enough scores as a COCO instances json.
 
@@ -59,8 +60,8 @@ def run(
       out: the json to write.
       threshold: lowest score, 0 .. 1, for all classes; None: chosen on `labelled`.
       labelled: labelled data on which the threshold of each class is chosen; see `arguments.open_data`, also for
-        split, annotations, images and limit.
-      split, annotations, images, limit: of `labelled`.
+        split, annotations, images, limit and classes.
+      split, annotations, images, limit, classes: of `labelled`.
       precision: the threshold is the lowest from which on at least this share of the detections of a class is correct
         (IoU 0.5), 0 .. 1; None: the one with the largest F1.
       exif: "stored" or "upright"; None: as the model was trained.
@@ -93,7 +94,7 @@ def run(
         assert threshold is not None
         thresholds: list[Threshold | None] = [Threshold(threshold)] * len(loaded.class_names)
     else:
-        opened = arguments.open_data(labelled, split, annotations, images, limit, exif)
+        opened = arguments.open_data(labelled, split, annotations, images, limit, exif, classes=classes)
         loaded = arguments.match_classes(loaded, opened)
         thresholds = chosen(loaded, opened, precision)
     if not any(thresholds):
