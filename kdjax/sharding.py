@@ -35,18 +35,18 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, SPLIT)
 
 
-def shard_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+def shard_batch(mesh: Mesh, batch: Mapping[str, Any]) -> dict[str, Any]:
     """Puts the rows of this host on its devices, as a part of the global batch.
 
     Args:
       mesh: of `make_mesh`.
-      batch: arrays with the rows of this host.
+      batch: arrays, or trees of them, with the rows of this host.
 
     Returns:
       The global arrays by name.
     """
     sharding = batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
+    return jax.tree.map(lambda value: jax.make_array_from_process_local_data(sharding, value), dict(batch))
 
 
 def split(array: np.ndarray | jax.Array, mesh: Mesh) -> jax.Array:

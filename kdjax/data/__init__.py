@@ -5,7 +5,7 @@ from kdjax.data.counts import Counts, count, counted, counted_in_one_line, reaso
 from kdjax.data.data_yaml import SUFFIXES as YAML
 from kdjax.data.dataset import Dataset, Split, ground_truth, open_dataset, open_unlabelled
 from kdjax.data.folders import recognised
-from kdjax.data.loader import eval_batches, train_batches
+from kdjax.data.loader import entry_batches, eval_batches, train_batches, train_plans
 from kdjax.data.records import Damaged
 from kdjax.data.stages import check_settings
 from kdjax.data.summary import summary
@@ -22,6 +22,7 @@ __all__ = [
     "count",
     "counted",
     "counted_in_one_line",
+    "entry_batches",
     "eval_batches",
     "ground_truth",
     "open_dataset",
@@ -31,4 +32,5 @@ __all__ = [
     "same_names",
     "summary",
     "train_batches",
+    "train_plans",
 ]

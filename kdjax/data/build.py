@@ -74,12 +74,12 @@ class TrainBuilder:
     """Makes rows of training batches."""
 
     images: Images
-    seed: int
+    seed: int  # of the draws, with the position of a row
     canvas: tuple[int, int]
     max_boxes: int
     stages: tuple[Stage, ...]
     stretch: bool  # images get the aspect ratio of the canvas
-    streams: int  # number of virtual streams that this process has
+    streams: int  # number of virtual streams that this process has; 0: nothing is kept in memory for them
 
     def __call__(self, plan: list[Row], /) -> list[Arrays]:
         """One dict of arrays for every row of the plan."""

@@ -57,6 +57,11 @@ class Split:
         """The hashes of the first `size` images: fewer than `size` if an image appears twice."""
         return frozenset(hashes.read_json(self.folder / CONTENTS)[: self.size])
 
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Hash of the encoded images, their boxes and the classes; their place on disk does not matter."""
+        return hashes.of_bytes(json.dumps([hashes.read_json(self.folder / META)["content"], self.size]).encode())
+
     @property
     def image_ids(self) -> list[int]:
         """The ids of the images, in order."""

@@ -5,12 +5,14 @@ shows, `build.py` makes it, and `workers.py` does so ahead of time.
 """
 
 import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
-from kdjax.data.build import EvalBuilder, Images, TrainBuilder
+from kdjax.data.build import Arrays, EvalBuilder, Images, TrainBuilder
 from kdjax.data.dataset import Dataset
-from kdjax.data.plans import STREAM, EvalPlans, TrainPlans
+from kdjax.data.plans import STREAM, VIEWS_SEED, EntryPlans, EvalPlans, Row, TrainPlans, ViewPlans
 from kdjax.data.stages import Settings, canvas_size, read_stages
 from kdjax.data.workers import Batches
 from kdjax.errors import UserError
@@ -25,24 +27,90 @@ def train_batches(
     start_step: int = 0,
     shard: tuple[int, int] = (0, 1),
     fit: str = "round",
+    attach: Callable[[np.ndarray], Any] | None = None,
 ) -> Batches:
     """Endless training batches from `start_step` on; every epoch is shuffled anew.
 
     Args:
       dataset: from `open_dataset`, with the split 'train'.
-      cfg: `config.data`; read here: image_size, workers, augment, and stage2, whose settings hold from the step
+      cfg: `config.data`; read here: image_size, workers, views, augment, and stage2, whose settings hold from the step
         stage2.start on.
       batch_size: rows of the global batch, over all shards.
       seed: at least 0; with the step it determines a batch.
       start_step: the step of the first batch.
       shard: (index, count): this host gets rows index·n .. (index + 1)·n of the global batch, n = batch_size / count.
       fit: of the detector that is trained (`Detector.fit`): with "stretch" images get the aspect ratio of the canvas.
+      attach: entries i64[B] of a batch (`kdjax/data/plans.py`) -> what is stored about them, which the batch has as
+        `teacher`; called ahead of time, in the threads that make the batches.
 
     Returns:
       An iterator with `close()` of dicts: image u8[B, H, W, 3] RGB, boxes f32[B, M, 4] x1 y1 x2 y2 in pixels of the
       canvas, labels i32[B, M], valid bool[B, M], image_size i32[B, 2] (height, width of the image at the canvas' top
       left). If the data set was opened with `masks`: masks u8[B, M, H/4, W/4], of each 4 x 4 pixels of the canvas the
       share that the object covers, 0 .. 255; objects without a mask are left out then.
+
+    Raises:
+      UserError: batch_size, seed or a setting is out of its range.
+    """
+    import grain
+
+    plans = train_plans(dataset, cfg, batch_size=batch_size, seed=seed, shard=shard)
+
+    def attached(rows: list[Row], batch: Arrays) -> dict[str, Any]:
+        assert attach is not None
+        return batch | {"teacher": attach(np.array([plans.entry(row) for row in rows], np.int64))}
+
+    return Batches(
+        grain.MapDataset.source(plans)[start_step:],
+        _train_builder(dataset, cfg, plans, seed, fit),
+        workers=int(cfg["workers"]),
+        together=_together(plans),
+        attach=attached if attach else None,
+    )
+
+
+def entry_batches(
+    dataset: Dataset,
+    cfg: Settings,
+    entries: Sequence[Sequence[int]],
+    *,
+    batch_size: int,
+    rows: int,
+    seed: int,
+    fit: str = "round",
+) -> Batches:
+    """Batches of given entries, each once: the rows that `train_batches` makes of them.
+
+    Args:
+      dataset, cfg, seed, fit: as for `train_batches`.
+      entries: of each batch, 1 .. `rows` of them; see `kdjax/data/plans.py`.
+      batch_size: of the run, whose rows they are.
+      rows: of every batch; a batch of fewer entries is filled up with its last one.
+
+    Returns:
+      An iterator like that of `train_batches`.
+
+    Raises:
+      UserError: a setting is out of its range.
+    """
+    import grain
+
+    plans = train_plans(dataset, cfg, batch_size=batch_size, seed=seed)
+    return Batches(
+        grain.MapDataset.source(EntryPlans(of=plans, batches=entries, batch=rows)),
+        _train_builder(dataset, cfg, plans, seed, fit),
+        workers=int(cfg["workers"]),
+        together=_together(plans),
+    )
+
+
+def train_plans(
+    dataset: Dataset, cfg: Settings, *, batch_size: int, seed: int, shard: tuple[int, int] = (0, 1)
+) -> TrainPlans | ViewPlans:
+    """Which images make which row of which batch, and the entries of the rows.
+
+    Args:
+      dataset, cfg, batch_size, seed, shard: as for `train_batches`.
 
     Raises:
       UserError: batch_size, seed or a setting is out of its range.
@@ -54,33 +122,43 @@ def train_batches(
         raise UserError(f"seed must be at least 0, not {seed}")
     import grain
 
-    split = dataset.splits["train"]
+    size = dataset.splits["train"].size
     # Grain's epoch e shuffles with seed + e: neighbouring seeds would repeat each other's epochs one later.
     order_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
-    order = grain.MapDataset.range(split.size).seed(order_seed).shuffle().repeat(None)
+    order = grain.MapDataset.range(size).seed(order_seed).shuffle().repeat(None)
     rows = batch_size // count
-    workers = int(cfg["workers"])
     stages, starts = read_stages(cfg)
-    plans = TrainPlans(
+    common: Any = dict(
         order=order,
-        seed=seed,
         batch=batch_size,
         rows=range(index * rows, (index + 1) * rows),
         stages=stages,
         starts=starts,
     )
-    builder = TrainBuilder(
-        images=Images(split),
-        seed=seed,
+    views = int(cfg["views"])
+    return ViewPlans(size=size, views=views, **common) if views else TrainPlans(seed=seed, **common)
+
+
+def _train_builder(dataset: Dataset, cfg: Settings, plans: TrainPlans | ViewPlans, seed: int, fit: str) -> TrainBuilder:
+    """What makes the rows of these plans."""
+    of_views = isinstance(plans, ViewPlans)
+    # A host's rows may begin inside a stream. The partners of views are drawn from all images: nothing is kept.
+    streams = -(-len(plans.rows) // (STREAM * max(int(cfg["workers"]), 1))) + 1
+    return TrainBuilder(
+        images=Images(dataset.splits["train"]),
+        seed=VIEWS_SEED if of_views else seed,
         canvas=canvas_size(cfg),
         max_boxes=dataset.max_boxes,
-        stages=stages,
+        stages=plans.stages,
         stretch=fit == "stretch",
-        streams=-(-rows // (STREAM * max(workers, 1))) + 1,  # a host's rows may begin inside a stream
+        streams=0 if of_views else streams,
     )
-    mixing = any(stage.mosaic or stage.mixup for stage in stages)
-    plans = grain.MapDataset.source(plans)[start_step:]
-    return Batches(plans, builder, workers=workers, together=STREAM if mixing else 1)
+
+
+def _together(plans: TrainPlans | ViewPlans) -> int:
+    """Neighbouring rows that share what the builder keeps in memory."""
+    mixing = any(stage.mosaic or stage.mixup for stage in plans.stages)
+    return STREAM if mixing and isinstance(plans, TrainPlans) else 1
 
 
 def eval_batches(

@@ -28,7 +28,7 @@ def check_settings(cfg: Settings) -> None:
     """Checks the settings of batches, before there is any data.
 
     Args:
-      cfg: `config.data`; read here: image_size, masks, augment, stage2.
+      cfg: `config.data`; read here: image_size, masks, views, augment, stage2.
 
     Raises:
       UserError: names the setting, its value and what would be right.
@@ -36,6 +36,8 @@ def check_settings(cfg: Settings) -> None:
     size = canvas_size(cfg)
     if cfg["masks"] and any(side % STRIDE for side in size):
         raise UserError(f"image_size must be multiples of {STRIDE} px where masks is True, not {size}")
+    if int(cfg["views"]) < 0:
+        raise UserError(f"views must be a number of views of each image, or 0 for endless draws, not {cfg['views']}")
     read_stages(cfg)
 
 

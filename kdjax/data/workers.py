@@ -9,6 +9,7 @@ import functools
 import multiprocessing
 import os
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import cv2
@@ -17,6 +18,8 @@ from kdjax.data.build import Arrays, Builder, stack
 
 if TYPE_CHECKING:
     import grain
+
+Attach = Callable[[list[Any], Arrays], dict[str, Any]]
 
 
 class Batches:
@@ -31,7 +34,24 @@ class Batches:
 
     decoded: int  # number of images that were decoded for the batches returned so far
 
-    def __init__(self, plans: "grain.MapDataset[Any]", builder: Builder, *, workers: int, together: int = 1) -> None:
+    def __init__(
+        self,
+        plans: "grain.MapDataset[Any]",
+        builder: Builder,
+        *,
+        workers: int,
+        together: int = 1,
+        attach: Attach | None = None,
+    ) -> None:
+        """Starts the worker processes and threads.
+
+        Args:
+          plans: element k lists the rows of batch k.
+          builder: makes rows.
+          workers: number of processes; 0 makes the batches in threads of this one.
+          together: rows that stay in one worker.
+          attach: (plan, batch) -> what the batch is to be; called in the threads of this process, ahead of time.
+        """
         import grain
 
         self.decoded = 0
@@ -48,13 +68,15 @@ class Batches:
         if workers:
             # The threads only wait; with three, no worker waits until another has finished its part of a batch.
             make, threads = functools.partial(_build_in_workers, self._pools, together), 3
+        if attach:
+            make = functools.partial(_attached, make, attach)
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1)
         self._batches = iter(plans.map(make).to_iter_dataset(options))
 
     def __iter__(self) -> "Batches":
         return self
 
-    def __next__(self) -> Arrays:
+    def __next__(self) -> dict[str, Any]:
         try:
             batch, decoded = next(self._batches)
         except StopIteration:
@@ -71,6 +93,14 @@ class Batches:
     def _end_workers(self) -> None:
         for pool in self._pools:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _attached(
+    make: Callable[[list[Any]], tuple[Arrays, int]], attach: Attach, plan: list[Any]
+) -> tuple[dict[str, Any], int]:
+    """The batch of a plan with what is attached to it, and the number of images that were decoded for it."""
+    batch, decoded = make(plan)
+    return attach(plan, batch), decoded
 
 
 def _build_here(builder: Builder, plan: list[Any]) -> tuple[Arrays, int]:

@@ -176,7 +176,8 @@ class Distiller:
           output: of the student on the batch.
           batch: `image` u8[B, H, W, 3]; what methods and teacher read of it: `boxes`, `labels`, `valid`, `image_size`.
           variables: of the teacher; by default those of the loaded model that the distiller was made with.
-          observed: what `observe` returned for this batch; by default the teacher is run.
+          observed: what `observe` returned for this batch; by default the teacher is run. The location of rows on a
+            grid may be left out if the teacher has `priors`.
           assignment: of the student's assigner; by default it assigns. Of a two-stage student, its `regions` are the
             rows that both sides are asked about.
           key: PRNG key of the run, or of the step if `step` is None.
@@ -192,6 +193,7 @@ class Distiller:
         variables = self.variables if variables is None else variables
         if observed is None:
             observed = self.observe(batch, variables)
+        observed = self._with_places(observed, batch)
         whole = self._with_rows(output)
         reads = {name for method in self.methods.values() for side in method.reads for name in side}
         by_regions = whole.at is not None and any(map(_compares_rows, self.methods.values()))
@@ -278,6 +280,14 @@ class Distiller:
         if isinstance(jax.tree.leaves(output)[0], jax.ShapeDtypeStruct):
             return dataclasses.replace(output, rows=jax.eval_shape(rows, output))
         return dataclasses.replace(output, rows=rows(output))
+
+    def _with_places(self, observed: DetectorOutput, batch: Batch) -> DetectorOutput:
+        """The teacher's output with the location of its rows, if they lie on a grid that the teacher can tell."""
+        rows, priors = observed.rows, getattr(self.teacher, "priors", None)
+        if rows is None or rows.location is not None or not rows.level_sizes or priors is None:
+            return observed
+        location = priors(tuple(batch["image"].shape[1:3]))
+        return dataclasses.replace(observed, rows=dataclasses.replace(rows, location=location))
 
     def _compared(
         self, method: Method, student: DetectorOutput, teacher: DetectorOutput

@@ -105,6 +105,22 @@ def recorded(spec: Callable[[tuple[int, int]], DetectorOutput]) -> Custom:
     return Custom(spec=spec, observe=lambda variables, batch: batch[RECORDED])
 
 
+def functions_of(output: DetectorOutput) -> list[str]:
+    """The fields of a teacher's output that are functions: it is asked inside the step, and cannot travel in the batch.
+
+    Args:
+      output: arrays or shape specs.
+    """
+    return [name for name in ("at", "masks_at", "stages", "ask") if getattr(output, name)]
+
+
+def without_places(output: DetectorOutput) -> DetectorOutput:
+    """The output without the location of its rows, which is the same for all images and has no batch axis."""
+    if output.rows is None:
+        return output
+    return dataclasses.replace(output, rows=dataclasses.replace(output.rows, location=None))
+
+
 def on_host(function: Callable[[Any], DetectorOutput], spec: Callable[[tuple[int, int]], DetectorOutput]) -> Custom:
     """A teacher that runs on the host, outside of the compiled program, by `jax.pure_callback`.
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from kdjax import sharding
+from kdjax.distill.teachers import RECORDED
 from kdjax.doctor.findings import ERROR, OK, WARNING, Finding
-from kdjax.training.setup import Setup
+from kdjax.training.setup import Setup, placed
 
 # Linux: available memory of the machine, and the limit of a container.
 MEMORY, GROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
@@ -22,16 +22,17 @@ def check_memory(setup: Setup, batch: Mapping[str, np.ndarray]) -> list[Finding]
       setup: of the run.
       batch: a training batch.
     """
-    step = setup.steps["student"].lower(
-        setup.states["student"], setup.variables, sharding.shard_batch(setup.mesh, batch)
-    )
+    given = placed(setup, batch)
+    step = setup.steps["student"].lower(setup.states["student"], setup.variables, given)
     analysis = step.compile().memory_analysis()
-    programs = len(setup.steps) + 1 + bool(setup.teacher_detects)  # updates and predictions
+    # Updates, predictions, and the teacher ahead of the student's update.
+    programs = len(setup.steps) + 1 + bool(setup.teacher_detects) + bool(setup.observer)
     compiled = Finding(OK, "programs", f"the run compiles {programs} programs")
     if analysis is None:
         return [Finding(WARNING, "memory", "XLA does not say how much a step needs on this platform"), compiled]
     states = sum(leaf.nbytes for leaf in jax.tree.leaves((setup.states, setup.variables)))
     new = analysis.output_size_in_bytes - analysis.alias_size_in_bytes  # the state is updated in place
+    states += sum(leaf.nbytes for leaf in jax.tree.leaves(given.get(RECORDED))) // setup.mesh.size
     need = (analysis.temp_size_in_bytes + new + states) / 2**30
     have = available() / 2**30
     message = f"a step needs about {need:.2f} GiB of the {have:.1f} GiB of a device"

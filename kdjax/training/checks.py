@@ -16,7 +16,7 @@ from kdjax.distill import pairing
 from kdjax.errors import UserError, prefix
 from kdjax.structs import Array, DetectorOutput, targets_of
 from kdjax.training import config as settings
-from kdjax.training import optim
+from kdjax.training import optim, replay
 from kdjax.training.config import Config
 from kdjax.training.setup import Setup, build_methods, check_masks, check_size, named_detector
 from kdjax.training.step import TeacherVariables, TrainState
@@ -42,6 +42,7 @@ def check_settings(config: Config) -> None:
     with prefix("config.data"):
         data.check_settings(config.data)
     build_methods(config)
+    replay.check(config)
     if config.pairing not in pairing.RULES:
         raise UserError(f"config.pairing must be one of {', '.join(pairing.RULES)}, not {config.pairing!r}")
     devices = sharding.make_mesh().size

@@ -41,6 +41,10 @@ def base() -> Config:
             options={},  # as for the student; a kdjax folder brings its own
             # student/ folder of another run, .safetensors, .npz or .pth with mmdetection's names, or YOLOX's .onnx
             weights="",
+            # folder of what the teacher says about the training batches: written first if it is missing, then read
+            # instead of running the teacher. "" = the teacher runs
+            cache="",
+            cache_dtype="float32",  # of the numbers there: float32 (exact), bfloat16 or int8 (kdjax/data/shards.py)
         )
     )
     config.methods = ConfigDict()  # {method: its options}; the terms of several methods are added
@@ -75,6 +79,8 @@ def base() -> Config:
             image_size=(640, 640),  # height, width of the canvas, px
             masks=False,  # training batches have masks, at a quarter of the resolution; objects without are left out
             max_boxes=0,  # padded boxes per image; 0: the largest number in the data, more with Mosaic and MixUp
+            # number of augmented views of an image, whatever the seed: epoch e shows view e mod views; 0: endless draws
+            views=0,
             workers=0,  # worker processes that decode and augment; 0 uses threads of this process
             limit=0,  # only the first images of each split; 0 takes all
             check=False,  # dry run: print a summary of the data, write example batches as images, and exit
@@ -121,7 +127,7 @@ def base() -> Config:
 # Minimum and maximum of the numeric settings.
 _AT_LEAST_1 = ("batch_size", "steps", "data.scenes_train", "data.scenes_val", "eval.batch_size", "log_every",
                "checkpoint.every", "checkpoint.keep")  # fmt: skip
-_AT_LEAST_0 = ("data.max_boxes", "data.workers", "data.limit", "optimizer.lr", "optimizer.weight_decay",
+_AT_LEAST_0 = ("data.max_boxes", "data.views", "data.workers", "data.limit", "optimizer.lr", "optimizer.weight_decay",
                "optimizer.clip_norm", "optimizer.warmup", "optimizer.backbone", "ema.ramp", "eval.every",
                "eval.limit")  # fmt: skip
 _SHARES = ("optimizer.momentum", "optimizer.flat", "optimizer.end", "ema.momentum")
@@ -258,7 +264,7 @@ def flat(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 # Settings that may differ between a run and its resumption, because they do not change the result.
-_FREE = ("log_every", "checkpoint", "compile_cache", "data.workers", "data.cache", "data.root", "eval")
+_FREE = ("log_every", "checkpoint", "compile_cache", "data.workers", "data.cache", "data.root", "eval", "teacher.cache")
 
 
 def differences(written: object, config: Config) -> list[str]:

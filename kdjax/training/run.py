@@ -18,16 +18,18 @@ from absl import logging
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from kdjax import data, files, sharding
+from kdjax import data, files
+from kdjax.data.shards import Shards
+from kdjax.distill.teachers import RECORDED
 from kdjax.errors import UserError, prefix
 from kdjax.report import preview
 from kdjax.report.run import verdict
-from kdjax.training import checks, optim, outputs, provenance
+from kdjax.training import checks, optim, outputs, provenance, replay
 from kdjax.training.checkpoint import Checkpoints
 from kdjax.training.config import Config
 from kdjax.training.log import Log
 from kdjax.training.schedule import schedule
-from kdjax.training.setup import Setup, load_detector, prepare, prepare_process, resume, run_fingerprint
+from kdjax.training.setup import Setup, load_detector, placed, prepare, prepare_process, resume, run_fingerprint
 from kdjax.training.step import TeacherVariables, TrainState
 
 
@@ -106,11 +108,12 @@ def run(config: Config, workdir: str | Path | None) -> dict[str, Any] | None:
                     "all steps are done: evaluating again" if start == config.steps else f"continuing at step {start}"
                 )
                 print(f"{folder}: {done}")
+            stored = replay.ready(setup) if start < config.steps else None
             if start == 0:
                 checks.check_terms(setup, checks.first_batch_with_objects(setup))
             provenance.write_config(config, folder, dataset.fingerprint)
             with Log(folder, start) as log:
-                states = train(setup, start, checkpoints, log)
+                states = train(setup, start, checkpoints, log, stored)
                 results = outputs.finish(setup._replace(states=states), folder, log)
         if not jax.process_index():
             print(f"{verdict(results)}\n{folder / 'report.html'}")
@@ -129,7 +132,9 @@ def only_writer(folder: Path) -> contextlib.AbstractContextManager[None]:
     return files.lock(folder / ".lock", busy)
 
 
-def train(setup: Setup, start: int, checkpoints: Checkpoints, log: Log) -> dict[str, TrainState]:
+def train(
+    setup: Setup, start: int, checkpoints: Checkpoints, log: Log, stored: Shards | None = None
+) -> dict[str, TrainState]:
     """Runs all updates from `start` to the end.
 
     Args:
@@ -137,6 +142,7 @@ def train(setup: Setup, start: int, checkpoints: Checkpoints, log: Log) -> dict[
       start: number of updates so far.
       checkpoints: for the states.
       log: for the metrics.
+      stored: the cache that stands for the teacher; None: the teacher runs.
 
     Returns:
       The final states by role.
@@ -155,6 +161,7 @@ def train(setup: Setup, start: int, checkpoints: Checkpoints, log: Log) -> dict[
         start_step=start,
         shard=(jax.process_index(), jax.process_count()),
         fit=setup.student.fit,
+        attach=replay.attach(setup, stored),
     )
 
     fingerprint, category_ids = run_fingerprint(setup), list(setup.dataset.category_ids)
@@ -170,7 +177,7 @@ def train(setup: Setup, start: int, checkpoints: Checkpoints, log: Log) -> dict[
     with contextlib.closing(batches), contextlib.closing(bar), Signals() as signals:
         for step in range(start + 1, config.steps + 1):
             before = time.perf_counter()
-            batch = sharding.shard_batch(setup.mesh, next(batches))
+            batch = placed(setup, next(batches))
             waited += time.perf_counter() - before
             metrics = {}
             if step == start + 1:
@@ -178,7 +185,7 @@ def train(setup: Setup, start: int, checkpoints: Checkpoints, log: Log) -> dict[
                 compile_steps(setup, states, batch)
                 bar.set_description("train")
             for role in states:
-                states[role], of_role = setup.steps[role](states[role], teacher_variables(setup, role), batch)
+                states[role], of_role = setup.steps[role](states[role], *given(setup, role, batch))
                 metrics |= {f"{role}/{name}": value for name, value in of_role.items()}
             pending.append((step, metrics))
             last = step == config.steps or stop_requested(signals.stop, step, config.log_every)
@@ -221,17 +228,18 @@ def train(setup: Setup, start: int, checkpoints: Checkpoints, log: Log) -> dict[
     return states
 
 
-def teacher_variables(setup: Setup, role: str) -> TeacherVariables | None:
-    """The variables of the teacher for the student, None for the twin."""
-    return setup.variables if role == "student" else None
+def given(setup: Setup, role: str, batch: Mapping[str, Any]) -> tuple[TeacherVariables | None, dict[str, Any]]:
+    """What the update of a role gets beside its state; that of the twin gets nothing of the teacher."""
+    if role == "student":
+        return setup.variables, dict(batch)
+    return None, {name: value for name, value in batch.items() if name != RECORDED}
 
 
-def compile_steps(setup: Setup, states: Mapping[str, TrainState], batch: Mapping[str, jax.Array]) -> None:
+def compile_steps(setup: Setup, states: Mapping[str, TrainState], batch: Mapping[str, Any]) -> None:
     """Compiles the updates of all roles in parallel threads, before their first calls."""
     with futures.ThreadPoolExecutor(len(states)) as pool:
         compiling = [
-            pool.submit(setup.steps[role].lower(states[role], teacher_variables(setup, role), batch).compile)
-            for role in states
+            pool.submit(setup.steps[role].lower(states[role], *given(setup, role, batch)).compile) for role in states
         ]
         for each in compiling:
             each.result()

@@ -10,18 +10,20 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
 from kdjax import data, detectors, files, methods, sharding, weights
 from kdjax.detectors.api import Detector, Tree
 from kdjax.distill import Distiller, Method, pairing
+from kdjax.distill.teachers import RECORDED, functions_of, without_places
 from kdjax.errors import UserError, listed
-from kdjax.structs import Array, PyTree
+from kdjax.structs import Array, DetectorOutput, PyTree
 from kdjax.training import optim
 from kdjax.training.checkpoint import Checkpoints
 from kdjax.training.config import Config, differences
-from kdjax.training.step import TeacherVariables, TrainState, init_state, make_step
+from kdjax.training.step import Batch, TeacherVariables, TrainState, init_state, make_step
 from kdjax.weights.checkpoint import fingerprint
 
 # Options of glibc's mallopt: one arena (M_ARENA_MAX), no mmap for large blocks (M_MMAP_MAX), no trimming
@@ -40,10 +42,20 @@ class Setup(NamedTuple):
     distiller: Distiller | None  # of student, teacher and methods, in float32
     teacher_detects: bool  # the teacher has the classes of the data, so that it can be evaluated
     variables: TeacherVariables | None  # on all devices
+    observer: "Observer | None"  # None: there is no teacher, or its output holds functions and it runs inside the step
     states: dict[str, TrainState]  # "student" and, with a twin, "twin"; on all devices
     steps: dict[str, jax.stages.Wrapped]  # role -> jitted `Update`
     programs: collections.Counter[str]  # how often each program was traced
     mesh: Mesh
+
+
+class Observer(NamedTuple):
+    """The teacher as a program of its own, ahead of the student's step."""
+
+    # (teacher variables, batch) -> what the methods read of the teacher; every array has a batch axis
+    function: Callable[[TeacherVariables, Batch], DetectorOutput]
+    program: jax.stages.Wrapped  # the function, jitted for the devices of the run
+    output: DetectorOutput  # shapes of what it returns for a batch of the run
 
 
 def model(setup: Setup, role: str) -> tuple[Detector, tuple[Tree, Tree]]:
@@ -272,6 +284,14 @@ def prepare(config: Config, dataset: data.Dataset) -> Setup:
     if teacher:
         steps["student"] = update("student", teacher=teacher)
     variables = jax.device_put(TeacherVariables(*loaded), everywhere) if loaded else None
+    observer = None
+    if teacher:
+        pair = (in_precision(detector, config.dtype) for detector in (student, teacher))
+        observe = observe_with(Distiller(*pair, chosen, rule))
+        output = jax.eval_shape(observe, variables, batch_spec(config))
+        if not functions_of(output):
+            run = program("teacher", observe, out_shardings=sharding.batch_sharding(mesh))
+            observer = Observer(observe, run, output)
     return Setup(
         config,
         dataset,
@@ -281,11 +301,48 @@ def prepare(config: Config, dataset: data.Dataset) -> Setup:
         distiller,
         teacher_detects,
         variables,
+        observer,
         jax.device_put(states, everywhere),
         steps,
         programs,
         mesh,
     )
+
+
+def observe_with(distiller: Distiller) -> Callable[[TeacherVariables, Batch], DetectorOutput]:
+    """`Observer.function`."""
+
+    def observe(variables: TeacherVariables, batch: Batch) -> DetectorOutput:
+        return without_places(distiller.observe(batch, tuple(variables)))
+
+    return observe
+
+
+def batch_spec(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of what a teacher reads of a batch."""
+    rows, size = config.batch_size, tuple(config.data.image_size)
+    return {
+        "image": jax.ShapeDtypeStruct((rows, *size, 3), np.uint8),
+        "image_size": jax.ShapeDtypeStruct((rows, 2), np.int32),
+    }
+
+
+def placed(setup: Setup, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch on the devices, with what the teacher says about it, unless that is there or the step runs the teacher.
+
+    Args:
+      setup: of the run.
+      batch: of the loader, the rows of this host.
+    """
+    arrays = sharding.shard_batch(setup.mesh, batch)
+    if setup.observer is None or RECORDED in arrays:
+        return arrays
+    return arrays | {RECORDED: setup.observer.program(setup.variables, read_by_teacher(arrays))}
+
+
+def read_by_teacher(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What a teacher reads of a batch, as `batch_spec`."""
+    return {name: batch[name] for name in ("image", "image_size")}
 
 
 def in_precision(detector: Detector, dtype: str) -> Detector:

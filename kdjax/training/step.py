@@ -1,7 +1,7 @@
 """One optimiser update: every gradient, stop-gradient and optimiser call of kdjax is in this file."""
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ import optax
 
 from kdjax.detectors.api import Detector
 from kdjax.distill import Distiller
+from kdjax.distill.teachers import RECORDED
 from kdjax.structs import Array, PyTree, targets_of
 
 
@@ -32,7 +33,7 @@ class TeacherVariables(NamedTuple):
 
 
 # (state, teacher variables or None, batch) -> (state, metrics)
-Batch = Mapping[str, Array]
+Batch = Mapping[str, Any]  # arrays, and what the teacher says about them
 Update = Callable[[TrainState, TeacherVariables | None, Batch], tuple[TrainState, dict[str, Array]]]
 
 
@@ -65,7 +66,8 @@ def make_step(
       student: what is trained.
       optimizer: of `state.params`.
       ema_rate: step -> share of the new weights in the moving average.
-      distiller: of that student, its teacher and the methods; None trains without a teacher.
+      distiller: of that student, its teacher and the methods; None trains without a teacher. What `distiller.observe`
+        returned may be in the batch as `teacher`; otherwise the teacher is run in the step.
 
     Returns:
       (state, teacher variables or None, batch) -> (state, metrics). Metrics are f32[]: the detection losses, the
@@ -83,7 +85,10 @@ def make_step(
         total = sum(losses.values())
         if distiller is not None:
             assert variables is not None, "a distiller needs the variables of its teacher"
-            terms = distiller.terms(params["adapters"], output, batch, tuple(variables), assignment=assignment, key=key)
+            observed = batch.get(RECORDED)
+            terms = distiller.terms(
+                params["adapters"], output, batch, tuple(variables), observed=observed, assignment=assignment, key=key
+            )
             weights = distiller.weights(step)
             total += sum(weights[name] * value for name, value in terms.items())
             losses |= terms

@@ -1,0 +1,338 @@
+"""The cache of what a teacher says about training batches: written once, then read instead of running the teacher.
+
+A row of a training batch is always the same for the same entry (`kdjax/data/plans.py`), so what is stored is what the
+teacher says about exactly this row. The teacher is a program of its own ahead of the step (`Setup.observe`), whether it
+runs or is read, so that the step is the same program, and a cache of float32 changes no bit of it.
+"""
+
+import contextlib
+import itertools
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from tqdm import tqdm
+
+from kdjax import data, files, sharding
+from kdjax.data import shards
+from kdjax.data.plans import TrainPlans, ViewPlans
+from kdjax.data.shards import Leaf, Missing, Shards
+from kdjax.errors import UserError, prefix
+from kdjax.structs import DetectorOutput, PyTree
+from kdjax.training import config as settings
+from kdjax.training.config import Config
+from kdjax.training.setup import Setup, read_by_teacher
+from kdjax.weights.checkpoint import fingerprint, flat
+
+_SETTING = "config.teacher.cache"
+
+
+class Needs(NamedTuple):
+    """What a run needs of a cache."""
+
+    facts: dict[str, Any]  # what the entries depend on; values that json can hold
+    output: DetectorOutput  # shapes of what the methods read of a batch
+    leaves: tuple[Leaf, ...]  # its arrays, of one entry
+    entries: list[range]
+
+
+def check(config: Config) -> None:
+    """Checks the settings of the cache.
+
+    Raises:
+      UserError: names the setting and what it must be.
+    """
+    chosen = config.teacher
+    if chosen.cache_dtype not in shards.DTYPES:
+        raise UserError(
+            f"config.teacher.cache_dtype must be one of {', '.join(shards.DTYPES)}, not {chosen.cache_dtype!r}"
+        )
+    if chosen.cache_dtype != "float32" and not chosen.cache:
+        raise UserError("config.teacher.cache_dtype has no effect without config.teacher.cache: set its folder")
+    if chosen.cache and not config.methods:
+        raise UserError(f"{_SETTING} has no effect without a teacher and config.methods")
+    if "://" in chosen.cache:
+        raise UserError(f"{_SETTING}: {chosen.cache} is a URL: choose a folder of this machine")
+
+
+def needs(setup: Setup) -> Needs:
+    """What the run needs of a cache.
+
+    Raises:
+      UserError: the teacher cannot be cached: the methods ask it inside the step.
+    """
+    if setup.observer is None:
+        assert setup.teacher is not None, "`check` refuses runs without one"
+        asking = [name for name, method in setup.methods.items() if _asks(setup, name)] or list(setup.methods)
+        raise UserError(
+            f"{_SETTING}: {', '.join(asking)} asks the second stage or the decoder of the teacher {setup.teacher.name} "
+            "about boxes of the student, which no cache can answer: leave it empty, or take methods that read maps or "
+            "rows"
+        )
+    config = setup.config
+    output = setup.observer.output
+    leaves = tuple(Leaf(name, leaf.shape[1:], str(leaf.dtype)) for name, leaf in flat(output, copy=False).items())
+    return Needs(facts(setup), output, leaves, _plans(setup).needed(config.steps))
+
+
+def facts(setup: Setup) -> dict[str, Any]:
+    """What the stored values depend on, by the names that a user knows."""
+    config, teacher = setup.config, setup.teacher
+    assert teacher is not None, "the run has no teacher"
+    cfg = config.data
+    found = {
+        "the hash of the teacher's weights": fingerprint(setup.variables),
+        "config.teacher.detector": teacher.name,
+        "config.teacher.options": teacher.options,
+        "the hash of the training images, boxes and classes": setup.dataset.splits["train"].fingerprint,
+        "config.data.exif_orientation": cfg.exif_orientation,
+        "config.data.masks": cfg.masks,
+        "config.data.image_size": cfg.image_size,
+        "how an image fits the canvas": "stretched" if setup.student.fit == "stretch" else "with its aspect ratio",
+        "config.data.views": cfg.views,
+        "config.dtype": config.dtype,
+        "config.teacher.cache_dtype": config.teacher.cache_dtype,
+    }
+    augmentations = {"config.data.augment": cfg.augment}
+    if cfg.stage2.start:
+        augmentations["config.data.stage2.augment"] = cfg.stage2.augment
+    for name, chosen in augmentations.items():
+        found |= {f"{name}.{key}": value for key, value in settings.flat(chosen.to_dict()).items()}
+    if not cfg.views:  # an entry is a position in the run's own stream
+        found |= {
+            "config.seed": config.seed,
+            "config.batch_size": config.batch_size,
+            "config.data.stage2.start": cfg.stage2.start,
+        }
+    return json.loads(json.dumps(found))
+
+
+def ready(setup: Setup) -> Shards | None:
+    """The cache of a run with all that it needs, written first as far as it is missing; None if it has none.
+
+    The first host writes, the others wait.
+
+    Raises:
+      UserError: the teacher cannot be cached, the cache does not fit the run or is damaged, the disk cannot hold it, or
+        another host cannot read it.
+    """
+    if not setup.config.teacher.cache:
+        return None
+    problem = ""
+    if not jax.process_index():
+        try:
+            write(setup)
+        except UserError as error:
+            if jax.process_count() == 1:
+                raise
+            problem = str(error)
+    if jax.process_count() > 1 and multihost_utils.process_allgather(np.array(bool(problem))).any():
+        raise UserError(problem or f"{_SETTING}: the first host could not write it: see what it says")
+    needed = needs(setup)
+    with prefix(_SETTING):
+        found = shards.find(_folder(setup))
+        if found is None or found.missing(needed.entries):
+            raise UserError(f"{_folder(setup)} is not the folder that the first host has written: share one")
+        return found
+
+
+def write(setup: Setup) -> Shards:
+    """Writes what a cache lacks of what a run needs, and says how much it will be.
+
+    Raises:
+      UserError: the teacher cannot be cached, the cache does not fit the run or is damaged, or the disk cannot hold it.
+    """
+    needed, folder = needs(setup), _folder(setup)
+    with prefix(_SETTING):
+        found = shards.find(folder) or new(setup, needed)
+        check_fit(found, needed)
+        if missing := found.missing(needed.entries):
+            check_room(found, missing)
+            shards.make_folder(folder)
+            busy = f"{_SETTING}: waiting for another process, which writes {folder}"
+            with files.lock(folder / ".lock", busy, wait=True):
+                found = shards.find(folder) or shards.create(new(setup, needed))
+                check_fit(found, needed)
+                if missing := found.missing(needed.entries):
+                    _fill(setup, found, missing)
+    _tell_origin(setup, found)
+    return found
+
+
+def new(setup: Setup, needed: Needs) -> Shards:
+    """An empty cache for a run, not yet on disk."""
+    config, kind = setup.config, setup.config.teacher.cache_dtype
+    plans = _plans(setup)
+    entry = Shards(_folder(setup), needed.leaves, kind, 1, 0, needed.facts, {})
+    span = plans.size if isinstance(plans, ViewPlans) else 0
+    shard = shards.file_entries(entry.entry_bytes, config.batch_size)
+    return Shards(_folder(setup), needed.leaves, kind, shard, span, needed.facts, _origin(setup))
+
+
+def check_fit(found: Shards, needed: Needs) -> None:
+    """Checks that a cache holds what a run needs.
+
+    Raises:
+      UserError: names what differs.
+    """
+    names = dict.fromkeys([*found.facts, *needed.facts])
+    differ = [
+        f"{name} was {_short(found.facts.get(name))}, is {_short(needed.facts.get(name))}"
+        for name in names
+        if found.facts.get(name) != needed.facts.get(name)
+    ]
+    if differ:
+        more = f", and {len(differ) - 3} more" if len(differ) > 3 else ""
+        raise UserError(
+            f"{found.folder} was written for other runs ({'; '.join(differ[:3])}{more}): choose another folder, or "
+            "delete it to have it written again"
+        )
+    stored = {leaf.name: leaf for leaf in found.leaves}
+    if lacking := [leaf.name for leaf in needed.leaves if stored.get(leaf.name) != leaf]:
+        raise UserError(
+            f"{found.folder} lacks taps of the teacher that the methods read ({_listed(lacking)}); it has "
+            f"{_listed(stored)}: choose another folder, or write it for all methods (kdjax cache --config=NAME:mkd+rm)"
+        )
+
+
+def check_room(found: Shards, missing: list[Missing]) -> None:
+    """Checks that the disk can hold the files that are missing.
+
+    Raises:
+      UserError: it cannot.
+    """
+    size, free = shards.forecast(found.entry_bytes, missing), shards.room(found.folder)
+    if size > free:
+        entries = sum(one.count for one in missing)
+        smaller = "" if found.kind == "int8" else ", config.teacher.cache_dtype=int8"
+        fewer = "a smaller config.data.views" if found.span else "config.data.views, which runs can share"
+        raise UserError(
+            f"{entries:,} entries of {found.entry_bytes:,} bytes take {_size(size)}, and {found.folder} has "
+            f"{_size(free)} free: choose another disk, {fewer}{smaller}, or methods that read less"
+        )
+
+
+def attach(setup: Setup, found: Shards | None) -> Callable[[np.ndarray], DetectorOutput] | None:
+    """What the loader calls with the entries of a batch: reads what the teacher says about them.
+
+    Args:
+      setup: of the run.
+      found: of `ready`; None: the teacher runs.
+    """
+    if found is None:
+        return None
+    assert setup.observer is not None, "`needs` refuses such teachers"
+    output = setup.observer.output
+    structure, names = jax.tree.structure(output), list(flat(output, copy=False))
+
+    def read(entries: np.ndarray) -> DetectorOutput:
+        arrays = found.read(entries, names)
+        return jax.tree.unflatten(structure, [arrays[name] for name in names])
+
+    return read
+
+
+def _fill(setup: Setup, found: Shards, missing: list[Missing]) -> None:
+    """Writes files. The teacher sees batches of the run's size: on some devices other sizes are rounded otherwise."""
+    config, hosts = setup.config, jax.process_count()
+    rows = config.batch_size // hosts
+    batches = [
+        range(first, min(first + rows, one.first + one.count))
+        for one in missing
+        for first in range(one.first, one.first + one.count, rows)
+    ]
+    assert setup.observer is not None, "`needs` refuses such teachers"
+    observe, mesh, variables = setup.observer.program, setup.mesh, setup.variables
+    if hosts > 1:  # the others wait: a program for the devices of this host
+        mesh = sharding.mesh_of(jax.local_devices())
+        observe = jax.jit(setup.observer.function, out_shardings=sharding.batch_sharding(mesh))
+        variables = sharding.replicate(variables, mesh)
+
+    def said() -> Iterator[dict[str, np.ndarray]]:
+        """The arrays of one entry after the other. The next batch is computed while one is stored."""
+        pending: tuple[range, PyTree] | None = None
+        for batch, loaded in zip(batches, loader, strict=True):
+            before, pending = pending, (batch, observe(variables, sharding.shard_batch(mesh, read_by_teacher(loaded))))
+            if before:
+                yield from _rows(*before)
+        assert pending is not None, "there is something to write"
+        yield from _rows(*pending)
+
+    loader = data.entry_batches(
+        setup.dataset,
+        config.data,
+        batches,
+        batch_size=config.batch_size,
+        rows=rows,
+        seed=config.seed,
+        fit=setup.student.fit,
+    )
+    total = sum(one.count for one in missing)
+    told = f"{total:,} entries of {found.entry_bytes:,} bytes, {_size(shards.forecast(found.entry_bytes, missing))}"
+    print(f"{found.folder}: writing what the teacher says: {told} ({_size(shards.room(found.folder))} are free)")
+    with contextlib.closing(loader), tqdm(total=total, desc="teacher cache", unit="entry") as bar:
+        entries = said()
+        for one in missing:
+            with found.writer(one) as file:
+                for arrays in itertools.islice(entries, one.count):
+                    file.add(arrays)
+                    bar.update()
+
+
+def _rows(batch: range, output: PyTree) -> Iterator[dict[str, np.ndarray]]:
+    """The arrays of each entry of a batch."""
+    arrays = {name: np.asarray(leaf) for name, leaf in flat(output, copy=False).items()}
+    for row in range(len(batch)):
+        yield {name: value[row] for name, value in arrays.items()}
+
+
+def _plans(setup: Setup) -> TrainPlans | ViewPlans:
+    config = setup.config
+    return data.train_plans(setup.dataset, config.data, batch_size=config.batch_size, seed=config.seed)
+
+
+def _asks(setup: Setup, name: str) -> bool:
+    reads = setup.methods[name].reads.teacher
+    return any(one in ("ask", "proposals") or one.startswith("rows.") for one in reads)
+
+
+def _folder(setup: Setup) -> Path:
+    return Path(setup.config.teacher.cache).expanduser().absolute()
+
+
+def _origin(setup: Setup) -> dict[str, Any]:
+    """Where values were computed: elsewhere they would be rounded otherwise."""
+    rows = setup.config.batch_size // setup.mesh.size
+    return {"jax": jax.__version__, "platform": jax.default_backend(), "rows of a device": rows}
+
+
+def _tell_origin(setup: Setup, found: Shards) -> None:
+    """Notes where a cache need not equal the teacher of this run to the bit."""
+    now = _origin(setup)
+    if differ := [
+        f"{name} {found.origin.get(name)}, now {now[name]}" for name in now if found.origin.get(name) != now[name]
+    ]:
+        told = "equal to the bit only where these are the same, and up to rounding here"
+        print(f"{_SETTING}: {found.folder} was written with {'; '.join(differ)}: {told}")
+
+
+def _listed(names: Mapping[str, Any] | list[str]) -> str:
+    names = [*names]
+    return ", ".join(names[:8]) + ", …" * (len(names) > 8)
+
+
+def _short(value: object) -> str:
+    """A hash by its beginning, any other value as it is."""
+    return f"{value[:12]}…" if isinstance(value, str) and len(value) == 64 else repr(value)
+
+
+def _size(count: int) -> str:
+    """Bytes in words."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count / 1000:.1f} kB"
