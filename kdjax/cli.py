@@ -22,14 +22,19 @@ DESCRIPTION = "Distil object detectors: `kdjax COMMAND --help` has the options o
 MODEL = "a run's workdir, student/ or checkpoints/STEP, a folder of import-weights, or quickstart_teacher"
 CONFIG = "name of a config that comes with kdjax (quickstart, distill/dense, ...) or a file"
 # The commands that look at one run: their function gets the config.
-RUNS = {"train": ("kdjax.training.run", "main"), "doctor": ("kdjax.commands.doctor", "run")}
+RUNS = {
+    "train": ("kdjax.training.run", "main"),
+    "doctor": ("kdjax.commands.doctor", "run"),
+    "cache": ("kdjax.commands.cache", "run"),
+}
 # These take --config.a.b=value.
-OVERRIDABLE = ("train", "doctor", "study")
+OVERRIDABLE = ("train", "doctor", "cache", "study")
 # These take --model more than once.
 SEVERAL_MODELS = ("latency",)
 # What follows the sentence on a fault of the machine.
 _CONTINUES = "then run the same command again: it continues from the last checkpoint"
-AGAIN: dict[str, str] = {"train": _CONTINUES, "study": _CONTINUES}
+_CONTINUES_CACHE = "then run the same command again: it continues with the first file that is missing"
+AGAIN: dict[str, str] = {"train": _CONTINUES, "study": _CONTINUES, "cache": _CONTINUES_CACHE}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -222,6 +227,13 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, list[str]]]:
         "doctor",
         "Check a run before it is started: input, class map, schedule, gradients, memory.",
         "kdjax doctor --config=quickstart --config.optimizer.lr=0.005",
+    )
+    add_config(one)
+
+    one = add(
+        "cache",
+        "Write what a teacher says about training batches, for runs that read it instead of running the teacher.",
+        "kdjax cache --config=quickstart:mkd+rm --config.data.views=4 --config.teacher.cache=caches/a",
     )
     add_config(one)
 

@@ -16,6 +16,9 @@ The gain of a run is its student's AP minus that of the twin: the same student f
 same batches, without a teacher. The twin does not depend on method or teacher, to the bit, so it is trained once per
 seed, as a run of its own, and studies in the same folder share it. Runs are evaluated only at their end.
 
+With `--config.teacher.cache=DIR` what a teacher says is written once for all methods, and with `--config.data.views=V`
+for all seeds.
+
 Finished runs are kept, interrupted ones resumed: run the same command again to continue, also with more variants or
 seeds. The table names a run that fails, and the others continue. The last lines of the output are the table and one
 JSON object; `--log FILE` appends both, with the versions, to a Markdown file. The chart is WORKDIR/NAME.png. A
@@ -27,6 +30,7 @@ import json
 import math
 import re
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -38,7 +42,7 @@ import jax.numpy as jnp
 from kdjax import detectors, files, resources
 from kdjax import methods as zoo
 from kdjax.commands import settings
-from kdjax.commands.study_runs import Failed, facts_of, train, unreadable
+from kdjax.commands.study_runs import Failed, call, facts_of, train, unreadable
 from kdjax.errors import UserError
 from kdjax.inference import load
 from kdjax.inference import predict as prediction
@@ -73,6 +77,8 @@ class Options:
     students: list[str]
     log: Path | None
     flags: list[str]  # --config.a.b=value, for every run
+    cache: str = ""  # folder of what the teachers say; "": they run
+    views: bool = False  # whether seeds can share it
 
 
 def run(
@@ -124,7 +130,8 @@ def run(
         raise UserError(f"--seeds must be >= 1, not {seeds}")
     variants = STUDIES[name](options)
     config_flag, *flags = run_flags(options, variants[0], first)
-    settings.read(config_flag.removeprefix("--config="), flags)
+    chosen = settings.read(config_flag.removeprefix("--config="), flags)
+    options = dataclasses.replace(options, cache=chosen.teacher.cache, views=bool(chosen.data.views))
     check_outputs(options)
     busy = f"--workdir: another study runs in {options.workdir}: wait until it ends, or choose another folder"
     with files.lock(options.workdir / ".lock", busy):
@@ -245,6 +252,7 @@ def study(options: Options, variants: list[Variant]) -> int:
     failures: dict[str, dict[int, str]] = {}
     folders: dict[str, Path] = {}
     for seed in range(options.first, options.first + options.seeds):
+        write_caches(options, variants, seed)
         for variant in variants:
             of_twin = workdir / f"seed{seed}" / label("twin", *variant.student)
             if (seed, variant.student) not in twins:
@@ -253,7 +261,7 @@ def study(options: Options, variants: list[Variant]) -> int:
                 except Failed as error:
                     raise UserError(f"the twin of seed {seed}, which all runs need, failed: {error}") from error
                 folders.setdefault("twin", of_twin)
-            folder = workdir / f"seed{seed}" / label(variant.methods, *variant.flags, *variant.student)
+            folder = folder_of(options, variant, seed)
             try:
                 results = train(run_flags(options, variant, seed), folder)
             except Failed as error:
@@ -300,9 +308,49 @@ def label(name: str, *flags: str) -> str:
     return "_".join([name, *(re.sub(r"[^\w.=-]", "-", flag.removeprefix("--config.")) for flag in flags)])
 
 
+def folder_of(options: Options, variant: Variant, seed: int) -> Path:
+    """The folder of a run."""
+    return options.workdir / f"seed{seed}" / label(variant.methods, *variant.flags, *variant.student)
+
+
+def cache_of(options: Options, variant: Variant, seed: int) -> str:
+    """The folder of what the teacher of a run says: one for each teacher and, without views, for each seed."""
+    teacher = [flag for flag in variant.flags if flag.startswith("--config.teacher.")]
+    parts = [label("teacher", *teacher)] * bool(teacher) + [f"seed{seed}"] * (not options.views)
+    return str(Path(options.cache).expanduser().absolute().joinpath(*parts))
+
+
+def write_caches(options: Options, variants: list[Variant], seed: int) -> None:
+    """Writes what the unfinished runs of a seed read of each teacher, once for all methods.
+
+    Args:
+      options: arguments of the command.
+      variants: the rows.
+      seed: of the runs.
+
+    Raises:
+      UserError: one cannot be written.
+    """
+    shared: dict[str, list[Variant]] = {}
+    for variant in variants if options.cache else []:
+        shared.setdefault(cache_of(options, variant, seed), []).append(variant)
+    for group in shared.values():
+        if all((folder_of(options, variant, seed) / "results.json").exists() for variant in group):
+            continue
+        names = "+".join(variant.methods for variant in group).split("+")
+        teacher = tuple(flag for flag in group[0].flags if flag.startswith("--config.teacher."))
+        together = group[0]._replace(methods="+".join(dict.fromkeys(names)), flags=teacher)
+        try:
+            call([sys.executable, "-m", "kdjax", "cache", *run_flags(options, together, seed)])
+        except Failed as error:
+            raise UserError(f"the teacher's cache, which all runs need, was not written: {error}") from error
+
+
 def run_flags(options: Options, variant: Variant, seed: int) -> list[str]:
     """The flags of a run with methods and without a twin of its own; if one is repeated, the last one counts."""
     common = ("--config.twin=False", "--config.eval.every=0", f"--config.seed={seed}")
+    if options.cache and variant.methods:
+        common += (f"--config.teacher.cache={cache_of(options, variant, seed)}",)
     config = f"--config={options.config}{',' if ':' in options.config else ':'}{variant.methods}"
     flags = (config, *options.flags, *variant.student, *variant.flags, *common)
     return list({flag.partition("=")[0]: flag for flag in flags}.values())

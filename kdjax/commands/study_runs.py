@@ -39,7 +39,7 @@ def train(flags: list[str], workdir: Path) -> dict[str, Any]:
     results = workdir / "results.json"
     if not results.exists():
         call([sys.executable, "-m", "kdjax", "train", *flags, f"--workdir={workdir}"])
-    elif flags_of(workdir) != flags:
+    elif _without_cache(flags_of(workdir)) != _without_cache(flags):
         raise UserError(f"{workdir} has a run with other flags ({' '.join(flags_of(workdir))}): choose another folder")
     elif (before := start_of(workdir).get("data")) and before != data_of(*flags):
         raise UserError(f"{workdir} has a run on other images, boxes or classes than now: choose another folder")
@@ -51,6 +51,11 @@ def train(flags: list[str], workdir: Path) -> dict[str, Any]:
                 f"{results}: it was changed after it was written (its SHA-256 differs): train the run again"
             )
         return found
+
+
+def _without_cache(flags: list[str]) -> list[str]:
+    """The flags without the folder of the teacher's cache: where that lies does not change a run."""
+    return [flag for flag in flags if not flag.startswith("--config.teacher.cache=")]
 
 
 def call(command: list[str]) -> None:

@@ -35,7 +35,7 @@ ENTRIES, BYTES = 1024, 2**28  # of a file, at most
 _NOTE, _INDEX = "cache.json", "index.json"
 _NUMBER = np.dtype("<i8")  # of the entry, at the beginning of a record
 _OPEN = 256  # files that are open at a time
-_OVERHEAD = 1.01  # of ArrayRecord, over the bytes of the records
+_BLOCK, _HEADERS = 2**16, 128  # bytes of ArrayRecord's blocks, whose number in a file is whole; and beside a record
 
 
 class Leaf(NamedTuple):
@@ -282,7 +282,8 @@ def file_entries(entry_bytes: int, together: int) -> int:
 
 def forecast(entry_bytes: int, missing: Sequence[Missing]) -> int:
     """The bytes on disk of files that are to be written."""
-    return math.ceil(sum(one.count for one in missing) * entry_bytes * _OVERHEAD)
+    blocks = [math.ceil(one.count * (entry_bytes + _HEADERS) * 1.001 / _BLOCK) + 2 for one in missing]
+    return sum(blocks) * _BLOCK
 
 
 def room(folder: Path) -> int:

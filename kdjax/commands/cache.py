@@ -1,0 +1,47 @@
+"""`kdjax cache`: writes what a teacher says about the training batches of a run, before it is started."""
+
+from pathlib import Path
+
+from absl import logging
+
+from kdjax import data
+from kdjax.data import shards
+from kdjax.errors import UserError, prefix
+from kdjax.resources import Config
+from kdjax.training import checks, replay
+from kdjax.training.setup import prepare, prepare_process
+
+
+def run(*, config: Config) -> int:
+    """Checks the files of `config.teacher.cache` that are there, and writes those that the run lacks.
+
+    Args:
+      config: the settings of the run.
+
+    Returns:
+      Exit code: 0.
+
+    Raises:
+      UserError: the run could not start, the teacher cannot be cached, the cache does not fit the run or is damaged, or
+        the disk cannot hold it.
+    """
+    logging.set_verbosity(logging.WARNING)
+    if not config.teacher.cache:
+        raise UserError(
+            "config.teacher.cache is missing: set the folder to write, as in --config.teacher.cache=caches/a"
+        )
+    checks.check_settings(config)
+    checks.check_models(config)
+    with prefix("config.data"):
+        dataset = data.open_dataset(config.data)
+    prepare_process(config.compile_cache)
+    setup = prepare(config, dataset)
+    with prefix("config.teacher.cache"):
+        before = shards.find(Path(config.teacher.cache).expanduser().absolute())
+        if before:
+            before.verified()
+    found = replay.write(setup)
+    listed = found.listed().values()
+    entries, size = sum(one["entries"] for one in listed), sum(one["bytes"] for one in listed)
+    print(f"{found.folder}: {entries:,} entries, {size:,} bytes, {found.kind}: complete for this run")
+    return 0
