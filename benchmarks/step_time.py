@@ -3,9 +3,10 @@
     python benchmarks/step_time.py --detector=rtmdet_tiny --batch=8 --size=320
     python benchmarks/step_time.py --detector=rtmdet_tiny --teacher=rtmdet_s --method=cwd --dtype=bfloat16
 
-It times the program that train.py runs, after compilation and two warm-up steps, and prints a line of text; the last
-line is one JSON object with the median, the quartiles and the least time in seconds, images/s at the median, the
-compiler's estimate of the step's memory, and the largest memory of the process.
+It times the update with the teacher inside of it (a run has it ahead: teacher_cache.py), after compilation and two
+warm-up steps, and prints a line of text; the last line is one JSON object with the median, the quartiles and the least
+time in seconds, images/s at the median, the compiler's estimate of the step's memory, and the largest memory of the
+process.
 """
 
 import argparse
@@ -86,7 +87,7 @@ def title(args: argparse.Namespace) -> str:
 
 
 def build(args: argparse.Namespace) -> Built:
-    """The program that train.py would run, with random weights and images."""
+    """The update of the student, with random weights and images."""
     student = detectors.build(args.detector, args.classes)
     teacher = detectors.build(args.teacher, args.classes) if args.teacher else None
     key, adapters, variables = jax.random.PRNGKey(0), {}, None

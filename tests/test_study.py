@@ -232,6 +232,35 @@ def test_methods_with_several_teachers_share_the_twins(trained, tmp_path, capsys
     assert len(set(trained)) == 3, "twin, mkd, cwd: the study of teachers has the same runs"
 
 
+def test_runs_of_a_teacher_share_a_cache_that_is_written_first(trained, tmp_path, monkeypatch, capsys):
+    """With views for all seeds, otherwise for each; whether a finished run had one makes no difference."""
+    calls = []
+    monkeypatch.setattr(study, "call", lambda command: calls.append((command[3:5], command[5:])))
+    common = [f"--workdir={tmp_path / 'runs'}", "--seeds=2", "--methods=mkd,cwd", f"--config.teacher.cache={tmp_path}"]
+    assert cli.main(["study", "methods", *common, "--config.data.views=3"]) == 0
+    assert [call[0] for call in calls] == [["cache", "--config=quickstart:mkd+cwd"]] * 2
+    assert all(f"--config.teacher.cache={tmp_path}" in flags for _, flags in calls)
+    calls.clear()
+    other = shutil.copytree(TEACHER, tmp_path / "other")
+    assert cli.main(["study", "methods", *common, f"--teachers={TEACHER},{other}"]) == 0
+    folders = [flag.partition("=")[2] for _, flags in calls for flag in flags if "teacher.cache=" in flag]
+    assert [Path(folder).name for folder in folders] == ["seed0", "seed0", "seed1", "seed1"]
+    assert len({*folders}) == 4, "each teacher and seed has its own"
+    variant = study.Variant("mkd", "mkd")
+    cached = options(cache=str(tmp_path), views=True, flags=[f"--config.teacher.cache={tmp_path}"])
+    assert f"--config.teacher.cache={tmp_path}" in study.run_flags(cached, variant, 0)
+    assert not [flag for flag in study.twin_flags(cached, variant, 0) if "cache" in flag]
+    flags = ["--config=a", "--config.seed=1", "--config.teacher.cache=A"]
+    assert study_runs._without_cache(flags) == study_runs._without_cache([*flags[:2], "--config.teacher.cache=B"])
+
+    def refuse(command):
+        raise study.Failed("config.methods.ld: no bins")
+
+    monkeypatch.setattr(study, "call", refuse)
+    told = refused(capsys, "study", "methods", *common)
+    assert told == "kdjax: the teacher's cache, which all runs need, was not written: config.methods.ld: no bins"
+
+
 @pytest.mark.user_input(
     "Config and flags", "an unknown method, teacher, student or flag of a study", "refused before any run"
 )
