@@ -403,3 +403,43 @@ def test_an_evaluation_batch_may_be_larger_than_the_split(dataset, cfg):
     [batch] = data.eval_batches(dataset, "val", cfg, batch_size=8)
     assert batch["real"].tolist() == [True] * 3 + [False] * 5
     assert (batch["image_id"][3:] == -1).all() and not batch["valid"][3:].any()
+
+
+@pytest.mark.parametrize("augment", [{}, MIXED])
+def test_a_view_is_the_same_row_for_every_seed_batch_size_and_worker(dataset, cfg, augment):
+    """`attach` gets the entries, and the given entries alone make the same rows."""
+    cfg = varied(cfg, **augment)
+    cfg.views = 2
+    noted = dict(attach=lambda entries: entries)
+
+    def rows(batches):
+        return [
+            (entry, {key: value[i] for key, value in batch.items() if key != "teacher"})
+            for batch in batches
+            for i, entry in enumerate(batch["teacher"].tolist())
+        ]
+
+    first = rows(train(dataset, cfg, 11, **noted))  # four epochs of 11 images
+    assert sorted(entry for entry, _ in first[:22]) == list(range(22))
+    assert sorted(entry for entry, _ in first[22:]) == list(range(22)), "the views come again"
+    known = dict(first)
+    assert any((known[i]["image"] != known[i + 11]["image"]).any() for i in range(11)), "a view is a draw of its own"
+    cfg.workers = 1
+    others = rows(train(dataset, cfg, 2, **noted, seed=8, batch_size=6, start_step=1))
+    assert [entry for entry, _ in others] != [entry for entry, _ in first[6:18]]
+    given = data.entry_batches(dataset, cfg, [range(3), range(20, 22)], batch_size=4, rows=3, seed=1)
+    made = [
+        {**batch, "teacher": entries} for batch, entries in zip(given, np.array([[0, 1, 2], [20, 21, 21]]), strict=True)
+    ]
+    for entry, row in [*first, *others, *rows(made)]:
+        for key, value in row.items():
+            np.testing.assert_array_equal(value, known[entry][key], err_msg=key)
+
+
+def test_the_entries_of_an_endless_stream_are_its_positions(dataset, cfg):
+    cfg = varied(cfg, **MIXED)
+    batch = train(dataset, cfg, 1, start_step=3, shard=(1, 2), batch_size=8, attach=lambda entries: entries)[0]
+    assert batch["teacher"].tolist() == [28, 29, 30, 31]
+    [again] = data.entry_batches(dataset, cfg, [batch["teacher"].tolist()], batch_size=8, rows=4, seed=7)
+    del batch["teacher"]
+    same([again], [batch])
