@@ -15,6 +15,7 @@ Arrays of float32 may be stored shorter (`DTYPES`); all others are stored as the
 import contextlib
 import dataclasses
 import functools
+import importlib
 import json
 import math
 import os
@@ -221,22 +222,22 @@ class Shards:
         return found
 
 
+def _array_record() -> Any:  # noqa: ANN401 - a compiled module without types
+    return importlib.import_module("array_record.python.array_record_module")
+
+
 @functools.lru_cache(_OPEN)
 def _reader(path: str) -> Any:  # noqa: ANN401 - array_record has no types
-    from array_record.python import array_record_module
-
-    return array_record_module.ArrayRecordReader(path, options="readahead_buffer_size:0", file_reader_buffer_size=2**15)
+    return _array_record().ArrayRecordReader(path, options="readahead_buffer_size:0", file_reader_buffer_size=2**15)
 
 
 class Writer:
     """One file of `Shards`; entries are given in their order."""
 
     def __init__(self, shards: Shards, one: Missing) -> None:
-        from array_record.python import array_record_module
-
         self._shards, self._one, self._given = shards, one, 0
         self._partial = shards.folder / f".{shards.path(one.first).name}.partial"
-        self._file = array_record_module.ArrayRecordWriter(str(self._partial), "group_size:1,uncompressed")
+        self._file = _array_record().ArrayRecordWriter(str(self._partial), "group_size:1,uncompressed")
 
     def add(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Appends the next entry.

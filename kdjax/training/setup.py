@@ -286,8 +286,8 @@ def prepare(config: Config, dataset: data.Dataset) -> Setup:
     variables = jax.device_put(TeacherVariables(*loaded), everywhere) if loaded else None
     observer = None
     if teacher:
-        pair = (in_precision(detector, config.dtype) for detector in (student, teacher))
-        observe = observe_with(Distiller(*pair, chosen, rule))
+        trained, frozen = (in_precision(detector, config.dtype) for detector in (student, teacher))
+        observe = observe_with(Distiller(trained, frozen, chosen, rule))
         output = jax.eval_shape(observe, variables, batch_spec(config))
         if not functions_of(output):
             run = program("teacher", observe, out_shardings=sharding.batch_sharding(mesh))
