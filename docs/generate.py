@@ -102,6 +102,7 @@ AREAS = (
     "Folders and names",
     "TFDS directories",
     "Prepared data",
+    "A teacher's cache",
     "Weights",
     "Models and exports",
     "Config and flags",
