@@ -1,6 +1,6 @@
 """What does a method cost? The time of its step relative to a step without it, and the memory of its step.
 
-    python benchmarks/method_cost.py --student=rtmdet_nano --teacher=rtmdet_tiny --size=320 --batch=8
+    python benchmarks/method_cost.py --student=rtmdet_micro --teacher=rtmdet_tiny --size=320 --batch=8
 
 Three programs are measured in turn, so that other load on the machine affects all of them:
 
@@ -48,7 +48,7 @@ WARM = 2  # rounds that are not counted
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--student", default="rtmdet_nano")
+    parser.add_argument("--student", default="rtmdet_micro")
     parser.add_argument("--teacher", default="rtmdet_tiny")
     parser.add_argument("--size", type=int, default=320, help="side of the images in pixels")
     parser.add_argument("--batch", type=int, default=8)

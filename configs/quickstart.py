@@ -1,4 +1,4 @@
-"""The default example: MKD distils rtmdet_nano into rtmdet_pico on generated scenes, in minutes on two CPU cores.
+"""The default example: MKD distils rtmdet_micro into rtmdet_pico on generated scenes, in minutes on two CPU cores.
 
     kdjax train --config=quickstart --workdir=runs/quickstart
     kdjax train --config=quickstart:rtmdet_cwd --workdir=runs/cwd   # another method, or several: a+b
@@ -14,7 +14,7 @@ def get_config(names: str = "mkd") -> Config:
     config.batch_size = 8
     config.steps = 1600
     config.student.detector = "rtmdet_pico"
-    config.teacher.detector = "rtmdet_nano"
+    config.teacher.detector = "rtmdet_micro"
     config.teacher.weights = "quickstart_teacher"
     config.methods = methods(names)
     config.twin = True

@@ -270,9 +270,9 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, list[str]]]:
     )
     one.add_argument(
         "--students",
-        default="rtmdet_pico,rtmdet_nano",
+        default="rtmdet_pico,rtmdet_micro",
         metavar="A,B",
-        help="for the study `sizes`: detectors (rtmdet_pico,rtmdet_nano)",
+        help="for the study `sizes`: detectors (rtmdet_pico,rtmdet_micro)",
     )
     one.add_argument("--log", default="", metavar="FILE", help="a Markdown file to which the results are appended")
 

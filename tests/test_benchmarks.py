@@ -61,7 +61,7 @@ def test_method_cost_batch_has_objects_and_padding():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "flags", [[], ["--teacher=rtmdet_nano", "--method=fitnet", "--dtype=bfloat16"]], ids=["alone", "distilled"]
+    "flags", [[], ["--teacher=rtmdet_micro", "--method=fitnet", "--dtype=bfloat16"]], ids=["alone", "distilled"]
 )
 def test_step_time_ends_with_one_line_of_json(flags, capsys, monkeypatch):
     monkeypatch.setattr("kdjax.training.setup.prepare_process", lambda folder: None)

@@ -154,7 +154,7 @@ print(json.dumps([kdjax.__file__, str(model.path), extra, names, kdjax.__version
 """
     file, path, extra, names, version = json.loads(run("python", "-c", code).stdout)
     assert Path(file).is_relative_to(installed.site) and Path(path).is_relative_to(installed.site)
-    assert extra == [] and names == ["rtmdet_pico", "cwd", "rtmdet_nano"]
+    assert extra == [] and names == ["rtmdet_pico", "cwd", "rtmdet_micro"]
     assert installed.wheel.name.startswith(f"kdjax-{version}-")
     assert "did you mean quickstart?" in run("kdjax", "doctor", "--config=quickstrat", code=2).stderr
 

@@ -153,7 +153,7 @@ def trained(monkeypatch):
         method = said[""].partition(":")[2]
         ap = 0.1 + 0.1 * int(said[".seed"])
         ap += {"": 0.0, "mkd": -0.01 if said[".seed"] == "0" else 0.0, "cwd": 0.02 * ap / 0.1, "pkd": 0.01}[method]
-        ap += 0.1 * (said.get(".student.detector") == "rtmdet_nano") + 0.01 * ("mkd.weight" in " ".join(flags))
+        ap += 0.1 * (said.get(".student.detector") == "rtmdet_micro") + 0.01 * ("mkd.weight" in " ".join(flags))
         metrics = {"AP": ap, "AP50": ap + 0.1, "params": 10, "flops": 2e6}
         if not workdir.exists():
             run = FACTS | {"command": [*flags, f"--workdir={workdir}"]}
@@ -204,19 +204,19 @@ def test_mkds_tables(trained, tmp_path, capsys):
         ("components",),
         ("weight", "--weights=0.1,1"),
         ("teacher", f"--teachers={TEACHER}"),
-        ("sizes", "--students=rtmdet_pico,rtmdet_nano"),
+        ("sizes", "--students=rtmdet_pico,rtmdet_micro"),
     ):
         assert cli.main(["study", name, f"--workdir={tmp_path / 'runs'}", "--seeds=1", f"--log={log}", *flags]) == 0
     rows = cells(log.read_text())
     names = [row[0] for row in rows if row[0]]
     parts = [f"mkd without {part}" for part in ("feature", "multiscale", "frequency", "alignment")]
     assert names[:7] == ["mkd", *parts, "mkd, weight 0.1", "mkd, weight 1"]
-    assert names[7].startswith("rtmdet_nano (") and names[8:] == ["rtmdet_pico", "rtmdet_nano"]
+    assert names[7].startswith("rtmdet_micro (") and names[8:] == ["rtmdet_pico", "rtmdet_micro"]
     assert rows[-3][-4:-1] == ["parameters", "MFLOPs", "latency in ms"]
     assert rows[-1][8:10] == ["10", "2.0"] and float(rows[-1][10]) > 0
     assert (rows[-2][5], rows[-1][5]) == ("10.00", "20.00"), "each size has its twin"
     folders = sorted({folder.rpartition("/")[2] for folder in trained})
-    assert {"twin", "twin_student.detector=rtmdet_nano", "mkd", "mkd_methods.mkd.weight=0.1"} <= set(folders)
+    assert {"twin", "twin_student.detector=rtmdet_micro", "mkd", "mkd_methods.mkd.weight=0.1"} <= set(folders)
     assert not [folder for folder in folders if "weight=1.0" in folder], "the default's runs are those of plain MKD"
     assert "mkd_methods.mkd.feature_weight=0.0" in folders and "mkd_student.detector=rtmdet_pico" in folders
     for row in rows:
@@ -227,7 +227,7 @@ def test_methods_with_several_teachers_share_the_twins(trained, tmp_path, capsys
     arguments = [f"--workdir={tmp_path}", "--seeds=1", f"--teachers={TEACHER}"]
     assert cli.main(["study", "methods", "--methods=mkd,cwd", *arguments]) == 0
     out = capsys.readouterr().out
-    assert [row[0] for row in cells(out)[1:]] == [f"{name}, rtmdet_nano ({TEACHER})" for name in ("cwd", "mkd")]
+    assert [row[0] for row in cells(out)[1:]] == [f"{name}, rtmdet_micro ({TEACHER})" for name in ("cwd", "mkd")]
     assert cli.main(["study", "teacher", *arguments]) == 0
     assert len(set(trained)) == 3, "twin, mkd, cwd: the study of teachers has the same runs"
 

@@ -3,7 +3,7 @@ r"""A student distilled on your own images, with its twin; the argument is the m
     kdjax train --config=distill/coco_folder:mkd --config.data.root=DIR \
         --config.teacher.weights=runs/teacher/student --workdir=runs/mkd
 
-It trains rtmdet_nano for 3000 steps at 320x320; `--config.student.detector=rtmdet_tiny` trains a larger student.
+It trains rtmdet_micro for 3000 steps at 320x320; `--config.student.detector=rtmdet_tiny` trains a larger student.
 Methods have the defaults of their papers, which are mostly for RetinaNet or Faster R-CNN, except for OPTIONS: the
 authors' values for one-stage detectors, or values for the scale of RTMDet's maps (distill/two_stage has those for
 two-stage detectors). docs/methods.md describes every
@@ -26,7 +26,7 @@ CLIPPED = {"fgd", "mgd"}  # their authors clip the gradient
 
 
 def get_config(names: str = "mkd") -> Config:
-    config = load_config("supervised/coco_folder:rtmdet_nano")
+    config = load_config("supervised/coco_folder:rtmdet_micro")
     config.methods = methods(names)
     for name, options in config.methods.items():
         options.update(OPTIONS.get(name, {}))

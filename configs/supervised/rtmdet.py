@@ -2,9 +2,9 @@ r"""RTMDet's own training on COCO: 300 epochs with batch 256 at 640x640, Mosaic 
 
     kdjax train --config=supervised/rtmdet:tiny --config.data.root=DIR/coco --workdir=runs/tiny
 
-The argument is the size: pico, nano, tiny, s, m, l or x. `python -m kdjax.data.prepare --data_dir=DIR coco/2017` writes
-DIR/coco. ins_tiny and so on are RTMDet-Ins, whose masks are in COCO's own files (DIR has annotations, train2017 and
-val2017):
+The argument is the size: pico, micro, tiny, s, m, l or x. `python -m kdjax.data.prepare --data_dir=DIR coco/2017`
+writes DIR/coco. ins_tiny and so on are RTMDet-Ins, whose masks are in COCO's own files (DIR has annotations, train2017
+and val2017):
 
     kdjax train --config=supervised/rtmdet:ins_tiny --config.data.root=DIR --workdir=runs/ins_tiny
 

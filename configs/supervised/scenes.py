@@ -1,6 +1,6 @@
 """A detector trained alone on the generated scenes; the teacher of the quickstart was trained with this config.
 
-    kdjax train --config=supervised/scenes:rtmdet_nano --workdir=runs/scenes_teacher
+    kdjax train --config=supervised/scenes:rtmdet_micro --workdir=runs/scenes_teacher
 
 assets/README.md has the metrics and the command that stores its weights as float16.
 """
@@ -8,7 +8,7 @@ assets/README.md has the metrics and the command that stores its weights as floa
 from kdjax.training.config import Config, base
 
 
-def get_config(detector: str = "rtmdet_nano") -> Config:
+def get_config(detector: str = "rtmdet_micro") -> Config:
     config = base()
     config.batch_size = 16
     config.steps = 3000

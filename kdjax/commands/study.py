@@ -4,7 +4,7 @@
     kdjax study components --workdir=runs/study
     kdjax study weight --workdir=runs/study --weights=0.1,1,5
     kdjax study teacher --workdir=runs/study --teachers=runs/a/student,runs/b/student
-    kdjax study sizes --workdir=runs/study --students=rtmdet_pico,rtmdet_nano
+    kdjax study sizes --workdir=runs/study --students=rtmdet_pico,rtmdet_micro
 
 `methods` compares methods, with the config's teacher or with each of `--teachers`. The others follow tables of MKD's
 paper: without each of its components (table 4), its weight (table 5), the size of its teacher (table 3), and

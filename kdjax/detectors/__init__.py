@@ -17,7 +17,10 @@ from kdjax.detectors.api import Detector
 from kdjax.detectors.keywords import annotations, check_types
 from kdjax.errors import UserError
 
-__all__ = ["Detector", "build", "families", "names", "options"]
+__all__ = ["FORMER", "Detector", "build", "families", "names", "options"]
+
+# Names that kdjax's own widths had in older files, before published networks took them: then -> now.
+FORMER = {"rtmdet_nano": "rtmdet_micro", "rtmdet_ins_nano": "rtmdet_ins_micro"}
 
 _BUILT: dict[tuple[Any, ...], Detector] = {}
 
@@ -97,4 +100,5 @@ def _find(name: str) -> tuple[ModuleType, str]:
         variant = name.removeprefix(f"{family}_")
         if variant != name and variant in _module(family).VARIANTS:
             return _module(family), variant
-    raise UserError(f"unknown detector {name!r}: the detectors are {', '.join(names())}")
+    now = f"it is called {FORMER[name]} now; " if name in FORMER else ""
+    raise UserError(f"unknown detector {name!r}: {now}the detectors are {', '.join(names())}")

@@ -46,10 +46,10 @@ Array = jax.Array
 _BGR_MEAN = np.array([103.53, 116.28, 123.675], np.float32)
 _BGR_STD = np.array([57.375, 57.12, 58.395], np.float32)
 
-# The published sizes, and two small ones for CPUs (pico, nano). Head and neck are as wide as the finest map.
+# The published sizes, and two small ones of kdjax for CPUs (pico, micro). Head and neck are as wide as the finest map.
 VARIANTS = {
     "pico": {"widen": 0.125, "deepen": 0.167, "exp_on_reg": False},
-    "nano": {"widen": 0.25, "deepen": 0.167, "exp_on_reg": False},
+    "micro": {"widen": 0.25, "deepen": 0.167, "exp_on_reg": False},
     "tiny": {"widen": 0.375, "deepen": 0.167, "exp_on_reg": False},
     "s": {"widen": 0.5, "deepen": 0.33, "exp_on_reg": False},
     "m": {"widen": 0.75, "deepen": 0.67, "exp_on_reg": True},
@@ -208,7 +208,7 @@ def make(
     """Builds RTMDet in one of its sizes.
 
     Args:
-      variant: pico, nano, tiny, s, m, l or x.
+      variant: pico, micro, tiny, s, m, l or x.
       num_classes: K >= 1.
       widen, deepen: factors of channels (>= 1/32) and of blocks (> 0); None: the variant's.
       expand_ratio: share of a CSP layer's channels that each of its halves has.

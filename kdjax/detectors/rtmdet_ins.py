@@ -129,7 +129,7 @@ def make(
     """Builds RTMDet-Ins in one of its sizes.
 
     Args:
-      variant: pico, nano, tiny, s, m, l or x.
+      variant: pico, micro, tiny, s, m, l or x.
       num_classes: K >= 1.
       widen, deepen: factors of channels (>= 1/32) and of blocks (> 0); None: the variant's.
       expand_ratio: share of a CSP layer's channels that each of its halves has.

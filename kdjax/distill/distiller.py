@@ -65,7 +65,7 @@ class Distiller:
 
     Example:
       >>> from kdjax import detectors, methods
-      >>> student, teacher = (detectors.build(name, 3) for name in ("rtmdet_pico", "rtmdet_nano"))
+      >>> student, teacher = (detectors.build(name, 3) for name in ("rtmdet_pico", "rtmdet_micro"))
       >>> distiller = Distiller(student, teacher, [methods.cwd(weight=5.0)])
       >>> sorted(distiller.init(jax.random.key(0), (64, 64))["cwd"])
       ['16', '32', '8']

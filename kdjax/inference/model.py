@@ -243,8 +243,8 @@ def _from_checkpoint(workdir: Path, step: int | None = None) -> Model:
         raise UserError(f"{workdir / 'config.json'}: it cannot be read as the config of a run: {error!r}") from None
     names = note["run"]["classes"]
     tree = unflatten({path: jax.numpy.asarray(value) for path, value in arrays.items()})
+    detector = weights.stored_detector(workdir, name, len(names), note["run"].get("options", {}), arrays)
     ids = note.get("category_ids") or range(1, len(names) + 1)  # which older runs did not write
-    detector = detectors.build(name, len(names), **note["run"].get("options", {}))
     return Model(
         path=workdir,
         detector=detector,

@@ -1,7 +1,7 @@
 """Reads and writes weights: kdjax folders, PyTorch state dicts, ONNX files of YOLOX."""
 
 from kdjax.weights.fill import count_classes, from_torch, reset_classifiers, to_torch
-from kdjax.weights.folder import CONFIG, WEIGHTS, infer_options, load, save
+from kdjax.weights.folder import CONFIG, WEIGHTS, infer_options, load, save, stored_detector
 from kdjax.weights.read import INDEX, read_checkpoint
 from kdjax.weights.torch_names import foreign, plain
 
@@ -18,5 +18,6 @@ __all__ = [
     "read_checkpoint",
     "reset_classifiers",
     "save",
+    "stored_detector",
     "to_torch",
 ]

@@ -3,6 +3,8 @@
 import hashlib
 import importlib.metadata
 import json
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from safetensors.numpy import save as serialize
 
 import kdjax
 from kdjax import resources
-from kdjax.detectors import build
+from kdjax.detectors import FORMER, build, names
 from kdjax.detectors.api import Detector, State, Tree, flatten, unflatten
 from kdjax.errors import UserError, prefix
 from kdjax.files import altered, sealed, write_bytes, write_json
@@ -149,6 +151,49 @@ def infer_options(detector: Detector, state: State) -> Detector:
     return build(detector.name, detector.num_classes, **inferred | detector.options) if inferred else detector
 
 
+def stored_detector(
+    where: Path, name: str, num_classes: int, options: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
+) -> Detector:
+    """The detector that stored arrays are of.
+
+    Args:
+      where: the folder, for the warning.
+      name, num_classes, options: of the detector, as they are stored beside the arrays.
+      arrays: "params/a/b" or "stats/a/b" -> array.
+
+    Returns:
+      The detector of that name; or, where the arrays do not fit it, the one that had the name before
+      (`kdjax.detectors.FORMER`), if they fit that one.
+
+    Raises:
+      UserError: no such detector, or an option that it does not have.
+
+    Warns:
+      UserWarning: the detector has another name now.
+    """
+    if name in FORMER:
+        before = build(FORMER[name], num_classes, **options)
+        known = name in names() and not _misfits(build(name, num_classes, **options), arrays)
+        if not known and not _misfits(before, arrays):
+            warnings.warn(
+                f"{where}: it names {name}, but was written when that was the name of what is {before.name} now: it is "
+                f"loaded as {before.name}",
+                stacklevel=3,
+            )
+            return before
+    return build(name, num_classes, **options)
+
+
+def _misfits(detector: Detector, arrays: Mapping[str, np.ndarray]) -> list[str]:
+    """The arrays that are missing, unknown or of another shape than the detector's."""
+    wanted = flatten(dict(zip(("params", "stats"), detector.shapes, strict=True)))
+    return sorted(
+        path
+        for path in set(wanted) | set(arrays)
+        if path not in wanted or path not in arrays or wanted[path].shape != arrays[path].shape
+    )
+
+
 def _load_folder(folder: Path, detector: Detector | None) -> tuple[Detector, Tree, Tree, list[str]]:
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
@@ -169,25 +214,21 @@ def _load_folder(folder: Path, detector: Detector | None) -> tuple[Detector, Tre
             raise TypeError(f"image_size is {config['image_size']!r}")
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(f"{folder / CONFIG}: it cannot be read as the config of weights: {error!r}") from error
-    stored = build(name, num_classes, **options)
-    if detector is not None and (detector.name, detector.options) != (name, stored.options):
-        raise UserError(
-            f"{folder}: the weights are for {name} with options {stored.options}, not for {detector.name} with options "
-            f"{detector.options}"
-        )
     blob = (folder / WEIGHTS).read_bytes()
     if hashlib.sha256(blob).hexdigest() != digest:
         raise UserError(f"{folder / WEIGHTS}: it is not the file that {CONFIG} describes: its SHA-256 differs")
     with prefix(str(folder / WEIGHTS)):
         arrays = read_safetensors(blob)
-    wanted = flatten(dict(zip(("params", "stats"), stored.shapes, strict=True)))
-    wrong = sorted(
-        path
-        for path in set(wanted) | set(arrays)
-        if path not in wanted or path not in arrays or wanted[path].shape != arrays[path].shape
-    )
-    if wrong:
-        raise UserError(f"{folder / WEIGHTS}: it does not fit {name}: missing, unknown or of another shape: {wrong}")
+    stored = stored_detector(folder, name, num_classes, options, arrays)
+    if detector is not None and (detector.name, detector.options) != (stored.name, stored.options):
+        raise UserError(
+            f"{folder}: the weights are for {stored.name} with options {stored.options}, not for {detector.name} with "
+            f"options {detector.options}"
+        )
+    if wrong := _misfits(stored, arrays):
+        raise UserError(
+            f"{folder / WEIGHTS}: it does not fit {stored.name}: missing, unknown or of another shape: {wrong}"
+        )
     if altered(config, SEAL):
         raise UserError(
             f"{folder / CONFIG}: it was changed after it was written (its SHA-256 differs): restore it; to rename "

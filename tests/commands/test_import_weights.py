@@ -76,8 +76,8 @@ def test_import_weights_refuses(tmp_path, capsys, state):
     assert "unknown detector 'rtmdet_big'" in refused(capsys, *base, "--detector=rtmdet_big", names)
     assert "multiples of 32" in refused(capsys, *base, "--detector=rtmdet_pico", names, "--image-size=100,64")
     (tmp_path / "six.txt").write_text("\n".join(CLASSES))
-    assert "do not fit rtmdet_nano" in refused(
-        capsys, *base, "--detector=rtmdet_nano", f"--classes={tmp_path / 'six.txt'}"
+    assert "do not fit rtmdet_micro" in refused(
+        capsys, *base, "--detector=rtmdet_micro", f"--classes={tmp_path / 'six.txt'}"
     )
     assert "there is no such file or folder" in refused(
         capsys, "import-weights", str(tmp_path / "no.npz"), "--detector=rtmdet_pico", f"--out={tmp_path / 'm'}"

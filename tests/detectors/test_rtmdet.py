@@ -92,16 +92,16 @@ def on_devices(count, state, batch):
 
 
 def test_names_build():
-    assert [name for name in names() if name.startswith("rtmdet")][:3] == ["rtmdet_pico", "rtmdet_nano", "rtmdet_tiny"]
+    assert [name for name in names() if name.startswith("rtmdet")][:3] == ["rtmdet_pico", "rtmdet_micro", "rtmdet_tiny"]
     for name in names():
         assert build(name, 2).name == name
 
 
 def test_options_build_the_same_again():
-    one = build("rtmdet_nano", 4, stacked_convs=1, share_conv=False)
+    one = build("rtmdet_micro", 4, stacked_convs=1, share_conv=False)
     again = build(one.name, one.num_classes, **one.options)
-    assert one is again and one.shapes != build("rtmdet_nano", 4).shapes
-    assert build("rtmdet_nano", 4, stacked_convs=2, widen=None) is build("rtmdet_nano", 4) != build("rtmdet_nano", 5)
+    assert one is again and one.shapes != build("rtmdet_micro", 4).shapes
+    assert build("rtmdet_micro", 4, stacked_convs=2, widen=None) is build("rtmdet_micro", 4) != build("rtmdet_micro", 5)
 
 
 def test_options_are_listed_with_their_defaults():
@@ -130,7 +130,7 @@ def test_build_errors(name, classes, options, message):
 
 
 def test_make_lists_its_sizes():
-    with pytest.raises(UserError, match="'xxl' of RTMDet: the variants are pico, nano, tiny, s, m, l, x"):
+    with pytest.raises(UserError, match="'xxl' of RTMDet: the variants are pico, micro, tiny, s, m, l, x"):
         rtmdet.make("xxl", 3)
 
 

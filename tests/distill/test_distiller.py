@@ -95,8 +95,8 @@ def test_init_names_the_method_that_refuses():
 
 
 def test_what_is_no_model_is_refused():
-    with pytest.raises(UserError, match=r"^teacher: 'rtmdet_nano' has no `spec`: pass a detector or"):
-        Distiller(detectors.build("rtmdet_pico", 3), "rtmdet_nano", [methods.cwd()])
+    with pytest.raises(UserError, match=r"^teacher: 'rtmdet_micro' has no `spec`: pass a detector or"):
+        Distiller(detectors.build("rtmdet_pico", 3), "rtmdet_micro", [methods.cwd()])
 
 
 def test_a_rule_of_pairing_orders_rows_and_assignment():
@@ -117,7 +117,7 @@ def test_a_rule_of_pairing_orders_rows_and_assignment():
 
 
 def test_it_holds_no_arrays():
-    made = Distiller(*(detectors.build(n, 3) for n in ("rtmdet_pico", "rtmdet_nano")), [methods.mkd(), methods.gid()])
+    made = Distiller(*(detectors.build(n, 3) for n in ("rtmdet_pico", "rtmdet_micro")), [methods.mkd(), methods.gid()])
     values = [getattr(made, field.name) for field in dataclasses.fields(made)]
     leaves = jax.tree.leaves([values, [list(m) for m in made.methods.values()]])
     assert not any(isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves)
@@ -125,7 +125,7 @@ def test_it_holds_no_arrays():
 
 
 def test_what_is_missing_is_named():
-    student, teacher = detectors.build("rtmdet_pico", 3), detectors.build("rtmdet_nano", 3)
+    student, teacher = detectors.build("rtmdet_pico", 3), detectors.build("rtmdet_micro", 3)
     output = student.spec((64, 64))
     blind = Distiller(student, Custom(spec=teacher.spec), [methods.build("cwd")])
     with pytest.raises(UserError, match="teacher: it has no `observe`: pass its output to `terms` as `observed`"):

@@ -77,7 +77,7 @@ def test_a_wrong_class_map_is_named(shipped, order):
 
 @pytest.mark.user_input("Weights", "an untrained teacher", "reported by `kdjax doctor`: barely detects anything")
 def test_an_untrained_teacher_is_named(shipped):
-    detector = detectors.build("rtmdet_nano", len(shipped.dataset.classes))
+    detector = detectors.build("rtmdet_micro", len(shipped.dataset.classes))
     variables = TeacherVariables(*detector.init(jax.random.PRNGKey(0)))
     assert (
         "the teacher barely detects anything"

@@ -79,11 +79,11 @@ def test_the_recipe_on_real_images(name, tmp_path):
     root = SHARED / "data" / name
     truth = json.loads((root / "annotations" / "instances_train.json").read_text())
     classes = [category["name"] for category in truth["categories"]]
-    teacher = build("rtmdet_nano", len(classes))
+    teacher = build("rtmdet_micro", len(classes))
     start = teacher.init(jax.random.key(0))
     weights.save(tmp_path / "teacher", teacher, *start, classes=classes, image_size=(96, 96))
     done = train(
-        "--config=configs/distill/mkd_rtmdet.py:pico,nano",
+        "--config=configs/distill/mkd_rtmdet.py:pico,micro",
         f"--workdir={tmp_path / 'run'}",
         f"--config.teacher.weights={tmp_path / 'teacher'}",
         "--config.data.source=coco_folder",

@@ -14,6 +14,8 @@ from PIL import Image
 from kdjax import cli
 from kdjax.commands import latency, predict
 from kdjax.data import records, scenes
+from kdjax.detectors import build
+from kdjax.detectors.api import flatten
 from kdjax.export import packages
 from kdjax.files import sealed
 from kdjax.inference import load
@@ -185,3 +187,16 @@ def test_an_unfinished_run_is_read_from_its_checkpoint(made, finished, tmp_path,
     assert "no checkpoint can be used" in told
     told = refused(capsys, "evaluate", f"--model={tmp_path / 'half' / 'checkpoints' / '1'}", "--data=scenes")
     assert "checkpoint 1 cannot be used" in told
+
+
+def test_checkpoints_with_a_former_name(tmp_path, monkeypatch):
+    detector = build("rtmdet_micro", 2, widen=0.0625)
+    trees = dict(zip(("params", "stats"), detector.init(jax.random.key(1)), strict=True))
+    note = {
+        "run": {"student": "rtmdet_nano", "options": {"widen": 0.0625}, "classes": ["a", "b"]},
+        "config": {"data": {"image_size": [64, 64]}},
+    }
+    (tmp_path / "checkpoints").mkdir()
+    monkeypatch.setattr(checkpoint, "arrays", lambda *_, **__: (note, flatten(trees)))
+    with pytest.warns(UserWarning, match="it names rtmdet_nano, but .* it is loaded as rtmdet_micro"):
+        assert load(tmp_path).detector is detector

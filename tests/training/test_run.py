@@ -400,12 +400,12 @@ def test_a_run_whose_config_was_deleted_keeps_its_settings(finished, folder, tea
 @pytest.mark.user_input(
     "Workdirs, checkpoints and logs",
     "checkpoints of another detector",
-    "refused: student was 'rtmdet_pico', is 'rtmdet_nano'",
+    "refused: student was 'rtmdet_pico', is 'rtmdet_micro'",
 )
 def test_checkpoint_of_another_detector_is_refused(finished, folder, teacher_folder, tmp_path):
     shutil.copytree(finished[0] / "checkpoints", tmp_path / "checkpoints")
-    config = tiny_config(folder, teacher=teacher_folder, student__detector="rtmdet_nano")
-    with pytest.raises(UserError, match="different run: student was 'rtmdet_pico', is 'rtmdet_nano'"):
+    config = tiny_config(folder, teacher=teacher_folder, student__detector="rtmdet_micro")
+    with pytest.raises(UserError, match="different run: student was 'rtmdet_pico', is 'rtmdet_micro'"):
         run(config, tmp_path)
 
 

@@ -66,9 +66,9 @@ def test_spoilt_weights_of_a_teacher_are_refused(folder, teacher_folder, tmp_pat
 
 
 def test_weights_of_another_detector_get_one_line(folder, teacher_folder, tmp_path):
-    detector = detectors.build("rtmdet_nano", 6)
-    np.savez(tmp_path / "nano.npz", **weights.to_torch(detector, *detector.init(jax.random.PRNGKey(0))))
-    changes = dict(teacher__weights=str(tmp_path / "nano.npz"), teacher__detector="rtmdet_pico")
+    detector = detectors.build("rtmdet_micro", 6)
+    np.savez(tmp_path / "micro.npz", **weights.to_torch(detector, *detector.init(jax.random.PRNGKey(0))))
+    changes = dict(teacher__weights=str(tmp_path / "micro.npz"), teacher__detector="rtmdet_pico")
     with pytest.raises(UserError, match="do not fit rtmdet_pico") as caught:
         run(tiny_config(folder, teacher=teacher_folder, **changes), tmp_path / "run")
     assert sentence(caught.value).endswith(" more") and "\n" not in sentence(caught.value)

@@ -10,6 +10,8 @@ from safetensors.numpy import load_file as load_safetensors
 
 from kdjax import weights
 from kdjax.detectors import build
+from kdjax.files import sealed
+from kdjax.weights.folder import SEAL
 from tests.support.checkpoints import CLASSES
 
 
@@ -150,10 +152,31 @@ def test_damaged_folders(folder, damage, message):
 
 
 @pytest.mark.user_input(
-    "Models and exports", "a folder of another detector, or none", "refused: for rtmdet_pico, not for rtmdet_nano"
+    "Models and exports", "a folder of the former `rtmdet_nano`", "read, as rtmdet_micro, with a warning"
+)
+@pytest.mark.parametrize("family", ["rtmdet", "rtmdet_ins"])
+def test_folders_with_a_former_name(tmp_path, family):
+    detector = build(f"{family}_micro", 2, widen=0.0625)
+    variables = detector.init(jax.random.key(1))
+    weights.save(tmp_path / "old", detector, *variables, classes=["a", "b"], image_size=(64, 64))
+    config = json.loads((tmp_path / "old" / "config.json").read_text())
+    (tmp_path / "old" / "config.json").write_text(json.dumps(sealed(config | {"detector": f"{family}_nano"}, SEAL)))
+    with pytest.warns(UserWarning, match=f"old: it names {family}_nano, .* it is loaded as {family}_micro"):
+        loaded, params, stats, _ = weights.load(tmp_path / "old")
+    assert loaded is detector
+    chex.assert_trees_all_equal((params, stats), variables)
+
+
+def test_unknown_names_tell_what_they_are_now():
+    with pytest.raises(ValueError, match="unknown detector 'rtmdet_ins_nano': it is called rtmdet_ins_micro now"):
+        build("rtmdet_ins_nano", 3)
+
+
+@pytest.mark.user_input(
+    "Models and exports", "a folder of another detector, or none", "refused: for rtmdet_pico, not for rtmdet_micro"
 )
 def test_folder_of_another_detector(folder, tmp_path):
-    with pytest.raises(ValueError, match=r"for rtmdet_pico with options {}, not for rtmdet_nano"):
-        weights.load(folder, build("rtmdet_nano", 3))
+    with pytest.raises(ValueError, match=r"for rtmdet_pico with options {}, not for rtmdet_micro"):
+        weights.load(folder, build("rtmdet_micro", 3))
     with pytest.raises(ValueError, match="nowhere: there are no weights"):
         weights.load(tmp_path / "nowhere")
