@@ -368,8 +368,8 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, list[str]]]:
     one.add_argument(
         "file",
         metavar="FILE",
-        help=".pth, .pt, .ckpt or .bin (needs kdjax[torch]), .safetensors (or the index of several), .npz, or YOLOX's "
-        ".onnx (needs onnx)",
+        help=".pth, .pt, .ckpt or .bin (needs kdjax[torch]), .safetensors (or the index of several), .npz, or "
+        ".onnx of YOLOX or RTMDet (needs onnx)",
     )
     one.add_argument("--detector", required=True, metavar="NAME", help="rtmdet_tiny, rtmdet_s, ...")
     one.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
@@ -378,7 +378,11 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, list[str]]]:
         metavar="C",
         help="coco, voc, or a FILE: COCO json, or text with a name per line; needed if the file has no names",
     )
-    one.add_argument("--image-size", default="640,640", metavar="H,W", help="of the network input in pixels (640,640)")
+    one.add_argument(
+        "--image-size",
+        metavar="H,W",
+        help="of the network input in pixels (640,640; rtmdet_nano 320,320; yolox_nano and yolox_tiny 416,416)",
+    )
     one.add_argument(
         "--network", choices=("student", "teacher"), default="student", help="which network of an mmrazor checkpoint"
     )

@@ -1,4 +1,4 @@
-"""`kdjax import-weights`: a PyTorch checkpoint, or an ONNX file of YOLOX, to a kdjax folder."""
+"""`kdjax import-weights`: a PyTorch checkpoint, or an ONNX file of YOLOX or RTMDet, to a kdjax folder."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from kdjax.errors import UserError, listed, prefix
 from kdjax.evals import complexity
 
 
-def run(*, file: str, detector: str, out: str, classes: str | None, image_size: str, network: str) -> int:
+def run(*, file: str, detector: str, out: str, classes: str | None, image_size: str | None, network: str) -> int:
     """Converts a checkpoint.
 
     Args:
@@ -17,7 +17,7 @@ def run(*, file: str, detector: str, out: str, classes: str | None, image_size: 
       detector: a name that `kdjax.detectors.build` knows.
       out: the folder to write.
       classes: the class names, see `kdjax.data.classes.read`; None: those of the checkpoint.
-      image_size: "H,W" of the network input in pixels.
+      image_size: "H,W" of the network input in pixels; None: the detector's default.
       network: "student" or "teacher" of a distiller.
 
     Returns:
@@ -26,7 +26,7 @@ def run(*, file: str, detector: str, out: str, classes: str | None, image_size: 
     Raises:
       UserError: the checkpoint, the detector and the class names do not fit each other.
     """
-    size = _size(image_size)
+    size = None if image_size is None else _size(image_size)
     with prefix("--classes"):
         names = read_classes(classes) if classes else None
     model = inference.load(file, detector, class_names=names, image_size=size, network=network)
@@ -44,11 +44,13 @@ def run(*, file: str, detector: str, out: str, classes: str | None, image_size: 
         params,
         stats,
         classes=list(model.class_names),
-        image_size=size,
+        image_size=model.image_size,
         extra={"source": Path(file).name},
     )
     parameters, count = complexity.parameters(params), len(model.class_names)
-    print(f"{out}: {detector} with {parameters:,} parameters, {count} classes: {listed(model.class_names)}")
+    height, width = model.image_size
+    told = f"{parameters:,} parameters, input {height}x{width}, {count} classes: {listed(model.class_names)}"
+    print(f"{out}: {detector} with {told}")
     return 0
 
 

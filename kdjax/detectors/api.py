@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from kdjax.detectors import levels
+from kdjax.detectors.layers import EPS
 from kdjax.errors import UserError
 from kdjax.structs import Array, Assignment, DetectorOutput, PaddedDetections, Rows, Targets
 
@@ -18,6 +19,9 @@ Tree = dict[str, Any]  # nested dicts of arrays, keys are strings
 
 
 State = dict[str, np.ndarray]  # a PyTorch state dict as arrays
+
+# What the convolutions of an ONNX file are called that have no name of their own, before their number in the graph.
+UNNAMED = "onnx."
 
 
 class Apply(Protocol):
@@ -69,12 +73,18 @@ class TorchNames:
     - `rename(state) -> state`: names of other projects than the family's own, changed to its own.
     - `infer(state) -> options`: options of the detector that the names of a state dict imply.
     - `constants`: arrays that a state dict holds beside the weights, by name.
+    - `runs`: the order in which the network in PyTorch runs its convolutions, by which an ONNX file is read that does
+      not name them: beginnings of names ("neck.reduce_layers.0"), and parts of layers ("main_conv"). What is not listed
+      runs in the order of its numbers and names. (): such files are not read.
+    - `eps`: of the batch norms that are folded in such a file.
     """
 
     copies: Callable[[str], list[str]] = lambda path: []
     rename: Callable[[State], State] = lambda state: state
     infer: Callable[[State], dict[str, Any]] = lambda state: {}
     constants: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    runs: tuple[str, ...] = ()
+    eps: float = EPS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -112,6 +122,9 @@ class Detector:
     strides: tuple[int, ...]
     size_divisor: int  # sides of the network input divide by it
     pad_value: int  # grey level of the canvas around an image
+    # Height and width of the network input in pixels where nothing says another: those of the published weights, if
+    # these are for squares.
+    image_size: tuple[int, int] = (640, 640)
     # How evaluations bring an image onto the canvas: "round" or "down" with its aspect ratio, in whole pixels, the
     # rest padded; "stretch" onto all of it.
     fit: Literal["round", "down", "stretch"] = "round"

@@ -18,11 +18,11 @@ _STAGES = ((64, 128, 3, True), (128, 256, 6, True), (256, 512, 6, True), (512, 1
 
 
 class Block(nnx.Module):
-    """3x3 convolution and 5x5 separable convolution, with an optional residual connection."""
+    """3x3 convolution (`depthwise`: separable) and 5x5 separable one, with an optional residual connection."""
 
-    def __init__(self, channels: int, *, identity: bool) -> None:
+    def __init__(self, channels: int, *, identity: bool, depthwise: bool = False) -> None:
         self.identity = identity
-        self.conv1 = ConvNorm(channels, channels, 3)
+        self.conv1 = (SeparableConv if depthwise else ConvNorm)(channels, channels, 3)
         self.conv2 = SeparableConv(channels, channels, 5)
 
     def __call__(self, x: Array, train: bool) -> Array:
@@ -31,16 +31,28 @@ class Block(nnx.Module):
 
 
 class CSPNeXt(nnx.Module):
-    """f32[B, H, W, 3] -> maps at strides 8, 16 and 32 with `channels` channels."""
+    """f32[B, H, W, 3] -> maps at strides 8, 16 and 32 with `channels` channels.
 
-    def __init__(self, *, widen: float, deepen: float, expand_ratio: float = 0.5, attention: bool = True) -> None:
+    `depthwise`: the 3x3 convolutions after the stem are separable.
+    """
+
+    def __init__(
+        self,
+        *,
+        widen: float,
+        deepen: float,
+        expand_ratio: float = 0.5,
+        attention: bool = True,
+        depthwise: bool = False,
+    ) -> None:
+        conv = SeparableConv if depthwise else ConvNorm
         first = int(64 * widen)
         half = int(64 * widen // 2)
         self.stem = nnx.List([ConvNorm(3, half, 3, stride=2), ConvNorm(half, half, 3), ConvNorm(half, first, 3)])
         self.channels = tuple(int(stage[1] * widen) for stage in _STAGES[1:])
         for index, (inputs, outputs, blocks, identity) in enumerate(_STAGES, 1):
             inputs, outputs = int(inputs * widen), int(outputs * widen)
-            layers: list[nnx.Module] = [ConvNorm(inputs, outputs, 3, stride=2)]
+            layers: list[nnx.Module] = [conv(inputs, outputs, 3, stride=2)]
             if index == 4:
                 layers.append(SPP(outputs, outputs))
             layers.append(
@@ -48,7 +60,7 @@ class CSPNeXt(nnx.Module):
                     outputs,
                     outputs,
                     blocks=max(round(blocks * deepen), 1),
-                    block=functools.partial(Block, identity=identity),
+                    block=functools.partial(Block, identity=identity, depthwise=depthwise),
                     attention=attention,
                     expand_ratio=expand_ratio,
                 )

@@ -228,6 +228,10 @@ class SeparableConv(nnx.Module):
     def __call__(self, x: Array, train: bool) -> Array:
         return self.pointwise_conv(self.depthwise_conv(x, train), train)
 
+    def taps(self, x: Array, train: bool) -> tuple[Array, Array]:
+        """Returns the output, and the 1x1 convolution's own output before norm and activation."""
+        return self.pointwise_conv.taps(self.depthwise_conv(x, train), train)
+
     def normed(self, x: Array, train: bool) -> Array:
         """Returns the output before the last activation."""
         return self.pointwise_conv.normed(self.depthwise_conv(x, train), train)

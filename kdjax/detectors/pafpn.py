@@ -16,12 +16,19 @@ from kdjax.detectors.layers import ConvNorm, SeparableConv
 
 Array = jax.Array
 
+# The parts of a neck of three levels in the order in which PyTorch runs them, up to its last convolutions.
+RUNS = (
+    *(f"neck.{part}.{step}" for step in (0, 1) for part in ("reduce_layers", "top_down_blocks")),
+    *(f"neck.{part}.{step}" for step in (0, 1) for part in ("downsamples", "bottom_up_blocks")),
+)
+
 
 class PAFPN(nnx.Module):
     """Maps of `inputs` channels, fine to coarse, each half as large as the last -> as many of `outputs` channels.
 
     `layer(inputs, outputs)` mixes two concatenated levels, `down(inputs, outputs, size, stride=2)` halves a map;
-    the last convolutions have windows of `size` cells. `conv` takes the arguments of `ConvNorm`.
+    the last convolutions, `out(inputs, outputs, size)`, have windows of `size` cells; None: `conv`, which takes the
+    arguments of `ConvNorm`.
     """
 
     def __init__(
@@ -33,13 +40,14 @@ class PAFPN(nnx.Module):
         size: int,
         conv: Callable[..., ConvNorm] = ConvNorm,
         down: Callable[..., ConvNorm | SeparableConv] = ConvNorm,
+        out: Callable[..., ConvNorm | SeparableConv] | None = None,
     ) -> None:
         pairs = list(itertools.pairwise(inputs))  # finer, coarser
         self.reduce_layers = nnx.List([conv(coarse, fine, 1) for fine, coarse in reversed(pairs)])
         self.top_down_blocks = nnx.List([layer(2 * fine, fine) for fine, _ in reversed(pairs)])
         self.downsamples = nnx.List([down(fine, fine, 3, stride=2) for fine, _ in pairs])
         self.bottom_up_blocks = nnx.List([layer(2 * fine, coarse) for fine, coarse in pairs])
-        self.out_convs = nnx.List([conv(channels, outputs, size) for channels in inputs])
+        self.out_convs = nnx.List([(out or conv)(channels, outputs, size) for channels in inputs])
 
     def __call__(self, maps: tuple[Array, ...], train: bool) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
         """Returns the maps for the head, and the last convolutions' outputs before norm and activation."""

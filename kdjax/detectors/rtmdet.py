@@ -5,8 +5,13 @@ mmdetection 3.3.0, with the same module names and numbers. It differs in one pla
 the distances' bias starts at 1 (as in mmdetection's RTMDet-Ins) instead of 0, so that first boxes are two cells wide
 instead of empty; with the exponential both are the same.
 
-Loads: state dicts with the names of mmdetection, mmyolo and mmrazor's distillers. Published AP: 41.1, 44.6, 49.4, 51.5
-and 52.8 (tiny to x). Not reproduced yet (no published checkpoint was available).
+nano is OpenMMLab's network for persons in images of 320x320: its 3x3 convolutions are depthwise separable, and its
+levels share nothing. pico and micro are kdjax's own. Images are 640x640 where nothing says another size, 320x320 for
+nano.
+
+Loads: state dicts with the names of mmdetection, mmyolo and mmrazor's distillers, and .onnx of mmdeploy. Measured: the
+published nano has 40.0 AP for persons on 2,693 images of val2017 that hold one (in onnxruntime: 40.0). Published AP:
+41.1, 44.6, 49.4, 51.5 and 52.8 (tiny to x). Not reproduced yet (no published checkpoint was available).
 """
 
 import functools
@@ -20,8 +25,9 @@ import numpy as np
 from flax import nnx
 
 from kdjax.boxes import coding, dynamic, nms, priors
-from kdjax.detectors import levels, towers
+from kdjax.detectors import levels, pafpn, towers
 from kdjax.detectors.api import (
+    UNNAMED,
     Detector,
     PureModule,
     State,
@@ -34,7 +40,7 @@ from kdjax.detectors.api import (
 )
 from kdjax.detectors.cspnext import Block, CSPNeXt
 from kdjax.detectors.keywords import changed, own_values, resolve
-from kdjax.detectors.layers import FOCAL_BIAS, CSPLayer
+from kdjax.detectors.layers import FOCAL_BIAS, ConvNorm, CSPLayer, SeparableConv
 from kdjax.detectors.pafpn import PAFPN
 from kdjax.detectors.towers import STRIDES
 from kdjax.errors import UserError
@@ -48,18 +54,32 @@ _BGR_STD = np.array([57.375, 57.12, 58.395], np.float32)
 
 # The published sizes, and two small ones of kdjax for CPUs (pico, micro). Head and neck are as wide as the finest map.
 VARIANTS = {
-    "pico": {"widen": 0.125, "deepen": 0.167, "exp_on_reg": False},
-    "micro": {"widen": 0.25, "deepen": 0.167, "exp_on_reg": False},
-    "tiny": {"widen": 0.375, "deepen": 0.167, "exp_on_reg": False},
-    "s": {"widen": 0.5, "deepen": 0.33, "exp_on_reg": False},
-    "m": {"widen": 0.75, "deepen": 0.67, "exp_on_reg": True},
-    "l": {"widen": 1.0, "deepen": 1.0, "exp_on_reg": True},
-    "x": {"widen": 1.25, "deepen": 1.33, "exp_on_reg": True},
+    "pico": {"widen": 0.125, "deepen": 0.167, "exp_on_reg": False, "depthwise": False},
+    "nano": {"widen": 0.25, "deepen": 0.33, "exp_on_reg": False, "depthwise": True},
+    "micro": {"widen": 0.25, "deepen": 0.167, "exp_on_reg": False, "depthwise": False},
+    "tiny": {"widen": 0.375, "deepen": 0.167, "exp_on_reg": False, "depthwise": False},
+    "s": {"widen": 0.5, "deepen": 0.33, "exp_on_reg": False, "depthwise": False},
+    "m": {"widen": 0.75, "deepen": 0.67, "exp_on_reg": True, "depthwise": False},
+    "l": {"widen": 1.0, "deepen": 1.0, "exp_on_reg": True, "depthwise": False},
+    "x": {"widen": 1.25, "deepen": 1.33, "exp_on_reg": True, "depthwise": False},
 }
+_IMAGE_SIZES = {"nano": (320, 320)}  # of the published weights, where these are not 640 x 640
 # Towers in PyTorch: a convolution that the levels share is stored once for each level.
 _SHARED_CONV = re.compile(r"(bbox_head/(?:cls|reg)_convs)/0/(\d+/conv/kernel)")
-# mmyolo's names and mmdetection's; the modules are the same.
+# See `TorchNames.runs`.
+_RUNS = (
+    *("backbone.stem", "backbone"),
+    *pafpn.RUNS,
+    "neck.out_convs",
+    *(
+        f"bbox_head.{part}.{level}"
+        for level in range(len(STRIDES))
+        for part in ("cls_convs", "rtm_cls", "reg_convs", "rtm_reg")
+    ),
+    *("short_conv", "main_conv", "blocks", "attention", "final_conv"),
+)
 _MMYOLO_HEAD = "bbox_head.head_module."
+# mmyolo's names and mmdetection's; the modules are the same.
 _MMYOLO = (
     (_MMYOLO_HEAD, "bbox_head."),
     ("neck.reduce_layers.2.", "neck.reduce_layers.0."),
@@ -76,11 +96,21 @@ class _Head(nnx.Module):
     """Two towers over the levels: the convolutions are shared if `share_conv`, norms and predictors never."""
 
     def __init__(
-        self, inputs: int, channels: int, num_classes: int, *, stacked_convs: int, share_conv: bool, exp_on_reg: bool
+        self,
+        inputs: int,
+        channels: int,
+        num_classes: int,
+        *,
+        stacked_convs: int,
+        share_conv: bool,
+        exp_on_reg: bool,
+        depthwise: bool,
     ) -> None:
         self.exp_on_reg = exp_on_reg
-        self.cls_convs = towers.tower(inputs, channels, convs=stacked_convs, share_conv=share_conv)
-        self.reg_convs = towers.tower(inputs, channels, convs=stacked_convs, share_conv=share_conv)
+        shared = functools.partial(towers.tower, share_conv=share_conv)
+        tower = towers.separable_tower if depthwise else shared
+        self.cls_convs = tower(inputs, channels, convs=stacked_convs)
+        self.reg_convs = tower(inputs, channels, convs=stacked_convs)
         self.rtm_cls = towers.predictors(channels, num_classes, FOCAL_BIAS)
         self.rtm_reg = towers.predictors(channels, 4, 0.0 if exp_on_reg else 1.0)
 
@@ -114,15 +144,19 @@ class RTMDet(nnx.Module):
         attention: bool,
         neck_channels: int,
         neck_blocks: int,
+        depthwise: bool = False,
     ) -> None:
-        self.backbone = CSPNeXt(widen=widen, deepen=deepen, expand_ratio=expand_ratio, attention=attention)
+        self.backbone = CSPNeXt(
+            widen=widen, deepen=deepen, expand_ratio=expand_ratio, attention=attention, depthwise=depthwise
+        )
         layer = functools.partial(
             CSPLayer,
             blocks=neck_blocks,
-            block=functools.partial(Block, identity=False),
+            block=functools.partial(Block, identity=False, depthwise=depthwise),
             expand_ratio=expand_ratio,
         )
-        self.neck = PAFPN(self.backbone.channels, neck_channels, layer=layer, size=3)
+        conv = SeparableConv if depthwise else ConvNorm
+        self.neck = PAFPN(self.backbone.channels, neck_channels, layer=layer, size=3, down=conv, out=conv)
         self.bbox_head = head()
 
     def __call__(self, x: Array, train: bool) -> DetectorOutput:
@@ -148,7 +182,14 @@ class RTMDet(nnx.Module):
 
 
 def network(
-    num_classes: int, *, head_channels: int, stacked_convs: int, share_conv: bool, exp_on_reg: bool, **trunk: Any
+    num_classes: int,
+    *,
+    head_channels: int,
+    stacked_convs: int,
+    share_conv: bool,
+    exp_on_reg: bool,
+    depthwise: bool = False,
+    **trunk: Any,
 ) -> PureModule:
     """Returns the network as pure functions; `trunk` are the keywords of `RTMDet`."""
     head = functools.partial(
@@ -159,17 +200,20 @@ def network(
         stacked_convs=stacked_convs,
         share_conv=share_conv,
         exp_on_reg=exp_on_reg,
+        depthwise=depthwise,
     )
-    return pure(lambda: RTMDet(head, **trunk))
+    return pure(lambda: RTMDet(head, depthwise=depthwise, **trunk))
 
 
-def resolved(title: str, variant: str, num_classes: int, given: Mapping[str, Any]) -> dict[str, Any]:
+def resolved(
+    title: str, variants: Mapping[str, Mapping[str, Any]], variant: str, num_classes: int, given: Mapping[str, Any]
+) -> dict[str, Any]:
     """All options of a network of a variant; None is replaced by the variant's own value.
 
     Raises:
       UserError: unknown variant, or a value out of range.
     """
-    options = resolve(given, own_values(title, VARIANTS, variant))
+    options = resolve(given, own_values(title, variants, variant))
     if num_classes < 1:
         raise UserError(f"num_classes of {title} must be >= 1, not {num_classes}")
     if int(64 * options["widen"] // 2) < 1 or options["deepen"] <= 0 or options["stacked_convs"] < 1:
@@ -202,13 +246,14 @@ def make(
     neck_blocks: int | None = None,
     head_channels: int | None = None,
     stacked_convs: int = 2,
-    share_conv: bool = True,
+    share_conv: bool | None = None,
     exp_on_reg: bool | None = None,
+    depthwise: bool | None = None,
 ) -> Detector:
     """Builds RTMDet in one of its sizes.
 
     Args:
-      variant: pico, micro, tiny, s, m, l or x.
+      variant: pico, nano, micro, tiny, s, m, l or x.
       num_classes: K >= 1.
       widen, deepen: factors of channels (>= 1/32) and of blocks (> 0); None: the variant's.
       expand_ratio: share of a CSP layer's channels that each of its halves has.
@@ -216,8 +261,10 @@ def make(
       neck_channels, head_channels: channels of the neck's maps and of the towers; None: 256 widen.
       neck_blocks: blocks of each CSP layer of the neck; None: max(round(3 deepen), 1).
       stacked_convs: convolutions of each tower, >= 1.
-      share_conv: whether the levels share the towers' convolutions.
+      share_conv: whether the levels share the towers' convolutions; None: unless they are depthwise separable.
       exp_on_reg: whether distances are exponentials or linear; None: the variant's (exponentials in m, l and x).
+      depthwise: whether the 3x3 convolutions after the stem are depthwise separable; None: the variant's (True in
+        nano).
 
     Returns:
       The detector. Its boxes are decoded from `box_reg`: distances left, top, right, bottom in pixels.
@@ -225,7 +272,8 @@ def make(
     Raises:
       UserError: unknown variant, or a value out of range.
 
-    Peers: mmdetection 3.3.0, configs/rtmdet/rtmdet_*_8xb32-300e_coco.py.
+    Peers: mmdetection 3.3.0, configs/rtmdet/rtmdet_*_8xb32-300e_coco.py; nano: mmpose 1.3,
+      projects/rtmpose/rtmdet/person/rtmdet_nano_320-8xb32_coco-person.py.
 
     Reference: arXiv 2212.07784, table 2.
 
@@ -236,9 +284,12 @@ def make(
     given = dict(
         widen=widen, deepen=deepen, expand_ratio=expand_ratio, attention=attention, neck_channels=neck_channels,
         neck_blocks=neck_blocks, head_channels=head_channels, stacked_convs=stacked_convs, share_conv=share_conv,
-        exp_on_reg=exp_on_reg,
+        exp_on_reg=exp_on_reg, depthwise=depthwise,
     )  # fmt: skip
-    options = resolved("RTMDet", variant, num_classes, given)
+    options = resolved("RTMDet", VARIANTS, variant, num_classes, given)
+    options = resolve(options, {"share_conv": not options["depthwise"]})
+    if options["share_conv"] and options["depthwise"]:
+        raise UserError("share_conv of RTMDet: depthwise separable convolutions cannot be shared: it must be False")
     module = network(num_classes, **options)
 
     def apply(params: Tree, stats: Tree, x: Array, *, train: bool) -> tuple[DetectorOutput, Tree]:
@@ -251,7 +302,9 @@ def make(
 
     def infer(state: State) -> dict[str, bool]:
         linear = exp_on_reg is None and options["exp_on_reg"] and is_mmyolo(state)
-        return {"exp_on_reg": False} if linear else {}
+        # With its level's norm folded into it, a shared convolution is another one in each level.
+        apart = options["share_conv"] and any(name.startswith(UNNAMED) for name in state)
+        return ({"exp_on_reg": False} if linear else {}) | ({"share_conv": False} if apart else {})
 
     return Detector(
         name=f"rtmdet_{variant}",
@@ -260,9 +313,15 @@ def make(
         strides=STRIDES,
         size_divisor=32,
         pad_value=114,
+        image_size=_IMAGE_SIZES.get(variant, (640, 640)),
         shapes=module.shapes,
         classifiers=("bbox_head/rtm_cls",),
-        torch=TorchNames(copies=level_copies if share_conv else lambda path: [], rename=_from_mmyolo, infer=infer),
+        torch=TorchNames(
+            copies=level_copies if options["share_conv"] else lambda path: [],
+            rename=_from_mmyolo,
+            infer=infer,
+            runs=_RUNS,
+        ),
         init=module.init,
         preprocess=preprocess,
         apply=apply,

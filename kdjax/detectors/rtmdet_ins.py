@@ -31,13 +31,14 @@ from kdjax.detectors.api import (
 )
 from kdjax.detectors.keywords import changed
 from kdjax.detectors.layers import FOCAL_BIAS, MOMENTUM, Conv, constant, normal
-from kdjax.detectors.rtmdet import STRIDES, VARIANTS
+from kdjax.detectors.rtmdet import STRIDES
 from kdjax.errors import UserError
 from kdjax.losses import mask
 from kdjax.structs import Array, Assignment, DetectorOutput, PaddedDetections, Targets
 
 __all__ = ["VARIANTS", "make"]
 
+VARIANTS = {name: own for name, own in rtmdet.VARIANTS.items() if not own["depthwise"]}
 mask_logits = functools.partial(dynamic_masks.mask_logits, stride=STRIDES[0])
 
 MASK_STRIDE = 4  # of the masks that the loss compares, in pixels
@@ -160,7 +161,7 @@ def make(
         neck_blocks=neck_blocks, head_channels=head_channels, stacked_convs=stacked_convs, share_conv=share_conv,
         prototypes=prototypes,
     )  # fmt: skip
-    options = rtmdet.resolved("RTMDet-Ins", variant, num_classes, given)
+    options = rtmdet.resolved("RTMDet-Ins", VARIANTS, variant, num_classes, given)
     if prototypes < 1:
         raise UserError(f"prototypes of RTMDet-Ins must be >= 1, not {prototypes}")
     module = network(num_classes, **options)

@@ -1,5 +1,6 @@
 """Towers over the levels of RTMDet and RTMDet-Ins, whose levels may share convolutions but never batch norms."""
 
+import functools
 from collections.abc import Callable
 from typing import cast
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kdjax.detectors.layers import MOMENTUM, BatchNorm, Conv, constant, normal
+from kdjax.detectors.layers import MOMENTUM, BatchNorm, Conv, ConvNorm, SeparableConv, constant, normal
 
 Array = jax.Array
 
@@ -23,7 +24,7 @@ class TowerConv(nnx.Module):
 
 
 # The convolutions of a tower, level first.
-Tower = nnx.List[nnx.List[TowerConv]]
+Tower = nnx.List[nnx.List[TowerConv]] | nnx.List[nnx.List[SeparableConv]]
 
 
 def tower(inputs: int, channels: int, *, convs: int, share_conv: bool, momentum: float = MOMENTUM) -> Tower:
@@ -39,6 +40,17 @@ def tower(inputs: int, channels: int, *, convs: int, share_conv: bool, momentum:
                 ]
             )
             for level in range(len(STRIDES))
+        ]
+    )
+
+
+def separable_tower(inputs: int, channels: int, *, convs: int) -> Tower:
+    """A tower of depthwise separable convolutions, of which the levels share nothing."""
+    conv = functools.partial(ConvNorm, draw=normal(0.01))
+    return nnx.List(
+        [
+            nnx.List([SeparableConv(channels if i else inputs, channels, 3, conv=conv) for i in range(convs)])
+            for _ in STRIDES
         ]
     )
 
@@ -70,8 +82,11 @@ def run_tower(
         taps.append([])
         for i in range(start, len(convs[level])):
             layer = convs[level][i]
-            conv = layer.conv if layer.conv is not None else cast(Conv, convs[0][i].conv)
-            taps[level].append(layer.bn(conv(x), train))
+            if isinstance(layer, SeparableConv):
+                taps[level].append(layer.normed(x, train))
+            else:
+                conv = layer.conv if layer.conv is not None else cast(TowerConv, convs[0][i]).conv
+                taps[level].append(layer.bn(cast(Conv, conv)(x), train))
             x = jax.nn.silu(taps[level][-1])
         # Losses and boxes are computed in float32.
         predictions.append(finish(level, predict[level](x).astype(jnp.float32)))

@@ -1,7 +1,8 @@
 """YOLOX: CSPDarknet, PAFPN and a head with separate towers and predictors for each level.
 
 Reference: Ge et al., YOLOX: Exceeding YOLO Series in 2021, arXiv 2107.08430. Peers: mmdetection 3.3.0, with
-the same module names and numbers; the authors' weights can be loaded too (`kdjax.weights.yolox`).
+the same module names and numbers; the authors' weights can be loaded too (`kdjax.weights.yolox`). Images are 640x640
+where nothing says another size, 416x416 for nano and tiny, as published.
 
 Loads: state dicts with the names of mmdetection or of the authors, and the authors' .onnx. Measured: the published
 YOLOX-nano has 46.8 AP on 11 images of val2017 and 45.6 on 16 of train2017 (in onnxruntime: 46.9, 45.4).
@@ -18,9 +19,9 @@ from flax import nnx
 
 from kdjax.boxes import coding, dynamic, nms, priors
 from kdjax.boxes.convert import clip
-from kdjax.detectors import levels
-from kdjax.detectors.api import Detector, Tree, all_but_kernels, check_entry, check_images, pure
-from kdjax.detectors.cspdarknet import CSPDarknet, conv_norm, csp_layer, separable
+from kdjax.detectors import levels, pafpn
+from kdjax.detectors.api import Detector, TorchNames, Tree, all_but_kernels, check_entry, check_images, pure
+from kdjax.detectors.cspdarknet import EPS, CSPDarknet, conv_norm, csp_layer, separable
 from kdjax.detectors.keywords import changed, own_values, resolve
 from kdjax.detectors.layers import FOCAL_BIAS, Conv, constant
 from kdjax.detectors.pafpn import PAFPN
@@ -41,6 +42,25 @@ VARIANTS = {
     "l": {"widen": 1.0, "deepen": 1.0, "depthwise": False},
     "x": {"widen": 1.25, "deepen": 1.33, "depthwise": False},
 }
+_IMAGE_SIZES = {"nano": (416, 416), "tiny": (416, 416)}  # of the published weights, where these are not 640 x 640
+# See `TorchNames.runs`: the order of the authors' network.
+_RUNS = (
+    *("backbone.stem", "backbone"),
+    *pafpn.RUNS,
+    *(
+        f"{part}.{level}"
+        for level in range(len(STRIDES))
+        for part in (
+            "neck.out_convs",
+            "bbox_head.multi_level_cls_convs",
+            "bbox_head.multi_level_conv_cls",
+            "bbox_head.multi_level_reg_convs",
+            "bbox_head.multi_level_conv_reg",
+            "bbox_head.multi_level_conv_obj",
+        )
+    ),
+    *("main_conv", "short_conv", "blocks", "final_conv"),
+)
 # The tower of each prediction.
 _TOWERS = {"cls": "cls", "reg": "reg", "quality": "reg"}
 
@@ -184,9 +204,11 @@ def make(
         strides=STRIDES,
         size_divisor=32,
         pad_value=114,
+        image_size=_IMAGE_SIZES.get(variant, (640, 640)),
         fit="down",
         shapes=module.shapes,
         classifiers=("bbox_head/multi_level_conv_cls",),
+        torch=TorchNames(runs=_RUNS, eps=EPS),
         init=module.init,
         preprocess=preprocess,
         apply=apply,

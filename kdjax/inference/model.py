@@ -112,7 +112,7 @@ def load(
     detector: str | None = None,
     *,
     class_names: Sequence[str] | None = None,
-    image_size: tuple[int, int] = (640, 640),
+    image_size: tuple[int, int] | None = None,
     network: str = "student",
 ) -> Model:
     """Loads a model.
@@ -121,10 +121,12 @@ def load(
       path: a folder of weights (a run's `student/`, or one that `kdjax import-weights` wrote); or the workdir of a run:
         its `student/`, or, before its end, its newest intact checkpoint; or a run's `checkpoints/` or
         `checkpoints/STEP`; or, with `detector`, what `kdjax.weights.read_checkpoint` reads: weights of mmdetection,
-        mmyolo, mmrazor or the authors of YOLOX in a file of PyTorch, safetensors or NumPy, or an `.onnx` file of YOLOX.
+        mmyolo, mmrazor or the authors of YOLOX in a file of PyTorch, safetensors or NumPy, or an `.onnx` file of YOLOX
+        or RTMDet.
       detector: name of the detector that a file of weights is for, as in `kdjax.detectors.build`; None for folders.
       class_names: names of the K classes of a file of weights; None: those that it holds, if any.
-      image_size: height and width of the network input in pixels, for a file of weights.
+      image_size: height and width of the network input in pixels, for a file of weights; None: the detector's default,
+        `Detector.image_size`.
       network: "student" or "teacher", where a file of weights holds a pair of mmrazor.
 
     Returns:
@@ -148,7 +150,7 @@ def load(
         raise UserError(
             f"{path}: an exported model cannot be loaded: give the folder of the model that it was made from (`kdjax "
             "latency` measures an exported file, `kdjax export --data=DIR` its AP; `kdjax import-weights` converts an "
-            ".onnx file of YOLOX)"
+            ".onnx file of YOLOX or RTMDet)"
         )
     if folder.is_file() and folder.name != weights.WEIGHTS:
         raise UserError(
@@ -200,11 +202,11 @@ def _canvas(where: str | Path, detector: Detector, size: Sequence[int]) -> tuple
 
 
 def _from_file(
-    path: Path, name: str, class_names: Sequence[str] | None, image_size: tuple[int, int], network: str
+    path: Path, name: str, class_names: Sequence[str] | None, image_size: tuple[int, int] | None, network: str
 ) -> Model:
     """Loads a file of weights that another program wrote."""
     probe = detectors.build(name, 1)
-    canvas = _canvas("image_size", probe, image_size)
+    canvas = _canvas("image_size", probe, image_size or probe.image_size)
     state, own_names = weights.read_checkpoint(path)
     plain = weights.plain(probe, state, network)
     count = weights.count_classes(probe, plain)

@@ -39,7 +39,8 @@ def base() -> Config:
         dict(
             detector="",  # needed unless `weights` is a kdjax folder; "" without weights trains without a teacher
             options={},  # as for the student; a kdjax folder brings its own
-            # student/ folder of another run, .safetensors, .npz or .pth with mmdetection's names, or YOLOX's .onnx
+            # student/ folder of another run, .safetensors, .npz or .pth with mmdetection's names, or .onnx of YOLOX or
+            # RTMDet
             weights="",
             # folder of what the teacher says about the training batches: written first if it is missing, then read
             # instead of running the teacher. "" = the teacher runs

@@ -24,7 +24,7 @@ from kdjax.training import optim
 from kdjax.training.checkpoint import Checkpoints
 from kdjax.training.config import Config, differences
 from kdjax.training.step import Batch, TeacherVariables, TrainState, init_state, make_step
-from kdjax.weights.checkpoint import fingerprint
+from kdjax.weights.checkpoint import fingerprint, flat
 
 # Options of glibc's mallopt: one arena (M_ARENA_MAX), no mmap for large blocks (M_MMAP_MAX), no trimming
 # (M_TRIM_THRESHOLD).
@@ -418,6 +418,12 @@ def resume(setup: Setup, checkpoints: Checkpoints) -> tuple[int, Setup]:
         raise UserError(
             f"workdir: {checkpoints.directory} belongs to a run with other settings ({'; '.join(differ)}): choose "
             "another folder"
+        )
+    before = detectors.FORMER.get(setup.student.name)
+    if before and set(note["sha256"]) != set(flat(setup.states, copy=False)):
+        raise UserError(
+            f"workdir: {checkpoints.directory} belongs to a run of what is {before} now, which was called "
+            f"{setup.student.name} when it was started: choose another folder"
         )
     states, note = checkpoints.restore(setup.states)
     states = jax.device_put(states, sharding.replicated(setup.mesh))

@@ -1,4 +1,4 @@
-"""Reads and writes weights: kdjax folders, PyTorch state dicts, ONNX files of YOLOX."""
+"""Reads and writes weights: kdjax folders, PyTorch state dicts, ONNX files of YOLOX and RTMDet."""
 
 from kdjax.weights.fill import count_classes, from_torch, reset_classifiers, to_torch
 from kdjax.weights.folder import CONFIG, WEIGHTS, infer_options, load, save, stored_detector

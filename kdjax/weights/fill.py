@@ -7,7 +7,7 @@ import numpy as np
 
 from kdjax.detectors.api import Detector, State, Tree, flatten, unflatten
 from kdjax.errors import UserError
-from kdjax.weights import yolox
+from kdjax.weights import folded
 from kdjax.weights.torch_names import (
     COUNTERS,
     foreign,
@@ -60,8 +60,8 @@ def from_torch(
     Peers: mmdetection 3.3.0, mmengine 0.10, mmrazor 1.0; torchvision's and timm's ResNet; YOLOX 0.3.0.
     """
     state = {name: value for name, value in plain(detector, state, network).items() if not name.endswith(COUNTERS)}
-    if yolox.is_folded(state):
-        state = yolox.unfolded(detector, state)
+    if folded.is_folded(state):
+        state = folded.unfolded(detector, state)
         if not keep_classifiers:
             warnings.warn(
                 f"the norms of these weights are folded into the convolutions: as a teacher {detector.name} computes "

@@ -91,7 +91,7 @@ def load(
     key: jax.Array | None = None,
     keep_classifiers: bool = False,
 ) -> tuple[Detector, Tree, Tree, list[str] | None]:
-    """Loads weights: a folder that `save` wrote, a PyTorch state dict, or an ONNX file of YOLOX.
+    """Loads weights: a folder that `save` wrote, a PyTorch state dict, or an ONNX file of YOLOX or RTMDet.
 
     Args:
       path: the folder (or the `model.safetensors` in it), or what `kdjax.weights.read_checkpoint` reads.

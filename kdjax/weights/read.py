@@ -11,7 +11,7 @@ from typing import Any
 from kdjax import files
 from kdjax.detectors.api import State
 from kdjax.errors import UserError, prefix
-from kdjax.weights import containers, wrappers, yolox
+from kdjax.weights import containers, folded, wrappers
 
 TORCH = (".pth", ".pt", ".ckpt", ".bin", ".tar")
 FORMATS = (".npz", ".safetensors", *TORCH, ".onnx")
@@ -84,7 +84,7 @@ def _read_file(path: Path) -> tuple[dict[str, Any], list[str] | None]:
     with prefix(str(path)):
         containers.check_size(path)
         if path.suffix.lower() == ".onnx" and not _text(head):
-            return yolox.load_onnx(path), None
+            return folded.load_onnx(path), None
         if head.startswith(b"PK"):
             members = containers.check_archive(path)
             if not any(name.split("/")[-1] == "data.pkl" for name in members):

@@ -92,7 +92,7 @@ def on_devices(count, state, batch):
 
 
 def test_names_build():
-    assert [name for name in names() if name.startswith("rtmdet")][:3] == ["rtmdet_pico", "rtmdet_micro", "rtmdet_tiny"]
+    assert [name for name in names() if name.startswith("rtmdet")][:3] == ["rtmdet_pico", "rtmdet_nano", "rtmdet_micro"]
     for name in names():
         assert build(name, 2).name == name
 
@@ -130,7 +130,7 @@ def test_build_errors(name, classes, options, message):
 
 
 def test_make_lists_its_sizes():
-    with pytest.raises(UserError, match="'xxl' of RTMDet: the variants are pico, micro, tiny, s, m, l, x"):
+    with pytest.raises(UserError, match="'xxl' of RTMDet: the variants are pico, nano, micro, tiny, s, m, l, x"):
         rtmdet.make("xxl", 3)
 
 

@@ -22,6 +22,7 @@ from kdjax.evals import coco, complexity
 from kdjax.inference import load
 from kdjax.inference.predict import on_canvas
 from kdjax.structs import DetectorOutput, Targets
+from kdjax.weights import folded as folded_names
 from kdjax.weights import torch_names
 from kdjax.weights import yolox as yolox_names
 from tests.shared import SHARED
@@ -412,7 +413,7 @@ def test_names_are_mmdetections_and_the_authors(variant, blocks):
     authors = authors_convs(blocks=blocks, depthwise=depthwise)
     leaves = [f"{name}.weight" for name in authors]
     renamed = yolox_names.renamed(dict.fromkeys(leaves))
-    assert [f"{name}.weight" for name in yolox_names._in_order(detector)] == list(renamed)
+    assert [f"{name}.weight" for name in folded_names.in_order(detector)] == list(renamed)
     assert {*renamed} == {n for n in ours if n.endswith("weight") and not n.endswith("bn.weight")}
 
 
@@ -446,7 +447,7 @@ def folded():
     """The weights of `variables` as an ONNX file holds them."""
     state = weights.to_torch(tiny(), *variables())
     held = {}
-    for number, module in enumerate(yolox_names._in_order(tiny())):
+    for number, module in enumerate(folded_names.in_order(tiny())):
         kernel = state[f"{module}.weight"]
         if f"{module}.bias" in state:
             what, level = module.removeprefix("bbox_head.multi_level_conv_").split(".")
@@ -473,8 +474,6 @@ def test_folded_norms_are_unfolded():
         fill(tiny(), lacking)
     with pytest.raises(ValueError, match=r"do not fit yolox_pico .*\n.* matches no parameter of the detector"):
         fill(tiny(), folded() | {"onnx.900.weight": np.zeros(3)})
-    with pytest.raises(ValueError, match="can only be read for YOLOX, not for rtmdet_pico"):
-        fill(build("rtmdet_pico", CLASSES), folded())
     with pytest.warns(UserWarning, match="fine-tuning starts from norms of scale 1"):
         weights.from_torch(tiny(), folded())
 
@@ -493,7 +492,7 @@ def test_an_onnx_file_is_read(tmp_path, monkeypatch):
     onnx.save(onnx.helper.make_model(graph), str(file))
     state, classes = weights.read_checkpoint(file)
     assert list(state) == ["onnx.0.weight", "onnx.0.bias", "head.cls_preds.0.weight", "head.cls_preds.0.bias"]
-    assert classes is None and yolox_names.is_folded(state)
+    assert classes is None and folded_names.is_folded(state)
     np.testing.assert_array_equal(state["onnx.0.weight"], kernel)
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(ValueError, match=r"net.onnx: the weights cannot be read"):
@@ -521,10 +520,12 @@ def nano(tmp_path_factory):
         detector="yolox_nano",
         out=str(out),
         classes=str(SHARED / "data" / "coco_mini" / "annotations" / "instances_val.json"),
-        image_size="416,416",
+        image_size=None,
         network="student",
     )
-    return load(out)
+    model = load(out)
+    assert model.image_size == (416, 416)
+    return model
 
 
 def corners(rows, factor=1.0, edge=np.inf):

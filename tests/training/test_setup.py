@@ -1,5 +1,8 @@
 """Models with weights: what a run does with those of other classes, detectors and files."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
@@ -10,7 +13,8 @@ from kdjax.cli import sentence
 from kdjax.detectors.api import flatten
 from kdjax.errors import UserError
 from kdjax.training.run import run
-from kdjax.training.setup import load_detector, prepare
+from kdjax.training.setup import load_detector, prepare, resume, run_fingerprint
+from kdjax.weights import checkpoint
 from tests.support.checkpoints import spoilt
 from tests.support.runs import tiny_config
 
@@ -92,3 +96,27 @@ def test_a_student_may_start_from_weights_of_other_classes(folder, teacher_folde
         old = flatten(params)
         for path, value in flatten(loaded).items():
             np.testing.assert_array_equal(value, (fresh if "rtm_cls" in path else old)[path], err_msg=path)
+
+
+@pytest.mark.user_input(
+    "Workdirs, checkpoints and logs",
+    "an interrupted run of the former `rtmdet_nano`",
+    "refused: belongs to a run of what is rtmdet_micro now",
+)
+def test_a_run_under_a_former_name_is_not_resumed(tmp_path):
+    states = {}
+    for name in ("rtmdet_micro", "rtmdet_nano"):
+        detector = detectors.build(name, 2, widen=0.0625)
+        states[name] = {"student": {"params": dict.fromkeys(flatten(detector.shapes[0]), np.zeros(1))}}
+    setup: Any = SimpleNamespace(
+        student=detector,
+        dataset=SimpleNamespace(classes=["a", "b"], fingerprint="x"),
+        config=ConfigDict(dict(seed=0, batch_size=1)),
+        states=states["rtmdet_nano"],
+        methods={},
+        teacher=None,
+    )
+    note = {"run": run_fingerprint(setup), "sha256": dict.fromkeys(checkpoint.flat(states["rtmdet_micro"]))}
+    checkpoints: Any = SimpleNamespace(note=lambda: note, directory=tmp_path)
+    with pytest.raises(UserError, match="a run of what is rtmdet_micro now, which was called rtmdet_nano when"):
+        resume(setup, checkpoints)
