@@ -17,7 +17,7 @@ from kdjax.detectors.api import Detector
 from kdjax.detectors.keywords import annotations, check_types
 from kdjax.errors import UserError
 
-__all__ = ["FORMER", "Detector", "build", "families", "names", "options"]
+__all__ = ["Detector", "build", "families", "names", "options"]
 
 # Names that kdjax's own widths had in older files, before published networks took them: then -> now.
 FORMER = {"rtmdet_nano": "rtmdet_micro", "rtmdet_ins_nano": "rtmdet_ins_micro"}

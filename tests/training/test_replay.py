@@ -273,7 +273,9 @@ def test_a_teacher_that_is_asked_cannot_be_cached(folder, tmp_path):
     assert prepare(tiny_config(folder, teacher=teacher, method="cwd", **changes), dataset).observer is not None
 
 
-@pytest.mark.user_input("Config and flags", "a teacher's cache without a teacher, or of an unknown kind", "refused: the setting is named")
+@pytest.mark.user_input(
+    "Config and flags", "a teacher's cache without a teacher, or of an unknown kind", "refused: the setting is named"
+)
 def test_settings_of_the_cache_are_checked(folder, capsys):
     for changes, told in (
         (
