@@ -31,7 +31,18 @@ def test_help_is_instant_and_names_every_command():
     done = subprocess.run([sys.executable, "-X", "importtime", "-m", "kdjax", "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and time.perf_counter() - begun < 5
     assert not {"jax", "numpy", "matplotlib"} & {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
-    for command in ("train", "study", "doctor", "cache", "predict", "evaluate", "latency", "export", "import-weights"):
+    for command in (
+        "train",
+        "study",
+        "doctor",
+        "cache",
+        "predict",
+        "label",
+        "evaluate",
+        "latency",
+        "export",
+        "import-weights",
+    ):
         assert command in done.stdout
 
 
@@ -169,7 +180,7 @@ def test_flags_that_are_repeated_or_misspelt_are_refused(capsys):
         (("predict", "a", "--modell=b"), "kdjax predict: unexpected argument '--modell=b' (did you mean --model?)"),
         (
             ("trian",),
-            "kdjax: invalid choice: 'trian' (did you mean train?): choose from train, doctor, cache, study, predict, "
+            "kdjax: invalid choice: 'trian' (did you mean train?): choose from train, doctor, cache, study, predict, label, "
             "evaluate, latency, export, import-weights",
         ),
     ):
@@ -252,7 +263,18 @@ def test_the_examples_of_the_help_run(made, state, tmp_path):
         name: torch.tensor(value) for name, value in weights.to_torch(tiny, *tiny.init(jax.random.key(0))).items()
     }
     torch.save({"meta": {"dataset_meta": {"classes": CLASSES}}, "state_dict": arrays}, tmp_path / "rtmdet_tiny.pth")
-    for command in ("train", "study", "doctor", "cache", "predict", "evaluate", "latency", "export", "import-weights"):
+    for command in (
+        "train",
+        "study",
+        "doctor",
+        "cache",
+        "predict",
+        "label",
+        "evaluate",
+        "latency",
+        "export",
+        "import-weights",
+    ):
         help_ = subprocess.run(
             [sys.executable, "-m", "kdjax", command, "--help"], capture_output=True, text=True
         ).stdout
