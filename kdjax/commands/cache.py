@@ -26,7 +26,7 @@ def run(*, config: Config) -> int:
         the disk cannot hold it.
     """
     logging.set_verbosity(logging.WARNING)
-    if not config.teacher.cache:
+    if not any(chosen.cache for chosen in (config.teacher, *config.teachers.values())):
         raise UserError(
             "config.teacher.cache is missing: set the folder to write, as in --config.teacher.cache=caches/a"
         )
@@ -36,12 +36,16 @@ def run(*, config: Config) -> int:
         dataset = data.open_dataset(config.data)
     prepare_process(config.compile_cache)
     setup = prepare(config, dataset)
-    with prefix("config.teacher.cache"):
-        before = shards.find(Path(config.teacher.cache).expanduser().absolute())
-        if before:
-            before.verified()
-    found = replay.write(setup)
-    listed = found.listed().values()
-    entries, size = sum(one["entries"] for one in listed), sum(one["bytes"] for one in listed)
-    print(f"{found.folder}: {entries:,} entries, {size:,} bytes, {found.kind}: complete for this run")
+    for teacher in setup.teachers:
+        cache = teacher.settings(config).cache
+        if not cache:
+            continue
+        with prefix(f"{teacher.setting}.cache"):
+            before = shards.find(Path(cache).expanduser().absolute())
+            if before:
+                before.verified()
+        found = replay.write(setup, teacher)
+        listed = found.listed().values()
+        entries, size = sum(one["entries"] for one in listed), sum(one["bytes"] for one in listed)
+        print(f"{found.folder}: {entries:,} entries, {size:,} bytes, {found.kind}: complete for this run")
     return 0

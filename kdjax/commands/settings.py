@@ -9,14 +9,17 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from kdjax import resources
-from kdjax.errors import UserError
+from kdjax.errors import UserError, prefix
+from kdjax.training import config as settings
 from kdjax.training.config import Config, unknown_setting
 
 Value = Any  # of a setting
 
 _OVERRIDE = re.compile(r"--config\.([\w-]+(?:\.[\w-]+)*)(?:=(.*))?", re.DOTALL)
 # Sub-configs whose keys are those of a detector; the detector checks them.
-_OPEN = ("student.options", "teacher.options")
+_OPEN = re.compile(r"(student|teacher|teachers\.[\w-]+)\.options")
+# The settings of one of several teachers, which exists once it is named.
+_TEACHER = re.compile(r"teachers\.([\w-]+)\.(.+)")
 
 
 def read(config: str, overrides: Sequence[str] = ()) -> Config:
@@ -53,12 +56,20 @@ def read(config: str, overrides: Sequence[str] = ()) -> Config:
 
 def _override(config: ConfigDict, name: str, text: str) -> None:
     parent, _, key = name.rpartition(".")
+    if (of_teacher := _TEACHER.fullmatch(name)) and "teachers" in config:
+        teachers: Any = config.teachers
+        if of_teacher[1] not in teachers:
+            teachers[of_teacher[1]] = settings.teacher()
+        if of_teacher[2] == "methods":
+            with prefix(f"--config.{name}"):
+                teachers[of_teacher[1]].methods = settings.methods(text)
+            return
     node: Any = config
     for part in filter(None, parent.split(".")):
         if not isinstance(node, ConfigDict) or part not in node:
             raise unknown_setting(name, config)
         node = node[part]
-    if parent in _OPEN and isinstance(node, ConfigDict):
+    if _OPEN.fullmatch(parent) and isinstance(node, ConfigDict):
         node[key] = _literal(text)
         return
     if not isinstance(node, ConfigDict) or key not in node:

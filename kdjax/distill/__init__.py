@@ -4,13 +4,15 @@ from kdjax.distill.adapters import adapt, init_adapters, init_generators
 from kdjax.distill.distiller import Distiller
 from kdjax.distill.method import Context, Method, check, check_choice, mean_over_levels, mean_over_positives
 from kdjax.distill.pairing import auto, by_hungarian, by_location, by_overlap, by_place
+from kdjax.distill.several import Distillers
 from kdjax.distill.taps import Pair, Reads, pair, tap
-from kdjax.distill.teachers import Custom, Student, Teacher, on_host, recorded, spec_of
+from kdjax.distill.teachers import Custom, Student, Teacher, mean, on_host, recorded, spec_of
 
 __all__ = [
     "Context",
     "Custom",
     "Distiller",
+    "Distillers",
     "Method",
     "Pair",
     "Reads",
@@ -26,6 +28,7 @@ __all__ = [
     "check_choice",
     "init_adapters",
     "init_generators",
+    "mean",
     "mean_over_levels",
     "mean_over_positives",
     "on_host",

@@ -1,17 +1,19 @@
 """Teachers: anything that has `spec` and `observe`.
 
 Detectors are teachers without further code. `Custom` makes a teacher (or a student) of
-a model of your own, `on_host` of a function that runs on the host, `recorded` of arrays that travel in the batch.
+a model of your own, `on_host` of a function that runs on the host, `recorded` of arrays that travel in the batch,
+`mean` of the rows of several teachers.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 
-from kdjax.structs import Array, Assignment, DetectorOutput, PyTree, Targets
+from kdjax.errors import UserError
+from kdjax.structs import AnyArray, Array, Assignment, DetectorOutput, PyTree, Rows, Targets
 
 Batch = Mapping[str, Any]
 RECORDED = "teacher"  # the key of a batch under which `recorded` finds its output
@@ -68,6 +70,7 @@ class Custom:
       loss: (output, targets, assignment) -> {name: f32[]}; only a student whose methods read "loss" needs it.
       propose: (output, image_size i32[B, 2]) -> (boxes f32[B, P, 4], valid bool[B, P]); only a teacher with two stages
         whose methods read "proposals" needs it.
+      priors: (height, width) -> f32[N, 4], the location of rows that lie on a grid, where `observe` leaves it out.
     """
 
     spec: Callable[[tuple[int, int]], DetectorOutput]
@@ -75,6 +78,7 @@ class Custom:
     assign: Callable[[DetectorOutput, Targets, Array | None], Assignment] | None = None
     loss: Callable[[DetectorOutput, Targets, Assignment], dict[str, Array]] | None = None
     propose: Callable[[DetectorOutput, Array], tuple[Array, Array]] | None = None
+    priors: Callable[[tuple[int, int]], AnyArray] | None = None
 
 
 def spec_of(function: Callable[..., DetectorOutput], *arguments: Any) -> Callable[[tuple[int, int]], DetectorOutput]:
@@ -103,6 +107,68 @@ def recorded(spec: Callable[[tuple[int, int]], DetectorOutput]) -> Custom:
       spec: of the outputs.
     """
     return Custom(spec=spec, observe=lambda variables, batch: batch[RECORDED])
+
+
+def mean(teachers: Sequence[Teacher]) -> Custom:
+    """An ensemble: a teacher whose rows are the means of those of several teachers with the same rows.
+
+    Scores and the distributions of edges are averaged as probabilities, boxes as coordinates. It has no maps.
+
+    Args:
+      teachers: two or more, whose rows lie on the same grid; the variables of the mean are a sequence of theirs.
+
+    Raises:
+      UserError: there is one teacher alone; or, from `spec`, their rows differ, or are queries or regions, which have
+        no common order.
+    """
+    if len(teachers) < 2:
+        raise UserError(f"mean: {len(teachers)} teachers: it needs at least 2")
+
+    def spec(image_size: tuple[int, int]) -> DetectorOutput:
+        outputs = [teacher.spec(image_size) for teacher in teachers]
+        first = outputs[0]
+        for number, output in enumerate(outputs, 1):
+            rows = output.rows
+            if rows is None or not rows.level_sizes or rows.form != "sigmoid" or output.at is not None:
+                raise UserError(f"mean: teacher {number} has no rows on a grid: take dense detectors of one kind")
+            assert first.rows is not None
+            shapes = [jax.tree.map(lambda leaf: leaf.shape, one) for one in (rows, first.rows)]
+            if shapes[0] != shapes[1] or output.strides != first.strides:
+                raise UserError(
+                    f"mean: teachers 1 and {number} do not predict the same rows: take detectors with the same "
+                    "strides, anchors, classes and kind of boxes"
+                )
+        return DetectorOutput(strides=first.strides, anchors=first.anchors, rows=first.rows)
+
+    def observe(variables: PyTree, batch: Batch) -> DetectorOutput:
+        outputs = [teacher.observe(own, batch) for teacher, own in zip(teachers, variables, strict=True)]
+        rows = _mean_rows([output.rows for output in outputs if output.rows is not None])
+        return DetectorOutput(strides=outputs[0].strides, anchors=outputs[0].anchors, rows=rows)
+
+    return Custom(spec=spec, observe=observe, priors=getattr(teachers[0], "priors", None))
+
+
+def _mean_rows(rows: Sequence[Rows]) -> Rows:
+    """The means of rows of the same shape and order."""
+
+    def values(name: str) -> Array | None:
+        arrays = [getattr(one, name) for one in rows]
+        return None if arrays[0] is None else jnp.stack(arrays)
+
+    def of_logits(x: Array | None) -> Array | None:
+        """The logits of the mean probability."""
+        if x is None:
+            return None
+        return jax.nn.logsumexp(jax.nn.log_sigmoid(x), 0) - jax.nn.logsumexp(jax.nn.log_sigmoid(-x), 0)
+
+    boxes, bins = values("boxes"), values("distribution")
+    return dataclasses.replace(
+        rows[0],
+        logits=of_logits(values("logits")),
+        quality=of_logits(values("quality")),
+        boxes=None if boxes is None else boxes.mean(0),
+        distribution=None if bins is None else jax.nn.logsumexp(jax.nn.log_softmax(bins), 0) - jnp.log(len(rows)),
+    )
 
 
 def functions_of(output: DetectorOutput) -> list[str]:

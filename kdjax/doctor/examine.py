@@ -7,6 +7,7 @@ itself; learning rate, length and moving average are judged by rules of thumb.
 from collections.abc import Iterator
 
 from kdjax import data
+from kdjax.detectors.api import Detector
 from kdjax.doctor import gradients
 from kdjax.doctor.data import check_data
 from kdjax.doctor.findings import ERROR, Finding
@@ -44,12 +45,13 @@ def examine(config: Config, *, image_count: int = 64) -> Iterator[Finding]:
         return
     yield from check_data(setup)
     yield from check_schedule(config, dataset.splits["train"].size)
-    if setup.teacher:
-        yield check_class_map("teacher", config.teacher, dataset)[0]
-        if setup.teacher_detects:
-            yield from check_weights("teacher", setup, image_count)
-        yield from check_sizes(setup)
-        yield from check_taps(setup)
+    for teacher in setup.teachers:
+        if isinstance(teacher.detector, Detector):
+            yield check_class_map(teacher.role, teacher.settings(config), dataset)[0]
+            if teacher.detects:
+                yield from check_weights(teacher.role, setup, image_count)
+            yield from check_sizes(setup, teacher)
+        yield from check_taps(setup, teacher)
     if config.student.weights:
         finding, kept = check_class_map("student", config.student, dataset)
         yield finding
@@ -62,7 +64,13 @@ def examine(config: Config, *, image_count: int = 64) -> Iterator[Finding]:
     if any(finding.level == ERROR for finding in memory):
         return  # the measurements need as much memory as a step
     measured = gradients.measure_gradients(setup, batch)
-    adapted = [name for name, params in setup.states["student"].params["adapters"].items() if params]
+    adapters = setup.states["student"].params["adapters"]
+    adapted = [
+        f"{one.name}/{name}" if one.name else name
+        for one in setup.teachers
+        for name in one.methods
+        if (adapters[one.name] if one.name else adapters)[name]
+    ]
     if any(gradients.gradient_shares(setup, measured.grad_norms)[name] < gradients.NEGLIGIBLE for name in adapted):
         measured = gradients.measure_gradients(setup, batch, gradients.train_adapters(setup, batch))
     yield from gradients.check_initial_scores(measured)

@@ -14,8 +14,9 @@ from tqdm import tqdm
 from kdjax import methods, sharding
 from kdjax.doctor.findings import ERROR, OK, Finding
 from kdjax.structs import Array, DetectorOutput, PyTree, targets_of
+from kdjax.training.checks import where_of
 from kdjax.training.setup import Setup
-from kdjax.training.step import Batch, TeacherVariables, TrainState
+from kdjax.training.step import Batch, TrainState
 
 MAX_INITIAL_SCORE = 0.1  # mean probability of a class; a classifier with a focal prior starts at 0.01
 DOMINANT, NEGLIGIBLE = 0.97, 1e-3  # largest and smallest share of the gradient for a method
@@ -52,7 +53,7 @@ def measure_gradients(setup: Setup, batch: Mapping[str, np.ndarray], adapters: P
         neck: list[Array],
         state: TrainState,
         adapters: PyTree,
-        variables: TeacherVariables | None,
+        variables: PyTree,
         batch: Batch,
         chosen: Array | float,
     ) -> tuple[Array, tuple[dict[str, Array], Array | None]]:
@@ -67,7 +68,7 @@ def measure_gradients(setup: Setup, batch: Mapping[str, np.ndarray], adapters: P
         values = student.loss(output, targets, assignment)
         if distiller:
             assert variables is not None, "a distiller needs the variables of its teacher"
-            values |= distiller.terms(adapters, output, batch, tuple(variables), assignment=assignment, key=state.key)
+            values |= distiller.terms(adapters, output, batch, variables, assignment=assignment, key=state.key)
         logits = student.rows(output).logits
         score = None if logits is None else jnp.mean(jax.nn.sigmoid(logits))
         return jnp.dot(chosen, jnp.stack([values[name] for name in sorted(values)])), (values, score)
@@ -131,14 +132,14 @@ def train_adapters(setup: Setup, batch: Mapping[str, np.ndarray]) -> PyTree:
     assert distiller is not None, "the run has no methods"
 
     @jax.jit
-    def trained(state: TrainState, variables: TeacherVariables, batch: Batch) -> PyTree:
+    def trained(state: TrainState, variables: PyTree, batch: Batch) -> PyTree:
         output, _ = student.apply(state.params["student"], state.stats, student.preprocess(batch["image"]), train=True)
         assignment = student.assign(output, targets_of(batch), state.key)
-        observed = distiller.observe(batch, tuple(variables))
+        observed: Any = distiller.observe(batch, variables)
 
         def total(adapters: PyTree) -> Array:
             terms = distiller.terms(
-                adapters, output, batch, tuple(variables), observed=observed, assignment=assignment, key=state.key
+                adapters, output, batch, variables, observed=observed, assignment=assignment, key=state.key
             )
             return jnp.asarray(sum(terms.values()))
 
@@ -192,7 +193,11 @@ def check_terms(setup: Setup, measured: Measured) -> list[Finding]:
       measured: of `measure_gradients`.
     """
     findings, shares = [], gradient_shares(setup, measured.grad_norms)
-    published = {f"{name}/{term}": w for name in setup.methods for term, w in methods.build(name).weights.items()}
+    published = {
+        f"{name}/{term}": w
+        for name in setup.methods
+        for term, w in methods.build(name.rpartition("/")[2]).weights.items()
+    }
     weights = _weights(setup)
     factors = {name: weights[name] / weight for name, weight in published.items() if weight and name in weights}
     for name, value in measured.values.items():
@@ -202,10 +207,10 @@ def check_terms(setup: Setup, measured: Measured) -> list[Finding]:
             level, message = ERROR, f"value {value}, norm of the gradient {norm}: it cannot be trained"
         elif (0 < factor <= 1 / FAR and shares[name] < FEW) or (factor >= FAR and shares[name] > MOST):
             level, effect = ERROR, "has almost no effect" if factor < 1 else "dominates the others"
-            message += f": at {factor:.2g} times its published weight it {effect}: see config.methods.{_owner(name)}"
+            message += f": at {factor:.2g} times its published weight it {effect}: see {where_of(_owner(name))}"
         findings.append(Finding(level, name, message))
     for name in setup.methods:
-        message, key = f"{shares[name]:.2g} of the gradient at the neck", f"config.methods.{name}.weight"
+        message, key = f"{shares[name]:.2g} of the gradient at the neck", f"{where_of(name)}.weight"
         if shares[name] < NEGLIGIBLE:
             findings.append(Finding(ERROR, name, f"{message}: almost no effect: raise {key} or check its taps"))
         elif shares[name] > DOMINANT:
@@ -214,4 +219,4 @@ def check_terms(setup: Setup, measured: Measured) -> list[Finding]:
 
 
 def _owner(term: str) -> str:
-    return term.split("/")[0]
+    return term.rpartition("/")[0]

@@ -19,7 +19,7 @@ from kdjax.evals.matching import truth_by_image
 from kdjax.inference import predict as prediction
 from kdjax.structs import Array, Detections
 from kdjax.training.config import Config
-from kdjax.training.setup import Setup, model, named_detector
+from kdjax.training.setup import Setup, TeacherOfRun, model, named_detector
 
 # (images u8[B, H, W, 3] RGB, their input by the detector's own preprocess) -> input f32[B, H, W, 3]
 Change = Callable[[Array, Array], Array]
@@ -38,7 +38,7 @@ def check_weights(role: str, setup: Setup, image_count: int) -> list[Finding]:
     """Evaluates a detector with weights on validation images, also with other inputs and without classes.
 
     Args:
-      role: "teacher" or "student".
+      role: "student", or the `role` of a teacher.
       setup: of the run.
       image_count: number of validation images.
 
@@ -75,7 +75,7 @@ def check_weights(role: str, setup: Setup, image_count: int) -> list[Finding]:
             f"{measured}: the {role} barely detects anything: wrong data set, untrained weights, or boxes of the data "
             "are misplaced (--config.data.check=True draws them)"
         )
-        return [Finding(ERROR if role == "teacher" else WARNING, role, message)]
+        return [Finding(WARNING if role == "student" else ERROR, role, message)]
     return [Finding(WARNING if ap50 < 0.3 else OK, role, measured)]
 
 
@@ -122,8 +122,8 @@ def check_class_map(role: str, chosen: Config, dataset: data.Dataset) -> tuple[F
     """Compares the class map of weights with that of the data.
 
     Args:
-      role: "teacher" or "student".
-      chosen: `config.teacher` or `config.student`; `prepare` has accepted it.
+      role: "student", or the `role` of a teacher.
+      chosen: its settings in the config; `prepare` has accepted it.
       dataset: of the run.
 
     Returns:
@@ -143,27 +143,28 @@ def check_class_map(role: str, chosen: Config, dataset: data.Dataset) -> tuple[F
     else:
         found = f"the weights have {len(names)} others: {listed(names)}" if names else "the weights have others"
         message = f"the classifiers are re-initialised for {expected}; {found}"
-        if role == "teacher":
+        if role != "student":
             message = f"only the feature maps are used, because the classes are not {expected}; {found}"
     return Finding(OK, f"{role}'s class map", message), kept
 
 
-def check_sizes(setup: Setup) -> list[Finding]:
-    """Compares the number of parameters of teacher and student."""
-    assert setup.teacher is not None, "the run has no teacher"
-    teacher, student = (complexity.parameters(detector.shapes[0]) for detector in (setup.teacher, setup.student))
-    message = f"the teacher has {teacher / 1e6:.2f} million parameters, the student {student / 1e6:.2f}"
-    if teacher < student:
+def check_sizes(setup: Setup, teacher: TeacherOfRun) -> list[Finding]:
+    """Compares the number of parameters of a teacher and the student."""
+    large, small = (complexity.parameters(detector.shapes[0]) for detector in (teacher.detector, setup.student))
+    message = f"the {teacher.role} has {large / 1e6:.2f} million parameters, the student {small / 1e6:.2f}"
+    if large < small:
         return [Finding(WARNING, "sizes", f"{message}: are student and teacher swapped?")]
     return [Finding(OK, "sizes", message)]
 
 
-def check_taps(setup: Setup) -> list[Finding]:
-    """Lists the feature maps that each method compares, with their shapes by stride."""
+def check_taps(setup: Setup, teacher: TeacherOfRun) -> list[Finding]:
+    """Lists the feature maps that each method of a teacher compares, with their shapes by stride."""
     image_size = tuple(setup.config.data.image_size)
-    specs = {role: getattr(setup, role).spec(image_size) for role in ("student", "teacher")}
+    sides_of = {"student": setup.student, "teacher": teacher.detector}
+    specs = {role: detector.spec(image_size) for role, detector in sides_of.items()}
+    chosen = teacher.settings(setup.config).methods if teacher.name else setup.config.methods
     findings = []
-    for name, changes in setup.config.methods.items():
+    for name, changes in chosen.items():
         options = methods.options(name) | changes.to_dict()
         sides, strides = [], []
         for role, spec in specs.items():
@@ -179,7 +180,7 @@ def check_taps(setup: Setup) -> list[Finding]:
             continue
         alone = sorted(set.union(*strides) - set.intersection(*strides))
         message = ", ".join(sides) + f"; strides {', '.join(map(str, alone))} exist on one side only" * bool(alone)
-        findings.append(Finding(OK, f"{name}'s taps", message))
+        findings.append(Finding(OK, f"{f'{teacher.name}/' * bool(teacher.name)}{name}'s taps", message))
     return findings
 
 

@@ -6,7 +6,7 @@ import numpy as np
 from kdjax.doctor.findings import ERROR, OK, WARNING, Finding
 from kdjax.training import optim
 from kdjax.training.config import Config
-from kdjax.training.setup import build_methods
+from kdjax.training.setup import all_methods
 
 
 def check_schedule(config: Config, size: int) -> list[Finding]:
@@ -52,7 +52,7 @@ def check_schedule(config: Config, size: int) -> list[Finding]:
         findings.append(Finding(ERROR, "moving average", message))
     else:
         findings.append(Finding(OK, "moving average", message))
-    for name, method in build_methods(config).items():
+    for name, method in all_methods(config).items():
         active = float(np.mean(np.asarray(method.scale(np.arange(steps)))))
         if active < 0.1:
             message = f"start, stop, warmup and decay leave {active:.0%} of its weight on average over {steps} steps"

@@ -32,7 +32,7 @@ def card(
     role: str,
     *,
     student: str,
-    teacher: str | None,
+    teachers: Mapping[str, str],
     dataset: Dataset,
     config: Config,
     results: Mapping[str, Any],
@@ -44,18 +44,19 @@ def card(
     Args:
       role: "student" or "twin".
       student: name of the detector.
-      teacher: name of the teacher's detector; None: trained without a teacher.
+      teachers: names of the detectors by "teacher" or "teacher/NAME"; none: trained without a teacher.
       dataset: the training and validation data.
       config: of the run.
       results: the content of results.json.
-      fingerprints: hash of the weights of `role` and, with a teacher, of "teacher".
+      fingerprints: hash of the weights of `role` and, of the teachers, by their names.
       versions: of packages, commit and devices, by name.
     """
-    name, teacher = student, teacher if role == "student" else None
-    methods = " + ".join(config.methods) if teacher else "no teacher"
+    name, teachers = student, teachers if role == "student" else {}
+    used = _methods(config) if teachers else {}
+    methods = " + ".join(used) or "no teacher"
     return "\n".join(
         [
-            _header(name, dataset.name, results[role]["AP"], distilled=teacher is not None),
+            _header(name, dataset.name, results[role]["AP"], distilled=bool(teachers)),
             f"# {_plain(name)} on {_plain(dataset.name)}, {_plain(methods)}\n",
             _introduction(role, results) + "\n",
             "## Use\n",
@@ -64,11 +65,11 @@ def card(
             _metrics(role, results, config),
             "## How it was made\n",
             _list(
-                _data(dataset) | _training(config, teacher, fingerprints) | {"hash of the weights": fingerprints[role]}
+                _data(dataset) | _training(config, teachers, fingerprints) | {"hash of the weights": fingerprints[role]}
             ),
             _list({name: _plain(value) for name, value in versions.items() if value}),
             "## Licence\n",
-            _licence(dataset.licenses, config, distilled=teacher is not None),
+            _licence(dataset.licenses, config, distilled=bool(teachers)),
         ]
     )
 
@@ -126,12 +127,21 @@ def _data(dataset: Dataset) -> dict[str, str]:
     return facts | {"classes": _plain(", ".join(dataset.classes))}
 
 
-def _training(config: Config, teacher: str | None, fingerprints: Mapping[str, str]) -> dict[str, str]:
+def _methods(config: Config) -> dict[str, Any]:
+    """The options of all methods, by "METHOD" or, with several teachers, "TEACHER/METHOD"."""
+    several = {f"{name}/{key}": own for name, one in config.teachers.items() for key, own in one.methods.items()}
+    return several or dict(config.methods.items())
+
+
+def _training(config: Config, teachers: Mapping[str, str], fingerprints: Mapping[str, str]) -> dict[str, str]:
     facts = {}
-    if teacher:
-        facts["teacher"] = f"{teacher}, weights {_code(config.teacher.weights)}, hash {fingerprints['teacher']}"
-        for name, options in config.methods.items():
-            defaults = zoo.options(name)
+    for role, detector in teachers.items():
+        chosen = config.teachers[role.partition("/")[2]] if "/" in role else config.teacher
+        source = f"mean of {_code(chosen.mean)}" if "/" in role and chosen.mean else f"weights {_code(chosen.weights)}"
+        facts[role] = f"{detector}, {source}, hash {fingerprints[role]}"
+    if teachers:
+        for name, options in _methods(config).items():
+            defaults = zoo.options(name.rpartition("/")[2])
             changed = {key: value for key, value in options.items() if key != "weight" and value != defaults[key]}
             shown = ", ".join(f"{key} {value}" for key, value in {"weight": options.weight, **changed}.items())
             facts[f"method {name}"] = f"{_plain(shown)}; other options at their defaults"

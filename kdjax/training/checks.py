@@ -14,12 +14,19 @@ import numpy as np
 from kdjax import data, detectors, files, methods, resources, sharding
 from kdjax.distill import pairing
 from kdjax.errors import UserError, prefix
-from kdjax.structs import Array, DetectorOutput, targets_of
+from kdjax.structs import Array, DetectorOutput, PyTree, targets_of
 from kdjax.training import config as settings
 from kdjax.training import optim, replay
 from kdjax.training.config import Config
-from kdjax.training.setup import Setup, build_methods, check_masks, check_size, named_detector
-from kdjax.training.step import TeacherVariables, TrainState
+from kdjax.training.setup import (
+    Setup,
+    all_methods,
+    check_masks,
+    check_size,
+    members,
+    named_detector,
+)
+from kdjax.training.step import TrainState
 
 # What a run writes into its workdir.
 _MODEL = ("model.safetensors", "config.json", "README.md")
@@ -41,7 +48,7 @@ def check_settings(config: Config) -> None:
         raise UserError(f"config.dtype must be 'float32' or 'bfloat16', not {config.dtype!r}")
     with prefix("config.data"):
         data.check_settings(config.data)
-    build_methods(config)
+    all_methods(config)
     replay.check(config)
     if config.pairing not in pairing.RULES:
         raise UserError(f"config.pairing must be one of {', '.join(pairing.RULES)}, not {config.pairing!r}")
@@ -60,18 +67,59 @@ def check_models(config: Config) -> None:
     if not (config.student.detector or config.student.weights):
         raise UserError(f"config.student.detector: there is no student: choose one of {', '.join(detectors.names())}")
     has_teacher = bool(config.teacher.detector or config.teacher.weights)
-    if config.methods and not has_teacher:
+    if config.teachers:
+        check_teachers(config)
+    elif config.methods and not has_teacher:
         raise UserError(f"config.methods: {', '.join(config.methods)} without a teacher: set config.teacher.weights")
     if has_teacher and not config.teacher.weights:
         raise UserError(f"config.teacher.weights: the teacher {config.teacher.detector} has no weights: set a path")
     if has_teacher and not config.methods:
         raise UserError(f"config.methods: there is a teacher but no method: choose among {', '.join(methods.names())}")
-    if config.twin and not config.methods:
+    if config.twin and not (config.methods or config.teachers):
         raise UserError("config.twin has no effect without config.methods: it is for comparison with distillation")
     check_detectors(config)
-    for role in ("student", "teacher"):
-        if config[role].weights and not resources.model_path(config[role].weights).exists():
-            raise UserError(f"config.{role}.weights: there is no file or folder {config[role].weights}")
+    for where, chosen in _models(config):
+        if chosen.weights and not resources.model_path(chosen.weights).exists():
+            raise UserError(f"{where}.weights: there is no file or folder {chosen.weights}")
+
+
+def check_teachers(config: Config) -> None:
+    """Checks which settings of several teachers are set.
+
+    Raises:
+      UserError: names the setting and what it must be.
+    """
+    if config.teacher.detector or config.teacher.weights or config.methods:
+        raise UserError(
+            "config.teachers: there are also config.teacher or config.methods: make it one of config.teachers, with "
+            "its methods"
+        )
+    averaged = {member for chosen in config.teachers.values() for member in members(chosen)}
+    for name, chosen in config.teachers.items():
+        where, of_mean = f"config.teachers.{name}", members(chosen)
+        if bool(of_mean) == bool(chosen.weights):
+            both = "both weights and mean" if of_mean else "neither weights nor mean"
+            raise UserError(f"{where}: it has {both}: set one of them")
+        if of_mean and (chosen.detector or chosen.options):
+            raise UserError(f"{where}: a mean of other teachers has no detector and options: leave them out")
+        for member in of_mean:
+            if member not in config.teachers or members(config.teachers[member]) or of_mean.count(member) > 1:
+                raise UserError(
+                    f"{where}.mean: {chosen.mean!r} must be different names of config.teachers with weights, joined "
+                    "by +"
+                )
+        if len(of_mean) == 1:
+            raise UserError(f"{where}.mean: {chosen.mean!r} is one teacher: it needs two or more, joined by +")
+        if not chosen.methods and name not in averaged:
+            raise UserError(f"{where}.methods: there is no method: choose among {', '.join(methods.names())}")
+        if "/" in name or not name:
+            raise UserError(f"config.teachers: {name!r} is not a name: choose one without /")
+
+
+def _models(config: Config) -> list[tuple[str, Config]]:
+    """The settings of student and teachers, by where they are."""
+    several = [(f"config.teachers.{name}", chosen) for name, chosen in config.teachers.items()]
+    return [("config.student", config.student), ("config.teacher", config.teacher), *several]
 
 
 def check_detectors(config: Config) -> None:
@@ -80,15 +128,15 @@ def check_detectors(config: Config) -> None:
     Raises:
       UserError: names the setting and what it must be.
     """
-    for role in ("student", "teacher"):
-        if config[role].detector:
-            with prefix(f"config.{role}"):
-                detector = named_detector(config[role], 1)
-            check_size(role, detector, tuple(config.data.image_size))
-            if role == "student":
+    for where, chosen in _models(config):
+        if chosen.detector:
+            with prefix(where):
+                detector = named_detector(chosen, 1)
+            check_size(where.removeprefix("config."), detector, tuple(config.data.image_size))
+            if chosen is config.student:
                 check_masks(detector, config)
-        elif config[role].options:
-            raise UserError(f"config.{role}.options has no effect unless config.{role}.detector is set")
+        elif chosen.options:
+            raise UserError(f"{where}.options has no effect unless {where}.detector is set")
 
 
 def check_truth(dataset: data.Dataset, cfg: Mapping[str, Any]) -> None:
@@ -195,11 +243,11 @@ def check_terms(setup: Setup, batch: Mapping[str, np.ndarray]) -> None:
         return
     for name, method in setup.methods.items():
         if not method.weights:
-            raise UserError(f"config.methods.{name}: it has no effect: the weights of all its terms are 0")
+            raise UserError(f"{where_of(name)}: it has no effect: the weights of all its terms are 0")
     student, state = setup.student, setup.states["student"]
 
     def probe(
-        state: TrainState, variables: TeacherVariables, batch: Mapping[str, Array]
+        state: TrainState, variables: PyTree, batch: Mapping[str, Array]
     ) -> tuple[dict[str, Array], dict[str, Array], dict[str, Array]]:
         params = state.params
         output, _ = student.apply(params["student"], state.stats, student.preprocess(batch["image"]), train=True)
@@ -208,9 +256,7 @@ def check_terms(setup: Setup, batch: Mapping[str, np.ndarray]) -> None:
         losses = student.loss(output, targets, assignment)
 
         def terms(output: DetectorOutput) -> dict[str, Array]:
-            return distiller.terms(
-                params["adapters"], output, batch, tuple(variables), assignment=assignment, key=state.key
-            )
+            return distiller.terms(params["adapters"], output, batch, variables, assignment=assignment, key=state.key)
 
         values, vjp = jax.vjp(terms, output)
         grad_norms = {}
@@ -239,6 +285,12 @@ def check_terms(setup: Setup, batch: Mapping[str, np.ndarray]) -> None:
     mismatch = set(weights) ^ set(values)
     if mismatch:
         raise RuntimeError(f"terms with a weight but no value, or the reverse: {sorted(mismatch)}")
+
+
+def where_of(name: str) -> str:
+    """Where the options of a method are, "config.methods.NAME", or of several teachers of "TEACHER/NAME"."""
+    teacher, _, method = name.rpartition("/")
+    return f"config.teachers.{teacher}.methods.{method}" if teacher else f"config.methods.{method}"
 
 
 def check_programs(setup: Setup) -> None:

@@ -35,20 +35,10 @@ def base() -> Config:
             weights="",
         )
     )
-    config.teacher = ConfigDict(
-        dict(
-            detector="",  # needed unless `weights` is a kdjax folder; "" without weights trains without a teacher
-            options={},  # as for the student; a kdjax folder brings its own
-            # student/ folder of another run, .safetensors, .npz or .pth with mmdetection's names, or .onnx of YOLOX or
-            # RTMDet
-            weights="",
-            # folder of what the teacher says about the training batches: written first if it is missing, then read
-            # instead of running the teacher. "" = the teacher runs
-            cache="",
-            cache_dtype="float32",  # of the numbers there: float32 (exact), bfloat16 or int8 (kdjax/data/shards.py)
-        )
-    )
+    config.teacher = ConfigDict(_teacher())
     config.methods = ConfigDict()  # {method: its options}; the terms of several methods are added
+    # Several teachers at once, instead of `teacher` and `methods`: {name: `teacher(...)`}
+    config.teachers = ConfigDict()
     # Which rows of predictions methods compare: auto (by place; of transformers, whose queries have none, by_hungarian
     # or, with another detector, by_overlap), by_place, by_location, by_overlap or by_hungarian
     config.pairing = "auto"
@@ -80,6 +70,11 @@ def base() -> Config:
             image_size=(640, 640),  # height, width of the canvas, px
             masks=False,  # training batches have masks, at a quarter of the resolution; objects without are left out
             max_boxes=0,  # padded boxes per image; 0: the largest number in the data, more with Mosaic and MixUp
+            # folder of further images, without labels (all images below it): distillation terms alone. "" = none
+            unlabelled="",
+            unlabelled_ratio=1.0,  # number of them in a batch, as a multiple of batch_size
+            # score from which on the teacher's detections are the boxes of these images, for methods that need boxes
+            unlabelled_score=0.5,
             # number of augmented views of an image, whatever the seed: epoch e shows view e mod views; 0: endless draws
             views=0,
             workers=0,  # worker processes that decode and augment; 0 uses threads of this process
@@ -119,19 +114,52 @@ def base() -> Config:
             limit=0,  # number of validation images in evaluations during training; 0 = all. The final one uses all
         )
     )
+    # A finished run goes on if `steps` is larger than before and its learning rates so far are those of the longer run.
+    config.extend = False
     config.log_every = 20  # steps between lines in metrics.jsonl
     config.checkpoint = ConfigDict(dict(every=500, keep=2))  # steps; also saved at the end and on SIGTERM
     config.compile_cache = ""  # folder; "" = $KDJAX_CACHE/jax or ~/.cache/kdjax/jax; "off" disables it
     return config
 
 
+def _teacher() -> dict[str, Any]:
+    return dict(
+        detector="",  # needed unless `weights` is a kdjax folder; "" without weights trains without a teacher
+        options={},  # as for the student; a kdjax folder brings its own
+        # student/ folder of another run, .safetensors, .npz or .pth with mmdetection's names, or .onnx of YOLOX or
+        # RTMDet
+        weights="",
+        # folder of what the teacher says about the training batches: written first if it is missing, then read
+        # instead of running the teacher. "" = the teacher runs
+        cache="",
+        cache_dtype="float32",  # of the numbers there: float32 (exact), bfloat16 or int8 (kdjax/data/shards.py)
+    )
+
+
+def teacher(**changes: Any) -> Config:
+    """One of several teachers, for `config.teachers.NAME`: the settings of `config.teacher`, and two more.
+
+    Args:
+      **changes: of the defaults. `methods`: those that this teacher is used with, {method: its options}, or their names
+        joined by "+". `mean`: names of other teachers joined by "+", instead of `weights`: the mean of their rows is
+        this teacher; they may be without methods of their own.
+    """
+    unknown = sorted(set(changes) - {*_teacher(), "methods", "mean"})
+    if unknown:
+        raise UserError(f"teacher({', '.join(unknown)}): there are no such settings: they are {', '.join(_teacher())}")
+    chosen = changes.pop("methods", "")
+    made = ConfigDict(_teacher() | {"mean": ""} | changes)
+    made.methods = methods(chosen) if isinstance(chosen, str) else ConfigDict(chosen)
+    return made
+
+
 # Minimum and maximum of the numeric settings.
 _AT_LEAST_1 = ("batch_size", "steps", "data.scenes_train", "data.scenes_val", "eval.batch_size", "log_every",
                "checkpoint.every", "checkpoint.keep")  # fmt: skip
-_AT_LEAST_0 = ("data.max_boxes", "data.views", "data.workers", "data.limit", "optimizer.lr", "optimizer.weight_decay",
-               "optimizer.clip_norm", "optimizer.warmup", "optimizer.backbone", "ema.ramp", "eval.every",
-               "eval.limit")  # fmt: skip
-_SHARES = ("optimizer.momentum", "optimizer.flat", "optimizer.end", "ema.momentum")
+_AT_LEAST_0 = ("data.unlabelled_ratio", "data.max_boxes", "data.views", "data.workers", "data.limit", "optimizer.lr",
+               "optimizer.weight_decay", "optimizer.clip_norm", "optimizer.warmup", "optimizer.backbone", "ema.ramp",
+               "eval.every", "eval.limit")  # fmt: skip
+_SHARES = ("data.unlabelled_score", "optimizer.momentum", "optimizer.flat", "optimizer.end", "ema.momentum")
 _RANGES = (
     dict.fromkeys(_AT_LEAST_1, (1, math.inf))
     | dict.fromkeys(_AT_LEAST_0, (0, math.inf))
@@ -150,6 +178,14 @@ def check_keys(config: Config) -> None:
         raise unknown_setting(name.removeprefix("config."), base())
     for name in unknown_keys(base(), config):
         raise UserError(f"{name} is missing: start from kdjax.training.config.base()")
+    for name, chosen in config.teachers.items():
+        where = f"config.teachers.{name}"
+        if not isinstance(chosen, ConfigDict):
+            raise UserError(f"{where}={chosen!r}: it must be made by kdjax.training.config.teacher()")
+        for setting in unknown_keys(chosen, teacher(), where):
+            raise UserError(f"unknown setting {setting}: the settings of a teacher are {', '.join(teacher())}")
+        for setting in unknown_keys(teacher(), chosen, where):
+            raise UserError(f"{setting} is missing: start from kdjax.training.config.teacher()")
 
 
 def check_values(config: Config) -> None:
@@ -158,8 +194,10 @@ def check_values(config: Config) -> None:
     Raises:
       UserError: names the setting, what it must be, and its value.
     """
-    values = flat(config.to_dict())
-    for name, default in flat(base().to_dict()).items():
+    values, defaults = flat(config.to_dict()), flat(base().to_dict())
+    for name in config.teachers:
+        defaults |= {f"teachers.{name}.{key}": value for key, value in flat(teacher().to_dict()).items()}
+    for name, default in defaults.items():
         if type(default) in _KINDS and not _has_type(values[name], type(default)):
             raise UserError(f"config.{name} must be {_KINDS[type(default)]}, not {values[name]!r}")
     for name, (low, high) in _RANGES.items():
@@ -210,7 +248,7 @@ def unknown_keys(config: Config, reference: Config | None = None, prefix: str = 
         elif isinstance(expected, ConfigDict):
             if not isinstance(value, ConfigDict):
                 unknown.append(f"{prefix}.{key}={value!r}")
-            elif key not in ("methods", "options"):
+            elif key not in ("methods", "options", "teachers"):
                 unknown += unknown_keys(value, expected, f"{prefix}.{key}")
     return unknown
 

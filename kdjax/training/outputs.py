@@ -19,7 +19,7 @@ from kdjax.structs import Detections
 from kdjax.training.checks import check_programs
 from kdjax.training.log import Log
 from kdjax.training.provenance import environment
-from kdjax.training.setup import Setup, model
+from kdjax.training.setup import Setup, members, model
 from kdjax.training.step import TeacherVariables
 from kdjax.weights.checkpoint import fingerprint
 
@@ -40,7 +40,7 @@ def evaluate(setup: Setup, role: str, *, limit: int = 0) -> Evaluation:
 
     Args:
       setup: of the run.
-      role: "teacher", "twin" or "student".
+      role: "twin", "student", or the `role` of a teacher.
       limit: number of validation images; 0 = all.
     """
     config, dataset = setup.config, setup.dataset
@@ -102,11 +102,12 @@ def finish(setup: Setup, workdir: Path, log: Log) -> dict[str, Any]:
     Returns:
       The content of results.json apart from its hash: for "teacher", "twin" and "student" COCO's metrics with `params`
       and `flops`, or None; for "gain" the differences of student and twin, or None; for "voc", with VOC's data, its
-      metrics by model.
+      metrics by model; for "teachers", with several, the metrics of each by name. "teacher" is the best of them.
     """
     config, dataset = setup.config, setup.dataset
     image_size = tuple(config.data.image_size)
-    roles = [*setup.states, "teacher"] if setup.teacher_detects else [*setup.states]
+    detecting = [teacher for teacher in setup.teachers if teacher.detects]
+    roles = [*setup.states, *(teacher.role for teacher in detecting)]
     results: dict[str, Any] = dict.fromkeys(("teacher", "twin", "student", "gain"))
     evaluations, failed = {}, []
     for role in roles:
@@ -119,9 +120,13 @@ def finish(setup: Setup, workdir: Path, log: Log) -> dict[str, Any]:
         if not jax.process_index():
             with files.attempt(failed):
                 (workdir / "detections").mkdir(exist_ok=True)
-                files.write_json(
-                    workdir / "detections" / f"{role}.json", coco.results(evaluations[role].detections), indent=1
-                )
+                path = workdir / "detections" / f"{role.replace('/', '_')}.json"
+                files.write_json(path, coco.results(evaluations[role].detections), indent=1)
+    several = {teacher.name: results.pop(teacher.role) for teacher in detecting if teacher.name}
+    if several:
+        best = max(several, key=lambda name: several[name]["AP"])
+        results |= {"teacher": several[best], "teachers": several}
+        evaluations["teacher"] = evaluations[f"teacher/{best}"]
     if dataset.name == "voc" or dataset.source == "voc_folder":
         truth = data.ground_truth(dataset, "val")
         results["voc"] = {
@@ -186,12 +191,11 @@ def save_model(setup: Setup, role: str, folder: Path, results: Mapping[str, Any]
         extra=extra,
     )
     fingerprints = {role: fingerprint(TeacherVariables(params, stats))}
-    if setup.teacher:
-        fingerprints["teacher"] = fingerprint(setup.variables)
+    fingerprints |= {teacher.role: fingerprint(teacher.variables) for teacher in setup.teachers}
     text = model_card.card(
         role,
         student=setup.student.name,
-        teacher=setup.teacher.name if setup.teacher else None,
+        teachers={teacher.role: getattr(teacher.detector, "name", "mean") for teacher in setup.teachers},
         dataset=dataset,
         config=config,
         results=results,
@@ -256,8 +260,14 @@ def notes(setup: Setup, rows: Sequence[Mapping[str, Any]], damaged: int) -> list
     ]
     if "twin" in setup.states:
         lines.append("The twin has the student's initial weights and batches, but no teacher.")
-    if setup.teacher and not setup.teacher_detects:
-        lines.append("The teacher has other classes than the data: only its maps are used; it is not evaluated.")
+    for teacher in setup.teachers:
+        if members(teacher.settings(config)):
+            lines.append(f"The {teacher.role} is the mean of the rows of {teacher.settings(config).mean}.")
+        elif not teacher.detects:
+            which = f"The {teacher.role} has other classes than the data"
+            lines.append(f"{which}: only its maps are used; it is not evaluated.")
+    if any(teacher.name for teacher in setup.teachers):
+        lines.append("The teacher in tables and pictures is the best of the teachers by AP.")
     if config.eval.every and config.eval.limit:
         lines.append(
             f"AP during training: the first {config.eval.limit} validation images; the last value: all of them."

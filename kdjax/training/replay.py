@@ -21,14 +21,14 @@ from kdjax import data, files, sharding
 from kdjax.data import shards
 from kdjax.data.plans import TrainPlans, ViewPlans
 from kdjax.data.shards import Leaf, Missing, Shards
+from kdjax.distill import Method
+from kdjax.distill.teachers import RECORDED
 from kdjax.errors import UserError, prefix
 from kdjax.structs import DetectorOutput, PyTree
 from kdjax.training import config as settings
 from kdjax.training.config import Config
-from kdjax.training.setup import Setup, read_by_teacher
+from kdjax.training.setup import Setup, TeacherOfRun, attached, read_by_teacher
 from kdjax.weights.checkpoint import fingerprint, flat
-
-_SETTING = "config.teacher.cache"
 
 
 class Needs(NamedTuple):
@@ -41,53 +41,52 @@ class Needs(NamedTuple):
 
 
 def check(config: Config) -> None:
-    """Checks the settings of the cache.
+    """Checks the settings of the caches.
 
     Raises:
       UserError: names the setting and what it must be.
     """
-    chosen = config.teacher
-    if chosen.cache_dtype not in shards.DTYPES:
-        raise UserError(
-            f"config.teacher.cache_dtype must be one of {', '.join(shards.DTYPES)}, not {chosen.cache_dtype!r}"
-        )
-    if chosen.cache_dtype != "float32" and not chosen.cache:
-        raise UserError("config.teacher.cache_dtype has no effect without config.teacher.cache: set its folder")
-    if chosen.cache and not config.methods:
-        raise UserError(f"{_SETTING} has no effect without a teacher and config.methods")
-    if "://" in chosen.cache:
-        raise UserError(f"{_SETTING}: {chosen.cache} is a URL: choose a folder of this machine")
+    several = {f"config.teachers.{name}": (chosen, chosen.methods) for name, chosen in config.teachers.items()}
+    for where, (chosen, methods) in ({"config.teacher": (config.teacher, config.methods)} | several).items():
+        if chosen.cache_dtype not in shards.DTYPES:
+            raise UserError(
+                f"{where}.cache_dtype must be one of {', '.join(shards.DTYPES)}, not {chosen.cache_dtype!r}"
+            )
+        if chosen.cache_dtype != "float32" and not chosen.cache:
+            raise UserError(f"{where}.cache_dtype has no effect without {where}.cache: set its folder")
+        if chosen.cache and not methods:
+            raise UserError(f"{where}.cache has no effect without a teacher and its methods")
+        if "://" in chosen.cache:
+            raise UserError(f"{where}.cache: {chosen.cache} is a URL: choose a folder of this machine")
 
 
-def needs(setup: Setup) -> Needs:
-    """What the run needs of a cache.
+def needs(setup: Setup, teacher: TeacherOfRun) -> Needs:
+    """What the run needs of the cache of a teacher.
 
     Raises:
       UserError: the teacher cannot be cached: the methods ask it inside the step.
     """
-    if setup.observer is None:
-        assert setup.teacher is not None, "`check` refuses runs without one"
-        asking = [name for name, method in setup.methods.items() if _asks(setup, name)] or list(setup.methods)
+    if teacher.observer is None:
+        asking = [name for name, method in teacher.methods.items() if _asks(method)] or list(teacher.methods)
         raise UserError(
-            f"{_SETTING}: {', '.join(asking)} asks the second stage or the decoder of the teacher {setup.teacher.name} "
-            "about boxes of the student, which no cache can answer: leave it empty, or take methods that read maps or "
-            "rows"
+            f"{_where(teacher)}: {', '.join(asking)} asks the second stage or the decoder of the teacher "
+            f"{teacher.detector.name} about boxes of the student, which no cache can answer: leave it empty, or take "
+            "methods that read maps or rows"
         )
     config = setup.config
-    output = setup.observer.output
+    output = teacher.observer.output
     leaves = tuple(Leaf(name, leaf.shape[1:], str(leaf.dtype)) for name, leaf in flat(output, copy=False).items())
-    return Needs(facts(setup), output, leaves, _plans(setup).needed(config.steps))
+    return Needs(facts(setup, teacher), output, leaves, _plans(setup).needed(config.steps))
 
 
-def facts(setup: Setup) -> dict[str, Any]:
+def facts(setup: Setup, teacher: TeacherOfRun) -> dict[str, Any]:
     """What the stored values depend on, by the names that a user knows."""
-    config, teacher = setup.config, setup.teacher
-    assert teacher is not None, "the run has no teacher"
+    config, own, detector = setup.config, teacher.settings(setup.config), teacher.detector
     cfg = config.data
     found = {
-        "the hash of the teacher's weights": fingerprint(setup.variables),
-        "config.teacher.detector": teacher.name,
-        "config.teacher.options": teacher.options,
+        "the hash of the teacher's weights": fingerprint(teacher.variables),
+        "config.teacher.detector": getattr(detector, "name", ""),
+        "config.teacher.options": getattr(detector, "options", {}),
         "the hash of the training images, boxes and classes": setup.dataset.splits["train"].fingerprint,
         "config.data.exif_orientation": cfg.exif_orientation,
         "config.data.masks": cfg.masks,
@@ -95,7 +94,7 @@ def facts(setup: Setup) -> dict[str, Any]:
         "how an image fits the canvas": "stretched" if setup.student.fit == "stretch" else "with its aspect ratio",
         "config.data.views": cfg.views,
         "config.dtype": config.dtype,
-        "config.teacher.cache_dtype": config.teacher.cache_dtype,
+        "config.teacher.cache_dtype": own.cache_dtype,
     }
     augmentations = {"config.data.augment": cfg.augment}
     if cfg.stage2.start:
@@ -111,66 +110,68 @@ def facts(setup: Setup) -> dict[str, Any]:
     return json.loads(json.dumps(found))
 
 
-def ready(setup: Setup) -> Shards | None:
-    """The cache of a run with all that it needs, written first as far as it is missing; None if it has none.
+def ready(setup: Setup) -> dict[str, Shards]:
+    """The caches of a run by teacher, with all that it needs, written first as far as it is missing.
 
     The first host writes, the others wait.
 
     Raises:
-      UserError: the teacher cannot be cached, the cache does not fit the run or is damaged, the disk cannot hold it, or
+      UserError: a teacher cannot be cached, the cache does not fit the run or is damaged, the disk cannot hold it, or
         another host cannot read it.
     """
-    if not setup.config.teacher.cache:
-        return None
-    problem = ""
+    return {one.name: _ready(setup, one) for one in setup.teachers if one.settings(setup.config).cache}
+
+
+def _ready(setup: Setup, teacher: TeacherOfRun) -> Shards:
+    problem, where = "", _where(teacher)
     if not jax.process_index():
         try:
-            write(setup)
+            write(setup, teacher)
         except UserError as error:
             if jax.process_count() == 1:
                 raise
             problem = str(error)
     if jax.process_count() > 1 and multihost_utils.process_allgather(np.array(bool(problem))).any():
-        raise UserError(problem or f"{_SETTING}: the first host could not write it: see what it says")
-    needed = needs(setup)
-    with prefix(_SETTING):
-        found = shards.find(_folder(setup))
+        raise UserError(problem or f"{where}: the first host could not write it: see what it says")
+    needed, folder = needs(setup, teacher), _folder(setup, teacher)
+    with prefix(where):
+        found = shards.find(folder)
         if found is None or found.missing(needed.entries):
-            raise UserError(f"{_folder(setup)} is not the folder that the first host has written: share one")
+            raise UserError(f"{folder} is not the folder that the first host has written: share one")
         return found
 
 
-def write(setup: Setup) -> Shards:
-    """Writes what a cache lacks of what a run needs, and says how much it will be.
+def write(setup: Setup, teacher: TeacherOfRun) -> Shards:
+    """Writes what the cache of a teacher lacks of what a run needs, and says how much it will be.
 
     Raises:
       UserError: the teacher cannot be cached, the cache does not fit the run or is damaged, or the disk cannot hold it.
     """
-    needed, folder = needs(setup), _folder(setup)
-    with prefix(_SETTING):
-        found = shards.find(folder) or new(setup, needed)
+    needed, folder, where = needs(setup, teacher), _folder(setup, teacher), _where(teacher)
+    with prefix(where):
+        found = shards.find(folder) or new(setup, teacher, needed)
         check_fit(found, needed)
         if missing := found.missing(needed.entries):
             check_room(found, missing)
             shards.make_folder(folder)
-            busy = f"{_SETTING}: waiting for another process, which writes {folder}"
+            busy = f"{where}: waiting for another process, which writes {folder}"
             with files.lock(folder / ".lock", busy, wait=True):
-                found = shards.find(folder) or shards.create(new(setup, needed))
+                found = shards.find(folder) or shards.create(new(setup, teacher, needed))
                 check_fit(found, needed)
                 if missing := found.missing(needed.entries):
-                    _fill(setup, found, missing)
-    _tell_origin(setup, found)
+                    _fill(setup, teacher, found, missing)
+    _tell_origin(setup, teacher, found)
     return found
 
 
-def new(setup: Setup, needed: Needs) -> Shards:
-    """An empty cache for a run, not yet on disk."""
-    config, kind = setup.config, setup.config.teacher.cache_dtype
+def new(setup: Setup, teacher: TeacherOfRun, needed: Needs) -> Shards:
+    """An empty cache of a teacher for a run, not yet on disk."""
+    config, kind, folder = setup.config, teacher.settings(setup.config).cache_dtype, _folder(setup, teacher)
     plans = _plans(setup)
-    entry = Shards(_folder(setup), needed.leaves, kind, 1, 0, needed.facts, {})
+    entry = Shards(folder, needed.leaves, kind, 1, 0, needed.facts, {})
     span = plans.size if isinstance(plans, ViewPlans) else 0
     shard = shards.file_entries(entry.entry_bytes, config.batch_size)
-    return Shards(_folder(setup), needed.leaves, kind, shard, span, needed.facts, _origin(setup))
+    return Shards(folder, needed.leaves, kind, shard, span, needed.facts, _origin(setup))
 
 
 def check_fit(found: Shards, needed: Needs) -> None:
@@ -216,17 +217,26 @@ def check_room(found: Shards, missing: list[Missing]) -> None:
         )
 
 
-def attach(setup: Setup, found: Shards | None) -> Callable[[np.ndarray], DetectorOutput] | None:
-    """What the loader calls with the entries of a batch: reads what the teacher says about them.
+def attach(setup: Setup, stored: Mapping[str, Shards]) -> Callable[[np.ndarray], Any] | None:
+    """What the loader calls with the entries of a batch: reads what the teachers say about them.
 
     Args:
       setup: of the run.
-      found: of `ready`; None: the teacher runs.
+      stored: of `ready`; teachers that are not in it run.
     """
-    if found is None:
+    if not stored:
         return None
-    assert setup.observer is not None, "`needs` refuses such teachers"
-    output = setup.observer.output
+    readers = {one.name: _reader(one, stored[one.name]) for one in setup.teachers if one.name in stored}
+
+    def read(entries: np.ndarray) -> Any:  # noqa: ANN401 - as the distiller takes it
+        return attached({name: reader(entries) for name, reader in readers.items()})[RECORDED]
+
+    return read
+
+
+def _reader(teacher: TeacherOfRun, found: Shards) -> Callable[[np.ndarray], DetectorOutput]:
+    assert teacher.observer is not None, "`needs` refuses such teachers"
+    output = teacher.observer.output
     structure, names = jax.tree.structure(output), list(flat(output, copy=False))
 
     def read(entries: np.ndarray) -> DetectorOutput:
@@ -236,7 +246,7 @@ def attach(setup: Setup, found: Shards | None) -> Callable[[np.ndarray], Detecto
     return read
 
 
-def _fill(setup: Setup, found: Shards, missing: list[Missing]) -> None:
+def _fill(setup: Setup, teacher: TeacherOfRun, found: Shards, missing: list[Missing]) -> None:
     """Writes files. The teacher sees batches of the run's size: on some devices other sizes are rounded otherwise."""
     config, hosts = setup.config, jax.process_count()
     rows = config.batch_size // hosts
@@ -245,11 +255,11 @@ def _fill(setup: Setup, found: Shards, missing: list[Missing]) -> None:
         for one in missing
         for first in range(one.first, one.first + one.count, rows)
     ]
-    assert setup.observer is not None, "`needs` refuses such teachers"
-    observe, mesh, variables = setup.observer.program, setup.mesh, setup.variables
+    assert teacher.observer is not None, "`needs` refuses such teachers"
+    observe, mesh, variables = teacher.observer.program, setup.mesh, teacher.variables
     if hosts > 1:  # the others wait: a program for the devices of this host
         mesh = sharding.mesh_of(jax.local_devices())
-        observe = jax.jit(setup.observer.function, out_shardings=sharding.batch_sharding(mesh))
+        observe = jax.jit(teacher.observer.function, out_shardings=sharding.batch_sharding(mesh))
         variables = sharding.replicate(variables, mesh)
 
     def said() -> Iterator[dict[str, np.ndarray]]:
@@ -295,13 +305,16 @@ def _plans(setup: Setup) -> TrainPlans | ViewPlans:
     return data.train_plans(setup.dataset, config.data, batch_size=config.batch_size, seed=config.seed)
 
 
-def _asks(setup: Setup, name: str) -> bool:
-    reads = setup.methods[name].reads.teacher
-    return any(one in ("ask", "proposals") or one.startswith("rows.") for one in reads)
+def _asks(method: Method) -> bool:
+    return any(one in ("ask", "proposals") or one.startswith("rows.") for one in method.reads.teacher)
 
 
-def _folder(setup: Setup) -> Path:
-    return Path(setup.config.teacher.cache).expanduser().absolute()
+def _where(teacher: TeacherOfRun) -> str:
+    return f"{teacher.setting}.cache"
+
+
+def _folder(setup: Setup, teacher: TeacherOfRun) -> Path:
+    return Path(teacher.settings(setup.config).cache).expanduser().absolute()
 
 
 def _origin(setup: Setup) -> dict[str, Any]:
@@ -310,14 +323,14 @@ def _origin(setup: Setup) -> dict[str, Any]:
     return {"jax": jax.__version__, "platform": jax.default_backend(), "rows of a device": rows}
 
 
-def _tell_origin(setup: Setup, found: Shards) -> None:
+def _tell_origin(setup: Setup, teacher: TeacherOfRun, found: Shards) -> None:
     """Notes where a cache need not equal the teacher of this run to the bit."""
     now = _origin(setup)
     if differ := [
         f"{name} {found.origin.get(name)}, now {now[name]}" for name in now if found.origin.get(name) != now[name]
     ]:
         told = "equal to the bit only where these are the same, and up to rounding here"
-        print(f"{_SETTING}: {found.folder} was written with {'; '.join(differ)}: {told}")
+        print(f"{_where(teacher)}: {found.folder} was written with {'; '.join(differ)}: {told}")
 
 
 def _listed(names: Mapping[str, Any] | list[str]) -> str:

@@ -24,13 +24,14 @@ from kdjax.distill.teachers import RECORDED
 from kdjax.errors import UserError, prefix
 from kdjax.report import preview
 from kdjax.report.run import verdict
+from kdjax.structs import PyTree
 from kdjax.training import checks, optim, outputs, provenance, replay
 from kdjax.training.checkpoint import Checkpoints
 from kdjax.training.config import Config
 from kdjax.training.log import Log
 from kdjax.training.schedule import schedule
 from kdjax.training.setup import Setup, load_detector, placed, prepare, prepare_process, resume, run_fingerprint
-from kdjax.training.step import TeacherVariables, TrainState
+from kdjax.training.step import TrainState
 
 
 class Stopped(Exception):
@@ -108,7 +109,7 @@ def run(config: Config, workdir: str | Path | None) -> dict[str, Any] | None:
                     "all steps are done: evaluating again" if start == config.steps else f"continuing at step {start}"
                 )
                 print(f"{folder}: {done}")
-            stored = replay.ready(setup) if start < config.steps else None
+            stored = replay.ready(setup) if start < config.steps else {}
             if start == 0:
                 checks.check_terms(setup, checks.first_batch_with_objects(setup))
             provenance.write_config(config, folder, dataset.fingerprint)
@@ -133,7 +134,7 @@ def only_writer(folder: Path) -> contextlib.AbstractContextManager[None]:
 
 
 def train(
-    setup: Setup, start: int, checkpoints: Checkpoints, log: Log, stored: Shards | None = None
+    setup: Setup, start: int, checkpoints: Checkpoints, log: Log, stored: Mapping[str, Shards]
 ) -> dict[str, TrainState]:
     """Runs all updates from `start` to the end.
 
@@ -142,7 +143,7 @@ def train(
       start: number of updates so far.
       checkpoints: for the states.
       log: for the metrics.
-      stored: the cache that stands for the teacher; None: the teacher runs.
+      stored: the caches that stand for teachers, by name; the others run.
 
     Returns:
       The final states by role.
@@ -228,7 +229,7 @@ def train(
     return states
 
 
-def given(setup: Setup, role: str, batch: Mapping[str, Any]) -> tuple[TeacherVariables | None, dict[str, Any]]:
+def given(setup: Setup, role: str, batch: Mapping[str, Any]) -> tuple[PyTree, dict[str, Any]]:
     """What the update of a role gets beside its state; that of the twin gets nothing of the teacher."""
     if role == "student":
         return setup.variables, dict(batch)

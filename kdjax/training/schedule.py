@@ -7,7 +7,7 @@ import numpy as np
 from kdjax.structs import Array
 from kdjax.training import optim
 from kdjax.training.config import Config
-from kdjax.training.setup import build_methods
+from kdjax.training.setup import all_methods
 
 POINTS = 2000  # at most, of a curve
 
@@ -23,7 +23,7 @@ def schedule(config: Config) -> dict[str, np.ndarray]:
       `weight/METHOD/TERM`.
     """
     steps = np.unique(np.linspace(0, config.steps - 1, POINTS).round().astype(int))
-    methods = build_methods(config)
+    methods = all_methods(config)
 
     def weights(step: Array) -> dict[str, Array | float]:
         return {f"{name}/{term}": w * m.scale(step) for name, m in methods.items() for term, w in m.weights.items()}

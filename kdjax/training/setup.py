@@ -6,8 +6,8 @@ import dataclasses
 import gc
 import platform
 import sys
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -16,9 +16,10 @@ from tqdm import tqdm
 
 from kdjax import data, detectors, files, methods, sharding, weights
 from kdjax.detectors.api import Detector, Tree
-from kdjax.distill import Distiller, Method, pairing
+from kdjax.distill import Distiller, Distillers, Method, pairing, teachers
+from kdjax.distill.distiller import method_key
 from kdjax.distill.teachers import RECORDED, functions_of, without_places
-from kdjax.errors import UserError, listed
+from kdjax.errors import UserError, listed, prefix
 from kdjax.structs import Array, DetectorOutput, PyTree
 from kdjax.training import optim
 from kdjax.training.checkpoint import Checkpoints
@@ -31,47 +32,78 @@ from kdjax.weights.checkpoint import fingerprint, flat
 MALLOC = {-8: 1, -4: 0, -1: -1}
 
 
+class Observer(NamedTuple):
+    """A teacher as a program of its own, ahead of the student's step."""
+
+    # (variables of the teacher, batch) -> what the methods read of it; every array has a batch axis
+    function: Callable[[Any, Batch], DetectorOutput]
+    program: jax.stages.Wrapped  # the function, jitted for the devices of the run
+    output: DetectorOutput  # shapes of what it returns for a batch of the run
+
+
+class TeacherOfRun(NamedTuple):
+    """A teacher of a run, with the methods that compare the student with it."""
+
+    name: str  # of config.teachers; "" of config.teacher
+    detector: Any  # a `Detector`, or for a mean of others a `kdjax.distill.Custom`
+    detects: bool  # it is a detector with the classes of the data, so that it can be evaluated
+    distiller: Distiller  # of student, teacher and methods, in float32
+    variables: Any  # of a detector `TeacherVariables`, of a mean a tuple of them; on all devices
+    observer: Observer | None  # None: its output holds functions, and it runs inside the step
+
+    @property
+    def methods(self) -> Mapping[str, Method]:
+        """The methods by name."""
+        return self.distiller.methods
+
+    @property
+    def setting(self) -> str:
+        """Where its settings are."""
+        return f"config.teachers.{self.name}" if self.name else "config.teacher"
+
+    def settings(self, config: Config) -> Config:
+        """Its settings in the config of the run."""
+        return config.teachers[self.name] if self.name else config.teacher
+
+    @property
+    def role(self) -> str:
+        """What its evaluation is called."""
+        return f"teacher/{self.name}" if self.name else "teacher"
+
+
 class Setup(NamedTuple):
     """Everything that is known before the first update."""
 
     config: Config
     dataset: data.Dataset
     student: Detector
-    teacher: Detector | None
-    methods: dict[str, Method]
-    distiller: Distiller | None  # of student, teacher and methods, in float32
-    teacher_detects: bool  # the teacher has the classes of the data, so that it can be evaluated
-    variables: TeacherVariables | None  # on all devices
-    observer: "Observer | None"  # None: there is no teacher, or its output holds functions and it runs inside the step
+    teachers: tuple[TeacherOfRun, ...]  # none, that of config.teacher, or those of config.teachers
+    distiller: Distiller | Distillers | None  # of all teachers, in float32
+    variables: Any  # of all teachers, as the distiller takes them
     states: dict[str, TrainState]  # "student" and, with a twin, "twin"; on all devices
     steps: dict[str, jax.stages.Wrapped]  # role -> jitted `Update`
     programs: collections.Counter[str]  # how often each program was traced
     mesh: Mesh
 
-
-class Observer(NamedTuple):
-    """The teacher as a program of its own, ahead of the student's step."""
-
-    # (teacher variables, batch) -> what the methods read of the teacher; every array has a batch axis
-    function: Callable[[TeacherVariables, Batch], DetectorOutput]
-    program: jax.stages.Wrapped  # the function, jitted for the devices of the run
-    output: DetectorOutput  # shapes of what it returns for a batch of the run
+    @property
+    def methods(self) -> Mapping[str, Method]:
+        """The methods by name; with several teachers by "teacher/method"."""
+        return {} if self.distiller is None else self.distiller.methods
 
 
 def model(setup: Setup, role: str) -> tuple[Detector, tuple[Tree, Tree]]:
-    """The detector of a role with the variables that are evaluated: a moving average, except for the teacher.
+    """The detector of a role with the variables that are evaluated: a moving average, except for a teacher.
 
     Args:
       setup: of the run.
-      role: "teacher", "twin" or "student".
+      role: "twin", "student", or the `role` of a teacher.
 
     Returns:
       The detector and its (params, stats).
     """
-    if role == "teacher":
-        assert setup.teacher is not None, "the run has no teacher"
-        assert setup.variables is not None, "the run has no teacher"
-        return setup.teacher, (setup.variables.params, setup.variables.stats)
+    for teacher in setup.teachers:
+        if teacher.role == role:
+            return teacher.detector, (teacher.variables.params, teacher.variables.stats)
     average = setup.states[role].ema
     return setup.student, (average["params"], average["stats"])
 
@@ -97,20 +129,49 @@ def prepare_process(folder: str) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def build_methods(config: Config) -> dict[str, Method]:
-    """The methods of `config.methods` by name.
+def build_methods(chosen: Config, where: str = "config.methods") -> dict[str, Method]:
+    """Methods by name.
+
+    Args:
+      chosen: {method: its options}, as `config.methods`.
+      where: begins the message of an error.
 
     Raises:
       UserError: unknown method or option, or a value out of its range.
     """
     built = {}
-    for name, options in config.methods.items():
+    for name, options in chosen.items():
         try:
             built[name] = methods.build(name, **options)
         except UserError as error:
             text = str(error)
-            raise UserError(f"config.methods{'.' if text.startswith(f'{name}: ') else ': '}{text}") from error
+            raise UserError(f"{where}{'.' if text.startswith(f'{name}: ') else ': '}{text}") from error
     return built
+
+
+def all_methods(config: Config) -> dict[str, Method]:
+    """The methods of a run by name, with several teachers by "teacher/method".
+
+    Raises:
+      UserError: unknown method or option, or a value out of its range.
+    """
+    several = {
+        f"{name}/{method}": built
+        for name, chosen in config.teachers.items()
+        for method, built in build_methods(chosen.methods, f"config.teachers.{name}.methods").items()
+    }
+    return several | build_methods(config.methods)
+
+
+def teacher_configs(config: Config) -> dict[str, tuple[Config, Config]]:
+    """The settings and the options of the methods of every teacher, by name.
+
+    Returns:
+      {"": (config.teacher, config.methods)} or one entry for each of config.teachers; empty without a teacher.
+    """
+    if config.teachers:
+        return {name: (chosen, chosen.methods) for name, chosen in config.teachers.items()}
+    return {"": (config.teacher, config.methods)} if config.teacher.weights else {}
 
 
 def named_detector(chosen: Config, num_classes: int) -> Detector:
@@ -150,7 +211,7 @@ def check_masks(student: Detector, config: Config) -> None:
 
 
 def load_detector(
-    role: str, chosen: Config, dataset: data.Dataset, key: Array
+    role: str, chosen: Config, dataset: data.Dataset, key: Array, where: str = ""
 ) -> tuple[Detector, tuple[Tree, Tree] | None]:
     """The detector of a role with its initial weights.
 
@@ -159,6 +220,7 @@ def load_detector(
       chosen: `config.student` or `config.teacher`.
       dataset: of the run.
       key: PRNG key for what the weights lack.
+      where: begins messages; "" = "config.ROLE".
 
     Returns:
       The detector, and (params, stats) or None if there are no weights.
@@ -166,6 +228,7 @@ def load_detector(
     Raises:
       UserError: the weights cannot be read, or do not fit the detector or, for a teacher, the classes of the data.
     """
+    where = where or f"config.{role}"
     detector = named_detector(chosen, len(dataset.classes)) if chosen.detector else None
     if not chosen.weights:
         assert detector is not None, "check_models refuses a config without detector and weights"
@@ -176,36 +239,41 @@ def load_detector(
     if classes is not None and not data.same_names(classes, dataset.classes):
         if role == "student":
             told = f"the classes of {chosen.weights} are not those of the data: the classifiers are re-initialised"
-            tqdm.write(f"config.student.weights: {told}", file=sys.stderr)
+            tqdm.write(f"{where}.weights: {told}", file=sys.stderr)
             detector = detectors.build(detector.name, len(dataset.classes), **detector.options)
             return detector, (weights.reset_classifiers(detector, params, key=key), stats)
         missing = [name for name in dataset.classes if name not in classes]
         what = f"{missing[0]!r} is unknown to the {role}" if missing else "the order or number of classes differs"
         raise UserError(
-            f"config.{role}.weights: the class map of {chosen.weights} does not fit the data: {what}; "
+            f"{where}.weights: the class map of {chosen.weights} does not fit the data: {what}; "
             f"{role}: {listed(classes)}; data: {listed(dataset.classes)} (if only the spelling differs, "
             "rename the classes with `kdjax import-weights --classes`)"
         )
     if detector.num_classes != len(dataset.classes):
         raise UserError(
-            f"config.{role}.weights: {chosen.weights} has {detector.num_classes} classes, the data has "
-            f"{len(dataset.classes)}"
+            f"{where}.weights: {chosen.weights} has {detector.num_classes} classes, the data has {len(dataset.classes)}"
         )
     return detector, (params, stats)
 
 
+def members(chosen: Config) -> list[str]:
+    """The teachers whose mean a teacher is; none if it is a model of its own."""
+    return chosen.mean.split("+") if "mean" in chosen and chosen.mean else []
+
+
 def load_teacher(
-    chosen: Config, dataset: data.Dataset, key: Array, chosen_methods: Mapping[str, Method]
+    where: str, chosen: Config, dataset: data.Dataset, key: Array, *, predictions: bool
 ) -> tuple[Detector, tuple[Tree, Tree] | None, bool]:
-    """The teacher with its weights.
+    """A teacher with its weights.
 
     Its classes may differ from those of the data if the methods read only its feature maps; it is then not evaluated.
 
     Args:
-      chosen: `config.teacher`.
+      where: "config.teacher" or "config.teachers.NAME"; begins messages.
+      chosen: its settings.
       dataset: of the run.
       key: PRNG key for what the weights lack.
-      chosen_methods: of the run, by name.
+      predictions: whether a method reads predictions of it.
 
     Returns:
       The detector, (params, stats), and whether its classes are those of the data.
@@ -214,14 +282,14 @@ def load_teacher(
       UserError: the weights cannot be read, or do not fit the detector or the classes of the data.
     """
     try:
-        return *load_detector("teacher", chosen, dataset, key), True
+        return *load_detector("teacher", chosen, dataset, key, where), True
     except UserError:
-        if reads_predictions(chosen_methods):
+        if predictions:
             raise
     detector = named_detector(chosen, len(dataset.classes)) if chosen.detector else None
     detector, params, stats, _ = weights.load(chosen.weights, detector, key=key)
     tqdm.write(
-        f"config.teacher.weights: the classes of {chosen.weights} are not those of the data: only its feature maps "
+        f"{where}.weights: the classes of {chosen.weights} are not those of the data: only its feature maps "
         "are used; it is not evaluated",
         file=sys.stderr,
     )
@@ -240,27 +308,10 @@ def prepare(config: Config, dataset: data.Dataset) -> Setup:
         the student learns masks that the batches lack.
     """
     key = jax.random.PRNGKey(config.seed)
-    height, width = config.data.image_size
+    image_size = tuple(config.data.image_size)
     student, start = load_detector("student", config.student, dataset, key)
     check_masks(student, config)
-    teacher, loaded, teacher_detects = None, None, False
-    chosen = build_methods(config)
-    if config.teacher.weights:
-        teacher, loaded, teacher_detects = load_teacher(config.teacher, dataset, key, chosen)
-    for role, detector in (("student", student), ("teacher", teacher)):
-        if detector:
-            check_size(role, detector, (height, width))
-    rule = pairing.RULES[config.pairing]
-    distiller = Distiller(student, cast(Detector, teacher), chosen, rule) if chosen else None
-    adapters = init_adapters(distiller, key, (height, width)) if distiller else {}
-
-    def no_decay(params: Tree) -> Tree:
-        return {
-            "student": student.no_decay(params["student"]),
-            "adapters": jax.tree.map(lambda leaf: leaf.ndim <= 1, params["adapters"]),
-        }
-
-    optimizer = optim.optimizer(config, no_decay)
+    check_size("student", student, image_size)
     mesh = sharding.make_mesh()
     everywhere = sharding.replicated(mesh)
     programs = collections.Counter()
@@ -272,36 +323,34 @@ def prepare(config: Config, dataset: data.Dataset) -> Setup:
 
         return jax.jit(traced, **options)
 
-    def update(name: str, teacher: Detector | None = None) -> jax.stages.Wrapped:
+    found = _load_teachers(config, dataset, key, student, mesh, program)
+    distiller, variables = _together(found)
+    adapters = init_adapters(distiller, key, image_size) if distiller else {}
+
+    def no_decay(params: Tree) -> Tree:
+        return {
+            "student": student.no_decay(params["student"]),
+            "adapters": jax.tree.map(lambda leaf: leaf.ndim <= 1, params["adapters"]),
+        }
+
+    optimizer = optim.optimizer(config, no_decay)
+
+    def update(name: str, distiller: Distiller | Distillers | None) -> jax.stages.Wrapped:
         trained = in_precision(student, config.dtype)
-        distiller = Distiller(trained, in_precision(teacher, config.dtype), chosen, rule) if teacher else None
         step = make_step(trained, optimizer, lambda at: optim.ema_rate(config, at), distiller=distiller)
         return program(name, step, donate_argnums=0, out_shardings=everywhere)
 
     roles = ["student", "twin"] if config.twin else ["student"]
     states = {role: init_state(student, key, start, adapters if role == "student" else {}, optimizer) for role in roles}
-    steps = {role: update(role) for role in roles}
-    if teacher:
-        steps["student"] = update("student", teacher=teacher)
-    variables = jax.device_put(TeacherVariables(*loaded), everywhere) if loaded else None
-    observer = None
-    if teacher:
-        trained, frozen = (in_precision(detector, config.dtype) for detector in (student, teacher))
-        observe = observe_with(Distiller(trained, frozen, chosen, rule))
-        output = jax.eval_shape(observe, variables, batch_spec(config))
-        if not functions_of(output):
-            run = program("teacher", observe, out_shardings=sharding.batch_sharding(mesh))
-            observer = Observer(observe, run, output)
+    trained, _ = _together([teacher._replace(distiller=_in_precision(teacher, config)) for teacher in found])
+    steps = {role: update(role, trained if role == "student" else None) for role in roles}
     return Setup(
         config,
         dataset,
         student,
-        teacher,
-        chosen,
+        found,
         distiller,
-        teacher_detects,
         variables,
-        observer,
         jax.device_put(states, everywhere),
         steps,
         programs,
@@ -309,11 +358,72 @@ def prepare(config: Config, dataset: data.Dataset) -> Setup:
     )
 
 
-def observe_with(distiller: Distiller) -> Callable[[TeacherVariables, Batch], DetectorOutput]:
+def _load_teachers(
+    config: Config,
+    dataset: data.Dataset,
+    key: Array,
+    student: Detector,
+    mesh: Mesh,
+    program: Callable[..., jax.stages.Wrapped],
+) -> tuple[TeacherOfRun, ...]:
+    """All teachers, also those that have no methods and are only a part of a mean."""
+    image_size, rule, chosen = tuple(config.data.image_size), pairing.RULES[config.pairing], teacher_configs(config)
+    found: dict[str, TeacherOfRun] = {}
+    averaged = {member for own, _ in chosen.values() for member in members(own)}
+    # Means come last.
+    for name, (own, options) in sorted(chosen.items(), key=lambda item: bool(members(item[1][0]))):
+        where, of_methods = (f"config.teachers.{name}", f"config.teachers.{name}.methods") if name else _ONE
+        built = build_methods(options, of_methods)
+        if averaging := [found[member] for member in members(own)]:
+            with prefix(where):
+                detector = teachers.mean([in_precision(member.detector, config.dtype) for member in averaging])
+                detector.spec(image_size)
+            detects, variables = False, tuple(member.variables for member in averaging)
+        else:
+            predictions = reads_predictions(built) or name in averaged
+            detector, loaded, detects = load_teacher(where, own, dataset, key, predictions=predictions)
+            check_size("teacher", detector, image_size)
+            assert loaded is not None, "check_models refuses teachers without weights"
+            variables = jax.device_put(TeacherVariables(*loaded), sharding.replicated(mesh))
+        teacher = TeacherOfRun(name, detector, detects, Distiller(student, detector, built, rule), variables, None)
+        if built:
+            observe = observe_with(_in_precision(teacher, config))
+            output = jax.eval_shape(observe, variables, batch_spec(config))
+            if not functions_of(output):
+                run = program(teacher.role, observe, out_shardings=sharding.batch_sharding(mesh))
+                teacher = teacher._replace(observer=Observer(observe, run, output))
+        found[name] = teacher
+    return tuple(found[name] for name in chosen)
+
+
+_ONE = ("config.teacher", "config.methods")
+
+
+def _in_precision(teacher: TeacherOfRun, config: Config) -> Distiller:
+    """The distiller of a teacher, with both models in the precision of the run."""
+    student, built = teacher.distiller.student, teacher.distiller.methods
+    if isinstance(teacher.detector, Detector):
+        detector: Any = in_precision(teacher.detector, config.dtype)
+    else:
+        detector = teacher.detector
+    return Distiller(in_precision(student, config.dtype), detector, built, pairing.RULES[config.pairing])
+
+
+def _together(found: Sequence[TeacherOfRun]) -> tuple[Distiller | Distillers | None, Any]:
+    """The distiller of all teachers with methods, and the variables that it takes."""
+    if not found:
+        return None, None
+    if not found[0].name:
+        return found[0].distiller, found[0].variables
+    used = [teacher for teacher in found if teacher.methods]
+    return Distillers({one.name: one.distiller for one in used}), {one.name: one.variables for one in used}
+
+
+def observe_with(distiller: Distiller) -> Callable[[Any, Batch], DetectorOutput]:
     """`Observer.function`."""
 
-    def observe(variables: TeacherVariables, batch: Batch) -> DetectorOutput:
-        return without_places(distiller.observe(batch, tuple(variables)))
+    def observe(variables: Any, batch: Batch) -> DetectorOutput:  # noqa: ANN401 - a tree of arrays
+        return without_places(distiller.observe(batch, variables))
 
     return observe
 
@@ -328,16 +438,32 @@ def batch_spec(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def placed(setup: Setup, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """A batch on the devices, with what the teacher says about it, unless that is there or the step runs the teacher.
+    """A batch on the devices, with what the teachers say about it, unless that is there or the step runs the teacher.
 
     Args:
       setup: of the run.
       batch: of the loader, the rows of this host.
     """
     arrays = sharding.shard_batch(setup.mesh, batch)
-    if setup.observer is None or RECORDED in arrays:
-        return arrays
-    return arrays | {RECORDED: setup.observer.program(setup.variables, read_by_teacher(arrays))}
+    said = recorded(arrays, setup.teachers)
+    for teacher in setup.teachers:
+        if teacher.observer is not None and teacher.name not in said:
+            said[teacher.name] = teacher.observer.program(teacher.variables, read_by_teacher(arrays))
+    return arrays | attached(said)
+
+
+def recorded(batch: Batch, found: Sequence[TeacherOfRun]) -> dict[str, DetectorOutput]:
+    """What a batch holds of the teachers, by name."""
+    if RECORDED not in batch:
+        return {}
+    return dict(batch[RECORDED]) if found and found[0].name else {"": batch[RECORDED]}
+
+
+def attached(said: Mapping[str, DetectorOutput]) -> dict[str, Any]:
+    """The entry of a batch for what its teachers say, as the distiller takes it; by the names of the teachers."""
+    if not said:
+        return {}
+    return {RECORDED: said[""] if "" in said else dict(said)}
 
 
 def read_by_teacher(batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -359,7 +485,7 @@ def reads_predictions(chosen: Mapping[str, Method]) -> bool:
     return any(name.startswith(predictions) for name in reads)
 
 
-def init_adapters(distiller: Distiller, key: Array, image_size: tuple[int, int]) -> dict[str, Any]:
+def init_adapters(distiller: Distiller | Distillers, key: Array, image_size: tuple[int, int]) -> dict[str, Any]:
     """`Distiller.init`; an error also lists the methods that can compare this student and teacher.
 
     If the method itself can, with its default options, there is no list.
@@ -367,6 +493,15 @@ def init_adapters(distiller: Distiller, key: Array, image_size: tuple[int, int])
     Raises:
       UserError: a method cannot compare these two.
     """
+    if isinstance(distiller, Distillers):
+        return {
+            name: _init_adapters(one, method_key(key, name), image_size, f"config.teachers.{name}.methods")
+            for name, one in distiller.by_teacher.items()
+        }
+    return _init_adapters(distiller, key, image_size, "config.methods")
+
+
+def _init_adapters(distiller: Distiller, key: Array, image_size: tuple[int, int], where: str) -> dict[str, Any]:
     try:
         return distiller.init(key, image_size)
     except UserError as error:
@@ -374,7 +509,7 @@ def init_adapters(distiller: Distiller, key: Array, image_size: tuple[int, int])
         able = [n for n in methods.names() if not methods.refusal(n, *sides, image_size, distiller.pairing)]
         name = str(error).partition(":")[0]
         others = "" if name in able else f"; methods that run on this student and teacher: {', '.join(able)}"
-        raise UserError(f"config.methods.{error}{others}") from error
+        raise UserError(f"{where}.{error}{others}") from error
 
 
 def run_fingerprint(setup: Setup) -> dict[str, Any]:
@@ -388,8 +523,14 @@ def run_fingerprint(setup: Setup) -> dict[str, Any]:
         "seed": setup.config.seed,
         "batch_size": setup.config.batch_size,
         "data": setup.dataset.fingerprint,
-        "teacher": fingerprint(setup.variables) if setup.teacher else None,
+        "teacher": teacher_hash(setup),
     }
+
+
+def teacher_hash(setup: Setup) -> Any:  # noqa: ANN401 - as json holds it
+    """The hash of the teacher's weights; of several teachers by name; None without."""
+    found = {one.name: fingerprint(one.variables) for one in setup.teachers}
+    return found.get("", found or None)
 
 
 def resume(setup: Setup, checkpoints: Checkpoints) -> tuple[int, Setup]:

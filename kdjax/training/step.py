@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from kdjax.detectors.api import Detector
-from kdjax.distill import Distiller
+from kdjax.distill import Distiller, Distillers
 from kdjax.distill.teachers import RECORDED
 from kdjax.structs import Array, PyTree, targets_of
 
@@ -32,9 +32,9 @@ class TeacherVariables(NamedTuple):
     stats: PyTree
 
 
-# (state, teacher variables or None, batch) -> (state, metrics)
-Batch = Mapping[str, Any]  # arrays, and what the teacher says about them
-Update = Callable[[TrainState, TeacherVariables | None, Batch], tuple[TrainState, dict[str, Array]]]
+# (state, variables of the teacher, or of several by name, or None; batch) -> (state, metrics)
+Batch = Mapping[str, Any]  # arrays, and what the teachers say about them
+Update = Callable[[TrainState, PyTree, Batch], tuple[TrainState, dict[str, Array]]]
 
 
 def init_state(
@@ -58,7 +58,7 @@ def make_step(
     optimizer: optax.GradientTransformation,
     ema_rate: Callable[[Array], Array],
     *,
-    distiller: Distiller | None = None,
+    distiller: Distiller | Distillers | None = None,
 ) -> Update:
     """The update of a student, with a distiller or without: a supervised run and the twin, one program.
 
@@ -76,7 +76,7 @@ def make_step(
     """
 
     def loss(
-        params: PyTree, stats: PyTree, variables: TeacherVariables | None, batch: Batch, step: Array, key: Array
+        params: PyTree, stats: PyTree, variables: PyTree, batch: Batch, step: Array, key: Array
     ) -> tuple[Array | int, tuple[dict[str, Array], PyTree]]:
         output, stats = student.apply(params["student"], stats, student.preprocess(batch["image"]), train=True)
         targets = targets_of(batch)
@@ -87,16 +87,14 @@ def make_step(
             assert variables is not None, "a distiller needs the variables of its teacher"
             observed = batch.get(RECORDED)
             terms = distiller.terms(
-                params["adapters"], output, batch, tuple(variables), observed=observed, assignment=assignment, key=key
+                params["adapters"], output, batch, variables, observed=observed, assignment=assignment, key=key
             )
             weights = distiller.weights(step)
             total += sum(weights[name] * value for name, value in terms.items())
             losses |= terms
         return total, (losses, stats)
 
-    def update(
-        state: TrainState, variables: TeacherVariables | None, batch: Batch
-    ) -> tuple[TrainState, dict[str, Array]]:
+    def update(state: TrainState, variables: PyTree, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(state.key, state.step)
         (total, (losses, stats)), grads = jax.value_and_grad(loss, has_aux=True)(
             state.params, state.stats, variables, batch, state.step, key

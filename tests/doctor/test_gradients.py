@@ -1,5 +1,7 @@
 """Terms that are too strong, too weak or not finite are named; sound ones are not."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,10 @@ from kdjax.doctor.gradients import check_initial_scores, check_terms, measure_gr
 from tests.support.findings import errors
 
 TERMS = ("feature", "multiscale", "frequency", "alignment")
+
+
+def with_methods(setup, chosen):
+    return setup._replace(distiller=dataclasses.replace(setup.distiller, methods=chosen))
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +56,7 @@ def test_a_term_a_thousand_times_too_strong_or_too_weak_is_named(tiny, measured,
     setup, mkd = tiny[0], tiny[0].methods["mkd"]
     which = which or list(mkd.weights)
     weights = {name: (factor if name in which else 1.0) * weight for name, weight in mkd.weights.items()}
-    found = errors(check_terms(setup._replace(methods={"mkd": mkd._replace(weights=weights)}), measured))
+    found = errors(check_terms(with_methods(setup, {"mkd": mkd._replace(weights=weights)}), measured))
     assert any(words in message for message in found.values()), found
     assert set(found) <= {"mkd", *(f"mkd/{name}" for name in which)}
 
@@ -58,11 +64,11 @@ def test_a_term_a_thousand_times_too_strong_or_too_weak_is_named(tiny, measured,
 def test_a_method_whose_adapter_starts_near_zero_is_judged_after_training_it(tiny):
     setup, batch = tiny
     fgfi = methods.build("fgfi", weight=0.3)  # the teacher is random, and its maps are small
-    distiller = Distiller(setup.student, setup.teacher, {"fgfi": fgfi})
+    distiller = Distiller(setup.student, setup.teachers[0].detector, {"fgfi": fgfi})
     state = setup.states["student"]
     adapters = distiller.init(state.key, batch["image"].shape[1:3])
     state = state._replace(params=state.params | {"adapters": adapters})
-    setup = setup._replace(methods={"fgfi": fgfi}, distiller=distiller, states={"student": state})
+    setup = setup._replace(distiller=distiller, states={"student": state})
     before, after = (
         gradients.gradient_shares(setup, measure_gradients(setup, batch, adapters).grad_norms)["fgfi"]
         for adapters in (adapters, gradients.train_adapters(setup, batch))

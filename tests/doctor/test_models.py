@@ -1,6 +1,7 @@
 """Planted mistakes in weights, inputs, class maps, sizes and frozen layers are named; sound models are not."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from kdjax import data, detectors, weights
 from kdjax.commands.settings import read
 from kdjax.doctor import models
 from kdjax.doctor.findings import OK, WARNING
-from kdjax.training.setup import Setup
+from kdjax.training.setup import Setup, TeacherOfRun
 from kdjax.training.step import TeacherVariables
 from kdjax.weights import folder
 from tests.shared import ROOT
@@ -29,14 +30,14 @@ def shipped(tmp_path_factory):
     known = dict(
         config=config,
         dataset=data.open_dataset(config.data),
-        teacher=detector,
-        variables=TeacherVariables(params, stats),
+        teachers=(TeacherOfRun("", detector, True, Any, TeacherVariables(params, stats), None),),
     )
     return Setup(**dict.fromkeys(Setup._fields) | known)
 
 
 def check(setup, **changes):
-    return models.check_weights("teacher", setup._replace(**changes), IMAGES)
+    [teacher] = setup.teachers
+    return models.check_weights("teacher", setup._replace(teachers=(teacher._replace(**changes),)), IMAGES)
 
 
 def test_a_sound_teacher_is_ok(shipped):
@@ -58,9 +59,9 @@ def test_a_sound_teacher_is_ok(shipped):
     ids=["swapped", "not normalised"],
 )
 def test_a_wrong_input_is_named(shipped, wrong, named):
-    own = shipped.teacher.preprocess
-    detector = dataclasses.replace(shipped.teacher, preprocess=lambda images: wrong(own(images), images))
-    assert f"when the input is {named}" in errors(check(shipped, teacher=detector))["teacher's input"]
+    own = shipped.teachers[0].detector.preprocess
+    detector = dataclasses.replace(shipped.teachers[0].detector, preprocess=lambda images: wrong(own(images), images))
+    assert f"when the input is {named}" in errors(check(shipped, detector=detector))["teacher's input"]
 
 
 @pytest.mark.user_input(
@@ -68,7 +69,7 @@ def test_a_wrong_input_is_named(shipped, wrong, named):
 )
 @pytest.mark.parametrize("order", [(1, 0, 2, 3, 4, 5), (1, 2, 3, 4, 5, 0)], ids=["two", "all"])
 def test_a_wrong_class_map_is_named(shipped, order):
-    names, (params, stats) = shipped.dataset.classes, shipped.variables
+    names, (params, stats) = shipped.dataset.classes, shipped.teachers[0].variables
     head = jax.tree.map(lambda leaf: leaf[..., jnp.array(order)], params["bbox_head"]["rtm_cls"])
     params = params | {"bbox_head": params["bbox_head"] | {"rtm_cls": head}}
     message = errors(check(shipped, variables=TeacherVariables(params, stats)))["teacher's classes"]
@@ -81,7 +82,7 @@ def test_an_untrained_teacher_is_named(shipped):
     variables = TeacherVariables(*detector.init(jax.random.PRNGKey(0)))
     assert (
         "the teacher barely detects anything"
-        in errors(check(shipped, teacher=detector, variables=variables))["teacher"]
+        in errors(check(shipped, detector=detector, variables=variables))["teacher"]
     )
 
 
@@ -99,7 +100,7 @@ def test_a_random_student_with_frozen_layers_is_named():
 @pytest.mark.user_input("Config and flags", "student and teacher swapped", "reported by `kdjax doctor`")
 def test_a_student_larger_than_its_teacher_is_noticed(tiny):
     larger = tiny[0]._replace(student=detectors.build("rtmdet_tiny", tiny[0].student.num_classes))
-    [finding] = models.check_sizes(larger)
+    [finding] = models.check_sizes(larger, larger.teachers[0])
     assert finding.level == WARNING and "are student and teacher swapped?" in finding.message
 
 
@@ -130,10 +131,10 @@ def test_the_class_map_of_weights(tiny, tmp_path):
 
 def test_taps_and_their_shapes(tiny):
     setup, _ = tiny
-    [finding] = models.check_taps(setup)
+    [finding] = models.check_taps(setup, setup.teachers[0])
     assert finding.subject == "mkd's taps"
     assert finding.message == (
         "student neck (8: 8x8x32, 16: 4x4x32, 32: 2x2x32), teacher neck (8: 8x8x32, 16: 4x4x32, 32: 2x2x32)"
     )
-    [finding] = models.check_taps(setup._replace(student=detectors.build("fcos_r18", 6)))
+    [finding] = models.check_taps(setup._replace(student=detectors.build("fcos_r18", 6)), setup.teachers[0])
     assert finding.message.endswith("; strides 64, 128 exist on one side only")

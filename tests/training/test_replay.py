@@ -48,7 +48,7 @@ def batches(setup, stored, start=0):
         seed=config.seed,
         start_step=start,
         fit=setup.student.fit,
-        attach=replay.attach(setup, stored),
+        attach=replay.attach(setup, stored or {}),
     )
 
 
@@ -145,7 +145,11 @@ def test_shorter_numbers_are_within_their_bound(with_settings, tmp_path, kind):
         assert (error <= bound).all(), path
         assert error.any(), path
     size = {"bfloat16": 0.5, "int8": 0.3}[kind]
-    assert stored.entry_bytes < size * sum(value[0].nbytes for _, value in leaves) + 600 * 8
+    assert stored[""].entry_bytes < size * sum(value[0].nbytes for _, value in leaves) + 600 * 8
+
+
+def write(setup):
+    return replay.write(setup, setup.teachers[0])
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +158,7 @@ def written(setup, folder, tmp_path_factory):
     cache = tmp_path_factory.mktemp("written") / "cache"
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(shards, "ENTRIES", 8)
-        replay.write(setup._replace(config=config_of(folder, data__views=2, teacher__cache=str(cache))))
+        write(setup._replace(config=config_of(folder, data__views=2, teacher__cache=str(cache))))
     return cache
 
 
@@ -164,23 +168,24 @@ def of_written(folder, written, **changes):
 
 def refusal(setup, config, **changes) -> str:
     with pytest.raises(UserError) as told:
-        replay.write(setup._replace(config=config, **changes))
+        write(setup._replace(config=config, **changes))
     return str(told.value)
 
 
 def test_seeds_and_batch_sizes_share_views(setup, folder, written, capsys):
     before = sorted(path.stat().st_mtime_ns for path in written.iterdir())
-    replay.write(setup._replace(config=of_written(folder, written, seed=5)))
+    write(setup._replace(config=of_written(folder, written, seed=5)))
     assert "writing" not in capsys.readouterr().out
-    replay.write(setup._replace(config=of_written(folder, written, batch_size=4)))
+    write(setup._replace(config=of_written(folder, written, batch_size=4)))
     assert "was written with rows of a device 8, now 4: equal to the bit only where" in capsys.readouterr().out
     assert sorted(path.stat().st_mtime_ns for path in written.iterdir()) == before
 
 
 @pytest.mark.user_input("A teacher's cache", "of another teacher", "refused: the hash of its weights differs")
 def test_another_teacher_is_refused(setup, folder, written):
-    variables = jax.tree.map(lambda leaf: leaf + 1e-3, setup.variables)
-    told = refusal(setup, of_written(folder, written), variables=variables)
+    [teacher] = setup.teachers
+    other = teacher._replace(variables=jax.tree.map(lambda leaf: leaf + 1e-3, teacher.variables))
+    told = refusal(setup, of_written(folder, written), teachers=(other,))
     assert f"config.teacher.cache: {written} was written for other runs (the hash of the teacher's weights was " in told
     assert told.endswith("choose another folder, or delete it to have it written again") and told.count("was '") == 0
 
@@ -208,10 +213,13 @@ def test_another_augmentation_is_refused(setup, folder, written):
 def test_other_taps_are_refused(setup, folder, written, tmp_path):
     config = config_of(folder, method="rm", data__views=2, teacher__cache=str(tmp_path / "rm"))
     ranks = prepare(config, setup.dataset)
-    assert not replay.needs(ranks).entries == [] and len(replay.needs(ranks).leaves) == 1
-    replay.write(ranks._replace(config=of_written(folder, written, method="rm")))  # a part of what is there
+    assert (
+        not replay.needs(ranks, ranks.teachers[0]).entries == []
+        and len(replay.needs(ranks, ranks.teachers[0]).leaves) == 1
+    )
+    write(ranks._replace(config=of_written(folder, written, method="rm")))  # a part of what is there
     shards.make_folder(tmp_path / "rm")
-    shards.create(replay.new(ranks, replay.needs(ranks)))
+    shards.create(replay.new(ranks, ranks.teachers[0], replay.needs(ranks, ranks.teachers[0])))
     told = refusal(setup, of_written(folder, tmp_path / "rm"))
     assert "lacks taps of the teacher that the methods read (neck/0, neck/1, neck/2, cls_tower/0/0, " in told
     assert "; it has rows/logits: choose another folder, or write it for all methods" in told
@@ -238,21 +246,21 @@ def test_interrupted_writing_continues_and_a_damaged_file_is_refused(setup, fold
     with monkeypatch.context() as patched:
         patched.setattr(shards.Writer, "add", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            replay.write(setup._replace(config=config))
+            write(setup._replace(config=config))
     assert "writing what the teacher says: 24 entries of 67,880 bytes" in capsys.readouterr().out
     both = [setup._replace(config=config)] * 2
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        first, second = pool.map(replay.write, both)
+        first, second = pool.map(write, both)
     assert capsys.readouterr().out.count("writing what the teacher says: 12 entries") == 1
     assert first == second
-    assert not first.missing(replay.needs(both[0]).entries)
+    assert not first.missing(replay.needs(both[0], both[0].teachers[0]).entries)
     path = first.path(8)
     path.write_bytes(path.read_bytes()[:-1])
     assert refusal(setup, config) == (
         f"config.teacher.cache: {path}: it is damaged: delete this file, and the same command writes it again"
     )
     path.unlink()
-    replay.write(setup._replace(config=config))
+    write(setup._replace(config=config))
     assert "writing what the teacher says: 4 entries" in capsys.readouterr().out
 
 
@@ -270,7 +278,9 @@ def test_a_teacher_that_is_asked_cannot_be_cached(folder, tmp_path):
         UserError, match="cache: dkd asks the second stage or the decoder of the teacher faster_rcnn_r18"
     ):
         replay.ready(prepare(config, dataset))
-    assert prepare(tiny_config(folder, teacher=teacher, method="cwd", **changes), dataset).observer is not None
+    assert (
+        prepare(tiny_config(folder, teacher=teacher, method="cwd", **changes), dataset).teachers[0].observer is not None
+    )
 
 
 @pytest.mark.user_input(
@@ -297,11 +307,12 @@ def test_settings_of_the_cache_are_checked(folder, capsys):
 
 def test_a_step_reads_the_location_of_rows_of_a_cache(setup):
     """It has no batch axis and is not stored."""
-    distiller = Distiller(setup.student, setup.teacher, {"rm": methods.build("rm")})
-    rows = setup.observer.output.rows
+    [teacher] = setup.teachers
+    distiller = Distiller(setup.student, teacher.detector, {"rm": methods.build("rm")})
+    rows = teacher.observer.output.rows
     assert rows.location is None and rows.level_sizes == (64, 16, 4)
-    found = distiller._with_places(setup.observer.output, {"image": np.zeros((8, 64, 64, 3), np.uint8)})
-    np.testing.assert_array_equal(found.rows.location, setup.teacher.priors((64, 64)))
+    found = distiller._with_places(teacher.observer.output, {"image": np.zeros((8, 64, 64, 3), np.uint8)})
+    np.testing.assert_array_equal(found.rows.location, teacher.detector.priors((64, 64)))
 
 
 def test_the_command_writes_and_checks_a_cache(folder, tmp_path, capsys):

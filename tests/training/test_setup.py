@@ -41,7 +41,7 @@ def test_a_teacher_whose_maps_alone_are_read_may_have_other_classes(folder, tmp_
     params, stats = detector.init(jax.random.PRNGKey(0))
     weights.save(tmp_path, detector, params, stats, classes=["cat", "dog"], image_size=(64, 64))
     setup = prepare(tiny_config(folder, teacher=tmp_path, method="cwd"), dataset)
-    assert setup.teacher is not None and not setup.teacher_detects
+    assert not setup.teachers[0].detects
     assert "are not those of the data: only its feature maps are used; it is not evaluated" in capsys.readouterr().err
 
 
@@ -114,7 +114,7 @@ def test_a_run_under_a_former_name_is_not_resumed(tmp_path):
         config=ConfigDict(dict(seed=0, batch_size=1)),
         states=states["rtmdet_nano"],
         methods={},
-        teacher=None,
+        teachers=(),
     )
     note = {"run": run_fingerprint(setup), "sha256": dict.fromkeys(checkpoint.flat(states["rtmdet_micro"]))}
     checkpoints: Any = SimpleNamespace(note=lambda: note, directory=tmp_path)
