@@ -3,17 +3,18 @@
 from kdjax.data.coco import same_names
 from kdjax.data.counts import Counts, count, counted, counted_in_one_line, reasons
 from kdjax.data.data_yaml import SUFFIXES as YAML
-from kdjax.data.dataset import Dataset, Split, ground_truth, open_dataset, open_unlabelled
+from kdjax.data.dataset import Dataset, Split, ground_truth, open_dataset, open_unlabelled, without_labels
 from kdjax.data.folders import recognised
 from kdjax.data.loader import entry_batches, eval_batches, train_batches, train_plans
 from kdjax.data.records import Damaged
 from kdjax.data.stages import check_settings
 from kdjax.data.summary import summary
-from kdjax.data.workers import Batches
+from kdjax.data.workers import Batches, Beside
 
 __all__ = [
     "YAML",
     "Batches",
+    "Beside",
     "Counts",
     "Damaged",
     "Dataset",
@@ -33,4 +34,5 @@ __all__ = [
     "summary",
     "train_batches",
     "train_plans",
+    "without_labels",
 ]

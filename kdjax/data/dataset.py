@@ -15,7 +15,7 @@ from kdjax.data.masks import Store
 from kdjax.data.records import Reader
 from kdjax.data.sources import CONTENTS, LOG, META, SOURCES, TRUTH, prepare_unlabelled
 from kdjax.data.stages import Settings
-from kdjax.errors import UserError
+from kdjax.errors import UserError, prefix
 
 FOLDER = "folder"  # the source that is recognised by what lies in the folder
 
@@ -92,12 +92,15 @@ class Dataset:
     splits: dict[str, Split]  # 'train' and 'val', as far as they were opened
     licenses: tuple[str, ...] = ()  # of the images, as the jsons list them
     source: str = ""  # that reads it: 'coco_folder', 'yolo_folder', …
+    unlabelled: Split | None = None  # the images of `config.data.unlabelled`
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """Hash of the encoded images, their boxes and the classes; their place on disk does not matter."""
         parts = {
-            role: (hashes.read_json(split.folder / META)["content"], split.size) for role, split in self.splits.items()
+            role: (hashes.read_json(split.folder / META)["content"], split.size)
+            for role, split in {**self.splits, "unlabelled": self.unlabelled}.items()
+            if split is not None
         }
         return hashes.of_bytes(json.dumps(parts).encode())
 
@@ -113,7 +116,7 @@ def open_dataset(cfg: Settings, splits: Sequence[str] = ("train", "val")) -> Dat
         for all), masks (whether training batches have them), max_boxes (0: from the data), augment and stage2 (whether
         a training image is made of several), exif_orientation ('stored' or 'upright'); of every split {split}_split,
         {split}_annotations, {split}_images (explicit paths) and scenes_{split}.
-      splits: which to open; the others need not exist.
+      splits: which to open; the others need not exist. With 'train', also the images of `unlabelled`.
 
     Returns:
       The data set. Labels follow ascending category ids.
@@ -144,7 +147,38 @@ def open_dataset(cfg: Settings, splits: Sequence[str] = ("train", "val")) -> Dat
         splits=opened,
         licenses=tuple(dict.fromkeys(one for meta in metas.values() for one in meta["licenses"])),
         source=source,
+        unlabelled=_unlabelled(cfg, opened),
     )
+
+
+def without_labels(dataset: Dataset) -> Dataset:
+    """The data set of the images of `config.data.unlabelled`, as its split 'train'.
+
+    Args:
+      dataset: from `open_dataset`, with such images.
+    """
+    assert dataset.unlabelled is not None, "it has no images without labels"
+    return dataclasses.replace(dataset, splits={"train": dataset.unlabelled}, unlabelled=None)
+
+
+def _unlabelled(cfg: Settings, opened: Mapping[str, Split]) -> Split | None:
+    """The images of `config.data.unlabelled`.
+
+    Raises:
+      UserError: they cannot be read, or are among those of validation.
+    """
+    folder = cfg["unlabelled"]
+    if not folder or "train" not in opened:
+        return None
+    with prefix("unlabelled"):
+        split = open_unlabelled(cfg, folder)
+        shared = len(split.contents & opened["val"].contents) if "val" in opened else 0
+        if shared:
+            raise UserError(
+                f"{shared} of the {split.size} images of {folder} are, byte for byte, validation images, whose metrics "
+                "would then be too good: remove them"
+            )
+    return split
 
 
 def open_unlabelled(cfg: Settings, folder: str) -> Split:

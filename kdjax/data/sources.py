@@ -115,7 +115,9 @@ def _prepare_labelled(
 
 def prepare_unlabelled(cfg: Settings, folder: str) -> Path:
     """Prepares the images of a folder, and of those below it, without any labels."""
-    base = folders.check_root(folder)
+    base = Path(folder).expanduser()
+    if not base.is_dir():
+        raise UserError(f"there is no folder {base}")
     by_name = folders.named(folders.below(base), base)
     if not by_name:
         raise UserError(f"{base}: it holds no images ({', '.join(images.SUFFIXES)})")

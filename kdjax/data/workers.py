@@ -9,7 +9,7 @@ import functools
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import cv2
@@ -93,6 +93,38 @@ class Batches:
     def _end_workers(self) -> None:
         for pool in self._pools:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+class Beside:
+    """Iterator over the batches of one `Batches`, each with a batch of another one inside."""
+
+    def __init__(self, batches: Batches, other: Batches, name: str, fields: Sequence[str]) -> None:
+        """Takes both over: `close` ends them.
+
+        Args:
+          batches: what is iterated over.
+          other: whose batch k is put into batch k.
+          name: under which it is there.
+          fields: that are kept of it.
+        """
+        self._both, self._name, self._fields = (batches, other), name, tuple(fields)
+
+    @property
+    def decoded(self) -> int:
+        """Number of images that were decoded for the batches returned so far."""
+        return sum(one.decoded for one in self._both)
+
+    def __iter__(self) -> "Beside":
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        batch, other = (next(one) for one in self._both)
+        return batch | {self._name: {field: other[field] for field in self._fields}}
+
+    def close(self) -> None:
+        """Ends the threads and worker processes of both."""
+        for one in self._both:
+            one.close()
 
 
 def _attached(

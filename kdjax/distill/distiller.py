@@ -35,6 +35,9 @@ EXTRAS = (
     ("detections", "decode"),
 )
 
+# What a method may read that is made of the ground truth.
+_OF_BOXES = {"targets", "assignment", "loss", "proposals"}
+
 
 class Loaded(Protocol):
     """What `kdjax.load` returns: a detector with its weights."""
@@ -197,7 +200,7 @@ class Distiller:
         whole = self._with_rows(output)
         reads = {name for method in self.methods.values() for side in method.reads for name in side}
         by_regions = whole.at is not None and any(map(_compares_rows, self.methods.values()))
-        targets = _targets(batch) if by_regions or reads & {"targets", "assignment", "loss", "proposals"} else None
+        targets = _targets(batch) if by_regions or reads & _OF_BOXES else None
         if (by_regions or "assignment" in reads) and assignment is None and targets is not None:
             assignment = self._assign(output, targets, key)
         student, teacher = taps.shared_levels(whole, jax.lax.stop_gradient(observed))
@@ -256,6 +259,21 @@ class Distiller:
             terms = method.apply(adapters[name], context)
             values |= {f"{name}/{term}": value for term, value in terms.items()}
         return values
+
+    def without_boxes(self, image_size: tuple[int, int]) -> "Distiller":
+        """The distiller with those of its methods alone that read no ground truth, for images that have none.
+
+        Args:
+          image_size: height and width of the network input in pixels.
+        """
+        by_regions = self.student.spec(image_size).at is not None
+
+        def reads_boxes(method: Method) -> bool:
+            reads = {*method.reads.student, *method.reads.teacher}
+            return bool(reads & _OF_BOXES) or (by_regions and _compares_rows(method))
+
+        kept = {name: method for name, method in self.methods.items() if not reads_boxes(method)}
+        return Distiller(self.student, self.teacher, kept, self.pairing, self.variables)
 
     def weights(self, step: Array | int) -> dict[str, Array | float]:
         """The weight of every term at a step: {"method/term": f32[]}."""

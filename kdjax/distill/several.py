@@ -104,6 +104,10 @@ class Distillers:
             values |= {f"{name}/{term}": value for term, value in terms.items()}
         return values
 
+    def without_boxes(self, image_size: tuple[int, int]) -> "Distillers":
+        """The distillers with those of their methods alone that read no ground truth; see `Distiller.without_boxes`."""
+        return Distillers({name: one.without_boxes(image_size) for name, one in self.by_teacher.items()})
+
     def weights(self, step: Array | int) -> dict[str, Array | float]:
         """The weight of every term at a step: {"teacher/method/term": f32[]}."""
         return {

@@ -25,6 +25,8 @@ from kdjax.training.setup import (
     check_size,
     members,
     named_detector,
+    train_batches,
+    unlabelled_rows,
 )
 from kdjax.training.step import TrainState
 
@@ -56,6 +58,15 @@ def check_settings(config: Config) -> None:
     if config.batch_size % devices:
         raise UserError(f"config.batch_size must be divisible by the {devices} devices, not {config.batch_size}")
     optim.learning_rate(config)
+    if config.data.unlabelled:
+        if not (config.methods or config.teachers):
+            raise UserError("config.data.unlabelled has no effect without a teacher and methods")
+        rows = unlabelled_rows(config)
+        if not rows or rows % devices:
+            raise UserError(
+                f"config.data.unlabelled_ratio: {config.data.unlabelled_ratio} of {config.batch_size} images is "
+                f"{rows}: it must be a positive multiple of the {devices} devices"
+            )
 
 
 def check_models(config: Config) -> None:
@@ -213,16 +224,12 @@ def first_batch_with_objects(setup: Setup) -> dict[str, np.ndarray]:
     Raises:
       UserError: the first 100 batches contain none.
     """
-    config = setup.config
-    batches = data.train_batches(
-        setup.dataset, config.data, batch_size=config.batch_size, seed=config.seed, fit=setup.student.fit
-    )
-    with contextlib.closing(batches):
+    with contextlib.closing(train_batches(setup)) as batches:
         for _ in range(100):
             batch = next(batches)
             if batch["valid"].any():
                 return batch
-    lost = _lost(data.count(setup.dataset, "train", config.data))
+    lost = _lost(data.count(setup.dataset, "train", setup.config.data))
     raise UserError(f"config.data.train_split: the first 100 training batches have no objects{lost}")
 
 

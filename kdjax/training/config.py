@@ -303,7 +303,8 @@ def flat(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 # Settings that may differ between a run and its resumption, because they do not change the result.
-_FREE = ("log_every", "checkpoint", "compile_cache", "data.workers", "data.cache", "data.root", "eval", "teacher.cache")
+_FREE = ("log_every", "checkpoint", "compile_cache", "data.workers", "data.cache", "data.root", "data.unlabelled",
+         "eval", "teacher.cache")  # fmt: skip
 
 
 def differences(written: object, config: Config) -> list[str]:
@@ -329,8 +330,13 @@ def differences(written: object, config: Config) -> list[str]:
     return [
         f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not any(key == free or key.startswith(f"{free}.") for free in _FREE)
+        if before.get(key) != now.get(key) and not _is_free(key)
     ]
+
+
+def _is_free(key: str) -> bool:
+    of_several = key.startswith("teachers.") and key.split(".")[2:] == ["cache"]
+    return of_several or any(key == free or key.startswith(f"{free}.") for free in _FREE)
 
 
 def augment(**changes: Any) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from kdjax.structs import Detections
 from kdjax.training.checks import check_programs
 from kdjax.training.log import Log
 from kdjax.training.provenance import environment
-from kdjax.training.setup import Setup, members, model
+from kdjax.training.setup import Setup, gives_boxes, members, model, sitting_out, unlabelled_rows
 from kdjax.training.step import TeacherVariables
 from kdjax.weights.checkpoint import fingerprint
 
@@ -244,6 +244,20 @@ def write_report(
     )
 
 
+def without_labels(setup: Setup) -> str:
+    """A sentence on the images without labels: how many, and which boxes they have."""
+    config = setup.config
+    assert setup.dataset.unlabelled is not None, "the run has none"
+    told = f"Images without labels: {setup.dataset.unlabelled.size}, {unlabelled_rows(config)} in a batch beside "
+    told += f"{config.batch_size} with labels; they have the terms of distillation alone. "
+    if giver := gives_boxes(setup.teachers):
+        score = config.data.unlabelled_score
+        return f"{told}Methods that read boxes take the detections of the {giver.role}, from score {score:g} on."
+    out = sitting_out(setup.teachers, tuple(config.data.image_size))
+    alone = f"; {', '.join(out)} reads boxes and sees none of these images" if out else ", and no method reads any"
+    return f"{told}No teacher can give them boxes{alone}."
+
+
 def notes(setup: Setup, rows: Sequence[Mapping[str, Any]], damaged: int) -> list[str]:
     """Sentences on the run for its report, and facts of the form "name: value".
 
@@ -268,6 +282,8 @@ def notes(setup: Setup, rows: Sequence[Mapping[str, Any]], damaged: int) -> list
             lines.append(f"{which}: only its maps are used; it is not evaluated.")
     if any(teacher.name for teacher in setup.teachers):
         lines.append("The teacher in tables and pictures is the best of the teachers by AP.")
+    if dataset.unlabelled:
+        lines.append(without_labels(setup))
     if config.eval.every and config.eval.limit:
         lines.append(
             f"AP during training: the first {config.eval.limit} validation images; the last value: all of them."

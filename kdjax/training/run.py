@@ -30,8 +30,17 @@ from kdjax.training.checkpoint import Checkpoints
 from kdjax.training.config import Config
 from kdjax.training.log import Log
 from kdjax.training.schedule import schedule
-from kdjax.training.setup import Setup, load_detector, placed, prepare, prepare_process, resume, run_fingerprint
-from kdjax.training.step import TrainState
+from kdjax.training.setup import (
+    Setup,
+    load_detector,
+    placed,
+    prepare,
+    prepare_process,
+    resume,
+    run_fingerprint,
+    train_batches,
+)
+from kdjax.training.step import UNLABELLED, TrainState
 
 
 class Stopped(Exception):
@@ -102,6 +111,8 @@ def run(config: Config, workdir: str | Path | None) -> dict[str, Any] | None:
             print("\n".join(line for role in dataset.splits for line in data.counted(dataset, role, config.data)))
         checks.check_truth(dataset, config.data)
         setup = prepare(config, dataset)
+        if dataset.unlabelled and not jax.process_index():
+            print(outputs.without_labels(setup))
         with contextlib.closing(Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep)) as checkpoints:
             start, setup = resume(setup, checkpoints)
             if start and not jax.process_index():
@@ -154,17 +165,8 @@ def train(
     """
     config, states = setup.config, dict(setup.states)
     rate = optim.learning_rate(config)
-    batches = data.train_batches(
-        setup.dataset,
-        config.data,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        start_step=start,
-        shard=(jax.process_index(), jax.process_count()),
-        fit=setup.student.fit,
-        attach=replay.attach(setup, stored),
-    )
-
+    host = jax.process_index(), jax.process_count()
+    batches = train_batches(setup, start_step=start, shard=host, attach=replay.attach(setup, stored))
     fingerprint, category_ids = run_fingerprint(setup), list(setup.dataset.category_ids)
 
     note = {"run": fingerprint, "category_ids": category_ids, "config": json.loads(config.to_json())}
@@ -233,7 +235,7 @@ def given(setup: Setup, role: str, batch: Mapping[str, Any]) -> tuple[PyTree, di
     """What the update of a role gets beside its state; that of the twin gets nothing of the teacher."""
     if role == "student":
         return setup.variables, dict(batch)
-    return None, {name: value for name, value in batch.items() if name != RECORDED}
+    return None, {name: value for name, value in batch.items() if name not in (RECORDED, UNLABELLED)}
 
 
 def compile_steps(setup: Setup, states: Mapping[str, TrainState], batch: Mapping[str, Any]) -> None:

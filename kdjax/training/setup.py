@@ -24,7 +24,7 @@ from kdjax.structs import Array, DetectorOutput, PyTree
 from kdjax.training import optim
 from kdjax.training.checkpoint import Checkpoints
 from kdjax.training.config import Config, differences
-from kdjax.training.step import Batch, TeacherVariables, TrainState, init_state, make_step
+from kdjax.training.step import UNLABELLED, Batch, TeacherVariables, TrainState, init_state, make_step
 from kdjax.weights.checkpoint import fingerprint, flat
 
 # Options of glibc's mallopt: one arena (M_ARENA_MAX), no mmap for large blocks (M_MMAP_MAX), no trimming
@@ -84,6 +84,8 @@ class Setup(NamedTuple):
     steps: dict[str, jax.stages.Wrapped]  # role -> jitted `Update`
     programs: collections.Counter[str]  # how often each program was traced
     mesh: Mesh
+    # variables, batch of images without labels -> what that batch is to be in a step; None without such images
+    unlabelled: jax.stages.Wrapped | None = None
 
     @property
     def methods(self) -> Mapping[str, Method]:
@@ -340,6 +342,11 @@ def prepare(config: Config, dataset: data.Dataset) -> Setup:
         step = make_step(trained, optimizer, lambda at: optim.ema_rate(config, at), distiller=distiller)
         return program(name, step, donate_argnums=0, out_shardings=everywhere)
 
+    unlabelled = None
+    if config.data.unlabelled:
+        check_unlabelled(found, distiller, image_size)
+        look = look_with([one._replace(distiller=_in_precision(one, config)) for one in found], config, dataset)
+        unlabelled = program("unlabelled images", look, out_shardings=sharding.batch_sharding(mesh))
     roles = ["student", "twin"] if config.twin else ["student"]
     states = {role: init_state(student, key, start, adapters if role == "student" else {}, optimizer) for role in roles}
     trained, _ = _together([teacher._replace(distiller=_in_precision(teacher, config)) for teacher in found])
@@ -355,6 +362,7 @@ def prepare(config: Config, dataset: data.Dataset) -> Setup:
         steps,
         programs,
         mesh,
+        unlabelled,
     )
 
 
@@ -428,6 +436,89 @@ def observe_with(distiller: Distiller) -> Callable[[Any, Batch], DetectorOutput]
     return observe
 
 
+def unlabelled_rows(config: Config) -> int:
+    """Number of images without labels in a batch."""
+    return round(config.data.unlabelled_ratio * config.batch_size) if config.data.unlabelled else 0
+
+
+def gives_boxes(found: Sequence[TeacherOfRun]) -> TeacherOfRun | None:
+    """The teacher whose detections are the boxes of images without labels: the first with the classes of the data."""
+    return next((teacher for teacher in found if teacher.detects), None)
+
+
+def sitting_out(found: Sequence[TeacherOfRun], image_size: tuple[int, int]) -> list[str]:
+    """The methods that do not see images without labels: they read boxes, and no teacher gives any."""
+    if gives_boxes(found):
+        return []
+    return [
+        f"{teacher.name}/{name}" if teacher.name else name
+        for teacher in found
+        for name in teacher.methods.keys() - teacher.distiller.without_boxes(image_size).methods.keys()
+    ]
+
+
+def check_unlabelled(
+    found: Sequence[TeacherOfRun], distiller: Distiller | Distillers | None, image_size: tuple[int, int]
+) -> None:
+    """Checks that some method sees the images without labels.
+
+    Raises:
+      UserError: none does.
+    """
+    out = sitting_out(found, image_size)
+    if distiller is not None and len(out) == len(distiller.methods):
+        raise UserError(
+            f"config.data.unlabelled: {', '.join(sorted(out))} read boxes, and no teacher has the classes of the data, "
+            "so that it could give some: leave it empty, or take methods that compare maps or rows"
+        )
+
+
+def look_with(
+    found: Sequence[TeacherOfRun], config: Config, dataset: data.Dataset
+) -> Callable[[Mapping[str, Any], Batch], dict[str, Any]]:
+    """What makes a batch of images without labels into what a step takes: with all that the teachers say about it."""
+    giver = gives_boxes(found)
+
+    def look(variables: Mapping[str, Any], batch: Batch) -> dict[str, Any]:
+        said = {
+            one.name: without_places(one.distiller.observe(batch, variables[one.name]))
+            for one in found
+            if one.observer is not None
+        }
+        boxes = {}
+        if giver:
+            output = giver.detector.observe(variables[giver.name], batch)
+            best = giver.detector.decode(output, batch["image_size"], pre_nms=1000, max_detections=dataset.max_boxes)
+            valid = best.valid & (best.scores >= config.data.unlabelled_score)
+            boxes = {"boxes": best.boxes, "labels": best.labels, "valid": valid}
+        return dict(batch) | boxes | attached(said)
+
+    return look
+
+
+def train_batches(
+    setup: Setup,
+    *,
+    start_step: int = 0,
+    shard: tuple[int, int] = (0, 1),
+    attach: Callable[[np.ndarray], Any] | None = None,
+) -> data.Batches | data.Beside:
+    """The training batches of a run, those of images without labels as `unlabelled` of each.
+
+    Args:
+      setup: of the run.
+      start_step, shard, attach: as for `data.train_batches`.
+    """
+    config = setup.config
+    common: dict[str, Any] = dict(seed=config.seed, start_step=start_step, shard=shard, fit=setup.student.fit)
+    batches = data.train_batches(setup.dataset, config.data, batch_size=config.batch_size, attach=attach, **common)
+    if not config.data.unlabelled:
+        return batches
+    further = data.without_labels(setup.dataset)
+    more = data.train_batches(further, config.data, batch_size=unlabelled_rows(config), **common)
+    return data.Beside(batches, more, UNLABELLED, ("image", "image_size"))
+
+
 def batch_spec(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of what a teacher reads of a batch."""
     rows, size = config.batch_size, tuple(config.data.image_size)
@@ -449,6 +540,9 @@ def placed(setup: Setup, batch: Mapping[str, Any]) -> dict[str, Any]:
     for teacher in setup.teachers:
         if teacher.observer is not None and teacher.name not in said:
             said[teacher.name] = teacher.observer.program(teacher.variables, read_by_teacher(arrays))
+    if setup.unlabelled is not None and UNLABELLED in arrays:
+        variables = {teacher.name: teacher.variables for teacher in setup.teachers}
+        arrays[UNLABELLED] = setup.unlabelled(variables, arrays[UNLABELLED])
     return arrays | attached(said)
 
 

@@ -13,6 +13,8 @@ from kdjax.distill import Distiller, Distillers
 from kdjax.distill.teachers import RECORDED
 from kdjax.structs import Array, PyTree, targets_of
 
+UNLABELLED = "unlabelled"  # the key of a batch under which it has further images, without labels
+
 
 class TrainState(NamedTuple):
     """Everything that a step changes; a plain tree of arrays."""
@@ -67,7 +69,10 @@ def make_step(
       optimizer: of `state.params`.
       ema_rate: step -> share of the new weights in the moving average.
       distiller: of that student, its teacher and the methods; None trains without a teacher. What `distiller.observe`
-        returned may be in the batch as `teacher`; otherwise the teacher is run in the step.
+        returned may be in the batch as `teacher`; otherwise the teacher is run in the step. A batch of further images,
+        without labels, may be in the batch as `unlabelled`: it has the distillation terms alone, and a term is the mean
+        over all images. Its `boxes`, `labels` and `valid`, if it has them, are for methods that read some; without
+        them these methods see the labelled images alone.
 
     Returns:
       (state, teacher variables or None, batch) -> (state, metrics). Metrics are f32[]: the detection losses, the
@@ -89,6 +94,20 @@ def make_step(
             terms = distiller.terms(
                 params["adapters"], output, batch, variables, observed=observed, assignment=assignment, key=key
             )
+            if UNLABELLED in batch:
+                more = batch[UNLABELLED]
+                given = distiller if "boxes" in more else distiller.without_boxes(more["image"].shape[1:3])
+                output, stats = student.apply(params["student"], stats, student.preprocess(more["image"]), train=True)
+                others = given.terms(
+                    params["adapters"],
+                    output,
+                    more,
+                    variables,
+                    observed=more.get(RECORDED),
+                    key=jax.random.fold_in(key, 1),
+                )
+                share = len(more["image"]) / (len(batch["image"]) + len(more["image"]))
+                terms |= {name: (1 - share) * terms[name] + share * value for name, value in others.items()}
             weights = distiller.weights(step)
             total += sum(weights[name] * value for name, value in terms.items())
             losses |= terms
