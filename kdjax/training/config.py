@@ -303,8 +303,8 @@ def flat(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 # Settings that may differ between a run and its resumption, because they do not change the result.
-_FREE = ("log_every", "checkpoint", "compile_cache", "data.workers", "data.cache", "data.root", "data.unlabelled",
-         "eval", "teacher.cache")  # fmt: skip
+_FREE = ("extend", "log_every", "checkpoint", "compile_cache", "data.workers", "data.cache", "data.root",
+         "data.unlabelled", "eval", "teacher.cache")  # fmt: skip
 
 
 def differences(written: object, config: Config) -> list[str]:
@@ -315,7 +315,7 @@ def differences(written: object, config: Config) -> list[str]:
       config: the config now.
 
     Returns:
-      "optimizer.lr was 0.1, is 0.2" and the like.
+      "optimizer.lr was 0.1, is 0.2" and the like; with `config.extend` the number of steps may differ.
 
     Raises:
       UserError: `written` is not the config of a run.
@@ -329,7 +329,7 @@ def differences(written: object, config: Config) -> list[str]:
     now = flat(json.loads(config.to_json()))
     return [
         f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
-        for key in sorted(before.keys() | now.keys())
+        for key in sorted((before.keys() | now.keys()) - ({"steps"} if config.extend else set()))
         if before.get(key) != now.get(key) and not _is_free(key)
     ]
 

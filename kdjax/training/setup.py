@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from kdjax import data, detectors, files, methods, sharding, weights
@@ -627,6 +628,32 @@ def teacher_hash(setup: Setup) -> Any:  # noqa: ANN401 - as json holds it
     return found.get("", found or None)
 
 
+def check_extension(config: Config, before: int, done: int) -> None:
+    """Checks that a run may go on for more steps than it was started with.
+
+    Args:
+      config: with the new number of steps.
+      before: steps that the run was started with.
+      done: steps that it has done.
+
+    Raises:
+      UserError: it has done more, or its learning rates so far are not those of the longer run.
+    """
+    if config.steps < done:
+        raise UserError(f"config.steps is {config.steps}, but the run is already at step {done}: set more")
+    shorter = ConfigDict(dict(config.items()))
+    shorter.steps = before
+    old, new = (jax.vmap(optim.learning_rate(one))(np.arange(done)) for one in (shorter, config))
+    differ = np.flatnonzero(np.asarray(old) != np.asarray(new))
+    if len(differ):
+        raise UserError(
+            f"config.extend: of the {done} steps that are done, those from {differ[0]} on had another learning rate "
+            f"than they have in a run of {config.steps} steps: only runs with config.optimizer.flat=1 or "
+            "config.optimizer.drops, and others before their decay, can be extended; start a new one from "
+            "config.student.weights"
+        )
+
+
 def resume(setup: Setup, checkpoints: Checkpoints) -> tuple[int, Setup]:
     """Restores the newest checkpoint, if there is one.
 
@@ -649,6 +676,8 @@ def resume(setup: Setup, checkpoints: Checkpoints) -> tuple[int, Setup]:
             )
     # Also without config.json; older checkpoints do not have the settings.
     differ = differences(note["config"], setup.config) if "config" in note else []
+    if not differ and setup.config.extend:
+        check_extension(setup.config, note["config"]["steps"], note["next_batch"])
     if differ:
         raise UserError(
             f"workdir: {checkpoints.directory} belongs to a run with other settings ({'; '.join(differ)}): choose "
