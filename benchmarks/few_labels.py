@@ -6,7 +6,8 @@
 Five results of one small student, all evaluated on the whole validation split: `twin`, trained on the labelled tenth;
 `labelled`, distilled on it; `unlabelled`, distilled on it and, beside it, on the other images; `pseudo`, trained on it
 and on what `kdjax label` says about the other images, without a teacher; `nowhere`, trained on what `kdjax label` says
-about all of the images (scores from 0.4 on), without any label. The commands of kdjax do all the work; what they print is in WORKDIR.
+about all of the images (scores from 0.4 on), without any label. The commands of kdjax do all the work; what they print
+is in WORKDIR.
 """
 
 import argparse
@@ -127,8 +128,8 @@ def train(args: argparse.Namespace, name: str, labels: Path, root: Path, *flags:
         files = (f"--config.data.train_annotations={labels.name}", f"--config.data.train_images={root / 'train'}")
         steps = (f"--config.steps={args.steps}", f"--config.batch_size={args.batch}", "--config.eval.every=0")
         rates = (f"--config.optimizer.warmup={args.steps // 10}", f"--config.ema.ramp={args.steps // 5}")
-        kdjax(args, name, "train", f"--config={config}", f"--config.student.detector={args.student}", "--config.optimizer.lr=0.005",
-              "--config.data.augment.scale=(0.8,1.25)", *sizes, *files, *steps, *rates, *flags,
+        kdjax(args, name, "train", f"--config={config}", f"--config.student.detector={args.student}",
+              "--config.optimizer.lr=0.005", "--config.data.augment.scale=(0.8,1.25)", *sizes, *files, *steps, *rates, *flags,
               *(args.flags if methods else ()), f"--workdir={workdir}")  # fmt: skip
     return json.loads((workdir / "results.json").read_text())
 
