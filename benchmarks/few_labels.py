@@ -129,8 +129,8 @@ def train(args: argparse.Namespace, name: str, labels: Path, root: Path, *flags:
         steps = (f"--config.steps={args.steps}", f"--config.batch_size={args.batch}", "--config.eval.every=0")
         rates = (f"--config.optimizer.warmup={args.steps // 10}", f"--config.ema.ramp={args.steps // 5}")
         kdjax(args, name, "train", f"--config={config}", f"--config.student.detector={args.student}",
-              "--config.optimizer.lr=0.005", "--config.data.augment.scale=(0.8,1.25)", *sizes, *files, *steps, *rates, *flags,
-              *(args.flags if methods else ()), f"--workdir={workdir}")  # fmt: skip
+              "--config.optimizer.lr=0.005", "--config.data.augment.scale=(0.8,1.25)", *sizes, *files, *steps,
+              *rates, *flags, *(args.flags if methods else ()), f"--workdir={workdir}")  # fmt: skip
     return json.loads((workdir / "results.json").read_text())
 
 
