@@ -3,7 +3,7 @@
 from kdjax.data.coco import same_names
 from kdjax.data.counts import Counts, count, counted, counted_in_one_line, reasons
 from kdjax.data.data_yaml import SUFFIXES as YAML
-from kdjax.data.dataset import Dataset, Split, ground_truth, open_dataset, open_unlabelled, without_labels
+from kdjax.data.dataset import Dataset, Split, ground_truth, open_dataset, open_unlabelled, with_found, without_labels
 from kdjax.data.folders import recognised
 from kdjax.data.loader import entry_batches, eval_batches, train_batches, train_plans
 from kdjax.data.records import Damaged
@@ -35,4 +35,5 @@ __all__ = [
     "train_batches",
     "train_plans",
     "without_labels",
+    "with_found",
 ]

@@ -19,6 +19,7 @@ from kdjax.data.plans import STREAM, Row
 from kdjax.data.stages import Stage
 from kdjax.data.transforms import Sample
 
+FOUND = 100  # detections of a row of a batch
 KEEP_BYTES = 400 * 2**20  # of decoded images in memory, so that a small split is decoded once
 
 Arrays = dict[str, np.ndarray]
@@ -56,6 +57,8 @@ class Images:
             example = self._split.records[index]
             if self._split.masks is not None:
                 example = _masked(example, self._split.masks(example["ids"].tolist()))
+            if self._split.found is not None:
+                example["found"] = self._split.found[index]
             self._thread.decoded = getattr(self._thread, "decoded", 0) + 1
             # An image is kept if all others would fit too at its size: this bounds the memory without shared counters.
             if self._split.size * example["image"].nbytes <= KEEP_BYTES:
@@ -202,7 +205,7 @@ def stack(rows: Sequence[Arrays]) -> Arrays:
 
 
 def _sample(example: dict[str, Any]) -> Sample:
-    return Sample(example["image"], example["boxes"], example["labels"], example.get("masks"))
+    return Sample(example["image"], example["boxes"], example["labels"], example.get("masks"), example.get("found"))
 
 
 def _padded(sample: Sample, canvas: tuple[int, int], max_boxes: int) -> Arrays:
@@ -226,4 +229,17 @@ def _padded(sample: Sample, canvas: tuple[int, int], max_boxes: int) -> Arrays:
         drawn = masks.drawn(canvas)
         row["masks"] = np.zeros((max_boxes, *drawn.shape[1:]), np.uint8)
         row["masks"][:count] = drawn
-    return row
+    return row if sample.found is None else row | _detections(sample.found)
+
+
+def _detections(found: np.ndarray) -> Arrays:
+    """The `FOUND` detections of the best scores, best first."""
+    best = found[np.argsort(-found[:, 5], kind="stable")[:FOUND]]
+    rows = np.zeros((FOUND, 6), np.float32)
+    rows[: len(best)] = best
+    return {
+        "found_boxes": rows[:, :4],
+        "found_labels": rows[:, 4].astype(np.int32),
+        "found_scores": rows[:, 5],
+        "found_valid": np.arange(FOUND) < len(best),
+    }

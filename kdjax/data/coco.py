@@ -80,12 +80,21 @@ def read(json_path: Path) -> dict[str, Any]:
     Raises:
       UserError: it is not json, or not in that layout.
     """
+    return checked_layout(parsed(json_path), json_path)
+
+
+def parsed(json_path: Path) -> hashes.Json:
+    """The content of a json, whatever it is.
+
+    Raises:
+      UserError: it is not json in UTF-8.
+    """
     encoding = json.detect_encoding(files.head(json_path, "annotations"))
     if not encoding.startswith("utf-8"):
         raise UserError(f"{json_path}: not valid json: it is {encoding.upper()}: must be UTF-8")
     try:
         with open(json_path, encoding="utf-8-sig") as file:  # some tools write a byte order mark
-            data = json.load(file)
+            return json.load(file)
     except UnicodeDecodeError as error:
         what = f"byte {error.object[error.start]:#04x} at {error.start} is not UTF-8"
         raise UserError(f"{json_path}: not valid json: {what}: must be UTF-8") from None
@@ -97,6 +106,14 @@ def read(json_path: Path) -> dict[str, Any]:
     except ValueError:  # Python reads no longer integer
         what = f"an integer of over {sys.get_int_max_str_digits()} digits"
         raise UserError(f"{json_path}: not usable json: it has {what}") from None
+
+
+def checked_layout(data: hashes.Json, json_path: Path) -> dict[str, Any]:
+    """The content of a json that has the three lists of COCO's layout.
+
+    Raises:
+      UserError: it has not.
+    """
     if not isinstance(data, dict):
         raise UserError(f"{json_path}: must hold a json object in COCO's layout, not a {type(data).__name__}")
     for key in ("images", "annotations", "categories"):
@@ -141,11 +158,11 @@ def check(data: Mapping[str, Any], name: str) -> tuple[list[ImageRecord], dict[i
       UserError: the json is refused.
     """
     data, root = without_root(data)
-    categories = _categories(data, name)
-    image_records = _image_records(data, name)
+    categories = categories_of(data, name)
+    image_records = image_records_of(data, name)
     log = noted(name, [ROOT] if root else [])
     used: set[int] = set()
-    given = {a["id"] for a in data["annotations"] if _whole(a.get("id"))}
+    given = {a["id"] for a in data["annotations"] if whole(a.get("id"))}
     above = 1 + max(given, default=0)
     spare = (i for i in itertools.count(above if above < 2**62 else 1) if i not in given)
     crowd: list[str] = []
@@ -153,20 +170,20 @@ def check(data: Mapping[str, Any], name: str) -> tuple[list[ImageRecord], dict[i
     for entry in data["annotations"]:
         where = f"{name}: annotation {entry.get('id')}"
         image_id = entry.get("image_id")
-        record = image_records.get(image_id) if _whole(image_id) else None
+        record = image_records.get(image_id) if whole(image_id) else None
         if record is None:
-            hint = _integer_hint(image_id, image_records)
+            hint = integer_hint(image_id, image_records)
             raise UserError(f"{where}: image {image_id!r} is not among the images{hint}")
         category = entry.get("category_id")
-        if not _whole(category) or category not in categories:
-            hint = _integer_hint(category, categories) or f": they are {listed(categories)}"
+        if not whole(category) or category not in categories:
+            hint = integer_hint(category, categories) or f": they are {listed(categories)}"
             raise UserError(f"{where}: category {category!r} is not among the categories{hint}")
         entry = dict(entry)
 
         def note(action: str, reason: str, record: ImageRecord = record, entry: Mapping[str, Any] = entry) -> None:
             log.append({"file": record.file_name, "annotation": entry.get("id"), "action": action, "reason": reason})
 
-        iscrowd, ignore = _flag(entry.get("iscrowd")), _flag(entry.get("ignore")) != 0
+        iscrowd, ignore = flag(entry.get("iscrowd")), flag(entry.get("ignore")) != 0
         if iscrowd or ignore:
             crowd.append("have ignore" if ignore else "crowd")
         bbox, mask = entry.get("bbox"), entry.get("segmentation")
@@ -177,13 +194,13 @@ def check(data: Mapping[str, Any], name: str) -> tuple[list[ImageRecord], dict[i
         if bbox is None:
             note("dropped", "bbox is missing" + f", and its segmentation cannot be used: {fault}" * bool(fault))
             continue
-        if not isinstance(bbox, list) or len(bbox) != 4 or not all(_finite(v) for v in bbox):
+        if not isinstance(bbox, list) or len(bbox) != 4 or not all(finite(v) for v in bbox):
             note("dropped", "bbox is not four finite numbers")
             continue
         if bbox[2] <= 0 or bbox[3] <= 0:
             note("dropped", "box has no extent")
             continue
-        if not _whole(entry.get("id")) or entry["id"] in used or entry["id"] < 1:
+        if not whole(entry.get("id")) or entry["id"] in used or entry["id"] < 1:
             # COCO's evaluation takes a match with annotation 0 for no match.
             note("repaired", "annotation id is missing, duplicate or below 1: replaced")
             entry["id"] = next(spare)
@@ -202,7 +219,7 @@ def check(data: Mapping[str, Any], name: str) -> tuple[list[ImageRecord], dict[i
             note("ignored", IGNORED)
         entry["iscrowd"] = int(bool(iscrowd or ignore))
         area = entry.get("area")
-        if not (_finite(area) and area >= 0):
+        if not (finite(area) and area >= 0):
             if area is not None:
                 note("repaired", "area is not a number >= 0: set to the area of the box")
             entry["area"] = bbox[2] * bbox[3]
@@ -229,7 +246,7 @@ def without_root(data: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool]:
     """
     first, others = None, []
     for entry in data["categories"]:
-        if first is None and _whole(entry.get("id")) and entry["id"] == 0 and entry.get("supercategory") == "none":
+        if first is None and whole(entry.get("id")) and entry["id"] == 0 and entry.get("supercategory") == "none":
             first = entry
         else:
             others.append(entry)
@@ -249,8 +266,12 @@ def _set_mask(entry: dict[str, Any], mask: masks.Segmentation | None) -> None:
         entry["segmentation"] = mask
 
 
-def _categories(data: Mapping[str, Any], name: str) -> dict[int, str]:
-    """Names by id, in the json's order."""
+def categories_of(data: Mapping[str, Any], name: str) -> dict[int, str]:
+    """Names by id, in the json's order.
+
+    Raises:
+      UserError: an id or a name cannot be used.
+    """
     categories: dict[int, str] = {}
     keys: dict[str, int] = {}  # by name, whatever its Unicode form and the spaces around it
     for entry in data["categories"]:
@@ -279,8 +300,12 @@ def _categories(data: Mapping[str, Any], name: str) -> dict[int, str]:
     return categories
 
 
-def _image_records(data: Mapping[str, Any], name: str) -> dict[int, ImageRecord]:
-    """Records without annotations by id, in the json's order."""
+def image_records_of(data: Mapping[str, Any], name: str) -> dict[int, ImageRecord]:
+    """Records without annotations by id, in the json's order.
+
+    Raises:
+      UserError: an id or a file_name cannot be used.
+    """
     image_records: dict[int, ImageRecord] = {}
     files = set()
     for entry in data["images"]:
@@ -295,7 +320,7 @@ def _image_records(data: Mapping[str, Any], name: str) -> dict[int, ImageRecord]
             raise UserError(f"{name}: file {entry['file_name']} is listed as two images")
         files.add(entry["file_name"])
         # 0 means unknown: the size is then taken from the image itself.
-        width, height = (int(s) if _finite(s) and s > 0 else 0 for s in (entry.get("width"), entry.get("height")))
+        width, height = (int(s) if finite(s) and s > 0 else 0 for s in (entry.get("width"), entry.get("height")))
         image_records[key] = ImageRecord(id=key, file_name=entry["file_name"], width=width, height=height)
     if not image_records:
         raise UserError(f"{name}: it lists no images")
@@ -303,29 +328,29 @@ def _image_records(data: Mapping[str, Any], name: str) -> dict[int, ImageRecord]
 
 
 def _identity(entry: Mapping[str, Any], name: str, kind: str) -> int:
-    if not _whole(entry.get("id")):
+    if not whole(entry.get("id")):
         raise UserError(f"{name}: {kind} id {entry.get('id')!r} is not a 64-bit integer")
     return entry["id"]
 
 
-def _whole(value: object) -> TypeGuard[int]:
+def whole(value: object) -> TypeGuard[int]:
     """Whether it is an integer that a record can hold."""
     return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
 
 
-def _finite(value: object) -> TypeGuard[float]:
+def finite(value: object) -> TypeGuard[float]:
     """Whether it is a number that float32 can hold."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e38
 
 
-def _flag(value: object) -> int | None:
+def flag(value: object) -> int | None:
     """0 or 1, also from the text of one; None: neither. What is missing is 0."""
     if value is None or value in (0, 1):
         return int(bool(value))
     return {"0": 0, "1": 1, "false": 0, "true": 1}.get(value.lower()) if isinstance(value, str) else None
 
 
-def _integer_hint(value: object, known: Collection[int]) -> str:
+def integer_hint(value: object, known: Collection[int]) -> str:
     """What to write instead of an id as 1.0 or "1"."""
     if isinstance(value, float | str) and (meant := next((k for k in known if value in (k, str(k))), None)) is not None:
         return f": must be the integer {meant}"

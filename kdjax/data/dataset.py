@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from kdjax.data import cache, coco, folders, hashes, images, masks
+from kdjax.data import cache, coco, folders, found, hashes, images, masks
+from kdjax.data.found import Found
 from kdjax.data.masks import Store
 from kdjax.data.records import Reader
 from kdjax.data.sources import CONTENTS, LOG, META, SOURCES, TRUTH, prepare_unlabelled
@@ -30,6 +31,7 @@ class Split:
     folder: Path  # of the prepared split; holds TRUTH, LOG and CONTENTS
     categories: Mapping[int, str]  # of the data set: name by category id, ascending
     masks: Store | None = None  # of the objects that are trained on, if `config.data.masks` asks for them
+    found: Found | None = None  # what a teacher detected on the images, if `with_found` read it
     labelled: bool = True  # False: what its images show is not known; True without an annotation: they show nothing
 
     @functools.cached_property
@@ -199,6 +201,27 @@ def open_unlabelled(cfg: Settings, folder: str) -> Split:
     prepared = prepare_unlabelled(cfg, folder)
     meta = hashes.checked(prepared / META)
     return _split(cfg, meta["name"], prepared, meta, {})
+
+
+def with_found(dataset: Dataset, path: str | Path) -> Dataset:
+    """The data set with the detections of a file on its training images, which training batches then have.
+
+    Args:
+      dataset: from `open_dataset`, with the split 'train'.
+      path: of the file; see `found.read` for what it may hold.
+
+    Raises:
+      UserError: the file cannot be used; with the place.
+    """
+    split = dataset.splits["train"]
+    read = found.read(
+        path,
+        hashes.read_json(split.folder / TRUTH)["images"],
+        list(zip(dataset.category_ids, dataset.classes, strict=True)),
+        size=split.size,
+        source=dataset.source,
+    )
+    return dataclasses.replace(dataset, splits=dataset.splits | {"train": dataclasses.replace(split, found=read)})
 
 
 def _split(

@@ -47,7 +47,9 @@ def train_batches(
       An iterator with `close()` of dicts: image u8[B, H, W, 3] RGB, boxes f32[B, M, 4] x1 y1 x2 y2 in pixels of the
       canvas, labels i32[B, M], valid bool[B, M], image_size i32[B, 2] (height, width of the image at the canvas' top
       left). If the data set was opened with `masks`: masks u8[B, M, H/4, W/4], of each 4 x 4 pixels of the canvas the
-      share that the object covers, 0 .. 255; objects without a mask are left out then.
+      share that the object covers, 0 .. 255; objects without a mask are left out then. If it has a file of detections
+      (`with_found`): found_boxes f32[B, 100, 4], found_labels i32[B, 100], found_scores f32[B, 100] in 0 .. 1, best
+      first, and found_valid bool[B, 100], moved by the augmentation as the objects.
 
     Raises:
       UserError: batch_size, seed or a setting is out of its range.
@@ -181,8 +183,9 @@ def eval_batches(
       fit: how an image is resized, see `transforms.fitted`.
 
     Returns:
-      An iterator with `close()` of the dicts of `train_batches` without masks, and image_id i64[B], original_size
-      i32[B, 2] (height, width), real bool[B]. On rows that only fill the last batch `real` is False and image_id -1.
+      An iterator with `close()` of the dicts of `train_batches` without masks and detections, and image_id i64[B],
+      original_size i32[B, 2] (height, width), real bool[B]. On rows that only fill the last batch `real` is False and
+      image_id -1.
 
     Raises:
       UserError: batch_size or image_size is out of its range.
@@ -194,7 +197,7 @@ def eval_batches(
     chosen = dataset.splits[split]
     plans = EvalPlans(size=chosen.size if limit is None else min(limit, chosen.size), batch=batch_size)
     builder = EvalBuilder(
-        images=Images(dataclasses.replace(chosen, masks=None)),
+        images=Images(dataclasses.replace(chosen, masks=None, found=None)),
         canvas=canvas_size(cfg),
         max_boxes=dataset.max_boxes,
         fit=fit,

@@ -3,6 +3,8 @@
 Liu et al., SSD, ECCV 2016, section 2.2 and its data augmentation; the ranges are those that RT-DETR and D-FINE take.
 """
 
+import functools
+
 import cv2
 import numpy as np
 
@@ -58,7 +60,7 @@ def zoom_out(sample: Sample, rng: np.random.Generator) -> Sample:
     top, left = int((canvas[0] - height) * down), int((canvas[1] - width) * across)
     image = np.zeros((*canvas, 3), np.uint8)
     image[top : top + height, left : left + width] = sample.image
-    return transforms.moved(sample, top, left)._replace(image=image)
+    return sample.on(image, offset=(left, top))
 
 
 def iou_crop(sample: Sample, rng: np.random.Generator) -> Sample:
@@ -81,13 +83,16 @@ def iou_crop(sample: Sample, rng: np.random.Generator) -> Sample:
                 continue
             top, left = int((height - size[0]) * y), int((width - size[1]) * x)
             window = np.array([left, top, left + size[1], top + size[0]], np.float32)
-            centres = (sample.boxes[:, :2] + sample.boxes[:, 2:]) / 2
-            inside = np.flatnonzero(((window[:2] < centres) & (centres < window[2:])).all(-1))
-            if len(inside) and _overlaps(sample.boxes[inside], window).max() >= least:
-                kept = None if sample.masks is None else sample.masks[inside]
-                chosen = Sample(sample.image, sample.boxes[inside], sample.labels[inside], kept)
+            chosen = sample.kept(functools.partial(_centred, window=window))
+            if len(chosen.boxes) and _overlaps(chosen.boxes, window).max() >= least:
                 return transforms.crop(chosen, top, left, size)
     return sample
+
+
+def _centred(boxes: np.ndarray, *, window: np.ndarray) -> np.ndarray:
+    """Which boxes f32[k, 4] have their centre inside the window f32[4]: bool[k]."""
+    centres = (boxes[:, :2] + boxes[:, 2:]) / 2
+    return ((window[:2] < centres) & (centres < window[2:])).all(-1)
 
 
 def _overlaps(boxes: np.ndarray, window: np.ndarray) -> np.ndarray:

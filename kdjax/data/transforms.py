@@ -2,9 +2,12 @@
 
 Coordinates are continuous: an image spans 0 .. w. Objects are clipped where their image is cropped, and dropped if too
 little is left (`crop`). The steps are those of RTMDet (Lyu et al. 2022, arXiv 2212.07784).
+
+A teacher's detections of an image (`Sample.found`) move as its objects do, by the same three functions of `Sample`, and
+change neither the pixels nor what is drawn at random.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import cv2
@@ -19,12 +22,59 @@ MIN_VISIBLE = 0.1  # a box is dropped if a crop leaves a smaller share of its ar
 
 
 class Sample(NamedTuple):
-    """An image with its n objects, all in pixels of that image."""
+    """An image with its n objects and d detections, all in pixels of that image."""
 
     image: np.ndarray  # u8[h, w, 3] RGB
     boxes: np.ndarray  # f32[n, 4] x1 y1 x2 y2
     labels: np.ndarray  # i32[n]
     masks: Masks | None = None  # n masks; None if they are not asked for
+    found: np.ndarray | None = None  # f32[d, 6] x1 y1 x2 y2, label, score; None if there is no file of detections
+
+    def on(
+        self, image: np.ndarray, *, scale: tuple[float, float] = (1, 1), offset: tuple[float, float] = (0, 0)
+    ) -> "Sample":
+        """Objects and detections on another image, to which every point (x, y) moves: (x, y) * scale + offset, px."""
+        move = _moved(scale, offset)
+        masks = None if self.masks is None else self.masks.moved(scale, offset)
+        return self._with_boxes(move)._replace(image=image, masks=masks)
+
+    def clipped(self) -> "Sample":
+        """Without what is outside of the image."""
+        height, width = self.image.shape[:2]
+        masks = None if self.masks is None else self.masks.cut(width, height)
+        return self._with_boxes(lambda boxes: _clipped(boxes, (height, width)))._replace(masks=masks)
+
+    def kept(self, choose: Callable[[np.ndarray], np.ndarray]) -> "Sample":
+        """With only those objects and detections whose boxes are chosen: boxes f32[k, 4] -> bool[k]."""
+        keep = choose(self.boxes)
+        return self._replace(
+            boxes=self.boxes[keep],
+            labels=self.labels[keep],
+            masks=None if self.masks is None else self.masks[keep],
+            found=None if self.found is None else self.found[choose(self.found[:, :4])],
+        )
+
+    def _with_boxes(self, change: Callable[[np.ndarray], np.ndarray]) -> "Sample":
+        """With other boxes, of objects and of detections: f32[k, 4] -> f32[k, 4]."""
+        found = self.found
+        if found is not None:
+            found = np.concatenate([change(found[:, :4]), found[:, 4:]], axis=1)
+        return self._replace(boxes=change(self.boxes), found=found)
+
+
+def _moved(scale: tuple[float, float], offset: tuple[float, float]) -> Callable[[np.ndarray], np.ndarray]:
+    """Boxes f32[k, 4] -> boxes after every point has moved; a negative scale mirrors."""
+
+    def move(boxes: np.ndarray) -> np.ndarray:
+        ends = boxes.reshape(-1, 2, 2) * np.array(scale, np.float32) + np.array(offset, np.float32)
+        return np.concatenate([ends.min(1), ends.max(1)], axis=1)
+
+    return move
+
+
+def _clipped(boxes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Boxes f32[k, 4] clipped to an image of (h, w) px."""
+    return np.clip(boxes, 0, np.array([size[1], size[0]] * 2, np.float32))
 
 
 def resize(sample: Sample, size: tuple[int, int]) -> Sample:
@@ -32,12 +82,8 @@ def resize(sample: Sample, size: tuple[int, int]) -> Sample:
     height, width = sample.image.shape[:2]
     if (height, width) == tuple(size):
         return sample
-    y, x = size[0] / height, size[1] / width
-    return sample._replace(
-        image=cv2.resize(sample.image, (size[1], size[0]), interpolation=cv2.INTER_LINEAR),
-        boxes=sample.boxes * np.array([x, y, x, y], np.float32),
-        masks=None if sample.masks is None else sample.masks.moved((x, y), (0, 0)),
-    )
+    image = cv2.resize(sample.image, (size[1], size[0]), interpolation=cv2.INTER_LINEAR)
+    return sample.on(image, scale=(size[1] / width, size[0] / height))
 
 
 def fitted(
@@ -81,15 +127,14 @@ def crop(sample: Sample, top: int, left: int, size: tuple[int, int]) -> Sample:
       >>> window.image.shape, window.boxes.tolist()
       ((8, 4, 3), [[0.0, 2.0, 2.0, 6.0]])
     """
-    rows, columns = slice(top, top + size[0]), slice(left, left + size[1])
-    window = sample.image[rows, columns]
-    height, width = window.shape[:2]
-    moved = sample.boxes - np.array([left, top, left, top], np.float32)
-    inside = np.clip(moved, 0, np.array([width, height, width, height], np.float32))
-    sides, before = inside[:, 2:] - inside[:, :2], moved[:, 2:] - moved[:, :2]
-    keep = (sides >= MIN_SIZE).all(-1) & (sides.prod(-1) >= MIN_VISIBLE * before.prod(-1))
-    kept = None if sample.masks is None else sample.masks[keep].moved((1, 1), (-left, -top)).cut(width, height)
-    return Sample(window, inside[keep], sample.labels[keep], kept)
+    window = sample.image[top : top + size[0], left : left + size[1]]
+
+    def remains(boxes: np.ndarray) -> np.ndarray:
+        inside = _clipped(boxes, (window.shape[0], window.shape[1]))
+        sides, before = inside[:, 2:] - inside[:, :2], boxes[:, 2:] - boxes[:, :2]
+        return (sides >= MIN_SIZE).all(-1) & (sides.prod(-1) >= MIN_VISIBLE * before.prod(-1))
+
+    return sample.on(window, offset=(-left, -top)).kept(remains).clipped()
 
 
 def flip(sample: Sample) -> Sample:
@@ -100,13 +145,7 @@ def flip(sample: Sample) -> Sample:
       >>> flip(Sample(np.zeros((4, 10, 3), np.uint8), box, np.array([0], np.int32))).boxes
       array([[7., 0., 9., 4.]], dtype=float32)
     """
-    width, boxes = sample.image.shape[1], sample.boxes
-    boxes = np.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], axis=-1)
-    return sample._replace(
-        image=cv2.flip(sample.image, 1),
-        boxes=boxes.astype(np.float32),
-        masks=None if sample.masks is None else sample.masks.moved((-1, 1), (width, 0)),
-    )
+    return sample.on(cv2.flip(sample.image, 1), scale=(-1, 1), offset=(sample.image.shape[1], 0))
 
 
 def pad(sample: Sample, canvas: tuple[int, int]) -> Sample:
@@ -116,7 +155,7 @@ def pad(sample: Sample, canvas: tuple[int, int]) -> Sample:
         return sample
     padded = np.full((*canvas, 3), PAD, np.uint8)
     padded[:height, :width] = sample.image
-    return moved(sample, 0, 0)._replace(image=padded)
+    return sample.on(padded)
 
 
 def mosaic(tiles: Sequence[Sample], centre: tuple[int, int], canvas: tuple[int, int]) -> Sample:
@@ -141,7 +180,7 @@ def mosaic(tiles: Sequence[Sample], centre: tuple[int, int], canvas: tuple[int, 
         )
         part = crop(tile, top, left, (height, width))
         image[y : y + height, x : x + width] = part.image
-        placed.append(moved(part, y, x))
+        placed.append(part.on(image, offset=(x, y)))
     return _joined(image, placed)
 
 
@@ -225,20 +264,14 @@ def augment(
     return sample._replace(image=hsv_jitter(sample.image, shifts))
 
 
-def moved(sample: Sample, top: int, left: int) -> Sample:
-    """The objects of an image that is placed at (top, left) of a canvas; the caller draws the image."""
-    return sample._replace(
-        boxes=sample.boxes + np.array([left, top, left, top], np.float32),
-        masks=None if sample.masks is None else sample.masks.moved((1, 1), (left, top)),
-    )
-
-
 def _joined(image: np.ndarray, samples: Sequence[Sample]) -> Sample:
-    """An image with the objects of several; masks only if all have them."""
+    """An image with the objects and detections of several; masks and detections only if all have them."""
     parts = [s.masks for s in samples if s.masks is not None]
+    found = [s.found for s in samples if s.found is not None]
     return Sample(
         image,
         np.concatenate([s.boxes for s in samples]),
         np.concatenate([s.labels for s in samples]),
         masks.joined(parts) if len(parts) == len(samples) else None,
+        np.concatenate(found) if len(found) == len(samples) else None,
     )

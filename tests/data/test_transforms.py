@@ -132,7 +132,7 @@ def test_fitted_keeps_the_aspect_ratio():
 @pytest.mark.parametrize("seed", range(12))
 def test_boxes_stay_on_the_painted_pixels(seed):
     options = dict(canvas=(96, 120), flip_share=0.5, scale=(0.5, 2.5), random_crop=True, hsv=(0, 0, 0))
-    image, boxes, labels, _ = transforms.augment(sample(), np.random.default_rng(seed), **options)
+    image, boxes, labels, *_ = transforms.augment(sample(), np.random.default_rng(seed), **options)
     assert image.dtype == np.uint8 and boxes.dtype == np.float32 and labels.dtype == np.int32
     height, width = image.shape[:2]
     assert height <= 96 and width <= 120 and len(boxes) == len(labels)
@@ -386,3 +386,50 @@ def test_many_masks_take_the_memory_of_one():
     tracemalloc.stop()
     assert most < drawn.nbytes + 2**21
     np.testing.assert_allclose(drawn.sum((1, 2)) / 255 * 16, 40 * 30 * 0.32**2, rtol=0.02)
+
+
+def as_found(boxes, labels):
+    """The objects as detections; the score tells which one it is."""
+    scores = np.linspace(0.1, 0.9, len(boxes))
+    return np.concatenate([boxes, labels[:, None], scores[:, None]], 1).astype(np.float32)
+
+
+@given(st.integers(0, 2**32 - 1))
+@hypothesis_settings(deadline=None, max_examples=60)
+def test_detections_move_as_objects_do_and_change_nothing(seed):
+    """Random scenes through every transform in random order, with and without the objects as detections."""
+    rng = np.random.default_rng(seed)
+
+    def scene():
+        height, width, count = *rng.integers(20, 90, 2).tolist(), rng.integers(0, 6)
+        corners = np.sort(rng.uniform(0, 1, (count, 2, 2)), 1) * [width, height]
+        boxes, labels = corners.reshape(-1, 4).astype(np.float32), rng.integers(0, 9, count).astype(np.int32)
+        image = rng.integers(0, 256, (height, width, 3)).astype(np.uint8)
+        return Sample(image, boxes, labels, found=as_found(boxes, labels))
+
+    canvas = tuple(rng.integers(40, 80, 2).tolist())
+    options = dict(canvas=canvas, flip_share=0.5, scale=(0.4, 2.5), random_crop=bool(rng.integers(2)), hsv=(5, 30, 30))
+    steps = [
+        lambda one, draws: transforms.resize(one, tuple(draws.integers(20, 90, 2).tolist())),
+        lambda one, draws: transforms.crop(one, *draws.integers(0, 20, 2).tolist(), draws.integers(10, 80, 2).tolist()),
+        lambda one, draws: transforms.flip(one),
+        ssd.zoom_out,
+        ssd.iou_crop,
+        lambda one, draws: transforms.augment(one, draws, **options),
+    ]
+    scenes, order, keys = [scene() for _ in range(5)], rng.permutation(len(steps)), rng.integers(0, 2**32, 9)
+
+    def run(samples):
+        tiles = list(samples[:4])
+        for number, step in enumerate(order):
+            tiles[number % 4] = steps[step](tiles[number % 4], np.random.default_rng(keys[step]))
+        whole = transforms.mosaic(tiles, (canvas[0] // 2, canvas[1] // 3), canvas)
+        other = transforms.pad(transforms.augment(samples[4], np.random.default_rng(keys[6]), **options), canvas)
+        return transforms.mixup(whole, transforms.flip(other))
+
+    out, plain = run(scenes), run([one._replace(found=None) for one in scenes])
+    np.testing.assert_array_equal(out.found[:, :4], out.boxes)
+    np.testing.assert_array_equal(out.found[:, 4], out.labels)
+    assert plain.found is None
+    for got, want in zip(out[:3], plain[:3], strict=True):
+        np.testing.assert_array_equal(got, want)
