@@ -1,6 +1,7 @@
 """`Distiller` combines a student, a teacher and methods: it runs the teacher, pairs the outputs and compares them."""
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, cast
@@ -231,6 +232,14 @@ class Distiller:
             found = self._assign(output, targets, key)._replace(denoising=None)
             return self.student.loss(output, targets, found)
 
+        def learned(targets: Targets, names: Iterable[str]) -> tuple[PairedRows, Assignment]:
+            found = self._assign(output, targets, key)._replace(denoising=None)
+            rows = whole.rows or Rows()
+            if whole.at is not None:
+                assert found.regions is not None
+                rows = regions.own_rows(whole.at, found.regions)
+            return _fields(rows, names), found
+
         def boxes(maps: tuple[Array, ...]) -> Array:
             return self.teacher.decode_boxes(dataclasses.replace(teacher, box_reg=maps))
 
@@ -255,6 +264,9 @@ class Distiller:
                 assign=assign if "assignment" in method.reads.student else None,  # type: ignore[arg-type]
                 proposals=proposals() if "proposals" in method.reads.teacher else None,  # type: ignore[arg-type]
                 loss=losses if "loss" in method.reads.student else None,  # type: ignore[arg-type]
+                learned=functools.partial(learned, names=method.reads.student)  # type: ignore[arg-type]
+                if "loss" in method.reads.student
+                else None,
             )
             terms = method.apply(adapters[name], context)
             values |= {f"{name}/{term}": value for term, value in terms.items()}

@@ -61,6 +61,9 @@ class Context(NamedTuple):
     # Of methods that read "loss": the student's own losses, {name: f32[]}, for targets that the method chooses: its
     # assigner decides anew what each row learns. Without denoising queries and without masks.
     loss: Callable[[Targets], Mapping[str, Array]]
+    # Of methods that read "loss": all of the student's rows, paired or not, and what each learns then; of a student
+    # with two stages the regions that it draws for these targets.
+    learned: Callable[[Targets], tuple[PairedRows, Assignment]]
 
 
 class Method(NamedTuple):

@@ -56,19 +56,26 @@ def with_rows(student: DetectorOutput, teacher: DetectorOutput, boxes: Array) ->
 
 def rows(student: Stage, teacher: Stage, boxes: Array) -> tuple[Rows, Rows]:
     """What two second stages say about the boxes f32[B, R, 4], as rows; both give the box of the teacher's class."""
-    sides = jnp.maximum(boxes[..., 2:] - boxes[..., :2], 0)
-    location = jnp.concatenate([boxes[..., :2] + sides / 2, sides], -1)
     found = student(boxes), teacher(boxes)
     best = jnp.argmax(found[1].logits[..., :-1], -1)
+    return _rows(found[0], boxes, best), _rows(found[1], boxes, best)
 
-    def of(side: Regions) -> Rows:
-        deltas = side.box_reg.reshape(*side.box_reg.shape[:2], -1, 4)
-        of_class = jnp.minimum(best, deltas.shape[2] - 1)[..., None, None]
-        deltas = jnp.take_along_axis(deltas, of_class, 2)[:, :, 0]
-        moved = coding.deltas_to_boxes(boxes, deltas, stds=coding.REGION_STDS)
-        return Rows(logits=side.logits, boxes=moved, location=location, form="softmax")
 
-    return of(found[0]), of(found[1])
+def own_rows(stage: Stage, boxes: Array) -> Rows:
+    """What a second stage says about the boxes f32[B, R, 4], as rows; each gives the box of its likeliest class."""
+    found = stage(boxes)
+    return _rows(found, boxes, jnp.argmax(found.logits[..., :-1], -1))
+
+
+def _rows(found: Regions, boxes: Array, classes: Array) -> Rows:
+    """What a second stage has found in the boxes f32[B, R, 4], with its boxes for the classes i32[B, R]."""
+    sides = jnp.maximum(boxes[..., 2:] - boxes[..., :2], 0)
+    location = jnp.concatenate([boxes[..., :2] + sides / 2, sides], -1)
+    deltas = found.box_reg.reshape(*found.box_reg.shape[:2], -1, 4)
+    of_class = jnp.minimum(classes, deltas.shape[2] - 1)[..., None, None]
+    deltas = jnp.take_along_axis(deltas, of_class, 2)[:, :, 0]
+    moved = coding.deltas_to_boxes(boxes, deltas, stds=coding.REGION_STDS)
+    return Rows(logits=found.logits, boxes=moved, location=location, form="softmax")
 
 
 def match(boxes: Array, targets: Targets, valid: Array, *, num_classes: int) -> Assignment:

@@ -16,10 +16,7 @@ Proof: none: our sources have the authors' formulas, but no numbers of their cod
 Status: formula
 """
 
-import jax.numpy as jnp
-
-from kdjax.distill import method, taps
-from kdjax.errors import UserError
+from kdjax.distill import method, scored, taps
 from kdjax.structs import Array, DetectorOutput
 
 
@@ -37,30 +34,15 @@ def make(
     Raises:
       UserError: an option out of its range.
     """
-    method.check("teach_detr: score_threshold", score_threshold, 0 <= score_threshold <= 1, "0 .. 1")
-    method.check("teach_detr: max_detections", max_detections, 1 <= max_detections <= 100, "1 .. 100")
-    method.check("teach_detr: unmatched", unmatched, unmatched >= 0, "at least 0")
+    chosen = scored.Choice(score_threshold, max_detections, unmatched).check("teach_detr")
 
     def init(key: Array, student_spec: DetectorOutput, teacher_spec: DetectorOutput) -> method.Params:
         del key, teacher_spec
-        if student_spec.prototypes is not None or student_spec.masks_at is not None:
-            raise UserError("the student learns masks, and the teacher's detections teach boxes only")
+        scored.refuse_masks(student_spec)
         return {}
 
     def apply(params: method.Params, context: method.Context) -> dict[str, Array]:
         del params
-        found = context.teacher.detections
-        assert found is not None
-        scores, valid = found.scores[:, :max_detections], found.valid[:, :max_detections]
-        kept = valid & (scores >= score_threshold)
-        background = jnp.where(jnp.any(kept, 1, keepdims=True), jnp.float32(unmatched), 0.0)
-        targets = context.targets._replace(
-            boxes=jnp.where(kept[..., None], found.boxes[:, :max_detections], 0.0),
-            labels=jnp.where(kept, found.labels[:, :max_detections], 0),
-            valid=kept,
-            instance_masks=None,
-            weights=jnp.concatenate([jnp.where(kept, scores, 0.0), background], 1),
-        )
-        return {"loss": method.sum_over_levels(context.loss(targets).values())}
+        return {"loss": method.sum_over_levels(context.loss(chosen.targets(context)).values())}
 
     return method.Method(init, apply, {"loss": weight}, taps.Reads(("targets", "loss"), ("detections",)))

@@ -290,7 +290,7 @@ def context_of(student, teacher, boxes, valid, positive, ignore, priors) -> Cont
         targets=Targets(jnp.asarray(boxes), jnp.zeros(valid.shape, jnp.int32), jnp.asarray(valid), size, size),
         assignment=Assignment(none, jnp.asarray(positive), jnp.asarray(ignore), none, no_boxes, none),
         key=jax.random.PRNGKey(0),
-        **dict.fromkeys(("assign", "teacher_head", "teacher_boxes", "proposals", "loss")),
+        **dict.fromkeys(("assign", "teacher_head", "teacher_boxes", "proposals", "loss", "learned")),
     )
 
 

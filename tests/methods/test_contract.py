@@ -30,8 +30,9 @@ ADAPT_IF_NEEDED = {"crosskd", "cwd", "fgd", "fitnet", "mgd", "mkd", "pfi", "pkd"
 # Methods that always make one, and those that have none.
 ADAPT_ALWAYS = {"defeat", "fgfi", "fkd", "gid", "rtmdet_cwd"}
 ADAPT_NEVER = {"bckd", "dkd", "hinton", "ld", "rm"}
-# Methods between the decoders of two transformers, and what reads detections: test_decoders.py, test_teach_detr.py.
-ELSEWHERE = {"detrdistill", "go_lsd", "kd_detr", "teach_detr"}
+# Methods between the decoders of two transformers, and what reads detections: test_decoders.py, test_teach_detr.py and
+# test_teach_boxes.py.
+ELSEWHERE = {"detrdistill", "go_lsd", "kd_detr", "teach_boxes", "teach_detr"}
 # The methods of the package: a method of the user's keeps the contract, but is in none of these lists.
 OWN = {path.stem for path in Path(methods.__file__).parent.glob("*.py")} - {"__init__"}
 # Taps of the teacher whose values do not matter: they are read to refuse predictions that do not pair.
