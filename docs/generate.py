@@ -103,6 +103,7 @@ AREAS = (
     "TFDS directories",
     "Prepared data",
     "A teacher's cache",
+    "Files of detections",
     "Weights",
     "Models and exports",
     "Config and flags",

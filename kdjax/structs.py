@@ -181,6 +181,21 @@ class PaddedDetections(NamedTuple):
     masks: Array | None = None
 
 
+FOUND = ("found_boxes", "found_scores", "found_labels", "found_valid")  # keys of a batch, as `PaddedDetections`
+
+
+def detections_of(batch: Mapping[str, Array]) -> PaddedDetections:
+    """The detections of a batch of kdjax's loader whose data set has a file of them (`kdjax.data.with_found`).
+
+    Args:
+      batch: `found_boxes` f32[B, D, 4], `found_scores` f32[B, D], `found_labels` i32[B, D], `found_valid` bool[B, D].
+
+    Returns:
+      The detections.
+    """
+    return PaddedDetections(*(batch[name] for name in FOUND))
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Detections:
     """The detections of one image as NumPy arrays, best score first, in pixels of the original image.

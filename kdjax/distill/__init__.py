@@ -6,7 +6,7 @@ from kdjax.distill.method import Context, Method, check, check_choice, mean_over
 from kdjax.distill.pairing import auto, by_hungarian, by_location, by_overlap, by_place
 from kdjax.distill.several import Distillers
 from kdjax.distill.taps import Pair, Reads, pair, tap
-from kdjax.distill.teachers import Custom, Student, Teacher, mean, on_host, recorded, spec_of
+from kdjax.distill.teachers import Custom, Student, Teacher, from_file, mean, on_host, recorded, spec_of
 
 __all__ = [
     "Context",
@@ -26,6 +26,7 @@ __all__ = [
     "by_place",
     "check",
     "check_choice",
+    "from_file",
     "init_adapters",
     "init_generators",
     "mean",

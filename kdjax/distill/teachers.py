@@ -2,7 +2,7 @@
 
 Detectors are teachers without further code. `Custom` makes a teacher (or a student) of
 a model of your own, `on_host` of a function that runs on the host, `recorded` of arrays that travel in the batch,
-`mean` of the rows of several teachers.
+`mean` of the rows of several teachers, `from_file` of detections in a file.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from kdjax.errors import UserError
-from kdjax.structs import AnyArray, Array, Assignment, DetectorOutput, PyTree, Rows, Targets
+from kdjax.structs import FOUND, AnyArray, Array, Assignment, DetectorOutput, PyTree, Rows, Targets, detections_of
 
 Batch = Mapping[str, Any]
 RECORDED = "teacher"  # the key of a batch under which `recorded` finds its output
@@ -169,6 +169,24 @@ def _mean_rows(rows: Sequence[Rows]) -> Rows:
         boxes=None if boxes is None else boxes.mean(0),
         distribution=None if bins is None else jax.nn.logsumexp(jax.nn.log_softmax(bins), 0) - jnp.log(len(rows)),
     )
+
+
+def from_file() -> Custom:
+    """A teacher that is a file of detections: it reads from the batch what `kdjax.data.with_found` puts there.
+
+    It has detections alone, neither rows nor maps, and no variables.
+    """
+    arrays = {"boxes": ((1, 100, 4), "float32"), "labels": ((1, 100), "int32")}
+    arrays |= {"scores": ((1, 100), "float32"), "valid": ((1, 100), "bool")}
+    shapes: Any = {f"found_{name}": jax.ShapeDtypeStruct(*one) for name, one in arrays.items()}
+
+    def observe(variables: PyTree, batch: Batch) -> DetectorOutput:
+        del variables
+        if missing := [name for name in FOUND if name not in batch]:
+            raise UserError(f"batch: {', '.join(missing)} missing: open the data with kdjax.data.with_found")
+        return DetectorOutput(strides=(), detections=detections_of(batch))
+
+    return Custom(spec=lambda image_size: observe(None, shapes), observe=observe)
 
 
 def functions_of(output: DetectorOutput) -> list[str]:

@@ -151,7 +151,7 @@ WRONG = {
 
 
 @pytest.mark.user_input(
-    "file of detections",
+    "Files of detections",
     "no json, or an entry whose image, category, bbox or score is wrong",
     "refused, with the entry",
 )
@@ -217,7 +217,7 @@ def test_wrong_annotations_are_refused_with_their_place(root, dataset, tmp_path,
 
 
 @pytest.mark.user_input(
-    "file of detections",
+    "Files of detections",
     "a list of results for data whose images have no ids (YOLO, VOC, scenes)",
     "refused; the images of annotations are matched by file name",
 )

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kdjax import detectors, methods
-from kdjax.distill import Custom, Distiller, on_host, recorded, spec_of, taps
+from kdjax.distill import Custom, Distiller, from_file, on_host, recorded, spec_of, taps
 from kdjax.errors import UserError
 from kdjax.structs import DetectorOutput
 from tests.support.arrays import quick_jit
@@ -120,3 +120,26 @@ def test_spec_of_computes_nothing():
 
     spec = spec_of(net, jax.ShapeDtypeStruct((), jnp.float32))
     assert spec((64, 32)).neck[0].shape == (1, 8, 4, 3) and calls == [True]
+
+
+def test_a_file_of_detections_teaches_what_a_detector_with_these_detections_does(data):
+    batch, output, variables, observed = data
+    live = Distiller(STUDENT, TEACHER, [methods.teach_boxes(score_threshold=0.0)])
+    found = TEACHER.decode(observed, batch["image_size"], pre_nms=1000, max_detections=100)
+    batch = batch | {f"found_{name}": getattr(found, name) for name in ("boxes", "labels", "scores", "valid")}
+    file = Distiller(STUDENT, from_file(), live.methods)
+    assert file.init(jax.random.key(0), SIZE) == live.init(jax.random.key(0), SIZE)
+
+    @quick_jit
+    def both(batch, output):
+        given = dict(key=jax.random.key(0), step=0)
+        ours = file.terms({"teach_boxes": {}}, output, batch, (), **given)
+        return ours, live.terms({"teach_boxes": {}}, output, batch, variables, **given)
+
+    ours, theirs = both(batch, output)
+    assert ours["teach_boxes/targets"] > 0 and ours["teach_boxes/soft"] > 0
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), ours, theirs)
+    with pytest.raises(UserError, match="found_scores, found_labels missing: open the data with"):
+        file.observe({name: batch[name] for name in batch if name not in ("found_scores", "found_labels")}, ())
+    with pytest.raises(UserError, match="cwd: teacher: tap 'neck': this model has no such tap: its taps are none"):
+        Distiller(STUDENT, from_file(), METHODS).init(jax.random.key(0), SIZE)
