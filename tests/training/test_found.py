@@ -1,0 +1,121 @@
+"""Runs whose teacher is a file of detections: resumption and results; what is refused before anything runs."""
+
+import json
+import re
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from kdjax import data, sharding, weights
+from kdjax.errors import UserError
+from kdjax.training import checkpoint, checks
+from kdjax.training import config as settings
+from kdjax.training import run as training
+from kdjax.training.run import run
+from kdjax.training.setup import placed, prepare
+from tests.support.data import small_folder
+from tests.support.runs import tiny_config
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A folder in COCO layout, with detections.json: the training objects, surer and surer."""
+    folder = small_folder(tmp_path_factory.mktemp("found") / "data")
+    objects = json.loads((folder / "annotations" / "instances_train.json").read_text())["annotations"]
+    found = [{key: one[key] for key in ("image_id", "category_id", "bbox")} for one in objects]
+    found = [one | {"score": 0.4 + i / 50} for i, one in enumerate(found)]
+    (folder / "detections.json").write_text(json.dumps(found))
+    return folder
+
+
+def config_of(folder, root, method="teach_boxes", **changes):
+    data_of = dict(data__source="coco_folder", data__root=str(root), steps=8, checkpoint__every=2, log_every=2)
+    return tiny_config(folder, teacher=root / "detections.json", method=method, **data_of | changes)
+
+
+def arrays(workdir, role) -> dict:
+    _, params, stats, _ = weights.load(workdir / role)
+    return checkpoint.flat({"params": params, "stats": stats})
+
+
+def test_a_run_resumes_to_the_bit_and_has_no_results_of_its_teacher(folder, root, tmp_path, monkeypatch, capsys):
+    config = config_of(folder, root)
+    whole = run(config, tmp_path / "whole")
+    assert set(whole) == {"twin", "student", "gain"}
+    assert f"{root}/detections.json: 15 detections; 3 of 11 training images (27%) have none" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    trained = [row for row in rows if row["kind"] == "train"]
+    for term in ("targets", "soft"):
+        assert all(row[f"student/teach_boxes/{term}"] > 0 for row in trained)
+    card = (tmp_path / "whole" / "student" / "README.md").read_text()
+    assert re.search(r"a file of detections, weights `.*detections.json`, hash [0-9a-f]{64}", card)
+    shard_batch, calls = sharding.shard_batch, iter(range(10**6))
+
+    def stop_in_step_five(*args):
+        if next(calls) == 5:  # the first call is for the check of the terms
+            signal.raise_signal(signal.SIGTERM)
+        return shard_batch(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sharding, "shard_batch", stop_in_step_five)
+        with pytest.raises(training.Stopped, match="step 5 of 8"):
+            run(config, tmp_path / "resumed")
+    assert run(config, tmp_path / "resumed") == whole
+    for role in ("student", "twin"):
+        want = arrays(tmp_path / "whole", role)
+        for name, value in arrays(tmp_path / "resumed", role).items():
+            np.testing.assert_array_equal(value, want[name], err_msg=name)
+    content = (root / "detections.json").read_text()
+    try:
+        (root / "detections.json").write_text(content.replace("0.4,", "0.41,").replace('0.4}', '0.41}'))
+        with pytest.raises(UserError, match="belongs to a different run: teacher was"):
+            run(config, tmp_path / "resumed")
+    finally:
+        (root / "detections.json").write_text(content)
+
+
+def test_several_teachers_may_have_a_file_among_them(folder, root, teacher_folder):
+    config = config_of(folder, root, method="")
+    config.teacher.weights = ""
+    config.teachers.file = settings.teacher(weights=str(root / "detections.json"), methods="teach_boxes+teach_detr")
+    config.teachers.net = settings.teacher(weights="quickstart_teacher", methods="cwd")
+    checks.check_settings(config)
+    checks.check_models(config)
+    setup = prepare(config, data.open_dataset(config.data))
+    assert [teacher.observer is None for teacher in setup.teachers] == [True, False]
+    loader = data.train_batches(setup.dataset, config.data, batch_size=8, seed=0)
+    batch = placed(setup, next(loader))
+    loader.close()
+    state, metrics = jax.eval_shape(setup.steps["student"], setup.states["student"], setup.variables, batch)
+    assert {"file/teach_boxes/soft", "file/teach_detr/loss", "net/cwd/cwd"} <= set(metrics)
+
+
+@pytest.mark.user_input("Files of detections", "for methods that compare maps or rows", "refused: methods that can use it are named")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            dict(method="cwd+teach_boxes"),
+            "config.methods.cwd: a file of detections has no neck, which it reads of the teacher: methods that can use "
+            "a file are teach_boxes, teach_detr",
+        ),
+        (dict(teacher__detector="rtmdet_pico"), "config.teacher.detector has no effect with a file of detections"),
+        (dict(teacher__cache="c"), "config.teacher.cache has no effect with a file of detections"),
+        (dict(teacher__weights="none.json"), "config.teacher.weights: there is no file or folder none.json"),
+    ],
+    ids=["methods", "detector", "cache", "missing"],
+)
+def test_what_a_file_cannot_do_is_refused_by_the_settings(folder, root, changes, message):
+    config = config_of(folder, root, **changes)
+    with pytest.raises(UserError, match=re.escape(message)):
+        checks.check_settings(config)
+        checks.check_models(config)
+
+
+def test_a_wrong_file_is_refused_with_its_setting_and_place(folder, root, tmp_path):
+    (tmp_path / "other.json").write_text('[{"image_id": 1, "category_id": 3, "bbox": [0, 0, 9, 9], "score": 1}]')
+    config = config_of(folder, root, teacher__weights=str(tmp_path / "other.json"))
+    with pytest.raises(UserError, match=r"^config\.teacher\.weights: .*other\.json: entry 0, from 0: image 1 is not"):
+        prepare(config, data.open_dataset(config.data))
