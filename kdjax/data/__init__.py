@@ -5,6 +5,7 @@ from kdjax.data.counts import Counts, count, counted, counted_in_one_line, reaso
 from kdjax.data.data_yaml import SUFFIXES as YAML
 from kdjax.data.dataset import Dataset, Split, ground_truth, open_dataset, open_unlabelled, with_found, without_labels
 from kdjax.data.folders import recognised
+from kdjax.data.found import Found
 from kdjax.data.loader import entry_batches, eval_batches, train_batches, train_plans
 from kdjax.data.records import Damaged
 from kdjax.data.stages import check_settings
@@ -18,6 +19,7 @@ __all__ = [
     "Counts",
     "Damaged",
     "Dataset",
+    "Found",
     "Split",
     "check_settings",
     "count",
@@ -34,6 +36,6 @@ __all__ = [
     "summary",
     "train_batches",
     "train_plans",
-    "without_labels",
     "with_found",
+    "without_labels",
 ]

@@ -21,10 +21,13 @@ from kdjax.training.config import Config
 from kdjax.training.setup import (
     Setup,
     all_methods,
+    build_methods,
     check_masks,
     check_size,
     members,
     named_detector,
+    of_file,
+    teacher_configs,
     train_batches,
     unlabelled_rows,
 )
@@ -88,6 +91,7 @@ def check_models(config: Config) -> None:
         raise UserError(f"config.methods: there is a teacher but no method: choose among {', '.join(methods.names())}")
     if config.twin and not (config.methods or config.teachers):
         raise UserError("config.twin has no effect without config.methods: it is for comparison with distillation")
+    check_files(config)
     check_detectors(config)
     for where, chosen in _models(config):
         if chosen.weights and not resources.model_path(chosen.weights).exists():
@@ -125,6 +129,34 @@ def check_teachers(config: Config) -> None:
             raise UserError(f"{where}.methods: there is no method: choose among {', '.join(methods.names())}")
         if "/" in name or not name:
             raise UserError(f"config.teachers: {name!r} is not a name: choose one without /")
+
+
+def check_files(config: Config) -> None:
+    """Checks the teachers that are files of detections: their other settings and their methods.
+
+    Raises:
+      UserError: names the setting and what it must be.
+    """
+    chosen = {name: both for name, both in teacher_configs(config).items() if of_file(both[0])}
+    averaged = {member for one in config.teachers.values() for member in members(one)}
+    for name, (own, options) in chosen.items():
+        where = f"config.teachers.{name}" if name else "config.teacher"
+        for setting in ("detector", "cache"):
+            if own[setting]:
+                raise UserError(f"{where}.{setting} has no effect with a file of detections: leave it empty")
+        for method, built in build_methods(options).items():
+            if lacking := sorted(set(built.reads.teacher) - {"detections"}):
+                every = ((other, methods.build(other)) for other in methods.names())
+                able = [other for other, one in every if set(one.reads.teacher) == {"detections"}]
+                raise UserError(
+                    f"{where_of(f'{name}/{method}' if name else method)}: a file of detections has no "
+                    f"{', '.join(lacking)}, which it reads of the teacher: methods that can use a file are "
+                    f"{', '.join(able)}"
+                )
+        if name in averaged:
+            raise UserError(f"{where}: a file of detections has no rows: leave it out of every mean")
+    if len(chosen) > 1:
+        raise UserError(f"config.teachers: {', '.join(chosen)} are files of detections: a run can have one")
 
 
 def _models(config: Config) -> list[tuple[str, Config]]:

@@ -126,8 +126,8 @@ def _teacher() -> dict[str, Any]:
     return dict(
         detector="",  # needed unless `weights` is a kdjax folder; "" without weights trains without a teacher
         options={},  # as for the student; a kdjax folder brings its own
-        # student/ folder of another run, .safetensors, .npz or .pth with mmdetection's names, or .onnx of YOLOX or
-        # RTMDet
+        # student/ folder of another run, .safetensors, .npz or .pth with mmdetection's names, .onnx of YOLOX or RTMDet,
+        # or a .json of detections on the training images (docs/teachers.md)
         weights="",
         # folder of what the teacher says about the training batches: written first if it is missing, then read
         # instead of running the teacher. "" = the teacher runs

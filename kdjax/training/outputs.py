@@ -191,11 +191,11 @@ def save_model(setup: Setup, role: str, folder: Path, results: Mapping[str, Any]
         extra=extra,
     )
     fingerprints = {role: fingerprint(TeacherVariables(params, stats))}
-    fingerprints |= {teacher.role: fingerprint(teacher.variables) for teacher in setup.teachers}
+    fingerprints |= {teacher.role: teacher.hash for teacher in setup.teachers}
     text = model_card.card(
         role,
         student=setup.student.name,
-        teachers={teacher.role: getattr(teacher.detector, "name", "mean") for teacher in setup.teachers},
+        teachers={teacher.role: teacher.model for teacher in setup.teachers},
         dataset=dataset,
         config=config,
         results=results,

@@ -24,7 +24,7 @@ from kdjax.distill.teachers import RECORDED
 from kdjax.errors import UserError, prefix
 from kdjax.report import preview
 from kdjax.report.run import verdict
-from kdjax.structs import PyTree
+from kdjax.structs import FOUND, PyTree
 from kdjax.training import checks, optim, outputs, provenance, replay
 from kdjax.training.checkpoint import Checkpoints
 from kdjax.training.config import Config
@@ -235,7 +235,7 @@ def given(setup: Setup, role: str, batch: Mapping[str, Any]) -> tuple[PyTree, di
     """What the update of a role gets beside its state; that of the twin gets nothing of the teacher."""
     if role == "student":
         return setup.variables, dict(batch)
-    return None, {name: value for name, value in batch.items() if name not in (RECORDED, UNLABELLED)}
+    return None, {name: value for name, value in batch.items() if name not in (RECORDED, UNLABELLED, *FOUND)}
 
 
 def compile_steps(setup: Setup, states: Mapping[str, TrainState], batch: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from kdjax import data, detectors, files, methods, sharding, weights
+from kdjax import data, detectors, files, methods, resources, sharding, weights
 from kdjax.detectors.api import Detector, Tree
 from kdjax.distill import Distiller, Distillers, Method, pairing, teachers
 from kdjax.distill.distiller import method_key
@@ -46,11 +46,23 @@ class TeacherOfRun(NamedTuple):
     """A teacher of a run, with the methods that compare the student with it."""
 
     name: str  # of config.teachers; "" of config.teacher
-    detector: Any  # a `Detector`, or for a mean of others a `kdjax.distill.Custom`
+    detector: Any  # a `Detector`, or for a mean of others and for a file a `kdjax.distill.Custom`
     detects: bool  # it is a detector with the classes of the data, so that it can be evaluated
     distiller: Distiller  # of student, teacher and methods, in float32
-    variables: Any  # of a detector `TeacherVariables`, of a mean a tuple of them; on all devices
-    observer: Observer | None  # None: its output holds functions, and it runs inside the step
+    variables: Any  # of a detector `TeacherVariables`, of a mean a tuple of them, of a file (); on all devices
+    # None: it runs inside the step, because its output holds functions or is read from the batch
+    observer: Observer | None
+    file: data.Found | None = None  # of detections, if it is one
+
+    @property
+    def model(self) -> str:
+        """What it is: the name of its detector, or what else."""
+        return "file of detections" if self.file else getattr(self.detector, "name", "mean")
+
+    @property
+    def hash(self) -> str:
+        """The hash of its weights, or of its file."""
+        return self.file.sha256 if self.file else fingerprint(self.variables)
 
     @property
     def methods(self) -> Mapping[str, Method]:
@@ -264,6 +276,31 @@ def members(chosen: Config) -> list[str]:
     return chosen.mean.split("+") if "mean" in chosen and chosen.mean else []
 
 
+def of_file(chosen: Config) -> bool:
+    """Whether a teacher is a file of detections.
+
+    Args:
+      chosen: its settings.
+    """
+    return chosen.weights.lower().endswith(".json")
+
+
+def with_detections(config: Config, dataset: data.Dataset) -> data.Dataset:
+    """The data with the detections of the teacher that is a file, if there is one; says how many they are.
+
+    Raises:
+      UserError: the file cannot be used.
+    """
+    for name, (chosen, _) in teacher_configs(config).items():
+        if of_file(chosen):
+            with prefix(f"{f'config.teachers.{name}' if name else 'config.teacher'}.weights"):
+                dataset = data.with_found(dataset, resources.model_path(chosen.weights))
+            found = dataset.splits["train"].found
+            if found and not jax.process_index():
+                print(found.told())
+    return dataset
+
+
 def load_teacher(
     where: str, chosen: Config, dataset: data.Dataset, key: Array, *, predictions: bool
 ) -> tuple[Detector, tuple[Tree, Tree] | None, bool]:
@@ -312,6 +349,7 @@ def prepare(config: Config, dataset: data.Dataset) -> Setup:
     """
     key = jax.random.PRNGKey(config.seed)
     image_size = tuple(config.data.image_size)
+    dataset = with_detections(config, dataset)
     student, start = load_detector("student", config.student, dataset, key)
     check_masks(student, config)
     check_size("student", student, image_size)
@@ -382,20 +420,24 @@ def _load_teachers(
     # Means come last.
     for name, (own, options) in sorted(chosen.items(), key=lambda item: bool(members(item[1][0]))):
         where, of_methods = (f"config.teachers.{name}", f"config.teachers.{name}.methods") if name else _ONE
-        built = build_methods(options, of_methods)
+        built, file = build_methods(options, of_methods), None
         if averaging := [found[member] for member in members(own)]:
             with prefix(where):
                 detector = teachers.mean([in_precision(member.detector, config.dtype) for member in averaging])
                 detector.spec(image_size)
             detects, variables = False, tuple(member.variables for member in averaging)
+        elif of_file(own):
+            detector, detects, variables, file = teachers.from_file(), False, (), dataset.splits["train"].found
         else:
             predictions = reads_predictions(built) or name in averaged
             detector, loaded, detects = load_teacher(where, own, dataset, key, predictions=predictions)
             check_size("teacher", detector, image_size)
             assert loaded is not None, "check_models refuses teachers without weights"
             variables = jax.device_put(TeacherVariables(*loaded), sharding.replicated(mesh))
-        teacher = TeacherOfRun(name, detector, detects, Distiller(student, detector, built, rule), variables, None)
-        if built:
+        teacher = TeacherOfRun(
+            name, detector, detects, Distiller(student, detector, built, rule), variables, None, file
+        )
+        if built and file is None:
             observe = observe_with(_in_precision(teacher, config))
             output = jax.eval_shape(observe, variables, batch_spec(config))
             if not functions_of(output):
@@ -623,8 +665,8 @@ def run_fingerprint(setup: Setup) -> dict[str, Any]:
 
 
 def teacher_hash(setup: Setup) -> Any:  # noqa: ANN401 - as json holds it
-    """The hash of the teacher's weights; of several teachers by name; None without."""
-    found = {one.name: fingerprint(one.variables) for one in setup.teachers}
+    """The hash of the teacher's weights or file; of several teachers by name; None without."""
+    found = {one.name: one.hash for one in setup.teachers}
     return found.get("", found or None)
 
 
