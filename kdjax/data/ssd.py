@@ -92,7 +92,7 @@ def iou_crop(sample: Sample, rng: np.random.Generator) -> Sample:
 def _centred(boxes: np.ndarray, *, window: np.ndarray) -> np.ndarray:
     """Which boxes f32[k, 4] have their centre inside the window f32[4]: bool[k]."""
     centres = (boxes[:, :2] + boxes[:, 2:]) / 2
-    return ((window[:2] < centres) & (centres < window[2:])).all(-1)
+    return np.asarray(((window[:2] < centres) & (centres < window[2:])).all(-1))
 
 
 def _overlaps(boxes: np.ndarray, window: np.ndarray) -> np.ndarray:
