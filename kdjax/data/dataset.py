@@ -207,21 +207,27 @@ def with_found(dataset: Dataset, path: str | Path) -> Dataset:
     """The data set with the detections of a file on its training images, which training batches then have.
 
     Args:
-      dataset: from `open_dataset`, with the split 'train'.
+      dataset: from `open_dataset`, with the split 'train'; the file may also have detections of its images without
+        labels.
       path: of the file; see `found.read` for what it may hold.
 
     Raises:
       UserError: the file cannot be used; with the place.
     """
-    split = dataset.splits["train"]
+    split, further = dataset.splits["train"], dataset.unlabelled
+    images = hashes.read_json(split.folder / TRUTH)["images"]
     read = found.read(
         path,
-        hashes.read_json(split.folder / TRUTH)["images"],
+        images,
         list(zip(dataset.category_ids, dataset.classes, strict=True)),
-        size=split.size,
         source=dataset.source,
+        unlabelled=further.truth["images"] if further else (),
     )
-    return dataclasses.replace(dataset, splits=dataset.splits | {"train": dataclasses.replace(split, found=read)})
+    split = dataclasses.replace(split, found=read.part(0, split.size))
+    if further:
+        others = dataclasses.replace(read.part(len(images), further.size), left_out=0)  # counted with the first
+        further = dataclasses.replace(further, found=others)
+    return dataclasses.replace(dataset, splits=dataset.splits | {"train": split}, unlabelled=further)
 
 
 def _split(

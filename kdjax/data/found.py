@@ -17,7 +17,7 @@ Row = tuple[int, float, float, float, float, float, float]  # position of the im
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Found:
-    """The detections of the images of a split."""
+    """The detections of images, by their position."""
 
     path: str
     sha256: str  # of the file
@@ -26,16 +26,26 @@ class Found:
     left_out: int = 0  # boxes without an extent inside their image
 
     def __getitem__(self, position: int) -> np.ndarray:
-        """The detections f32[d, 6] of the image at a position of the split."""
+        """The detections f32[d, 6] of the image at a position."""
         return self.rows[self.ends[position - 1] if position else 0 : self.ends[position]]
 
-    def told(self) -> str:
-        """How many detections there are, and how many images have none, in one line."""
+    def part(self, first: int, size: int) -> "Found":
+        """The detections of `size` images from the position `first` on."""
+        start = self.ends[first - 1] if first else 0
+        ends = self.ends[first : first + size] - start
+        return dataclasses.replace(self, rows=self.rows[start : start + ends[-1]], ends=ends)
+
+    def told(self, images: str) -> str:
+        """How many detections there are, and how many images have none, in one line.
+
+        Args:
+          images: what the images are called.
+        """
         counts = np.diff(self.ends, prepend=0)
         without = int((counts == 0).sum())
         lost = f"; {self.left_out:,} boxes without an extent inside their image are left out" if self.left_out else ""
         return (
-            f"{self.path}: {len(self.rows):,} detections; {without:,} of {len(counts):,} training images "
+            f"{self.path}: {len(self.rows):,} detections; {without:,} of {len(counts):,} {images} "
             f"({without / len(counts):.0%}) have none{lost}"
         )
 
@@ -45,8 +55,8 @@ def read(
     images: Sequence[Mapping[str, Any]],
     categories: Sequence[tuple[int, str]],
     *,
-    size: int,
     source: str,
+    unlabelled: Sequence[Mapping[str, Any]] = (),
 ) -> Found:
     """Reads a file of detections.
 
@@ -56,13 +66,13 @@ def read(
 
     Args:
       path: of the file.
-      images: of the split, in its order: id, file_name, width and height, as in COCO's json.
+      images: of the training split, in its order: id, file_name, width and height, as in COCO's json.
       categories: of the data set, (id, name) by label.
-      size: the first images that count; detections of the others are passed over.
       source: that reads the data set; ids of images are known of those in `WITH_IDS` only.
+      unlabelled: further images, which have file names alone.
 
     Returns:
-      The detections, clipped to their images.
+      The detections of all images, the further ones last, clipped to their images.
 
     Raises:
       UserError: the file cannot be read, an entry of it cannot be used, or there is no detection; with the place.
@@ -72,21 +82,20 @@ def read(
     content = coco.parsed(file)
     if hashes.of_file(file) != sha256:
         raise hashes.changed(file)
+    images, own = [*images, *unlabelled], len(images)
     if isinstance(content, list):
         if source not in WITH_IDS:
             raise UserError(
                 f"{file}: it is a list of results, which names images by their ids, but the images of a {source} have "
                 "none that other programs know: must be a json of annotations, whose images are matched by file name"
             )
-        given = _results(content, file, images, categories)
+        given = _results(content, file, images[:own], categories)
     else:
         given = _annotations(coco.checked_layout(content, file), file, images, categories)
     kept, left_out, most = [], 0, 0.0
     for position, x, y, w, h, label, score in given:
         most = max(most, x, y, w, h)
         width, height = images[position]["width"], images[position]["height"]
-        if position >= size:
-            continue
         x0, y0, x1, y1 = np.array(records.clipped([x, y, w, h], width, height), np.float32)
         if x1 > x0 and y1 > y0:
             kept.append((position, x0, y0, x1, y1, label, score))
@@ -99,7 +108,7 @@ def read(
         raise UserError(f"{file}: all box coordinates are <= 1: they look normalised, but must be in pixels")
     rows = np.array(kept)
     rows = rows[np.argsort(rows[:, 0], kind="stable")]
-    ends = np.searchsorted(rows[:, 0], np.arange(size), side="right")
+    ends = np.searchsorted(rows[:, 0], np.arange(len(images)), side="right")
     return Found(str(path), sha256, rows[:, 1:].astype(np.float32), ends, left_out)
 
 

@@ -21,7 +21,7 @@ from kdjax.distill import Distiller, Distillers, Method, pairing, teachers
 from kdjax.distill.distiller import method_key
 from kdjax.distill.teachers import RECORDED, functions_of, without_places
 from kdjax.errors import UserError, listed, prefix
-from kdjax.structs import Array, DetectorOutput, PyTree
+from kdjax.structs import FOUND, Array, DetectorOutput, PyTree
 from kdjax.training import optim
 from kdjax.training.checkpoint import Checkpoints
 from kdjax.training.config import Config, differences
@@ -295,9 +295,9 @@ def with_detections(config: Config, dataset: data.Dataset) -> data.Dataset:
         if of_file(chosen):
             with prefix(f"{f'config.teachers.{name}' if name else 'config.teacher'}.weights"):
                 dataset = data.with_found(dataset, resources.model_path(chosen.weights))
-            found = dataset.splits["train"].found
-            if found and not jax.process_index():
-                print(found.told())
+            parts = {"training images": dataset.splits["train"], "images without labels": dataset.unlabelled}
+            if not jax.process_index():
+                print("\n".join(one.found.told(what) for what, one in parts.items() if one and one.found))
     return dataset
 
 
@@ -485,8 +485,8 @@ def unlabelled_rows(config: Config) -> int:
 
 
 def gives_boxes(found: Sequence[TeacherOfRun]) -> TeacherOfRun | None:
-    """The teacher whose detections are the boxes of images without labels: the first with the classes of the data."""
-    return next((teacher for teacher in found if teacher.detects), None)
+    """The teacher whose detections are the boxes of images without labels: the first that has the data's classes."""
+    return next((teacher for teacher in found if teacher.detects or teacher.file), None)
 
 
 def sitting_out(found: Sequence[TeacherOfRun], image_size: tuple[int, int]) -> list[str]:
@@ -531,7 +531,9 @@ def look_with(
         boxes = {}
         if giver:
             output = giver.detector.observe(variables[giver.name], batch)
-            best = giver.detector.decode(output, batch["image_size"], pre_nms=1000, max_detections=dataset.max_boxes)
+            best = output.detections or giver.detector.decode(
+                output, batch["image_size"], pre_nms=1000, max_detections=dataset.max_boxes
+            )
             valid = best.valid & (best.scores >= config.data.unlabelled_score)
             boxes = {"boxes": best.boxes, "labels": best.labels, "valid": valid}
         return dict(batch) | boxes | attached(said)
@@ -559,7 +561,8 @@ def train_batches(
         return batches
     further = data.without_labels(setup.dataset)
     more = data.train_batches(further, config.data, batch_size=unlabelled_rows(config), **common)
-    return data.Beside(batches, more, UNLABELLED, ("image", "image_size"))
+    detections = FOUND if further.splits["train"].found else ()
+    return data.Beside(batches, more, UNLABELLED, ("image", "image_size", *detections))
 
 
 def batch_spec(config: Config) -> dict[str, jax.ShapeDtypeStruct]:

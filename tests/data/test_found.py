@@ -98,7 +98,7 @@ def test_what_is_read_and_told(root, dataset, tmp_path):
     entries[1] = entries[1] | {"bbox": [500, 500, 3, 3]}
     path = written(tmp_path, entries)
     found = data.with_found(dataset, path).splits["train"].found
-    assert found.told() == (
+    assert found.told("training images") == (
         f"{path}: 14 detections; 3 of 11 training images (27%) have none; 1 boxes without an extent inside their "
         "image are left out"
     )

@@ -1,9 +1,11 @@
 """Runs whose teacher is a file of detections: resumption and results; what is refused before anything runs."""
 
+import contextlib
 import json
 import re
 import signal
 
+import cv2
 import jax
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from kdjax.training import checkpoint, checks
 from kdjax.training import config as settings
 from kdjax.training import run as training
 from kdjax.training.run import run
-from kdjax.training.setup import placed, prepare
+from kdjax.training.setup import placed, prepare, train_batches
 from tests.support.data import small_folder
 from tests.support.runs import tiny_config
 
@@ -90,6 +92,33 @@ def test_several_teachers_may_have_a_file_among_them(folder, root, teacher_folde
     loader.close()
     _, metrics = jax.eval_shape(setup.steps["student"], setup.states["student"], setup.variables, batch)
     assert {"file/teach_boxes/soft", "file/teach_detr/loss", "net/cwd/cwd"} <= set(metrics)
+
+
+def test_a_file_also_teaches_on_images_without_labels(folder, root, tmp_path, capsys):
+    """Two of three have detections, of which those from 0.5 on are also the boxes for methods that read some."""
+    entries = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "dog"}]}
+    rng = np.random.default_rng(0)
+    for number in range(3):
+        assert cv2.imwrite(str(tmp_path / f"u{number}.png"), rng.integers(0, 256, (48, 80, 3)).astype(np.uint8))
+        entries["images"].append({"id": number, "file_name": f"photos/u{number}.png", "width": 80, "height": 48})
+        if number:
+            box = {"image_id": number, "category_id": 1, "bbox": [4, 4, 60, 40]}
+            entries["annotations"] += [box | {"score": score} for score in (0.4, 0.9)]
+    (tmp_path / "found.json").write_text(json.dumps(entries))
+    changes = dict(teacher__weights=str(tmp_path / "found.json"), data__unlabelled=str(tmp_path))
+    config = config_of(folder, root, **changes)
+    setup = prepare(config, data.open_dataset(config.data))
+    told = capsys.readouterr().out
+    assert "0 detections; 11 of 11 training images (100%) have none" in told
+    assert "4 detections; 1 of 3 images without labels (33%) have none" in told
+    with contextlib.closing(train_batches(setup)) as batches:
+        batch = placed(setup, next(batches))
+    more = batch["unlabelled"]
+    counts, boxes = np.asarray(more["found_valid"]).sum(1), np.asarray(more["valid"]).sum(1)
+    assert not np.asarray(batch["found_valid"]).any() and counts.any() and boxes.any()
+    np.testing.assert_array_equal(boxes, (np.asarray(more["found_scores"]) >= 0.5).sum(1))
+    _, metrics = jax.eval_shape(setup.steps["student"], setup.states["student"], setup.variables, batch)
+    assert {"teach_boxes/targets", "teach_boxes/soft"} <= set(metrics)
 
 
 @pytest.mark.user_input(
