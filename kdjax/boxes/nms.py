@@ -4,13 +4,15 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kdjax import nn, shapes
+from kdjax.boxes import greedy
 from kdjax.boxes.convert import clip
 from kdjax.errors import UserError
 from kdjax.structs import AnyArray, Array, PaddedDetections
 
-State = tuple[Array, AnyArray, Array, Array]  # step, scores left, indices kept, valid
+FEW = 32  # detections, up to which a step for each costs less than a sort
 
 
 def greedy_nms(
@@ -43,37 +45,18 @@ def greedy_nms(
     shapes.check("greedy_nms", boxes=(boxes, "B C 4"), scores=(scores, "B C"))
     if other := nn.replacement("greedy_nms"):
         return other(boxes, scores, labels, iou_threshold=iou_threshold, max_detections=max_detections)
-    x1, y1, x2, y2 = (boxes[..., i] for i in range(4))
-    area = (x2 - x1) * (y2 - y1)
+    if max_detections <= FEW:
+        return greedy.one_by_one(boxes, scores, labels, iou_threshold=iou_threshold, max_detections=max_detections)
+    boxes, scores = jnp.asarray(boxes, jnp.float32), jnp.asarray(scores)
 
-    def unfinished(state: State) -> Array:
-        step, scores, _, _ = state
-        return (step < max_detections) & jnp.any(scores > -jnp.inf)
+    def candidates(rows: Array) -> greedy.Candidates:
+        of_rows = jnp.zeros_like(rows) if labels is None else jnp.take_along_axis(jnp.asarray(labels), rows, axis=1)
+        return greedy.Candidates(
+            jnp.take_along_axis(boxes, rows[..., None], axis=1), of_rows, jnp.ones_like(rows, bool)
+        )
 
-    def take_best(state: State) -> State:
-        step, scores, kept, valid = state
-        best = jnp.argmax(scores, axis=1, keepdims=True).astype(jnp.int32)
-
-        def of_best(values: AnyArray) -> Array:
-            return jnp.take_along_axis(values, best, axis=1)
-
-        width = jnp.minimum(x2, of_best(x2)) - jnp.maximum(x1, of_best(x1))
-        height = jnp.minimum(y2, of_best(y2)) - jnp.maximum(y1, of_best(y1))
-        overlap = jnp.maximum(width, 0) * jnp.maximum(height, 0)
-        union = area + of_best(area) - overlap
-        drop = overlap / jnp.where(union > 0, union, 1) > iou_threshold
-        if labels is not None:
-            drop &= labels == of_best(labels)
-        drop |= jnp.arange(scores.shape[1]) == best
-        exists = of_best(scores) > -jnp.inf
-        kept = jax.lax.dynamic_update_slice(kept, jnp.where(exists, best, 0), (0, step))
-        valid = jax.lax.dynamic_update_slice(valid, exists, (0, step))
-        return step + 1, jnp.where(drop, -jnp.inf, scores), kept, valid
-
-    places = (scores.shape[0], max_detections)
-    state = (jnp.int32(0), scores, jnp.zeros(places, jnp.int32), jnp.zeros(places, bool))
-    _, _, kept, valid = jax.lax.while_loop(unfinished, take_best, state)
-    return kept, valid
+    scores = jnp.where(scores == 0, 0.0, scores)  # equal zeros are taken in their order, also those with a sign
+    return greedy.in_chunks(scores[..., None], candidates, iou_threshold=iou_threshold, max_detections=max_detections)
 
 
 def select_detections(
@@ -172,37 +155,40 @@ def select_rows(
     if image_size is not None:
         boxes = clip(boxes, image_size)
 
-    best_scores, best_pairs, start = [], [], 0
-    for size in level_sizes:
-        pairs = scores[:, start : start + size].reshape(batch, size * num_classes)
-        count = min(pre_nms, size * num_classes)
-        best, index = jax.lax.top_k(pairs, count)
-        best_scores.append(best)
-        best_pairs.append(index + start * num_classes)
-        start += size
-    scores, pairs = jnp.concatenate(best_scores, axis=1), jnp.concatenate(best_pairs, axis=1)
-    prior, labels = pairs // num_classes, pairs % num_classes
-    boxes = jnp.take_along_axis(boxes, (pairs if of_class else prior)[..., None], axis=1)
+    def candidates(pairs: Array) -> greedy.Candidates:
+        prior, label = pairs // num_classes, pairs % num_classes
+        found = jnp.take_along_axis(boxes, (pairs if of_class else prior)[..., None], axis=1)
+        has_area = (found[..., 2] > found[..., 0]) & (found[..., 3] > found[..., 1])
+        return greedy.Candidates(found, label, has_area)
 
-    has_area = (boxes[..., 2] > boxes[..., 0]) & (boxes[..., 3] > boxes[..., 1])
-    enters = has_area & (scores > score_threshold)
-    if quality is not None:
-        scores = scores * jnp.take_along_axis(jnp.asarray(quality), prior, axis=1)
-    scores = jnp.where(enters, scores, -jnp.inf)
-    kept, valid = greedy_nms(
-        boxes,
-        scores,
-        labels,
-        iou_threshold=iou_threshold,
-        max_detections=max_detections,
-    )
+    settings = dict(iou_threshold=iou_threshold, max_detections=max_detections)
+    if quality is None:
+        pairs, valid = greedy.in_chunks(
+            scores, candidates, score_threshold=score_threshold, level_sizes=level_sizes, pre_nms=pre_nms, **settings
+        )
+        kept_scores = jnp.take_along_axis(scores.reshape(batch, -1), pairs, axis=1)
+    else:  # another order than that of the scores
+        of_levels = jnp.split(scores, np.cumsum(level_sizes)[:-1], axis=1)
+        best, pairs = zip(
+            *(jax.lax.top_k(x.reshape(batch, -1), min(pre_nms, x.shape[1] * num_classes)) for x in of_levels),
+            strict=True,
+        )
+        starts = np.cumsum([0, *level_sizes[:-1]]) * num_classes
+        best = jnp.concatenate(best, axis=1)
+        pairs = jnp.concatenate([x + start for x, start in zip(pairs, starts, strict=True)], axis=1)
+        entering = candidates(pairs)
+        enters = entering.enters & (best > score_threshold)
+        best = best * jnp.take_along_axis(jnp.asarray(quality), pairs // num_classes, axis=1)
+        kept, valid = greedy_nms(entering.boxes, jnp.where(enters, best, -jnp.inf), entering.labels, **settings)
+        kept_scores, pairs = (jnp.take_along_axis(x, kept, axis=1) for x in (best, pairs))
+    kept = candidates(pairs)
     found = PaddedDetections(
-        boxes=jnp.where(valid[..., None], jnp.take_along_axis(boxes, kept[..., None], axis=1), 0),
-        scores=jnp.where(valid, jnp.take_along_axis(scores, kept, axis=1), 0),
-        labels=jnp.where(valid, jnp.take_along_axis(labels, kept, axis=1), 0),
+        boxes=jnp.where(valid[..., None], kept.boxes, 0),
+        scores=jnp.where(valid, kept_scores, 0),
+        labels=jnp.where(valid, kept.labels, 0),
         valid=valid,
     )
-    return found, jnp.where(valid, jnp.take_along_axis(prior, kept, axis=1), 0)
+    return found, jnp.where(valid, pairs // num_classes, 0)
 
 
 def best_pairs(boxes: AnyArray, scores: AnyArray, *, score_threshold: float, max_detections: int) -> PaddedDetections:
