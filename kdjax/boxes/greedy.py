@@ -149,13 +149,13 @@ def in_chunks(
 
         leaders = jnp.max(jnp.where(is_left(score, pair) & is_open, of_rows, -jnp.inf), 2)
         were_chosen = (best > last_value) | ((best == last_value) & (jnp.arange(rows) <= last_row))
-        number = jnp.cumsum(were_chosen, 1, dtype=jnp.int32) - 1
+        number = jnp.cumsum(were_chosen, axis=1, dtype=jnp.int32) - 1
         leaders = jnp.where(were_chosen, _take(leaders, jnp.maximum(number, 0)), best)
         taken, is_candidate = position.taken, exists
         if limited:
             level = jnp.sum(ordered_pairs[..., None] >= ends[:-1] * classes, 2)
             of_level = (level[..., None] == np.arange(len(sizes))) & exists[..., None]
-            ranks = taken[:, None] + jnp.cumsum(of_level, 1, dtype=jnp.int32)
+            ranks = taken[:, None] + jnp.cumsum(of_level, axis=1, dtype=jnp.int32)
             is_candidate = exists & jnp.any(of_level & (ranks <= limit), 2)
             taken = taken + jnp.sum(of_level, 1, dtype=jnp.int32)
         missing = ((0, 0), (0, blocks * block - length))
@@ -221,7 +221,7 @@ def _add(kept: _Kept, pairs: Array, block: Candidates, iou_threshold: float) -> 
         (enters, not_dropped(enters)),
     )
     # Place i gets the (i - count + 1)-th one that is kept of the block.
-    number = jnp.cumsum(keep, 1, dtype=jnp.int32)
+    number = jnp.cumsum(keep, axis=1, dtype=jnp.int32)
     rank = jnp.arange(places) - kept.count
     source = jnp.minimum(jnp.sum(number[:, None] <= rank[..., None], 2), size - 1)
     filled = (rank >= 0) & (rank < number[:, -1:])
