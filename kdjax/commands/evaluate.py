@@ -64,9 +64,10 @@ def run(
     masks = any(one.detector.masks for one in models.values())
     opened = arguments.open_data(data, split, annotations, images, limit, exif, classes=classes, masks=masks)
     models = {name: arguments.match_classes(one, opened) for name, one in models.items()}
-    found, results, failed = {}, {}, []
+    found = detect_all(models, opened)
+    results: dict[str, Any] = {}
+    failed: list[str] = []
     for name, one in models.items():
-        found[name] = detect(one, opened)
         if folder:
             with files.attempt(failed):
                 files.write_json(folder / DETECTIONS[name], coco.results(found[name]))
@@ -105,9 +106,27 @@ def page(opened: arguments.Data, found: Mapping[str, Mapping[int, Detections]], 
 
 def detect(model: Model, opened: arguments.Data) -> dict[int, Detections]:
     """The detections of a model on all images of the data, by image id."""
-    with contextlib.closing(opened.batches(model, batch_size=BATCH)) as batches:
-        count = -(-opened.split.size // BATCH)
-        return coco.collect(tqdm(model.predict(batches), total=count, desc=f"evaluate {model.path}", unit="batch"))
+    return detect_all({"model": model}, opened)["model"]
+
+
+def detect_all(models: Mapping[str, Model], opened: arguments.Data) -> dict[str, dict[int, Detections]]:
+    """The detections of models on all images of the data, by name and image id.
+
+    Each image is decoded once for all models with the same canvas and way of resizing.
+    """
+    found: dict[str, dict[int, Detections]] = {name: {} for name in models}
+    for canvas in dict.fromkeys((one.image_size, one.detector.fit) for one in models.values()):
+        alike = {name: one for name, one in models.items() if (one.image_size, one.detector.fit) == canvas}
+        first, *_ = alike.values()
+        with contextlib.closing(opened.batches(first, batch_size=BATCH)) as batches:
+            told = f"evaluate {', '.join(str(one.path) for one in alike.values())}"
+            bar = tqdm(batches, total=-(-opened.split.size // BATCH), desc=told, unit="batch")
+            tees = itertools.tee(bar, len(alike))
+            streams = [one.predict(tee) for one, tee in zip(alike.values(), tees, strict=True)]
+            for pairs in zip(*streams, strict=True):
+                for name, pair in zip(alike, pairs, strict=True):
+                    found[name] |= coco.collect([pair])
+    return found
 
 
 def analyse(truth: Mapping[str, Any], detections: Mapping[int, Detections]) -> dict[str, Any]:

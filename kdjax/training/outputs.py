@@ -1,6 +1,7 @@
 """The results of a run: evaluations, models with their cards, detections and the report."""
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from kdjax import data, files, weights
+from kdjax.detectors.api import Detector
 from kdjax.evals import coco, complexity, voc
 from kdjax.evals.matching import Truth, masks_by_image, truth_by_image
 from kdjax.inference.predict import predict
@@ -35,37 +37,61 @@ class Evaluation(NamedTuple):
     examples: list[drawing.Example]  # the first images with objects, on the canvas
 
 
-def evaluate(setup: Setup, role: str, *, limit: int = 0) -> Evaluation:
-    """Evaluates a model on all devices of this host; with several hosts, each evaluates all images.
+def evaluate(setup: Setup, roles: Sequence[str], *, limit: int = 0) -> dict[str, Evaluation]:
+    """Evaluates models on all devices of this host; with several hosts, each evaluates all images.
+
+    Each image is decoded once for all models, or once for each way of resizing, where theirs differ.
 
     Args:
       setup: of the run.
-      role: "twin", "student", or the `role` of a teacher.
+      roles: each "twin", "student", or the `role` of a teacher.
       limit: number of validation images; 0 = all.
+
+    Returns:
+      The evaluations by role.
     """
-    config, dataset = setup.config, setup.dataset
-    detector, variables = model(setup, role)
-    batches = data.eval_batches(
-        dataset,
-        "val",
-        config.data,
-        batch_size=config.eval.batch_size,
-        limit=limit or None,
-        fit=detector.fit,
-    )
-    bar = tqdm(batches, desc=f"evaluate {role}", unit="batch", leave=False, disable=jax.process_index() > 0)
-    by_image, shown = {}, []
-    for batch, detections in predict(detector, variables, bar, category_ids=dataset.category_ids):
-        by_image |= coco.collect([(batch, detections)])
-        for row in np.flatnonzero(batch["real"] & batch["valid"].any(axis=1))[: EXAMPLES - len(shown)]:
-            shown.append((batch, row))
-    truth = data.ground_truth(dataset, "val", limit=limit or None)
-    curves = coco.curves(truth, by_image)
-    metrics = coco.metrics(curves) | coco.mask_metrics(truth, by_image)
+    models = {role: model(setup, role) for role in roles}
+    found: dict[str, tuple[dict[int, Detections], list[tuple[Any, int]]]] = {}
+    for fit in dict.fromkeys(detector.fit for detector, _ in models.values()):
+        alike = {role: one for role, one in models.items() if one[0].fit == fit}
+        found |= _detect(setup, alike, fit, limit)
+    truth = data.ground_truth(setup.dataset, "val", limit=limit or None)
     objects = truth_by_image(truth)
-    masks = masks_by_image(truth) if coco.has_masks(truth, by_image) else {}
-    examples = [_example(role, batch, row, objects, masks, by_image) for batch, row in shown]
-    return Evaluation(metrics, coco.class_metrics(curves), by_image, examples)
+    evaluations = {}
+    for role in roles:
+        by_image, shown = found[role]
+        curves = coco.curves(truth, by_image)
+        metrics = coco.metrics(curves) | coco.mask_metrics(truth, by_image)
+        masks = masks_by_image(truth) if coco.has_masks(truth, by_image) else {}
+        examples = [_example(role, batch, row, objects, masks, by_image) for batch, row in shown]
+        evaluations[role] = Evaluation(metrics, coco.class_metrics(curves), by_image, examples)
+    return evaluations
+
+
+def _detect(
+    setup: Setup, models: Mapping[str, tuple[Detector, Any]], fit: str, limit: int
+) -> dict[str, tuple[dict[int, Detections], list[tuple[Any, int]]]]:
+    """The detections of models that see the same images, and the first rows with objects, (batch, row), by role."""
+    config, dataset = setup.config, setup.dataset
+    batches = data.eval_batches(
+        dataset, "val", config.data, batch_size=config.eval.batch_size, limit=limit or None, fit=fit
+    )
+    bar = tqdm(
+        batches, desc=f"evaluate {', '.join(models)}", unit="batch", leave=False, disable=jax.process_index() > 0
+    )
+    streams = [
+        predict(*one, batches, category_ids=dataset.category_ids)
+        for one, batches in zip(models.values(), itertools.tee(bar, len(models)), strict=True)
+    ]
+    found: dict[str, dict[int, Detections]] = {role: {} for role in models}
+    shown: list[tuple[Any, int]] = []
+    for of_models in zip(*streams, strict=True):
+        for role, pair in zip(models, of_models, strict=True):
+            found[role] |= coco.collect([pair])
+        batch = of_models[0][0]
+        for row in np.flatnonzero(batch["real"] & batch["valid"].any(axis=1))[: EXAMPLES - len(shown)]:
+            shown.append((batch, int(row)))
+    return {role: (by_image, shown) for role, by_image in found.items()}
 
 
 def _example(
@@ -109,10 +135,10 @@ def finish(setup: Setup, workdir: Path, log: Log) -> dict[str, Any]:
     detecting = [teacher for teacher in setup.teachers if teacher.detects]
     roles = [*setup.states, *(teacher.role for teacher in detecting)]
     results: dict[str, Any] = dict.fromkeys(("teacher", "twin", "student", "gain"))
-    evaluations, failed = {}, []
+    failed: list[str] = []
+    evaluations = evaluate(setup, roles)
     for role in roles:
         detector, (params, _) = model(setup, role)
-        evaluations[role] = evaluate(setup, role)
         counts = {"params": complexity.parameters(params), "flops": complexity.flops(detector, image_size)}
         results[role] = evaluations[role].metrics | counts
         with files.attempt(failed):

@@ -219,9 +219,9 @@ def train(
                 save(step)
             if config.eval.every and step % config.eval.every == 0 and step < config.steps:
                 begun = time.perf_counter()
-                for role in states:
-                    measured = outputs.evaluate(setup._replace(states=states), role, limit=config.eval.limit).metrics
-                    log.write(step, "eval", {f"{role}/{name}": value for name, value in measured.items()})
+                measured = outputs.evaluate(setup._replace(states=states), [*states], limit=config.eval.limit)
+                for role, one in measured.items():
+                    log.write(step, "eval", {f"{role}/{name}": value for name, value in one.metrics.items()})
                 since += time.perf_counter() - begun
             if last and step < config.steps:
                 checkpoints.wait()

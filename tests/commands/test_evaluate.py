@@ -4,11 +4,13 @@ import dataclasses
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
 from kdjax import cli
 from kdjax.commands import arguments, evaluate
+from kdjax.data.build import EvalBuilder
 from kdjax.evals import coco
 from kdjax.inference import masks
 from kdjax.inference import predict as prediction
@@ -129,3 +131,26 @@ def test_errors_of_masks_are_told_beside_those_of_boxes():
     assert "Error analysis of masks" in html
     both = results | {"other": {"path": "b", "params": 1, "flops": 1, **without}}
     assert "error of masks" not in evaluate.table(both)
+
+
+def test_two_models_share_the_decoded_images(made, monkeypatch):
+    """With one canvas each image is read once; with two, once for each. The detections are those of each alone."""
+    opened = arguments.open_data(str(made / "data"), "val", "", "", 0, "stored")
+    model = arguments.match_classes(arguments.load_model(str(made / "model")), opened)
+    shifted = dataclasses.replace(model, variables=jax.tree.map(lambda x: 1.05 * x, model.variables))
+    larger = dataclasses.replace(model, image_size=tuple(side + 32 for side in model.image_size))
+    alone = evaluate.detect(shifted, opened)
+    made_rows, count = EvalBuilder._row, opened.split.size
+    read = []
+    monkeypatch.setattr(EvalBuilder, "_row", lambda self, index: read.append(index) or made_rows(self, index))
+    for models, times in (({"a": model, "b": shifted}, 1), ({"a": larger, "b": shifted}, 2)):
+        read.clear()
+        found = evaluate.detect_all(models, opened)
+        assert sorted(index for index in read if index is not None) == sorted([*range(count)] * times)
+        assert list(found["b"]) == list(alone) and any(len(one) for one in alone.values())
+        for image, one in alone.items():
+            np.testing.assert_array_equal(found["b"][image].boxes, one.boxes)
+            np.testing.assert_array_equal(found["b"][image].scores, one.scores)
+        assert any(
+            len(found["a"][i]) != len(one) or (found["a"][i].scores != one.scores).any() for i, one in alone.items()
+        )
