@@ -8,8 +8,8 @@
 this size that can be had: their logits are those of YOLOX-nano on its cells, for each anchor, and RTMDet's boxes are
 YOLOX's ("as trained"); and those of the initial weights, which all score alike ("initial").
 
-`images` detects the objects of image files with the script, with `Model.stream`, and with `Model.detect` for one image
-after the other, in turn. Their detections are compared.
+`images` detects the objects of image files with the script, with `Model.stream`, with `Model.detect` for one image
+after the other, and with `Model.stream` and the plain form, in turn. Their detections are compared.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from kdjax.detectors import levels, yolox
 from kdjax.detectors.api import Detector
 from kdjax.inference.model import Model
 from kdjax.inference.predict import canvases, read_image
-from kdjax.structs import DetectorOutput
+from kdjax.structs import Array, DetectorOutput, PaddedDetections
 
 BATCH = 8
 DETECTORS = ("rtmdet_tiny", "yolox_nano", "retinanet_r18")
@@ -171,13 +171,20 @@ def numpy_nms(boxes: np.ndarray, scores: np.ndarray, threshold: float) -> list[i
 
 
 def several(model: Model, weights: Path, files: list[Path], rounds: int) -> None:
+    def plain_decode(output: DetectorOutput, size: Array) -> PaddedDetections:
+        with nn.replaced(select_rows=plain_nms.select_rows):
+            return model.detector.decode(output, size)
+
+    plain = dataclasses.replace(model, detector=dataclasses.replace(model.detector, decode=plain_decode))
     ways: dict[str, Callable[[], list[Detections]]] = {
         "script": lambda: list(script(weights, files, model.image_size[0])),
         "stream": lambda: [found for _, found in model.stream(read_image(file) for file in files)],
         "detect": lambda: [model.detect(file) for file in files],
+        "stream, plain NMS": lambda: [found for _, found in plain.stream(read_image(file) for file in files)],
     }
     model.detect(files[0])
-    list(model.stream([read_image(files[0])]))  # compiles
+    for one in (model, plain):
+        list(one.stream([read_image(files[0])]))  # compiles
     times: dict[str, list[float]] = {way: [] for way in ways}
     results: dict[str, list[Detections]] = {}
     for _ in range(rounds):

@@ -253,7 +253,7 @@ def _area(boxes: AnyArray) -> Array:
     return _rounded((boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1]))
 
 
-def _rounded(product: Array) -> Array:
+def _rounded(product: AnyArray) -> Array:
     """A product that is not fused with a sum, so that all forms give the same numbers."""
     return jnp.where(product == product, product, jnp.nan)
 

@@ -1,6 +1,7 @@
 """Non-maximum suppression (NMS) with a fixed number of results."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -161,7 +162,7 @@ def select_rows(
         has_area = (found[..., 2] > found[..., 0]) & (found[..., 3] > found[..., 1])
         return greedy.Candidates(found, label, has_area)
 
-    settings = dict(iou_threshold=iou_threshold, max_detections=max_detections)
+    settings: dict[str, Any] = dict(iou_threshold=iou_threshold, max_detections=max_detections)
     if quality is None:
         pairs, valid = greedy.in_chunks(
             scores, candidates, score_threshold=score_threshold, level_sizes=level_sizes, pre_nms=pre_nms, **settings
