@@ -117,3 +117,13 @@ def test_step_time_needs_teacher_and_method_together(capsys):
     with pytest.raises(SystemExit):
         of("step_time").main(["--method=mkd"])
     assert "both --teacher and --method" in capsys.readouterr().err
+
+
+def test_the_script_beside_detections_has_the_nms_of_kdjax():
+    detections, plain = of("detections"), of("plain_nms")
+    rng = np.random.default_rng(0)
+    corner = rng.uniform(0, 30, (60, 2))
+    boxes = np.concatenate([corner, corner + rng.uniform(5, 20, (60, 2))], 1).astype(np.float32)
+    scores = rng.uniform(0, 1, 60).astype(np.float32)
+    kept, valid = plain.greedy_nms(boxes[None], scores[None], iou_threshold=0.65, max_detections=60)
+    assert detections.numpy_nms(boxes, scores, 0.65) == kept[valid].tolist() and 5 < valid.sum() < 60
