@@ -10,6 +10,8 @@ Arrays of float32 may be stored shorter (`DTYPES`); all others are stored as the
 - bfloat16: rounded to the nearest; the error is at most 2^-8 of the value.
 - int8: of each channel (the last axis; a vector is one channel) the least value and the step, a 255th of its range, and
   for each number its steps above the least; the error is at most half a step, and the rounding of float32.
+- sparse: of the logits of rows (`LOGITS`) the `PAIRS` best of all rows and classes, exactly; all others become one
+  logit with their mean score. A score, the sigmoid, is off by less than the least that is kept. All else is as float32.
 """
 
 import contextlib
@@ -31,7 +33,9 @@ from kdjax.data import hashes
 from kdjax.errors import UserError
 
 FORMAT = 1
-DTYPES = ("float32", "bfloat16", "int8")
+DTYPES = ("float32", "bfloat16", "int8", "sparse")
+LOGITS = "rows/logits"  # the array of which sparse keeps the best
+PAIRS = 1000  # of a row and a class, that sparse keeps of an entry
 ENTRIES, BYTES = 1024, 2**28  # of a file, at most
 _NOTE, _INDEX = "cache.json", "index.json"
 _NUMBER = np.dtype("<i8")  # of the entry, at the beginning of a record
@@ -57,6 +61,8 @@ class Missing(NamedTuple):
 def stored_bytes(leaf: Leaf, kind: str) -> int:
     """The bytes that an array takes in a record; `kind` is one of `DTYPES`."""
     count = math.prod(leaf.shape)
+    if _sparse(leaf, kind):
+        return 8 * PAIRS + 4
     if not _shortened(leaf, kind):
         return count * np.dtype(leaf.dtype).itemsize
     return 2 * count if kind == "bfloat16" else count + 8 * _channels(leaf)
@@ -66,8 +72,10 @@ def encode(value: np.ndarray, leaf: Leaf, kind: str) -> bytes:
     """The stored bytes of an array.
 
     Raises:
-      UserError: a value of a channel is not finite, so that it has no steps.
+      UserError: a value of a channel is not finite, so that it has no steps or no order.
     """
+    if _sparse(leaf, kind):
+        return _best(value.reshape(-1), leaf)
     if not _shortened(leaf, kind):
         return np.ascontiguousarray(value).tobytes()
     if kind == "bfloat16":
@@ -85,6 +93,11 @@ def encode(value: np.ndarray, leaf: Leaf, kind: str) -> bytes:
 
 def decode(stored: memoryview, leaf: Leaf, kind: str) -> np.ndarray:
     """The array of some stored bytes: what `encode` was given, within the bound of `kind`."""
+    if _sparse(leaf, kind):
+        numbers = np.frombuffer(stored, np.float32)
+        array = np.full(math.prod(leaf.shape), numbers[0])
+        array[numbers[1 : PAIRS + 1].view(np.uint32)] = numbers[PAIRS + 1 :]
+        return array.reshape(leaf.shape)
     if not _shortened(leaf, kind):
         return np.frombuffer(stored, leaf.dtype).reshape(leaf.shape)
     if kind == "bfloat16":
@@ -95,8 +108,25 @@ def decode(stored: memoryview, leaf: Leaf, kind: str) -> np.ndarray:
     return (least + above * step).reshape(leaf.shape)
 
 
+def _best(logits: np.ndarray, leaf: Leaf) -> bytes:
+    """The logit of the others, the places of the best logits, and these, of logits f32[n]."""
+    if not np.isfinite(logits).all():
+        raise UserError(f"{leaf.name}: it is not finite: it cannot be stored as sparse")
+    places = np.sort(np.argpartition(-logits, PAIRS - 1)[:PAIRS])
+    others = np.delete(logits, places).astype(np.float64)
+    # log(mean sigmoid / (1 - mean sigmoid)), where no exponential overflows.
+    on, off = (np.logaddexp.reduce(-np.logaddexp(0, sign * others)) for sign in (-1, 1))
+    parts = (np.float32(on - off), places.astype(np.uint32), logits[places])
+    return b"".join(np.asarray(part).tobytes() for part in parts)
+
+
+def _sparse(leaf: Leaf, kind: str) -> bool:
+    """Whether only the best of an array are stored: logits that are more than those and their places."""
+    return kind == "sparse" and leaf.name == LOGITS and math.prod(leaf.shape) > 2 * PAIRS + 1
+
+
 def _shortened(leaf: Leaf, kind: str) -> bool:
-    return kind != "float32" and leaf.dtype == "float32" and bool(leaf.shape)
+    return kind in ("bfloat16", "int8") and leaf.dtype == "float32" and bool(leaf.shape)
 
 
 def _channels(leaf: Leaf) -> int:

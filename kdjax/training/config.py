@@ -132,7 +132,8 @@ def _teacher() -> dict[str, Any]:
         # folder of what the teacher says about the training batches: written first if it is missing, then read
         # instead of running the teacher. "" = the teacher runs
         cache="",
-        cache_dtype="float32",  # of the numbers there: float32 (exact), bfloat16 or int8 (kdjax/data/shards.py)
+        # of the numbers there: float32 (exact), bfloat16, int8, or sparse: the best logits alone (kdjax/data/shards.py)
+        cache_dtype="float32",
     )
 
 

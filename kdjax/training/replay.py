@@ -76,6 +76,11 @@ def needs(setup: Setup, teacher: TeacherOfRun) -> Needs:
     config = setup.config
     output = teacher.observer.output
     leaves = tuple(Leaf(name, leaf.shape[1:], str(leaf.dtype)) for name, leaf in flat(output, copy=False).items())
+    if teacher.settings(config).cache_dtype == "sparse" and shards.LOGITS not in [leaf.name for leaf in leaves]:
+        raise UserError(
+            f"{teacher.setting}.cache_dtype: sparse stores the best logits of rows, and {', '.join(teacher.methods)} "
+            "reads none: take float32, bfloat16 or int8"
+        )
     return Needs(facts(setup, teacher), output, leaves, _plans(setup).needed(config.steps))
 
 

@@ -100,6 +100,34 @@ def test_int8_is_within_half_a_step_of_each_channel(tmp_path):
         shards.encode(np.array([1, np.inf], np.float32), leaf, "int8")
 
 
+def test_sparse_keeps_the_best_logits_and_the_mean_score_of_the_others(tmp_path):
+    leaves = (Leaf("rows/logits", (500, 7), "float32"), Leaf("rows/boxes", (500, 4), "float32"))
+    shards.make_folder(tmp_path)
+    found = shards.create(Shards(tmp_path, leaves, "sparse", 4, 0, {}, {}))
+    rng = np.random.default_rng(0)
+    logits = (rng.normal(size=(500, 7)) * 3 - 4).astype(np.float32)
+    logits[0] = 200, -200, -100, 50, 3, 3, 3  # scores of 0 and 1
+    boxes = rng.normal(size=(500, 4)).astype(np.float32)
+    with found.writer(Missing(0, 1)) as file:
+        file.add({"rows/logits": logits, "rows/boxes": boxes})
+    read = shards.find(tmp_path).read(np.array([0]), ["rows/logits", "rows/boxes"])
+    np.testing.assert_array_equal(read["rows/boxes"][0], boxes)
+    kept = logits >= np.sort(logits.ravel())[-shards.PAIRS]
+    assert kept.sum() == shards.PAIRS
+    np.testing.assert_array_equal(read["rows/logits"][0][kept], logits[kept])
+    others, scores = read["rows/logits"][0][~kept], 1 / (1 + np.exp(-logits.astype(np.float64)))
+    assert len(np.unique(others)) == 1
+    mean = 1 / (1 + np.exp(-np.float64(others[0])))
+    np.testing.assert_allclose(mean, scores[~kept].mean(), rtol=1e-6)
+    assert np.abs(mean - scores[~kept]).max() < scores[kept].min()
+    assert found.entry_bytes == 8 + 4 + 8 * shards.PAIRS + boxes.nbytes < logits.nbytes + boxes.nbytes
+    logits[3, 3] = np.nan
+    with pytest.raises(UserError, match="rows/logits: it is not finite"):
+        shards.encode(logits, leaves[0], "sparse")
+    small = Leaf("rows/logits", (50, 7), "float32")  # would not be shorter
+    assert shards.stored_bytes(small, "sparse") == 4 * 350
+
+
 def test_files_end_where_a_view_ends(tmp_path):
     found = made(tmp_path, span=10)
     assert fill(found, [range(10, 20)]) == [(10, 4), (14, 4), (18, 2)]

@@ -233,6 +233,17 @@ def test_a_small_disk_is_refused(setup, folder, tmp_path, monkeypatch):
     assert not (tmp_path / "cache").exists()
 
 
+def test_sparse_needs_logits(setup, folder, tmp_path):
+    told = refusal(
+        setup._replace(teachers=prepare(config_of(folder, method="cwd"), setup.dataset).teachers),
+        config_of(folder, method="cwd", teacher__cache=str(tmp_path / "cache"), teacher__cache_dtype="sparse"),
+    )
+    assert told == (
+        "config.teacher.cache_dtype: sparse stores the best logits of rows, and cwd reads none: take float32, bfloat16 "
+        "or int8"
+    )
+
+
 def test_interrupted_writing_continues_and_a_damaged_file_is_refused(setup, folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shards, "ENTRIES", 8)
     config = config_of(folder, data__views=1, teacher__cache=str(tmp_path))
@@ -290,7 +301,7 @@ def test_settings_of_the_cache_are_checked(folder, capsys):
     for changes, told in (
         (
             dict(teacher__cache_dtype="int4"),
-            "config.teacher.cache_dtype must be one of float32, bfloat16, int8, not 'int4'",
+            "config.teacher.cache_dtype must be one of float32, bfloat16, int8, sparse, not 'int4'",
         ),
         (dict(teacher__cache_dtype="int8"), "config.teacher.cache_dtype has no effect without config.teacher.cache"),
         (dict(teacher__cache="gs://a/b"), "config.teacher.cache: gs://a/b is a URL"),
