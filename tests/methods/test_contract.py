@@ -28,7 +28,7 @@ RANDOM = {"mgd", "mkd", "yao"}
 # Methods that compare maps and make an adapter only where the channels of the two sides differ.
 ADAPT_IF_NEEDED = {"crosskd", "cwd", "fgd", "fitnet", "mgd", "mkd", "pfi", "pkd", "ssim", "yao"}
 # Methods that always make one, and those that have none.
-ADAPT_ALWAYS = {"defeat", "fgfi", "fkd", "gid", "rtmdet_cwd"}
+ADAPT_ALWAYS = {"defeat", "dsi", "fgfi", "fkd", "gid", "rtmdet_cwd"}
 ADAPT_NEVER = {"bckd", "dkd", "hinton", "ld", "rm"}
 # Methods between the decoders of two transformers, and what reads detections: test_decoders.py, test_teach_detr.py and
 # test_teach_boxes.py.

@@ -503,3 +503,29 @@ def test_cwd_refuses_class_maps_of_other_classes():
     method = methods.build("cwd", student="cls_logits", teacher="cls_logits")
     with pytest.raises(UserError, match="stride 8 the student has 3 and the teacher 80"):
         init(method, context(detector(0), detector(1, classes=80)))
+
+
+@pytest.mark.parametrize(("side", "stride"), [((4, 4), 16), ((6, 4), 16), ((2, 2), 32), ((1, 1), 64)])
+def test_dsi_compares_the_coarsest_maps_whatever_their_strides(side, stride):
+    """The student's has 2 x 2 cells: of 4 x 4 the teacher's are averaged, of 6 x 4 and 1 x 1 resized bilinearly."""
+    rng = np.random.default_rng(3)
+    vision = rng.normal(size=(2, *side, 7)).astype(np.float32)
+    student, teacher = detector(1), DetectorOutput(strides=(stride,), neck=(jnp.asarray(vision),))
+    projection = {"kernel": rng.normal(size=(1, 1, 4, 7)), "bias": rng.normal(size=7)}
+    params = {"projection": {name: jnp.asarray(value, jnp.float32) for name, value in projection.items()}}
+    found = terms("dsi", student, teacher, {"": {}}, params=params)[""]
+    own = np.asarray(student.neck[2]) @ projection["kernel"][0, 0] + projection["bias"]
+    if side == (4, 4):
+        other = vision.reshape(2, 2, 2, 2, 2, 7).mean((2, 4))
+    elif side == (6, 4):  # cells 0.5 and 2.5 of 4, 1 and 4 of 6
+        other = vision[:, [1, 4]].reshape(2, 2, 2, 2, 7).mean(3)
+    else:
+        other = np.broadcast_to(vision, own.shape)
+    lengths = np.linalg.norm(own, axis=-1) * np.linalg.norm(other, axis=-1)
+    assert found["alignment"] == pytest.approx(np.mean(1 - (own * other).sum(-1) / lengths), abs=1e-6)
+
+
+def test_dsi_takes_the_map_that_its_tap_names():
+    student, teacher = detector(1), DetectorOutput(strides=(16,), neck=(jnp.ones((2, 3, 4, 5)),))
+    found = terms("dsi", student, teacher, {tap: {"student": tap} for tap in ("neck", "neck.0", "neck.2")})
+    assert found["neck"] == found["neck.2"] != found["neck.0"]
