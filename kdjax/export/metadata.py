@@ -45,6 +45,7 @@ def describe(model: Model, *, raw: bool, nms: bool = True) -> dict[str, str]:
     return {
         "kdjax": kdjax.__version__,
         "detector": model.detector.name,
+        "options": json.dumps(model.detector.options),
         "classes": json.dumps(model.class_names),
         "category_ids": json.dumps(model.category_ids),
         "image_size": json.dumps(model.image_size),
