@@ -12,10 +12,11 @@ from jax.extend.core import Jaxpr, Literal
 from tqdm import tqdm
 
 from kdjax import methods, sharding
+from kdjax.distill.teachers import RECORDED
 from kdjax.doctor.findings import ERROR, OK, Finding
 from kdjax.structs import Array, DetectorOutput, PyTree, targets_of
 from kdjax.training.checks import where_of
-from kdjax.training.setup import Setup
+from kdjax.training.setup import Setup, with_host
 from kdjax.training.step import Batch, TrainState
 
 MAX_INITIAL_SCORE = 0.1  # mean probability of a class; a classifier with a focal prior starts at 0.01
@@ -43,7 +44,7 @@ def measure_gradients(setup: Setup, batch: Mapping[str, np.ndarray], adapters: P
     """
     student, distiller, state = setup.student, setup.distiller, setup.states["student"]
     adapters = adapters or state.params["adapters"]
-    placed = sharding.shard_batch(setup.mesh, batch)
+    placed = sharding.shard_batch(setup.mesh, with_host(setup, batch))
     in_neck = neck_parameters(
         lambda params: student.apply(params, state.stats, student.preprocess(placed["image"]), train=True)[0],
         state.params["student"],
@@ -68,7 +69,10 @@ def measure_gradients(setup: Setup, batch: Mapping[str, np.ndarray], adapters: P
         values = student.loss(output, targets, assignment)
         if distiller:
             assert variables is not None, "a distiller needs the variables of its teacher"
-            values |= distiller.terms(adapters, output, batch, variables, assignment=assignment, key=state.key)
+            observed = batch.get(RECORDED)
+            values |= distiller.terms(
+                adapters, output, batch, variables, observed=observed, assignment=assignment, key=state.key
+            )
         logits = student.rows(output).logits
         score = None if logits is None else jnp.mean(jax.nn.sigmoid(logits))
         return jnp.dot(chosen, jnp.stack([values[name] for name in sorted(values)])), (values, score)
@@ -135,7 +139,9 @@ def train_adapters(setup: Setup, batch: Mapping[str, np.ndarray]) -> PyTree:
     def trained(state: TrainState, variables: PyTree, batch: Batch) -> PyTree:
         output, _ = student.apply(state.params["student"], state.stats, student.preprocess(batch["image"]), train=True)
         assignment = student.assign(output, targets_of(batch), state.key)
-        observed: Any = distiller.observe(batch, variables)
+        observed: Any = batch.get(RECORDED)
+        if observed is None:
+            observed = distiller.observe(batch, variables)
 
         def total(adapters: PyTree) -> Array:
             terms = distiller.terms(
@@ -151,7 +157,7 @@ def train_adapters(setup: Setup, batch: Mapping[str, np.ndarray]) -> PyTree:
         adapters = state.params["adapters"]
         return jax.lax.fori_loop(0, 30, update, (adapters, optimizer.init(adapters)))[0]
 
-    return trained(state, setup.variables, sharding.shard_batch(setup.mesh, batch))
+    return trained(state, setup.variables, sharding.shard_batch(setup.mesh, with_host(setup, batch)))
 
 
 def gradient_shares(setup: Setup, grad_norms: Mapping[str, float]) -> dict[str, float]:

@@ -79,10 +79,11 @@ class OnnxFile:
             if self.other is not None:
                 feed[self.other.name] = sizes[rows].astype(self.other.dtype)
             try:
-                found: list[Any] = list(self.session.run(list(self.outputs), feed))
+                found = list(self.session.run(list(self.outputs), feed))
             except Exception as error:  # its bindings raise many kinds of errors
                 raise UserError(f"{self.path}: onnxruntime cannot run it: {str(error).splitlines()[0]}") from error
-            found = (value[:real] if value.ndim and len(value) == batch > real else value for value in found)
+            whole = [np.asarray(value) for value in found]
+            found = (value[:real] if value.ndim and len(value) == batch > real else value for value in whole)
             parts.append(dict(zip(self.outputs, found, strict=True)))
         return parts
 

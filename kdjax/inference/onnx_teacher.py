@@ -8,6 +8,7 @@ import ast
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,11 +23,13 @@ from kdjax.boxes.convert import clip
 from kdjax.boxes.priors import grid_priors
 from kdjax.data import classes, coco, transforms
 from kdjax.detectors.api import Detector
+from kdjax.distill import Distiller
+from kdjax.distill.teachers import without_places
 from kdjax.errors import UserError, listed, prefix
 from kdjax.inference import layouts, onnx_file, predict
 from kdjax.inference.layouts import Layout, Outputs
 from kdjax.inference.onnx_file import OnnxFile
-from kdjax.structs import AnyArray, Array, Detections, DetectorOutput, PaddedDetections, PyTree
+from kdjax.structs import AnyArray, Array, Detections, DetectorOutput, PaddedDetections, PyTree, Rows
 
 OBSERVED = 100  # detections of an image that methods get, as of a live teacher
 SIZE = 640  # of the input where neither the file nor the layout says one, and there is no canvas
@@ -61,7 +64,7 @@ class OnnxTeacher:
     path: Path
     file: OnnxFile
     layout: Layout
-    detector: Detector | None  # of kdjax's own exports, what decodes their maps
+    exported: Detector | None  # of kdjax's own exports, what decodes their maps
     class_names: tuple[str, ...]  # of all classes of the file; () if it has or names none
     columns: tuple[int, ...] | None  # the classes that are told, in order; None: all
 
@@ -85,6 +88,21 @@ class OnnxTeacher:
     def fingerprint(self) -> str:
         """The hash of the file, its weights and how it is read."""
         return f"{self.file.fingerprint} {self.layout} {self.columns}"
+
+    @property
+    def name(self) -> str:
+        """The name of the file."""
+        return self.path.name
+
+    @property
+    def masks(self) -> str:
+        """`Detector.masks`: none."""
+        return ""
+
+    @property
+    def variables(self) -> dict[str, np.ndarray]:
+        """`fingerprint` as an array, in the place of the weights of a live teacher: what tells teachers apart."""
+        return {"sha256": np.frombuffer(hashlib.sha256(self.fingerprint.encode()).digest(), np.uint8)}
 
     @property
     def fit(self) -> str:
@@ -123,7 +141,7 @@ class OnnxTeacher:
         """
         return _spec(self, (int(image_size[0]), int(image_size[1])))
 
-    def observe(self, variables: None, batch: Mapping[str, Any]) -> DetectorOutput:
+    def observe(self, variables: PyTree, batch: Mapping[str, Any]) -> DetectorOutput:
         """What the file says of `batch["image"]` u8[B, H, W, 3].
 
         Args:
@@ -156,24 +174,26 @@ class OnnxTeacher:
         The options are `score_threshold`, `pre_nms` and `max_detections`, as of `Detector.decode`; the IoU of the
         NMS is that of the layout. A pure function on arrays.
         """
-        return self._decode if self.layout.kind == "rows" or self._raw else None
+        if self.layout.kind != "rows" and not self._raw:
+            return None
+        return functools.partial(_decoded, self)
 
     def _decode(
         self,
         output: DetectorOutput,
         image_size: AnyArray,
         *,
-        score_threshold: float = 0.001,
-        pre_nms: int = 30000,
-        max_detections: int = layouts.PLACES,
+        score_threshold: float,
+        pre_nms: int,
+        max_detections: int,
     ) -> PaddedDetections:
         rows = output.rows
         assert rows is not None, "the layout has rows"
         assert rows.logits is not None, "rows of files have logits"
         assert rows.boxes is not None, "rows of files have boxes"
         limits = {"score_threshold": score_threshold, "max_detections": max_detections}
-        if self.detector is not None and output.box_reg:
-            same = detectors.build(self.detector.name, rows.logits.shape[-1], **self.detector.options)
+        if self.exported is not None and output.box_reg:
+            same = detectors.build(self.exported.name, rows.logits.shape[-1], **self.exported.options)
             return same.decode(output, cast(Array, image_size), pre_nms=pre_nms, **limits)
         scores = jax.nn.sigmoid(rows.logits)
         if rows.quality is not None:
@@ -198,7 +218,7 @@ class OnnxTeacher:
             assert found.detections is not None, "only teachers that detect are evaluated"
             return found.detections
         with _on_cpu():
-            padded = _decoded(self, found, sizes)
+            padded = self.decode(found, sizes)
         return PaddedDetections(*(np.asarray(value) for value in padded if value is not None))  # type: ignore[arg-type]
 
     def detect(self, images: Sequence[np.ndarray], *, batch_size: int = 8) -> list[Detections]:
@@ -229,7 +249,7 @@ class OnnxTeacher:
     @property
     def _raw(self) -> bool:
         """Whether it is an export of kdjax with maps instead of detections."""
-        return self.detector is not None and any(name.startswith("cls_logits_") for name in self.file.outputs)
+        return self.exported is not None and any(name.startswith("cls_logits_") for name in self.file.outputs)
 
     def _input(self, canvas: tuple[int, int]) -> tuple[int, int]:
         """The size of the input for a canvas: the file's, or the layout's, or that of the canvas."""
@@ -269,8 +289,8 @@ class OnnxTeacher:
     def _from(self, found: Outputs) -> DetectorOutput:
         """What the outputs say, in pixels of the input."""
         if not self._raw:
-            described = self.layout if self.detector is None else dataclasses.replace(self.layout, kind="detections")
-            if self.detector is not None:
+            described = self.layout if self.exported is None else dataclasses.replace(self.layout, kind="detections")
+            if self.exported is not None:
                 described = dataclasses.replace(described, outputs=("boxes", "scores", "labels"))
             return layouts.read(described, found)
         neck, strides = layouts.read_maps(self.layout, found)
@@ -283,11 +303,11 @@ class OnnxTeacher:
             raise UserError(
                 f"the maps have the strides {strides}, the predictions {fields['strides']}: take maps of these"
             )
-        assert self.detector is not None
-        anchors = fields["cls_logits"][0].shape[-1] // self.detector.num_classes
+        assert self.exported is not None
+        anchors = fields["cls_logits"][0].shape[-1] // self.exported.num_classes
         output = DetectorOutput(**fields, neck=cast(Any, neck), anchors=anchors)
         with _on_cpu():
-            rows = jax.tree.map(np.asarray, self.detector.rows(output))
+            rows = jax.tree.map(np.asarray, _rows(self.exported, output))
         return dataclasses.replace(output, rows=dataclasses.replace(rows, location=None))
 
     def _of_classes(self, output: DetectorOutput) -> DetectorOutput:
@@ -365,7 +385,7 @@ def load_teacher(
         if described.kind == "kdjax":
             detector, names = _exported(file, names)
             described = dataclasses.replace(described, fit=cast(Any, detector.fit))
-    return OnnxTeacher(path=file.path, file=file, layout=described, detector=detector, class_names=names, columns=None)
+    return OnnxTeacher(path=file.path, file=file, layout=described, exported=detector, class_names=names, columns=None)
 
 
 def _exported(file: OnnxFile, names: tuple[str, ...]) -> tuple[Detector, tuple[str, ...]]:
@@ -398,9 +418,30 @@ def _spec(teacher: OnnxTeacher, image_size: tuple[int, int]) -> DetectorOutput:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), output)
 
 
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("score_threshold", "pre_nms", "max_detections"))
+def _decoded(
+    teacher: OnnxTeacher,
+    output: DetectorOutput,
+    image_size: Array,
+    *,
+    score_threshold: float = 0.001,
+    pre_nms: int = 30000,
+    max_detections: int = layouts.PLACES,
+) -> PaddedDetections:
+    limits = {"score_threshold": score_threshold, "pre_nms": pre_nms, "max_detections": max_detections}
+    return teacher._decode(output, image_size, **limits)
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def _decoded(teacher: OnnxTeacher, output: DetectorOutput, image_size: Array) -> PaddedDetections:
-    return teacher._decode(output, image_size)
+def _rows(detector: Detector, output: DetectorOutput) -> Rows:
+    return detector.rows(output)
+
+
+def on_host(distiller: Distiller, batch: Mapping[str, Any]) -> DetectorOutput:
+    """What the methods of a distiller read of its `OnnxTeacher`, for a batch in NumPy; arrays in NumPy."""
+    with _on_cpu():
+        found = distiller.observe(batch, distiller.teacher.variables)
+        return jax.tree.map(np.asarray, without_places(found))
 
 
 def _on_cpu() -> contextlib.AbstractContextManager[object]:

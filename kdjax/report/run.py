@@ -88,7 +88,7 @@ def verdict(results: Mapping[str, Mapping[str, float] | None]) -> str:
         return "The student’s AP is undefined: the evaluation data has no objects."
     student, twin, teacher = ap["student"], ap.get("twin"), ap.get("teacher")
     if "twin" not in present and "teacher" not in present:
-        return f"The detector, trained without a teacher, reaches AP {student:.1f}."
+        return f"The detector reaches AP {student:.1f}; there is no other AP to compare it with."
     text = f"The distilled student reaches AP {student:.1f}"
     if twin is None:
         beside = "" if teacher is None else f"; the teacher has {teacher:.1f}"

@@ -9,25 +9,23 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from kdjax.data import Batches
-from kdjax.distill.teachers import RECORDED
-from kdjax.structs import DetectorOutput
+from kdjax.data import Batches, Beside
 
 DEPTH = 2  # batches that wait for the step, at most
 
 
 class Ahead:
-    """An iterator over the batches of a loader, each with the teacher's output under `RECORDED`."""
+    """An iterator over the batches of a loader, each with what the teachers on the host say about it."""
 
-    def __init__(self, batches: Batches, observe: Callable[[Mapping[str, Any]], DetectorOutput]) -> None:
+    def __init__(self, batches: Batches | Beside, add: Callable[[Mapping[str, Any]], dict[str, Any]]) -> None:
         """Starts the thread.
 
         Args:
           batches: of `kdjax.data.train_batches`; closed with this iterator.
-          observe: batch -> arrays in NumPy; it is called in the thread.
+          add: batch -> the batch with what is said about it, in NumPy; it is called in the thread.
         """
         self.batches = batches
-        self._observe = observe
+        self._add = add
         self._ready: queue.Queue[dict[str, Any] | BaseException] = queue.Queue(DEPTH)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, name="teacher on the host", daemon=True)
@@ -77,7 +75,7 @@ class Ahead:
             for batch in self.batches:
                 if self._stop.is_set():
                     return
-                self._ready.put({**batch, RECORDED: self._observe(batch)})
+                self._ready.put(self._add(batch))
                 if self._stop.is_set():
                     return
             self._ready.put(StopIteration())

@@ -13,7 +13,9 @@ import numpy as np
 
 from kdjax import data, detectors, files, methods, resources, sharding
 from kdjax.distill import pairing
+from kdjax.distill.teachers import RECORDED
 from kdjax.errors import UserError, prefix
+from kdjax.inference import layouts
 from kdjax.structs import Array, DetectorOutput, PyTree, targets_of
 from kdjax.training import config as settings
 from kdjax.training import optim, replay
@@ -30,6 +32,7 @@ from kdjax.training.setup import (
     teacher_configs,
     train_batches,
     unlabelled_rows,
+    with_host,
 )
 from kdjax.training.step import TrainState
 
@@ -115,13 +118,18 @@ def check_teachers(config: Config) -> None:
         if bool(of_mean) == bool(chosen.weights):
             both = "both weights and mean" if of_mean else "neither weights nor mean"
             raise UserError(f"{where}: it has {both}: set one of them")
-        if of_mean and (chosen.detector or chosen.options):
-            raise UserError(f"{where}: a mean of other teachers has no detector and options: leave them out")
+        if of_mean and (chosen.detector or chosen.layout or chosen.options):
+            raise UserError(f"{where}: a mean of other teachers has no detector, layout and options: leave them out")
         for member in of_mean:
             if member not in config.teachers or members(config.teachers[member]) or of_mean.count(member) > 1:
                 raise UserError(
                     f"{where}.mean: {chosen.mean!r} must be different names of config.teachers with weights, joined "
                     "by +"
+                )
+            if config.teachers[member].layout:
+                raise UserError(
+                    f"{where}.mean: {member} is an ONNX file, which runs on the host, and means are computed in the "
+                    "step: take detectors, or import its weights with config.teachers.NAME.detector"
                 )
         if len(of_mean) == 1:
             raise UserError(f"{where}.mean: {chosen.mean!r} is one teacher: it needs two or more, joined by +")
@@ -172,14 +180,38 @@ def check_detectors(config: Config) -> None:
       UserError: names the setting and what it must be.
     """
     for where, chosen in _models(config):
-        if chosen.detector:
+        if "layout" in chosen and chosen.layout:
+            check_layout(where, chosen)
+        elif chosen.detector:
             with prefix(where):
                 detector = named_detector(chosen, 1)
             check_size(where.removeprefix("config."), detector, tuple(config.data.image_size))
             if chosen is config.student:
                 check_masks(detector, config)
         elif chosen.options:
-            raise UserError(f"{where}.options has no effect unless {where}.detector is set")
+            either = f"{where}.detector" + f" or {where}.layout" * ("layout" in chosen)
+            raise UserError(f"{where}.options has no effect unless {either} is set")
+        elif "layout" in chosen and Path(chosen.weights).suffix.lower() == ".onnx":
+            raise UserError(
+                f"{where}.weights: {chosen.weights} does not say what it is: set {where}.layout to run the file as it "
+                f"is ({', '.join(layouts.READY)}), or {where}.detector to import its weights"
+            )
+
+
+def check_layout(where: str, chosen: Config) -> None:
+    """Checks the description of a teacher that is an ONNX file.
+
+    Args:
+      where: "config.teacher" or "config.teachers.NAME".
+      chosen: its settings.
+
+    Raises:
+      UserError: names the setting and what it must be.
+    """
+    with prefix(where):
+        if chosen.detector:
+            raise UserError(f"detector: with a layout, {chosen.weights} runs as it is: leave one of them out")
+        layouts.layout(chosen.layout, chosen.options.to_dict())
 
 
 def check_truth(dataset: data.Dataset, cfg: Mapping[str, Any]) -> None:
@@ -286,7 +318,7 @@ def check_terms(setup: Setup, batch: Mapping[str, np.ndarray]) -> None:
     student, state = setup.student, setup.states["student"]
 
     def probe(
-        state: TrainState, variables: PyTree, batch: Mapping[str, Array]
+        state: TrainState, variables: PyTree, batch: Mapping[str, Any]
     ) -> tuple[dict[str, Array], dict[str, Array], dict[str, Array]]:
         params = state.params
         output, _ = student.apply(params["student"], state.stats, student.preprocess(batch["image"]), train=True)
@@ -295,7 +327,15 @@ def check_terms(setup: Setup, batch: Mapping[str, np.ndarray]) -> None:
         losses = student.loss(output, targets, assignment)
 
         def terms(output: DetectorOutput) -> dict[str, Array]:
-            return distiller.terms(params["adapters"], output, batch, variables, assignment=assignment, key=state.key)
+            return distiller.terms(
+                params["adapters"],
+                output,
+                batch,
+                variables,
+                observed=batch.get(RECORDED),
+                assignment=assignment,
+                key=state.key,
+            )
 
         values, vjp = jax.vjp(terms, output)
         grad_norms = {}
@@ -304,7 +344,7 @@ def check_terms(setup: Setup, batch: Mapping[str, np.ndarray]) -> None:
             grad_norms[name] = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
         return losses, values, grad_norms
 
-    arguments = (state, setup.variables, sharding.shard_batch(setup.mesh, batch))
+    arguments = (state, setup.variables, sharding.shard_batch(setup.mesh, with_host(setup, batch)))
     losses, values, grad_norms = jax.device_get(jax.jit(probe)(*arguments))
     for name, value in (losses | values).items():
         if not np.isfinite(value):

@@ -126,9 +126,12 @@ def _teacher() -> dict[str, Any]:
     return dict(
         detector="",  # needed unless `weights` is a kdjax folder; "" without weights trains without a teacher
         options={},  # as for the student; a kdjax folder brings its own
-        # student/ folder of another run, .safetensors, .npz or .pth with mmdetection's names, .onnx of YOLOX or RTMDet,
-        # or a .json of detections on the training images (docs/teachers.md)
+        # student/ folder of another run, .safetensors, .npz or .pth with mmdetection's names, .onnx of YOLOX or RTMDet;
+        # with `layout` any .onnx; or a .json of detections on the training images (docs/teachers.md)
         weights="",
+        # of an .onnx file that runs as it is, on the host ahead of the step: kdjax, yolox, yolov5, yolov8, detr,
+        # mmdeploy, maps, rows or detections; `options` are what differs (kdjax/inference/layouts.py). "": a detector
+        layout="",
         # folder of what the teacher says about the training batches: written first if it is missing, then read
         # instead of running the teacher. "" = the teacher runs
         cache="",

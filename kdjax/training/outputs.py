@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from kdjax.structs import Detections
 from kdjax.training.checks import check_programs
 from kdjax.training.log import Log
 from kdjax.training.provenance import environment
-from kdjax.training.setup import Setup, gives_boxes, members, model, sitting_out, unlabelled_rows
+from kdjax.training.setup import Setup, gives_boxes, members, model, onnx_of, sitting_out, unlabelled_rows
 from kdjax.training.step import TeacherVariables
 from kdjax.weights.checkpoint import fingerprint
 
@@ -50,9 +50,9 @@ def evaluate(setup: Setup, roles: Sequence[str], *, limit: int = 0) -> dict[str,
     Returns:
       The evaluations by role.
     """
-    models = {role: model(setup, role) for role in roles}
+    models = {role: _model(setup, role) for role in roles}
     found: dict[str, tuple[dict[int, Detections], list[tuple[Any, int]]]] = {}
-    for fit in dict.fromkeys(detector.fit for detector, _ in models.values()):
+    for fit in dict.fromkeys(model.fit for model, *_ in models.values()):
         alike = {role: one for role, one in models.items() if one[0].fit == fit}
         found |= _detect(setup, alike, fit, limit)
     truth = data.ground_truth(setup.dataset, "val", limit=limit or None)
@@ -68,8 +68,15 @@ def evaluate(setup: Setup, roles: Sequence[str], *, limit: int = 0) -> dict[str,
     return evaluations
 
 
+def _model(setup: Setup, role: str) -> tuple[Any, Any, Callable[..., Any] | None]:
+    """The detector of a role, its variables and None; or an ONNX file, nothing, and what runs it."""
+    if file := onnx_of(setup, role):
+        return file, ({}, {}), file.program
+    return *model(setup, role), None
+
+
 def _detect(
-    setup: Setup, models: Mapping[str, tuple[Detector, Any]], fit: str, limit: int
+    setup: Setup, models: Mapping[str, tuple[Any, Any, Callable[..., Any] | None]], fit: str, limit: int
 ) -> dict[str, tuple[dict[int, Detections], list[tuple[Any, int]]]]:
     """The detections of models that see the same images, and the first rows with objects, (batch, row), by role."""
     config, dataset = setup.config, setup.dataset
@@ -80,8 +87,8 @@ def _detect(
         batches, desc=f"evaluate {', '.join(models)}", unit="batch", leave=False, disable=jax.process_index() > 0
     )
     streams = [
-        predict(*one, batches, category_ids=dataset.category_ids)
-        for one, batches in zip(models.values(), itertools.tee(bar, len(models)), strict=True)
+        predict(detector, variables, batches, run=run, category_ids=dataset.category_ids)
+        for (detector, variables, run), batches in zip(models.values(), itertools.tee(bar, len(models)), strict=True)
     ]
     found: dict[str, dict[int, Detections]] = {role: {} for role in models}
     shown: list[tuple[Any, int]] = []
@@ -138,8 +145,10 @@ def finish(setup: Setup, workdir: Path, log: Log) -> dict[str, Any]:
     failed: list[str] = []
     evaluations = evaluate(setup, roles)
     for role in roles:
-        detector, (params, _) = model(setup, role)
-        counts = {"params": complexity.parameters(params), "flops": complexity.flops(detector, image_size)}
+        counts = {}
+        if not onnx_of(setup, role):
+            detector, (params, _) = model(setup, role)
+            counts = {"params": complexity.parameters(params), "flops": complexity.flops(detector, image_size)}
         results[role] = evaluations[role].metrics | counts
         with files.attempt(failed):
             log.write(config.steps, "eval", {f"{role}/{k}": v for k, v in evaluations[role].metrics.items()})
@@ -304,8 +313,9 @@ def notes(setup: Setup, rows: Sequence[Mapping[str, Any]], damaged: int) -> list
         if members(teacher.settings(config)):
             lines.append(f"The {teacher.role} is the mean of the rows of {teacher.settings(config).mean}.")
         elif not teacher.detects:
-            which = f"The {teacher.role} has other classes than the data"
-            lines.append(f"{which}: only its maps are used; it is not evaluated.")
+            boxes = teacher.detector.detects if teacher.on_host else True
+            why = "has other classes than the data" if boxes else "finds no boxes"
+            lines.append(f"The {teacher.role} {why}; only its maps are used, and it is not evaluated.")
     if any(teacher.name for teacher in setup.teachers):
         lines.append("The teacher in tables and pictures is the best of the teachers by AP.")
     if dataset.unlabelled:

@@ -264,8 +264,9 @@ def _fill(setup: Setup, teacher: TeacherOfRun, found: Shards, missing: list[Miss
     observe, mesh, variables = teacher.observer.program, setup.mesh, teacher.variables
     if hosts > 1:  # the others wait: a program for the devices of this host
         mesh = sharding.mesh_of(jax.local_devices())
-        observe = jax.jit(teacher.observer.function, out_shardings=sharding.batch_sharding(mesh))
         variables = sharding.replicate(variables, mesh)
+        if not teacher.on_host:
+            observe = jax.jit(teacher.observer.function, out_shardings=sharding.batch_sharding(mesh))
 
     def said() -> Iterator[dict[str, np.ndarray]]:
         """The arrays of one entry after the other. The next batch is computed while one is stored."""

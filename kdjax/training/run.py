@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import functools
 import json
 import signal
 import sys
@@ -26,6 +27,7 @@ from kdjax.report import preview
 from kdjax.report.run import verdict
 from kdjax.structs import FOUND, PyTree
 from kdjax.training import checks, optim, outputs, provenance, replay
+from kdjax.training.ahead import Ahead
 from kdjax.training.checkpoint import Checkpoints
 from kdjax.training.config import Config
 from kdjax.training.log import Log
@@ -39,6 +41,7 @@ from kdjax.training.setup import (
     resume,
     run_fingerprint,
     train_batches,
+    with_host,
 )
 from kdjax.training.step import UNLABELLED, TrainState
 
@@ -167,6 +170,9 @@ def train(
     rate = optim.learning_rate(config)
     host = jax.process_index(), jax.process_count()
     batches = train_batches(setup, start_step=start, shard=host, attach=replay.attach(setup, stored))
+    if any(teacher.on_host and teacher.observer and teacher.name not in stored for teacher in setup.teachers):
+        batches = Ahead(batches, functools.partial(with_host, setup))
+
     fingerprint, category_ids = run_fingerprint(setup), list(setup.dataset.category_ids)
 
     note = {"run": fingerprint, "category_ids": category_ids, "config": json.loads(config.to_json())}

@@ -21,6 +21,8 @@ from kdjax.distill import Distiller, Distillers, Method, pairing, teachers
 from kdjax.distill.distiller import method_key
 from kdjax.distill.teachers import RECORDED, functions_of, without_places
 from kdjax.errors import UserError, listed, prefix
+from kdjax.inference.onnx_teacher import OnnxTeacher, on_host
+from kdjax.inference.onnx_teacher import load_teacher as open_onnx
 from kdjax.structs import FOUND, Array, DetectorOutput, PyTree
 from kdjax.training import optim
 from kdjax.training.checkpoint import Checkpoints
@@ -38,7 +40,8 @@ class Observer(NamedTuple):
 
     # (variables of the teacher, batch) -> what the methods read of it; every array has a batch axis
     function: Callable[[Any, Batch], DetectorOutput]
-    program: jax.stages.Wrapped  # the function, jitted for the devices of the run
+    # the function, jitted for the devices of the run; of a teacher on the host the function itself
+    program: Callable[[Any, Batch], DetectorOutput]
     output: DetectorOutput  # shapes of what it returns for a batch of the run
 
 
@@ -46,10 +49,10 @@ class TeacherOfRun(NamedTuple):
     """A teacher of a run, with the methods that compare the student with it."""
 
     name: str  # of config.teachers; "" of config.teacher
-    detector: Any  # a `Detector`, or for a mean of others and for a file a `kdjax.distill.Custom`
+    detector: Any  # a `Detector`, an `OnnxTeacher`, or for a mean of others and for a file of detections a `Custom`
     detects: bool  # it is a detector with the classes of the data, so that it can be evaluated
     distiller: Distiller  # of student, teacher and methods, in float32
-    variables: Any  # of a detector `TeacherVariables`, of a mean a tuple of them, of a file (); on all devices
+    variables: Any  # of a detector `TeacherVariables`, of an ONNX file its hash, of a mean a tuple, of detections ()
     # None: it runs inside the step, because its output holds functions or is read from the batch
     observer: Observer | None
     file: data.Found | None = None  # of detections, if it is one
@@ -68,6 +71,11 @@ class TeacherOfRun(NamedTuple):
     def methods(self) -> Mapping[str, Method]:
         """The methods by name."""
         return self.distiller.methods
+
+    @property
+    def on_host(self) -> bool:
+        """Whether it runs on the host, ahead of the step."""
+        return isinstance(self.detector, OnnxTeacher)
 
     @property
     def setting(self) -> str:
@@ -118,9 +126,15 @@ def model(setup: Setup, role: str) -> tuple[Detector, tuple[Tree, Tree]]:
     """
     for teacher in setup.teachers:
         if teacher.role == role:
+            assert not teacher.on_host, "`onnx_of` tells those"
             return teacher.detector, (teacher.variables.params, teacher.variables.stats)
     average = setup.states[role].ema
     return setup.student, (average["params"], average["stats"])
+
+
+def onnx_of(setup: Setup, role: str) -> OnnxTeacher | None:
+    """The teacher of a role if it is an ONNX file."""
+    return next((one.detector for one in setup.teachers if one.role == role and one.on_host), None)
 
 
 def prepare_process(folder: str) -> None:
@@ -336,6 +350,49 @@ def load_teacher(
     return detector, (params, stats), False
 
 
+def load_onnx(where: str, chosen: Config, dataset: data.Dataset, *, predictions: bool) -> tuple[OnnxTeacher, bool]:
+    """A teacher that is an ONNX file.
+
+    Args:
+      where: "config.teacher" or "config.teachers.NAME"; begins messages.
+      chosen: its settings.
+      dataset: of the run, with whose classes those of the file are matched by name.
+      predictions: whether a method reads predictions of it; if not, its classes may be others.
+
+    Returns:
+      The teacher, and whether it finds objects of all classes of the data.
+
+    Raises:
+      UserError: the file cannot be read, does not fit its description, or lacks a class of the data.
+    """
+    with prefix(where):
+        teacher = open_onnx(resources.model_path(chosen.weights), chosen.layout, chosen.options.to_dict())
+        if not teacher.detects:
+            return teacher, False
+        try:
+            return teacher.matched(dataset.classes), True
+        except UserError as error:
+            if predictions:
+                raise
+            tqdm.write(f"{where}.weights: {error}: only its maps are used; it is not evaluated", file=sys.stderr)
+            return teacher, False
+
+
+def host_observer(teacher: TeacherOfRun, config: Config) -> Observer:
+    """The observer of a teacher that runs on the host; its program takes and returns arrays of the host."""
+
+    def observe(variables: Any, batch: Batch) -> DetectorOutput:  # noqa: ANN401 - a tree of arrays
+        del variables
+        return on_host(teacher.distiller, {name: np.asarray(value) for name, value in batch.items()})
+
+    one = {name: np.zeros((1, *leaf.shape[1:]), leaf.dtype) for name, leaf in batch_spec(config).items()}
+    one["image_size"] += np.array(one["image"].shape[1:3], np.int32)
+    output = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((config.batch_size, *leaf.shape[1:]), leaf.dtype), observe(None, one)
+    )
+    return Observer(observe, observe, output)
+
+
 def prepare(config: Config, dataset: data.Dataset) -> Setup:
     """Builds models, programs and the states at step 0.
 
@@ -428,6 +485,9 @@ def _load_teachers(
             detects, variables = False, tuple(member.variables for member in averaging)
         elif of_file(own):
             detector, detects, variables, file = teachers.from_file(), False, (), dataset.splits["train"].found
+        elif own.layout:
+            detector, detects = load_onnx(where, own, dataset, predictions=reads_predictions(built))
+            variables = jax.device_put(detector.variables, sharding.replicated(mesh))
         else:
             predictions = reads_predictions(built) or name in averaged
             detector, loaded, detects = load_teacher(where, own, dataset, key, predictions=predictions)
@@ -437,7 +497,12 @@ def _load_teachers(
         teacher = TeacherOfRun(
             name, detector, detects, Distiller(student, detector, built, rule), variables, None, file
         )
-        if built and file is None:
+        if built and teacher.on_host:
+            # Whether the methods can compare the two; what is read of the file depends on it.
+            _init_adapters(teacher.distiller, key, image_size, of_methods)
+            with prefix(where):
+                teacher = teacher._replace(observer=host_observer(teacher, config))
+        elif built and file is None:
             observe = observe_with(_in_precision(teacher, config))
             output = jax.eval_shape(observe, variables, batch_spec(config))
             if not functions_of(output):
@@ -523,13 +588,14 @@ def look_with(
     giver = gives_boxes(found)
 
     def look(variables: Mapping[str, Any], batch: Batch) -> dict[str, Any]:
-        said = {
+        said = recorded(batch, found)
+        said |= {
             one.name: without_places(one.distiller.observe(batch, variables[one.name]))
             for one in found
-            if one.observer is not None
+            if one.observer is not None and not one.on_host
         }
         boxes = {}
-        if giver:
+        if giver and not giver.on_host:
             output = giver.detector.observe(variables[giver.name], batch)
             best = output.detections or giver.detector.decode(
                 output, batch["image_size"], pre_nms=1000, max_detections=dataset.max_boxes
@@ -581,7 +647,7 @@ def placed(setup: Setup, batch: Mapping[str, Any]) -> dict[str, Any]:
       setup: of the run.
       batch: of the loader, the rows of this host.
     """
-    arrays = sharding.shard_batch(setup.mesh, batch)
+    arrays = sharding.shard_batch(setup.mesh, with_host(setup, batch))
     said = recorded(arrays, setup.teachers)
     for teacher in setup.teachers:
         if teacher.observer is not None and teacher.name not in said:
@@ -590,6 +656,38 @@ def placed(setup: Setup, batch: Mapping[str, Any]) -> dict[str, Any]:
         variables = {teacher.name: teacher.variables for teacher in setup.teachers}
         arrays[UNLABELLED] = setup.unlabelled(variables, arrays[UNLABELLED])
     return arrays | attached(said)
+
+
+def with_host(setup: Setup, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch on the host, with what the teachers that run there say about it, unless that is there.
+
+    Args:
+      setup: of the run.
+      batch: of the loader, the rows of this host.
+    """
+    said = recorded(batch, setup.teachers)
+    for teacher in setup.teachers:
+        if teacher.on_host and teacher.observer is not None and teacher.name not in said:
+            said[teacher.name] = teacher.observer.function(None, read_by_teacher(batch))
+    found = {**batch, **attached(said)}
+    if UNLABELLED in batch:
+        found[UNLABELLED] = with_host(setup, batch[UNLABELLED])
+        giver = gives_boxes(setup.teachers)
+        if giver is not None and giver.on_host and "boxes" not in found[UNLABELLED]:
+            found[UNLABELLED] |= _boxes_of_onnx(giver.detector, found[UNLABELLED], setup)
+    return found
+
+
+def _boxes_of_onnx(file: OnnxTeacher, batch: Mapping[str, Any], setup: Setup) -> dict[str, np.ndarray]:
+    """The boxes that an ONNX file gives to images without labels, as `look_with` makes those of a detector."""
+    found, places = file.program(None, batch["image"], batch["image_size"]), setup.dataset.max_boxes
+
+    def fitted(value: Any) -> np.ndarray:  # noqa: ANN401 - of NumPy
+        value = np.asarray(value)[:, :places]
+        return np.pad(value, [(0, 0), (0, places - value.shape[1]), *[(0, 0)] * (value.ndim - 2)])
+
+    valid = found.valid & (found.scores >= setup.config.data.unlabelled_score)
+    return {"boxes": fitted(found.boxes), "labels": fitted(found.labels), "valid": fitted(valid)}
 
 
 def recorded(batch: Batch, found: Sequence[TeacherOfRun]) -> dict[str, DetectorOutput]:

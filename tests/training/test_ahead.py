@@ -35,7 +35,7 @@ def threads() -> list[threading.Thread]:
 
 def test_batches_come_in_order_with_what_the_teacher_says():
     loader = Loader(5)
-    batches = Ahead(loader, lambda batch: batch["image"] * 10)
+    batches = Ahead(loader, lambda batch: batch | {RECORDED: batch["image"] * 10})
     found = list(batches)
     assert [(int(batch["image"][0]), int(batch[RECORDED][0])) for batch in found] == [(k, 10 * k) for k in range(5)]
     assert batches.decoded == 5 and not list(batches)
