@@ -11,7 +11,6 @@ import numpy as np
 from tqdm import tqdm
 
 from kdjax import data, files, weights
-from kdjax.detectors.api import Detector
 from kdjax.evals import coco, complexity, voc
 from kdjax.evals.matching import Truth, masks_by_image, truth_by_image
 from kdjax.inference.predict import predict
