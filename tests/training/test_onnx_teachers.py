@@ -3,6 +3,7 @@
 import json
 import threading
 
+import cv2
 import jax
 import numpy as np
 import pytest
@@ -137,6 +138,27 @@ def test_a_cache_holds_what_a_file_says(folder, tmp_path):
         onnx_files.backbone(folder / "cached.onnx", channels=6)
         with pytest.raises(UserError, match=r"written for other runs \(the hash of the teacher's weights was"):
             replay.ready(prepare(config, dataset_of(config)))
+
+
+def test_a_file_gives_the_boxes_of_images_without_labels(folder, tmp_path):
+    for number in range(8):
+        cv2.imwrite(str(tmp_path / f"{number}.png"), np.full((64, 64, 3), 30 * number, np.uint8))
+    classes = dataset_of(tiny_config(folder, teacher=None)).classes
+    unlabelled = dict(data__unlabelled=str(tmp_path), data__unlabelled_ratio=0.5, data__unlabelled_score=0.4)
+    config = config_of(folder, detector_file(folder / "u.onnx", classes), "yolov8", "hinton", **unlabelled)
+    with one_device():
+        setup = prepare(config, dataset_of(config))
+        batch = checks.first_batch_with_objects(setup)
+        more = with_host(setup, batch)["unlabelled"]
+        places = setup.dataset.max_boxes
+        found = setup.teachers[0].detector.program(None, more["image"], more["image_size"])
+        sure = min(int((found.scores[0] >= 0.4).sum()), places)
+        assert more["boxes"].shape == (4, places, 4) and more["valid"][0].sum() == sure > 0
+        np.testing.assert_array_equal(more["boxes"][0, :sure], found.boxes[0, :sure])
+        there = placed(setup, batch)["unlabelled"]
+        assert set(there) == {"image", "image_size", "boxes", "labels", "valid", "teacher"}
+        np.testing.assert_array_equal(there["boxes"], more["boxes"])
+        np.testing.assert_array_equal(there["teacher"].rows.logits, more["teacher"].rows.logits)
 
 
 def checked(config):
