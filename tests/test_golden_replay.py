@@ -29,6 +29,7 @@ CASES = {
         "ld": ("LD", "KL"),
     },
     "kd/feature_misc_*": {"fitnet": ("mmrazor L2Loss",), "mkd": ("multi-scale average", "FFT mask")},
+    "ops/detr_losses_*": {"dsi": ("DSI",)},
 }
 
 
