@@ -149,7 +149,7 @@ def check_files(config: Config) -> None:
     averaged = {member for one in config.teachers.values() for member in members(one)}
     for name, (own, options) in chosen.items():
         where = f"config.teachers.{name}" if name else "config.teacher"
-        for setting in ("detector", "cache"):
+        for setting in ("detector", "layout", "cache"):
             if own[setting]:
                 raise UserError(f"{where}.{setting} has no effect with a file of detections: leave it empty")
         for method, built in build_methods(options).items():

@@ -311,6 +311,8 @@ def notes(setup: Setup, rows: Sequence[Mapping[str, Any]], damaged: int) -> list
     for teacher in setup.teachers:
         if members(teacher.settings(config)):
             lines.append(f"The {teacher.role} is the mean of the rows of {teacher.settings(config).mean}.")
+        elif teacher.file:
+            lines.append(f"The {teacher.role} is a file of detections on the training images; it is not evaluated.")
         elif not teacher.detects:
             boxes = teacher.detector.detects if teacher.on_host else True
             why = "has other classes than the data" if boxes else "finds no boxes"
