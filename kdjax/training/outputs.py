@@ -51,7 +51,7 @@ def evaluate(setup: Setup, roles: Sequence[str], *, limit: int = 0) -> dict[str,
     """
     models = {role: _model(setup, role) for role in roles}
     found: dict[str, tuple[dict[int, Detections], list[tuple[Any, int]]]] = {}
-    for fit in dict.fromkeys(model.fit for model, *_ in models.values()):
+    for fit in dict.fromkeys(one[0].fit for one in models.values()):
         alike = {role: one for role, one in models.items() if one[0].fit == fit}
         found |= _detect(setup, alike, fit, limit)
     truth = data.ground_truth(setup.dataset, "val", limit=limit or None)
