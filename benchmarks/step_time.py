@@ -24,7 +24,7 @@ from kdjax import methods as zoo
 from kdjax.distill import Distiller
 from kdjax.structs import Array
 from kdjax.training import config as settings
-from kdjax.training import optim, provenance, setup
+from kdjax.training import models, optim, provenance, setup
 from kdjax.training.step import TeacherVariables, init_state, make_step
 
 
@@ -99,8 +99,8 @@ def build(args: argparse.Namespace) -> Built:
     config.steps = 100_000
     optimizer = optim.optimizer(config, lambda params: jax.tree.map(lambda leaf: leaf.ndim <= 1, params))
     state = init_state(student, key, None, adapters, optimizer)
-    student = setup.in_precision(student, args.dtype)
-    teacher = setup.in_precision(teacher, args.dtype) if teacher else None
+    student = models.in_precision(student, args.dtype)
+    teacher = models.in_precision(teacher, args.dtype) if teacher else None
     distiller = Distiller(student, teacher, methods) if teacher else None
     step = make_step(student, optimizer, lambda at: optim.ema_rate(config, at), distiller=distiller)
     masks = bool(student.masks)

@@ -15,7 +15,7 @@ from kdjax.distill import Distiller
 from kdjax.errors import UserError
 from kdjax.training import checks, optim
 from kdjax.training import config as settings
-from kdjax.training.setup import named_detector
+from kdjax.training.models import named_detector
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.py"))

@@ -19,7 +19,9 @@ from kdjax.evals.matching import truth_by_image
 from kdjax.inference import predict as prediction
 from kdjax.structs import Array, Detections
 from kdjax.training.config import Config
-from kdjax.training.setup import Setup, TeacherOfRun, model, named_detector
+from kdjax.training.models import named_detector
+from kdjax.training.setup import Setup, model
+from kdjax.training.teachers import TeacherOfRun
 
 # (images u8[B, H, W, 3] RGB, their input by the detector's own preprocess) -> input f32[B, H, W, 3]
 Change = Callable[[Array, Array], Array]

@@ -6,7 +6,7 @@ import numpy as np
 from kdjax.doctor.findings import ERROR, OK, WARNING, Finding
 from kdjax.training import optim
 from kdjax.training.config import Config
-from kdjax.training.setup import all_methods
+from kdjax.training.models import all_methods
 
 
 def check_schedule(config: Config, size: int) -> list[Finding]:

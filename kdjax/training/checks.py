@@ -20,21 +20,10 @@ from kdjax.structs import Array, DetectorOutput, PyTree, targets_of
 from kdjax.training import config as settings
 from kdjax.training import optim, replay
 from kdjax.training.config import Config
-from kdjax.training.setup import (
-    Setup,
-    all_methods,
-    build_methods,
-    check_masks,
-    check_size,
-    members,
-    named_detector,
-    of_file,
-    teacher_configs,
-    train_batches,
-    unlabelled_rows,
-    with_host,
-)
+from kdjax.training.models import all_methods, build_methods, check_masks, check_size, named_detector
+from kdjax.training.setup import Setup, train_batches, with_host
 from kdjax.training.step import TrainState
+from kdjax.training.teachers import members, of_file, teacher_configs, unlabelled_rows
 
 # What a run writes into its workdir.
 _MODEL = ("model.safetensors", "config.json", "README.md")

@@ -20,8 +20,9 @@ from kdjax.structs import Detections
 from kdjax.training.checks import check_programs
 from kdjax.training.log import Log
 from kdjax.training.provenance import environment
-from kdjax.training.setup import Setup, gives_boxes, members, model, onnx_of, sitting_out, unlabelled_rows
+from kdjax.training.setup import Setup, model, onnx_of
 from kdjax.training.step import TeacherVariables
+from kdjax.training.teachers import gives_boxes, members, sitting_out, unlabelled_rows
 from kdjax.weights.checkpoint import fingerprint
 
 EXAMPLES = 8  # images in the report

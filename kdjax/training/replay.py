@@ -27,7 +27,8 @@ from kdjax.errors import UserError, prefix
 from kdjax.structs import DetectorOutput, PyTree
 from kdjax.training import config as settings
 from kdjax.training.config import Config
-from kdjax.training.setup import Setup, TeacherOfRun, attached, read_by_teacher
+from kdjax.training.setup import Setup
+from kdjax.training.teachers import TeacherOfRun, attached, read_by_teacher
 from kdjax.weights.checkpoint import fingerprint, flat
 
 

@@ -31,10 +31,10 @@ from kdjax.training.ahead import Ahead
 from kdjax.training.checkpoint import Checkpoints
 from kdjax.training.config import Config
 from kdjax.training.log import Log
+from kdjax.training.models import load_detector
 from kdjax.training.schedule import schedule
 from kdjax.training.setup import (
     Setup,
-    load_detector,
     placed,
     prepare,
     prepare_process,

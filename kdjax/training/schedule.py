@@ -7,7 +7,7 @@ import numpy as np
 from kdjax.structs import Array
 from kdjax.training import optim
 from kdjax.training.config import Config
-from kdjax.training.setup import all_methods
+from kdjax.training.models import all_methods
 
 POINTS = 2000  # at most, of a curve
 

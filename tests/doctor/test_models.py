@@ -12,8 +12,9 @@ from kdjax import data, detectors, weights
 from kdjax.commands.settings import read
 from kdjax.doctor import models
 from kdjax.doctor.findings import OK, WARNING
-from kdjax.training.setup import Setup, TeacherOfRun
+from kdjax.training.setup import Setup
 from kdjax.training.step import TeacherVariables
+from kdjax.training.teachers import TeacherOfRun
 from kdjax.weights import folder
 from tests.shared import ROOT
 from tests.support.findings import errors

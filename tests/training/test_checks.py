@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from kdjax import data
 from kdjax.data.dataset import Split
 from kdjax.errors import UserError
-from kdjax.training import checks, setup
+from kdjax.training import checks, models
 from kdjax.training import run as training
 from kdjax.training.run import run
 from tests.support.data import small_folder
@@ -103,7 +103,7 @@ def test_the_dry_run_refuses_an_unknown_pairing(folder):
 
 def test_the_list_of_methods_leaves_out_what_does_not_help(monkeypatch):
     """A wrong option of a method that can compare the two is no reason to take another method."""
-    monkeypatch.setattr(setup.methods, "refusal", lambda name, *_: "" if name == "dkd" else "no")
+    monkeypatch.setattr(models.methods, "refusal", lambda name, *_: "" if name == "dkd" else "no")
     for told, wanted in (("dkd: head is wrong", ""), ("rm: no", "; methods that run on this student and teacher: dkd")):
 
         class Failing:
@@ -113,7 +113,7 @@ def test_the_list_of_methods_leaves_out_what_does_not_help(monkeypatch):
                 raise UserError(told)
 
         with pytest.raises(UserError) as caught:
-            setup.init_adapters(Failing(), None, (64, 64))
+            models.init_adapters(Failing(), None, (64, 64))
         assert str(caught.value) == f"config.methods.{told}{wanted}"
 
 

@@ -12,8 +12,9 @@ from kdjax import data, detectors, weights
 from kdjax.cli import sentence
 from kdjax.detectors.api import flatten
 from kdjax.errors import UserError
+from kdjax.training.models import load_detector
 from kdjax.training.run import run
-from kdjax.training.setup import load_detector, prepare, resume, run_fingerprint
+from kdjax.training.setup import prepare, resume, run_fingerprint
 from kdjax.weights import checkpoint
 from tests.support.checkpoints import spoilt
 from tests.support.runs import tiny_config

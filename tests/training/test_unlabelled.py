@@ -12,7 +12,7 @@ import pytest
 from kdjax import data, detectors, methods, weights
 from kdjax.distill import Distiller
 from kdjax.errors import UserError
-from kdjax.training import checks, setup
+from kdjax.training import checks, setup, teachers
 from kdjax.training import run as trainer
 from kdjax.training.run import run
 from kdjax.training.step import TeacherVariables, init_state, make_step
@@ -154,4 +154,4 @@ def test_a_teacher_of_other_classes_leaves_methods_that_read_boxes_out(folder, i
     with pytest.raises(UserError, match=r"config\.data\.unlabelled: fgfi read boxes, and no teacher has the classes"):
         setup.prepare(few_steps(folder, images, method="fgfi", **changes), dataset)
     made = setup.prepare(few_steps(folder, images, method="fgfi+cwd", **changes), dataset)
-    assert setup.sitting_out(made.teachers, (64, 64)) == ["fgfi"]
+    assert teachers.sitting_out(made.teachers, (64, 64)) == ["fgfi"]
