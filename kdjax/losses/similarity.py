@@ -121,7 +121,7 @@ def structural_dissimilarity(
       f32[B, H, W, C] in 0 .. 1, zero at equality. Its mean is the loss of one level.
 
     Scope: window.
-    Peers: kornia's `ssim_loss`; no official code of the paper.
+    Peers: kornia's `ssim_loss`, which the authors' early code calls.
     Reference: de Rijk et al., "Structural Knowledge Distillation for Object Detection", 2022.
 
     Example:

@@ -5,7 +5,9 @@
 
 Paper: de Rijk et al., "Structural Knowledge Distillation for Object Detection", NeurIPS 2022.
 Taps: neck (any detector), all levels. Needs nothing else.
-Open: there is no official code; the operator is kornia's, which the paper names. The paper does not state the axes of
+Open: the authors' public code, PhilipdeRijk/KD of November 2021, a year before the paper, has an early form: kornia's
+  loss on the raw maps of both necks, window 3, weight 1, no adapter (`scope="none", window=3, weight=1.0`). The paper
+  rescales the maps, and names the same operator. The paper does not state the axes of
   minimum and maximum in psi: here H, W and C of each image, which keeps the relative strength of channels and does not
   depend on the batch (`scope="channel"` and `scope="batch"` are the alternatives); the gradient flows through the
   student's minimum and maximum. Small maps: the window is the largest odd number within 11, H and W, and a level where
@@ -13,8 +15,9 @@ Open: there is no official code; the operator is kornia's, which the paper names
   adapter is 1x1 where channels differ; in the paper an adapter for equal channels too (`always_adapt`) gains 1.1 AP
   between detectors of different families, and nothing within a family. In the paper weights of 2 and 4 are best, with a
   spread below 0.5 AP, and the size of the window hardly matters.
-Proof: kd/ssim_* (kornia, pytorch-msssim, scikit-image), the operator and its loss on one level: largest relative error
-  2.9e-6, of the gradient 9.7e-6. The rescaling has no public original.
+Proof: kd/ssim_* (kornia, pytorch-msssim, scikit-image), the operator and its loss on one level, also on raw maps with
+  the window of the early form: largest relative error 2.9e-6, of the gradient 9.7e-6. The rescaling has no public
+  original.
 Status: formula
 """
 
@@ -32,7 +35,7 @@ def make(
     weight: float = 4.0,
     student: str = "neck",
     teacher: str = "neck",
-    scope: Literal["image", "channel", "batch"] = "image",
+    scope: Literal["image", "channel", "batch", "none"] = "image",
     window: int = 11,
     exponents: tuple[float, float, float] = (1.0, 1.0, 1.0),
     always_adapt: bool = False,
@@ -43,7 +46,7 @@ def make(
       weight: lambda of the sum over levels; 4 (2 is as good).
       student, teacher: taps.
       scope: what minimum and maximum of the rescaling run over: "image" (H, W and C of an image), "channel" (H and W)
-        or "batch" (everything).
+        or "batch" (everything); "none": the raw maps, the authors' early form.
       window: side of the Gaussian window in cells, odd, at least 3; its standard deviation is always 1.5 cells; 11.
       exponents: of luminance, contrast and structure, >= 0; 0 leaves a factor out; 1, 1, 1.
       always_adapt: a 1x1 adapter even where channels agree, for teachers of another family.
@@ -51,7 +54,7 @@ def make(
     Raises:
       UserError: unknown `scope`, or `window` or `exponents` out of range.
     """
-    method.check_choice("ssim: scope", scope, ("image", "channel", "batch"))
+    method.check_choice("ssim: scope", scope, ("image", "channel", "batch", "none"))
     method.check("ssim: window", window, window >= 3 and window % 2 == 1, "odd and at least 3")
     possible = len(exponents) == 3 and min(exponents) >= 0
     method.check("ssim: exponents", exponents, possible, "three numbers, none below 0")
@@ -63,7 +66,8 @@ def make(
     luminance, contrast, structure = exponents
 
     def compare(s: Array, t: Array) -> Array:
-        s, t = normalization.min_max(s, scope=scope), normalization.min_max(t, scope=scope)
+        if scope != "none":
+            s, t = normalization.min_max(s, scope=scope), normalization.min_max(t, scope=scope)
         return jnp.mean(
             similarity.structural_dissimilarity(s, t, window=window, exponents=(luminance, contrast, structure))
         )

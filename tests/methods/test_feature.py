@@ -200,6 +200,7 @@ def test_ssim():
         "channel": dict(scope="channel"),
         "batch": dict(scope="batch"),
         "window": dict(window=3),
+        "none": dict(scope="none", window=3),
         "exponents": dict(exponents=(0.5, 1.0, 0.0)),
     }
     got = terms("ssim", student, teacher, choices, params=params)
@@ -214,7 +215,8 @@ def test_ssim():
         fitting = {(6, 8): options.get("window", 5), (3, 4): 3}  # two cells leave a window of one: nothing to compare
         for s, t in adapted(params, student, teacher):
             if t.shape[1:3] in fitting:
-                s, t = rescaled(s, label), rescaled(t, label)
+                if label != "none":
+                    s, t = rescaled(s, label), rescaled(t, label)
                 values = [
                     (1 - similarity(s[b, ..., c], t[b, ..., c], fitting[t.shape[1:3]], exponents)) / 2
                     for b in range(2)
@@ -484,7 +486,7 @@ def test_mkd_generator():
         ("pkd", dict(ddof=2), "pkd: ddof is 2.*0.*1"),
         ("cwd", dict(temperature=0.0), "cwd: temperature is 0.0.*above 0"),
         ("cwd", dict(student="cls_logits"), "cwd: student is 'cls_logits' and teacher 'neck'.*both"),
-        ("ssim", dict(scope="row"), "ssim: scope is 'row'.*image.*channel.*batch"),
+        ("ssim", dict(scope="row"), "ssim: scope is 'row'.*image.*channel.*batch.*none"),
         ("ssim", dict(window=4), "ssim: window is 4.*odd"),
         ("ssim", dict(window=1), "ssim: window is 1.*at least 3"),
         ("ssim", dict(exponents=(1.0, -1.0, 1.0)), "ssim: exponents"),
