@@ -41,8 +41,8 @@ def check_settings(config: Config) -> None:
     """
     settings.check_keys(config)
     settings.check_values(config)
-    if config.dtype not in ("float32", "bfloat16"):
-        raise UserError(f"config.dtype must be 'float32' or 'bfloat16', not {config.dtype!r}")
+    if config.dtype not in ("auto", "float32", "bfloat16"):
+        raise UserError(f"config.dtype must be 'auto', 'float32' or 'bfloat16', not {config.dtype!r}")
     with prefix("config.data"):
         data.check_settings(config.data)
     all_methods(config)

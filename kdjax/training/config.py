@@ -20,9 +20,9 @@ def base() -> Config:
     config.seed = 0
     config.batch_size = 16  # images per step, over all devices of all hosts
     config.steps = 1000  # optimizer updates
-    # Precision of feature maps in training, "float32" or "bfloat16". Parameters, statistics, losses, boxes and
-    # evaluations are always float32.
-    config.dtype = "float32"
+    # Precision of feature maps in training: "float32", "bfloat16", or "auto", which is bfloat16 on GPUs and TPUs and
+    # float32 on CPUs. Parameters, statistics, losses, boxes and evaluations are always float32.
+    config.dtype = "auto"
 
     config.student = ConfigDict(
         dict(

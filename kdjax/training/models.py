@@ -5,6 +5,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 from tqdm import tqdm
 
 from kdjax import data, detectors, methods, weights
@@ -130,6 +131,13 @@ def load_detector(
             f"{where}.weights: {chosen.weights} has {detector.num_classes} classes, the data has {len(dataset.classes)}"
         )
     return detector, (params, stats)
+
+
+def precision(config: Config) -> str:
+    """The precision of feature maps in training, "float32" or "bfloat16": `config.dtype`, or what "auto" stands for."""
+    if config.dtype != "auto":
+        return config.dtype
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 def in_precision(detector: Detector, dtype: str) -> Detector:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from kdjax import data, files, weights
@@ -19,6 +20,7 @@ from kdjax.report import run as run_report
 from kdjax.structs import Detections
 from kdjax.training.checks import check_programs
 from kdjax.training.log import Log
+from kdjax.training.models import precision
 from kdjax.training.provenance import environment
 from kdjax.training.setup import Setup, model, onnx_of
 from kdjax.training.step import TeacherVariables
@@ -232,7 +234,7 @@ def save_model(setup: Setup, role: str, folder: Path, results: Mapping[str, Any]
         student=setup.student.name,
         teachers={teacher.role: teacher.model for teacher in setup.teachers},
         dataset=dataset,
-        config=config,
+        config=ConfigDict(dict(config.items()) | {"dtype": precision(config)}),
         results=results,
         fingerprints=fingerprints,
         versions=environment(),

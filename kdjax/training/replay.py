@@ -27,6 +27,7 @@ from kdjax.errors import UserError, prefix
 from kdjax.structs import DetectorOutput, PyTree
 from kdjax.training import config as settings
 from kdjax.training.config import Config
+from kdjax.training.models import precision
 from kdjax.training.setup import Setup
 from kdjax.training.teachers import TeacherOfRun, attached, read_by_teacher
 from kdjax.weights.checkpoint import fingerprint, flat
@@ -99,7 +100,7 @@ def facts(setup: Setup, teacher: TeacherOfRun) -> dict[str, Any]:
         "config.data.image_size": cfg.image_size,
         "how an image fits the canvas": "stretched" if setup.student.fit == "stretch" else "with its aspect ratio",
         "config.data.views": cfg.views,
-        "config.dtype": config.dtype,
+        "config.dtype": precision(config),
         "config.teacher.cache_dtype": own.cache_dtype,
     }
     augmentations = {"config.data.augment": cfg.augment}

@@ -27,6 +27,7 @@ from kdjax.training.models import (
     in_precision,
     init_adapters,
     load_detector,
+    precision,
 )
 from kdjax.training.step import UNLABELLED, TrainState, init_state, make_step
 from kdjax.training.teachers import (
@@ -158,7 +159,7 @@ def prepare(config: Config, dataset: data.Dataset) -> Setup:
     optimizer = optim.optimizer(config, no_decay)
 
     def update(name: str, distiller: Distiller | Distillers | None) -> jax.stages.Wrapped:
-        trained = in_precision(student, config.dtype)
+        trained = in_precision(student, precision(config))
         step = make_step(trained, optimizer, lambda at: optim.ema_rate(config, at), distiller=distiller)
         return program(name, step, donate_argnums=0, out_shardings=everywhere)
 

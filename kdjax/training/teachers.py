@@ -25,6 +25,7 @@ from kdjax.training.models import (
     in_precision,
     load_detector,
     named_detector,
+    precision,
     reads_predictions,
 )
 from kdjax.training.step import Batch, TeacherVariables
@@ -225,7 +226,7 @@ def load_teachers(
         built, file = build_methods(options, of_methods), None
         if averaging := [found[member] for member in members(own)]:
             with prefix(where):
-                detector = teachers.mean([in_precision(member.detector, config.dtype) for member in averaging])
+                detector = teachers.mean([in_precision(member.detector, precision(config)) for member in averaging])
                 detector.spec(image_size)
             detects, variables = False, tuple(member.variables for member in averaging)
         elif of_file(own):
@@ -264,10 +265,10 @@ def distiller_in_precision(teacher: TeacherOfRun, config: Config) -> Distiller:
     """The distiller of a teacher, with both models in the precision of the run."""
     student, built = teacher.distiller.student, teacher.distiller.methods
     if isinstance(teacher.detector, Detector):
-        detector: Any = in_precision(teacher.detector, config.dtype)
+        detector: Any = in_precision(teacher.detector, precision(config))
     else:
         detector = teacher.detector
-    return Distiller(in_precision(student, config.dtype), detector, built, pairing.RULES[config.pairing])
+    return Distiller(in_precision(student, precision(config)), detector, built, pairing.RULES[config.pairing])
 
 
 def together(found: Sequence[TeacherOfRun]) -> tuple[Distiller | Distillers | None, Any]:

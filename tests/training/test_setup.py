@@ -12,7 +12,8 @@ from kdjax import data, detectors, weights
 from kdjax.cli import sentence
 from kdjax.detectors.api import flatten
 from kdjax.errors import UserError
-from kdjax.training.models import load_detector
+from kdjax.training import config as settings
+from kdjax.training.models import load_detector, precision
 from kdjax.training.run import run
 from kdjax.training.setup import prepare, resume, run_fingerprint
 from kdjax.weights import checkpoint
@@ -121,3 +122,12 @@ def test_a_run_under_a_former_name_is_not_resumed(tmp_path):
     checkpoints: Any = SimpleNamespace(note=lambda: note, directory=tmp_path)
     with pytest.raises(UserError, match="a run of what is rtmdet_micro now, which was called rtmdet_nano when"):
         resume(setup, checkpoints)
+
+
+@pytest.mark.parametrize(("backend", "expected"), [("cpu", "float32"), ("gpu", "bfloat16"), ("tpu", "bfloat16")])
+def test_accelerators_train_in_bfloat16_unless_told_otherwise(monkeypatch, backend, expected):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    config = settings.base()
+    assert precision(config) == expected
+    config.dtype = "float32"
+    assert precision(config) == "float32"
