@@ -9,6 +9,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 import jax
+import pytest
 
 CACHE = Path(__file__).resolve().parents[1] / ".cache" / "jax"
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
@@ -18,7 +19,17 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 gc.set_threshold(50_000, 20, 50)
 
 # The slowest files run first, so that no process is left alone with one of them at the end.
-FIRST = ("end_to_end/test_quickstart.py", "training/test_run.py", "test_golden_replay.py", "doctor/test_gradients.py")
+FIRST = (
+    "end_to_end/test_quickstart.py",
+    "training/test_run.py",
+    "test_golden_replay.py",
+    "training/test_unlabelled.py",
+    "training/test_several_teachers.py",
+    "training/test_found.py",
+    "doctor/test_gradients.py",
+    "training/test_onnx_teachers.py",
+)
+MEMORY = 4 * 2**30  # bytes of a process, beyond which the programs of earlier files are dropped
 
 
 def pytest_configure(config):
@@ -37,6 +48,16 @@ def pytest_collection_modifyitems(items):
         return FIRST.index(name) if name in FIRST else len(FIRST)
 
     items.sort(key=rank)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs():
+    """The programs that JAX keeps of all files would fill the memory: those that come back are read from the disk."""
+    yield
+    status = Path("/proc/self/statm")
+    if status.exists() and int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") > MEMORY:
+        jax.clear_caches()
+        gc.collect()
 
 
 from tests.support.models import cache, exported, finished, made, state  # noqa: E402, F401

@@ -135,7 +135,7 @@ def test_outputs_are_not_mixed_with_a_model_or_a_run(made, tmp_path, capsys):
 
 def test_the_model_card_is_true_and_its_example_runs(made, finished, tmp_path, monkeypatch, capsys):
     text = (finished[0] / "student" / "README.md").read_text()
-    assert f"initial weights: `{made / 'model'}`" in text and "without a teacher" in text and "gain" not in text
+    assert f"initial weights: `{made / 'model'}`" in text and "no teacher" in text and "gain" not in text
     shutil.copytree(finished[0] / "student", tmp_path / "student")
     Image.fromarray(records.decode(next(scenes.stream("val", 1))[1])).save(tmp_path / "image.jpg", quality=95)
     monkeypatch.chdir(tmp_path)

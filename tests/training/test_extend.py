@@ -18,6 +18,7 @@ def plain(folder, steps, **changes):
 @pytest.mark.user_input(
     "Workdirs, checkpoints and logs", "a finished run with more steps", "refused; trained on with `config.extend`"
 )
+@pytest.mark.slow
 def test_an_extended_run_is_the_longer_run(folder, tmp_path):
     longer = run(plain(folder, 8), tmp_path / "longer")
     run(plain(folder, 4), tmp_path / "run")

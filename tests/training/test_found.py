@@ -43,6 +43,7 @@ def arrays(workdir) -> dict:
     return checkpoint.flat({"params": params, "stats": stats})
 
 
+@pytest.mark.slow
 def test_a_run_resumes_to_the_bit_and_has_no_results_of_its_teacher(folder, root, tmp_path, monkeypatch, capsys):
     config = config_of(folder, root)
     whole = run(config, tmp_path / "whole")

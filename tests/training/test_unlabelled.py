@@ -1,6 +1,8 @@
 """Images without labels in a run: distillation terms alone, of which the twin knows nothing."""
 
 import json
+from types import SimpleNamespace
+from typing import Any
 
 import cv2
 import jax
@@ -9,13 +11,14 @@ import numpy as np
 import optax
 import pytest
 
-from kdjax import data, detectors, methods, weights
-from kdjax.distill import Distiller
+from kdjax import data, detectors, weights
+from kdjax.distill import Custom, Distiller, Method, Reads
 from kdjax.errors import UserError
+from kdjax.structs import DetectorOutput
 from kdjax.training import checks, setup, teachers
 from kdjax.training import run as trainer
 from kdjax.training.run import run
-from kdjax.training.step import TeacherVariables, init_state, make_step
+from kdjax.training.step import init_state, make_step
 from tests.support.arrays import quick_jit
 from tests.support.data import settings, small_folder
 from tests.support.runs import tiny_config
@@ -42,20 +45,21 @@ def logged(folder):
     return {row["step"]: row for row in rows if row["kind"] == "train"}
 
 
-def test_the_twin_is_the_same_and_the_student_sees_more(folder, images, tmp_path, capsys):
-    results = run(few_steps(folder, images, method="hinton+crosskd"), tmp_path / "with")
+def test_the_twin_knows_nothing_of_them(folder, images, tmp_path, capsys):
+    """It is a run without a teacher, to the bit."""
+    config = few_steps(folder, images, method="hinton")
+    run(config, tmp_path / "with")
     told = capsys.readouterr().out
     assert "Images without labels: 12, 4 in a batch beside 8 with labels" in told
     assert "Methods that read boxes take the detections of the teacher, from score 0.5 on." in told
-    run(few_steps(folder, images, method="hinton+crosskd", data__unlabelled=""), tmp_path / "without")
-    both = [logged(tmp_path / name)[4] for name in ("with", "without")]
-    twin = [{name: value for name, value in row.items() if name.startswith("twin/")} for row in both]
-    assert twin[0] == twin[1] and len(twin[0]) > 3
-    assert all(both[0][name] != both[1][name] for name in ("student/hinton/classes", "student/crosskd/classes"))
-    assert run(few_steps(folder, images, method="hinton+crosskd"), tmp_path / "with") == results
+    steps = dict(steps=4, log_every=2, optimizer__warmup=1, data__stage2__start=2)
+    run(tiny_config(folder, teacher=None, **steps), tmp_path / "without")
+    twin, alone = logged(tmp_path / "with")[4], logged(tmp_path / "without")[4]
+    names = [name for name in twin if name.startswith("twin/")]
+    assert len(names) > 3 and all(twin[name] == alone[name.replace("twin/", "student/")] for name in names)
     (images / "more.png").write_bytes((images / "0.png").read_bytes())
     with pytest.raises(UserError, match=r"data was .*choose another folder"):
-        run(few_steps(folder, images, method="hinton+crosskd"), tmp_path / "with")
+        run(config, tmp_path / "with")
     (images / "more.png").unlink()
 
 
@@ -79,37 +83,58 @@ def test_a_run_goes_on_where_it_was_stopped(folder, images, tmp_path, monkeypatc
 
 
 def test_a_term_is_the_mean_over_all_images_and_methods_that_read_boxes_may_sit_out():
-    student, teacher = detectors.build("rtmdet_pico", 3), detectors.build("rtmdet_pico", 3)
-    distiller = Distiller(student, teacher, [methods.cwd(), methods.fgfi()])  # the second reads boxes
-    rng, key = np.random.default_rng(0), jax.random.PRNGKey(0)
-    optimizer = optax.sgd(0.0)
-    state = init_state(student, key, None, distiller.init(key, (64, 64)), optimizer)
-    variables = TeacherVariables(*teacher.init(jax.random.PRNGKey(1)))
+    """With a student of one weight: its map is the image, every method a mean of it."""
 
-    def batch(count):
-        return {
-            "image": rng.integers(0, 256, (count, 64, 64, 3)).astype(np.uint8),
-            "boxes": np.tile(np.array([4, 6, 50, 60], np.float32), (count, 1, 1)),
-            "labels": np.ones((count, 1), np.int32),
-            "valid": np.ones((count, 1), bool),
-            "image_size": np.full((count, 2), 64, np.int32),
-        }
+    def output(params, image):
+        return DetectorOutput(strides=(1,), neck=(params["scale"] * image,))
 
-    first, second = batch(2), batch(1)
+    student: Any = SimpleNamespace(
+        spec=lambda size: DetectorOutput(strides=(1,), neck=(jax.ShapeDtypeStruct((1, *size, 3), jnp.float32),)),
+        preprocess=lambda images: images.astype(jnp.float32),
+        apply=lambda params, stats, x, train: (output(params, x), {"seen": stats["seen"] + len(x)}),
+        assign=lambda output, targets, key: None,
+        loss=lambda output, targets, assignment: {"detection": output.neck[0].mean() + targets.valid.sum()},
+    )
+    maps = Method(
+        init=lambda *_: {},
+        apply=lambda params, context: {"mean": context.student.neck[0].mean() - context.teacher.neck[0].mean()},
+        weights={"mean": 2.0},
+        reads=Reads(("neck",), ("neck",)),
+        name="maps",
+    )
+    counts = Method(
+        init=lambda *_: {},
+        apply=lambda params, context: {"count": context.targets.valid.sum() * context.student.neck[0].max()},
+        weights={"count": 1.0},
+        reads=Reads(("neck", "targets"), ("neck",)),
+        name="counts",
+    )
+    teacher = Custom(spec=student.spec, observe=lambda variables, batch: output(variables, batch["image"]))
+    distiller = Distiller(student, teacher, [maps, counts])
+    assert set(distiller.without_boxes((2, 2)).methods) == {"maps"}
+    optimizer = optax.sgd(0.5)
+    start = ({"scale": jnp.float32(3.0)}, {"seen": jnp.int32(0)})
+    state = init_state(student, jax.random.PRNGKey(0), start, distiller.init(jax.random.PRNGKey(0), (2, 2)), optimizer)
     step = quick_jit(make_step(student, optimizer, lambda _: 0.5, distiller=distiller))
-    _, labelled = step(state, variables, first)
-    _, boxed = step(state, variables, first | {"unlabelled": second})
+
+    def batch(*values):
+        images = np.array(values, np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 3), np.uint8)
+        boxes = {"boxes": np.ones((len(values), 1, 4), np.float32), "labels": np.ones((len(values), 1), np.int32)}
+        sizes = np.full((len(values), 2), 2, np.int32)
+        return {"image": images, "image_size": sizes, "valid": np.ones((len(values), 1), bool)} | boxes
+
+    first, second = batch(10, 20), batch(40)
     bare = {name: second[name] for name in ("image", "image_size")}
-    _, without = step(state, variables, first | {"unlabelled": bare})
-    _, alone = step(state, variables, second)
-    expected = 2 / 3 * labelled["cwd/cwd"] + 1 / 3 * alone["cwd/cwd"]
-    for found in (boxed, without):
-        np.testing.assert_allclose(found["cwd/cwd"], expected, rtol=2e-4)
-        np.testing.assert_allclose(found["loss_cls"], labelled["loss_cls"], rtol=1e-5)
-    [imitation] = [name for name in labelled if name.startswith("fgfi/")]
-    np.testing.assert_allclose(without[imitation], labelled[imitation], rtol=1e-5)
-    mixed = 2 / 3 * labelled[imitation] + 1 / 3 * alone[imitation]
-    np.testing.assert_allclose(boxed[imitation], mixed, rtol=2e-4)
+    new, metrics = step(state, {"scale": jnp.float32(1.0)}, first | {"unlabelled": bare})
+    # (3 - 1) times the mean of 10, 20 and 40; the counts are those of the labelled images alone.
+    np.testing.assert_allclose(metrics["maps/mean"], 2 * 70 / 3, rtol=1e-6)
+    np.testing.assert_allclose(metrics["counts/count"], 2 * 60, rtol=1e-6)
+    np.testing.assert_allclose(metrics["detection"], 3 * 15 + 2, rtol=1e-6)
+    np.testing.assert_allclose(metrics["total"], metrics["detection"] + 2 * 140 / 3 + 120, rtol=1e-6)
+    assert int(new.stats["seen"]) == 3
+    np.testing.assert_allclose(new.params["student"]["scale"], 3 - 0.5 * (15 + 2 * 70 / 3 + 40), rtol=1e-5)
+    _, metrics = step(state, {"scale": jnp.float32(1.0)}, first | {"unlabelled": second})
+    np.testing.assert_allclose(metrics["counts/count"], 2 / 3 * 120 + 1 / 3 * 120, rtol=1e-6)
 
 
 def test_boxes_are_the_teachers_confident_detections(folder, images):
