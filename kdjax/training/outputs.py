@@ -321,7 +321,7 @@ def notes(setup: Setup, rows: Sequence[Mapping[str, Any]], damaged: int) -> list
             why = "has other classes than the data" if boxes else "finds no boxes"
             lines.append(f"The {teacher.role} {why}; only its maps are used, and it is not evaluated.")
     if any(teacher.name for teacher in setup.teachers):
-        lines.append("The teacher in tables and pictures is the best of the teachers by AP.")
+        lines.append("The teacher in tables and images is the best of the teachers by AP.")
     if dataset.unlabelled:
         lines.append(without_labels(setup))
     if config.eval.every and config.eval.limit:

@@ -25,24 +25,26 @@ from tests.shared import ROOT
 from tests.support.checkpoints import Code
 from tests.support.models import CLASSES, read, refused
 
+COMMANDS = (
+    "train",
+    "study",
+    "doctor",
+    "cache",
+    "predict",
+    "label",
+    "evaluate",
+    "latency",
+    "export",
+    "import-weights",
+)
+
 
 def test_help_is_instant_and_names_every_command():
     begun = time.perf_counter()
     done = subprocess.run([sys.executable, "-X", "importtime", "-m", "kdjax", "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and time.perf_counter() - begun < 5
     assert not {"jax", "numpy", "matplotlib"} & {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
-    for command in (
-        "train",
-        "study",
-        "doctor",
-        "cache",
-        "predict",
-        "label",
-        "evaluate",
-        "latency",
-        "export",
-        "import-weights",
-    ):
+    for command in COMMANDS:
         assert command in done.stdout
 
 
@@ -263,18 +265,7 @@ def test_the_examples_of_the_help_run(made, state, tmp_path):
         name: torch.tensor(value) for name, value in weights.to_torch(tiny, *tiny.init(jax.random.key(0))).items()
     }
     torch.save({"meta": {"dataset_meta": {"classes": CLASSES}}, "state_dict": arrays}, tmp_path / "rtmdet_tiny.pth")
-    for command in (
-        "train",
-        "study",
-        "doctor",
-        "cache",
-        "predict",
-        "label",
-        "evaluate",
-        "latency",
-        "export",
-        "import-weights",
-    ):
+    for command in COMMANDS:
         help_ = subprocess.run(
             [sys.executable, "-m", "kdjax", command, "--help"], capture_output=True, text=True
         ).stdout

@@ -1,5 +1,6 @@
 """Tiny runs for tests of the trainer and the doctor."""
 
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from ml_collections import ConfigDict
 
 from kdjax import data, detectors, sharding, weights
 from kdjax.training import config as settings
+from kdjax.training import run as training
 from tests.shared import ROOT
 
 STEPS = 20
@@ -66,3 +68,36 @@ def one_device() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(sharding, "make_mesh", lambda *_: Mesh(np.array(jax.devices()[:1]), ("data",)))
         yield
+
+
+@contextmanager
+def stopped_in_step(step: int) -> Iterator[None]:
+    """A run inside gets SIGTERM in one of its steps, and must stop there."""
+    shard_batch, calls = sharding.shard_batch, iter(range(10**6))
+
+    def stopping(*args: object) -> object:
+        if next(calls) == step:  # the first call is for the check of the terms
+            signal.raise_signal(signal.SIGTERM)
+        return shard_batch(*args)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sharding, "shard_batch", stopping)
+        with pytest.raises(training.Stopped, match=f"step {step} of "):
+            yield
+
+
+@contextmanager
+def killed_after(step: int) -> Iterator[None]:
+    """A run inside ends right after its checkpoint of a step, and saves nothing more."""
+    save = training.Checkpoints.save
+
+    def killing(self: training.Checkpoints, at: int, *rest: object) -> None:
+        save(self, at, *rest)
+        if at == step:
+            self.wait()
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(training.Checkpoints, "save", killing)
+        with pytest.raises(KeyboardInterrupt):
+            yield

@@ -3,22 +3,20 @@
 import contextlib
 import json
 import re
-import signal
 
 import cv2
 import jax
 import numpy as np
 import pytest
 
-from kdjax import data, sharding, weights
+from kdjax import data, weights
 from kdjax.errors import UserError
 from kdjax.training import checkpoint, checks
 from kdjax.training import config as settings
-from kdjax.training import run as training
 from kdjax.training.run import run
 from kdjax.training.setup import placed, prepare, train_batches
 from tests.support.data import small_folder
-from tests.support.runs import tiny_config
+from tests.support.runs import stopped_in_step, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +42,7 @@ def arrays(workdir) -> dict:
 
 
 @pytest.mark.slow
-def test_a_run_resumes_to_the_bit_and_has_no_results_of_its_teacher(folder, root, tmp_path, monkeypatch, capsys):
+def test_a_run_resumes_to_the_bit_and_has_no_results_of_its_teacher(folder, root, tmp_path, capsys):
     config = config_of(folder, root)
     whole = run(config, tmp_path / "whole")
     assert whole["student"] and not whole["teacher"] and not whole["twin"]
@@ -55,17 +53,8 @@ def test_a_run_resumes_to_the_bit_and_has_no_results_of_its_teacher(folder, root
         assert all(row[f"student/teach_boxes/{term}"] > 0 for row in trained)
     card = (tmp_path / "whole" / "student" / "README.md").read_text()
     assert re.search(r"file of detections, weights `.*detections.json`, hash [0-9a-f]{64}", card)
-    shard_batch, calls = sharding.shard_batch, iter(range(10**6))
-
-    def stop_in_step_five(*args):
-        if next(calls) == 5:  # the first call is for the check of the terms
-            signal.raise_signal(signal.SIGTERM)
-        return shard_batch(*args)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(sharding, "shard_batch", stop_in_step_five)
-        with pytest.raises(training.Stopped, match="step 5 of 8"):
-            run(config, tmp_path / "resumed")
+    with stopped_in_step(5):
+        run(config, tmp_path / "resumed")
     assert run(config, tmp_path / "resumed") == whole
     want = arrays(tmp_path / "whole")
     for name, value in arrays(tmp_path / "resumed").items():

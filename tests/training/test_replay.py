@@ -17,7 +17,7 @@ from kdjax.training import run as training
 from kdjax.training.run import run
 from kdjax.training.setup import placed, prepare
 from tests.support.models import refused
-from tests.support.runs import STEPS, random_teacher, tiny_config
+from tests.support.runs import STEPS, killed_after, random_teacher, tiny_config
 
 METHODS = "mkd+cwd+crosskd+rm"
 
@@ -106,21 +106,11 @@ def test_eight_devices_with_a_cache_are_those_without(folder, tmp_path, monkeypa
 
 
 @pytest.mark.slow
-def test_a_killed_run_with_a_cache_ends_as_one_without(folder, tmp_path, monkeypatch):
+def test_a_killed_run_with_a_cache_ends_as_one_without(folder, tmp_path):
     live = run(config_of(folder, method="mkd"), tmp_path / "live")
     cached = config_of(folder, method="mkd", teacher__cache=str(tmp_path / "cache"))
-    save = training.Checkpoints.save
-
-    def killed(self, step, *rest):
-        save(self, step, *rest)
-        if step == STEPS // 2:
-            self.wait()
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(training.Checkpoints, "save", killed)
-        with pytest.raises(KeyboardInterrupt):
-            run(cached, tmp_path / "cached")
+    with killed_after(STEPS // 2):
+        run(cached, tmp_path / "cached")
     assert run(cached, tmp_path / "cached") == live
     for name, value in weights.load(tmp_path / "live" / "student")[1].items():
         assert_same(weights.load(tmp_path / "cached" / "student")[1][name], value)

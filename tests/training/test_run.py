@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import signal
 from pathlib import Path
 
 import jax
@@ -30,7 +29,7 @@ from kdjax.training.setup import prepare
 from kdjax.weights.checkpoint import fingerprint
 from tests.support.data import small_folder
 from tests.support.models import TRANSFORMERS
-from tests.support.runs import random_teacher, tiny_config
+from tests.support.runs import random_teacher, stopped_in_step, tiny_config
 
 TWO_STAGES = dict(base_channels=4, neck_channels=8, head_channels=16, proposals=20, region_samples=12, rpn_samples=16)
 
@@ -171,21 +170,12 @@ def test_outputs_that_cannot_be_written_do_not_lose_the_others(finished, folder,
 @pytest.mark.user_input(
     "Workdirs, checkpoints and logs", "a run that SIGTERM stopped", "survived: the same command resumes it, to the bit"
 )
-def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(finished, folder, teacher_folder, monkeypatch, capsys):
+def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(finished, folder, teacher_folder, capsys):
     """A signal stops the run at an odd step; the same call resumes it."""
     workdir = folder / "resumed"
     config = tiny_config(folder, teacher=teacher_folder)
-    shard_batch, calls = sharding.shard_batch, iter(range(10**6))
-
-    def stop_in_step_seven(*args):
-        if next(calls) == 7:  # the first call is for the check of the terms
-            signal.raise_signal(signal.SIGTERM)
-        return shard_batch(*args)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(sharding, "shard_batch", stop_in_step_seven)
-        with pytest.raises(training.Stopped, match="step 7 of 20"):
-            run(config, workdir)
+    with stopped_in_step(7):
+        run(config, workdir)
     assert not (workdir / "results.json").exists()
     capsys.readouterr()
     results = run(config, workdir)
@@ -240,17 +230,8 @@ def test_other_families_resume_and_have_an_exact_twin(name, tmp_path, monkeypatc
     )
     config = tiny_config(tmp_path, teacher=teacher, **changes)
     whole = run(config, tmp_path / "whole")
-    shard_batch, calls = sharding.shard_batch, iter(range(10**6))
-
-    def stop_in_step_ten(*args):
-        if next(calls) == 10:  # the first call is for the check of the terms
-            signal.raise_signal(signal.SIGTERM)
-        return shard_batch(*args)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(sharding, "shard_batch", stop_in_step_ten)
-        with pytest.raises(training.Stopped, match="of 20"):
-            run(config, tmp_path / "resumed")
+    with stopped_in_step(10):
+        run(config, tmp_path / "resumed")
     assert run(config, tmp_path / "resumed") == whole
     alone = run(supervised, tmp_path / "alone")
     assert alone["student"] == whole["twin"]

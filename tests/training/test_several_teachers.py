@@ -47,7 +47,7 @@ def test_terms_and_results_are_those_of_each_teacher(folder, teacher_folder, cho
     ]
     card = (tmp_path / "student" / "README.md").read_text()
     assert "both/hinton + near/cwd" in card and "mean of `near+far`" in card
-    assert "The teacher in tables and pictures is the best" in (tmp_path / "report.html").read_text()
+    assert "The teacher in tables and images is the best" in (tmp_path / "report.html").read_text()
     assert run(config, tmp_path) == results  # evaluated again from the checkpoint
     config.teachers.near.weights = "quickstart_teacher"
     with pytest.raises(UserError, match=r"teachers\.near\.weights was "):

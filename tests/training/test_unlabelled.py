@@ -16,12 +16,11 @@ from kdjax.distill import Custom, Distiller, Method, Reads
 from kdjax.errors import UserError
 from kdjax.structs import DetectorOutput
 from kdjax.training import checks, setup, teachers
-from kdjax.training import run as trainer
 from kdjax.training.run import run
 from kdjax.training.step import init_state, make_step
 from tests.support.arrays import quick_jit
 from tests.support.data import settings, small_folder
-from tests.support.runs import tiny_config
+from tests.support.runs import killed_after, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -64,21 +63,11 @@ def test_the_twin_knows_nothing_of_them(folder, images, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_where_it_was_stopped(folder, images, tmp_path, monkeypatch):
+def test_a_run_goes_on_where_it_was_stopped(folder, images, tmp_path):
     config = few_steps(folder, images, method="cwd")
     whole = run(config, tmp_path / "whole")
-    save = trainer.Checkpoints.save
-
-    def stopped(self, step, *rest):
-        save(self, step, *rest)
-        if step == 2:
-            self.wait()
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(trainer.Checkpoints, "save", stopped)
-        with pytest.raises(KeyboardInterrupt):
-            run(config, tmp_path / "stopped")
+    with killed_after(2):
+        run(config, tmp_path / "stopped")
     assert run(config, tmp_path / "stopped") == whole
 
 
