@@ -28,7 +28,8 @@ def run(*, config: Config) -> int:
     logging.set_verbosity(logging.WARNING)
     if not any(chosen.cache for chosen in (config.teacher, *config.teachers.values())):
         raise UserError(
-            "config.teacher.cache is missing: set the folder to write, as in --config.teacher.cache=caches/a"
+            "config.teacher.cache is missing: set the folder to write, as in --config.teacher.cache=caches/a, or with "
+            "several teachers --config.teachers.NAME.cache=caches/a"
         )
     checks.check_settings(config)
     checks.check_models(config)

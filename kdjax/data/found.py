@@ -197,25 +197,25 @@ def by_file_name(names: Sequence[str]) -> Callable[[str], int | None]:
       names: of the images of a split.
 
     Returns:
-      name -> the position of the one name that equals it, or of the only one that it ends with or that ends with it.
+      name -> the position of the one name that equals it, or of the only one that it ends with or that ends with it;
+      None: there is no such name, or more than one.
 
     Example:
       >>> find = by_file_name(["a/1.jpg", "a/2.jpg", "b/2.jpg"])
       >>> find("1.jpg"), find("data/b/2.jpg"), find("2.jpg")
       (0, 2, None)
     """
-    exact = {_parts(name): position for position, name in enumerate(names)}
+    exact: dict[tuple[str, ...], set[int]] = {}
     shorter: dict[tuple[str, ...], set[int]] = {}
-    for parts, position in exact.items():
-        for tail in _tails(parts):
+    for position, name in enumerate(names):
+        exact.setdefault(_parts(name), set()).add(position)
+        for tail in _tails(_parts(name)):
             shorter.setdefault(tail, set()).add(position)
 
     def find(name: str) -> int | None:
         parts = _parts(name)
-        if parts in exact:
-            return exact[parts]
-        inside = shorter.get(parts, set()) | {exact[tail] for tail in _tails(parts) if tail in exact}
-        return inside.pop() if len(inside) == 1 else None
+        inside = exact.get(parts) or shorter.get(parts, set()).union(*(exact.get(tail, ()) for tail in _tails(parts)))
+        return next(iter(inside)) if len(inside) == 1 else None
 
     return find
 

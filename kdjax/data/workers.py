@@ -118,7 +118,7 @@ class Beside:
         return self
 
     def __next__(self) -> dict[str, Any]:
-        batch, other = (next(one) for one in self._both)
+        batch, other = next(self._both[0]), next(self._both[1])
         return batch | {self._name: {field: other[field] for field in self._fields}}
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ INVERTED = ("clamp", "mirror")
 
 
 class Draws(NamedTuple):
-    """The random numbers of D places."""
+    """What is drawn at random for D places."""
 
     relabel: Array  # f32[B, D], 0 .. 1: a place below half the share of noised labels gets another one
     labels: Array  # i32[B, D], 0 .. K-1, that label
@@ -23,7 +23,7 @@ class Draws(NamedTuple):
 
 
 def draw(key: Array, batch: int, places: int, num_classes: int) -> Draws:
-    """The random numbers of a step."""
+    """What is drawn at random in a step."""
     of_relabel, of_labels, of_shift, of_sign = jax.random.split(key, 4)
     return Draws(
         jax.random.uniform(of_relabel, (batch, places)),

@@ -105,7 +105,7 @@ def _heads_once(state: State) -> State:
         inner = f"decoder.{name}" if name.startswith(("class_embed.", "bbox_embed.")) else name
         same = inner != name and inner in state
         if same and not np.array_equal(state[inner], value):
-            moved[name] = value  # it is told as one that matches nothing
+            moved[name] = value  # it is reported as one that matches nothing
         elif not same:
             moved[inner] = value
     return moved

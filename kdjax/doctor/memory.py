@@ -26,7 +26,8 @@ def check_memory(setup: Setup, batch: Mapping[str, np.ndarray]) -> list[Finding]
     step = setup.steps["student"].lower(setup.states["student"], setup.variables, given)
     analysis = step.compile().memory_analysis()
     # Updates, predictions, and the teachers ahead of the student's update.
-    programs = len(setup.steps) + 1 + sum(one.detects + bool(one.observer) for one in setup.teachers if not one.on_host)
+    programs = len(setup.steps) + 1 + bool(setup.unlabelled)
+    programs += sum(one.detects + bool(one.observer) for one in setup.teachers if not one.on_host)
     compiled = Finding(OK, "programs", f"the run compiles {programs} programs")
     if analysis is None:
         return [Finding(WARNING, "memory", "XLA does not say how much a step needs on this platform"), compiled]

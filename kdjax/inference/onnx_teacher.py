@@ -120,8 +120,7 @@ class OnnxTeacher:
         """
         if not self.class_names:
             raise UserError(
-                f"{self.path}: the names of its classes are not known: set config.teacher.options.classes: it "
-                f"{classes.NEED}"
+                f"{self.path}: the names of its classes are not known: set options.classes: it {classes.NEED}"
             )
         own = [coco.composed(name).strip() for name in self.class_names]
         wanted = [coco.composed(name).strip() for name in names]
@@ -129,7 +128,7 @@ class OnnxTeacher:
             raise UserError(
                 f"{self.path}: class {lacking[0]!r} of the data is unknown to the teacher, which has "
                 f"{listed(self.class_names)}: take methods that read only its maps, or name its classes in "
-                "config.teacher.options.classes"
+                "options.classes"
             )
         return dataclasses.replace(self, columns=tuple(own.index(name) for name in wanted))
 

@@ -8,7 +8,7 @@ Taps: the teacher's detections, as its evaluation finds them, and the student's 
     matched with the detections apart from the objects, in every layer; other students assign by their own rules.
     Students that learn masks are refused: detections teach boxes only.
 Open: in the code the GIoU loss is 1 - s GIoU; here, as in the paper, s (1 - GIoU). The code joins the detections of
-    several teachers; here there is one. The threshold is not told: 0.3. What the losses are divided by is what the
+    several teachers; here there is one. The threshold is not given: 0.3. What the losses are divided by is what the
     student's losses are divided by for so many objects, not a sum of scores. Images without detections teach nothing.
     Denoising queries are made of the objects alone. For students other than transformers the paper has no formula.
 Proof: none: our sources have the authors' formulas, but no numbers of their code; with the objects as detections of

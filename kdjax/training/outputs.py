@@ -163,7 +163,7 @@ def finish(setup: Setup, workdir: Path, log: Log) -> dict[str, Any]:
     if several:
         best = max(several, key=lambda name: several[name]["AP"])
         results |= {"teacher": several[best], "teachers": several}
-        evaluations["teacher"] = evaluations[f"teacher/{best}"]
+        evaluations["teacher"] = evaluations.pop(f"teacher/{best}")
     if dataset.name == "voc" or dataset.source == "voc_folder":
         truth = data.ground_truth(dataset, "val")
         results["voc"] = {
@@ -320,7 +320,7 @@ def notes(setup: Setup, rows: Sequence[Mapping[str, Any]], damaged: int) -> list
             boxes = teacher.detector.detects if teacher.on_host else True
             why = "has other classes than the data" if boxes else "finds no boxes"
             lines.append(f"The {teacher.role} {why}; only its maps are used, and it is not evaluated.")
-    if any(teacher.name for teacher in setup.teachers):
+    if any(teacher.name and teacher.detects for teacher in setup.teachers):
         lines.append("The teacher in tables and images is the best of the teachers by AP.")
     if dataset.unlabelled:
         lines.append(without_labels(setup))

@@ -1,8 +1,8 @@
 """The cache of what a teacher says about training batches: written once, then read instead of running the teacher.
 
 A row of a training batch is always the same for the same entry (`kdjax/data/plans.py`), so what is stored is what the
-teacher says about exactly this row. The teacher is a program of its own ahead of the step (`Setup.observe`), whether it
-runs or is read, so that the step is the same program, and a cache of float32 changes no bit of it.
+teacher says about exactly this row. The teacher is a program of its own ahead of the step (`TeacherOfRun.observer`),
+whether it runs or is read, so that the step is the same program, and a cache of float32 changes no bit of it.
 """
 
 import contextlib
@@ -48,6 +48,9 @@ def check(config: Config) -> None:
     Raises:
       UserError: names the setting and what it must be.
     """
+    folders = [Path(one.cache).expanduser().absolute() for one in config.teachers.values() if one.cache]
+    if double := next((folder for folder in folders if folders.count(folder) > 1), None):
+        raise UserError(f"config.teachers: two of them have the cache {double}: choose a folder for each")
     several = {f"config.teachers.{name}": (chosen, chosen.methods) for name, chosen in config.teachers.items()}
     for where, (chosen, methods) in ({"config.teacher": (config.teacher, config.methods)} | several).items():
         if chosen.cache_dtype not in shards.DTYPES:
@@ -100,7 +103,7 @@ def facts(setup: Setup, teacher: TeacherOfRun) -> dict[str, Any]:
         "config.data.image_size": cfg.image_size,
         "how an image fits the canvas": "stretched" if setup.student.fit == "stretch" else "with its aspect ratio",
         "config.data.views": cfg.views,
-        "config.dtype": precision(config),
+        "config.dtype": "float32" if teacher.on_host else precision(config),
         "config.teacher.cache_dtype": own.cache_dtype,
     }
     augmentations = {"config.data.augment": cfg.augment}
@@ -159,7 +162,7 @@ def write(setup: Setup, teacher: TeacherOfRun) -> Shards:
         found = shards.find(folder) or new(setup, teacher, needed)
         check_fit(found, needed)
         if missing := found.missing(needed.entries):
-            check_room(found, missing)
+            check_room(teacher.setting, found, missing)
             shards.make_folder(folder)
             busy = f"{where}: waiting for another process, which writes {folder}"
             with files.lock(folder / ".lock", busy, wait=True):
@@ -207,8 +210,13 @@ def check_fit(found: Shards, needed: Needs) -> None:
         )
 
 
-def check_room(found: Shards, missing: list[Missing]) -> None:
+def check_room(setting: str, found: Shards, missing: list[Missing]) -> None:
     """Checks that the disk can hold the files that are missing.
+
+    Args:
+      setting: of the teacher, "config.teacher" or "config.teachers.NAME".
+      found: the cache.
+      missing: its files that are to be written.
 
     Raises:
       UserError: it cannot.
@@ -216,7 +224,7 @@ def check_room(found: Shards, missing: list[Missing]) -> None:
     size, free = shards.forecast(found.entry_bytes, missing), shards.room(found.folder)
     if size > free:
         entries = sum(one.count for one in missing)
-        smaller = "" if found.kind == "int8" else ", config.teacher.cache_dtype=int8"
+        smaller = f", {setting}.cache_dtype=int8" * (found.kind in ("float32", "bfloat16"))
         fewer = "a smaller config.data.views" if found.span else "config.data.views, which runs can share"
         raise UserError(
             f"{entries:,} entries of {found.entry_bytes:,} bytes take {_size(size)}, and {found.folder} has "

@@ -44,6 +44,7 @@ from kdjax.training.setup import (
     with_host,
 )
 from kdjax.training.step import UNLABELLED, TrainState
+from kdjax.training.teachers import unlabelled_rows
 
 
 class Stopped(Exception):
@@ -170,7 +171,7 @@ def train(
     rate = optim.learning_rate(config)
     host = jax.process_index(), jax.process_count()
     batches = train_batches(setup, start_step=start, shard=host, attach=replay.attach(setup, stored))
-    if any(teacher.on_host and teacher.observer and teacher.name not in stored for teacher in setup.teachers):
+    if any(teacher.on_host and (teacher.name not in stored or setup.unlabelled) for teacher in setup.teachers):
         batches = Ahead(batches, functools.partial(with_host, setup))
 
     fingerprint, category_ids = run_fingerprint(setup), list(setup.dataset.category_ids)
@@ -205,7 +206,8 @@ def train(
                 window.append(check_finite(*pending.popleft()))
             bar.update()
             if logs:
-                seconds, images = time.perf_counter() - since, len(window) * config.batch_size
+                seconds = time.perf_counter() - since
+                images = len(window) * (config.batch_size + unlabelled_rows(config))
                 row = {name: float(np.mean([m[name] for m in window])) for name in window[0]}
                 row = {name: value for name, value in row.items() if not name.endswith("/finite")}
                 weights = setup.distiller.weights(step - 1) if setup.distiller else {}

@@ -59,7 +59,7 @@ class Setup(NamedTuple):
     dataset: data.Dataset
     student: Detector
     teachers: tuple[TeacherOfRun, ...]  # none, that of config.teacher, or those of config.teachers
-    distiller: Distiller | Distillers | None  # of all teachers, in float32
+    distiller: Distiller | Distillers | None  # of all teachers, in float32 (a mean: in the precision of the run)
     variables: Any  # of all teachers, as the distiller takes them
     states: dict[str, TrainState]  # "student" and, with a twin, "twin"; on all devices
     steps: dict[str, jax.stages.Wrapped]  # role -> jitted `Update`
@@ -272,6 +272,7 @@ def run_fingerprint(setup: Setup) -> dict[str, Any]:
         "twin": "twin" in setup.states,
         "seed": setup.config.seed,
         "batch_size": setup.config.batch_size,
+        "dtype": precision(setup.config),
         "data": setup.dataset.fingerprint,
         "teacher": hash_of(setup.teachers),
     }
@@ -315,7 +316,8 @@ def resume(setup: Setup, checkpoints: Checkpoints) -> tuple[int, Setup]:
     note = checkpoints.note()
     if note is None:
         return 0, setup
-    written = {"options": {}} | note["run"]  # older runs did not write options
+    # Older runs did not write options and precision.
+    written = {"options": {}, "dtype": precision(setup.config)} | note["run"]
     for name, value in run_fingerprint(setup).items():
         before = written.get(name)
         if before != value:

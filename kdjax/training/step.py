@@ -34,8 +34,8 @@ class TeacherVariables(NamedTuple):
     stats: PyTree
 
 
-# (state, variables of the teacher, or of several by name, or None; batch) -> (state, metrics)
 Batch = Mapping[str, Any]  # arrays, and what the teachers say about them
+# (state, variables of the teacher, or of several by name, or None; batch) -> (state, metrics)
 Update = Callable[[TrainState, PyTree, Batch], tuple[TrainState, dict[str, Array]]]
 
 

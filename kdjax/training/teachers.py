@@ -52,7 +52,8 @@ class TeacherOfRun(NamedTuple):
     variables: Any  # of a detector `TeacherVariables`, of an ONNX file its hash, of a mean a tuple, of detections ()
     # None: it runs inside the step, because its output holds functions or is read from the batch
     observer: Observer | None
-    file: data.Found | None = None  # of detections, if it is one
+    file: data.Found | None = None  # of detections on the training images, if it is one
+    further: data.Found | None = None  # of detections on the images without labels
 
     @property
     def model(self) -> str:
@@ -77,7 +78,7 @@ class TeacherOfRun(NamedTuple):
     @property
     def setting(self) -> str:
         """Where its settings are."""
-        return f"config.teachers.{self.name}" if self.name else "config.teacher"
+        return setting_of(self.name)
 
     def settings(self, config: Config) -> Config:
         """Its settings in the config of the run."""
@@ -87,6 +88,11 @@ class TeacherOfRun(NamedTuple):
     def role(self) -> str:
         """What its evaluation is called."""
         return f"teacher/{self.name}" if self.name else "teacher"
+
+
+def setting_of(name: str) -> str:
+    """Where the settings of a teacher are, by its name; "": it is the only one."""
+    return f"config.teachers.{name}" if name else "config.teacher"
 
 
 def teacher_configs(config: Config) -> dict[str, tuple[Config, Config]]:
@@ -111,7 +117,7 @@ def of_file(chosen: Config) -> bool:
     Args:
       chosen: its settings.
     """
-    return chosen.weights.lower().endswith(".json")
+    return chosen.weights.lower().endswith(".json") and not chosen.weights.endswith(weights.INDEX)
 
 
 def with_detections(config: Config, dataset: data.Dataset) -> data.Dataset:
@@ -122,7 +128,7 @@ def with_detections(config: Config, dataset: data.Dataset) -> data.Dataset:
     """
     for name, (chosen, _) in teacher_configs(config).items():
         if of_file(chosen):
-            with prefix(f"{f'config.teachers.{name}' if name else 'config.teacher'}.weights"):
+            with prefix(f"{setting_of(name)}.weights"):
                 dataset = data.with_found(dataset, resources.model_path(chosen.weights))
             parts = {"training images": dataset.splits["train"], "images without labels": dataset.unlabelled}
             if not jax.process_index():
@@ -222,8 +228,8 @@ def load_teachers(
     averaged = {member for own, _ in chosen.values() for member in members(own)}
     # Means come last.
     for name, (own, options) in sorted(chosen.items(), key=lambda item: bool(members(item[1][0]))):
-        where, of_methods = (f"config.teachers.{name}", f"config.teachers.{name}.methods") if name else _ONE
-        built, file = build_methods(options, of_methods), None
+        where, of_methods = setting_of(name), f"{setting_of(name)}.methods" if name else "config.methods"
+        built, file, further = build_methods(options, of_methods), None, None
         if averaging := [found[member] for member in members(own)]:
             with prefix(where):
                 detector = teachers.mean([in_precision(member.detector, precision(config)) for member in averaging])
@@ -231,6 +237,7 @@ def load_teachers(
             detects, variables = False, tuple(member.variables for member in averaging)
         elif of_file(own):
             detector, detects, variables, file = teachers.from_file(), False, (), dataset.splits["train"].found
+            further = dataset.unlabelled.found if dataset.unlabelled else None
         elif own.layout:
             detector, detects = load_onnx(where, own, dataset, predictions=reads_predictions(built))
             variables = jax.device_put(detector.variables, sharding.replicated(mesh))
@@ -241,7 +248,7 @@ def load_teachers(
             assert loaded is not None, "check_models refuses teachers without weights"
             variables = jax.device_put(TeacherVariables(*loaded), sharding.replicated(mesh))
         teacher = TeacherOfRun(
-            name, detector, detects, Distiller(student, detector, built, rule), variables, None, file
+            name, detector, detects, Distiller(student, detector, built, rule), variables, None, file, further
         )
         if built and teacher.on_host:
             # Whether the methods can compare the two; what is read of the file depends on it.
@@ -256,9 +263,6 @@ def load_teachers(
                 teacher = teacher._replace(observer=Observer(observe, run, output))
         found[name] = teacher
     return tuple(found[name] for name in chosen)
-
-
-_ONE = ("config.teacher", "config.methods")
 
 
 def distiller_in_precision(teacher: TeacherOfRun, config: Config) -> Distiller:
@@ -296,8 +300,12 @@ def unlabelled_rows(config: Config) -> int:
 
 
 def gives_boxes(found: Sequence[TeacherOfRun]) -> TeacherOfRun | None:
-    """The teacher whose detections are the boxes of images without labels: the first that has the data's classes."""
-    return next((teacher for teacher in found if teacher.detects or teacher.file), None)
+    """The teacher whose detections are the boxes of images without labels.
+
+    It is the first that has the data's classes, or a file that has detections of these images if there is no such one.
+    """
+    able = [teacher for teacher in found if teacher.detects]
+    return next(iter(able + [teacher for teacher in found if teacher.further and len(teacher.further.rows)]), None)
 
 
 def sitting_out(found: Sequence[TeacherOfRun], image_size: tuple[int, int]) -> list[str]:
@@ -307,7 +315,8 @@ def sitting_out(found: Sequence[TeacherOfRun], image_size: tuple[int, int]) -> l
     return [
         f"{teacher.name}/{name}" if teacher.name else name
         for teacher in found
-        for name in teacher.methods.keys() - teacher.distiller.without_boxes(image_size).methods.keys()
+        for name in teacher.methods
+        if name not in teacher.distiller.without_boxes(image_size).methods
     ]
 
 
@@ -322,8 +331,9 @@ def check_unlabelled(
     out = sitting_out(found, image_size)
     if distiller is not None and len(out) == len(distiller.methods):
         raise UserError(
-            f"config.data.unlabelled: {', '.join(sorted(out))} read boxes, and no teacher has the classes of the data, "
-            "so that it could give some: leave it empty, or take methods that compare maps or rows"
+            f"config.data.unlabelled: {', '.join(sorted(out))} read boxes, and no teacher can give these images "
+            "some: leave it empty, take methods that compare maps or rows, or a teacher with the classes of the data (a "
+            "file of detections must have some of these images)"
         )
 
 
@@ -342,7 +352,7 @@ def look_with(
         }
         boxes = {}
         if giver and not giver.on_host:
-            output = giver.detector.observe(variables[giver.name], batch)
+            output = giver.distiller.teacher.observe(variables[giver.name], batch)
             best = output.detections or giver.detector.decode(
                 output, batch["image_size"], pre_nms=1000, max_detections=dataset.max_boxes
             )

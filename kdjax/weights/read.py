@@ -30,7 +30,7 @@ def read_checkpoint(path: str | Path) -> tuple[State, list[str] | None]:
     Args:
       path: `.npz`; `.safetensors`; `.pth`, `.pt`, `.ckpt`, `.bin` or `.tar` of PyTorch (needs the extra
         `kdjax[torch]`); the index of sharded ones (`model.safetensors.index.json`), or a folder with one; or `.onnx` of
-        YOLOX (needs onnx).
+        YOLOX or RTMDet (needs onnx).
 
     Returns:
       name -> array, and the classes in mmengine's or mmdetection 2's `meta` of a PyTorch file, else None.

@@ -238,6 +238,15 @@ def test_file_names_that_could_be_two_images_are_not_found():
     assert [find(name) for name in ("a/1.jpg", "1.jpg", "d/1.jpg", "2.jpg", "x/c/2.jpg", "d/2.jpg", "x/3.jpg")] == [
         0, None, None, 2, 2, None, 3,
     ]  # fmt: skip
+    # The same name in two folders, of which one holds images without labels.
+    find = by_file_name(["1.jpg", "2.jpg", "1.jpg", "sub/2.jpg"])
+    assert [find(name) for name in ("1.jpg", "x/1.jpg", "2.jpg", "sub/2.jpg", "y/sub/2.jpg")] == [
+        None,
+        None,
+        1,
+        3,
+        None,
+    ]
 
 
 def test_a_box_of_the_image_stays_one(root, dataset, tmp_path):

@@ -140,6 +140,9 @@ def test_boxes_are_the_teachers_confident_detections(folder, images):
     best = found.decode(output, jnp.asarray(given["image_size"]), pre_nms=1000, max_detections=dataset.max_boxes)
     assert made["boxes"].shape == (4, dataset.max_boxes, 4) and made["valid"][:3].any()
     np.testing.assert_array_equal(made["valid"], best.valid & (best.scores >= 0.3))
+    np.testing.assert_allclose(made["boxes"], best.boxes, atol=1e-3)
+    np.testing.assert_array_equal(made["labels"], best.labels)
+    assert len(np.unique(np.asarray(best.labels)[np.asarray(made["valid"])])) > 1
 
 
 @pytest.mark.user_input(
@@ -165,7 +168,7 @@ def test_a_teacher_of_other_classes_leaves_methods_that_read_boxes_out(folder, i
     weights.save(tmp_path, detector, *detector.init(jax.random.PRNGKey(0)), classes=["cat", "dog"], image_size=(64, 64))
     dataset = data.open_dataset(few_steps(folder, images).data)
     changes = dict(teacher__weights=str(tmp_path))
-    with pytest.raises(UserError, match=r"config\.data\.unlabelled: fgfi read boxes, and no teacher has the classes"):
+    with pytest.raises(UserError, match=r"config\.data\.unlabelled: fgfi read boxes, and no teacher can give these"):
         setup.prepare(few_steps(folder, images, method="fgfi", **changes), dataset)
     made = setup.prepare(few_steps(folder, images, method="fgfi+cwd", **changes), dataset)
     assert teachers.sitting_out(made.teachers, (64, 64)) == ["fgfi"]
