@@ -332,8 +332,8 @@ def check_unlabelled(
     if distiller is not None and len(out) == len(distiller.methods):
         raise UserError(
             f"config.data.unlabelled: {', '.join(sorted(out))} read boxes, and no teacher can give these images "
-            "some: leave it empty, take methods that compare maps or rows, or a teacher with the classes of the data (a "
-            "file of detections must have some of these images)"
+            "some: leave it empty, take methods that compare maps or rows, a teacher with the classes of the data, or "
+            "a file with detections of these images"
         )
 
 
