@@ -113,7 +113,7 @@ def test_a_run_under_a_former_name_is_not_resumed(tmp_path):
     setup: Any = SimpleNamespace(
         student=detector,
         dataset=SimpleNamespace(classes=["a", "b"], fingerprint="x"),
-        config=ConfigDict(dict(seed=0, batch_size=1, extend=False)),
+        config=ConfigDict(dict(seed=0, batch_size=1, dtype="auto", extend=False)),
         states=states["rtmdet_nano"],
         methods={},
         teachers=(),
