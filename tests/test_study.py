@@ -116,12 +116,14 @@ def options(**changes) -> study.Options:
 
 
 def test_the_twin_is_trained_alone():
-    flags = ["--config.teacher.weights=FILE", "--config.methods.mkd.weight=2", "--config.steps=9"]
+    flags = ["--config.teacher.weights=FILE", "--config.methods.mkd.weight=2", "--config.data.unlabelled=DIR"]
+    flags.append("--config.steps=9")
     chosen, mkd = options(flags=flags), study.Variant("mkd", "mkd")
     twin, method = study.twin_flags(chosen, mkd, 3), study.run_flags(chosen, mkd, 3)
     same = ["--config.twin=False", "--config.eval.every=0", "--config.seed=3"]
     assert method == ["--config=quickstart:mkd", *flags, *same]
-    assert twin[0] == "--config=quickstart:" and twin[-3:] == same
+    none = ["--config.teacher.detector=", "--config.teacher.weights="]
+    assert twin == ["--config=quickstart:", "--config.steps=9", *none, *same]
     recipe = "distill/mkd_rtmdet"
     assert study.run_flags(options(config=f"{recipe}:tiny,s"), mkd, 3)[0] == f"--config={recipe}:tiny,s,mkd"
     assert not settings.read(f"{recipe}:tiny,s,").methods
@@ -274,6 +276,7 @@ def test_runs_of_a_teacher_share_a_cache_that_is_written_first(trained, tmp_path
         (["weight", "--weights=a"], "--weights: 'a' is not a number"),
         (["weight", "--seeds=0"], "--seeds must be >= 1, not 0"),
         (["weight", "--config=quickstrat"], "did you mean quickstart?"),
+        (["weight", "--config.teachers.a.weights=a"], "config.teachers.a: a study has one teacher: set config.teacher"),
         (["weight", "--config.step=1"], "unknown setting config.step (did you mean config.steps?)"),
     ],
 )

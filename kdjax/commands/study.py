@@ -131,6 +131,8 @@ def run(
     variants = STUDIES[name](options)
     config_flag, *flags = run_flags(options, variants[0], first)
     chosen = settings.read(config_flag.removeprefix("--config="), flags)
+    if chosen.teachers:
+        raise UserError(f"config.teachers.{next(iter(chosen.teachers))}: a study has one teacher: set config.teacher")
     options = dataclasses.replace(options, cache=chosen.teacher.cache, views=bool(chosen.data.views))
     check_outputs(options)
     busy = f"--workdir: another study runs in {options.workdir}: wait until it ends, or choose another folder"
@@ -357,8 +359,9 @@ def run_flags(options: Options, variant: Variant, seed: int) -> list[str]:
 
 
 def twin_flags(options: Options, variant: Variant, seed: int) -> list[str]:
-    """The flags of a supervised run: the config without methods and without a teacher."""
-    kept = [flag for flag in options.flags if not flag.startswith(("--config.teacher.", "--config.methods."))]
+    """The flags of a supervised run: the config without methods, teacher and images without labels."""
+    of_teaching = ("--config.teacher.", "--config.methods.", "--config.data.unlabelled")
+    kept = [flag for flag in options.flags if not flag.startswith(of_teaching)]
     none = ("--config.teacher.detector=", "--config.teacher.weights=")
     alone = variant._replace(methods="", flags=none)
     return run_flags(dataclasses.replace(options, flags=kept), alone, seed)
