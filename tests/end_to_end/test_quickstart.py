@@ -16,9 +16,10 @@ from kdjax.detectors import build
 from tests.shared import ROOT, SHARED
 
 
-def train(*flags: str) -> subprocess.CompletedProcess:
+def train(*flags: str, quick: bool = False) -> subprocess.CompletedProcess:
+    """One device, as a user has, and not the eight of these tests; `quick`: code that is compiled faster."""
     flags = (*flags, f"--config.compile_cache={ROOT / '.cache' / 'jax'}")
-    env = os.environ | {"XLA_FLAGS": ""}  # one device, as a user has, and not the eight of these tests
+    env = os.environ | {"XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": str(quick)}
     command = [sys.executable, "train.py", *flags]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, env=env)
 
@@ -40,14 +41,14 @@ def test_a_shortened_quickstart(tmp_path):
         "--config.checkpoint.every=2",
         "--config.twin=False",  # a program less to compile; the quickstart as it stands has one, below
     )
-    done = train(*flags)
+    done = train(*flags, quick=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "step" in done.stderr and "it/s" not in done.stderr.splitlines()[-1], "a progress bar"
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["teacher"]["params"] > 2 * results["student"]["params"] > 0
     page = (tmp_path / "run" / "report.html").read_text()
     assert page.count("<img") >= 4 and not re.search(r"""(src|href)=["']?https?:""", page)
-    again = train(*flags)
+    again = train(*flags, quick=True)
     assert again.returncode == 0, again.stderr[-2000:]
     assert json.loads((tmp_path / "run" / "results.json").read_text()) == results
 

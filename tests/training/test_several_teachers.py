@@ -2,6 +2,8 @@
 
 import json
 
+import cv2
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
@@ -31,9 +33,18 @@ def chosen(teacher_folder):
     )
 
 
-def test_terms_and_results_are_those_of_each_teacher(folder, teacher_folder, chosen, tmp_path):
+@pytest.mark.parametrize("unlabelled", [0, pytest.param(4, marks=pytest.mark.slow)])
+def test_terms_and_results_are_those_of_each_teacher(folder, chosen, tmp_path, capsys, unlabelled):
+    """Also where they look at images without labels."""
     config = several(folder, **chosen)
+    if unlabelled:
+        for shade in range(unlabelled):
+            cv2.imwrite(str(tmp_path / f"{shade}.png"), np.full((48, 80, 3), 60 * shade, np.uint8))
+        config.data.update(dict(unlabelled=str(tmp_path), unlabelled_ratio=unlabelled / config.batch_size))
+    tmp_path = tmp_path / "run"
     results = run(config, tmp_path)
+    said = f"Images without labels: {unlabelled}, {unlabelled} in a batch beside 8 with labels"
+    assert (said in capsys.readouterr().out) == bool(unlabelled)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     trained = [row for row in rows if row["kind"] == "train"]
     assert {"student/near/cwd/cwd", "student/both/hinton/classes", "weight/near/cwd/cwd"} <= set(trained[-1])
