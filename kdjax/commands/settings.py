@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from kdjax import resources
 from kdjax.errors import UserError, prefix
 from kdjax.training import config as settings
+from kdjax.training.auto_weight import AUTO
 from kdjax.training.config import Config, unknown_setting
 
 Value = Any  # of a setting
@@ -18,6 +19,8 @@ Value = Any  # of a setting
 _OVERRIDE = re.compile(r"--config\.([\w-]+(?:\.[\w-]+)*)(?:=(.*))?", re.DOTALL)
 # Sub-configs whose keys are those of a detector; the detector checks them.
 _OPEN = re.compile(r"(student|teacher|teachers\.[\w-]+)\.options")
+# The weight of a method, which may be "auto".
+_WEIGHT = re.compile(r"(teachers\.[\w-]+\.)?methods\.[\w-]+\.weight")
 # The settings of one of several teachers, which exists once it is named.
 _TEACHER = re.compile(r"teachers\.([\w-]+)\.(.+)")
 
@@ -77,6 +80,8 @@ def _override(config: ConfigDict, name: str, text: str) -> None:
     current: Any = node[key]
     if isinstance(current, ConfigDict):
         raise UserError(f"--config.{name}: it is a group of settings: override one of {', '.join(current)}")
+    if _WEIGHT.fullmatch(name) and AUTO in (text, current):
+        current = AUTO if text == AUTO else 1.0
     node[key] = _parse(f"--config.{name}", text, current)
 
 

@@ -1,20 +1,19 @@
 """Checks of losses and terms at the first step: values, and shares of the gradient at the student's neck."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.extend.core import Jaxpr, Literal
-from tqdm import tqdm
 
 from kdjax import methods, sharding
 from kdjax.distill.teachers import RECORDED
 from kdjax.doctor.findings import ERROR, OK, Finding
-from kdjax.structs import Array, DetectorOutput, PyTree, targets_of
+from kdjax.structs import Array, PyTree, targets_of
+from kdjax.training import auto_weight
 from kdjax.training.checks import where_of
 from kdjax.training.setup import Setup, with_host
 from kdjax.training.step import Batch, TrainState
@@ -45,79 +44,26 @@ def measure_gradients(setup: Setup, batch: Mapping[str, np.ndarray], adapters: P
     student, distiller, state = setup.student, setup.distiller, setup.states["student"]
     adapters = adapters or state.params["adapters"]
     placed = sharding.shard_batch(setup.mesh, with_host(setup, batch))
-    in_neck = neck_parameters(
-        lambda params: student.apply(params, state.stats, student.preprocess(placed["image"]), train=True)[0],
-        state.params["student"],
-    )
 
-    def total(
-        neck: list[Array],
-        state: TrainState,
-        adapters: PyTree,
-        variables: PyTree,
-        batch: Batch,
-        chosen: Array | float,
-    ) -> tuple[Array, tuple[dict[str, Array], Array | None]]:
-        leaves, structure = jax.tree.flatten(state.params["student"])
-        new = iter(neck)
-        params = structure.unflatten(
-            [next(new) if inside else leaf for leaf, inside in zip(leaves, in_neck, strict=True)]
-        )
-        output, _ = student.apply(params, state.stats, student.preprocess(batch["image"]), train=True)
-        targets = targets_of(batch)
-        assignment = student.assign(output, targets, state.key)
-        values = student.loss(output, targets, assignment)
-        if distiller:
-            assert variables is not None, "a distiller needs the variables of its teacher"
-            observed = batch.get(RECORDED)
-            values |= distiller.terms(
-                adapters, output, batch, variables, observed=observed, assignment=assignment, key=state.key
-            )
-        logits = student.rows(output).logits
-        score = None if logits is None else jnp.mean(jax.nn.sigmoid(logits))
-        return jnp.dot(chosen, jnp.stack([values[name] for name in sorted(values)])), (values, score)
+    @jax.jit
+    def measured(
+        state: TrainState, adapters: PyTree, variables: PyTree, batch: Batch
+    ) -> tuple[dict[str, Array], dict[str, Array], Array | None]:
+        neck, losses = auto_weight.losses_at_neck(student, distiller, state, batch)
 
-    neck = [leaf for leaf, inside in zip(jax.tree.leaves(state.params["student"]), in_neck, strict=True) if inside]
-    arguments = (neck, state, adapters, setup.variables, placed)
-    names = sorted(jax.eval_shape(total, *arguments, 0.0)[1][0])
-    gradient, grad_norms, values, score = jax.jit(jax.grad(total, has_aux=True)), {}, {}, None
-    bar = tqdm(names, desc="losses and terms", unit="term", leave=False)
-    for name, chosen in zip(bar, np.eye(len(names), dtype=np.float32), strict=True):
-        grads, (values, score) = gradient(*arguments, chosen)
-        grad_norms[name] = math.sqrt(sum(float(jnp.sum(jnp.square(g))) for g in jax.tree.leaves(grads)))
-    values = {name: float(value) for name, value in values.items()}
-    return Measured(values, grad_norms, None if score is None else float(score))
+        def stacked(neck: list[Array]) -> tuple[Array, tuple[dict[str, Array], Array | None]]:
+            values, output = losses(neck, adapters, variables)
+            logits = student.rows(output).logits
+            score = None if logits is None else jnp.mean(jax.nn.sigmoid(logits))
+            return jnp.stack([values[name] for name in sorted(values)]), (values, score)
 
+        _, pull, (values, score) = jax.vjp(stacked, neck, has_aux=True)
+        norms = jax.lax.map(lambda chosen: optax.tree.norm(pull(chosen)[0]), jnp.eye(len(values), dtype=jnp.float32))
+        return values, dict(zip(sorted(values), norms, strict=True)), score
 
-def neck_parameters(output_of: Callable[[PyTree], DetectorOutput], params: PyTree) -> list[bool]:
-    """Which leaves of the parameters belong to the neck: its maps depend on them, those of the backbone do not.
-
-    Args:
-      output_of: params -> output of the detector; traced, not run.
-      params: of the detector.
-
-    Returns:
-      One bool per leaf, in the order of `jax.tree.leaves`. Without backbone taps, all parameters before the neck count.
-    """
-
-    def maps(params: PyTree) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
-        output = output_of(params)
-        return output.neck, output.backbone
-
-    closed, shapes = jax.make_jaxpr(maps, return_shape=True)(params)
-    traced, count = closed.jaxpr, len(shapes[0])
-    neck = _dependencies(traced, traced.outvars[:count])
-    backbone = _dependencies(traced, traced.outvars[count:])
-    return [v in neck and v not in backbone for v in traced.invars]
-
-
-def _dependencies(traced: Jaxpr, outputs: Sequence[Any]) -> set[Any]:
-    """The variables of a jaxpr on which its outputs depend."""
-    needed = {v for v in outputs if not isinstance(v, Literal)}
-    for equation in reversed(traced.eqns):
-        if needed.intersection(equation.outvars):
-            needed |= {v for v in equation.invars if not isinstance(v, Literal)}
-    return needed
+    values, norms, score = jax.device_get(measured(state, adapters, setup.variables, placed))
+    values, norms = ({name: float(value) for name, value in found.items()} for found in (values, norms))
+    return Measured(values, norms, None if score is None else float(score))
 
 
 def train_adapters(setup: Setup, batch: Mapping[str, np.ndarray]) -> PyTree:
@@ -199,6 +145,7 @@ def check_terms(setup: Setup, measured: Measured) -> list[Finding]:
       measured: of `measure_gradients`.
     """
     findings, shares = [], gradient_shares(setup, measured.grad_norms)
+    auto = auto_weight.auto_methods(setup.config)
     published = {
         f"{name}/{term}": w
         for name in setup.methods
@@ -217,7 +164,10 @@ def check_terms(setup: Setup, measured: Measured) -> list[Finding]:
         findings.append(Finding(level, name, message))
     for name in setup.methods:
         message, key = f"{shares[name]:.2g} of the gradient at the neck", f"{where_of(name)}.weight"
-        if shares[name] < NEGLIGIBLE:
+        if name in auto and shares[name] > 0:
+            share = setup.config.auto_weight.share / len(auto)
+            findings.append(Finding(OK, name, f"{message} with its published weight; auto makes it {share:.2g}"))
+        elif shares[name] < NEGLIGIBLE:
             findings.append(Finding(ERROR, name, f"{message}: almost no effect: raise {key} or check its taps"))
         elif shares[name] > DOMINANT:
             findings.append(Finding(ERROR, name, f"{message}: it dominates the detector's losses: lower {key}"))

@@ -17,8 +17,8 @@ from kdjax.distill.teachers import RECORDED
 from kdjax.errors import UserError, prefix
 from kdjax.inference import layouts
 from kdjax.structs import Array, DetectorOutput, PyTree, targets_of
+from kdjax.training import auto_weight, optim, replay
 from kdjax.training import config as settings
-from kdjax.training import optim, replay
 from kdjax.training.config import Config
 from kdjax.training.models import all_methods, build_methods, check_masks, check_size, named_detector
 from kdjax.training.setup import Setup, train_batches, with_host
@@ -53,6 +53,7 @@ def check_settings(config: Config) -> None:
     if config.batch_size % devices:
         raise UserError(f"config.batch_size must be divisible by the {devices} devices, not {config.batch_size}")
     optim.learning_rate(config)
+    auto_weight.check(config)
     if config.data.unlabelled:
         if not (config.methods or config.teachers):
             raise UserError("config.data.unlabelled has no effect without a teacher and methods")

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, cast
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 from kdjax import methods as zoo
 from kdjax.detectors.api import flatten
@@ -42,6 +42,17 @@ def base() -> Config:
     # Which rows of predictions methods compare: auto (by place; of transformers, whose queries have none, by_hungarian
     # or, with another detector, by_overlap), by_place, by_location, by_overlap or by_hungarian
     config.pairing = "auto"
+    # Of methods whose weight is "auto" (config.methods.NAME.weight): they hold a share of the gradient at the student's
+    # neck (kdjax/training/auto_weight.py)
+    config.auto_weight = ConfigDict(
+        dict(
+            share=0.3,  # of all of them together, between 0 and 1; each has the same part of it
+            every=50,  # steps between measurements; at the start they are closer
+            start=1.0,  # first factor of the published weights
+            bounds=(1e-4, 1e4),  # of that factor
+            log=False,  # measure and log the shares also where all weights are fixed
+        )
+    )
     config.twin = False  # also train the same student on the same batches without the teacher, for comparison
 
     config.data = ConfigDict(
@@ -159,7 +170,7 @@ def teacher(**changes: Any) -> Config:
 
 # Minimum and maximum of the numeric settings.
 _AT_LEAST_1 = ("batch_size", "steps", "data.scenes_train", "data.scenes_val", "eval.batch_size", "log_every",
-               "checkpoint.every", "checkpoint.keep")  # fmt: skip
+               "checkpoint.every", "checkpoint.keep", "auto_weight.every")  # fmt: skip
 _AT_LEAST_0 = ("data.unlabelled_ratio", "data.max_boxes", "data.views", "data.workers", "data.limit", "optimizer.lr",
                "optimizer.weight_decay", "optimizer.clip_norm", "optimizer.warmup", "optimizer.backbone", "ema.ramp",
                "eval.every", "eval.limit")  # fmt: skip
@@ -232,7 +243,10 @@ def methods(names: str) -> Config:
     Raises:
       UserError: unknown method.
     """
-    return ConfigDict({name: zoo.options(name) for name in names.split("+") if name})
+    chosen = {name: zoo.options(name) for name in names.split("+") if name}
+    for options in chosen.values():  # ml_collections keeps the type of a value: a weight may also become "auto"
+        options["weight"] = FieldReference(options["weight"], field_type=object)
+    return ConfigDict(chosen)
 
 
 def unknown_keys(config: Config, reference: Config | None = None, prefix: str = "config") -> list[str]:

@@ -14,6 +14,7 @@ from kdjax.distill import Distiller, Distillers, Method
 from kdjax.distill.distiller import method_key
 from kdjax.errors import UserError, listed
 from kdjax.structs import Array
+from kdjax.training.auto_weight import AUTO
 from kdjax.training.config import Config
 
 
@@ -21,7 +22,7 @@ def build_methods(chosen: Config, where: str = "config.methods") -> dict[str, Me
     """Methods by name.
 
     Args:
-      chosen: {method: its options}, as `config.methods`.
+      chosen: {method: its options}, as `config.methods`; a weight of "auto" begins as the published one.
       where: begins the message of an error.
 
     Raises:
@@ -30,7 +31,10 @@ def build_methods(chosen: Config, where: str = "config.methods") -> dict[str, Me
     built = {}
     for name, options in chosen.items():
         try:
-            built[name] = methods.build(name, **options)
+            weight = options.get("weight", 0)
+            if isinstance(weight, bool) or not (isinstance(weight, int | float) or weight == AUTO):
+                raise UserError(f"{name}: weight must be a number or '{AUTO}', not {weight!r}")
+            built[name] = methods.build(name, **{k: v for k, v in options.items() if (k, v) != ("weight", AUTO)})
         except UserError as error:
             text = str(error)
             raise UserError(f"{where}{'.' if text.startswith(f'{name}: ') else ': '}{text}") from error

@@ -26,7 +26,7 @@ from kdjax.errors import UserError, prefix
 from kdjax.report import preview
 from kdjax.report.run import verdict
 from kdjax.structs import FOUND, PyTree
-from kdjax.training import checks, optim, outputs, provenance, replay
+from kdjax.training import auto_weight, checks, optim, outputs, provenance, replay
 from kdjax.training.ahead import Ahead
 from kdjax.training.checkpoint import Checkpoints
 from kdjax.training.config import Config
@@ -194,6 +194,9 @@ def train(
                 bar.set_description("train (compiling the step: minutes, unless it is in the cache)")
                 compile_steps(setup, states, batch)
                 bar.set_description("train")
+            if setup.measure is not None and auto_weight.is_due(step - 1, config.auto_weight.every):
+                weights = setup.measure(states["student"], *given(setup, "student", batch))
+                states["student"] = states["student"]._replace(weights=weights)
             for role in states:
                 states[role], of_role = setup.steps[role](states[role], *given(setup, role, batch))
                 metrics |= {f"{role}/{name}": value for name, value in of_role.items()}
@@ -210,8 +213,12 @@ def train(
                 images = len(window) * (config.batch_size + unlabelled_rows(config))
                 row = {name: float(np.mean([m[name] for m in window])) for name in window[0]}
                 row = {name: value for name, value in row.items() if not name.endswith("/finite")}
+                measured = jax.device_get(states["student"].weights)
                 weights = setup.distiller.weights(step - 1) if setup.distiller else {}
+                weights = auto_weight.scaled(weights, measured)
                 row |= {f"weight/{name}": float(w) for name, w in weights.items()}
+                for kind in ("share", "conflict") if measured else ():
+                    row |= {f"{kind}/{name}": float(value) for name, value in measured[kind].items()}
                 row |= {
                     "lr": float(np.asarray(rate(step - 1))),
                     "seconds": seconds,
@@ -248,9 +255,11 @@ def given(setup: Setup, role: str, batch: Mapping[str, Any]) -> tuple[PyTree, di
 
 def compile_steps(setup: Setup, states: Mapping[str, TrainState], batch: Mapping[str, Any]) -> None:
     """Compiles the updates of all roles in parallel threads, before their first calls."""
-    with futures.ThreadPoolExecutor(len(states)) as pool:
+    programs = [(setup.steps[role], role) for role in states]
+    programs += [(setup.measure, "student")] if setup.measure is not None else []
+    with futures.ThreadPoolExecutor(len(programs)) as pool:
         compiling = [
-            pool.submit(setup.steps[role].lower(states[role], *given(setup, role, batch)).compile) for role in states
+            pool.submit(program.lower(states[role], *given(setup, role, batch)).compile) for program, role in programs
         ]
         for each in compiling:
             each.result()

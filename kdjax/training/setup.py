@@ -18,7 +18,7 @@ from kdjax.distill import Distiller, Distillers, Method
 from kdjax.errors import UserError
 from kdjax.inference.onnx_teacher import OnnxTeacher
 from kdjax.structs import FOUND, PyTree
-from kdjax.training import optim
+from kdjax.training import auto_weight, optim
 from kdjax.training.checkpoint import Checkpoints
 from kdjax.training.config import Config, differences
 from kdjax.training.models import (
@@ -67,6 +67,7 @@ class Setup(NamedTuple):
     mesh: Mesh
     # variables, batch of images without labels -> what that batch is to be in a step; None without such images
     unlabelled: jax.stages.Wrapped | None = None
+    measure: jax.stages.Wrapped | None = None  # `auto_weight.make_measure`; None if nothing is measured
 
     @property
     def methods(self) -> Mapping[str, Method]:
@@ -169,10 +170,17 @@ def prepare(config: Config, dataset: data.Dataset) -> Setup:
         shorter = [one._replace(distiller=distiller_in_precision(one, config)) for one in found]
         look = look_with(shorter, config, dataset)
         unlabelled = program("unlabelled images", look, out_shardings=sharding.batch_sharding(mesh))
-    roles = ["student", "twin"] if config.twin else ["student"]
-    states = {role: init_state(student, key, start, adapters if role == "student" else {}, optimizer) for role in roles}
+    weights = auto_weight.initial(config, list(distiller.methods)) if distiller else None
+    states = {"student": init_state(student, key, start, adapters, optimizer, weights)}
+    if config.twin:
+        states["twin"] = init_state(student, key, start, {}, optimizer)
     trained, _ = together([teacher._replace(distiller=distiller_in_precision(teacher, config)) for teacher in found])
-    steps = {role: update(role, trained if role == "student" else None) for role in roles}
+    steps = {role: update(role, trained if role == "student" else None) for role in states}
+    measure = None
+    if weights is not None:
+        assert trained is not None, "`auto_weight.check` refuses this"
+        shares = auto_weight.make_measure(in_precision(student, precision(config)), trained, config)
+        measure = program("shares of the gradient", shares, out_shardings=everywhere)
     return Setup(
         config,
         dataset,
@@ -185,6 +193,7 @@ def prepare(config: Config, dataset: data.Dataset) -> Setup:
         programs,
         mesh,
         unlabelled,
+        measure,
     )
 
 

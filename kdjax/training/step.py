@@ -12,6 +12,7 @@ from kdjax.detectors.api import Detector
 from kdjax.distill import Distiller, Distillers
 from kdjax.distill.teachers import RECORDED
 from kdjax.structs import Array, PyTree, targets_of
+from kdjax.training import auto_weight
 
 UNLABELLED = "unlabelled"  # the key of a batch under which it has further images, without labels
 
@@ -25,6 +26,7 @@ class TrainState(NamedTuple):
     opt_state: PyTree
     ema: PyTree  # {"params": ..., "stats": ...} of the student: what is evaluated and exported
     key: Array  # never changes; every step folds its number in
+    weights: PyTree = None  # of methods that set their own (`auto_weight.initial`)
 
 
 class TeacherVariables(NamedTuple):
@@ -45,12 +47,13 @@ def init_state(
     variables: tuple[PyTree, PyTree] | None,
     adapters: Mapping[str, PyTree],
     optimizer: optax.GradientTransformation,
+    weights: PyTree = None,
 ) -> TrainState:
     """A state at step 0, on the host. `variables` is (params, stats) to start from, or None for `student.init(key)`."""
     params, stats = student.init(key) if variables is None else variables
     params = {"student": params, "adapters": adapters}
     ema = {"params": params["student"], "stats": stats}
-    state = TrainState(jnp.zeros((), jnp.int32), params, stats, optimizer.init(params), ema, key)
+    state = TrainState(jnp.zeros((), jnp.int32), params, stats, optimizer.init(params), ema, key, weights)
     # Copies, because a step donates its state and no two leaves may share a buffer; NumPy's need no compilation.
     return jax.tree.map(np.array, state)
 
@@ -81,7 +84,7 @@ def make_step(
     """
 
     def loss(
-        params: PyTree, stats: PyTree, variables: PyTree, batch: Batch, step: Array, key: Array
+        params: PyTree, stats: PyTree, factors: PyTree, variables: PyTree, batch: Batch, step: Array, key: Array
     ) -> tuple[Array | int, tuple[dict[str, Array], PyTree]]:
         output, stats = student.apply(params["student"], stats, student.preprocess(batch["image"]), train=True)
         targets = targets_of(batch)
@@ -108,7 +111,7 @@ def make_step(
                 )
                 share = len(more["image"]) / (len(batch["image"]) + len(more["image"]))
                 terms |= {name: (1 - share) * terms[name] + share * value for name, value in others.items()}
-            weights = distiller.weights(step)
+            weights = auto_weight.scaled(distiller.weights(step), factors)
             total += sum(weights[name] * value for name, value in terms.items())
             losses |= terms
         return total, (losses, stats)
@@ -116,7 +119,7 @@ def make_step(
     def update(state: TrainState, variables: PyTree, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(state.key, state.step)
         (total, (losses, stats)), grads = jax.value_and_grad(loss, has_aux=True)(
-            state.params, state.stats, variables, batch, state.step, key
+            state.params, state.stats, state.weights, variables, batch, state.step, key
         )
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(total) & jnp.isfinite(norm)

@@ -11,6 +11,7 @@ from kdjax import detectors, methods
 from kdjax.distill import Distiller
 from kdjax.doctor import gradients
 from kdjax.doctor.gradients import check_initial_scores, check_terms, measure_gradients
+from kdjax.training import auto_weight
 from tests.support.findings import errors
 
 TERMS = ("feature", "multiscale", "frequency", "alignment")
@@ -42,7 +43,7 @@ def test_the_neck_is_found_by_what_its_maps_depend_on(name):
     detector = detectors.build(name, 2)
     params, stats = detector.init(jax.random.PRNGKey(0))
     x = np.zeros((1, 64, 64, 3), np.float32)
-    in_neck = gradients.neck_parameters(lambda params: detector.apply(params, stats, x, train=True)[0], params)
+    in_neck = auto_weight.neck_parameters(lambda params: detector.apply(params, stats, x, train=True)[0], params)
     paths = [path[0].key for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
     assert in_neck == [first == "neck" for first in paths] and any(in_neck)
 

@@ -207,9 +207,7 @@ def test_classes_are_matched_by_name(tmp_path):
     ):
         teacher.matched(["star", "cross"])
     unnamed = load_teacher(rows_file(tmp_path / "b.onnx", boxes, probs), "yolov8")
-    with pytest.raises(
-        UserError, match=r"b\.onnx: the names of its classes are not known: set options\.classes"
-    ):
+    with pytest.raises(UserError, match=r"b\.onnx: the names of its classes are not known: set options\.classes"):
         unnamed.matched(NAMES)
     wrong = load_teacher(rows_file(tmp_path / "b.onnx", boxes, probs), "yolov8", {"classes": "voc"})
     with pytest.raises(UserError, match=r"b\.onnx: it tells the scores of 3 classes, but 20 are named \(aeroplane, "):
