@@ -51,6 +51,13 @@ Every method has a `weight`, its taps, and a schedule in steps (optimiser update
 the first step with a weight above zero, over `warmup` (0) steps it rises linearly to the full weight, and over the
 last `decay` (0) steps before `stop` (0: never) it falls linearly to zero. These four are not repeated below.
 
+With `--config.methods.NAME.weight=auto` the weight sets itself: the method's share of the gradient at the student's
+neck is held at `config.auto_weight.share` (0.3 for all such methods together), by the rule of RT-DETRv4, with a
+measurement every `config.auto_weight.every` (50) steps and more at the start. The published weights of its terms keep
+their proportions. `metrics.jsonl` has the weights in use, the `share` of each method and its `conflict`, the cosine
+between its gradient and that of the detection losses; `config.auto_weight.log=True` logs these for fixed weights too.
+The rule in full: [`kdjax/training/auto_weight.py`](../kdjax/training/auto_weight.py).
+
 A tap names maps of the detector: `neck`, one level of it (`backbone.2`) or several (`neck.0:3`, the first three), or
 a convolution of a head's tower (`cls_tower.1`). Levels of student and teacher pair by stride. Where channels differ,
 most methods bring the student's to the teacher's by an adapter, a convolution that is trained beside the student and
