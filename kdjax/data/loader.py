@@ -171,6 +171,7 @@ def eval_batches(
     batch_size: int,
     limit: int | None = None,
     fit: str = "round",
+    shard: tuple[int, int] = (0, 1),
 ) -> Batches:
     """The images of a split once, in order, resized to fit the canvas (`transforms.fitted`).
 
@@ -181,6 +182,7 @@ def eval_batches(
       batch_size: rows of every batch; the last batch is padded to it with grey images.
       limit: only the first images of the split; None takes all.
       fit: how an image is resized, see `transforms.fitted`.
+      shard: (index, count): this host gets the index-th of `count` runs of successive batches, which may be empty.
 
     Returns:
       An iterator with `close()` of the dicts of `train_batches` without masks and detections, and image_id i64[B],
@@ -195,7 +197,8 @@ def eval_batches(
     import grain
 
     chosen = dataset.splits[split]
-    plans = EvalPlans(size=chosen.size if limit is None else min(limit, chosen.size), batch=batch_size)
+    size = chosen.size if limit is None else min(limit, chosen.size)
+    plans = EvalPlans(size=size, batch=batch_size, shard=shard)
     builder = EvalBuilder(
         images=Images(dataclasses.replace(chosen, masks=None, found=None)),
         canvas=canvas_size(cfg),

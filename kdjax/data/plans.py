@@ -197,13 +197,23 @@ def stage_at(step: int, starts: Sequence[int]) -> int:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalPlans:
-    """The images in order: element k lists those of batch k, None for a row that only fills the last batch."""
+    """The images in order: element k lists those of batch k, None for a row that only fills the last batch.
+
+    Of several shards each has successive batches, the first ones at most one more than the others.
+    """
 
     size: int
     batch: int
+    shard: tuple[int, int] = (0, 1)  # index, count
+
+    def _start(self, shard: int) -> int:
+        """The first batch of a shard."""
+        least, more = divmod(-(-self.size // self.batch), self.shard[1])
+        return shard * least + min(shard, more)
 
     def __len__(self) -> int:
-        return -(-self.size // self.batch)
+        return self._start(self.shard[0] + 1) - self._start(self.shard[0])
 
     def __getitem__(self, index: int) -> list[int | None]:
+        index += self._start(self.shard[0])
         return [p if p < self.size else None for p in range(index * self.batch, (index + 1) * self.batch)]

@@ -49,6 +49,7 @@ def measure_gradients(setup: Setup, batch: Mapping[str, np.ndarray], adapters: P
     def measured(
         state: TrainState, adapters: PyTree, variables: PyTree, batch: Batch
     ) -> tuple[dict[str, Array], dict[str, Array], Array | None]:
+        state, adapters, variables = setup.layout.whole((state, adapters, variables))
         neck, losses = auto_weight.losses_at_neck(student, distiller, state, batch)
 
         def stacked(neck: list[Array]) -> tuple[Array, tuple[dict[str, Array], Array | None]]:
@@ -83,6 +84,7 @@ def train_adapters(setup: Setup, batch: Mapping[str, np.ndarray]) -> PyTree:
 
     @jax.jit
     def trained(state: TrainState, variables: PyTree, batch: Batch) -> PyTree:
+        state, variables = setup.layout.whole((state, variables))
         output, _ = student.apply(state.params["student"], state.stats, student.preprocess(batch["image"]), train=True)
         assignment = student.assign(output, targets_of(batch), state.key)
         observed: Any = batch.get(RECORDED)

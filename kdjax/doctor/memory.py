@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from kdjax import sharding
 from kdjax.distill.teachers import RECORDED
 from kdjax.doctor.findings import ERROR, OK, WARNING, Finding
 from kdjax.training.setup import Setup, placed
@@ -31,14 +32,14 @@ def check_memory(setup: Setup, batch: Mapping[str, np.ndarray]) -> list[Finding]
     compiled = Finding(OK, "programs", f"the run compiles {programs} programs")
     if analysis is None:
         return [Finding(WARNING, "memory", "XLA does not say how much a step needs on this platform"), compiled]
-    states = sum(leaf.nbytes for leaf in jax.tree.leaves((setup.states, setup.variables)))
+    states = sharding.bytes_of_device((setup.states, setup.variables, given.get(RECORDED)))
     new = analysis.output_size_in_bytes - analysis.alias_size_in_bytes  # the state is updated in place
-    states += sum(leaf.nbytes for leaf in jax.tree.leaves(given.get(RECORDED))) // setup.mesh.size
     need = (analysis.temp_size_in_bytes + new + states) / 2**30
     have = available() / 2**30
     message = f"a step needs about {need:.2f} GiB of the {have:.1f} GiB of a device"
     if need > have:
-        finding = Finding(ERROR, "memory", f"{message}: lower config.batch_size or config.data.image_size")
+        split = ", or set config.sharding='fsdp'" * (setup.mesh.size > 1 and setup.config.sharding == "replicated")
+        finding = Finding(ERROR, "memory", f"{message}: lower config.batch_size or config.data.image_size{split}")
     else:
         finding = Finding(WARNING if need > 0.8 * have else OK, "memory", message)
     return [finding, compiled]

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from kdjax import sharding
 from kdjax.errors import UserError, fault
 from kdjax.files import sealed
 from kdjax.structs import PyTree
@@ -53,7 +54,8 @@ class Checkpoints:
 
         Args:
           step: number of updates so far.
-          tree: nested arrays; copied to the host before this returns, so that its buffers may be donated.
+          tree: nested arrays; copied to the host before this returns, so that its buffers may be donated. Arrays that are
+            split over devices are written whole, so that any number of devices can read them.
           note: JSON-able.
 
         Raises:
@@ -62,7 +64,7 @@ class Checkpoints:
         """
         if self.manager.latest_step() == step:
             return
-        arrays = flat(tree)
+        arrays = flat(sharding.gather(tree))
         self.wait()  # for the step before, as Orbax does
         self._check_room(sum(value.nbytes for value in arrays.values()))
         note = sealed(note | {"sha256": {name: digest(value) for name, value in arrays.items()}}, SEAL)

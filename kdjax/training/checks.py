@@ -43,6 +43,8 @@ def check_settings(config: Config) -> None:
     settings.check_values(config)
     if config.dtype not in ("auto", "float32", "bfloat16"):
         raise UserError(f"config.dtype must be 'auto', 'float32' or 'bfloat16', not {config.dtype!r}")
+    if config.sharding not in sharding.KINDS:
+        raise UserError(f"config.sharding must be {' or '.join(map(repr, sharding.KINDS))}, not {config.sharding!r}")
     with prefix("config.data"):
         data.check_settings(config.data)
     all_methods(config)
@@ -310,6 +312,7 @@ def check_terms(setup: Setup, batch: Mapping[str, np.ndarray]) -> None:
     def probe(
         state: TrainState, variables: PyTree, batch: Mapping[str, Any]
     ) -> tuple[dict[str, Array], dict[str, Array], dict[str, Array]]:
+        state, variables = setup.layout.whole((state, variables))
         params = state.params
         output, _ = student.apply(params["student"], state.stats, student.preprocess(batch["image"]), train=True)
         targets = targets_of(batch)

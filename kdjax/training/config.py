@@ -23,6 +23,9 @@ def base() -> Config:
     # Precision of feature maps in training: "float32", "bfloat16", or "auto", which is bfloat16 on GPUs and TPUs and
     # float32 on CPUs. Parameters, statistics, losses, boxes and evaluations are always float32.
     config.dtype = "auto"
+    # Where parameters, moments, the moving average and teachers lie: "replicated", a copy on each device, or "fsdp",
+    # split over all devices of all hosts (docs/devices.md)
+    config.sharding = "replicated"
 
     config.student = ConfigDict(
         dict(
@@ -244,7 +247,9 @@ def methods(names: str) -> Config:
       UserError: unknown method.
     """
     chosen = {name: zoo.options(name) for name in names.split("+") if name}
-    for options in filter(lambda one: "weight" in one, chosen.values()):  # ml_collections keeps the type of a value: a weight may also become "auto"
+    for options in filter(
+        lambda one: "weight" in one, chosen.values()
+    ):  # ml_collections keeps the type of a value: a weight may also become "auto"
         options["weight"] = FieldReference(options["weight"], field_type=object)
     return ConfigDict(chosen)
 
@@ -322,7 +327,7 @@ def flat(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 # Settings that may differ between a run and its resumption, because they do not change the result.
 _FREE = ("extend", "log_every", "checkpoint", "compile_cache", "data.workers", "data.cache", "data.root",
-         "data.unlabelled", "eval", "teacher.cache")  # fmt: skip
+         "data.unlabelled", "eval", "sharding", "teacher.cache")  # fmt: skip
 
 
 def differences(written: object, config: Config) -> list[str]:

@@ -11,13 +11,13 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from kdjax import data, files, weights
+from kdjax import data, files, sharding, weights
 from kdjax.evals import coco, complexity, voc
 from kdjax.evals.matching import Truth, masks_by_image, truth_by_image
 from kdjax.inference.predict import predict
 from kdjax.report import drawing, model_card
 from kdjax.report import run as run_report
-from kdjax.structs import Detections
+from kdjax.structs import Detections, PyTree
 from kdjax.training.checks import check_programs
 from kdjax.training.log import Log
 from kdjax.training.models import precision
@@ -36,13 +36,14 @@ class Evaluation(NamedTuple):
     metrics: dict[str, float]  # COCO's 12, and those of masks where data and detector have them
     per_class: dict[str, float]  # class -> AP
     detections: dict[int, Detections]  # by image id, see `coco.collect`
-    examples: list[drawing.Example]  # the first images with objects, on the canvas
+    examples: list[drawing.Example]  # the first images of this host with objects, on the canvas
 
 
 def evaluate(setup: Setup, roles: Sequence[str], *, limit: int = 0) -> dict[str, Evaluation]:
-    """Evaluates models on all devices of this host; with several hosts, each evaluates all images.
+    """Evaluates models on all devices; several hosts share the images, and all get all detections.
 
-    Each image is decoded once for all models, or once for each way of resizing, where theirs differ.
+    Each image is decoded once for all models, or once for each way of resizing, where theirs differ. All hosts call this
+    function.
 
     Args:
       setup: of the run.
@@ -57,11 +58,12 @@ def evaluate(setup: Setup, roles: Sequence[str], *, limit: int = 0) -> dict[str,
     for fit in dict.fromkeys(one[0].fit for one in models.values()):
         alike = {role: one for role, one in models.items() if one[0].fit == fit}
         found |= _detect(setup, alike, fit, limit)
+    everyones = sharding.from_every_host({role: by_image for role, (by_image, _) in found.items()})
     truth = data.ground_truth(setup.dataset, "val", limit=limit or None)
     objects = truth_by_image(truth)
     evaluations = {}
     for role in roles:
-        by_image, shown = found[role]
+        by_image, shown = {image: one for of_host in everyones for image, one in of_host[role].items()}, found[role][1]
         curves = coco.curves(truth, by_image)
         metrics = coco.metrics(curves) | coco.mask_metrics(truth, by_image)
         masks = masks_by_image(truth) if coco.has_masks(truth, by_image) else {}
@@ -71,19 +73,29 @@ def evaluate(setup: Setup, roles: Sequence[str], *, limit: int = 0) -> dict[str,
 
 
 def _model(setup: Setup, role: str) -> tuple[Any, Any, Callable[..., Any] | None]:
-    """The detector of a role, its variables and None; or an ONNX file, nothing, and what runs it."""
+    """The detector of a role, its variables on this host's devices, None; or an ONNX file, nothing, what runs it."""
     if file := onnx_of(setup, role):
         return file, ({}, {}), file.program
-    return *model(setup, role), None
+    detector, variables = model(setup, role)
+    return detector, sharding.replicate(variables, sharding.mesh_of(jax.local_devices())), None
 
 
 def _detect(
     setup: Setup, models: Mapping[str, tuple[Any, Any, Callable[..., Any] | None]], fit: str, limit: int
 ) -> dict[str, tuple[dict[int, Detections], list[tuple[Any, int]]]]:
-    """The detections of models that see the same images, and the first rows with objects, (batch, row), by role."""
+    """This host's part of the images: its detections and first rows with objects, (batch, row), by role.
+
+    The models see the same images.
+    """
     config, dataset = setup.config, setup.dataset
     batches = data.eval_batches(
-        dataset, "val", config.data, batch_size=config.eval.batch_size, limit=limit or None, fit=fit
+        dataset,
+        "val",
+        config.data,
+        batch_size=config.eval.batch_size,
+        limit=limit or None,
+        fit=fit,
+        shard=(jax.process_index(), jax.process_count()),
     )
     bar = tqdm(
         batches, desc=f"evaluate {', '.join(models)}", unit="batch", leave=False, disable=jax.process_index() > 0
@@ -178,12 +190,13 @@ def finish(setup: Setup, workdir: Path, log: Log) -> dict[str, Any]:
             for name in evaluations["student"].metrics
             if name in results["twin"]
         }
+    finals = {role: sharding.gather(model(setup, role)[1]) for role in setup.states}  # by all hosts
     if jax.process_index():
         return results
     # Results before the report; what cannot be written does not lose the rest.
     for role in setup.states:
         with files.attempt(failed):
-            save_model(setup, role, workdir / role, results, evaluations[role].metrics)
+            save_model(setup, role, finals[role], workdir / role, results, evaluations[role].metrics)
     per_class = {role: evaluation.per_class for role, evaluation in evaluations.items()}
     with files.attempt(failed):
         files.write_json(workdir / "per_class.json", per_class, indent=1)
@@ -196,19 +209,26 @@ def finish(setup: Setup, workdir: Path, log: Log) -> dict[str, Any]:
     return results
 
 
-def save_model(setup: Setup, role: str, folder: Path, results: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+def save_model(
+    setup: Setup,
+    role: str,
+    variables: PyTree,
+    folder: Path,
+    results: Mapping[str, Any],
+    metrics: Mapping[str, float],
+) -> None:
     """Writes the weights of the student or the twin, with their model card.
 
     Args:
       setup: of the run.
       role: "student" or "twin".
+      variables: its (params, stats), on the host.
       folder: for the files.
       results: of `finish`, for the card.
       metrics: of the model, stored with the weights.
     """
     config, dataset = setup.config, setup.dataset
-    detector, variables = model(setup, role)
-    params, stats = jax.device_get(variables)
+    (params, stats), detector = variables, setup.student
     extra = {
         "data": config.data.source,
         "steps": config.steps,

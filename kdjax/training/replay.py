@@ -30,7 +30,7 @@ from kdjax.training.config import Config
 from kdjax.training.models import precision
 from kdjax.training.setup import Setup
 from kdjax.training.teachers import TeacherOfRun, attached, read_by_teacher
-from kdjax.weights.checkpoint import fingerprint, flat
+from kdjax.weights.checkpoint import flat
 
 
 class Needs(NamedTuple):
@@ -94,7 +94,7 @@ def facts(setup: Setup, teacher: TeacherOfRun) -> dict[str, Any]:
     config, own, detector = setup.config, teacher.settings(setup.config), teacher.detector
     cfg = config.data
     found = {
-        "the hash of the teacher's weights": fingerprint(teacher.variables),
+        "the hash of the teacher's weights": teacher.hash,
         "config.teacher.detector": getattr(detector, "name", ""),
         "config.teacher.options": getattr(detector, "options", {}),
         "the hash of the training images, boxes and classes": setup.dataset.splits["train"].fingerprint,
@@ -134,6 +134,9 @@ def ready(setup: Setup) -> dict[str, Shards]:
 
 def _ready(setup: Setup, teacher: TeacherOfRun) -> Shards:
     problem, where = "", _where(teacher)
+    if jax.process_count() > 1:  # the first host cannot gather alone what is split over all of them
+        here = sharding.mesh_of(jax.local_devices())
+        teacher = teacher._replace(variables=sharding.replicate(teacher.variables, here))
     if not jax.process_index():
         try:
             write(setup, teacher)
@@ -272,9 +275,8 @@ def _fill(setup: Setup, teacher: TeacherOfRun, found: Shards, missing: list[Miss
     ]
     assert teacher.observer is not None, "`needs` refuses such teachers"
     observe, mesh, variables = teacher.observer.program, setup.mesh, teacher.variables
-    if hosts > 1:  # the others wait: a program for the devices of this host
+    if hosts > 1:  # the others wait: a program for the devices of this host, on which `_ready` has put the variables
         mesh = sharding.mesh_of(jax.local_devices())
-        variables = sharding.replicate(variables, mesh)
         if not teacher.on_host:
             observe = jax.jit(teacher.observer.function, out_shardings=sharding.batch_sharding(mesh))
 

@@ -35,6 +35,7 @@ from kdjax.training.teachers import (
     attached,
     check_unlabelled,
     distiller_in_precision,
+    gathering,
     gives_boxes,
     hash_of,
     load_teachers,
@@ -61,13 +62,18 @@ class Setup(NamedTuple):
     teachers: tuple[TeacherOfRun, ...]  # none, that of config.teacher, or those of config.teachers
     distiller: Distiller | Distillers | None  # of all teachers, in float32 (a mean: in the precision of the run)
     variables: Any  # of all teachers, as the distiller takes them
-    states: dict[str, TrainState]  # "student" and, with a twin, "twin"; on all devices
+    states: dict[str, TrainState]  # "student" and, with a twin, "twin"; on the devices
     steps: dict[str, jax.stages.Wrapped]  # role -> jitted `Update`
     programs: collections.Counter[str]  # how often each program was traced
-    mesh: Mesh
+    layout: sharding.Layout  # the devices, and where states and variables lie
     # variables, batch of images without labels -> what that batch is to be in a step; None without such images
     unlabelled: jax.stages.Wrapped | None = None
     measure: jax.stages.Wrapped | None = None  # `auto_weight.make_measure`; None if nothing is measured
+
+    @property
+    def mesh(self) -> Mesh:
+        """All devices of the run."""
+        return self.layout.mesh
 
     @property
     def methods(self) -> Mapping[str, Method]:
@@ -136,8 +142,8 @@ def prepare(config: Config, dataset: data.Dataset) -> Setup:
     student, start = load_detector("student", config.student, dataset, key)
     check_masks(student, config)
     check_size("student", student, image_size)
-    mesh = sharding.make_mesh()
-    everywhere = sharding.replicated(mesh)
+    layout = sharding.Layout(sharding.make_mesh(), config.sharding)
+    everywhere, rows = sharding.replicated(layout.mesh), sharding.batch_sharding(layout.mesh)
     programs = collections.Counter()
 
     def program(name: str, function: Callable[..., Any], **options: Any) -> jax.stages.Wrapped:
@@ -147,7 +153,7 @@ def prepare(config: Config, dataset: data.Dataset) -> Setup:
 
         return jax.jit(traced, **options)
 
-    found = load_teachers(config, dataset, key, student, mesh, program)
+    found = load_teachers(config, dataset, key, student, layout, program)
     distiller, variables = together(found)
     adapters = init_adapters(distiller, key, image_size) if distiller else {}
 
@@ -160,16 +166,17 @@ def prepare(config: Config, dataset: data.Dataset) -> Setup:
     optimizer = optim.optimizer(config, no_decay)
 
     def update(name: str, distiller: Distiller | Distillers | None) -> jax.stages.Wrapped:
-        trained = in_precision(student, precision(config))
-        step = make_step(trained, optimizer, lambda at: optim.ema_rate(config, at), distiller=distiller)
-        return program(name, step, donate_argnums=0, out_shardings=everywhere)
+        trained, rate = in_precision(student, precision(config)), lambda at: optim.ema_rate(config, at)
+        step = make_step(trained, optimizer, rate, distiller=distiller, layout=layout)
+        after = layout.shardings(states[name]), everywhere
+        return program(name, step, donate_argnums=0, out_shardings=after)
 
     unlabelled = None
     if config.data.unlabelled:
         check_unlabelled(found, distiller, image_size)
         shorter = [one._replace(distiller=distiller_in_precision(one, config)) for one in found]
         look = look_with(shorter, config, dataset)
-        unlabelled = program("unlabelled images", look, out_shardings=sharding.batch_sharding(mesh))
+        unlabelled = program("unlabelled images", gathering(look, layout), out_shardings=rows)
     weights = auto_weight.initial(config, list(distiller.methods)) if distiller else None
     states = {"student": init_state(student, key, start, adapters, optimizer, weights)}
     if config.twin:
@@ -180,7 +187,11 @@ def prepare(config: Config, dataset: data.Dataset) -> Setup:
     if weights is not None:
         assert trained is not None, "`auto_weight.check` refuses this"
         shares = auto_weight.make_measure(in_precision(student, precision(config)), trained, config)
-        measure = program("shares of the gradient", shares, out_shardings=everywhere)
+
+        def gathered(state: TrainState, variables: PyTree, batch: Mapping[str, Any]) -> PyTree:
+            return shares(*layout.whole((state, variables)), batch)
+
+        measure = program("shares of the gradient", gathered, out_shardings=everywhere)
     return Setup(
         config,
         dataset,
@@ -188,10 +199,10 @@ def prepare(config: Config, dataset: data.Dataset) -> Setup:
         found,
         distiller,
         variables,
-        jax.device_put(states, everywhere),
+        layout.put(states),
         steps,
         programs,
-        mesh,
+        layout,
         unlabelled,
         measure,
     )
@@ -350,7 +361,7 @@ def resume(setup: Setup, checkpoints: Checkpoints) -> tuple[int, Setup]:
             f"{setup.student.name} when it was started: choose another folder"
         )
     states, note = checkpoints.restore(setup.states)
-    states = jax.device_put(states, sharding.replicated(setup.mesh))
+    states = setup.layout.put(states)
     step = int(states["student"].step)
     if step != note["next_batch"]:
         raise UserError(

@@ -11,6 +11,7 @@ import optax
 from kdjax.detectors.api import Detector
 from kdjax.distill import Distiller, Distillers
 from kdjax.distill.teachers import RECORDED
+from kdjax.sharding import Layout
 from kdjax.structs import Array, PyTree, targets_of
 from kdjax.training import auto_weight
 
@@ -64,6 +65,7 @@ def make_step(
     ema_rate: Callable[[Array], Array],
     *,
     distiller: Distiller | Distillers | None = None,
+    layout: Layout | None = None,
 ) -> Update:
     """The update of a student, with a distiller or without: a supervised run and the twin, one program.
 
@@ -76,6 +78,7 @@ def make_step(
         without labels, may be in the batch as `unlabelled`: it has the distillation terms alone, and a term is the mean
         over all images. Its `boxes`, `labels` and `valid`, if it has them, are for methods that read some; without
         them these methods see the labelled images alone.
+      layout: where the state and the teacher's variables lie; None: each device has copies.
 
     Returns:
       (state, teacher variables or None, batch) -> (state, metrics). Metrics are f32[]: the detection losses, the
@@ -118,9 +121,11 @@ def make_step(
 
     def update(state: TrainState, variables: PyTree, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(state.key, state.step)
-        (total, (losses, stats)), grads = jax.value_and_grad(loss, has_aux=True)(
-            state.params, state.stats, state.weights, variables, batch, state.step, key
-        )
+        # Outside of the gradient: the parameters are gathered once, and their gradients are summed into parts.
+        whole = state.params, state.stats, state.weights, variables
+        whole = whole if layout is None else layout.whole(whole)
+        (total, (losses, stats)), grads = jax.value_and_grad(loss, has_aux=True)(*whole, batch, state.step, key)
+        grads = grads if layout is None else layout.parts(grads)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(total) & jnp.isfinite(norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 from tqdm import tqdm
 
 from kdjax import data, resources, sharding, weights
@@ -54,6 +53,7 @@ class TeacherOfRun(NamedTuple):
     observer: Observer | None
     file: data.Found | None = None  # of detections on the training images, if it is one
     further: data.Found | None = None  # of detections on the images without labels
+    sha256: str = ""  # of its weights; of a file of detections `file` knows it
 
     @property
     def model(self) -> str:
@@ -63,7 +63,7 @@ class TeacherOfRun(NamedTuple):
     @property
     def hash(self) -> str:
         """The hash of its weights, or of its file."""
-        return self.file.sha256 if self.file else fingerprint(self.variables)
+        return self.file.sha256 if self.file else self.sha256
 
     @property
     def methods(self) -> Mapping[str, Method]:
@@ -219,7 +219,7 @@ def load_teachers(
     dataset: data.Dataset,
     key: Array,
     student: Detector,
-    mesh: Mesh,
+    layout: sharding.Layout,
     program: Callable[..., jax.stages.Wrapped],
 ) -> tuple[TeacherOfRun, ...]:
     """All teachers, also those that have no methods and are only a part of a mean."""
@@ -240,16 +240,16 @@ def load_teachers(
             further = dataset.unlabelled.found if dataset.unlabelled else None
         elif own.layout:
             detector, detects = load_onnx(where, own, dataset, predictions=reads_predictions(built))
-            variables = jax.device_put(detector.variables, sharding.replicated(mesh))
+            variables = layout.put(detector.variables)
         else:
             predictions = reads_predictions(built) or name in averaged
             detector, loaded, detects = load_teacher(where, own, dataset, key, predictions=predictions)
             check_size("teacher", detector, image_size)
             assert loaded is not None, "check_models refuses teachers without weights"
-            variables = jax.device_put(TeacherVariables(*loaded), sharding.replicated(mesh))
-        teacher = TeacherOfRun(
-            name, detector, detects, Distiller(student, detector, built, rule), variables, None, file, further
-        )
+            variables = layout.put(TeacherVariables(*loaded))
+        distiller = Distiller(student, detector, built, rule)
+        sha256 = fingerprint(sharding.gather(variables))
+        teacher = TeacherOfRun(name, detector, detects, distiller, variables, None, file, further, sha256)
         if built and teacher.on_host:
             # Whether the methods can compare the two; what is read of the file depends on it.
             adapters_of(teacher.distiller, key, image_size, of_methods)
@@ -259,7 +259,9 @@ def load_teachers(
             observe = observe_with(distiller_in_precision(teacher, config))
             output = jax.eval_shape(observe, variables, batch_spec(config))
             if not functions_of(output):
-                run = program(teacher.role, observe, out_shardings=sharding.batch_sharding(mesh))
+                run = program(
+                    teacher.role, gathering(observe, layout), out_shardings=sharding.batch_sharding(layout.mesh)
+                )
                 teacher = teacher._replace(observer=Observer(observe, run, output))
         found[name] = teacher
     return tuple(found[name] for name in chosen)
@@ -292,6 +294,11 @@ def observe_with(distiller: Distiller) -> Callable[[Any, Batch], DetectorOutput]
         return without_places(distiller.observe(batch, variables))
 
     return observe
+
+
+def gathering(function: Callable[..., Any], layout: sharding.Layout) -> Callable[..., Any]:
+    """A function of variables and a batch, for variables that lie on the devices as the layout says."""
+    return lambda variables, batch: function(layout.whole(variables), batch)
 
 
 def unlabelled_rows(config: Config) -> int:

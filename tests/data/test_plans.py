@@ -1,6 +1,7 @@
 """The images that make a row of a batch."""
 
 import numpy as np
+import pytest
 
 from kdjax.data import plans, stages
 from tests.support.data import settings
@@ -35,6 +36,14 @@ def test_the_last_evaluation_batch_is_filled_up():
     planned = plans.EvalPlans(size=5, batch=3)
     assert [planned[i] for i in range(len(planned))] == [[0, 1, 2], [3, 4, None]]
     assert len(plans.EvalPlans(size=6, batch=3)) == 2
+
+
+@pytest.mark.parametrize(("size", "count"), [(14, 1), (14, 2), (14, 3), (14, 8), (0, 2)])
+def test_shards_of_an_evaluation_are_its_batches_in_order(size, count):
+    whole = plans.EvalPlans(size=size, batch=3)
+    shards = [plans.EvalPlans(size=size, batch=3, shard=(index, count)) for index in range(count)]
+    assert [shard[i] for shard in shards for i in range(len(shard))] == [whole[i] for i in range(len(whole))]
+    assert max(map(len, shards)) - min(map(len, shards)) <= 1 and len(shards[0]) == max(map(len, shards))
 
 
 def view_plans(views: int, order=range(10**6), *, batch=6, starts=(0,), **augment):

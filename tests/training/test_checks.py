@@ -58,6 +58,7 @@ from tests.support.runs import tiny_config
             "image_size must be multiples of 32 .*, not 60x64",
         ),
         (dict(data__source="coco"), "coco"),
+        (dict(sharding="zero"), "config.sharding must be 'replicated' or 'fsdp', not 'zero'$"),
         (dict(batch_size=0), "batch_size must be >= 1, not 0"),
         (dict(steps=0), "steps must be >= 1, not 0"),
         (dict(seed=-1), "seed must be in .0, 4294967295., not -1"),
