@@ -38,7 +38,7 @@ def check_memory(setup: Setup, batch: Mapping[str, np.ndarray]) -> list[Finding]
     have = available() / 2**30
     message = f"a step needs about {need:.2f} GiB of the {have:.1f} GiB of a device"
     if need > have:
-        split = ", or set config.sharding='fsdp'" * (setup.mesh.size > 1 and setup.config.sharding == "replicated")
+        split = ", or set config.sharding='fsdp'" * (setup.mesh.size > 1 and setup.layout.kind == "replicated")
         finding = Finding(ERROR, "memory", f"{message}: lower config.batch_size or config.data.image_size{split}")
     else:
         finding = Finding(WARNING if need > 0.8 * have else OK, "memory", message)

@@ -54,8 +54,8 @@ class Checkpoints:
 
         Args:
           step: number of updates so far.
-          tree: nested arrays; copied to the host before this returns, so that its buffers may be donated. Arrays that are
-            split over devices are written whole, so that any number of devices can read them.
+          tree: nested arrays; copied to the host before this returns, so that its buffers may be donated. Arrays that
+            are split over devices are written whole, so that any number of devices can read them.
           note: JSON-able.
 
         Raises:

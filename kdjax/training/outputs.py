@@ -42,8 +42,8 @@ class Evaluation(NamedTuple):
 def evaluate(setup: Setup, roles: Sequence[str], *, limit: int = 0) -> dict[str, Evaluation]:
     """Evaluates models on all devices; several hosts share the images, and all get all detections.
 
-    Each image is decoded once for all models, or once for each way of resizing, where theirs differ. All hosts call this
-    function.
+    Each image is decoded once for all models, or once for each way of resizing, where theirs differ. All hosts call
+    this function.
 
     Args:
       setup: of the run.

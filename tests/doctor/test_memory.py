@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from kdjax import sharding
 from kdjax.doctor import memory
 from tests.support.findings import errors
 
@@ -17,7 +18,15 @@ def test_too_little_memory_is_named(tiny, monkeypatch):
     setup = setup._replace(steps=setup.steps | {"student": step})
     assert not errors(memory.check_memory(setup, batch))
     monkeypatch.setattr(memory, "available", lambda: 2**20)
-    assert "lower config.batch_size" in errors(memory.check_memory(setup, batch))["memory"]
+    [told] = errors(memory.check_memory(setup, batch)).values()
+    assert told.endswith(": lower config.batch_size or config.data.image_size")
+    for kind in sharding.KINDS:
+        several = setup._replace(layout=sharding.Layout(sharding.mesh_of(jax.devices()[:2]), kind))
+        several = several._replace(states=several.layout.put(jax.device_get(setup.states)))
+        several = several._replace(variables=several.layout.put(jax.device_get(setup.variables)))
+        monkeypatch.setattr(memory, "placed", lambda _, batch: batch)
+        [of_two] = errors(memory.check_memory(several, batch)).values()
+        assert of_two.endswith(", or set config.sharding='fsdp'") == (kind == "replicated")
 
 
 def test_memory_is_that_of_the_machine_and_its_container(tmp_path, monkeypatch):

@@ -33,13 +33,17 @@ SETTINGS = {
 }
 
 
-def hosts(workdir: Path, count: int) -> list[subprocess.Popen]:
-    """Two devices in all, on `count` hosts. What Slurm would say tells `jax.distributed` which is which."""
+def hosts(workdir: Path, count: int, kind: str = "replicated") -> list[subprocess.Popen]:
+    """Two devices in all, on `count` hosts; `kind` is config.sharding.
+
+    What Slurm would say tells `jax.distributed` which host is which.
+    """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "train.py", "--config=configs/supervised/scenes.py:rtmdet_pico", f"--workdir={workdir}"]
-    command += [f"--config.{name}={value}" for name, value in SETTINGS.items()] + ["--multihost"] * (count > 1)
+    command += [f"--config.{name}={value}" for name, value in (SETTINGS | {"sharding": kind}).items()]
+    command += ["--multihost"] * (count > 1)
     common = dict(os.environ, KDJAX_CACHE=str(workdir.parent / "cache"), JAX_PLATFORMS="cpu")
     common |= dict(XLA_FLAGS=f"--xla_force_host_platform_device_count={2 // count}")
     common |= dict(JAX_COORDINATOR_ADDRESS=f"localhost:{port}", SLURM_JOB_ID="1", SLURM_STEP_NODELIST="localhost")
@@ -62,8 +66,9 @@ def ended(processes: list[subprocess.Popen]) -> list[tuple[int, str]]:
 
 
 @pytest.mark.slow
-def test_two_hosts_stop_together_go_on_and_agree_with_one(tmp_path):
-    running, log = hosts(tmp_path / "two", 2), tmp_path / "two" / "metrics.jsonl"
+@pytest.mark.parametrize("kind", ["replicated", "fsdp"])
+def test_two_hosts_stop_together_go_on_and_agree_with_one(tmp_path, kind):
+    running, log = hosts(tmp_path / "two", 2, kind), tmp_path / "two" / "metrics.jsonl"
     while not (log.exists() and log.stat().st_size):
         assert all(process.poll() is None for process in running), ended(running)
         time.sleep(0.05)
@@ -72,7 +77,7 @@ def test_two_hosts_stop_together_go_on_and_agree_with_one(tmp_path):
     assert first == second == 143, said
     step = json.loads(log.read_text().splitlines()[-1])["step"]
     assert step < SETTINGS["steps"] and f"stopped at step {step} of 40; the state is saved" in said
-    assert [code for code, _ in ended(hosts(tmp_path / "two", 2))] == [0, 0]
+    assert [code for code, _ in ended(hosts(tmp_path / "two", 2, kind))] == [0, 0]
     assert [code for code, _ in ended(hosts(tmp_path / "one", 1))] == [0]
     two, one = (checkpoint.flat(weights.load(tmp_path / name / "student")[1:3], copy=False) for name in ("two", "one"))
     for name, value in one.items():

@@ -2,20 +2,18 @@
 
 import collections
 import contextlib
-import dataclasses
 import json
-import math
 import re
 
 import jax
 import numpy as np
 import pytest
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from kdjax import data, detectors, sharding, weights
-from kdjax.doctor import gradients
-from kdjax.errors import UserError
-from kdjax.training import checkpoint, checks, optim, outputs
+from kdjax.doctor import gradients, memory
+from kdjax.doctor.findings import OK
+from kdjax.training import checkpoint, checks, optim
 from kdjax.training import config as settings
 from kdjax.training import run as training
 from kdjax.training import step as steps
@@ -48,7 +46,9 @@ def setup_of(folder, teacher, kind, **changes):
 
 
 def leaves(tree):
-    return {jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in jax.tree_util.tree_leaves_with_path(tree)}
+    return {
+        jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def test_the_largest_axis_that_the_devices_divide_is_split():
@@ -86,8 +86,9 @@ def test_a_device_holds_an_eighth_of_a_small_detector_s_state():
     assert held[jax.devices()[0]] / whole == pytest.approx(0.1306, abs=5e-5)
     assert sharding.bytes_of_device(state) == whole
     large = {name for name, leaf in leaves(placed).items() if leaf.is_fully_replicated and leaf.size >= 1024}
-    stem = "backbone/stem/1/conv/kernel"  # 3 x 3 x 12 x 12: eight divides none of its axes
-    assert large == {f"params/student/{stem}", f"opt_state/0/mu/student/{stem}", f"opt_state/0/nu/student/{stem}", f"ema/params/{stem}"}  # fmt: skip
+    moments, stem = ("opt_state/0/mu/student", "opt_state/0/nu/student"), "backbone/stem/1/conv/kernel"
+    # 3 x 3 x 12 x 12: eight divides none of its axes
+    assert large == {f"{tree}/{stem}" for tree in ("params/student", "ema/params", *moments)}
 
 
 def trained(setup, batches):
@@ -104,7 +105,9 @@ def trained(setup, batches):
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))  # updated in place
     assert set(setup.programs.values()) == {1}
     [one] = setup.teachers
-    compiled["teacher"] = one.observer.program.lower(one.variables, {n: arrays[n] for n in ("image", "image_size")}).compile()
+    compiled["teacher"] = one.observer.program.lower(
+        one.variables, {n: arrays[n] for n in ("image", "image_size")}
+    ).compile()
     return totals, states, {name: program.as_text() for name, program in compiled.items()}
 
 
@@ -120,7 +123,7 @@ def messages(program: str) -> collections.Counter:
 
 
 def test_split_states_train_as_copies_do(folder, teacher, monkeypatch):
-    """SGD, 4 steps, relative 1e-5. Beside what copies send, a step gathers each split parameter once and nothing else."""
+    """SGD, 4 steps, relative 1e-5. Beside what copies send, a step gathers each split parameter once, no activation."""
     use(monkeypatch, 8)
     copies, split = (setup_of(folder, teacher, kind) for kind in sharding.KINDS)
     assert copies.teachers[0].hash == split.teachers[0].hash
@@ -197,3 +200,43 @@ def test_split_arrays_are_put_on_other_devices_and_fetched_whole():
         again = sharding.replicate(found, sharding.mesh_of(devices))
         assert again["a"] is found["a"] and again["b"] is found["b"]
     assert sharding.from_every_host({"a": 1}) == [{"a": 1}]
+
+
+@pytest.mark.slow
+def test_a_split_run_is_checked_evaluated_and_ends_on_other_devices(folder, teacher, tmp_path, monkeypatch):
+    """Stopped on eight devices, it goes on with copies on two, and agrees with a run that had copies all along."""
+
+    def config(kind):
+        changes = dict(sharding=kind, steps=10, optimizer__warmup=0, data__stage2__start=0, eval__every=5)
+        return tiny_config(folder, teacher=teacher, method="cwd", **CHANGES | changes)
+
+    use(monkeypatch, 8)
+    with stopped_in_step(7):
+        run(config("fsdp"), tmp_path / "split")
+    use(monkeypatch, 2)
+    results = run(config("replicated"), tmp_path / "split")
+    assert run(config("replicated"), tmp_path / "copies")["student"]["params"] == results["student"]["params"]
+    use(monkeypatch, 8)
+    (tmp_path / "split" / "results.json").unlink()
+    again = run(config("fsdp"), tmp_path / "split")  # evaluates the finished run
+    for role in ("student", "twin", "teacher"):
+        assert again[role]["AP"] == pytest.approx(results[role]["AP"], abs=1e-3)
+    for role in ("student", "twin"):
+        split, copies = (leaves(weights.load(tmp_path / name / role)[1:3]) for name in ("split", "copies"))
+        for name in copies:
+            size = max(np.linalg.norm(copies[name]), 0.1 * np.sqrt(copies[name].size))
+            assert np.linalg.norm(split[name] - copies[name]) < 1e-5 * size, name
+
+
+@pytest.mark.slow
+def test_the_doctor_measures_split_states_as_it_does_copies(folder, teacher, monkeypatch):
+    use(monkeypatch, 8)
+    copies, split = (setup_of(folder, teacher, kind) for kind in sharding.KINDS)
+    batch = checks.first_batch_with_objects(copies)
+    checks.check_terms(split, batch)
+    a, b = (
+        gradients.measure_gradients(setup, batch, gradients.train_adapters(setup, batch)) for setup in (copies, split)
+    )
+    assert a.values == pytest.approx(b.values, rel=1e-4) and a.grad_norms == pytest.approx(b.grad_norms, rel=1e-4)
+    assert a.score == pytest.approx(b.score, rel=1e-5)
+    assert memory.check_memory(split, batch)[0].level == OK
