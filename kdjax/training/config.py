@@ -247,10 +247,9 @@ def methods(names: str) -> Config:
       UserError: unknown method.
     """
     chosen = {name: zoo.options(name) for name in names.split("+") if name}
-    for options in filter(
-        lambda one: "weight" in one, chosen.values()
-    ):  # ml_collections keeps the type of a value: a weight may also become "auto"
-        options["weight"] = FieldReference(options["weight"], field_type=object)
+    for options in chosen.values():  # ml_collections keeps the type of a value: a weight may also become "auto"
+        if "weight" in options:
+            options["weight"] = FieldReference(options["weight"], field_type=object)
     return ConfigDict(chosen)
 
 

@@ -189,7 +189,8 @@ def prepare(config: Config, dataset: data.Dataset) -> Setup:
         shares = auto_weight.make_measure(in_precision(student, precision(config)), trained, config)
 
         def gathered(state: TrainState, variables: PyTree, batch: Mapping[str, Any]) -> PyTree:
-            return shares(*layout.whole((state, variables)), batch)
+            state, variables = layout.whole((state, variables))
+            return shares(state, variables, batch)
 
         measure = program("shares of the gradient", gathered, out_shardings=everywhere)
     return Setup(
