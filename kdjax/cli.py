@@ -26,9 +26,10 @@ RUNS = {
     "train": ("kdjax.training.run", "main"),
     "doctor": ("kdjax.commands.doctor", "run"),
     "cache": ("kdjax.commands.cache", "run"),
+    "compile": ("kdjax.commands.compile", "run"),
 }
 # These take --config.a.b=value.
-OVERRIDABLE = ("train", "doctor", "cache", "study")
+OVERRIDABLE = ("train", "doctor", "cache", "compile", "study")
 # These take --model more than once.
 SEVERAL_MODELS = ("latency",)
 # What follows the sentence on a fault of the machine.
@@ -234,6 +235,13 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, list[str]]]:
         "cache",
         "Write what a teacher says about training batches, for runs that read it instead of running the teacher.",
         "kdjax cache --config=quickstart:mkd+rm --config.data.views=4 --config.teacher.cache=caches/a",
+    )
+    add_config(one)
+
+    one = add(
+        "compile",
+        "Compile the programs of a run into the cache, as for the image of a cluster; it trains nothing.",
+        "kdjax compile --config=quickstart:cwd --config.batch_size=4 --config.data.scenes_train=40",
     )
     add_config(one)
 

@@ -3,6 +3,7 @@
 Batches are split over the axis `data`. States and variables have a copy on each device, or are split too (`Layout`).
 """
 
+import contextlib
 import math
 import pickle
 from collections.abc import Mapping, Sequence
@@ -135,6 +136,38 @@ def shard_batch(mesh: Mesh, batch: Mapping[str, Any]) -> dict[str, Any]:
     """
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda value: jax.make_array_from_process_local_data(sharding, value), dict(batch))
+
+
+def spec_of_batch(mesh: Mesh, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Shapes, types and shardings of what `shard_batch` returns for a batch, without moving it."""
+
+    def spec(value: np.ndarray) -> jax.ShapeDtypeStruct:
+        shape = (len(value) * jax.process_count(), *value.shape[1:])
+        return jax.ShapeDtypeStruct(shape, jax.dtypes.canonicalize_dtype(value.dtype), sharding=batch_sharding(mesh))
+
+    return jax.tree.map(spec, dict(batch))
+
+
+def spec_of_rows(mesh: Mesh, tree: PyTree) -> PyTree:
+    """The shapes and types of global arrays, with the sharding of a batch."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=batch_sharding(mesh)), tree)
+
+
+def on_host() -> contextlib.AbstractContextManager[None]:
+    """A context in which what is computed outside of any program is computed on the CPU, where that is possible.
+
+    Each new shape of such an operation is a program, which an accelerator takes long to compile.
+    """
+    try:
+        return jax.default_device(jax.local_devices(backend="cpu")[0])
+    except RuntimeError:  # JAX_PLATFORMS leaves the CPU out
+        return contextlib.nullcontext()
+
+
+def rows_of_host(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The rows of this host of a global batch that every host has."""
+    host, hosts = jax.process_index(), jax.process_count()
+    return jax.tree.map(lambda rows: rows[host * len(rows) // hosts : (host + 1) * len(rows) // hosts], dict(batch))
 
 
 def split(array: np.ndarray | jax.Array, mesh: Mesh) -> jax.Array:

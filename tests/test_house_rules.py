@@ -37,9 +37,9 @@ ALLOWED = {
     "doctor": CORE | {"methods", "detectors", "data", "evals", "weights", "inference", "training"},
 }
 ALLOWED = {part: used | {"files", "resources"} for part, used in ALLOWED.items()}
-ALLOWED |= {"files": {"errors"}, "resources": {"errors"}, "sharding": set()}
+ALLOWED |= {"files": {"errors"}, "resources": {"errors"}, "sharding": set(), "compile_cache": {"files"}}
 for _part in ("inference", "training", "doctor"):
-    ALLOWED[_part] |= {"sharding"}
+    ALLOWED[_part] |= {"sharding", "compile_cache"}
 # The commands may import everything.
 ALLOWED["commands"] = set(ALLOWED) - {"commands"}
 

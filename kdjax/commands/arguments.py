@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from kdjax import data, files, inference
+from kdjax import compile_cache, data, files, inference
 from kdjax.data.coco import composed
 from kdjax.errors import UserError, listed, prefix, printable
 from kdjax.training import config as settings
@@ -20,8 +20,7 @@ SCENES = 400  # images of the generated validation split, as in a run
 def load_model(path: str, flag: str = "--model") -> inference.Model:
     """The model that a flag names; compiled programs are kept on disk, so that the next command starts in seconds."""
     if not jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue] - set at run time
-        jax.config.update("jax_compilation_cache_dir", str(files.cache_root() / "jax"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        compile_cache.enable()
     with prefix(flag):
         return inference.load(path)
 

@@ -261,7 +261,8 @@ def pure(construct: Callable[[], nnx.Module]) -> PureModule:
 
         def draw(path: str, shape: tuple[int, ...]) -> Array:
             seed = [*words.ravel().tolist(), zlib.crc32(path.encode())]
-            return jax.numpy.asarray(draws[path](np.random.default_rng(seed), shape), jax.numpy.float32)
+            drawn = draws[path](np.random.default_rng(seed), shape)
+            return jax.device_put(np.asarray(drawn, np.float32))  # jax.numpy would compile a program for each shape
 
         params, stats = (
             unflatten({path: draw(path, leaf.shape) for path, leaf in flatten(tree).items()}) for tree in shapes

@@ -99,6 +99,28 @@ def program(
     return run
 
 
+def lower(
+    detector: Detector,
+    variables: tuple[Tree, Tree],
+    canvas: tuple[int, int],
+    batch_size: int,
+    *,
+    devices: Sequence[sharding.Device] | None = None,
+) -> jax.stages.Lowered:
+    """The program that `predict` runs, lowered for batches of one shape; once compiled, `predict` finds it so.
+
+    Args:
+      detector, variables, devices: as for `predict`.
+      canvas: height and width of the network input in pixels.
+      batch_size: images of a batch.
+    """
+    devices = tuple(jax.local_devices() if devices is None else devices)
+    mesh, rows = sharding.mesh_of(devices), batch_size + -batch_size % len(devices)
+    shapes = jax.ShapeDtypeStruct((rows, *canvas, 3), np.uint8), jax.ShapeDtypeStruct((rows, 2), np.int32)
+    compiled: Any = _compiled(detector.apply, detector.decode, detector.preprocess, devices)
+    return compiled.lower(sharding.replicate(tuple(variables), mesh), *sharding.spec_of_rows(mesh, shapes))
+
+
 def traces(detector: Detector) -> int:
     """How often this process has traced the `program` of this detector, for all shapes and devices together."""
     return _traces[detector.apply, detector.decode]

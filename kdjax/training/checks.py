@@ -8,21 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from kdjax import data, detectors, files, methods, resources, sharding
 from kdjax.distill import pairing
-from kdjax.distill.teachers import RECORDED
 from kdjax.errors import UserError, prefix
 from kdjax.inference import layouts
-from kdjax.structs import Array, DetectorOutput, PyTree, targets_of
 from kdjax.training import auto_weight, optim, replay
 from kdjax.training import config as settings
 from kdjax.training.config import Config
 from kdjax.training.models import all_methods, build_methods, check_masks, check_size, named_detector
-from kdjax.training.setup import Setup, train_batches, with_host
-from kdjax.training.step import TrainState
+from kdjax.training.setup import Setup, placed, train_batches
+from kdjax.training.step import UNLABELLED
 from kdjax.training.teachers import members, of_file, teacher_configs, unlabelled_rows
 
 # What a run writes into its workdir.
@@ -275,7 +272,7 @@ def check_workdir(config: Config, workdir: str | Path | None) -> Path:
 
 
 def first_batch_with_objects(setup: Setup) -> dict[str, np.ndarray]:
-    """The first training batch that contains an object.
+    """The first training batch that contains an object, the rows of this host.
 
     Raises:
       UserError: the first 100 batches contain none.
@@ -284,7 +281,7 @@ def first_batch_with_objects(setup: Setup) -> dict[str, np.ndarray]:
         for _ in range(100):
             batch = next(batches)
             if batch["valid"].any():
-                return batch
+                return sharding.rows_of_host(batch)
     lost = _lost(data.count(setup.dataset, "train", setup.config.data))
     raise UserError(f"config.data.train_split: the first 100 training batches have no objects{lost}")
 
@@ -307,38 +304,9 @@ def check_terms(setup: Setup, batch: Mapping[str, np.ndarray]) -> None:
     for name, method in setup.methods.items():
         if not method.weights:
             raise UserError(f"{where_of(name)}: it has no effect: the weights of all its terms are 0")
-    student, state = setup.student, setup.states["student"]
-
-    def probe(
-        state: TrainState, variables: PyTree, batch: Mapping[str, Any]
-    ) -> tuple[dict[str, Array], dict[str, Array], dict[str, Array]]:
-        state, variables = setup.layout.whole((state, variables))
-        params = state.params
-        output, _ = student.apply(params["student"], state.stats, student.preprocess(batch["image"]), train=True)
-        targets = targets_of(batch)
-        assignment = student.assign(output, targets, state.key)
-        losses = student.loss(output, targets, assignment)
-
-        def terms(output: DetectorOutput) -> dict[str, Array]:
-            return distiller.terms(
-                params["adapters"],
-                output,
-                batch,
-                variables,
-                observed=batch.get(RECORDED),
-                assignment=assignment,
-                key=state.key,
-            )
-
-        values, vjp = jax.vjp(terms, output)
-        grad_norms = {}
-        for name in values:
-            (grads,) = vjp({other: jnp.float32(other == name) for other in values})
-            grad_norms[name] = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
-        return losses, values, grad_norms
-
-    arguments = (state, setup.variables, sharding.shard_batch(setup.mesh, with_host(setup, batch)))
-    losses, values, grad_norms = jax.device_get(jax.jit(probe)(*arguments))
+    assert setup.probe is not None, "there is one with every distiller"
+    labelled = placed(setup, {name: value for name, value in batch.items() if name != UNLABELLED})
+    losses, values, grad_norms = jax.device_get(setup.probe(setup.states["student"], setup.variables, labelled))
     for name, value in (losses | values).items():
         if not np.isfinite(value):
             raise UserError(f"term {name} is {value} on the first batch with objects: it cannot be trained")
@@ -350,7 +318,8 @@ def check_terms(setup: Setup, batch: Mapping[str, np.ndarray]) -> None:
             )
         if not np.isfinite(norm):
             raise UserError(f"term {name} (value {values[name]:.3g}) has a gradient that is not finite")
-    weights = distiller.weights(0)
+    with sharding.on_host():
+        weights = distiller.weights(0)
     for name, weight in weights.items():
         if not np.isfinite(weight):
             raise UserError(f"term {name}: its weight is {weight}: it must be finite")

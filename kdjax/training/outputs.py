@@ -14,10 +14,11 @@ from tqdm import tqdm
 from kdjax import data, files, sharding, weights
 from kdjax.evals import coco, complexity, voc
 from kdjax.evals.matching import Truth, masks_by_image, truth_by_image
-from kdjax.inference.predict import predict
+from kdjax.inference.predict import predict, traces
 from kdjax.report import drawing, model_card
 from kdjax.report import run as run_report
 from kdjax.structs import Detections, PyTree
+from kdjax.training import compiling
 from kdjax.training.checks import check_programs
 from kdjax.training.log import Log
 from kdjax.training.models import precision
@@ -54,6 +55,8 @@ def evaluate(setup: Setup, roles: Sequence[str], *, limit: int = 0) -> dict[str,
       The evaluations by role.
     """
     models = {role: _model(setup, role) for role in roles}
+    new = [role for role, (detector, *_, run) in models.items() if run is None and not traces(detector)]
+    compiling.compile_all(compiling.of_evaluation(setup, new))
     found: dict[str, tuple[dict[int, Detections], list[tuple[Any, int]]]] = {}
     for fit in dict.fromkeys(one[0].fit for one in models.values()):
         alike = {role: one for role, one in models.items() if one[0].fit == fit}
@@ -154,7 +157,7 @@ def finish(setup: Setup, workdir: Path, log: Log) -> dict[str, Any]:
     config, dataset = setup.config, setup.dataset
     image_size = tuple(config.data.image_size)
     detecting = [teacher for teacher in setup.teachers if teacher.detects]
-    roles = [*setup.states, *(teacher.role for teacher in detecting)]
+    roles = setup.evaluated
     results: dict[str, Any] = dict.fromkeys(("teacher", "twin", "student", "gain"))
     failed: list[str] = []
     evaluations = evaluate(setup, roles)

@@ -8,7 +8,6 @@ import signal
 import sys
 import time
 from collections.abc import Mapping
-from concurrent import futures
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,14 +18,12 @@ from absl import logging
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from kdjax import data, files
+from kdjax import data, files, sharding
 from kdjax.data.shards import Shards
-from kdjax.distill.teachers import RECORDED
 from kdjax.errors import UserError, prefix
 from kdjax.report import preview
 from kdjax.report.run import verdict
-from kdjax.structs import FOUND, PyTree
-from kdjax.training import auto_weight, checks, optim, outputs, provenance, replay
+from kdjax.training import auto_weight, checks, compiling, optim, outputs, provenance, replay
 from kdjax.training.ahead import Ahead
 from kdjax.training.checkpoint import Checkpoints
 from kdjax.training.config import Config
@@ -35,6 +32,7 @@ from kdjax.training.models import load_detector
 from kdjax.training.schedule import schedule
 from kdjax.training.setup import (
     Setup,
+    given,
     placed,
     prepare,
     prepare_process,
@@ -43,7 +41,7 @@ from kdjax.training.setup import (
     train_batches,
     with_host,
 )
-from kdjax.training.step import UNLABELLED, TrainState
+from kdjax.training.step import TrainState
 from kdjax.training.teachers import unlabelled_rows
 
 
@@ -125,8 +123,11 @@ def run(config: Config, workdir: str | Path | None) -> dict[str, Any] | None:
                 )
                 print(f"{folder}: {done}")
             stored = replay.ready(setup) if start < config.steps else {}
-            if start == 0:
-                checks.check_terms(setup, checks.first_batch_with_objects(setup))
+            if start < config.steps:
+                batch = checks.first_batch_with_objects(setup)
+                compiling.compile_all(compiling.of_training(setup, batch, check=start == 0, stored=stored))
+                if start == 0:
+                    checks.check_terms(setup, batch)
             provenance.write_config(config, folder, dataset.fingerprint)
             with Log(folder, start) as log:
                 states = train(setup, start, checkpoints, log, stored)
@@ -190,10 +191,6 @@ def train(
             batch = placed(setup, next(batches))
             waited += time.perf_counter() - before
             metrics = {}
-            if step == start + 1:
-                bar.set_description("train (compiling the step: minutes, unless it is in the cache)")
-                compile_steps(setup, states, batch)
-                bar.set_description("train")
             if setup.measure is not None and auto_weight.is_due(step - 1, config.auto_weight.every):
                 weights = setup.measure(states["student"], *given(setup, "student", batch))
                 states["student"] = states["student"]._replace(weights=weights)
@@ -214,13 +211,14 @@ def train(
                 row = {name: float(np.mean([m[name] for m in window])) for name in window[0]}
                 row = {name: value for name, value in row.items() if not name.endswith("/finite")}
                 measured = jax.device_get(states["student"].weights)
-                weights = setup.distiller.weights(step - 1) if setup.distiller else {}
-                weights = auto_weight.scaled(weights, measured)
-                row |= {f"weight/{name}": float(w) for name, w in weights.items()}
                 for kind in ("share", "conflict") if measured else ():
                     row |= {f"{kind}/{name}": float(value) for name, value in measured[kind].items()}
+                with sharding.on_host():
+                    weights = setup.distiller.weights(step - 1) if setup.distiller else {}
+                    weights = auto_weight.scaled(weights, measured)
+                    row |= {f"weight/{name}": float(w) for name, w in weights.items()}
+                    row["lr"] = float(np.asarray(rate(step - 1)))
                 row |= {
-                    "lr": float(np.asarray(rate(step - 1))),
                     "seconds": seconds,
                     "images_per_s": images / seconds,
                     "wait_share": waited / seconds,
@@ -244,25 +242,6 @@ def train(
                     f"stopped at step {step} of {config.steps}; the state is saved: run the same command to continue"
                 )
     return states
-
-
-def given(setup: Setup, role: str, batch: Mapping[str, Any]) -> tuple[PyTree, dict[str, Any]]:
-    """What the update of a role gets beside its state; that of the twin gets nothing of the teacher."""
-    if role == "student":
-        return setup.variables, dict(batch)
-    return None, {name: value for name, value in batch.items() if name not in (RECORDED, UNLABELLED, *FOUND)}
-
-
-def compile_steps(setup: Setup, states: Mapping[str, TrainState], batch: Mapping[str, Any]) -> None:
-    """Compiles the updates of all roles in parallel threads, before their first calls."""
-    programs = [(setup.steps[role], role) for role in states]
-    programs += [(setup.measure, "student")] if setup.measure is not None else []
-    with futures.ThreadPoolExecutor(len(programs)) as pool:
-        compiling = [
-            pool.submit(program.lower(states[role], *given(setup, role, batch)).compile) for program, role in programs
-        ]
-        for each in compiling:
-            each.result()
 
 
 def check_finite(step: int, metrics: Mapping[str, jax.Array]) -> dict[str, float]:

@@ -12,9 +12,10 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from kdjax import data, detectors, files, sharding
+from kdjax import compile_cache, data, detectors, sharding
 from kdjax.detectors.api import Detector, Tree
 from kdjax.distill import Distiller, Distillers, Method
+from kdjax.distill.teachers import RECORDED
 from kdjax.errors import UserError
 from kdjax.inference.onnx_teacher import OnnxTeacher
 from kdjax.structs import FOUND, PyTree
@@ -29,7 +30,7 @@ from kdjax.training.models import (
     load_detector,
     precision,
 )
-from kdjax.training.step import UNLABELLED, TrainState, init_state, make_step
+from kdjax.training.step import UNLABELLED, TrainState, init_state, make_probe, make_step
 from kdjax.training.teachers import (
     TeacherOfRun,
     attached,
@@ -69,6 +70,7 @@ class Setup(NamedTuple):
     # variables, batch of images without labels -> what that batch is to be in a step; None without such images
     unlabelled: jax.stages.Wrapped | None = None
     measure: jax.stages.Wrapped | None = None  # `auto_weight.make_measure`; None if nothing is measured
+    probe: jax.stages.Wrapped | None = None  # `step.make_probe`, with methods
 
     @property
     def mesh(self) -> Mesh:
@@ -79,6 +81,11 @@ class Setup(NamedTuple):
     def methods(self) -> Mapping[str, Method]:
         """The methods by name; with several teachers by "teacher/method"."""
         return {} if self.distiller is None else self.distiller.methods
+
+    @property
+    def evaluated(self) -> list[str]:
+        """The roles that are evaluated at the end of the run."""
+        return [*self.states, *(teacher.role for teacher in self.teachers if teacher.detects)]
 
 
 def model(setup: Setup, role: str) -> tuple[Detector, tuple[Tree, Tree]]:
@@ -112,7 +119,7 @@ def prepare_process(folder: str) -> None:
     the objects of each program that is being traced many times, so it runs less often.
 
     Args:
-      folder: of the compilation cache; "" = `files.cache_root() / "jax"`, "off" = no cache.
+      folder: of the compilation cache, as for `compile_cache.enable`; "off" = no cache.
     """
     gc.set_threshold(100_000, 50, 100)
     if platform.libc_ver()[0] == "glibc":
@@ -121,12 +128,11 @@ def prepare_process(folder: str) -> None:
             libc.mallopt(option, value)
     if folder == "off":
         return
-    jax.config.update("jax_compilation_cache_dir", folder or str(files.cache_root() / "jax"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    compile_cache.enable(folder)
 
 
 def prepare(config: Config, dataset: data.Dataset) -> Setup:
-    """Builds models, programs and the states at step 0.
+    """Builds models, programs and the states at step 0; nothing is compiled for an accelerator yet.
 
     Args:
       config: the settings, checked by `checks.check_settings` and `checks.check_models`.
@@ -136,6 +142,11 @@ def prepare(config: Config, dataset: data.Dataset) -> Setup:
       UserError: weights cannot be loaded, the image size does not fit a model, a method cannot compare the models, or
         the student learns masks that the batches lack.
     """
+    with sharding.on_host():
+        return _prepare(config, dataset)
+
+
+def _prepare(config: Config, dataset: data.Dataset) -> Setup:
     key = jax.random.PRNGKey(config.seed)
     image_size = tuple(config.data.image_size)
     dataset = with_detections(config, dataset)
@@ -146,11 +157,12 @@ def prepare(config: Config, dataset: data.Dataset) -> Setup:
     everywhere, rows = sharding.replicated(layout.mesh), sharding.batch_sharding(layout.mesh)
     programs = collections.Counter()
 
-    def program(name: str, function: Callable[..., Any], **options: Any) -> jax.stages.Wrapped:
+    def program(name: str, function: Callable[..., Any], *, label: str = "", **options: Any) -> jax.stages.Wrapped:
         def traced(*args: Any) -> PyTree:
             programs[name] += 1
             return function(*args)
 
+        traced.__name__ = traced.__qualname__ = label or name.replace(" ", "_")  # in profiles and in the cache
         return jax.jit(traced, **options)
 
     found = load_teachers(config, dataset, key, student, layout, program)
@@ -169,7 +181,8 @@ def prepare(config: Config, dataset: data.Dataset) -> Setup:
         trained, rate = in_precision(student, precision(config)), lambda at: optim.ema_rate(config, at)
         step = make_step(trained, optimizer, rate, distiller=distiller, layout=layout)
         after = layout.shardings(states[name]), everywhere
-        return program(name, step, donate_argnums=0, out_shardings=after)
+        label = "distilled_update" if distiller else "supervised_update"  # one in the cache for twin and supervised run
+        return program(name, step, label=label, donate_argnums=0, out_shardings=after)
 
     unlabelled = None
     if config.data.unlabelled:
@@ -193,6 +206,15 @@ def prepare(config: Config, dataset: data.Dataset) -> Setup:
             return shares(state, variables, batch)
 
         measure = program("shares of the gradient", gathered, out_shardings=everywhere)
+    probe = None
+    if trained is not None:
+        asked = make_probe(in_precision(student, precision(config)), trained)
+
+        def probed(state: TrainState, variables: PyTree, batch: Mapping[str, Any]) -> PyTree:
+            state, variables = layout.whole((state, variables))
+            return asked(state, variables, batch)
+
+        probe = jax.jit(probed)
     return Setup(
         config,
         dataset,
@@ -206,6 +228,7 @@ def prepare(config: Config, dataset: data.Dataset) -> Setup:
         layout,
         unlabelled,
         measure,
+        probe,
     )
 
 
@@ -249,6 +272,13 @@ def placed(setup: Setup, batch: Mapping[str, Any]) -> dict[str, Any]:
         variables = {teacher.name: teacher.variables for teacher in setup.teachers}
         arrays[UNLABELLED] = setup.unlabelled(variables, arrays[UNLABELLED])
     return arrays | attached(said)
+
+
+def given(setup: Setup, role: str, batch: Mapping[str, Any]) -> tuple[PyTree, dict[str, Any]]:
+    """What the update of a role gets beside its state; that of the twin gets nothing of the teacher."""
+    if role == "student":
+        return setup.variables, dict(batch)
+    return None, {name: value for name, value in batch.items() if name not in (RECORDED, UNLABELLED, *FOUND)}
 
 
 def with_host(setup: Setup, batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from kdjax.detectors.api import Detector
 from kdjax.distill import Distiller, Distillers
 from kdjax.distill.teachers import RECORDED
 from kdjax.sharding import Layout
-from kdjax.structs import Array, PyTree, targets_of
+from kdjax.structs import Array, DetectorOutput, PyTree, targets_of
 from kdjax.training import auto_weight
 
 UNLABELLED = "unlabelled"  # the key of a batch under which it has further images, without labels
@@ -57,6 +57,49 @@ def init_state(
     state = TrainState(jnp.zeros((), jnp.int32), params, stats, optimizer.init(params), ema, key, weights)
     # Copies, because a step donates its state and no two leaves may share a buffer; NumPy's need no compilation.
     return jax.tree.map(np.array, state)
+
+
+def make_probe(
+    student: Detector, distiller: Distiller | Distillers
+) -> Callable[[TrainState, PyTree, Batch], tuple[dict[str, Array], dict[str, Array], dict[str, Array]]]:
+    """What the check before training computes: each term, and its gradient with respect to the student's output.
+
+    Args:
+      student, distiller: as for `make_step`.
+
+    Returns:
+      (state, teacher variables, batch) -> (detection losses f32[], unweighted terms f32[], the norm of the gradient of
+      each term f32[]), each by name.
+    """
+
+    def probe(
+        state: TrainState, variables: PyTree, batch: Batch
+    ) -> tuple[dict[str, Array], dict[str, Array], dict[str, Array]]:
+        params = state.params
+        output, _ = student.apply(params["student"], state.stats, student.preprocess(batch["image"]), train=True)
+        targets = targets_of(batch)
+        assignment = student.assign(output, targets, state.key)
+        losses = student.loss(output, targets, assignment)
+
+        def terms(output: DetectorOutput) -> dict[str, Array]:
+            return distiller.terms(
+                params["adapters"],
+                output,
+                batch,
+                variables,
+                observed=batch.get(RECORDED),
+                assignment=assignment,
+                key=state.key,
+            )
+
+        values, vjp = jax.vjp(terms, output)
+        grad_norms = {}
+        for name in values:
+            (grads,) = vjp({other: jnp.float32(other == name) for other in values})
+            grad_norms[name] = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
+        return losses, values, grad_norms
+
+    return probe
 
 
 def make_step(

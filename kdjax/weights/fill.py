@@ -83,7 +83,7 @@ def from_torch(
         )
     if keep_classifiers and classes != detector.num_classes:
         raise UserError(f"the weights are for {classes} classes, but {detector.num_classes} are needed")
-    tree = unflatten({path: jax.numpy.asarray(value) for path, value in filled.items()})
+    tree = unflatten({path: jax.device_put(value) for path, value in filled.items()})
     if classes == detector.num_classes:
         return tree["params"], tree["stats"]
     return reset_classifiers(detector, tree["params"], key=key), tree["stats"]

@@ -234,5 +234,5 @@ def _load_folder(folder: Path, detector: Detector | None) -> tuple[Detector, Tre
             f"{folder / CONFIG}: it was changed after it was written (its SHA-256 differs): restore it; to rename "
             "classes, use `kdjax import-weights --classes`"
         )
-    tree = unflatten({path: jax.numpy.asarray(value, jax.numpy.float32) for path, value in arrays.items()})
+    tree = unflatten({path: jax.device_put(np.asarray(value, np.float32)) for path, value in arrays.items()})
     return stored, tree["params"], tree["stats"], list(classes)

@@ -30,6 +30,7 @@ COMMANDS = (
     "study",
     "doctor",
     "cache",
+    "compile",
     "predict",
     "label",
     "evaluate",
@@ -182,8 +183,8 @@ def test_flags_that_are_repeated_or_misspelt_are_refused(capsys):
         (("predict", "a", "--modell=b"), "kdjax predict: unexpected argument '--modell=b' (did you mean --model?)"),
         (
             ("trian",),
-            "kdjax: invalid choice: 'trian' (did you mean train?): choose from train, doctor, cache, study, predict, "
-            "label, evaluate, latency, export, import-weights",
+            "kdjax: invalid choice: 'trian' (did you mean train?): choose from train, doctor, cache, compile, study, "
+            "predict, label, evaluate, latency, export, import-weights",
         ),
     ):
         assert refused(capsys, *arguments) == f"{told}; see `{told.partition(':')[0]} --help`"
