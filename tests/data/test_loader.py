@@ -249,6 +249,15 @@ def test_evaluation_of_the_first_images(dataset, cfg):
     assert ids.tolist() == [image["id"] for image in data.ground_truth(dataset, "train", limit=5)["images"]]
 
 
+def test_hosts_share_the_images_of_an_evaluation(dataset, cfg):
+    """Successive batches, so that all of them in the order of the hosts are those of one; a host may have none."""
+    whole = data.eval_batches(dataset, "train", cfg, batch_size=4, limit=9)
+    shares = [data.eval_batches(dataset, "train", cfg, batch_size=4, limit=9, shard=(host, 4)) for host in range(4)]
+    shares = [[batch["image_id"].tolist() for batch in share] for share in shares]
+    assert [len(share) for share in shares] == [1, 1, 1, 0]
+    assert [ids for share in shares for ids in share] == [batch["image_id"].tolist() for batch in whole]
+
+
 def test_evaluation_may_round_sizes_down(dataset, cfg):
     batches = list(data.eval_batches(dataset, "train", cfg, batch_size=11, fit="down"))
     originals, sizes = (batches[0][name] for name in ("original_size", "image_size"))

@@ -21,7 +21,7 @@ SETTINGS = {
     "steps": 40,
     "log_every": 2,
     "data.scenes_train": 16,
-    "data.scenes_val": 4,
+    "data.scenes_val": 12,  # three batches: the first host has two of them
     "data.image_size": (64, 64),
     "optimizer.name": "sgd",
     "optimizer.lr": 0.001,
@@ -84,3 +84,8 @@ def test_two_hosts_stop_together_go_on_and_agree_with_one(tmp_path, kind):
         np.testing.assert_allclose(two[name], value, rtol=1e-5, atol=1e-5 * np.abs(value).max(), err_msg=name)
     results = [json.loads((tmp_path / name / "results.json").read_text())["student"]["AP"] for name in ("two", "one")]
     assert results[0] == pytest.approx(results[1], abs=1e-3)
+    found = [json.loads((tmp_path / name / "detections" / "student.json").read_text()) for name in ("two", "one")]
+    ids, others = ([row["image_id"] for row in rows] for rows in found)
+    assert ids == others and len(set(ids)) == SETTINGS["data.scenes_val"]
+    scores, others = ([row["score"] for row in rows] for rows in found)
+    np.testing.assert_allclose(scores, others, rtol=1e-4)
