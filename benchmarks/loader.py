@@ -40,6 +40,7 @@ def main() -> None:
     args = parser.parse_args()
     config = settings.base().data
     config.image_size = (args.size, args.size)
+    config.keep = 0.0  # as with a large data set, the images do not all fit into memory
     if args.root:
         config.update(dict(source="coco_folder", root=args.root))
     seconds, decoded = {name: [] for name in VARIANTS}, dict.fromkeys(VARIANTS, 0)
@@ -78,8 +79,6 @@ def measure(config: Config, batch: int, count: int, kept: bool) -> tuple[float, 
     if kept and config.augment.mosaic:
         before += config.augment.cache * 3 // 2 // plans.STREAM
     with contextlib.ExitStack() as stack:
-        # As with a large data set, the images do not all fit into memory.
-        stack.enter_context(mock.patch.object(build, "KEEP_BYTES", 0))
         if not kept:
             stack.enter_context(mock.patch.object(build, "memoized", lambda function, count: function))
         batches = data.train_batches(dataset, config, batch_size=batch, seed=0)

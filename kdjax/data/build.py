@@ -10,17 +10,18 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
+import cv2
 import numpy as np
 
 from kdjax.data import ssd, transforms
 from kdjax.data.dataset import Split
+from kdjax.data.kept import Kept
 from kdjax.data.masks import Shape, masks_of
 from kdjax.data.plans import STREAM, Row
 from kdjax.data.stages import Stage
 from kdjax.data.transforms import Sample
 
 FOUND = 100  # detections of a row of a batch
-KEEP_BYTES = 400 * 2**20  # of decoded images in memory, so that a small split is decoded once
 
 Arrays = dict[str, np.ndarray]
 Key = TypeVar("Key")
@@ -41,35 +42,95 @@ class Builder(Protocol):
 
 
 class Images:
-    """Decoded examples of a split by position; keeps those of small splits in memory."""
+    """Decoded examples of a split by position; the images that fit a budget are decoded once for all processes."""
 
-    def __init__(self, split: Split) -> None:
-        self._split = split
-        self._kept: dict[int, dict[str, Any]] = {}
+    def __init__(self, split: Split, *, keep: float = 0.0, longest: int = 0) -> None:
+        """Images that are read once, as in an evaluation, need no budget.
+
+        Args:
+          split: whose images they are.
+          keep: budget in GiB.
+          longest: px; images with a longer side are shrunk to it, and their objects with them. 0: none.
+        """
+        self._split, self._longest = split, longest
+        self._kept = Kept(sizes_of(split, longest), keep) if keep else None
+        self._rest: dict[int, dict[str, Any]] = {}  # examples of kept images, without them
         self._thread = threading.local()
 
-    def __reduce__(self) -> tuple[type["Images"], tuple[Split]]:
-        return Images, (self._split,)  # a worker process decodes for itself
+    def __getstate__(self) -> dict[str, Any]:
+        # Without what the split has read of its truth; each process has objects and counts of its own.
+        return {"_split": dataclasses.replace(self._split), "_longest": self._longest, "_kept": self._kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._rest, self._thread = {}, threading.local()
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        example = self._kept.get(index)
-        if example is None:
-            example = self._split.records[index]
-            if self._split.masks is not None:
-                example = _masked(example, self._split.masks(example["ids"].tolist()))
-            if self._split.found is not None:
-                example["found"] = self._split.found[index]
-            self._thread.decoded = getattr(self._thread, "decoded", 0) + 1
-            # An image is kept if all others would fit too at its size: this bounds the memory without shared counters.
-            if self._split.size * example["image"].nbytes <= KEEP_BYTES:
-                example["image"].flags.writeable = False
-                self._kept[index] = example
-        return example
+        image = self._kept.get(index) if self._kept else None
+        if image is not None:
+            return self._objects(index, image) | {"image": image}
+        example = self._split.records[index]
+        self._thread.decoded = getattr(self._thread, "decoded", 0) + 1
+        image = example.pop("image")
+        original = image.shape[:2]
+        size = shrunk(original, self._longest)
+        if size != original:
+            image = cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA)
+        example = self._completed(index, example, original, image)
+        if self._kept and index in self._kept:
+            image = self._kept.put(index, image)
+            self._rest[index] = example
+        return example | {"image": image}
 
     def newly_decoded(self) -> int:
         """Number of images that the calling thread has decoded since its last call."""
         count, self._thread.decoded = getattr(self._thread, "decoded", 0), 0
         return count
+
+    def close(self) -> None:
+        """Gives the memory of the kept images back."""
+        if self._kept:
+            self._kept.close()
+
+    def _objects(self, index: int, image: np.ndarray) -> dict[str, Any]:
+        """The example of a kept image, which another process may have decoded, without the image."""
+        if index not in self._rest:
+            original = tuple(self._split.sizes[index].tolist()) if self._longest else image.shape[:2]
+            example = self._split.records.objects(index, original)
+            self._rest[index] = self._completed(index, example, original, image)
+        return self._rest[index]
+
+    def _completed(
+        self, index: int, example: dict[str, Any], original: tuple[int, int], image: np.ndarray
+    ) -> dict[str, Any]:
+        """The objects with masks and detections, moved from the original size (h, w) to that of the image."""
+        if self._split.masks is not None:
+            example = _masked(example, self._split.masks(example["ids"].tolist()))
+        if self._split.found is not None:
+            example["found"] = self._split.found[index]
+        height, width = image.shape[:2]
+        if (height, width) == original:
+            return example
+        sample = _sample(example | {"image": image}).on(image, scale=(width / original[1], height / original[0]))
+        moved = {"boxes": sample.boxes, "masks": sample.masks, "found": sample.found}
+        return example | {name: value for name, value in moved.items() if value is not None}
+
+
+def shrunk(size: tuple[int, int], longest: int) -> tuple[int, int]:
+    """The size (h, w) of an image whose longer side is at most `longest` px; 0: its own.
+
+    Example:
+      >>> shrunk((3000, 4000), 1280), shrunk((480, 640), 1280)
+      ((960, 1280), (480, 640))
+    """
+    return transforms.scaled(size, longest / max(size)) if 0 < longest < max(size) else size
+
+
+def sizes_of(split: Split, longest: int) -> np.ndarray:
+    """i32[N, 2]: height and width of the images of a split in pixels, after `shrunk`."""
+    if not 0 < longest < split.sizes.max(initial=0):
+        return split.sizes
+    return np.array([shrunk((height, width), longest) for height, width in split.sizes.tolist()], np.int32)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

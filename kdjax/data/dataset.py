@@ -64,6 +64,12 @@ class Split:
         """Hash of the encoded images, their boxes and the classes; their place on disk does not matter."""
         return hashes.of_bytes(json.dumps([hashes.read_json(self.folder / META)["content"], self.size]).encode())
 
+    @functools.cached_property
+    def sizes(self) -> np.ndarray:
+        """i32[size, 2]: height and width of the images in pixels, in order."""
+        sizes = [(image["height"], image["width"]) for image in self.truth["images"]]
+        return np.array(sizes, np.int32).reshape(-1, 2)
+
     @property
     def image_ids(self) -> list[int]:
         """The ids of the images, in order."""

@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from kdjax.data.build import Arrays, EvalBuilder, Images, TrainBuilder
+from kdjax.data import kept
+from kdjax.data.build import Arrays, EvalBuilder, Images, TrainBuilder, sizes_of
 from kdjax.data.dataset import Dataset
+from kdjax.data.kept import Forecast
 from kdjax.data.plans import STREAM, VIEWS_SEED, EntryPlans, EvalPlans, Row, TrainPlans, ViewPlans
 from kdjax.data.stages import Settings, canvas_size, read_stages
 from kdjax.data.workers import Batches
@@ -33,8 +35,8 @@ def train_batches(
 
     Args:
       dataset: from `open_dataset`, with the split 'train'.
-      cfg: `config.data`; read here: image_size, workers, views, augment, and stage2, whose settings hold from the step
-        stage2.start on.
+      cfg: `config.data`; read here: image_size, workers, keep, longest, views, augment, and stage2, whose settings
+        hold from the step stage2.start on.
       batch_size: rows of the global batch, over all shards.
       seed: at least 0; with the step it determines a batch.
       start_step: the step of the first batch.
@@ -147,7 +149,7 @@ def _train_builder(dataset: Dataset, cfg: Settings, plans: TrainPlans | ViewPlan
     # A host's rows may begin inside a stream. The partners of views are drawn from all images: nothing is kept.
     streams = -(-len(plans.rows) // (STREAM * max(int(cfg["workers"]), 1))) + 1
     return TrainBuilder(
-        images=Images(dataset.splits["train"]),
+        images=Images(dataset.splits["train"], keep=float(cfg["keep"]), longest=int(cfg["longest"])),
         seed=VIEWS_SEED if of_views else seed,
         canvas=canvas_size(cfg),
         max_boxes=dataset.max_boxes,
@@ -155,6 +157,21 @@ def _train_builder(dataset: Dataset, cfg: Settings, plans: TrainPlans | ViewPlan
         stretch=fit == "stretch",
         streams=0 if of_views else streams,
     )
+
+
+def forecast(dataset: Dataset, cfg: Settings) -> Forecast:
+    """How many training images `train_batches` keeps decoded in memory, for all processes of a host together.
+
+    Args:
+      dataset: from `open_dataset`, with the split 'train'.
+      cfg: `config.data`; read here: keep, longest.
+
+    Raises:
+      UserError: they do not fit the memory of the machine.
+    """
+    expected = kept.forecast(sizes_of(dataset.splits["train"], int(cfg["longest"])), float(cfg["keep"]))
+    kept.check_memory(expected)
+    return expected
 
 
 def _together(plans: TrainPlans | ViewPlans) -> int:

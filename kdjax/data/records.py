@@ -212,14 +212,23 @@ class Reader:
         """
         record = self.raw(index)
         image = self._decoded(index, record)
-        height, width = image.shape[:2]
+        return {"image": image} | self._objects(record, image.shape[0], image.shape[1])
+
+    def objects(self, index: int, size: tuple[int, int]) -> dict[str, Any]:
+        """The example without its image, which has the size (h, w) px.
+
+        Raises:
+          Damaged: it cannot be read.
+        """
+        return self._objects(self.raw(index), *size)
+
+    def _objects(self, record: dict[str, Any], height: int, width: int) -> dict[str, Any]:
         boxes, labels, crowd = stored_objects(record, height, width)
         keep = ~crowd & (labels >= 0) & (labels < len(self.labels)) & np.isfinite(boxes).all(-1)
         boxes = np.clip(boxes, 0, np.array([width, height, width, height], np.float32))
         keep &= (boxes[:, 2:] > boxes[:, :2]).all(-1)
         ids = np.asarray(record["objects"].get("id", np.zeros(len(boxes))), np.int64).reshape(-1)
         return {
-            "image": image,
             "image_id": int(record["image/id"]),
             "boxes": boxes[keep],
             "labels": np.array(self.labels, np.int32)[labels[keep]],

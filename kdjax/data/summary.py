@@ -6,6 +6,7 @@ import numpy as np
 
 from kdjax.data.counts import counted
 from kdjax.data.dataset import Dataset, Split, ground_truth
+from kdjax.data.loader import forecast
 from kdjax.data.sources import LOG
 from kdjax.data.stages import Settings, canvas_size
 from kdjax.errors import NAME, printable
@@ -19,7 +20,7 @@ def summary(dataset: Dataset, cfg: Settings) -> str:
 
     Args:
       dataset: from `open_dataset`.
-      cfg: `config.data`; read here: image_size, augment and stage2.
+      cfg: `config.data`; read here: image_size, keep, longest, augment and stage2.
 
     Returns:
       Several lines of text. Sizes are COCO's, by the area in original pixels: small under 32², large from 96².
@@ -33,10 +34,16 @@ def summary(dataset: Dataset, cfg: Settings) -> str:
     told = {role: counted(dataset, role, cfg) for role in dataset.splits}
     lines += [first for first, *_ in told.values()]
     lines.append(f"an epoch is {dataset.splits['train'].size} images, each once, in a new order")
+    lines.append(kept_line(dataset, cfg))
     lines += ["", *_table(dataset, truths), ""]
     for role, split in dataset.splits.items():
         lines += _log(role, split, told[role][1:])
     return "\n".join(lines)
+
+
+def kept_line(dataset: Dataset, cfg: Settings) -> str:
+    """How many training images stay decoded in memory, in one line."""
+    return f"train: {forecast(dataset, cfg)} (config.data.keep={cfg['keep']})"
 
 
 def _table(dataset: Dataset, truths: dict[str, dict[str, Any]]) -> list[str]:

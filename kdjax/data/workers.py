@@ -55,6 +55,7 @@ class Batches:
         import grain
 
         self.decoded = 0
+        self._builder = builder
         self._pools = [
             concurrent.futures.ProcessPoolExecutor(
                 1,
@@ -93,6 +94,7 @@ class Batches:
     def _end_workers(self) -> None:
         for pool in self._pools:
             pool.shutdown(wait=True, cancel_futures=True)
+        self._builder.images.close()
 
 
 class Beside:

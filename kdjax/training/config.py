@@ -92,6 +92,8 @@ def base() -> Config:
             # number of augmented views of an image, whatever the seed: epoch e shows view e mod views; 0: endless draws
             views=0,
             workers=0,  # worker processes that decode and augment; 0 uses threads of this process
+            keep=1.0,  # GiB of decoded training images that stay in memory, once for all workers of a host; 0: none
+            longest=0,  # px: training images with a longer side are shrunk to it when they are decoded; 0: none are
             limit=0,  # only the first images of each split; 0 takes all
             check=False,  # dry run: print a summary of the data, write example batches as images, and exit
             augment=augment(),
@@ -174,7 +176,8 @@ def teacher(**changes: Any) -> Config:
 # Minimum and maximum of the numeric settings.
 _AT_LEAST_1 = ("batch_size", "steps", "data.scenes_train", "data.scenes_val", "eval.batch_size", "log_every",
                "checkpoint.every", "checkpoint.keep", "auto_weight.every")  # fmt: skip
-_AT_LEAST_0 = ("data.unlabelled_ratio", "data.max_boxes", "data.views", "data.workers", "data.limit", "optimizer.lr",
+_AT_LEAST_0 = ("data.unlabelled_ratio", "data.max_boxes", "data.views", "data.workers", "data.keep", "data.longest",
+               "data.limit", "optimizer.lr",
                "optimizer.weight_decay", "optimizer.clip_norm", "optimizer.warmup", "optimizer.backbone", "ema.ramp",
                "eval.every", "eval.limit")  # fmt: skip
 _SHARES = ("data.unlabelled_score", "optimizer.momentum", "optimizer.flat", "optimizer.end", "ema.momentum")
@@ -325,7 +328,7 @@ def flat(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 # Settings that may differ between a run and its resumption, because they do not change the result.
-_FREE = ("extend", "log_every", "checkpoint", "compile_cache", "data.workers", "data.cache", "data.root",
+_FREE = ("extend", "log_every", "checkpoint", "compile_cache", "data.workers", "data.keep", "data.cache", "data.root",
          "data.unlabelled", "eval", "sharding", "teacher.cache")  # fmt: skip
 
 

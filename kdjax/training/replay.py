@@ -106,6 +106,8 @@ def facts(setup: Setup, teacher: TeacherOfRun) -> dict[str, Any]:
         "config.dtype": "float32" if teacher.on_host else precision(config),
         "config.teacher.cache_dtype": own.cache_dtype,
     }
+    if cfg.longest:  # caches that are older than the setting lack it
+        found["config.data.longest"] = cfg.longest
     augmentations = {"config.data.augment": cfg.augment}
     if cfg.stage2.start:
         augmentations["config.data.stage2.augment"] = cfg.stage2.augment

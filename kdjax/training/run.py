@@ -111,6 +111,8 @@ def run(config: Config, workdir: str | Path | None) -> dict[str, Any] | None:
         prepare_process(config.compile_cache)
         if not jax.process_index():
             print("\n".join(line for role in dataset.splits for line in data.counted(dataset, role, config.data)))
+            with prefix("config.data"):
+                print(data.kept_line(dataset, config.data))
         checks.check_truth(dataset, config.data)
         setup = prepare(config, dataset)
         if dataset.unlabelled and not jax.process_index():
@@ -315,7 +317,7 @@ def dry_run(config: Config, workdir: str | Path | None) -> None:
     """
     with prefix("config.data"):
         dataset = data.open_dataset(config.data)
-    print(data.summary(dataset, config.data))
+        print(data.summary(dataset, config.data))
     checks.check_truth(dataset, config.data)
     student, _ = load_detector("student", config.student, dataset, jax.random.PRNGKey(config.seed))
     for description, file in preview.save(dataset, config, schedule(config), workdir, student.fit).items():

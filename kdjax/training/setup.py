@@ -250,8 +250,9 @@ def train_batches(
     batches = data.train_batches(setup.dataset, config.data, batch_size=config.batch_size, attach=attach, **common)
     if not config.data.unlabelled:
         return batches
-    further = data.without_labels(setup.dataset)
-    more = data.train_batches(further, config.data, batch_size=unlabelled_rows(config), **common)
+    further, cfg = data.without_labels(setup.dataset), config.data.copy_and_resolve_references()
+    cfg.keep = max(cfg.keep - data.forecast(setup.dataset, cfg).bytes / 2**30, 0.0)  # one budget for all
+    more = data.train_batches(further, cfg, batch_size=unlabelled_rows(config), **common)
     detections = FOUND if further.splits["train"].found else ()
     return data.Beside(batches, more, UNLABELLED, ("image", "image_size", *detections))
 

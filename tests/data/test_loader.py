@@ -117,12 +117,33 @@ def test_shards_join_to_the_whole_batch(dataset, cfg, count, augment):
     same(whole, joined)
 
 
-def test_keeping_images_in_memory_changes_nothing(dataset, cfg, monkeypatch):
-    kept = train(dataset, cfg, 8)
-    monkeypatch.setattr(build, "KEEP_BYTES", 0)
-    same(kept, train(dataset, cfg, 8))
-    images = build.Images(dataset.splits["train"])
-    assert images[3] is not images[3]
+@pytest.mark.parametrize("augment", [{}, MIXED], ids=["single", "mixed"])
+def test_keeping_images_in_memory_changes_nothing(dataset, cfg, augment):
+    first, decoded = [], []
+    for images in (11, 4, 0):  # that fit the budget
+        part = varied(cfg, **augment)
+        part.keep = images * 50 * 50 * 3 / 2**30  # about the size of an image
+        batches = data.train_batches(dataset, part, batch_size=4, seed=7)
+        taken = [next(batches) for _ in range(9)]
+        batches.close()
+        first = first or taken
+        same(first, taken)
+        decoded.append(batches.decoded)
+    # Two threads may decode an image at once; a Mosaic keeps its tiles besides.
+    assert 11 <= decoded[0] <= 20 and (augment or decoded[0] < decoded[1] < decoded[2] == 36)
+
+
+def test_images_are_shrunk_with_their_objects(dataset, cfg):
+    whole, small = build.Images(dataset.splits["train"]), build.Images(dataset.splits["train"], keep=1.0, longest=30)
+    for index in range(11):
+        for _ in range(2):  # decoded, then kept
+            now, before = small[index], whole[index]
+            sides = np.array(before["image"].shape[:2])
+            assert max(now["image"].shape) == 30 and abs(now["image"].shape[:2] / sides - 30 / sides.max()).max() < 0.02
+            ratio = (now["image"].shape[:2] / sides)[[1, 0, 1, 0]]
+            np.testing.assert_allclose(now["boxes"], before["boxes"] * ratio, rtol=1e-5)
+            assert not now["image"].flags.writeable
+    small.close()
 
 
 # Mosaic, MixUp and the second stage
@@ -187,9 +208,8 @@ def test_boxes_of_a_mosaic_match_the_pixels(dataset, cfg):
     assert checked > 60
 
 
-def test_a_mosaic_decodes_one_image_per_sample(tmp_path, monkeypatch):
-    monkeypatch.setattr(build, "KEEP_BYTES", 0)
-    cfg = settings(tmp_path, source="scenes", scenes_train=150, image_size=(64, 64))
+def test_a_mosaic_decodes_one_image_per_sample(tmp_path):
+    cfg = settings(tmp_path, source="scenes", scenes_train=150, image_size=(64, 64), keep=0.0)
     cfg.augment.update(mosaic=True, mixup=1.0, cache=8)
     dataset = data.open_dataset(cfg)
     assert dataset.max_boxes > 20  # more than any image has
