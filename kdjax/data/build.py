@@ -13,17 +13,18 @@ from typing import Any, Protocol, TypeVar
 import cv2
 import numpy as np
 
-from kdjax.data import ssd, transforms
+from kdjax.data import recipes, ssd, transforms
 from kdjax.data.dataset import Split
 from kdjax.data.kept import Kept
 from kdjax.data.masks import Shape, masks_of
 from kdjax.data.plans import STREAM, Row
+from kdjax.data.recipes import Form, Recipe
 from kdjax.data.stages import Stage
 from kdjax.data.transforms import Sample
 
 FOUND = 100  # detections of a row of a batch
 
-Arrays = dict[str, np.ndarray]
+Arrays = dict[str, Any]  # of arrays, and below "recipe" of a dict of some
 Key = TypeVar("Key")
 Value = TypeVar("Value")
 
@@ -144,10 +145,37 @@ class TrainBuilder:
     stages: tuple[Stage, ...]
     stretch: bool  # images get the aspect ratio of the canvas
     streams: int  # number of virtual streams that this process has; 0: nothing is kept in memory for them
+    form: Form | None = None  # of the recipes that rows have instead of images; None: rows have images
 
     def __call__(self, plan: list[Row], /) -> list[Arrays]:
         """One dict of arrays for every row of the plan."""
-        return [_padded(self._mixed(row), self.canvas, self.max_boxes) for row in plan]
+        rows = [_padded(self._mixed(row), self.canvas, self.max_boxes) for row in plan]
+        return rows if self.form is None else [self._with_sources(row, self.form) for row in rows]
+
+    def _with_sources(self, row: Arrays, form: Form) -> Arrays:
+        """The row with its recipe, and the images that it is made of, instead of the image."""
+        recipe: Recipe = row.pop("image")
+        found = recipes.encoded(recipe, form)
+        found["sources"] = np.zeros((*found["image"].shape, *form.source, 3), np.uint8)
+        for places, images in zip(found["sources"], recipes.images_of(recipe), strict=False):
+            for place, index in zip(places, images, strict=False):
+                image = self._source(index)["image"]
+                place[: image.shape[0], : image.shape[1]] = image
+        return row | {"recipe": found}
+
+    def _drawn(self, index: int) -> Sample:
+        """The image at a position, or a recipe of it, with its objects."""
+        if self.form is None:
+            return _sample(self.images[index])
+        sample = _sample(self._source(index))
+        return sample._replace(image=recipes.source(index, sample.image.shape[:2]))
+
+    @functools.cached_property
+    def _source(self) -> Callable[[int], dict[str, Any]]:
+        """The example at a position; the last ones that Mosaics and MixUp may need again are kept in memory."""
+        if not self._mixing:
+            return self.images.__getitem__
+        return memoized(self.images.__getitem__, self.streams * (self._cache + self._cache // 2 + 2 * STREAM))
 
     def _mixed(self, row: Row) -> Sample:
         """The image of a row, after MixUp."""
@@ -171,7 +199,7 @@ class TrainBuilder:
             # The scale of a Mosaic is relative to its own size, which is twice the canvas.
             options = options | {"scale": tuple(2 * factor for factor in options["scale"])}
         else:
-            sample = _sample(self.images[row.images[0]])
+            sample = self._drawn(row.images[0])
         if any(stage.ssd.values()):
             sample = self._of_ssd(sample, np.random.default_rng((self.seed, row.position, 3)), **stage.ssd)
         return transforms.augment(
@@ -197,7 +225,7 @@ class TrainBuilder:
         """A tile of a Mosaic: the image, resized to fit the canvas; the last ones are kept in memory."""
 
         def tile(image: int) -> Sample:
-            sample = _sample(self.images[image])
+            sample = self._drawn(image)
             return transforms.resize(sample, transforms.fitted(sample.image.shape[:2], self.canvas)[1])
 
         # MixUp's partner takes its own partners from its own position.
@@ -214,8 +242,12 @@ class TrainBuilder:
         return memoized(single, self.streams * (self._cache // 2 + 2 * STREAM))
 
     @property
+    def _mixing(self) -> list[Stage]:
+        return [stage for stage in self.stages if stage.mosaic or stage.mixup]
+
+    @property
     def _cache(self) -> int:
-        return max(stage.cache for stage in self.stages if stage.mosaic or stage.mixup)
+        return max(stage.cache for stage in self._mixing)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -262,7 +294,8 @@ def memoized(function: Callable[[Key], Value], count: int) -> Callable[[Key], Va
 
 def stack(rows: Sequence[Arrays]) -> Arrays:
     """The batch of some rows."""
-    return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+    columns = {key: [row[key] for row in rows] for key in rows[0]}
+    return {key: stack(column) if isinstance(column[0], dict) else np.stack(column) for key, column in columns.items()}
 
 
 def _sample(example: dict[str, Any]) -> Sample:

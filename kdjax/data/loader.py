@@ -12,12 +12,15 @@ import numpy as np
 
 from kdjax.data import kept
 from kdjax.data.build import Arrays, EvalBuilder, Images, TrainBuilder, sizes_of
-from kdjax.data.dataset import Dataset
+from kdjax.data.dataset import Dataset, Split
 from kdjax.data.kept import Forecast
 from kdjax.data.plans import STREAM, VIEWS_SEED, EntryPlans, EvalPlans, Row, TrainPlans, ViewPlans
+from kdjax.data.recipes import Form
 from kdjax.data.stages import Settings, canvas_size, read_stages
 from kdjax.data.workers import Batches
 from kdjax.errors import UserError
+
+LARGEST_SOURCE = 4  # times as many pixels as the canvas has an image for the device at most
 
 
 def train_batches(
@@ -35,8 +38,8 @@ def train_batches(
 
     Args:
       dataset: from `open_dataset`, with the split 'train'.
-      cfg: `config.data`; read here: image_size, workers, keep, longest, views, augment, and stage2, whose settings
-        hold from the step stage2.start on.
+      cfg: `config.data`; read here: image_size, workers, keep, longest, views, augment_on, augment, and stage2, whose
+        settings hold from the step stage2.start on.
       batch_size: rows of the global batch, over all shards.
       seed: at least 0; with the step it determines a batch.
       start_step: the step of the first batch.
@@ -51,7 +54,8 @@ def train_batches(
       left). If the data set was opened with `masks`: masks u8[B, M, H/4, W/4], of each 4 x 4 pixels of the canvas the
       share that the object covers, 0 .. 255; objects without a mask are left out then. If it has a file of detections
       (`with_found`): found_boxes f32[B, 100, 4], found_labels i32[B, 100], found_scores f32[B, 100] in 0 .. 1, best
-      first, and found_valid bool[B, 100], moved by the augmentation as the objects.
+      first, and found_valid bool[B, 100], moved by the augmentation as the objects. With augment_on="device" there is
+      `recipe` instead of image, from which `kdjax.training.augmentation.images` makes it.
 
     Raises:
       UserError: batch_size, seed or a setting is out of its range.
@@ -148,7 +152,16 @@ def _train_builder(dataset: Dataset, cfg: Settings, plans: TrainPlans | ViewPlan
     of_views = isinstance(plans, ViewPlans)
     # A host's rows may begin inside a stream. The partners of views are drawn from all images: nothing is kept.
     streams = -(-len(plans.rows) // (STREAM * max(int(cfg["workers"]), 1))) + 1
+    form = None
+    if cfg["augment_on"] == "device":
+        form = Form(
+            _source_size(dataset.splits["train"], cfg),
+            canvas_size(cfg),
+            any(stage.mosaic for stage in plans.stages),
+            any(stage.mixup for stage in plans.stages),
+        )
     return TrainBuilder(
+        form=form,
         images=Images(dataset.splits["train"], keep=float(cfg["keep"]), longest=int(cfg["longest"])),
         seed=VIEWS_SEED if of_views else seed,
         canvas=canvas_size(cfg),
@@ -157,6 +170,23 @@ def _train_builder(dataset: Dataset, cfg: Settings, plans: TrainPlans | ViewPlan
         stretch=fit == "stretch",
         streams=0 if of_views else streams,
     )
+
+
+def _source_size(split: Split, cfg: Settings) -> tuple[int, int]:
+    """Height and width in which all training images of the split have room.
+
+    Raises:
+      UserError: they are much larger than the canvas.
+    """
+    height, width = (int(side) for side in sizes_of(split, int(cfg["longest"])).max(0))
+    canvas = canvas_size(cfg)
+    if height * width > LARGEST_SOURCE * canvas[0] * canvas[1]:
+        raise UserError(
+            f"augment_on: each image is sent to the device as {height}x{width} px (height x width), the largest sides "
+            f"of the training images, for a canvas of {canvas[0]}x{canvas[1]}: set longest, as in longest="
+            f"{2 * min(canvas)}, or augment_on=host"
+        )
+    return height, width
 
 
 def forecast(dataset: Dataset, cfg: Settings) -> Forecast:

@@ -28,7 +28,7 @@ def check_settings(cfg: Settings) -> None:
     """Checks the settings of batches, before there is any data.
 
     Args:
-      cfg: `config.data`; read here: image_size, masks, views, augment, stage2.
+      cfg: `config.data`; read here: image_size, masks, views, augment_on, augment, stage2.
 
     Raises:
       UserError: names the setting, its value and what would be right.
@@ -38,7 +38,13 @@ def check_settings(cfg: Settings) -> None:
         raise UserError(f"image_size must be multiples of {STRIDE} px where masks is True, not {size}")
     if int(cfg["views"]) < 0:
         raise UserError(f"views must be a number of views of each image, or 0 for endless draws, not {cfg['views']}")
-    read_stages(cfg)
+    stages, _ = read_stages(cfg)
+    if cfg["augment_on"] not in ("host", "device"):
+        raise UserError(f"augment_on must be 'host' or 'device', not {cfg['augment_on']!r}")
+    if cfg["augment_on"] == "device" and any(any(stage.ssd.values()) for stage in stages):
+        raise UserError(
+            "augment_on: distort, zoom_out and iou_crop are made on the host alone: set them to 0, or augment_on=host"
+        )
 
 
 LARGEST = 16_384  # px, of a side of the canvas

@@ -8,13 +8,14 @@ change neither the pixels nor what is drawn at random.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 
-from kdjax.data import masks
+from kdjax.data import masks, recipes
 from kdjax.data.masks import Masks
+from kdjax.data.recipes import Recipe
 
 PAD = 114  # grey level of the canvas outside the image
 MIN_SIZE = 1.0  # px: a box with a shorter side after a crop is dropped
@@ -24,14 +25,14 @@ MIN_VISIBLE = 0.1  # a box is dropped if a crop leaves a smaller share of its ar
 class Sample(NamedTuple):
     """An image with its n objects and d detections, all in pixels of that image."""
 
-    image: np.ndarray  # u8[h, w, 3] RGB
+    image: Any  # u8[h, w, 3] RGB, or how the device is to make it (`recipes.Recipe`)
     boxes: np.ndarray  # f32[n, 4] x1 y1 x2 y2
     labels: np.ndarray  # i32[n]
     masks: Masks | None = None  # n masks; None if they are not asked for
     found: np.ndarray | None = None  # f32[d, 6] x1 y1 x2 y2, label, score; None if there is no file of detections
 
     def on(
-        self, image: np.ndarray, *, scale: tuple[float, float] = (1, 1), offset: tuple[float, float] = (0, 0)
+        self, image: np.ndarray | Recipe, *, scale: tuple[float, float] = (1, 1), offset: tuple[float, float] = (0, 0)
     ) -> "Sample":
         """Objects and detections on another image, to which every point (x, y) moves: (x, y) * scale + offset, px."""
         move = _moved(scale, offset)
@@ -82,7 +83,10 @@ def resize(sample: Sample, size: tuple[int, int]) -> Sample:
     height, width = sample.image.shape[:2]
     if (height, width) == tuple(size):
         return sample
-    image = cv2.resize(sample.image, (size[1], size[0]), interpolation=cv2.INTER_LINEAR)
+    if isinstance(sample.image, Recipe):
+        image = sample.image.resized(size)
+    else:
+        image = cv2.resize(sample.image, (size[1], size[0]), interpolation=cv2.INTER_LINEAR)
     return sample.on(image, scale=(size[1] / width, size[0] / height))
 
 
@@ -145,7 +149,9 @@ def flip(sample: Sample) -> Sample:
       >>> flip(Sample(np.zeros((4, 10, 3), np.uint8), box, np.array([0], np.int32))).boxes
       array([[7., 0., 9., 4.]], dtype=float32)
     """
-    return sample.on(cv2.flip(sample.image, 1), scale=(-1, 1), offset=(sample.image.shape[1], 0))
+    image = sample.image
+    image = image[:, ::-1] if isinstance(image, Recipe) else cv2.flip(image, 1)
+    return sample.on(image, scale=(-1, 1), offset=(image.shape[1], 0))
 
 
 def pad(sample: Sample, canvas: tuple[int, int]) -> Sample:
@@ -153,6 +159,8 @@ def pad(sample: Sample, canvas: tuple[int, int]) -> Sample:
     height, width = sample.image.shape[:2]
     if (height, width) == tuple(canvas):
         return sample
+    if isinstance(sample.image, Recipe):
+        return sample.on(sample.image.padded(canvas))
     padded = np.full((*canvas, 3), PAD, np.uint8)
     padded[:height, :width] = sample.image
     return sample.on(padded)
@@ -171,17 +179,26 @@ def mosaic(tiles: Sequence[Sample], centre: tuple[int, int], canvas: tuple[int, 
 
     Reference: YOLOv4 (Bochkovskiy et al. 2020, arXiv 2004.10934); the layout is that of YOLOX and RTMDet.
     """
-    image = np.full((*canvas, 3), PAD, np.uint8)
-    placed = []
+    parts, corners = [], []
     for index, tile in enumerate(tiles):
         (top, y, height), (left, x, width) = (
             _visible(side, middle, end, after=bool(after))
             for after, middle, side, end in zip(divmod(index, 2), centre, tile.image.shape[:2], canvas, strict=True)
         )
-        part = crop(tile, top, left, (height, width))
-        image[y : y + height, x : x + width] = part.image
-        placed.append(part.on(image, offset=(x, y)))
-    return _joined(image, placed)
+        parts.append(crop(tile, top, left, (height, width)))
+        corners.append((y, x))
+    image = _pasted([part.image for part in parts], corners, canvas)
+    return _joined(image, [part.on(image, offset=(x, y)) for part, (y, x) in zip(parts, corners, strict=True)])
+
+
+def _pasted(parts: Sequence[Any], corners: Sequence[tuple[int, int]], canvas: tuple[int, int]) -> Any:  # noqa: ANN401
+    """Images on a grey canvas (h, w), with their top left corners at (y, x)."""
+    if isinstance(parts[0], Recipe):
+        return recipes.pasted(parts, corners, canvas)
+    image = np.full((*canvas, 3), PAD, np.uint8)
+    for part, (y, x) in zip(parts, corners, strict=True):
+        image[y : y + part.shape[0], x : x + part.shape[1]] = part
+    return image
 
 
 def _visible(side: int, middle: int, end: int, *, after: bool) -> tuple[int, int, int]:
@@ -195,6 +212,8 @@ def mixup(first: Sample, second: Sample) -> Sample:
 
     Reference: Zhang et al. 2018 (arXiv 1710.09412), for detectors with equal shares as in YOLOX and RTMDet.
     """
+    if isinstance(first.image, Recipe):
+        return _joined(first.image.mixed(second.image), [first, second])
     return _joined(cv2.addWeighted(first.image, 0.5, second.image, 0.5, 0), [first, second])
 
 
@@ -261,10 +280,12 @@ def augment(
     sample = crop(sample, int(top * (spare[0] + 1)), int(left * (spare[1] + 1)), canvas)
     if mirrored:
         sample = flip(sample)
+    if isinstance(sample.image, Recipe):
+        return sample._replace(image=sample.image.coloured(shifts))
     return sample._replace(image=hsv_jitter(sample.image, shifts))
 
 
-def _joined(image: np.ndarray, samples: Sequence[Sample]) -> Sample:
+def _joined(image: np.ndarray | Recipe, samples: Sequence[Sample]) -> Sample:
     """An image with the objects and detections of several; masks and detections only if all have them."""
     parts = [s.masks for s in samples if s.masks is not None]
     found = [s.found for s in samples if s.found is not None]

@@ -75,7 +75,7 @@ def sheet(dataset: data.Dataset, config: Config, step: int, fit: str) -> np.ndar
     rows = max(n for n in range(1, IMAGES + 1) if config.batch_size % n == 0)
     shard = (0, config.batch_size // rows)
     settings = config.data.copy_and_resolve_references()
-    settings.workers = 0
+    settings.workers, settings.augment_on = 0, "host"
     with contextlib.closing(
         data.train_batches(
             dataset, settings, batch_size=config.batch_size, seed=config.seed, start_step=step, shard=shard, fit=fit

@@ -18,7 +18,7 @@ from kdjax.training import auto_weight, optim, replay
 from kdjax.training import config as settings
 from kdjax.training.config import Config
 from kdjax.training.models import all_methods, build_methods, check_masks, check_size, named_detector
-from kdjax.training.setup import Setup, placed, train_batches
+from kdjax.training.setup import Setup, placed, train_batches, with_image
 from kdjax.training.step import UNLABELLED
 from kdjax.training.teachers import members, of_file, teacher_configs, unlabelled_rows
 
@@ -281,9 +281,20 @@ def first_batch_with_objects(setup: Setup) -> dict[str, np.ndarray]:
         for _ in range(100):
             batch = next(batches)
             if batch["valid"].any():
-                return sharding.rows_of_host(batch)
+                return sharding.rows_of_host(on_host(setup, batch))
     lost = _lost(data.count(setup.dataset, "train", setup.config.data))
     raise UserError(f"config.data.train_split: the first 100 training batches have no objects{lost}")
+
+
+def on_host(setup: Setup, batch: Mapping[str, Any], name: str = "") -> dict[str, Any]:
+    """A batch of NumPy arrays with its images, also where the device makes them; `name` as for `with_image`."""
+    found = dict(batch)
+    if "recipe" in batch:
+        recipe = jax.tree.map(lambda value: sharding.split(value, setup.mesh), found.pop("recipe"))
+        found |= sharding.gather(with_image(setup, {"recipe": recipe}, name))
+    if UNLABELLED in found:
+        found[UNLABELLED] = on_host(setup, found[UNLABELLED], UNLABELLED)
+    return found
 
 
 def check_terms(setup: Setup, batch: Mapping[str, np.ndarray]) -> None:

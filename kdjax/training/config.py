@@ -96,6 +96,8 @@ def base() -> Config:
             longest=0,  # px: training images with a longer side are shrunk to it when they are decoded; 0: none are
             limit=0,  # only the first images of each split; 0 takes all
             check=False,  # dry run: print a summary of the data, write example batches as images, and exit
+            # host, or device: decoded images are resized, pasted, cropped, flipped, coloured and mixed there
+            augment_on="host",
             augment=augment(),
             stage2=dict(
                 start=0,  # first step (from 0) with the augmentation below; 0: there is no second stage

@@ -26,11 +26,14 @@ from kdjax.distill.teachers import RECORDED
 from kdjax.errors import UserError, prefix
 from kdjax.structs import DetectorOutput, PyTree
 from kdjax.training import config as settings
+from kdjax.training.augmentation import images
 from kdjax.training.config import Config
 from kdjax.training.models import precision
-from kdjax.training.setup import Setup
+from kdjax.training.setup import Setup, with_image
 from kdjax.training.teachers import TeacherOfRun, attached, read_by_teacher
 from kdjax.weights.checkpoint import flat
+
+_LATER = {"longest": 0, "augment_on": "host"}  # settings of `config.data` that the first caches lack
 
 
 class Needs(NamedTuple):
@@ -106,8 +109,7 @@ def facts(setup: Setup, teacher: TeacherOfRun) -> dict[str, Any]:
         "config.dtype": "float32" if teacher.on_host else precision(config),
         "config.teacher.cache_dtype": own.cache_dtype,
     }
-    if cfg.longest:  # caches that are older than the setting lack it
-        found["config.data.longest"] = cfg.longest
+    found |= {f"config.data.{key}": cfg[key] for key in _LATER}
     augmentations = {"config.data.augment": cfg.augment}
     if cfg.stage2.start:
         augmentations["config.data.stage2.augment"] = cfg.stage2.augment
@@ -195,11 +197,12 @@ def check_fit(found: Shards, needed: Needs) -> None:
     Raises:
       UserError: names what differs.
     """
-    names = dict.fromkeys([*found.facts, *needed.facts])
+    before = {f"config.data.{key}": value for key, value in _LATER.items()} | dict(found.facts)
+    names = dict.fromkeys([*before, *needed.facts])
     differ = [
-        f"{name} was {_short(found.facts.get(name))}, is {_short(needed.facts.get(name))}"
+        f"{name} was {_short(before.get(name))}, is {_short(needed.facts.get(name))}"
         for name in names
-        if found.facts.get(name) != needed.facts.get(name)
+        if before.get(name) != needed.facts.get(name)
     ]
     if differ:
         more = f", and {len(differ) - 3} more" if len(differ) > 3 else ""
@@ -277,7 +280,8 @@ def _fill(setup: Setup, teacher: TeacherOfRun, found: Shards, missing: list[Miss
     ]
     assert teacher.observer is not None, "`needs` refuses such teachers"
     observe, mesh, variables = teacher.observer.program, setup.mesh, teacher.variables
-    if hosts > 1:  # the others wait: a program for the devices of this host, on which `_ready` has put the variables
+    if hosts > 1:  # the others wait: programs for the devices of this host, on which `_ready` has put the variables
+        setup = setup._replace(augment={"": jax.jit(images)})
         mesh = sharding.mesh_of(jax.local_devices())
         if not teacher.on_host:
             observe = jax.jit(teacher.observer.function, out_shardings=sharding.batch_sharding(mesh))
@@ -286,7 +290,8 @@ def _fill(setup: Setup, teacher: TeacherOfRun, found: Shards, missing: list[Miss
         """The arrays of one entry after the other. The next batch is computed while one is stored."""
         pending: tuple[range, PyTree] | None = None
         for batch, loaded in zip(batches, loader, strict=True):
-            before, pending = pending, (batch, observe(variables, sharding.shard_batch(mesh, read_by_teacher(loaded))))
+            arrays = with_image(setup, sharding.shard_batch(mesh, loaded))
+            before, pending = pending, (batch, observe(variables, read_by_teacher(arrays)))
             if before:
                 yield from _rows(*before)
         assert pending is not None, "there is something to write"

@@ -5,6 +5,7 @@ import ctypes
 import gc
 import platform
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +21,7 @@ from kdjax.errors import UserError
 from kdjax.inference.onnx_teacher import OnnxTeacher
 from kdjax.structs import FOUND, PyTree
 from kdjax.training import auto_weight, optim
+from kdjax.training.augmentation import images
 from kdjax.training.checkpoint import Checkpoints
 from kdjax.training.config import Config, differences
 from kdjax.training.models import (
@@ -71,6 +73,8 @@ class Setup(NamedTuple):
     unlabelled: jax.stages.Wrapped | None = None
     measure: jax.stages.Wrapped | None = None  # `auto_weight.make_measure`; None if nothing is measured
     probe: jax.stages.Wrapped | None = None  # `step.make_probe`, with methods
+    # What makes the images of a batch from their recipes; also by `UNLABELLED`, for those without labels
+    augment: Mapping[str, jax.stages.Wrapped] = MappingProxyType({})
 
     @property
     def mesh(self) -> Mesh:
@@ -166,6 +170,10 @@ def _prepare(config: Config, dataset: data.Dataset) -> Setup:
         return jax.jit(traced, **options)
 
     found = load_teachers(config, dataset, key, student, layout, program)
+    if config.data.augment_on == "device" and (asked := [one.setting for one in found if one.on_host]):
+        raise UserError(
+            f"config.data.augment_on: the teacher of {asked[0]} looks at the images on the host: must be 'host'"
+        )
     distiller, variables = together(found)
     adapters = init_adapters(distiller, key, image_size) if distiller else {}
 
@@ -229,7 +237,22 @@ def _prepare(config: Config, dataset: data.Dataset) -> Setup:
         unlabelled,
         measure,
         probe,
+        {name: program(f"augmentation {name}".strip(), images, out_shardings=rows) for name in ("", UNLABELLED)},
     )
+
+
+def with_image(setup: Setup, batch: Mapping[str, Any], name: str = "") -> dict[str, Any]:
+    """A batch on the devices with its images, which the device makes if the host has sent how.
+
+    Args:
+      setup: of the run.
+      batch: on the devices.
+      name: "", or `UNLABELLED` for a batch of images without labels.
+    """
+    if "recipe" not in batch:
+        return dict(batch)
+    found = {key: value for key, value in batch.items() if key != "recipe"}
+    return found | {"image": setup.augment[name](batch["recipe"])}
 
 
 def train_batches(
@@ -254,7 +277,8 @@ def train_batches(
     cfg.keep = max(cfg.keep - data.forecast(setup.dataset, cfg).bytes / 2**30, 0.0)  # one budget for all
     more = data.train_batches(further, cfg, batch_size=unlabelled_rows(config), **common)
     detections = FOUND if further.splits["train"].found else ()
-    return data.Beside(batches, more, UNLABELLED, ("image", "image_size", *detections))
+    image = "recipe" if config.data.augment_on == "device" else "image"
+    return data.Beside(batches, more, UNLABELLED, (image, "image_size", *detections))
 
 
 def placed(setup: Setup, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -264,7 +288,9 @@ def placed(setup: Setup, batch: Mapping[str, Any]) -> dict[str, Any]:
       setup: of the run.
       batch: of the loader, the rows of this host.
     """
-    arrays = sharding.shard_batch(setup.mesh, with_host(setup, batch))
+    arrays = with_image(setup, sharding.shard_batch(setup.mesh, with_host(setup, batch)))
+    if UNLABELLED in arrays:
+        arrays[UNLABELLED] = with_image(setup, arrays[UNLABELLED], UNLABELLED)
     said = recorded(arrays, setup.teachers)
     for teacher in setup.teachers:
         if teacher.observer is not None and teacher.name not in said:
