@@ -41,6 +41,9 @@ def main() -> None:
     parser.add_argument("--layout", default="channels_last", choices=["channels_last", "contiguous"], help="the peer's")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--data", help="of the peer's own process")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="of the peer's own process")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the peer's own process")
+    parser.add_argument("--mode", default="step", choices=["step", "forward", "compiled"], help="likewise")
     args = parser.parse_args()
     if args.data:
         print(json.dumps(peer_steps(args)))
@@ -74,7 +77,10 @@ def main() -> None:
 
 
 def peer_steps(args: argparse.Namespace) -> dict[str, float]:
-    """Mmdetection's side: seconds of its steps."""
+    """Mmdetection's side: seconds of its steps, or of its network alone, eager or under torch.compile.
+
+    On a GPU TF32 is allowed, cuDNN chooses by trying, and AdamW is the fused one; bfloat16 is torch's autocast.
+    """
     os.environ["ORACLE_THREADS"] = str(args.threads)
     sys.path.insert(0, args.bench)
     import oracle_common as peer
@@ -82,32 +88,51 @@ def peer_steps(args: argparse.Namespace) -> dict[str, float]:
     from peer_weights import CONFIGS
 
     torch.manual_seed(0)
+    cuda = args.device == "cuda"
+    if cuda:
+        torch.backends.cudnn.benchmark = torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cuda.matmul.allow_tf32 = True
     config = peer.drop_init(peer.sync_to_bn(peer.mmdet_cfg(CONFIGS[args.detector]).model))
     model = peer.MODELS.build(config)
     model.init_weights()
-    model.train()
+    model.train(args.mode == "step").to(args.device)
     data = np.load(args.data)
     images = torch.from_numpy((data["image"].transpose(0, 3, 1, 2) / np.float32(57) - 2).astype(np.float32))
+    images = images.to(args.device)
     if args.layout == "channels_last":
         model, images = (x.to(memory_format=torch.channels_last) for x in (model, images))
     truth = []
     for i, valid in enumerate(data["valid"]):
-        boxes, labels = (torch.from_numpy(data[name][i][valid]) for name in ("boxes", "labels"))
+        boxes, labels = (torch.from_numpy(data[name][i][valid]).to(args.device) for name in ("boxes", "labels"))
         truth.append(peer.InstanceData(bboxes=boxes, labels=labels.long()))
         if "masks" in data:
             masks = (data["masks"][i][valid] > 127).astype(np.uint8).repeat(4, 1).repeat(4, 2)
             truth[-1].masks = peer.BitmapMasks(masks, args.size, args.size)
     samples = peer.make_samples(truth, args.size, args.size)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, weight_decay=0.05)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5, weight_decay=0.05, fused=cuda)
+    network = torch.compile(model._forward) if args.mode == "compiled" else model._forward
+    precision = torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16")
+
+    def once(given: list) -> None:
+        if args.mode != "step":
+            with torch.inference_mode(), precision:
+                network(images)
+            return
+        optimizer.zero_grad(set_to_none=True)
+        with precision:
+            loss = peer.flat_losses(model.loss(images, given))
+        loss.backward()
+        optimizer.step()
+        assert np.isfinite(float(loss.detach()))
+
     seconds = []
     for _ in range(WARM + args.steps):
         given = copy.deepcopy(samples)  # the loss replaces their masks
         since = time.perf_counter()
-        optimizer.zero_grad(set_to_none=True)
-        loss = peer.flat_losses(model.loss(images, given))
-        loss.backward()
-        optimizer.step()
-        assert np.isfinite(float(loss.detach()))
+        once(given)
+        if cuda:
+            torch.cuda.synchronize()
         seconds.append(time.perf_counter() - since)
     seconds = seconds[WARM:]
     return {"median_s": round(statistics.median(seconds), 5), "least_s": round(min(seconds), 5)}

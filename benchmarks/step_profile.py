@@ -2,10 +2,10 @@
 
     python benchmarks/step_profile.py --detector=rtmdet_tiny --batch=8 --size=320
 
-Times are those of all threads together, as XLA's own profiler takes them on the CPU. The roofline line compares the
-step's arithmetic (two operations per multiply-add of convolutions and norms: the student's forward pass three times,
-because each gradient costs about as much, the teacher's once) with the largest matrix product of the machine, timed in
-the same session. `--log FILE` appends the tables, with the versions, to a Markdown file.
+Times are those of all threads together on the CPU, of all streams on a GPU, as XLA's own profiler takes them. The
+roofline line compares the step's arithmetic (two operations per multiply-add of convolutions and norms: the student's
+forward pass three times, because each gradient costs about as much, the teacher's once) with the largest matrix product
+of the machine, timed in the same session. `--log FILE` appends the tables, with the versions, to a Markdown file.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"python benchmarks/step_profile.py --detector={args.detector} --batch={args.batch} --size={args.size} "
         f"--dtype={args.dtype}" + (f" --teacher={args.teacher} --method={args.method}" if args.method else ""),
         [
-            study.table(["operation", "of", "result", "ms a step, all threads", "share"], dearest),
+            study.table(["operation", "of", "result", "ms a step, all threads or streams", "share"], dearest),
             study.table(["class", "share"], [[name, f"{share:.1%}"] for name, share in shares.most_common()]),
             roofline(built, args, statistics.median(seconds)),
             study.facts(provenance.environment()),
@@ -98,13 +98,29 @@ def profile(built: step_time.Built, count: int) -> tuple[list[float], collection
             for _ in range(count):
                 next(running)
         [file] = Path(folder).rglob("*.xplane.pb")
-        for plane in ProfileData.from_file(str(file)).planes:
-            for line in plane.lines:
-                for event in line.events:
-                    name = dict(event.stats).get("hlo_op")
-                    if name:
-                        spent[name] += event.duration_ns / 1e6 / count
+        for name, ms in times(ProfileData.from_file(str(file))).items():
+            spent[name] = ms / count
     return seconds, spent
+
+
+def times(trace: ProfileData) -> collections.Counter[str]:
+    """Milliseconds by operation: on the streams of GPUs if the trace has any, else on all threads.
+
+    Events of a stream are kernels and copies; where XLA does not say which operation they belong to, as in CUDA graphs,
+    they have their own names. The host's rows of a GPU's trace also name operations, but only their launches.
+    """
+    spent: collections.Counter[str] = collections.Counter()
+    planes = list(trace.planes)
+    cards = [plane for plane in planes if (plane.name or "").startswith("/device:GPU:")]
+    for plane in cards or planes:
+        for line in plane.lines:
+            if cards and not (line.name or "").startswith("Stream"):
+                continue  # sums over a step or a module
+            for event in line.events:
+                name = dict(event.stats).get("hlo_op") or (event.name if cards else "")
+                if name:
+                    spent[str(name)] += event.duration_ns / 1e6
+    return spent
 
 
 def roofline(built: step_time.Built, args: argparse.Namespace, median: float) -> str:

@@ -5,14 +5,15 @@
 
 It times the update with the teacher inside of it (a run has it ahead: teacher_cache.py), after compilation and two
 warm-up steps, and prints a line of text; the last line is one JSON object with the median, the quartiles and the least
-time in seconds, images/s at the median, the compiler's estimate of the step's memory, and the largest memory of the
-process.
+time in seconds, images/s at the median, the seconds of compilation (few if the program is in the cache), the compiler's
+estimate of the step's memory, and the largest memory of the process.
 """
 
 import argparse
 import json
 import resource
 import statistics
+import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -37,6 +38,7 @@ class Built(NamedTuple):
     batch: dict
     student: object
     teacher: object
+    compile_s: float = 0.0  # seconds of tracing, lowering and compiling
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -52,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "quartiles_s": [round(low, 5), round(high, 5)],
         "least_s": round(min(seconds), 5),
         "images_per_s": round(args.batch / middle, 2),
+        "compile_s": round(built.compile_s, 1),
         "memory_mb": round(megabytes(built.program), 1),
         "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3, 1),
     }
@@ -106,8 +109,9 @@ def build(args: argparse.Namespace) -> Built:
     masks = bool(student.masks)
     batch = made_up_batch(args.batch, args.size, args.classes, args.boxes, masks=masks)
     batch = jax.tree.map(jax.numpy.asarray, batch)
+    since = time.perf_counter()
     program = compiled(step, state, variables, batch, donate=True)
-    return Built(program, state, variables, batch, student, teacher)
+    return Built(program, state, variables, batch, student, teacher, time.perf_counter() - since)
 
 
 def steps(built: Built, count: int) -> Iterator[tuple[float, dict[str, Array]]]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -83,6 +84,74 @@ def test_profile_reads_the_operations_of_a_program():
     assert all("{" not in shape for shape, _ in sources.values())
     assert profile.class_of("custom-call.3.clone__onednn$convolution", {}) == "convolution, oneDNN"
     assert profile.class_of("dot.3", {}) == "matrix product" and profile.class_of("add.1", {}) == "elementwise"
+
+
+# As JAX writes them: a GPU has a row for each stream, and rows of sums; the host's rows name what is launched.
+GPU_TRACE = """
+planes {
+  name: "/host:CPU"
+  lines {
+    name: "python"
+    events { metadata_id: 1 duration_ps: 9000000000 stats { metadata_id: 1 str_value: "fusion.1" } }
+  }
+  event_metadata { key: 1 value { id: 1 name: "launch" } }
+  stat_metadata { key: 1 value { id: 1 name: "hlo_op" } }
+}
+planes {
+  name: "/device:GPU:0"
+  lines {
+    name: "Stream #14(Compute)"
+    events { metadata_id: 1 duration_ps: 2000000000 stats { metadata_id: 1 str_value: "convolution.2" } }
+    events { metadata_id: 1 duration_ps: 1000000000 stats { metadata_id: 1 str_value: "convolution.2" } }
+    events { metadata_id: 2 duration_ps: 500000000 }
+  }
+  lines {
+    name: "XLA Modules"
+    events { metadata_id: 3 duration_ps: 7000000000 stats { metadata_id: 1 str_value: "all" } }
+  }
+  event_metadata { key: 1 value { id: 1 name: "sm90_xmma_fprop" } }
+  event_metadata { key: 2 value { id: 2 name: "MemcpyD2D" } }
+  event_metadata { key: 3 value { id: 3 name: "jit_update" } }
+  stat_metadata { key: 1 value { id: 1 name: "hlo_op" } }
+}
+"""
+
+
+def test_profile_reads_the_streams_of_a_gpu():
+    profile = of("step_profile")
+    trace = jax.profiler.ProfileData.from_text_proto(GPU_TRACE)
+    assert profile.times(trace) == {"convolution.2": pytest.approx(3), "MemcpyD2D": pytest.approx(0.5)}
+    on_cpu = GPU_TRACE[: GPU_TRACE.rindex("planes")]
+    assert profile.times(jax.profiler.ProfileData.from_text_proto(on_cpu)) == {"fusion.1": pytest.approx(9)}
+
+
+def test_gpu_says_what_is_not_in_its_table(capsys, monkeypatch, tmp_path):
+    """The parts that compile nothing: a method that cannot compare the two, the loader, a peer that is not there."""
+    monkeypatch.setattr("kdjax.training.setup.prepare_process", lambda folder: None)
+    small = ["--detector=rtmdet_pico", "--teacher=rtmdet_micro", "--batch=2", "--size=64", "--classes=3", "--steps=1"]
+    parts = ["--methods=go_lsd", "--parts=methods,loader,peer"]
+    gpu = of("gpu")
+    monkeypatch.setattr(gpu.loader, "measure", lambda *_: (0.5, 3))
+    gpu.main([*small, *parts, f"--peer={sys.executable}", f"--log={tmp_path / 'log.md'}"])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    [row] = found["rows"]
+    assert row["what"].startswith("loader, ") and row["images_per_s"] == 4
+    assert found["notes"][0].startswith("Not on these detectors: go_lsd (") and found["notes"][1].startswith(
+        "mmdetection is not in the table: "
+    )
+    assert "| loader, " in (tmp_path / "log.md").read_text()
+
+
+@pytest.mark.slow
+def test_gpu_measures_step_distillation_forward_and_decode(capsys, monkeypatch):
+    monkeypatch.setattr("kdjax.training.setup.prepare_process", lambda folder: None)
+    small = ["--detector=rtmdet_pico", "--teacher=rtmdet_micro", "--batch=2", "--size=64", "--classes=3", "--steps=2"]
+    of("gpu").main([*small, "--methods=fitnet", "--dtypes=float32", "--parts=step,methods,inference,loader"])
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    *rows, loader = rows
+    assert [row["what"] for row in rows] == ["training step", "distilled by fitnet", "forward", "decode with NMS"]
+    assert all(row["ms"] > 0 and row["compile_s"] > 0 and row["planned_mb"] >= 0 for row in rows) and loader["ms"] > 0
+    assert rows[0]["planned_mb"] < rows[1]["planned_mb"]
 
 
 @pytest.mark.slow
