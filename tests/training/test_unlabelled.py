@@ -44,6 +44,7 @@ def logged(folder):
     return {row["step"]: row for row in rows if row["kind"] == "train"}
 
 
+@pytest.mark.slow
 def test_the_twin_knows_nothing_of_them(folder, images, tmp_path, capsys):
     """It is a run without a teacher, to the bit."""
     config = few_steps(folder, images, method="hinton")
