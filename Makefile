@@ -7,7 +7,7 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 # The tested versions for this minor version of Python, if there is such a file; otherwise the newest that pyproject.toml allows.
 PINNED = $$(f=constraints/py$$($(PY) -c 'import sys; print("%d%d" % sys.version_info[:2])').txt; test -f $$f && echo "--constraint $$f")
 
-.PHONY: quickstart test test-all setup lint format docs package
+.PHONY: quickstart test test-all test-gpu setup lint format docs package
 
 # Trains the student with and without its teacher on the embedded default and writes runs/quickstart/report.html.
 quickstart: $(VENV)/.installed
@@ -20,6 +20,10 @@ test: setup
 
 test-all: setup
 	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m ""
+
+# On a GPU: errors of TF32 and bfloat16, golden replay, contracts, quickstart, resumption.
+test-gpu: setup
+	$(PY) -m tests.on_gpu
 
 lint: setup
 	$(VENV)/bin/ruff check .

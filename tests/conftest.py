@@ -1,19 +1,29 @@
-"""Settings of every test: the CPU, eight fake devices, the persistent compile cache, rare garbage collection."""
+"""Settings of every test: the CPU, eight fake devices, the persistent compile cache, rare garbage collection.
+
+`KDJAX_TEST_PLATFORM=cuda` runs them on a GPU instead, with products in float32; tests/on_gpu.py lists those that are
+meant for it.
+"""
 
 import gc
 import importlib.metadata
 import os
 from pathlib import Path
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_PLATFORMS"] = ",".join(dict.fromkeys([os.environ.get("KDJAX_TEST_PLATFORM") or "cpu", "cpu"]))
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 import jax
 import pytest
 
+PLATFORM = os.environ["JAX_PLATFORMS"].split(",")[0]
 CACHE = Path(__file__).resolve().parents[1] / ".cache" / "jax"
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+if PLATFORM != "cpu":
+    from kdjax import compile_cache
+
+    compile_cache.enable(str(CACHE))  # a folder for each card, as runs have it
+    jax.config.update("jax_default_matmul_precision", "highest")
 
 # Tracing makes many objects: at Python's default thresholds a fifth of its time is garbage collection.
 gc.set_threshold(50_000, 20, 50)
@@ -34,7 +44,7 @@ MEMORY = 4 * 2**30  # bytes of a process, beyond which the programs of earlier f
 
 def pytest_configure(config):
     """The default suite asks XLA for code that is compiled faster; `make test-all` runs what users get."""
-    default = config.option.markexpr == "not slow"
+    default = config.option.markexpr == "not slow" and PLATFORM == "cpu"
     jax.config.update("jax_disable_most_optimizations", default)
     if default and importlib.metadata.version("jaxlib").startswith("0.10."):
         # XLA's older way of emitting code compiles small programs in two thirds of the time; jaxlib 0.12 has no such

@@ -142,6 +142,19 @@ def test_gpu_says_what_is_not_in_its_table(capsys, monkeypatch, tmp_path):
     assert "| loader, " in (tmp_path / "log.md").read_text()
 
 
+def test_the_error_of_a_precision_is_relative():
+    error = of("precision").error
+    assert error({"a": np.array([3.0, 4.0])}, {"a": np.array([3.0, 0.0])}) == pytest.approx(4 / 3)
+
+
+@pytest.mark.slow
+def test_precision_compares_with_float32(capsys):
+    of("precision").main(["--detectors=rtmdet_pico", "--batch=2", "--size=64", "--classes=2"])
+    tf32, short = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert tf32[:2] == ["rtmdet_pico", "TF32"] and all(float(cell) < 1e-5 for cell in tf32[2:])
+    assert short[1] == "bfloat16" and 1e-4 < float(short[2]) < 0.1 and 1e-6 < float(short[3]) < 0.1
+
+
 @pytest.mark.slow
 def test_gpu_measures_step_distillation_forward_and_decode(capsys, monkeypatch):
     monkeypatch.setattr("kdjax.training.setup.prepare_process", lambda folder: None)
