@@ -16,6 +16,7 @@ from kdjax.training import checks, replay
 from kdjax.training import run as training
 from kdjax.training.run import run
 from kdjax.training.setup import placed, prepare
+from kdjax.weights.checkpoint import fingerprint
 from tests.support.models import refused
 from tests.support.runs import STEPS, killed_after, random_teacher, tiny_config
 
@@ -174,7 +175,8 @@ def test_seeds_and_batch_sizes_share_views(setup, folder, written, capsys):
 @pytest.mark.user_input("A teacher's cache", "of another teacher", "refused: the hash of its weights differs")
 def test_another_teacher_is_refused(setup, folder, written):
     [teacher] = setup.teachers
-    other = teacher._replace(variables=jax.tree.map(lambda leaf: leaf + 1e-3, teacher.variables))
+    variables = jax.tree.map(lambda leaf: leaf + 1e-3, teacher.variables)
+    other = teacher._replace(variables=variables, sha256=fingerprint(variables))
     told = refusal(setup, of_written(folder, written), teachers=(other,))
     assert f"config.teacher.cache: {written} was written for other runs (the hash of the teacher's weights was " in told
     assert told.endswith("choose another folder, or delete it to have it written again") and told.count("was '") == 0
