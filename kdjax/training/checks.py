@@ -44,7 +44,9 @@ def check_settings(config: Config) -> None:
         raise UserError(f"config.sharding must be {' or '.join(map(repr, sharding.KINDS))}, not {config.sharding!r}")
     with prefix("config.data"):
         data.check_settings(config.data)
-    all_methods(config)
+    for name, method in all_methods(config).items():
+        if not method.weights:
+            raise UserError(f"{where_of(name)}: it has no effect: the weights of all its terms are 0")
     replay.check(config)
     if config.pairing not in pairing.RULES:
         raise UserError(f"config.pairing must be one of {', '.join(pairing.RULES)}, not {config.pairing!r}")
@@ -312,9 +314,6 @@ def check_terms(setup: Setup, batch: Mapping[str, np.ndarray]) -> None:
     distiller = setup.distiller
     if distiller is None:
         return
-    for name, method in setup.methods.items():
-        if not method.weights:
-            raise UserError(f"{where_of(name)}: it has no effect: the weights of all its terms are 0")
     assert setup.probe is not None, "there is one with every distiller"
     labelled = placed(setup, {name: value for name, value in batch.items() if name != UNLABELLED})
     losses, values, grad_norms = jax.device_get(setup.probe(setup.states["student"], setup.variables, labelled))

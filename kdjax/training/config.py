@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, cast
 
-from ml_collections import ConfigDict, FieldReference
+from ml_collections import ConfigDict
 
 from kdjax import methods as zoo
 from kdjax.detectors.api import flatten
@@ -221,8 +221,8 @@ def check_values(config: Config) -> None:
     for name in config.teachers:
         defaults |= {f"teachers.{name}.{key}": value for key, value in flat(teacher().to_dict()).items()}
     for name, default in defaults.items():
-        if type(default) in _KINDS and not _has_type(values[name], type(default)):
-            raise UserError(f"config.{name} must be {_KINDS[type(default)]}, not {values[name]!r}")
+        if type(default) in KINDS and not has_type(values[name], type(default)):
+            raise UserError(f"config.{name} must be {KINDS[type(default)]}, not {values[name]!r}")
     for name, (low, high) in _RANGES.items():
         value = values.get(name)
         if not (isinstance(value, int | float) and math.isfinite(value) and low <= value <= high):
@@ -230,15 +230,15 @@ def check_values(config: Config) -> None:
             raise UserError(f"config.{name} must be {bounds}, not {value!r}")
 
 
-_KINDS = {bool: "True or False", int: "an integer", float: "a number", str: "text", tuple: "a tuple of numbers"}
+KINDS = {bool: "True or False", int: "an integer", float: "a number", str: "text", tuple: "a tuple of numbers"}
 
 
-def _has_type(value: object, kind: type) -> bool:
+def has_type(value: object, kind: type) -> bool:
     """Whether a setting whose default is of a type may have a value."""
     if kind is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if kind is tuple:
-        return isinstance(value, tuple | list) and all(_has_type(entry, float) for entry in value)
+        return isinstance(value, tuple | list) and all(has_type(entry, float) for entry in value)
     return type(value) is kind
 
 
@@ -251,11 +251,8 @@ def methods(names: str) -> Config:
     Raises:
       UserError: unknown method.
     """
-    chosen = {name: zoo.options(name) for name in names.split("+") if name}
-    for options in chosen.values():  # ml_collections keeps the type of a value: a weight may also become "auto"
-        if "weight" in options:
-            options["weight"] = FieldReference(options["weight"], field_type=object)
-    return ConfigDict(chosen)
+    # ml_collections would keep the types of values, but a weight may become "auto"; `build_methods` checks them.
+    return ConfigDict({name: ConfigDict(zoo.options(name), type_safe=False) for name in names.split("+") if name})
 
 
 def unknown_keys(config: Config, reference: Config | None = None, prefix: str = "config") -> list[str]:

@@ -15,7 +15,7 @@ from kdjax.distill.distiller import method_key
 from kdjax.errors import UserError, listed
 from kdjax.structs import Array
 from kdjax.training.auto_weight import AUTO
-from kdjax.training.config import Config
+from kdjax.training.config import KINDS, Config, has_type
 
 
 def build_methods(chosen: Config, where: str = "config.methods") -> dict[str, Method]:
@@ -31,10 +31,13 @@ def build_methods(chosen: Config, where: str = "config.methods") -> dict[str, Me
     built = {}
     for name, options in chosen.items():
         try:
-            weight = options.get("weight", 0)
-            if isinstance(weight, bool) or not (isinstance(weight, int | float) or weight == AUTO):
-                raise UserError(f"{name}: weight must be a number or '{AUTO}', not {weight!r}")
-            built[name] = methods.build(name, **{k: v for k, v in options.items() if (k, v) != ("weight", AUTO)})
+            given = {k: v for k, v in options.items() if (k, v) != ("weight", AUTO)}
+            for option, default in methods.options(name).items():
+                kind = KINDS.get(type(default))
+                if kind and given.get(option) is not None and not has_type(given[option], type(default)):
+                    kind += f" or '{AUTO}'" * (option == "weight")
+                    raise UserError(f"{name}: {option} must be {kind}, not {given[option]!r}")
+            built[name] = methods.build(name, **given)
         except UserError as error:
             text = str(error)
             raise UserError(f"{where}{'.' if text.startswith(f'{name}: ') else ': '}{text}") from error

@@ -12,6 +12,7 @@ from kdjax.errors import UserError
 from kdjax.training import checks, models
 from kdjax.training import run as training
 from kdjax.training.run import run
+from kdjax.training.setup import prepare
 from tests.support.data import small_folder
 from tests.support.runs import tiny_config
 
@@ -149,10 +150,12 @@ def test_a_config_that_lacks_a_setting_is_refused(folder, tmp_path):
 
 
 @pytest.mark.user_input("Config and flags", "a term that gives the student no gradient", "refused with its name")
-def test_a_term_without_effect_is_named(folder, teacher_folder, tmp_path):
+def test_a_term_without_effect_is_named(folder, teacher_folder):
     """A mask that drops all frequencies leaves the student no gradient."""
+    config = tiny_config(folder, teacher=teacher_folder, methods__mkd__zeta=1.0)
+    setup = prepare(config, data.open_dataset(config.data))
     with pytest.raises(UserError, match=r"term mkd/frequency .*zero gradient"):
-        run(tiny_config(folder, teacher=teacher_folder, methods__mkd__zeta=1.0), tmp_path)
+        checks.check_terms(setup, checks.first_batch_with_objects(setup))
 
 
 @pytest.mark.user_input(

@@ -50,6 +50,7 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("files")
 
 
+@pytest.mark.slow
 def test_a_backbone_with_nothing_but_a_map_teaches_by_dsi(folder, tmp_path):
     """A whole run; with another file in its place it is not continued."""
     file = onnx_files.backbone(folder / "backbone.onnx", channels=7)

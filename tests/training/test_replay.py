@@ -88,7 +88,8 @@ def check_replay(live, cached):
     assert all(values["finite"] for values in metrics)
 
 
-@pytest.mark.parametrize("views", [pytest.param(0, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("views", [0, 2])
 def test_twenty_steps_with_a_cache_are_those_without(with_settings, tmp_path, views):
     """To the bit: MKD, CWD, CrossKD and RM at once, with Mosaic, MixUp and a second stage."""
     common = dict(data__views=views)

@@ -33,7 +33,8 @@ def chosen(teacher_folder):
     )
 
 
-@pytest.mark.parametrize("unlabelled", [0, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("unlabelled", [0, 4])
 def test_terms_and_results_are_those_of_each_teacher(folder, chosen, tmp_path, capsys, unlabelled):
     """Also where they look at images without labels."""
     config = several(folder, **chosen)
