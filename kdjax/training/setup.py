@@ -218,11 +218,11 @@ def _prepare(config: Config, dataset: data.Dataset) -> Setup:
     if trained is not None:
         asked = make_probe(in_precision(student, precision(config)), trained)
 
-        def probed(state: TrainState, variables: PyTree, batch: Mapping[str, Any]) -> PyTree:
+        def checked(state: TrainState, variables: PyTree, batch: Mapping[str, Any]) -> PyTree:
             state, variables = layout.whole((state, variables))
             return asked(state, variables, batch)
 
-        probe = jax.jit(probed)
+        probe = jax.jit(checked)
     return Setup(
         config,
         dataset,

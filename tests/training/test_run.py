@@ -34,6 +34,13 @@ from tests.support.runs import random_teacher, stopped_in_step, tiny_config
 TWO_STAGES = dict(base_channels=4, neck_channels=8, head_channels=16, proposals=20, region_samples=12, rpn_samples=16)
 
 
+COMPILED = collections.Counter()  # how often XLA was asked for each program of the run `finished`
+
+
+def count_compiled(event, *_, fun_name="", **__):
+    COMPILED[fun_name] += event.endswith("backend_compile_duration")
+
+
 @pytest.fixture(scope="module")
 def finished(folder, teacher_folder):
     """(workdir, results, how often each program was traced) of an uninterrupted run with teacher and twin."""
@@ -43,7 +50,10 @@ def finished(folder, teacher_folder):
         patched.setattr(
             outputs, "finish", lambda setup, *rest: (finish(setup, *rest), traced.update(setup.programs))[0]
         )
-        return workdir, run(tiny_config(folder, teacher=teacher_folder), workdir), traced
+        jax.monitoring.register_event_duration_secs_listener(count_compiled)
+        results = run(tiny_config(folder, teacher=teacher_folder), workdir)
+        jax.monitoring.unregister_event_duration_listener(count_compiled)
+        return workdir, results, traced
 
 
 def arrays(workdir: Path, role: str) -> dict:
@@ -244,6 +254,12 @@ def test_other_families_resume_and_have_an_exact_twin(name, tmp_path, monkeypatc
 
 def test_one_trace_a_program_in_twenty_steps(finished):
     assert finished[2] == {"teacher": 1, "student": 1, "twin": 1}
+
+
+def test_what_was_compiled_ahead_is_not_compiled_again(finished):
+    """Student and teacher are the same detector here, so that one prediction serves all roles."""
+    for name in ("checked", "teacher", "supervised_update", "distilled_update", "predict_batch"):
+        assert COMPILED[f"jit({name})"] == 1, name
 
 
 def test_eight_devices_equal_one(folder, teacher_folder):
