@@ -208,6 +208,7 @@ def test_a_split_run_is_checked_evaluated_and_ends_on_other_devices(folder, teac
 
     def config(kind):
         changes = dict(sharding=kind, steps=10, optimizer__warmup=0, data__stage2__start=0, eval__every=5)
+        changes["auto_weight__log"] = True
         return tiny_config(folder, teacher=teacher, method="cwd", **CHANGES | changes)
 
     use(monkeypatch, 8)
