@@ -4,9 +4,10 @@ Batches are split over the axis `data`. States and variables have a copy on each
 """
 
 import contextlib
+import functools
 import math
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -106,6 +107,16 @@ class Layout(NamedTuple):
         if self.kind == "replicated":
             return tree
         return jax.lax.with_sharding_constraint(tree, replicated(self.mesh))
+
+    def gathering(self, function: Callable[..., PyTree]) -> Callable[..., PyTree]:
+        """A function of trees that lie as `put` distributes them and, last, a batch: it gets copies of the trees."""
+
+        @functools.wraps(function)
+        def gathered(*trees_and_batch: PyTree) -> PyTree:
+            *trees, batch = trees_and_batch
+            return function(*map(self.whole, trees), batch)
+
+        return gathered
 
     def parts(self, tree: PyTree) -> PyTree:
         """Inside a program: the tree as `put` distributes it."""

@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -26,7 +26,7 @@ from kdjax.detectors.api import Detector
 from kdjax.distill import Distiller
 from kdjax.distill.teachers import without_places
 from kdjax.errors import UserError, listed, prefix
-from kdjax.inference import layouts, onnx_file, predict
+from kdjax.inference import layouts, onnx_file, placement, predict
 from kdjax.inference.layouts import Layout, Outputs
 from kdjax.inference.onnx_file import OnnxFile
 from kdjax.structs import AnyArray, Array, Detections, DetectorOutput, PaddedDetections, PyTree, Rows
@@ -34,24 +34,6 @@ from kdjax.structs import AnyArray, Array, Detections, DetectorOutput, PaddedDet
 OBSERVED = 100  # detections of an image that methods get, as of a live teacher
 SIZE = 640  # of the input where neither the file nor the layout says one, and there is no canvas
 _PREDICTIONS = ("cls_logits", "box_reg", "quality")  # maps of kdjax's own exports with --raw
-
-
-class Placement(NamedTuple):
-    """Where a canvas of a run lies in the input of a file, at the top left."""
-
-    canvas: tuple[int, int]  # height, width in pixels
-    placed: tuple[int, int]  # of the canvas in the input
-    size: tuple[int, int]  # of the input
-
-    @property
-    def fills(self) -> bool:
-        """Whether the canvas covers the whole input."""
-        return self.placed == self.size
-
-    @property
-    def ratio(self) -> np.ndarray:
-        """Pixels of the input to one of the canvas, f32[2]: x, y."""
-        return np.array([self.placed[1] / self.canvas[1], self.placed[0] / self.canvas[0]], np.float32)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -261,9 +243,9 @@ class OnnxTeacher:
         """`observe` with all detections."""
         canvas = images.shape[1], images.shape[2]
         size = self._input(canvas)
-        place = Placement(canvas, transforms.fitted(canvas, size, fit=self.fit)[1], size)
+        place = placement.Placement(canvas, transforms.fitted(canvas, size, fit=self.fit)[1], size)
         sizes = np.broadcast_to(np.array(canvas), (len(images), 2)) if image_size is None else np.asarray(image_size)
-        placed = _placed(images, place)
+        placed = placement.placed(images, place)
         assert self.layout.std is not None, "`load_teacher` refuses layouts without"
         pixels = onnx_file.as_input(
             self.file, placed, colors=self.layout.colors, mean=self.layout.mean, std=self.layout.std
@@ -283,7 +265,7 @@ class OnnxTeacher:
                 parts.append(found)
                 first += count
             whole = jax.tree.map(lambda *leaves: leaves[0] if len(leaves) == 1 else np.concatenate(leaves), *parts)
-            return self._of_classes(_on_canvas(whole, place, sizes))
+            return self._of_classes(placement.on_canvas(whole, place, sizes))
 
     def _from(self, found: Outputs) -> DetectorOutput:
         """What the outputs say, in pixels of the input."""
@@ -341,7 +323,7 @@ class OnnxTeacher:
                 )
             kept = np.asarray(found.valid) & (new[labels] >= 0)
             labels = np.where(kept, new[labels], 0)
-            output = dataclasses.replace(output, detections=_sorted(found, kept, labels))
+            output = dataclasses.replace(output, detections=placement.first(found, kept, labels))
         return dataclasses.replace(output, cls_logits=maps)
 
 
@@ -446,57 +428,3 @@ def on_host(distiller: Distiller, batch: Mapping[str, Any]) -> DetectorOutput:
 def _on_cpu() -> contextlib.AbstractContextManager[object]:
     """A context in which arrays of the host are computed with on the host."""
     return jax.default_device(jax.local_devices(backend="cpu")[0])
-
-
-def _placed(images: np.ndarray, place: Placement) -> np.ndarray:
-    """Canvases u8[B, H, W, 3] in the input, u8[B, h, w, 3]."""
-    if place.canvas == place.size:
-        return images
-
-    def fit(image: np.ndarray) -> np.ndarray:
-        sample = transforms.Sample(image, np.zeros((0, 4), np.float32), np.zeros(0, np.int32))
-        return transforms.pad(transforms.resize(sample, place.placed), place.size).image
-
-    return np.stack([fit(image) for image in images])
-
-
-def _on_canvas(output: DetectorOutput, place: Placement, sizes: np.ndarray) -> DetectorOutput:
-    """An output in pixels of the input, in those of the canvas; detections are clipped to their images i32[B, 2]."""
-    if output.neck and not place.fills:
-        (height, width), (h, w), (y, x) = place
-        raise UserError(
-            f"the canvas of {height}x{width} px fills only {h}x{w} px of the input of {y}x{x} px, and its maps would "
-            "not lie on the canvas: config.data.image_size must have its proportions, or options.fit be stretch"
-        )
-    ratio = place.ratio
-    exact = [(stride / ratio).tolist() for stride in output.strides]
-    strides = tuple(max(round(sum(pair) / 2), 1) for pair in exact)
-    on_grid = place.fills and all(x == y == stride for (x, y), stride in zip(exact, strides, strict=True))
-    fields: dict[str, Any] = {"strides": strides}
-    if not np.all(ratio == 1):
-        fields["box_reg"] = ()  # which is in pixels of the input
-    if not on_grid:
-        fields |= {"cls_logits": (), "box_reg": (), "quality": ()} | ({} if output.neck else {"strides": ()})
-    if output.rows is not None:
-        boxes = np.asarray(output.rows.boxes) / np.tile(ratio, 2)
-        levels = output.rows.level_sizes if on_grid else ()
-        fields["rows"] = dataclasses.replace(output.rows, boxes=boxes, level_sizes=levels)
-    if (found := output.detections) is not None:
-        boxes = np.asarray(found.boxes) / np.tile(ratio, 2)
-        boxes = np.clip(boxes, 0, np.tile(sizes[:, None, ::-1], 2)).astype(np.float32)
-        kept = np.asarray(found.valid) & np.all(boxes[..., 2:] > boxes[..., :2], -1)
-        fields["detections"] = _sorted(found._replace(boxes=cast(Any, boxes)), kept, np.asarray(found.labels))
-    return dataclasses.replace(output, **fields)
-
-
-def _sorted(found: PaddedDetections, kept: np.ndarray, labels: np.ndarray) -> PaddedDetections:
-    """Detections without those that are not kept, the others in their order and first."""
-    order = np.argsort(~kept, axis=1, kind="stable")
-
-    def take(value: AnyArray) -> np.ndarray:
-        value = np.asarray(value)
-        shape = *order.shape, *[1] * (value.ndim - 2)
-        return np.take_along_axis(np.where(kept.reshape(shape), value, 0), order.reshape(shape), 1).astype(value.dtype)
-
-    values: list[Any] = [found.boxes, found.scores, labels.astype(np.int32), kept]
-    return PaddedDetections(*map(take, values))  # pyright: ignore[reportArgumentType] - NumPy's

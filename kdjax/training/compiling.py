@@ -66,7 +66,6 @@ def of_training(
         programs.append(Program("the check of the terms", "student", lower))
     if setup.unlabelled is not None:
         programs.append(Program("the images without labels", "teacher", functools.partial(_unlabelled, setup, spec)))
-
     if setup.measure is not None:
         measure: Any = setup.measure
 

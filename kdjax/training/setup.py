@@ -19,7 +19,7 @@ from kdjax.distill import Distiller, Distillers, Method
 from kdjax.distill.teachers import RECORDED
 from kdjax.errors import UserError
 from kdjax.inference.onnx_teacher import OnnxTeacher
-from kdjax.structs import FOUND, PyTree
+from kdjax.structs import FOUND, Array, PyTree
 from kdjax.training import auto_weight, optim
 from kdjax.training.augmentation import images
 from kdjax.training.checkpoint import Checkpoints
@@ -38,7 +38,6 @@ from kdjax.training.teachers import (
     attached,
     check_unlabelled,
     distiller_in_precision,
-    gathering,
     gives_boxes,
     hash_of,
     load_teachers,
@@ -183,11 +182,13 @@ def _prepare(config: Config, dataset: data.Dataset) -> Setup:
             "adapters": jax.tree.map(lambda leaf: leaf.ndim <= 1, params["adapters"]),
         }
 
-    optimizer = optim.optimizer(config, no_decay)
+    optimizer, student_of_step = optim.optimizer(config, no_decay), in_precision(student, precision(config))
+
+    def ema_rate(at: Array) -> Array:
+        return optim.ema_rate(config, at)
 
     def update(name: str, distiller: Distiller | Distillers | None) -> jax.stages.Wrapped:
-        trained, rate = in_precision(student, precision(config)), lambda at: optim.ema_rate(config, at)
-        step = make_step(trained, optimizer, rate, distiller=distiller, layout=layout)
+        step = make_step(student_of_step, optimizer, ema_rate, distiller=distiller, layout=layout)
         after = layout.shardings(states[name]), everywhere
         label = "distilled_update" if distiller else "supervised_update"  # one in the cache for twin and supervised run
         return program(name, step, label=label, donate_argnums=0, out_shardings=after)
@@ -197,32 +198,19 @@ def _prepare(config: Config, dataset: data.Dataset) -> Setup:
         check_unlabelled(found, distiller, image_size)
         shorter = [one._replace(distiller=distiller_in_precision(one, config)) for one in found]
         look = look_with(shorter, config, dataset)
-        unlabelled = program("unlabelled images", gathering(look, layout), out_shardings=rows)
+        unlabelled = program("unlabelled images", layout.gathering(look), out_shardings=rows)
     weights = auto_weight.initial(config, list(distiller.methods)) if distiller else None
     states = {"student": init_state(student, key, start, adapters, optimizer, weights)}
     if config.twin:
         states["twin"] = init_state(student, key, start, {}, optimizer)
     trained, _ = together([teacher._replace(distiller=distiller_in_precision(teacher, config)) for teacher in found])
     steps = {role: update(role, trained if role == "student" else None) for role in states}
-    measure = None
-    if weights is not None:
-        assert trained is not None, "`auto_weight.check` refuses this"
-        shares = auto_weight.make_measure(in_precision(student, precision(config)), trained, config)
-
-        def gathered(state: TrainState, variables: PyTree, batch: Mapping[str, Any]) -> PyTree:
-            state, variables = layout.whole((state, variables))
-            return shares(state, variables, batch)
-
-        measure = program("shares of the gradient", gathered, out_shardings=everywhere)
-    probe = None
+    measure = probe = None
     if trained is not None:
-        asked = make_probe(in_precision(student, precision(config)), trained)
-
-        def checked(state: TrainState, variables: PyTree, batch: Mapping[str, Any]) -> PyTree:
-            state, variables = layout.whole((state, variables))
-            return asked(state, variables, batch)
-
-        probe = jax.jit(checked)
+        probe = jax.jit(layout.gathering(make_probe(student_of_step, trained)))
+        if weights is not None:
+            shares = layout.gathering(auto_weight.make_measure(student_of_step, trained, config))
+            measure = program("shares of the gradient", shares, out_shardings=everywhere)
     return Setup(
         config,
         dataset,

@@ -259,9 +259,8 @@ def load_teachers(
             observe = observe_with(distiller_in_precision(teacher, config))
             output = jax.eval_shape(observe, variables, batch_spec(config))
             if not functions_of(output):
-                run = program(
-                    teacher.role, gathering(observe, layout), out_shardings=sharding.batch_sharding(layout.mesh)
-                )
+                rows = sharding.batch_sharding(layout.mesh)
+                run = program(teacher.role, layout.gathering(observe), out_shardings=rows)
                 teacher = teacher._replace(observer=Observer(observe, run, output))
         found[name] = teacher
     return tuple(found[name] for name in chosen)
@@ -294,11 +293,6 @@ def observe_with(distiller: Distiller) -> Callable[[Any, Batch], DetectorOutput]
         return without_places(distiller.observe(batch, variables))
 
     return observe
-
-
-def gathering(function: Callable[..., Any], layout: sharding.Layout) -> Callable[..., Any]:
-    """A function of variables and a batch, for variables that lie on the devices as the layout says."""
-    return lambda variables, batch: function(layout.whole(variables), batch)
 
 
 def unlabelled_rows(config: Config) -> int:

@@ -154,7 +154,7 @@ def _of_network(groups: Mapping[str, dict[str, T]], network: str) -> dict[str, T
     found = {role: {k: v for part in parts for k, v in groups.get(part, {}).items()} for role, parts in _ROLES.items()}
     present = [role for role, group in found.items() if group]
     chosen = found[network if network in present else present[0]] if present else {}
-    # The rest of a distiller (the other network, connectors) is not the detector's; anything else is kept.
+    # The rest of a distiller (the other network, adapters) is not the detector's; anything else is kept.
     others = {
         f"{first}.{rest}" if first else rest: value
         for first, group in groups.items()

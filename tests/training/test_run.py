@@ -258,7 +258,7 @@ def test_one_trace_a_program_in_twenty_steps(finished):
 
 def test_what_was_compiled_ahead_is_not_compiled_again(finished):
     """Student and teacher are the same detector here, so that one prediction serves all roles."""
-    for name in ("checked", "teacher", "supervised_update", "distilled_update", "predict_batch"):
+    for name in ("probe", "teacher", "supervised_update", "distilled_update", "predict_batch"):
         assert COMPILED[f"jit({name})"] == 1, name
 
 
