@@ -124,9 +124,10 @@ def _mistakes_of(path: Path, text: str) -> Iterator[None]:
         raise UserError(f"{path}: line {error.lineno}: {error.msg}") from error
     except (AttributeError, ImportError, KeyError, NameError, TypeError) as error:
         frames = traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+        of_config = str(path.absolute())  # Python names a file by its absolute path
+        lines = [frame.lineno for frame in frames if frame.filename == of_config]
         if not lines or (
-            frames[-1].filename != str(path) and Path(frames[-1].filename).is_relative_to(Path(__file__).parent)
+            frames[-1].filename != of_config and Path(frames[-1].filename).is_relative_to(Path(__file__).parent)
         ):
             raise  # a mistake of kdjax
         raise UserError(f"{path}: line {lines[-1]}: {type(error).__name__}: {error}") from error

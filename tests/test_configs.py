@@ -266,6 +266,13 @@ def test_mistakes_in_a_config_file_get_a_sentence(line, told, tmp_path):
     assert re.fullmatch(expected, str(caught.value).splitlines()[0])
 
 
+def test_a_config_file_may_be_named_by_a_relative_path(tmp_path, monkeypatch):
+    (tmp_path / "own.py").write_text("def get_config():\n    return 1 + ''\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^own.py: line 2: TypeError: unsupported operand"):
+        read("own.py")
+
+
 @pytest.mark.user_input("Config and flags", "an option of the wrong type", "refused: must be float | None, not 'wide'")
 @pytest.mark.filterwarnings("ignore:the load_module")  # of ml_collections
 def test_options_of_a_detector_are_flags():

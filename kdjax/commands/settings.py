@@ -80,9 +80,17 @@ def _override(config: ConfigDict, name: str, text: str) -> None:
     current: Any = node[key]
     if isinstance(current, ConfigDict):
         raise UserError(f"--config.{name}: it is a group of settings: override one of {', '.join(current)}")
-    if _WEIGHT.fullmatch(name) and AUTO in (text, current):
-        current = AUTO if text == AUTO else 1.0
+    if _WEIGHT.fullmatch(name):
+        node[key] = text if text == AUTO else _weight(f"--config.{name}", text)
+        return
     node[key] = _parse(f"--config.{name}", text, current)
+
+
+def _weight(where: str, text: str) -> float:
+    value = _literal(text)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UserError(f"{where}: it must be a number or {AUTO}, not {text!r}")
+    return float(value)
 
 
 def _parse(where: str, text: str, current: Value) -> Value:

@@ -155,7 +155,7 @@ def _train_builder(dataset: Dataset, cfg: Settings, plans: TrainPlans | ViewPlan
     form = None
     if cfg["augment_on"] == "device":
         form = Form(
-            _source_size(dataset.splits["train"], cfg),
+            source_size(dataset.splits["train"], cfg),
             canvas_size(cfg),
             any(stage.mosaic for stage in plans.stages),
             any(stage.mixup for stage in plans.stages),
@@ -172,7 +172,7 @@ def _train_builder(dataset: Dataset, cfg: Settings, plans: TrainPlans | ViewPlan
     )
 
 
-def _source_size(split: Split, cfg: Settings) -> tuple[int, int]:
+def source_size(split: Split, cfg: Settings) -> tuple[int, int]:
     """Height and width in which all training images of the split have room.
 
     Raises:
@@ -183,8 +183,9 @@ def _source_size(split: Split, cfg: Settings) -> tuple[int, int]:
     if height * width > LARGEST_SOURCE * canvas[0] * canvas[1]:
         raise UserError(
             f"augment_on: each image is sent to the device as {height}x{width} px (height x width), the largest sides "
-            f"of the training images, for a canvas of {canvas[0]}x{canvas[1]}: set longest, as in longest="
-            f"{2 * min(canvas)}, or augment_on=host"
+            f"of the training images; more than {LARGEST_SOURCE} times the pixels of the canvas "
+            f"{canvas[0]}x{canvas[1]} are too many: set config.data.longest={2 * min(canvas)}, or "
+            "config.data.augment_on=host"
         )
     return height, width
 

@@ -28,7 +28,7 @@ def check_settings(cfg: Settings) -> None:
     """Checks the settings of batches, before there is any data.
 
     Args:
-      cfg: `config.data`; read here: image_size, masks, views, augment_on, augment, stage2.
+      cfg: `config.data`; read here: image_size, masks, views, longest, augment_on, augment, stage2.
 
     Raises:
       UserError: names the setting, its value and what would be right.
@@ -38,6 +38,8 @@ def check_settings(cfg: Settings) -> None:
         raise UserError(f"image_size must be multiples of {STRIDE} px where masks is True, not {size}")
     if int(cfg["views"]) < 0:
         raise UserError(f"views must be a number of views of each image, or 0 for endless draws, not {cfg['views']}")
+    if 0 < int(cfg["longest"]) < SMALLEST:
+        raise UserError(f"longest must be at least {SMALLEST} px, or 0 for images as they are, not {cfg['longest']}")
     stages, _ = read_stages(cfg)
     if cfg["augment_on"] not in ("host", "device"):
         raise UserError(f"augment_on must be 'host' or 'device', not {cfg['augment_on']!r}")
@@ -47,6 +49,7 @@ def check_settings(cfg: Settings) -> None:
         )
 
 
+SMALLEST = 32  # px, of the longer side of an image that is shrunk
 LARGEST = 16_384  # px, of a side of the canvas
 
 

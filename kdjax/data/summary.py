@@ -6,7 +6,7 @@ import numpy as np
 
 from kdjax.data.counts import counted
 from kdjax.data.dataset import Dataset, Split, ground_truth
-from kdjax.data.loader import forecast
+from kdjax.data.loader import forecast, source_size
 from kdjax.data.sources import LOG
 from kdjax.data.stages import Settings, canvas_size
 from kdjax.errors import NAME, printable
@@ -20,10 +20,13 @@ def summary(dataset: Dataset, cfg: Settings) -> str:
 
     Args:
       dataset: from `open_dataset`.
-      cfg: `config.data`; read here: image_size, keep, longest, augment and stage2.
+      cfg: `config.data`; read here: image_size, keep, longest, augment_on, augment and stage2.
 
     Returns:
       Several lines of text. Sizes are COCO's, by the area in original pixels: small under 32², large from 96².
+
+    Raises:
+      UserError: the training images are too large for what the settings make of them.
     """
     height, width = canvas_size(cfg)
     lines = [
@@ -35,6 +38,8 @@ def summary(dataset: Dataset, cfg: Settings) -> str:
     lines += [first for first, *_ in told.values()]
     lines.append(f"an epoch is {dataset.splits['train'].size} images, each once, in a new order")
     lines.append(kept_line(dataset, cfg))
+    if cfg["augment_on"] == "device":
+        source_size(dataset.splits["train"], cfg)
     lines += ["", *_table(dataset, truths), ""]
     for role, split in dataset.splits.items():
         lines += _log(role, split, told[role][1:])
@@ -42,8 +47,11 @@ def summary(dataset: Dataset, cfg: Settings) -> str:
 
 
 def kept_line(dataset: Dataset, cfg: Settings) -> str:
-    """How many training images stay decoded in memory, in one line."""
-    return f"train: {forecast(dataset, cfg)} (config.data.keep={cfg['keep']})"
+    """How many training images stay decoded in memory, and how many are shrunk, in one line."""
+    split, longest = dataset.splits["train"], int(cfg["longest"])
+    shrunk = int((split.sizes.max(1) > longest).sum()) if longest else 0
+    told = f"; {shrunk:,} are shrunk to {longest} px (config.data.longest)" if shrunk else ""
+    return f"train: {forecast(dataset, cfg)} (config.data.keep={cfg['keep']}){told}"
 
 
 def _table(dataset: Dataset, truths: dict[str, dict[str, Any]]) -> list[str]:

@@ -54,7 +54,7 @@ def check(config: Config) -> None:
     """
     chosen = config.auto_weight
     if not 0 < chosen.share < 1:
-        raise UserError(f"config.auto_weight.share must be between 0 and 1, not {chosen.share!r}")
+        raise UserError(f"config.auto_weight.share must be above 0 and below 1, not {chosen.share!r}")
     low, high = (*chosen.bounds, 0, 0)[:2]
     if len(chosen.bounds) != 2 or not 0 < low < high:
         raise UserError(f"config.auto_weight.bounds must be two ascending numbers above 0, not {tuple(chosen.bounds)}")

@@ -3,6 +3,7 @@
 import contextlib
 import glob
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,9 @@ def check_settings(config: Config) -> None:
     for name, method in all_methods(config).items():
         if not method.weights:
             raise UserError(f"{where_of(name)}: it has no effect: the weights of all its terms are 0")
+        if bad := {term: weight for term, weight in method.weights.items() if not 0 <= weight < math.inf}:
+            term, weight = next(iter(bad.items()))
+            raise UserError(f"{where_of(name)}: the weight of its term {term} is {weight}: it must be finite and >= 0")
     replay.check(config)
     if config.pairing not in pairing.RULES:
         raise UserError(f"config.pairing must be one of {', '.join(pairing.RULES)}, not {config.pairing!r}")

@@ -3,6 +3,7 @@
 import collections
 import functools
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
@@ -180,4 +181,10 @@ def _show(bar: "tqdm[Any]", running: Mapping[futures.Future[Any], str], first: s
     bar.n = sum(future.done() for future in running)
     now = [first] if first else []
     now += [name for future, name in running.items() if not future.done()]
-    bar.set_postfix_str("; ".join(now))
+    told = "; ".join(now)
+    if told != _told(bar) or sys.stderr.isatty():  # in a file, a line for each change
+        bar.set_postfix_str(told)
+
+
+def _told(bar: "tqdm[Any]") -> str:
+    return (bar.postfix or "").removeprefix(", ")

@@ -198,6 +198,8 @@ def check_keys(config: Config) -> None:
       UserError: names the first unknown or missing setting.
     """
     for name in unknown_keys(config):
+        if "=" in name:
+            raise UserError(f"{name}: it must be a group of settings")
         raise unknown_setting(name.removeprefix("config."), base())
     for name in unknown_keys(base(), config):
         raise UserError(f"{name} is missing: start from kdjax.training.config.base()")

@@ -34,7 +34,7 @@ def build_methods(chosen: Config, where: str = "config.methods") -> dict[str, Me
             given = {k: v for k, v in options.items() if (k, v) != ("weight", AUTO)}
             for option, default in methods.options(name).items():
                 kind = KINDS.get(type(default))
-                if kind and given.get(option) is not None and not has_type(given[option], type(default)):
+                if kind and option in given and not has_type(given[option], type(default)):
                     kind += f" or '{AUTO}'" * (option == "weight")
                     raise UserError(f"{name}: {option} must be {kind}, not {given[option]!r}")
             built[name] = methods.build(name, **given)

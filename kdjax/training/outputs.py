@@ -312,7 +312,7 @@ def without_labels(setup: Setup) -> str:
     told += f"{config.batch_size} with labels; they have the terms of distillation alone. "
     if giver := gives_boxes(setup.teachers):
         score = config.data.unlabelled_score
-        return f"{told}Methods that read boxes take the detections of the {giver.role}, from score {score:g} on."
+        return f"{told}Methods that read boxes take the detections of {giver.named}, from score {score:g} on."
     out = sitting_out(setup.teachers, tuple(config.data.image_size))
     alone = f"; {', '.join(out)} reads boxes and sees none of these images" if out else ", and no method reads any"
     return f"{told}No teacher can give them boxes{alone}."

@@ -17,7 +17,7 @@ from kdjax import compile_cache, data, detectors, sharding
 from kdjax.detectors.api import Detector, Tree
 from kdjax.distill import Distiller, Distillers, Method
 from kdjax.distill.teachers import RECORDED
-from kdjax.errors import UserError
+from kdjax.errors import UserError, prefix
 from kdjax.inference.onnx_teacher import OnnxTeacher
 from kdjax.structs import FOUND, Array, PyTree
 from kdjax.training import auto_weight, optim
@@ -258,7 +258,8 @@ def train_batches(
     """
     config = setup.config
     common: dict[str, Any] = dict(seed=config.seed, start_step=start_step, shard=shard, fit=setup.student.fit)
-    batches = data.train_batches(setup.dataset, config.data, batch_size=config.batch_size, attach=attach, **common)
+    with prefix("config.data"):
+        batches = data.train_batches(setup.dataset, config.data, batch_size=config.batch_size, attach=attach, **common)
     if not config.data.unlabelled:
         return batches
     further, cfg = data.without_labels(setup.dataset), config.data.copy_and_resolve_references()

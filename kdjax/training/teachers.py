@@ -61,6 +61,11 @@ class TeacherOfRun(NamedTuple):
         return "file of detections" if self.file else getattr(self.detector, "name", "mean")
 
     @property
+    def named(self) -> str:
+        """What a sentence calls it."""
+        return f"the teacher {self.name}" if self.name else "the teacher"
+
+    @property
     def hash(self) -> str:
         """The hash of its weights, or of its file."""
         return self.file.sha256 if self.file else self.sha256

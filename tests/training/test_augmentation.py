@@ -133,8 +133,15 @@ def test_what_the_device_cannot_do_is_refused(noisy):
             data.check_settings(settings("", **changes))
     dataset, cfg = opened(noisy)
     cfg.update(dict(image_size=(32, 32)))
-    with pytest.raises(UserError, match=r"^augment_on: each image is sent .* 96x128 px .*: set longest"):
+    words = r"^augment_on: each image .* 96x128 px .* 4 times .* canvas 32x32 .*: set config.data.longest=64, or "
+    with pytest.raises(UserError, match=words):
         taken(dataset, cfg, "device", 1)
+    cfg.augment_on = "device"
+    with pytest.raises(UserError, match=words):  # in the dry run too
+        data.summary(dataset, cfg)
+    cfg.update(dict(longest=64, augment_on="host"))
+    above = sum(max(height, width) > 64 for height, width in dataset.splits["train"].sizes.tolist())
+    assert 1 < above < 23 and f"; {above} are shrunk to 64 px (config.data.longest)" in data.summary(dataset, cfg)
 
 
 def logged(workdir):

@@ -143,9 +143,12 @@ def test_a_flag_sets_a_weight_to_auto_and_back():
 @pytest.mark.parametrize(
     ("chosen", "words"),
     [
-        (["methods.mkd.weight=automatic"], r"config\.methods\.mkd\.weight: it must be a number, not 'automatic'"),
+        (
+            ["methods.mkd.weight=automatic"],
+            r"\.methods\.mkd\.weight: it must be a number or auto, not 'automatic'",
+        ),
         (["methods.mkd.feature_weight=auto"], r"config\.methods\.mkd\.feature_weight: it must be a number, not 'auto'"),
-        (["auto_weight.share=1"], r"config\.auto_weight\.share must be between 0 and 1, not 1\.0"),
+        (["auto_weight.share=1"], r"config\.auto_weight\.share must be above 0 and below 1, not 1\.0"),
         (["auto_weight.every=0"], r"config\.auto_weight\.every must be >= 1"),
         (["auto_weight.bounds=(2,1)"], r"config\.auto_weight\.bounds must be two ascending numbers above 0"),
         (["auto_weight.bounds=(1,)"], r"config\.auto_weight\.bounds must be two ascending numbers above 0"),

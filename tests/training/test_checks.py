@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 from ml_collections import ConfigDict
@@ -41,6 +42,15 @@ from tests.support.runs import tiny_config
         (dict(methods__mkd__student="neckk"), "config.methods.mkd: .*'neckk'.*neck.*cls_tower"),
         (dict(methods__mkd__zeta=2.0), "config.methods.mkd: zeta.*0 .. 1"),
         (dict(methods__mkd__weight=0.0), "config.methods.mkd: it has no effect"),
+        (
+            dict(methods__mkd__weight=-1.0),
+            "config.methods.mkd: the weight of its term .* -1.0: it must be",
+        ),
+        (dict(methods__mkd__weight=math.nan), "config.methods.mkd: the weight .* nan: it must be finite and >= 0"),
+        (dict(methods__mkd__weight=None), "config.methods.mkd: weight must be a number or 'auto', not None"),
+        (dict(methods__mkd__stop=None), "config.methods.mkd: stop must be an integer, not None"),
+        (dict(auto_weight=None), "config.auto_weight=None: it must be a group of settings"),
+        (dict(data__longest=1), "config.data: longest must be at least 32 px, or 0 for images as they are, not 1"),
         (dict(student__detector=""), "config.student.detector: there is no student.*rtmdet_tiny"),
         (dict(student__detector="rtmdet_huge"), "rtmdet_huge.*rtmdet_tiny"),
         (
