@@ -268,7 +268,10 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, list[str]]]:
         "--methods", default="", metavar="A,B+C", help="for the study `methods`; + adds methods up (all methods)"
     )
     one.add_argument(
-        "--weights", default="0.1,1,5", metavar="W,W", help="for the study `weight`: weights of MKD (0.1,1,5)"
+        "--weights",
+        default="",
+        metavar="W,W",
+        help="for the study `weight`: weights of MKD (0.1,1,5); for `methods`: published, auto, or both (published)",
     )
     one.add_argument(
         "--teachers",

@@ -200,6 +200,16 @@ def test_methods_are_ranked_by_gain_and_what_does_not_help_is_said(trained, tmp_
     assert cv2.imread(str(tmp_path / "methods.png")).ndim == 3
 
 
+def test_methods_with_published_and_with_automatic_weights(trained, tmp_path, capsys):
+    log, flags = tmp_path / "log.md", ["--methods=cwd,mkd", "--weights=published,auto", "--seeds=1"]
+    assert cli.main(["study", "methods", f"--workdir={tmp_path / 'runs'}", f"--log={log}", *flags]) == 0
+    assert {row[0] for row in cells(log.read_text())[1:]} == {"cwd", "cwd, auto", "mkd", "mkd, auto"}
+    assert " ".join(flags[:2]) in log.read_text()
+    automatic = [folder for folder in trained if "auto" in folder]
+    assert [Path(folder).name for folder in automatic] == [f"{m}_methods.{m}.weight=auto" for m in ("cwd", "mkd")]
+    assert len(study.weights_auto("mkd+rm")) == 2
+
+
 def test_mkds_tables(trained, tmp_path, capsys):
     log = tmp_path / "log.md"
     for name, *flags in (
@@ -274,6 +284,7 @@ def test_runs_of_a_teacher_share_a_cache_that_is_written_first(trained, tmp_path
         (["teacher", "--teachers=/nowhere"], "/nowhere is not a student/ folder"),
         (["sizes", "--students=rtmdet_huge"], "rtmdet_huge"),
         (["weight", "--weights=a"], "--weights: 'a' is not a number"),
+        (["methods", "--weights=1"], "--weights: '1' is not published or auto"),
         (["weight", "--seeds=0"], "--seeds must be >= 1, not 0"),
         (["weight", "--config=quickstrat"], "did you mean quickstart?"),
         (["weight", "--config.teachers.a.weights=a"], "config.teachers.a: a study has one teacher: set config.teacher"),

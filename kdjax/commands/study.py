@@ -47,7 +47,10 @@ from kdjax.errors import UserError
 from kdjax.inference import load
 from kdjax.inference import predict as prediction
 from kdjax.report import study as report
+from kdjax.training.auto_weight import AUTO
 
+PUBLISHED = "published"  # a kind of weight, beside "auto"
+WEIGHTS = ("0.1", "1", "5")
 MKD_PARTS = ("feature", "multiscale", "frequency", "alignment")
 
 Results = dict[str, Any]  # the content of results.json, or a part of it
@@ -166,14 +169,24 @@ def words(text: str) -> list[str]:
 
 
 def of_methods(options: Options) -> list[Variant]:
-    """Methods, or several together joined by "+", with each teacher."""
+    """Methods, or several together joined by "+", with each teacher and each kind of weight."""
     for name in "+".join(options.methods).split("+"):
         zoo.options(name)
+    for kind in options.weights:
+        if kind not in (PUBLISHED, AUTO):
+            raise UserError(f"--weights: {kind!r} is not {PUBLISHED} or {AUTO}, which the study methods takes")
     return [
-        Variant(f"{name}, {teacher}" if teacher else name, name, flags)
-        for teacher, flags in teachers(options.teachers)
+        Variant(", ".join([name, *([AUTO] if kind == AUTO else []), *([teacher] if teacher else [])]), name, flags)
+        for teacher, of_teacher in teachers(options.teachers)
         for name in options.methods
+        for kind in options.weights or [PUBLISHED]
+        for flags in [of_teacher + (weights_auto(name) if kind == AUTO else ())]
     ]
+
+
+def weights_auto(methods: str) -> tuple[str, ...]:
+    """The flags with which methods that are joined by "+" set their weights themselves."""
+    return tuple(f"--config.methods.{name}.weight={AUTO}" for name in methods.split("+"))
 
 
 def of_components(options: Options) -> list[Variant]:
@@ -188,7 +201,7 @@ def of_weight(options: Options) -> list[Variant]:
     """MKD with several weights; with the default weight it is plain MKD, whose runs other studies share."""
     plain = zoo.options("mkd")["weight"]
     variants = []
-    for text in options.weights:
+    for text in options.weights or WEIGHTS:
         try:
             weight = float(text)
         except ValueError:
@@ -299,8 +312,9 @@ def command_of(options: Options) -> str:
     """The command that makes the study, for the log."""
     command = f"kdjax study {options.name} --config={options.config} --seeds={options.seeds}"
     command += f" --first={options.first}" if options.first else ""
-    for option, name in (("methods", "methods"), ("weights", "weight"), ("students", "sizes")):
-        command += f" --{option}={','.join(getattr(options, option))}" if options.name == name else ""
+    for option, name in (("methods", "methods"), ("weights", ""), ("students", "sizes")):
+        chosen = getattr(options, option)
+        command += f" --{option}={','.join(chosen)}" if chosen and name in ("", options.name) else ""
     command += f" --teachers={','.join(options.teachers)}" if options.teachers else ""
     return " ".join([command, *options.flags])
 
