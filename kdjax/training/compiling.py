@@ -187,4 +187,5 @@ def _show(bar: "tqdm[Any]", running: Mapping[futures.Future[Any], str], first: s
 
 
 def _told(bar: "tqdm[Any]") -> str:
-    return (bar.postfix or "").removeprefix(", ")
+    """What the bar says; a bar that is not shown, as on the second host, says nothing."""
+    return (getattr(bar, "postfix", None) or "").removeprefix(", ")

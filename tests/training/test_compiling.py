@@ -86,6 +86,12 @@ def test_the_bar_names_what_is_being_compiled(monkeypatch):
     assert shown[1][1].startswith("tracing program 1")
 
 
+def test_without_a_bar_the_same_is_compiled(monkeypatch):
+    """As on all hosts but the first."""
+    monkeypatch.setattr(compiling, "_bar", lambda total: compiling.tqdm(total=total, disable=True))
+    assert [one.name for one in compile_all(programs("student")[0])] == ["program 0"]
+
+
 def test_each_card_and_version_has_its_own_cache(monkeypatch, tmp_path):
     set_to = {}
     monkeypatch.setattr(jax.config, "update", lambda name, value: set_to.__setitem__(name, value))
