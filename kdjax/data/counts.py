@@ -43,7 +43,10 @@ def count(dataset: Dataset, role: str, cfg: Settings) -> Counts:
     objects = [entry for entry in truth["annotations"] if not entry["iscrowd"]]
     boxes = collections.Counter(entry["image_id"] for entry in objects)
     other = collections.Counter((entry["action"], entry["reason"]) for entry in split.log)
-    other["left out", f"image after the first {split.size}, as limit says"] = len(split.records) - split.size
+    others = split.part.others if split.part else 0
+    other["left out", f"image after the first {split.size + others}, as limit says"] = split.beyond
+    if role == "train":
+        other["left out", "image that is held out to validate on, as holdout says"] = others
     over = sum(max(0, number - dataset.max_boxes) for number in boxes.values())
     other["left out", f"box over max_boxes={dataset.max_boxes} of an image, the smallest first"] = over
     masked = sum(bool(entry.get("segmentation")) for entry in objects)

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,6 +21,14 @@ from kdjax.errors import UserError, prefix
 FOLDER = "folder"  # the source that is recognised by what lies in the folder
 
 
+class Part(NamedTuple):
+    """A part of a training split: what `config.data.holdout` holds out, or the rest."""
+
+    name: str  # "without 0.2" or "only 0.2"
+    positions: tuple[int, ...]  # in the prepared split, ascending
+    others: int  # number of images in the other part
+
+
 @dataclasses.dataclass(frozen=True)
 class Split:
     """One split of a data set."""
@@ -33,36 +41,51 @@ class Split:
     masks: Store | None = None  # of the objects that are trained on, if `config.data.masks` asks for them
     found: Found | None = None  # what a teacher detected on the images, if `with_found` read it
     labelled: bool = True  # False: what its images show is not known; True without an annotation: they show nothing
+    beyond: int = 0  # images of the prepared split that `config.data.limit` leaves out
+    part: Part | None = None  # of the others; None: all of them
+
+    @functools.cached_property
+    def positions(self) -> Sequence[int]:
+        """Where its images are in the prepared split, ascending."""
+        return range(self.size) if self.part is None else self.part.positions[: self.size]
 
     @functools.cached_property
     def truth(self) -> dict[str, Any]:
-        """COCO instances dict of the first `size` images."""
+        """COCO instances dict of its images."""
         truth = hashes.read_json(self.folder / TRUTH)
         if len(truth["images"]) > self.size:
-            truth["images"] = truth["images"][: self.size]
+            truth["images"] = [truth["images"][position] for position in self.positions]
             ids = {image["id"] for image in truth["images"]}
             truth["annotations"] = [a for a in truth["annotations"] if a["image_id"] in ids]
         return truth | {"categories": [dict(id=key, name=name) for key, name in self.categories.items()]}
 
     @functools.cached_property
     def log(self) -> list[dict[str, Any]]:
-        """What was dropped, ignored, repaired or noted in the first `size` images: file, annotation, action, reason."""
+        """What was dropped, ignored, repaired or noted in its images: file, annotation, action, reason."""
         log = hashes.read_json(self.folder / LOG)
-        if self.size == len(self.records):
-            return log
         images = hashes.read_json(self.folder / TRUTH)["images"]
-        beyond = {image["file_name"] for image in images[self.size :]}
-        return [entry for entry in log if entry["file"] not in beyond]
+        if self.size == len(images):
+            return log
+        own = {images[position]["file_name"] for position in self.positions}
+        others = {image["file_name"] for image in images} - own
+        return [entry for entry in log if entry["file"] not in others]
 
     @functools.cached_property
     def contents(self) -> frozenset[str]:
-        """The hashes of the first `size` images: fewer than `size` if an image appears twice."""
-        return frozenset(hashes.read_json(self.folder / CONTENTS)[: self.size])
+        """The hashes of its images: fewer than `size` if an image appears twice."""
+        contents = hashes.read_json(self.folder / CONTENTS)
+        return frozenset(contents[position] for position in self.positions)
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """Hash of the encoded images, their boxes and the classes; their place on disk does not matter."""
-        return hashes.of_bytes(json.dumps([hashes.read_json(self.folder / META)["content"], self.size]).encode())
+        return hashes.of_bytes(json.dumps(self.identity).encode())
+
+    @property
+    def identity(self) -> list[Any]:
+        """What the fingerprint is made of."""
+        of_part = [] if self.part is None else [self.part.name]
+        return [hashes.read_json(self.folder / META)["content"], self.size, *of_part]
 
     @functools.cached_property
     def sizes(self) -> np.ndarray:
@@ -106,7 +129,7 @@ class Dataset:
     def fingerprint(self) -> str:
         """Hash of the encoded images, their boxes and the classes; their place on disk does not matter."""
         parts = {
-            role: (hashes.read_json(split.folder / META)["content"], split.size)
+            role: split.identity
             for role, split in {**self.splits, "unlabelled": self.unlabelled}.items()
             if split is not None
         }
@@ -123,7 +146,8 @@ def open_dataset(cfg: Settings, splits: Sequence[str] = ("train", "val")) -> Dat
         which is one of the last four by what lies in root), root, classes, cache, limit (first images of each split, 0
         for all), masks (whether training batches have them), max_boxes (0: from the data), augment and stage2 (whether
         a training image is made of several), exif_orientation ('stored' or 'upright'); of every split {split}_split,
-        {split}_annotations, {split}_images (explicit paths) and scenes_{split}.
+        {split}_annotations, {split}_images (explicit paths) and scenes_{split}; holdout (share of the training images
+        that are the split 'val', 0 for the validation split itself, which otherwise need not exist).
       splits: which to open; the others need not exist. With 'train', also the images of `unlabelled`.
 
     Returns:
@@ -136,9 +160,11 @@ def open_dataset(cfg: Settings, splits: Sequence[str] = ("train", "val")) -> Dat
     if source != FOLDER and source not in SOURCES:
         raise UserError(f"source must be one of {', '.join(sorted([*SOURCES, FOLDER]))}, not {source!r}")
     images.check_exif(cfg["exif_orientation"])
+    held = float(cfg["holdout"])
+    needed = ["train"] if held else splits
     if source == FOLDER:
-        source = folders.recognised(cfg, splits)
-    prepared = SOURCES[source](cfg, splits)
+        source = folders.recognised(cfg, needed)
+    prepared = SOURCES[source](cfg, needed)
     metas = {role: hashes.checked(folder / META) for role, folder in prepared.items()}
     categories = _categories(metas)
     opened = {}
@@ -147,6 +173,9 @@ def open_dataset(cfg: Settings, splits: Sequence[str] = ("train", "val")) -> Dat
         remedy = Reader.remedy if source == "tfds" else ""
         split = _split(cfg, name, prepared[role], meta, categories, remedy)
         opened[role] = dataclasses.replace(split, masks=_masks(cfg, split)) if role == "train" else split
+    if held:
+        parts = _parts(opened["train"], held)
+        opened = {role: parts[role] for role in splits}
     return Dataset(
         name=next(iter(metas.values()))["name"],
         classes=tuple(categories.values()),
@@ -157,6 +186,36 @@ def open_dataset(cfg: Settings, splits: Sequence[str] = ("train", "val")) -> Dat
         source=source,
         unlabelled=_unlabelled(cfg, opened),
     )
+
+
+def _parts(split: Split, share: float) -> dict[str, Split]:
+    """The training images without those that are held out, and these as the split 'val'.
+
+    An image is held out by the hash of its content: equal images are on the same side, and neither the order of the
+    images nor what else is in the split decides.
+
+    Raises:
+      UserError: one of the parts has no images.
+    """
+    contents = hashes.read_json(split.folder / CONTENTS)[: split.size]
+    out = [int(content, 16) < share * 16 ** len(content) for content in contents]
+    parts = {}
+    for role, name, held in (("train", "without", False), ("val", "only", True)):
+        positions = tuple(position for position, is_out in enumerate(out) if is_out == held)
+        if not positions:
+            what = (
+                "holds none out to validate on: must be larger" if held else "leaves none to train on: must be smaller"
+            )
+            raise UserError(f"holdout={share:g} of the {split.size} images of the split '{split.name}' {what}, or 0")
+        parts[role] = dataclasses.replace(
+            split,
+            name=f"{split.name}, {name} the {share:g} held out",
+            size=len(positions),
+            records=dataclasses.replace(split.records, chosen=positions),
+            masks=None if held else split.masks,
+            part=Part(f"{name} {share:g}", positions, split.size - len(positions)),
+        )
+    return parts
 
 
 def without_labels(dataset: Dataset) -> Dataset:
@@ -229,9 +288,10 @@ def with_found(dataset: Dataset, path: str | Path) -> Dataset:
         source=dataset.source,
         unlabelled=further.truth["images"] if further else (),
     )
-    split = dataclasses.replace(split, found=read.part(0, split.size))
+    split = dataclasses.replace(split, found=read.at(split.positions))
     if further:
-        others = dataclasses.replace(read.part(len(images), further.size), left_out=0)  # counted with the first
+        rest = read.at(range(len(images), len(images) + further.size))
+        others = dataclasses.replace(rest, left_out=0)  # counted with the first
         further = dataclasses.replace(further, found=others)
     return dataclasses.replace(dataset, splits=dataset.splits | {"train": split}, unlabelled=further)
 
@@ -251,7 +311,8 @@ def _split(
         raise hashes.damaged(" or ".join(dict.fromkeys(directory for directory, _ in parts)), folder) from None
     limit = int(cfg["limit"])
     size = min(meta["size"], limit) if limit > 0 else meta["size"]
-    return Split(name, size, reader, folder, categories, labelled=meta.get("labelled", True))
+    labelled = meta.get("labelled", True)
+    return Split(name, size, reader, folder, categories, labelled=labelled, beyond=meta["size"] - size)
 
 
 def ground_truth(dataset: Dataset, split: str, *, limit: int | None = None) -> dict[str, Any]:

@@ -29,11 +29,11 @@ class Found:
         """The detections f32[d, 6] of the image at a position."""
         return self.rows[self.ends[position - 1] if position else 0 : self.ends[position]]
 
-    def part(self, first: int, size: int) -> "Found":
-        """The detections of `size` images from the position `first` on."""
-        start = self.ends[first - 1] if first else 0
-        ends = self.ends[first : first + size] - start
-        return dataclasses.replace(self, rows=self.rows[start : start + ends[-1]], ends=ends)
+    def at(self, positions: Sequence[int]) -> "Found":
+        """The detections of the images at some positions."""
+        parts = [self[position] for position in positions]
+        ends = np.cumsum([len(part) for part in parts])
+        return dataclasses.replace(self, rows=np.concatenate([self.rows[:0], *parts]), ends=ends)
 
     def told(self, images: str) -> str:
         """How many detections there are, and how many images have none, in one line.

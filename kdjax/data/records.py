@@ -153,6 +153,7 @@ class Reader:
     labels: tuple[int, ...] = ()  # the data set's label of every stored label; needed for decoded examples
     remedy: str = "prepare the data again"  # what to do if a record cannot be read
     upright: bool = False  # apply EXIF's orientation
+    chosen: tuple[int, ...] | None = None  # the records that it gives, by their positions in the files; None: all
 
     @functools.cached_property
     def _sources(self) -> list[Any]:
@@ -166,10 +167,13 @@ class Reader:
         return list(itertools.accumulate(len(source) for source in self._sources))
 
     def __reduce__(self) -> tuple[type["Reader"], tuple[Any, ...]]:
-        return Reader, (self.parts, self.labels, self.remedy, self.upright)
+        return Reader, (self.parts, self.labels, self.remedy, self.upright, self.chosen)
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return self._ends[-1] if self.chosen is None else len(self.chosen)
+
+    def _place(self, index: int) -> int:
+        return index if self.chosen is None else self.chosen[index]
 
     def raw(self, index: int) -> dict[str, Any]:
         """The record as TFDS reads it, the image still encoded; VOC's images, which have no id, are numbered from 1.
@@ -177,12 +181,13 @@ class Reader:
         Raises:
           Damaged: it cannot be read.
         """
-        part = bisect.bisect(self._ends, index)
+        place = self._place(index)
+        part = bisect.bisect(self._ends, place)
         try:
-            record = self._sources[part][index - (self._ends[part - 1] if part else 0)]
+            record = self._sources[part][place - (self._ends[part - 1] if part else 0)]
         except Exception:  # TFDS and array_record raise many exception types
-            raise Damaged(f"{self.parts[part][0]}: record {index} cannot be read: {self.remedy}") from None
-        return {"image/id": index + 1} | record
+            raise Damaged(f"{self.parts[part][0]}: record {place} cannot be read: {self.remedy}") from None
+        return {"image/id": place + 1} | record
 
     def image(self, index: int) -> np.ndarray:
         """The image u8[h, w, 3] RGB at a position.
@@ -196,7 +201,7 @@ class Reader:
         image = decode(record["image"], upright=self.upright)
         if image is None:
             name = record["image/filename"].decode(errors="surrogateescape")
-            directory = self.parts[bisect.bisect(self._ends, index)][0]
+            directory = self.parts[bisect.bisect(self._ends, self._place(index))][0]
             raise Damaged(f"{directory}: image {name} cannot be decoded: {self.remedy}")
         return image
 

@@ -222,8 +222,9 @@ def check_truth(dataset: data.Dataset, cfg: Mapping[str, Any]) -> None:
     for role, purpose in (("val", "metrics need some"), ("train", "training needs some")):
         counts, split = data.count(dataset, role, cfg), dataset.splits[role]
         if not counts.objects:
+            setting = "holdout" if split.part else f"{role}_split"
             raise UserError(
-                f"config.data.{role}_split: the {counts.images} images of the split '{split.name}' of {dataset.name} "
+                f"config.data.{setting}: the {counts.images} images of the split '{split.name}' of {dataset.name} "
                 f"have no objects{_lost(counts)}: {purpose}"
             )
 

@@ -95,6 +95,9 @@ def base() -> Config:
             keep=1.0,  # GiB of decoded training images that stay in memory, once for all workers of a host; 0: none
             longest=0,  # px: training images with a longer side are shrunk to it when they are decoded; 0: none are
             limit=0,  # only the first images of each split; 0 takes all
+            # share of the training images, chosen by their content, that are held out: runs validate on them, and the
+            # validation split is not read; 0: none are
+            holdout=0.0,
             check=False,  # dry run: print a summary of the data, write example batches as images, and exit
             # host, or device: decoded images are resized, pasted, cropped, flipped, coloured and mixed there
             augment_on="host",
@@ -182,7 +185,8 @@ _AT_LEAST_0 = ("data.unlabelled_ratio", "data.max_boxes", "data.views", "data.wo
                "data.limit", "optimizer.lr",
                "optimizer.weight_decay", "optimizer.clip_norm", "optimizer.warmup", "optimizer.backbone", "ema.ramp",
                "eval.every", "eval.limit")  # fmt: skip
-_SHARES = ("data.unlabelled_score", "optimizer.momentum", "optimizer.flat", "optimizer.end", "ema.momentum")
+_SHARES = ("data.holdout", "data.unlabelled_score", "optimizer.momentum", "optimizer.flat", "optimizer.end",
+           "ema.momentum")  # fmt: skip
 _RANGES = (
     dict.fromkeys(_AT_LEAST_1, (1, math.inf))
     | dict.fromkeys(_AT_LEAST_0, (0, math.inf))
@@ -356,11 +360,12 @@ def differences(written: object, config: Config) -> list[str]:
     return [
         f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
         for key in sorted((before.keys() | now.keys()) - ({"steps"} if config.extend else set()))
-        if before.get(key) != now.get(key) and not _is_free(key)
+        if before.get(key) != now.get(key) and not is_free(key)
     ]
 
 
-def _is_free(key: str) -> bool:
+def is_free(key: str) -> bool:
+    """Whether a setting, "a.b", cannot change the result of a run."""
     of_several = key.startswith("teachers.") and key.split(".")[2:] == ["cache"]
     return of_several or any(key == free or key.startswith(f"{free}.") for free in _FREE)
 
