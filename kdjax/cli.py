@@ -252,8 +252,8 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, list[str]]]:
     )
     one.add_argument(
         "name",
-        choices=("methods", "components", "weight", "teacher", "sizes"),
-        help="what the runs differ in: method; MKD's components, weight or teacher; size of the student",
+        choices=("methods", "components", "weight", "teacher", "sizes", "twins"),
+        help="what the runs differ in: method; MKD's components, weight or teacher; student's size; the seed alone",
     )
     one.add_argument(
         "--config",
@@ -285,7 +285,28 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, list[str]]]:
         metavar="A,B",
         help="for the study `sizes`: detectors (rtmdet_pico,rtmdet_micro)",
     )
+    one.add_argument(
+        "--equal",
+        choices=("steps", "time"),
+        default="steps",
+        help="what student and twin have alike; time adds a twin that is trained for as long (steps)",
+    )
+    one.add_argument(
+        "--tune",
+        type=int,
+        default=0,
+        metavar="K",
+        help="before the table, K runs each for the learning rate and for the weights of each row (0: none)",
+    )
     one.add_argument("--log", default="", metavar="FILE", help="a Markdown file to which the results are appended")
+
+    one = add(
+        "league",
+        "Merge studies of several folders, machines or data sets into one table, as json, Markdown and a page.",
+        "kdjax league runs/scenes runs/bccd --out=runs/league",
+    )
+    one.add_argument("paths", nargs="+", metavar="DIR", help="workdirs of studies, or their study.json")
+    one.add_argument("--out", required=True, metavar="DIR", help="folder for league.json, league.md and league.html")
 
     one = add(
         "predict",

@@ -10,7 +10,8 @@ import cv2
 import pytest
 
 from kdjax import cli, files
-from kdjax.commands import settings, study, study_runs
+from kdjax.commands import settings, study, study_layout, study_runs, study_variants
+from kdjax.commands.study_variants import Options, Variant
 from kdjax.errors import UserError
 from kdjax.report import study as report
 from tests.shared import ROOT
@@ -23,7 +24,7 @@ TEACHER = ROOT / "assets" / "quickstart_teacher"
 
 def test_means_and_tables():
     assert report.mean_and_error([1.0, 3.0]) == (2.0, 1.0) and report.mean_and_error([1.0]) == (1.0, None)
-    assert report.with_error([1.0, 3.0]) == "2.00 ± 1.00" and report.with_error([1.0], "+") == "+1.00"
+    assert report.shown((2.0, 1.0)) == "2.00 ± 1.00" and report.shown((1.0, None), "+") == "+1.00"
     assert report.table(["a", "b"], [["1", "x|y"]]) == "| a | b |\n|---|---|\n| 1 | x\\|y |"
 
 
@@ -42,9 +43,9 @@ def test_the_table_of_detectors_with_masks_has_their_ap():
     lines = [
         line.split(" | ") for line in report.study_table([*rows, report.summarize("c", {}, {0: "no"})]).splitlines()
     ]
-    assert lines[0][-4:] == ["gain in mask AP", "mask AP", "twin's mask AP", "note |"]
-    assert lines[2][-4:-1] == ["+4.00 ± 1.00", "14.00 ± 1.00", "10.00 ± 0.00"]
-    assert lines[3][-4:-1] == lines[4][-4:-1] == ["–"] * 3 and len({len(line) for line in lines[2:]}) == 1
+    assert lines[0][-5:] == ["gain in mask AP", "mask AP", "twin's mask AP", "seeds", "note |"]
+    assert lines[2][-5:-1] == ["+4.00 ± 1.00", "14.00 ± 1.00", "10.00 ± 0.00", "2"]
+    assert lines[3][-5:-2] == lines[4][-5:-2] == ["–"] * 3 and len({len(line) for line in lines[2:]}) == 1
     assert "mask" not in report.study_table(rows[1:])
 
 
@@ -67,7 +68,7 @@ def test_the_sentence_of_a_failed_run():
 
 
 def test_a_run_that_fails_and_one_that_is_stopped():
-    with pytest.raises(study.Failed, match=r"^no such thing$"):
+    with pytest.raises(study_runs.Failed, match=r"^no such thing$"):
         study_runs.call(
             [sys.executable, "-c", "import sys; print('kdjax: no such thing', file=sys.stderr); sys.exit(2)"]
         )
@@ -109,23 +110,23 @@ def test_a_finished_run_on_other_images_is_refused(tmp_path):
         study_runs.train(flags, tmp_path)
 
 
-def options(**changes) -> study.Options:
+def options(**changes) -> Options:
     values = dict(name="methods", config="quickstart", workdir=Path("runs"), seeds=1, first=0, methods=["mkd"])
     values |= dict(weights=[], teachers=[], students=[], log=None, flags=[])
-    return study.Options(**values | changes)
+    return Options(**values | changes)
 
 
 def test_the_twin_is_trained_alone():
     flags = ["--config.teacher.weights=FILE", "--config.methods.mkd.weight=2", "--config.data.unlabelled=DIR"]
     flags.append("--config.steps=9")
-    chosen, mkd = options(flags=flags), study.Variant("mkd", "mkd")
-    twin, method = study.twin_flags(chosen, mkd, 3), study.run_flags(chosen, mkd, 3)
+    chosen, mkd = options(flags=flags), Variant("mkd", "mkd")
+    twin, method = study_layout.twin_flags(chosen, mkd, 3), study_layout.run_flags(chosen, mkd, 3)
     same = ["--config.twin=False", "--config.eval.every=0", "--config.seed=3"]
     assert method == ["--config=quickstart:mkd", *flags, *same]
     none = ["--config.teacher.detector=", "--config.teacher.weights="]
     assert twin == ["--config=quickstart:", "--config.steps=9", *none, *same]
     recipe = "distill/mkd_rtmdet"
-    assert study.run_flags(options(config=f"{recipe}:tiny,s"), mkd, 3)[0] == f"--config={recipe}:tiny,s,mkd"
+    assert study_layout.run_flags(options(config=f"{recipe}:tiny,s"), mkd, 3)[0] == f"--config={recipe}:tiny,s,mkd"
     assert not settings.read(f"{recipe}:tiny,s,").methods
     for flags in (twin, method):
         made = settings.read(flags[0].removeprefix("--config="), flags[1:])
@@ -135,8 +136,8 @@ def test_the_twin_is_trained_alone():
 
 
 def test_a_flag_of_a_variant_replaces_that_of_the_command():
-    variant = study.Variant("a", "mkd", ("--config.teacher.weights=A",))
-    flags = study.run_flags(options(flags=["--config.teacher.weights=B"]), variant, 0)
+    variant = Variant("a", "mkd", ("--config.teacher.weights=A",))
+    flags = study_layout.run_flags(options(flags=["--config.teacher.weights=B"]), variant, 0)
     assert [flag for flag in flags if "teacher" in flag] == ["--config.teacher.weights=A"]
 
 
@@ -149,9 +150,9 @@ def trained(monkeypatch):
         said = {flag.partition("=")[0].removeprefix("--config"): flag.partition("=")[2] for flag in flags}
         folders.append(str(workdir))
         if said[""].endswith(":ld"):
-            raise study.Failed("no bins")
+            raise study_runs.Failed("no bins")
         if said[""].endswith(":pkd") and said[".seed"] == "0":
-            raise study.Failed("not finite")
+            raise study_runs.Failed("not finite")
         method = said[""].partition(":")[2]
         ap = 0.1 + 0.1 * int(said[".seed"])
         ap += {"": 0.0, "mkd": -0.01 if said[".seed"] == "0" else 0.0, "cwd": 0.02 * ap / 0.1, "pkd": 0.01}[method]
@@ -164,7 +165,7 @@ def trained(monkeypatch):
             shutil.copytree(TEACHER, workdir / "student")
         return {"student": metrics, "teacher": metrics | {"AP": 0.9} if method else None}
 
-    monkeypatch.setattr(study, "train", train)
+    monkeypatch.setattr(study_runs, "train", train)
     return folders
 
 
@@ -183,8 +184,10 @@ def test_methods_are_ranked_by_gain_and_what_does_not_help_is_said(trained, tmp_
     _, *rows = cells(out)
     assert [row[0] for row in rows] == ["cwd", "pkd", "mkd", "ld"]
     assert rows[0][1:] == [
-        "+3.00 ± 1.00",
+        "+3.00",
+        "-9.71 to +15.71",
         "+2.00, +4.00",
+        "not shown",
         "+3.00 ± 1.00",
         "18.00 ± 6.00",
         "15.00 ± 5.00",
@@ -193,7 +196,7 @@ def test_methods_are_ranked_by_gain_and_what_does_not_help_is_said(trained, tmp_
         "",
     ]
     assert rows[1][1] == "+1.00" and rows[1][-2:] == ["1", "seed 0 failed: not finite"]
-    assert rows[2][-1] == "does not help here" and rows[3][-2:] == ["0", "seed 0, 1 failed: no bins"]
+    assert rows[2][4] == "not shown" and rows[3][-2:] == ["0", "seed 0, 1 failed: no bins"]
     assert sum(folder.endswith("twin") for folder in trained) == 2, "one twin a seed"
     summary = json.loads(out.splitlines()[-1])
     assert [row["seeds"] for row in summary["rows"]] == [[0, 1], [1], [0, 1], []]
@@ -207,7 +210,7 @@ def test_methods_with_published_and_with_automatic_weights(trained, tmp_path, ca
     assert " ".join(flags[:2]) in log.read_text()
     automatic = [folder for folder in trained if "auto" in folder]
     assert [Path(folder).name for folder in automatic] == [f"{m}_methods.{m}.weight=auto" for m in ("cwd", "mkd")]
-    assert len(study.weights_auto("mkd+rm")) == 2
+    assert len(study_variants.weights_auto("mkd+rm")) == 2
 
 
 def test_mkds_tables(trained, tmp_path, capsys):
@@ -224,15 +227,15 @@ def test_mkds_tables(trained, tmp_path, capsys):
     parts = [f"mkd without {part}" for part in ("feature", "multiscale", "frequency", "alignment")]
     assert names[:7] == ["mkd", *parts, "mkd, weight 0.1", "mkd, weight 1"]
     assert names[7].startswith("rtmdet_micro (") and names[8:] == ["rtmdet_pico", "rtmdet_micro"]
-    assert rows[-3][-4:-1] == ["parameters", "MFLOPs", "latency in ms"]
-    assert rows[-1][8:10] == ["10", "2.0"] and float(rows[-1][10]) > 0
-    assert (rows[-2][5], rows[-1][5]) == ("10.00", "20.00"), "each size has its twin"
+    assert rows[-3][-5:-2] == ["parameters", "MFLOPs", "latency in ms"]
+    assert rows[-1][9:11] == ["10", "2.0"] and float(rows[-1][11]) > 0
+    assert (rows[-2][7], rows[-1][7]) == ("10.00", "20.00"), "each size has its twin"
     folders = sorted({folder.rpartition("/")[2] for folder in trained})
     assert {"twin", "twin_student.detector=rtmdet_micro", "mkd", "mkd_methods.mkd.weight=0.1"} <= set(folders)
     assert not [folder for folder in folders if "weight=1.0" in folder], "the default's runs are those of plain MKD"
     assert "mkd_methods.mkd.feature_weight=0.0" in folders and "mkd_student.detector=rtmdet_pico" in folders
     for row in rows:
-        assert len(row) in (9, 12)
+        assert len(row) in (11, 14)
 
 
 def test_methods_with_several_teachers_share_the_twins(trained, tmp_path, capsys):
@@ -247,7 +250,7 @@ def test_methods_with_several_teachers_share_the_twins(trained, tmp_path, capsys
 def test_runs_of_a_teacher_share_a_cache_that_is_written_first(trained, tmp_path, monkeypatch, capsys):
     """With views for all seeds, otherwise for each; whether a finished run had one makes no difference."""
     calls = []
-    monkeypatch.setattr(study, "call", lambda command: calls.append((command[3:5], command[5:])))
+    monkeypatch.setattr(study_runs, "call", lambda command: calls.append((command[3:5], command[5:])))
     common = [f"--workdir={tmp_path / 'runs'}", "--seeds=2", "--methods=mkd,cwd", f"--config.teacher.cache={tmp_path}"]
     assert cli.main(["study", "methods", *common, "--config.data.views=3"]) == 0
     assert [call[0] for call in calls] == [["cache", "--config=quickstart:mkd+cwd"]] * 2
@@ -258,17 +261,17 @@ def test_runs_of_a_teacher_share_a_cache_that_is_written_first(trained, tmp_path
     folders = [flag.partition("=")[2] for _, flags in calls for flag in flags if "teacher.cache=" in flag]
     assert [Path(folder).name for folder in folders] == ["seed0", "seed0", "seed1", "seed1"]
     assert len({*folders}) == 4, "each teacher and seed has its own"
-    variant = study.Variant("mkd", "mkd")
+    variant = Variant("mkd", "mkd")
     cached = options(cache=str(tmp_path), views=True, flags=[f"--config.teacher.cache={tmp_path}"])
-    assert f"--config.teacher.cache={tmp_path}" in study.run_flags(cached, variant, 0)
-    assert not [flag for flag in study.twin_flags(cached, variant, 0) if "cache" in flag]
+    assert f"--config.teacher.cache={tmp_path}" in study_layout.run_flags(cached, variant, 0)
+    assert not [flag for flag in study_layout.twin_flags(cached, variant, 0) if "cache" in flag]
     flags = ["--config=a", "--config.seed=1", "--config.teacher.cache=A"]
     assert study_runs._without_cache(flags) == study_runs._without_cache([*flags[:2], "--config.teacher.cache=B"])
 
     def refuse(command):
-        raise study.Failed("config.methods.ld: no bins")
+        raise study_runs.Failed("config.methods.ld: no bins")
 
-    monkeypatch.setattr(study, "call", refuse)
+    monkeypatch.setattr(study_runs, "call", refuse)
     told = refused(capsys, "study", "methods", *common)
     assert told == "kdjax: the teacher's cache, which all runs need, was not written: config.methods.ld: no bins"
 
@@ -297,7 +300,7 @@ def test_bad_input_is_refused_before_any_run(arguments, words, trained, tmp_path
 
 
 def test_a_folder_is_named_after_its_flags():
-    assert study.label("mkd", "--config.teacher.weights=/a b/c") == "mkd_teacher.weights=-a-b-c"
+    assert study_layout.label("mkd", "--config.teacher.weights=/a b/c") == "mkd_teacher.weights=-a-b-c"
 
 
 @pytest.mark.user_input(

@@ -22,6 +22,7 @@ import json
 import math
 import os
 import shutil
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -188,7 +189,7 @@ class Shards:
         return self.folder / f"entries-{first:010d}.array_record"
 
     def listed(self) -> dict[str, Any]:
-        """The complete files by name: {"entries", "bytes", "sha256"}.
+        """The complete files by name: {"entries", "bytes", "sha256", "seconds"}; older ones have no seconds.
 
         Raises:
           UserError: the list is damaged.
@@ -265,7 +266,7 @@ class Writer:
     """One file of `Shards`; entries are given in their order."""
 
     def __init__(self, shards: Shards, one: Missing) -> None:
-        self._shards, self._one, self._given = shards, one, 0
+        self._shards, self._one, self._given, self._since = shards, one, 0, 0.0
         self._partial = shards.folder / f".{shards.path(one.first).name}.partial"
         self._file = _array_record().ArrayRecordWriter(str(self._partial), "group_size:1,uncompressed")
 
@@ -276,6 +277,8 @@ class Writer:
           arrays: by name, of the shapes and dtypes of the leaves.
         """
         shards = self._shards
+        if not self._given:  # what comes before it compiles programs and starts workers
+            self._since = time.perf_counter()
         parts = [np.array(self._one.first + self._given, _NUMBER).tobytes()]
         for leaf in shards.leaves:
             value = arrays[leaf.name]
@@ -299,6 +302,7 @@ class Writer:
             "entries": self._one.count,
             "bytes": self._partial.stat().st_size,
             "sha256": hashes.of_file(self._partial),
+            "seconds": round(time.perf_counter() - self._since, 3),  # from its first entry on
         }
         os.replace(self._partial, target)
         listed = self._shards.listed() | {target.name: known}

@@ -1,10 +1,10 @@
-"""Line charts as inline SVG, drawn by matplotlib."""
+"""Line charts and charts of intervals as inline SVG, drawn by matplotlib."""
 
 import io
 import re
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -16,6 +16,16 @@ from kdjax.report.format import MODELS, PAIRS, abbreviated, compact
 MAX_POINTS = 240  # of a curve
 
 Series = tuple[np.ndarray, np.ndarray]  # steps f64[n], values f64[n]
+
+
+class Interval(NamedTuple):
+    """A row of `interval_chart`."""
+
+    name: str
+    values: Sequence[float]  # of which it is the mean
+    mean: float
+    ends: Sequence[float] | None  # of its interval
+    verdict: str
 
 
 def line_chart(
@@ -79,6 +89,50 @@ def line_chart(
     )
 
 
+def interval_chart(rows: Sequence[Interval], *, title: str, across: str) -> str:
+    """A chart of means with their intervals, one below the other, and a line at 0.
+
+    Args:
+      rows: from above to below.
+      title: the heading.
+      across: name of the horizontal axis.
+
+    Returns:
+      HTML with an inline SVG; "" without rows.
+
+    Example:
+      >>> rows = [Interval("mkd", [1.0], 1.0, (0.5, 1.5), "helps")]
+      >>> "mkd +1.00, helps" in interval_chart(rows, title="a", across="AP")
+      True
+    """
+    if not rows:
+        return ""
+    colours = {"helps": _COLORS["good"], "hurts": _COLORS["bad"]}
+    with matplotlib.rc_context(_settings(title)):
+        figure = Figure(figsize=(6.5, 0.6 + 0.26 * len(rows)), dpi=72, layout="constrained")
+        axes = figure.add_subplot()
+        for at, row in enumerate(rows):
+            colour = colours.get(row.verdict, _COLORS["muted"])
+            axes.plot(row.values, [at] * len(row.values), "|", color=colour, markersize=6, alpha=0.6)
+            if row.ends:
+                axes.plot(row.ends, [at, at], "-", color=colour, linewidth=2)
+            axes.plot([row.mean], [at], "o", color=colour, markersize=5)
+        axes.set_yticks(range(len(rows)), [row.name for row in rows])
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.axvline(0, color=_COLORS["ink"], linewidth=0.8)
+        axes.set_xlabel(across, color=_COLORS["muted"])
+        axes.grid(axis="x", color=_COLORS["grid"], linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.tick_params(colors=_COLORS["muted"], length=2, width=0.6, pad=2)
+        for side, spine in axes.spines.items():
+            spine.set_visible(side == "bottom")
+            spine.set_color(_COLORS["muted"])
+        svg = _svg(figure)
+    about = escape(f"Chart of {title}: {'; '.join(f'{r.name} {r.mean:+.2f}, {r.verdict}' for r in rows)}.", quote=True)
+    svg = svg.replace("<svg ", f'<svg role="img" aria-label="{about}" ', 1)
+    return f'<figure class="chart"><figcaption><b>{escape(title)}</b></figcaption>{svg}</figure>'
+
+
 def chart_grid(charts: Sequence[str]) -> str:
     """Charts side by side, with a legend if their lines are of several models.
 
@@ -98,7 +152,7 @@ def chart_grid(charts: Sequence[str]) -> str:
 
 
 # Placeholders: `_draw_lines` replaces them by variables of style.css, which differ in light and dark mode.
-_COLORS = {"ink": "#010101", "muted": "#020202", "grid": "#030303", "bad": "#040404"}
+_COLORS = {"ink": "#010101", "muted": "#020202", "grid": "#030303", "bad": "#040404", "good": "#050505"}
 _COLORS |= {"teacher": "#0a0a01", "twin": "#0a0a02", "student": "#0a0a03", "run": "#0a0a04"}
 _COLORS |= {"other": "#0a0a05", "model": "#0a0a06"}
 _STROKES = {"teacher": ("--", 1.4), "twin": ("-", 1.1), "student": ("-", 1.6)}
@@ -108,14 +162,7 @@ _STROKES |= {"other": _STROKES["twin"], "model": _STROKES["student"]}
 def _draw_lines(
     lines: Mapping[str, Series], *, log: bool, level: tuple[str, float] | None, bad: np.ndarray, salt: str
 ) -> str:
-    settings: dict[Any, Any] = {  # matplotlib has a type of its own for the names
-        "svg.fonttype": "none",  # keeps text as text, which the reader's fonts can show in any script
-        "svg.hashsalt": salt,
-        "font.size": 8.5,
-        "axes.unicode_minus": True,
-        "path.simplify": True,
-    }
-    with matplotlib.rc_context(settings):
+    with matplotlib.rc_context(_settings(salt)):
         figure = Figure(figsize=(3.9, 2.3), dpi=72)
         figure.subplots_adjust(left=0.125, right=0.95, top=0.955, bottom=0.125)
         axes = figure.add_subplot()
@@ -153,9 +200,24 @@ def _draw_lines(
         for side, spine in axes.spines.items():
             spine.set_visible(side == "bottom")
             spine.set_color(_COLORS["muted"])
-        out = io.StringIO()
-        metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(out, format="svg", transparent=True, metadata=metadata)
+        return _svg(figure)
+
+
+def _settings(salt: str) -> dict[Any, Any]:  # matplotlib has a type of its own for the names
+    return {
+        "svg.fonttype": "none",  # keeps text as text, which the reader's fonts can show in any script
+        "svg.hashsalt": salt,
+        "font.size": 8.5,
+        "axes.unicode_minus": True,
+        "path.simplify": True,
+    }
+
+
+def _svg(figure: Figure) -> str:
+    """A figure as inline SVG in the colours of the page; the settings must still be those of `_settings`."""
+    out = io.StringIO()
+    metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    figure.savefig(out, format="svg", transparent=True, metadata=metadata)
     svg = out.getvalue()
     svg = svg[svg.index("<svg ") :]
     svg = re.sub(r'\s*<!--.*?-->|\s*<metadata>.*?</metadata>|(?<=<svg) xmlns:xlink="[^"]*"', "", svg, flags=re.S)

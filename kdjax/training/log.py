@@ -117,12 +117,17 @@ class Log:
 
         A warning says how many lines are damaged; `damaged` holds the number.
         """
-        content = self.path.read_bytes() if self.path.exists() else b""
-        rows = [_row(line) for line in content.split(b"\n") if line]
-        self.damaged = sum(row is None for row in rows)
+        rows, self.damaged = read(self.path)
         if self.damaged:
             _warn(f"{self.path}: {self.damaged} damaged lines are left out of the report")
-        return [row for row in rows if row is not None]
+        return rows
+
+
+def read(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The lines of a metrics.jsonl that are sound, and the number of those that are not; none if there is no file."""
+    content = path.read_bytes() if path.exists() else b""
+    rows = [_row(line) for line in content.split(b"\n") if line]
+    return [row for row in rows if row is not None], sum(row is None for row in rows)
 
 
 def _row(line: bytes) -> dict[str, Any] | None:
