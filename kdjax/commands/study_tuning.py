@@ -62,7 +62,8 @@ def tune(options: Options, variants: Sequence[Variant]) -> tuple[list[Variant], 
     Raises:
       UserError: all twins fail.
     """
-    cache = f"{options.cache}/tuning" if options.cache else ""
+    # Beside the cache of the table, whose folder may hold nothing else.
+    cache = f"{options.cache.rstrip('/')}-tuning" if options.cache else ""
     held = f"--config.data.holdout={HOLDOUT}"
     inside = dataclasses.replace(
         options, workdir=options.workdir / "tuning", first=SEED, seeds=1, flags=[*options.flags, held], cache=cache

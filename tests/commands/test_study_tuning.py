@@ -69,6 +69,16 @@ def test_weights_that_set_themselves_try_shares_and_twins_the_rate_alone(monkeyp
     assert row["tuned"].startswith("rate ") and "weight" not in row["tuned"] and row["verdict"] == "not shown"
 
 
+def test_the_teachers_cache_for_the_tuning_lies_beside_that_of_the_table(monkeypatch, tmp_path, capsys):
+    """The folder of a cache holds nothing else."""
+    stand_in(monkeypatch, ap)
+    written = []
+    monkeypatch.setattr(study_runs, "call", lambda command: written.extend(f for f in command if "cache=" in f))
+    flags = ["--methods=cwd", "--tune=2", "--seeds=1", "--config.data.views=2", f"--config.teacher.cache={tmp_path}/c/"]
+    assert run_study("methods", *flags, workdir=tmp_path / "a") == 0
+    assert written == [f"--config.teacher.cache={tmp_path}/{name}" for name in ("c-tuning", "c")]
+
+
 def test_grids_begin_with_what_the_config_has():
     grids = (study_tuning.RATES, study_tuning.FACTORS, study_tuning.SHARES)
     assert {len({*grid}) for grid in grids} == {study_tuning.MOST}
