@@ -146,5 +146,6 @@ def weights(options: Options, variant: Variant) -> tuple[str, list[Choice]]:
 
 def shown(entry: Mapping[str, Any]) -> str:
     """What was chosen for a row, as text: "rate 0.004, weight × 0.3162"."""
-    of_row = {"weight": f", weight × {entry.get('chosen')}", "share": f", share {entry.get('chosen')}"}
+    chosen = f"{entry.get('chosen', 1.0):g}"
+    of_row = {"weight": f", weight × {chosen}", "share": f", share {chosen}"}
     return f"rate {entry['rate']:g}" + of_row.get(entry.get("of", ""), "")

@@ -49,7 +49,7 @@ def test_every_row_and_the_twin_get_the_same_number_of_runs(monkeypatch, tmp_pat
     assert [entry["chosen"] for entry in entries.values()] == [10.0, 0.1, 1.0]
     assert [one["AP"] for one in entries["cwd"]["tried"]] == [0.25, pytest.approx(0.27), 0.25]
     assert entries["ld"]["tried"] == [{"value": value, "failed": "no bins"} for value in (1.0, 10.0, 0.1)]
-    assert rows["cwd"]["tuned"] == f"rate {best:g}, weight × 10.0" and rows["cwd"]["gain in AP"] == "+2.00"
+    assert rows["cwd"]["tuned"] == f"rate {best:g}, weight × 10" and rows["cwd"]["gain in AP"] == "+2.00"
     assert rows["ld"]["note"] == "seed 0, 1, 2 failed: no bins"
     assert (tmp_path / "seed0" / f"mkd_methods.mkd.weight=0.1_optimizer.lr={best}").is_dir()
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("config.json")}
@@ -63,7 +63,7 @@ def test_weights_that_set_themselves_try_shares_and_twins_the_rate_alone(monkeyp
     flags = ["--methods=cwd", "--weights=published,auto", "--tune=2", "--seeds=1"]
     assert run_study("methods", *flags, workdir=tmp_path / "a") == 0
     tuned = {row["name"]: row["tuned"] for row in cells(capsys.readouterr().out)}
-    assert tuned["cwd, auto"].endswith(", share 0.1") and tuned["cwd"].endswith(", weight × 10.0")
+    assert tuned["cwd, auto"].endswith(", share 0.1") and tuned["cwd"].endswith(", weight × 10")
     assert run_study("twins", "--tune=2", "--seeds=3", workdir=tmp_path / "b") == 0
     [row] = cells(capsys.readouterr().out)
     assert row["tuned"].startswith("rate ") and "weight" not in row["tuned"] and row["verdict"] == "not shown"
