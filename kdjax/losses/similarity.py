@@ -32,6 +32,7 @@ def ssim(
     k2: float = 0.03,
     exponents: tuple[float, float, float] = (1.0, 1.0, 1.0),
     padding: Literal["same", "valid"] = "same",
+    eps: float = 0.0,
 ) -> Array:
     """Structural similarity of two maps around each cell, channel by channel: lum^a con^b str^g.
 
@@ -41,12 +42,13 @@ def ssim(
         con = (2 sd_s sd_t + C2) / (var_s + var_t + C2)        C2 = (k2 range)^2
         str = (cov + C2/2) / (sd_s sd_t + C2/2)
 
-    For unit exponents the product con str is (2 cov + C2) / (var_s + var_t + C2), without a square root. For others,
-    variances below 0 (rounding) count as 0, and so does a `str` below 0 under an exponent other than 1.
+    For unit exponents the product con str is (2 cov + C2) / (var_s + var_t + C2), without a square root. Variances
+    below 0 (rounding) count as 0, and so does a `str` below 0 under an exponent other than 1.
 
     Args:
-      student: f32[B, H, W, C], in a range of the size `data_range` (see `min_max`); otherwise C1 and C2 have no
-        meaning and lum may be negative.
+      student: f32[B, H, W, C], in 0 .. `data_range` (see `min_max`). Other maps are allowed, but C1 and C2 then have
+        no meaning, and where means have opposite signs lum is negative: with a structure that is negative too the
+        product is positive, so that x and -x count as alike.
       teacher: f32[B, H, W, C].
       window: side of the window in cells, odd.
       sigma: standard deviation of the Gaussian in cells.
@@ -54,9 +56,12 @@ def ssim(
       k1, k2: of the two constants.
       exponents: a, b, g of luminance, contrast and structure; 0 leaves a factor out.
       padding: "same" reflects the maps at their border, "valid" keeps the windows that lie inside.
+      eps: added to the denominator of the product for unit exponents; kornia's is 1e-12, which is 1.1e-5 of the
+        denominator where both maps are 0, and less elsewhere.
 
     Returns:
-      f32[B, H, W, C] ("valid": H - window + 1 and W - window + 1), -1 .. 1; 1 at equality.
+      f32[B, H, W, C] ("valid": H - window + 1 and W - window + 1), -1 .. 1; 1 at equality. Rounding leads out of that
+      range where a map is large and locally flat.
 
     Scope: window.
     Peers: kornia's `ssim` ("same"), pytorch-msssim and scikit-image ("valid").
@@ -85,10 +90,11 @@ def ssim(
     var_s = local_mean(student * student) - mean_s * mean_s
     var_t = local_mean(teacher * teacher) - mean_t * mean_t
     cov = local_mean(student * teacher) - mean_s * mean_t
-    luminance = (2 * mean_s * mean_t + c1) / (mean_s * mean_s + mean_t * mean_t + c1)
-    if tuple(exponents) == (1, 1, 1):
-        return luminance * (2 * cov + c2) / (var_s + var_t + c2)
     var_s, var_t = jnp.maximum(var_s, 0), jnp.maximum(var_t, 0)
+    energy = mean_s * mean_s + mean_t * mean_t + c1
+    if tuple(exponents) == (1, 1, 1):
+        return (2 * mean_s * mean_t + c1) * (2 * cov + c2) / (energy * (var_s + var_t + c2) + eps)
+    luminance = (2 * mean_s * mean_t + c1) / energy
     deviations = common.safe_sqrt(var_s) * common.safe_sqrt(var_t)
     contrast = (2 * deviations + c2) / (var_s + var_t + c2)
     structure = (cov + c2 / 2) / (deviations + c2 / 2)
@@ -107,21 +113,23 @@ def structural_dissimilarity(
     k2: float = 0.03,
     exponents: tuple[float, float, float] = (1.0, 1.0, 1.0),
     padding: Literal["same", "valid"] = "same",
+    eps: float = 0.0,
 ) -> Array:
     """Structural dissimilarity: (1 - SSIM) / 2, in a window that is reduced to fit the map.
 
     Args:
-      student: f32[B, H, W, C] in 0 .. 1, from `min_max`.
-      teacher: f32[B, H, W, C] in 0 .. 1.
+      student: f32[B, H, W, C] in 0 .. `data_range`, from `min_max`; for other maps see `ssim`.
+      teacher: f32[B, H, W, C].
       window: largest side of the window; it is reduced to the largest odd number that is at most H and W. If that is 1,
         the loss is 0.
-      sigma, data_range, k1, k2, exponents, padding: as in `ssim`.
+      sigma, data_range, k1, k2, exponents, padding, eps: as in `ssim`.
 
     Returns:
-      f32[B, H, W, C] in 0 .. 1, zero at equality. Its mean is the loss of one level.
+      f32[B, H, W, C] in 0 .. 1 (what rounding leads out of that is cut off), zero at equality. Its mean is the loss of
+      one level.
 
     Scope: window.
-    Peers: kornia's `ssim_loss`, which the authors' early code calls.
+    Peers: kornia's `ssim_loss` (with `eps=1e-12`), which the authors' early code calls.
     Reference: de Rijk et al., "Structural Knowledge Distillation for Object Detection", 2022.
 
     Example:
@@ -142,6 +150,7 @@ def structural_dissimilarity(
         k2=k2,
         exponents=exponents,
         padding=padding,
+        eps=eps,
     )
     return jnp.clip((1 - similarity) / 2, 0, 1)
 

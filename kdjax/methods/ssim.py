@@ -5,19 +5,21 @@
 
 Paper: de Rijk et al., "Structural Knowledge Distillation for Object Detection", NeurIPS 2022.
 Taps: neck (any detector), all levels. Needs nothing else.
-Open: the authors' public code, PhilipdeRijk/KD of November 2021, a year before the paper, has an early form: kornia's
-  loss on the raw maps of both necks, window 3, weight 1, no adapter (`scope="none", window=3, weight=1.0`). The paper
-  rescales the maps, and names the same operator. The paper does not state the axes of
-  minimum and maximum in psi: here H, W and C of each image, which keeps the relative strength of channels and does not
-  depend on the batch (`scope="channel"` and `scope="batch"` are the alternatives); the gradient flows through the
-  student's minimum and maximum. Small maps: the window is the largest odd number within 11, H and W, and a level where
-  that is 1 is left out. With exponents other than 1 a negative variance and a negative structure count as 0. The
-  adapter is 1x1 where channels differ; in the paper an adapter for equal channels too (`always_adapt`) gains 1.1 AP
-  between detectors of different families, and nothing within a family. In the paper weights of 2 and 4 are best, with a
-  spread below 0.5 AP, and the size of the window hardly matters.
+Open: Two forms. The paper's, which is the default, rescales the maps, with a window of 11 and a weight of 4; its code
+  is not public. The authors' early public code (github PhilipdeRijk/KD, November 2021, a year before the paper)
+  compares the raw maps of both necks by kornia's `ssim_loss`, window 3, weight 1, no adapter: `scope="none", window=3,
+  weight=1.0`. Both have the same operator: a Gaussian of 1.5 cells, maps reflected at their border, (1 - SSIM) / 2
+  within 0 and 1, the mean of a level, the sum over levels. The paper does not state the axes of minimum and maximum in
+  psi: here H, W and C of each image, which keeps the relative strength of channels and does not depend on the batch
+  (`scope="channel"` and `scope="batch"` are the alternatives); the gradient flows through the student's minimum and
+  maximum. Raw maps of opposite signs may count as alike (see `kdjax.losses.ssim`). Small maps: the window is the
+  largest odd number within `window`, H and W, and a level where that is 1 is left out. With exponents other than 1 a
+  negative structure counts as 0. The adapter is 1x1 where channels differ, in both forms; in the paper an adapter for
+  equal channels too (`always_adapt`) gains 1.1 AP between detectors of different families, and nothing within a family.
+  In the paper weights of 2 and 4 are best, with a spread below 0.5 AP, and the size of the window hardly matters.
 Proof: kd/ssim_* (kornia, pytorch-msssim, scikit-image), the operator and its loss on one level, also on raw maps with
-  the window of the early form: largest relative error 2.9e-6, of the gradient 9.7e-6. The rescaling has no public
-  original.
+  the window of the early form: largest relative error 2.9e-6, of the gradient 9.7e-6. The early form as a whole, over
+  two levels: tests/methods/test_feature.py (NumPy; kornia). The rescaling has no public original.
 Status: formula
 """
 
@@ -46,7 +48,7 @@ def make(
       weight: lambda of the sum over levels; 4 (2 is as good).
       student, teacher: taps.
       scope: what minimum and maximum of the rescaling run over: "image" (H, W and C of an image), "channel" (H and W)
-        or "batch" (everything); "none": the raw maps, the authors' early form.
+        or "batch" (everything); "none": the raw maps, as in the authors' early code, with kornia's eps of 1e-12.
       window: side of the Gaussian window in cells, odd, at least 3; its standard deviation is always 1.5 cells; 11.
       exponents: of luminance, contrast and structure, >= 0; 0 leaves a factor out; 1, 1, 1.
       always_adapt: a 1x1 adapter even where channels agree, for teachers of another family.
@@ -68,9 +70,9 @@ def make(
     def compare(s: Array, t: Array) -> Array:
         if scope != "none":
             s, t = normalization.min_max(s, scope=scope), normalization.min_max(t, scope=scope)
-        return jnp.mean(
-            similarity.structural_dissimilarity(s, t, window=window, exponents=(luminance, contrast, structure))
-        )
+        eps = 1e-12 if scope == "none" else 0.0  # kornia's
+        factors = (luminance, contrast, structure)
+        return jnp.mean(similarity.structural_dissimilarity(s, t, window=window, exponents=factors, eps=eps))
 
     def apply(params: method.Params, context: method.Context) -> dict[str, Array]:
         pairs = adapters.adapt(params, taps.pair(context.student, context.teacher, student, teacher))

@@ -134,6 +134,30 @@ def test_flat_maps_have_finite_value_and_gradient():
     np.testing.assert_array_equal(gradient, 0)
 
 
+def test_raw_maps():
+    """Outside of 0 .. 1: x and -x count as alike, rounding is cut off, flat maps have a finite gradient."""
+    rng = np.random.default_rng(8)
+    loss = users_jit(lambda s, t: similarity.structural_dissimilarity(s, t, window=3, eps=1e-12))
+    large = np.float32(rng.normal(size=(1, 6, 7, 2)) + 20)
+    assert float(loss(-large, large).max()) < 0.01 < 0.3 < float(loss(large[:, ::-1], large).max())
+    # The variance of a large and nearly flat map is all rounding: SSIM leaves its range, the loss does not.
+    flat = np.float32(1000 + 1e-2 * rng.normal(size=(2, 1, 6, 7, 2)))
+    raw = similarity.ssim(*flat, window=3, eps=1e-12)
+    assert not -1 <= float(raw.min()) <= float(raw.max()) <= 1
+    assert float(loss(*flat).min()) >= 0 and float(loss(*flat).max()) <= 1
+    for student in (0.0, 0.7, -1000.0):
+        for teacher in (np.zeros_like(large), large, flat[0]):
+            assert_finite(
+                lambda s, t: similarity.structural_dissimilarity(s, t, window=3, eps=1e-12),
+                jnp.full_like(large, student),
+                teacher,
+            )
+    # kornia's constant: what it makes of two maps of zeros is no longer exactly 1.
+    zeros = np.zeros((1, 5, 5, 1))
+    np.testing.assert_allclose(1 - similarity.ssim(zeros, zeros, window=3, eps=1e-12), 1.1146e-05, rtol=1e-2)
+    np.testing.assert_array_equal(similarity.ssim(zeros, zeros, window=3), 1)
+
+
 def test_gradient_by_finite_differences():
     student, teacher = maps(5, (1, 5, 6, 2))
     loss = jax.jit(

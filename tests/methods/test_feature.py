@@ -227,6 +227,35 @@ def test_ssim():
         assert 0 <= want <= 2, "at most 1 a level"
 
 
+def test_ssim_on_raw_maps_as_the_authors_early_code_has_it():
+    """Against kornia 0.9.0 on torch 2.13, `sum(kornia.losses.ssim_loss(s, t, 3))` of these maps in float64.
+
+    The largest difference seen, relative to the largest number: 8e-8 of the value, 4.9e-5 of the gradients (the norm of
+    kornia's own float32 gradient is off by 2e-5).
+    """
+
+    def raw(seed, sign):
+        """Two levels with means of opposite signs, far outside of 0 .. 1, and a channel that is flat."""
+        levels = [3 * x - sign for x in detector(seed).neck[:2]]
+        return dataclasses.replace(
+            detector(seed), strides=STRIDES[:2], neck=tuple(x.at[..., 3].set(0.25 * sign) for x in levels)
+        )
+
+    student, teacher = raw(0, 1.0), raw(1, -2.0)
+    method = methods.build("ssim", scope="none", window=3, weight=1.0)
+    assert method.weights == {"structural": 1.0} and random_params("ssim", student, teacher, scope="none") == {}
+
+    def loss(neck):
+        seen = context(dataclasses.replace(student, neck=neck), teacher)
+        return apply(method, {}, seen)["structural"]
+
+    value, gradients = quick_jit(jax.value_and_grad(loss))(student.neck)
+    assert float(value) == pytest.approx(0.5954214026614122 + 0.5832886731433736, rel=2e-6)
+    norms = [float(jnp.linalg.norm(g.ravel())) for g in gradients]
+    assert norms == pytest.approx([0.02650824933133147, 0.05717130698905366], rel=1e-4)
+    assert float(gradients[0][1, 3, 4, 2]) == pytest.approx(0.0005909314012851544, rel=1e-4)
+
+
 def test_ssim_sees_no_positive_affine_map_of_what_it_rescales():
     student, teacher = detector(0), detector(1)
     of_map = with_neck(student, lambda x: 3 * x + 5)
