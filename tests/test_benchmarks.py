@@ -209,3 +209,22 @@ def test_the_script_beside_detections_has_the_nms_of_kdjax():
     scores = rng.uniform(0, 1, 60).astype(np.float32)
     kept, valid = plain.greedy_nms(boxes[None], scores[None], iou_threshold=0.65, max_detections=60)
     assert detections.numpy_nms(boxes, scores, 0.65) == kept[valid].tolist() and 5 < valid.sum() < 60
+
+
+def test_auto_weight_summary_and_table():
+    benchmark = of("auto_weight")
+    row = benchmark.summarize("mkd", [(0.9, 0.3, 0.7), (1.0, 0.3, 0.7), (1.1, 0.4, 0.6)], 50)
+    assert (row["relative"], row["overhead"], row["measured_ms"], row["step_ms"]) == (1.0, 0.02, 1000, 1000)
+    assert row["first"] == 0.026, "20 measurements, and those before steps 1, 2, 4, 8, 16 and 32"
+    assert benchmark.table([row]).splitlines()[2] == "| mkd | 1.000 | 0.900 … 1.100 | 1000.0 | 1000.0 | 2.0% | 2.6% |"
+
+
+@pytest.mark.slow
+def test_auto_weight_measures_methods_alone_and_at_once(capsys, monkeypatch):
+    monkeypatch.setattr("kdjax.training.setup.prepare_process", lambda folder: None)
+    small = ["--student=rtmdet_pico", "--teacher=rtmdet_micro", "--batch=2", "--size=64", "--classes=3"]
+    of("auto_weight").main([*small, "--methods=fitnet,fitnet+cwd", "--rounds=2", "--every=10"])
+    alone, both = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert (alone["methods"], both["methods"]) == ("fitnet", "fitnet+cwd")
+    for row in (alone, both):
+        assert row["relative"] > 0 and row["overhead"] == pytest.approx(row["relative"] / 10, abs=1e-4)
