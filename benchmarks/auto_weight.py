@@ -101,7 +101,7 @@ def measure(choice: str, args: argparse.Namespace) -> dict:
 
 
 def summarize(choice: str, rounds: list[tuple[float, float, float]], every: int) -> dict:
-    """Medians of rounds (measurement, teacher, update; in seconds): ratios, and milliseconds of the first and a step."""
+    """Medians of rounds (measurement, teacher, update; in seconds): ratios, and the milliseconds behind them."""
     relative = [measured / (ahead + updated) for measured, ahead, updated in rounds]
     low, middle, high = statistics.quantiles(relative, n=4) if len(relative) > 1 else relative * 3
     due = sum(auto_weight.is_due(step, every) for step in range(STEPS))

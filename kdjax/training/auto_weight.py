@@ -21,6 +21,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import Jaxpr, Literal
 
 from kdjax.detectors.api import Detector
@@ -132,11 +133,10 @@ def make_measure(
             return jnp.stack([jnp.asarray(own), *map(jnp.asarray, of_methods)])
 
         _, pull = jax.vjp(parts, neck)
-        # One after the other, so that the memory is that of one backward pass, and compiled once.
-        gradients = jax.lax.map(lambda chosen: pull(chosen)[0], jnp.eye(1 + len(names), dtype=jnp.float32))
-        flat = [gradient.reshape(len(gradient), -1) for gradient in gradients]
-        products = jnp.sum(jnp.stack([g @ g[0] for g in flat]), 0)
-        norms = jnp.sqrt(jnp.sum(jnp.stack([jnp.sum(g * g, 1) for g in flat]), 0))
+        # Not in a loop of the program: on CPUs XLA runs convolutions there several times slower.
+        gradients = [pull(chosen)[0] for chosen in np.eye(1 + len(names), dtype=np.float32)]
+        norms = [jnp.sqrt(sum(jnp.sum(g * g) for g in one)) for one in gradients]
+        products = [sum(jnp.sum(g * own) for g, own in zip(one, gradients[0], strict=True)) for one in gradients]
         of_method = dict(zip(names, norms[1:], strict=True))
         before = state.weights
         rest = norms[0] + sum(norm for name, norm in of_method.items() if name not in auto)
@@ -150,11 +150,13 @@ def make_measure(
             factor[name] = jnp.where(usable, jnp.clip(factor[name] * change, low, high), factor[name])
         used = {name: norm * factor.get(name, 1.0) for name, norm in of_method.items()}
         total = norms[0] + sum(used.values())
-        cosines = products[1:] / jnp.maximum(norms[0] * norms[1:], jnp.finfo(jnp.float32).tiny)
+        tiny = jnp.finfo(jnp.float32).tiny
+        pairs = zip(products[1:], norms[1:], strict=True)
+        cosines = [product / jnp.maximum(norms[0] * norm, tiny) for product, norm in pairs]
         return {
             "factor": factor,
             "ratio": ratio,
-            "share": {name: norm / jnp.maximum(total, jnp.finfo(jnp.float32).tiny) for name, norm in used.items()},
+            "share": {name: norm / jnp.maximum(total, tiny) for name, norm in used.items()},
             "conflict": dict(zip(names, cosines, strict=True)),
         }
 
