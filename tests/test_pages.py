@@ -210,6 +210,110 @@ def test_the_tutorial_runs(tmp_path):
     assert len(list((tmp_path / "predicted" / "drawn").iterdir())) == 6
 
 
+# ------------------------------------------------------------------------------------------------------------ numbers
+
+LOG = ROOT / "benchmarks" / "README.md"
+# Of README.md, with the reason why no run is behind them.
+NOT_MEASURED = {
+    r"Python 3\.11": "the oldest version that is supported",
+    r"ResNe(X)?t [\d, ]+ and \d+": "names of networks",
+    r"COCO's 12 metrics": "COCO defines them",
+    r"\*\*Methods\*\*: \d+": "the number of files, which the test below counts",
+    r"Apache-2\.0": "a licence",
+}
+NUMBER = r"(?<![\w.,-])[+−-]?\d+(?:,\d{3})*(?:\.\d+)?(?![\w.]*\w)(?: million)?"
+
+
+def sections(text: str) -> dict[str, str]:
+    """The text under each heading, by its anchor, with that of the headings below it."""
+    found, open_ = {}, []
+    for line in text.splitlines():
+        if title := re.match(r"(#+) (.*)", line):
+            open_ = [(depth, name) for depth, name in open_ if depth < len(title[1])]
+            open_.append((len(title[1]), re.sub(r"[^\w\- ]", "", title[2].lower()).replace(" ", "-")))
+        for _, name in open_:
+            found[name] = found.get(name, "") + line + "\n"
+    return found
+
+
+def plain(text: str) -> str:
+    """What is read as a sentence: without code, and of links their text alone."""
+    text = re.sub(r"`[^`]*`", "", prose(text))
+    return re.sub(r"\]\([^)]*\)", "]", text)
+
+
+def numbers(text: str) -> list[tuple[str, ...]]:
+    """All numbers, and those of "a ± b" together, with the signs that they are written with."""
+    found = re.findall(rf"({NUMBER})(?: ± ({NUMBER}))?", text.replace("−", "-"))
+    return [tuple(one for one in pair if one) for pair in found]
+
+
+def is_rounded(written: str, logged: str) -> bool:
+    """Whether a number is another one, rounded: 12.7 for 12.67, 0.55 million for 550,882; a sign must be the same."""
+    digits, _, unit = written.partition(" ")
+    places = len(digits.partition(".")[2])
+    values = [float(one.replace(",", "").removesuffix(" million")) for one in (written, logged)]
+    scale = 1e6 if unit else 1.0
+    same = abs(values[0] * scale - values[1]) <= 0.5 * scale * 10**-places * (1 + 1e-6)
+    return same and (written[0] == "+") == (logged[0] == "+")
+
+
+def unlogged(text: str, log: dict[str, str]) -> list[str]:
+    """The numbers of a page that are in no section of the log to which their paragraph links.
+
+    A table belongs to the paragraph above it. "a ± b" must be in the section as such a pair.
+    """
+    missing, anchors = [], []
+    for block in re.split(r"\n(?:\s*\n|(?=- ))", prose(text)):
+        linked = re.findall(r"\(benchmarks/README\.md#([^)]*)\)", block)
+        anchors = anchors if block.startswith("|") else linked
+        known = [pair for anchor in anchors for pair in numbers(plain(log[anchor]))]
+        told = plain(block)
+        for pattern in NOT_MEASURED:
+            told = re.sub(pattern, "", told)
+        for pair in numbers(told):
+            logged = (
+                [one for one in known if len(one) == len(pair)] if len(pair) > 1 else [(x,) for y in known for x in y]
+            )
+            if not any(all(map(is_rounded, pair, one)) for one in logged):
+                missing.append(f"{' ± '.join(pair)} in {' '.join(told.split())[:80]!r}, which links to {anchors}")
+    return missing
+
+
+def test_every_number_of_the_readme_is_in_the_log():
+    text = (ROOT / "README.md").read_text()
+    assert unlogged(text, sections(LOG.read_text())) == []
+    assert [pattern for pattern in NOT_MEASURED if not re.search(pattern, text)] == [], "no longer there"
+    assert re.search(r"\*\*Methods\*\*: (\d+)", text)[1] == str(len(kdjax.methods.names()))
+
+
+def test_every_run_of_the_log_has_its_command_and_its_date():
+    without = {
+        part.splitlines()[0]
+        for part in re.split(r"^## ", LOG.read_text(), flags=re.MULTILINE)[1:]
+        for pattern in (r"^    .*(python|kdjax) \S", r"20\d\d-\d\d-\d\d")
+        if not re.search(pattern, part, re.MULTILINE)
+    }
+    assert without == {"A card"}, "no run of it is logged"
+
+
+@pytest.mark.parametrize(
+    ("written", "missing"),
+    [
+        ("[gain](benchmarks/README.md#a) +3.0 ± 0.7 of 200, 57.7, 0.55 million, -1.2", []),
+        ("[gain](benchmarks/README.md#a)\n\n| AP |\n|---|\n| 57.7 |", []),
+        ("+3.0 ± 0.7 without a link", ["+3.0 ± 0.7"]),
+        ("[gain](benchmarks/README.md#a): +3.1, 3.0, +1.2, 57.6", ["+3.1", "3.0", "+1.2", "57.6"]),
+        ("[pair](benchmarks/README.md#a): +3.0 ± 0.6", ["+3.0 ± 0.6"]),
+        ("[another](benchmarks/README.md#b): 57.7 of 8", ["57.7"]),
+        ("[in code](benchmarks/README.md#a): 9, `9`", ["9"]),
+    ],
+)
+def test_a_number_that_is_not_in_the_log_is_found(written, missing):
+    log = "## A\n+3.02 ± 0.66, 57.67; 200 scenes; 550,882; −1.24\n\n    run --n=9\n\n## B\n### C\n8\n"
+    assert [one.partition(" in ")[0] for one in unlogged(written, sections(log))] == missing
+
+
 # ----------------------------------------------------------------------------------------------------------- notebook
 
 
