@@ -11,6 +11,7 @@ from kdjax.detectors.api import Detector
 from kdjax.doctor import gradients
 from kdjax.doctor.data import check_data
 from kdjax.doctor.findings import ERROR, Finding
+from kdjax.doctor.league import check_methods
 from kdjax.doctor.memory import check_memory
 from kdjax.doctor.models import check_class_map, check_frozen, check_sizes, check_taps, check_weights
 from kdjax.doctor.schedule import check_schedule
@@ -52,6 +53,7 @@ def examine(config: Config, *, image_count: int = 64) -> Iterator[Finding]:
                 yield from check_weights(teacher.role, setup, image_count)
             yield from check_sizes(setup, teacher)
         yield from check_taps(setup, teacher)
+        yield from check_methods(setup.student.name, teacher.model, dataset.splits["train"].size)
     if config.student.weights:
         finding, kept = check_class_map("student", config.student, dataset)
         yield finding

@@ -28,7 +28,7 @@ def test_all_findings_in_order(tiny, other_weights, monkeypatch):
     findings = list(examine.examine(config, image_count=8))
     assert [finding.subject for finding in findings] == [
         "train data", "val data", "small objects", "learning rate", "moving average", "teacher's class map", "teacher",
-        "sizes", "mkd's taps", "student's class map", "memory", "programs", "student's head", *LOSSES,
+        "sizes", "mkd's taps", "what to try", "student's class map", "memory", "programs", "student's head", *LOSSES,
     ]  # fmt: skip
     assert set(errors(findings)) <= {"teacher", "moving average"}
     messages = {finding.subject: finding.message for finding in findings}
