@@ -53,7 +53,8 @@ last `decay` (0) steps before `stop` (0: never) it falls linearly to zero. These
 
 With `--config.methods.NAME.weight=auto` the weight sets itself: the method's share of the gradient at the student's
 neck is held at `config.auto_weight.share` (0.3 for all such methods together), by the rule of RT-DETRv4, with a
-measurement every `config.auto_weight.every` (50) steps and more at the start. The published weights of its terms keep
+measurement every `config.auto_weight.every` (50) steps and more at the start
+([what it costs](../benchmarks/README.md#automatic-weights)). The published weights of its terms keep
 their proportions. `metrics.jsonl` has the weights in use, the `share` of each method and its `conflict`, the cosine
 between its gradient and that of the detection losses; `config.auto_weight.log=True` logs these for fixed weights too.
 The rule in full: [`kdjax/training/auto_weight.py`](../kdjax/training/auto_weight.py).
