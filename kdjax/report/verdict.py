@@ -66,7 +66,11 @@ def by_chance(rows: int) -> str:
       >>> by_chance(8).endswith("0.4 of the 8 rows here that can have a verdict.")
       True
     """
-    here = f": that would be {0.05 * rows:.2g} of the {rows} rows here that can have a verdict" if rows else ""
+    here = (
+        f": that would be {0.05 * rows:.2g} of the {rows} row{'s' * (rows != 1)} here that can have a verdict"
+        if rows
+        else ""
+    )
     return (
         "The verdict was fixed beforehand: helps or hurts if the 95 % interval of the mean gain (Student's t over "
         f"seeds) lies above or below 0, otherwise, and with fewer than {LEAST} seeds, not shown. Of rows without any "
