@@ -28,14 +28,16 @@ _TOLD = re.compile(
 
 
 def write(options: Options, content: Mapping[str, Any]) -> None:
-    """Writes a study into study.json beside the other studies of the folder."""
+    """Writes a study into study.json beside those that other commands made in the folder, as of further seeds."""
     path = options.workdir / FILE
     others = read(path) if path.exists() else {}
-    files.write_json(path, files.sealed({"format": FORMAT, "studies": others | {options.name: content}}), indent=1)
+    files.write_json(
+        path, files.sealed({"format": FORMAT, "studies": others | {content["command"]: content}}), indent=1
+    )
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The studies that a study.json holds, by name.
+    """The studies that a study.json holds, by command.
 
     Raises:
       UserError: it is not one, or was damaged or changed.

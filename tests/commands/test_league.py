@@ -48,6 +48,19 @@ def league(tmp_path, capsys, *paths) -> tuple[str, dict]:
     return (out / "league.md").read_text(), json.loads((out / "league.json").read_text())
 
 
+def studies_of(folder: Path) -> dict:
+    """The studies of a folder, each by its name, as in "kdjax study NAME ..."."""
+    return {command.split()[2]: content for command, content in study_record.read(folder / "study.json").items()}
+
+
+def test_further_seeds_in_the_same_folder_are_beside_the_first(make, tmp_path, capsys):
+    folder = make("one", "--methods=mkd", "--seeds=2")
+    assert make("one", "--methods=mkd", "--seeds=1", "--first=2") == folder
+    _, content = league(tmp_path, capsys, folder)
+    [row] = content["columns"][0]["rows"]
+    assert row["seeds"] == [0, 1, 2] and row["gains AP"] == [3.0, 3.1, 3.2]
+
+
 def test_seeds_and_methods_of_several_folders_are_united(make, tmp_path, capsys):
     one = make("one", "--methods=mkd,cwd", "--seeds=2")
     two = make("two", "--methods=mkd,pkd,ld", "--seeds=2", "--first=1")  # seed 1 twice, the same
@@ -83,7 +96,7 @@ def test_seeds_and_methods_of_several_folders_are_united(make, tmp_path, capsys)
 def test_a_study_leaves_its_results_with_all_that_decided_them(make, tmp_path, capsys):
     """Several studies of a folder lie beside each other; a teacher counts by its weights, not by its place."""
     folder = make("a", f"--teachers={TEACHER}", "--methods=mkd", "--seeds=1", "--config.methods.mkd.zeta=0.3")
-    [row] = study_record.read(folder / "study.json")["methods"]["rows"]
+    [row] = studies_of(folder)["methods"]["rows"]
     assert row["what"] == "mkd, mkd.zeta=0.3" and row["name"].endswith(f"({TEACHER})")
     assert row["teacher"]["name"] == "rtmdet_micro" and len(row["teacher"]["sha256"]) == 64
     assert row["methods"]["mkd.zeta"] == 0.3 and row["data"] == {"name": "scenes", "fingerprint": "d1"}
@@ -91,7 +104,7 @@ def test_a_study_leaves_its_results_with_all_that_decided_them(make, tmp_path, c
     assert row["runs"]["0"]["student"] == {"AP": 0.23, "AP50": 0.33, "params": 10, "flops": 2e6}
     assert row["runs"]["0"]["seconds"] == pytest.approx(2.5 * (9 + 4))
     assert run_twins(make)["runs"]["0"]["student"]["AP"] == 0.2
-    assert [*study_record.read(folder / "study.json")] == ["methods", "twins"]
+    assert [*studies_of(folder)] == ["methods", "twins"]
     moved = shutil.copytree(TEACHER, tmp_path / "moved")
     other = make("b", f"--teachers={moved}", "--methods=mkd", "--seeds=2", "--first=1", "--config.methods.mkd.zeta=0.3")
     _, content = league(tmp_path, capsys, folder, other)
@@ -101,7 +114,7 @@ def test_a_study_leaves_its_results_with_all_that_decided_them(make, tmp_path, c
 
 def run_twins(make):
     folder = make("a", "--seeds=3", study="twins")
-    [row] = study_record.read(folder / "study.json")["twins"]["rows"]
+    [row] = studies_of(folder)["twins"]["rows"]
     return row
 
 
@@ -163,7 +176,8 @@ def test_what_is_not_a_study_is_refused(make, tmp_path, capsys):
     told = f"kdjax: {tmp_path}: there is no study.json: name the workdir of a finished study"
     assert refused(capsys, "league", str(tmp_path), out) == told
     parts = json.loads(whole)
-    rows = parts["studies"]["methods"]["rows"]
+    [methods] = parts["studies"].values()
+    rows = methods["rows"]
     for text, words in (
         ("{", "it is damaged or incomplete (JSONDecodeError"),
         ("[]", "it is not the study.json of a study"),

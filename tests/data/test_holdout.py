@@ -86,7 +86,7 @@ def test_the_validation_split_is_not_needed(root, tmp_path):
 
 
 @pytest.mark.user_input(
-    "Config and flags", "a `holdout` that leaves a part without images", "refused: must be larger, or 0"
+    "Config and flags", "a `holdout` that leaves a part without images", "refused: it must be larger, or 0"
 )
 def test_a_part_without_images_is_refused(root, tmp_path):
     with pytest.raises(UserError, match=r"^holdout=1e-06 of the 12 images of the split 'train' holds none out"):
