@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-from method_cost import WARM, compiled, made_up_batch, timed
+from method_cost import WARM, compiled, made_up_batch, pair_parser, timed
 
 from kdjax import detectors
 from kdjax import methods as zoo
@@ -38,12 +38,7 @@ STEPS = 1000  # of the run whose start `first` counts
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--student", default="rtmdet_micro")
-    parser.add_argument("--teacher", default="rtmdet_tiny")
-    parser.add_argument("--size", type=int, default=320, help="side of the images in pixels")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--classes", type=int, default=80)
+    parser = pair_parser(__doc__)
     parser.add_argument("--methods", default="mkd,cwd,pkd,ssim,rtmdet_cwd,mkd+cwd+pkd", help="separated by commas")
     parser.add_argument("--every", type=int, default=settings.base().auto_weight.every)
     parser.add_argument("--rounds", type=int, default=10)

@@ -46,13 +46,19 @@ BOXES = 16  # padded boxes an image
 WARM = 2  # rounds that are not counted
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def pair_parser(about: str | None) -> argparse.ArgumentParser:
+    """The arguments that say which student, teacher and batch."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--student", default="rtmdet_micro")
     parser.add_argument("--teacher", default="rtmdet_tiny")
     parser.add_argument("--size", type=int, default=320, help="side of the images in pixels")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--classes", type=int, default=80)
+    return parser
+
+
+def main() -> None:
+    parser = pair_parser(__doc__)
     parser.add_argument("--methods", default=",".join(zoo.names()), help="names, separated by commas; all by default")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--log", type=Path)

@@ -4,10 +4,11 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
@@ -121,12 +122,7 @@ def interval_chart(rows: Sequence[Interval], *, title: str, across: str) -> str:
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.axvline(0, color=_COLORS["ink"], linewidth=0.8)
         axes.set_xlabel(across, color=_COLORS["muted"])
-        axes.grid(axis="x", color=_COLORS["grid"], linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.tick_params(colors=_COLORS["muted"], length=2, width=0.6, pad=2)
-        for side, spine in axes.spines.items():
-            spine.set_visible(side == "bottom")
-            spine.set_color(_COLORS["muted"])
+        _frame(axes, grid="x")
         svg = _svg(figure)
     about = escape(f"Chart of {title}: {'; '.join(f'{r.name} {r.mean:+.2f}, {r.verdict}' for r in rows)}.", quote=True)
     svg = svg.replace("<svg ", f'<svg role="img" aria-label="{about}" ', 1)
@@ -157,6 +153,16 @@ _COLORS |= {"teacher": "#0a0a01", "twin": "#0a0a02", "student": "#0a0a03", "run"
 _COLORS |= {"other": "#0a0a05", "model": "#0a0a06"}
 _STROKES = {"teacher": ("--", 1.4), "twin": ("-", 1.1), "student": ("-", 1.6)}
 _STROKES |= {"other": _STROKES["twin"], "model": _STROKES["student"]}
+
+
+def _frame(axes: Axes, *, grid: Literal["x", "y"]) -> None:
+    """Leaves of the frame the line at the bottom, and adds a grid across an axis."""
+    axes.grid(axis=grid, color=_COLORS["grid"], linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=_COLORS["muted"], length=2, width=0.6, pad=2)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side == "bottom")
+        spine.set_color(_COLORS["muted"])
 
 
 def _draw_lines(
@@ -194,12 +200,7 @@ def _draw_lines(
             FuncFormatter(lambda step, _: abbreviated(step) if abs(step) >= 1e4 else f"{step:g}")
         )
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
-        axes.grid(axis="y", color=_COLORS["grid"], linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.tick_params(colors=_COLORS["muted"], length=2, width=0.6, pad=2)
-        for side, spine in axes.spines.items():
-            spine.set_visible(side == "bottom")
-            spine.set_color(_COLORS["muted"])
+        _frame(axes, grid="y")
         return _svg(figure)
 
 
