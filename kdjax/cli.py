@@ -246,6 +246,13 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, list[str]]]:
     add_config(one)
 
     one = add(
+        "replay",
+        "Repeat a step of a run that was not finite, to the bit, and say which image, level and term began it.",
+        "kdjax replay runs/quickstart/blackbox/step-40",
+    )
+    one.add_argument("folder", metavar="DIR", help="the inputs of the step, as the run names them: blackbox/step-N")
+
+    one = add(
         "study",
         "Compare variants of a run over seeds, each with the gain over its seed's twin: a table and a chart.",
         "kdjax study methods --workdir=runs/study --methods=mkd,cwd --seeds=3 --config.steps=800",

@@ -164,6 +164,11 @@ def spec_of_rows(mesh: Mesh, tree: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=batch_sharding(mesh)), tree)
 
 
+def spec_of_flag(mesh: Mesh) -> jax.ShapeDtypeStruct:
+    """The shape and type of a f32[] with a copy on each device."""
+    return jax.ShapeDtypeStruct((), np.float32, sharding=replicated(mesh))
+
+
 def on_host() -> contextlib.AbstractContextManager[None]:
     """A context in which what is computed outside of any program is computed on the CPU, where that is possible.
 

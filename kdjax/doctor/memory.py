@@ -11,6 +11,7 @@ from kdjax import sharding
 from kdjax.distill.teachers import RECORDED
 from kdjax.doctor.findings import ERROR, OK, WARNING, Finding
 from kdjax.training.setup import Setup, placed
+from kdjax.training.step import SOUND
 
 # Linux: available memory of the machine, and the limit of a container.
 MEMORY, GROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
@@ -24,7 +25,8 @@ def check_memory(setup: Setup, batch: Mapping[str, np.ndarray]) -> list[Finding]
       batch: a training batch.
     """
     given = placed(setup, batch)
-    step = setup.steps["student"].lower(setup.states["student"], setup.variables, given)
+    flagged = given | {SOUND: sharding.spec_of_flag(setup.mesh)}  # as the run calls it
+    step = setup.steps["student"].lower(setup.states["student"], setup.variables, flagged)
     analysis = step.compile().memory_analysis()
     # Updates, predictions, and the teachers ahead of the student's update.
     programs = len(setup.steps) + 1 + bool(setup.unlabelled)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from kdjax.report.format import MODELS, abbreviated, compact, difference, is_def
 
 _Rows = dict[str, dict[str, float]]  # name -> {model: AP}
 
+SHADES = ("#8a8f98", "#b07aa1", "#4e79a7", "#59a14f", "#edc948", "#76b7b2", "#e15759")  # of kinds of time
 SIZES = {"APs": "small", "APm": "medium", "APl": "large"}
 
 
@@ -29,6 +31,8 @@ def write_report(
     class_names: Sequence[str],
     config_text: str,
     notes: Sequence[str],
+    seconds: Mapping[str, float] = MappingProxyType({}),
+    meanings: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Writes the report of a run as one HTML file, atomically.
 
@@ -44,6 +48,8 @@ def write_report(
       class_names: K names.
       config_text: the resolved config.
       notes: sentences on the run; those of the form "name: value" become a table.
+      seconds: where its time went, by kind.
+      meanings: of the kinds, in words.
 
     Example:
       >>> import tempfile
@@ -61,6 +67,7 @@ def write_report(
         ("Losses", _loss_curves(rows)),
         ("AP by class and size", _class_and_size(present, per_class)),
         ("Images", pages.image_rows(examples, class_names)),
+        ("Time", _time(seconds, meanings)),
         ("Run details", _run_details(notes, config_text)),
     ]
     lead = f'<p class="verdict">{escape(verdict(present))}</p>{_tiles(present)}'
@@ -253,6 +260,28 @@ def _sorted(rows: _Rows, key: Callable[[Mapping[str, float]], float | None]) -> 
         return math.inf if value is None else -value
 
     return {name: rows[name] for name in sorted(rows, key=rank)}
+
+
+def _time(seconds: Mapping[str, float], meanings: Mapping[str, str]) -> str:
+    total = sum(seconds.values())
+    if not total:
+        return ""
+    parts = [(kind, value, SHADES[i % len(SHADES)]) for i, (kind, value) in enumerate(seconds.items()) if value > 0]
+    bar = "".join(
+        f'<i style="width:{100 * value / total:.2f}%;background:{shade}" title="{escape(kind)}"></i>'
+        for kind, value, shade in parts
+    )
+    rows = "".join(
+        f'<tr><th scope="row"><i class="dot" style="background:{shade}"></i>{escape(kind)} '
+        f"<small>{escape(meanings.get(kind, ''))}</small></th><td>{value:.1f} s</td>"
+        f"<td>{100 * value / total:.1f} %</td></tr>"
+        for kind, value, shade in parts
+    )
+    return (
+        f'<div class="stack" role="img" aria-label="shares of the time">{bar}</div>'
+        f'<div class="scroll"><table class="metrics"><thead><tr><th scope="col">{total / 60:.1f} minutes, over all '
+        f'starts</th><th scope="col">time</th><th scope="col">share</th></tr></thead><tbody>{rows}</tbody></table></div>'
+    )
 
 
 def _run_details(notes: Sequence[str], config_text: str) -> str:

@@ -25,10 +25,10 @@ from kdjax.training.teachers import members, of_file, teacher_configs, unlabelle
 
 # What a run writes into its workdir.
 _MODEL = ("model.safetensors", "config.json", "README.md")
-_FILES = ("config.json", "metrics.jsonl", "per_class.json", "results.json", "report.html", ".lock",
+_FILES = ("config.json", "metrics.jsonl", "per_class.json", "results.json", "report.html", "time.json", ".lock",
           *(f"{role}/{name}" for role in ("student", "twin") for name in _MODEL),
           *(f"detections/{role}.json" for role in ("student", "twin", "teacher")))  # fmt: skip
-_FOLDERS = ("tensorboard", "checkpoints", "student", "twin", "detections")
+_FOLDERS = ("tensorboard", "checkpoints", "student", "twin", "detections", "blackbox")
 
 
 def check_settings(config: Config) -> None:
@@ -43,6 +43,12 @@ def check_settings(config: Config) -> None:
         raise UserError(f"config.dtype must be 'auto', 'float32' or 'bfloat16', not {config.dtype!r}")
     if config.sharding not in sharding.KINDS:
         raise UserError(f"config.sharding must be {' or '.join(map(repr, sharding.KINDS))}, not {config.sharding!r}")
+    if config.on_bad_step not in ("stop", "skip", "rollback"):
+        raise UserError(f"config.on_bad_step must be 'stop', 'skip' or 'rollback', not {config.on_bad_step!r}")
+    if config.checkpoint.keep_best and not config.eval.every:
+        raise UserError(
+            "config.checkpoint.keep_best has no effect without evaluations during training: set config.eval.every"
+        )
     with prefix("config.data"):
         data.check_settings(config.data)
     for name, method in all_methods(config).items():

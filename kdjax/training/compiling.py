@@ -16,7 +16,7 @@ from tqdm import tqdm
 from kdjax import sharding
 from kdjax.inference import predict
 from kdjax.training.setup import Setup, given, model, onnx_of, with_host
-from kdjax.training.step import UNLABELLED
+from kdjax.training.step import SOUND, UNLABELLED
 from kdjax.training.teachers import attached, read_by_teacher, recorded
 
 _HIT = "/jax/compilation_cache/cache_hits"  # JAX's event, in the thread that compiles
@@ -76,7 +76,10 @@ def of_training(
         programs.append(Program("the shares of the gradient", "student", shares))
 
     def update(role: str) -> jax.stages.Lowered:
-        return setup.steps[role].lower(setup.states[role], *given(setup, role, spec))
+        variables, batch = given(setup, role, spec)
+        return setup.steps[role].lower(
+            setup.states[role], variables, batch | {SOUND: sharding.spec_of_flag(setup.mesh)}
+        )
 
     updates = [Program(f"the {role}'s update", "student", functools.partial(update, role)) for role in setup.states]
     return programs + updates[::-1]  # the twin's contains a part of the student's

@@ -135,10 +135,25 @@ def base() -> Config:
             limit=0,  # number of validation images in evaluations during training; 0 = all. The final one uses all
         )
     )
+    # What happens when a loss or the gradient is not finite (docs/failures.md): stop; skip: the update is left out; or
+    # rollback: to the last checkpoint, and the batches since then are left out
+    config.on_bad_step = "stop"
+    # Such a step is also one whose total loss or gradient norm is above these; 0: no bound
+    config.bad_step = ConfigDict(dict(loss=0.0, grad_norm=0.0))
+    # Steps between those that are computed twice and compared to the bit, to find devices that compute wrongly; 0: none
+    config.recheck_every = 0
     # A finished run goes on if `steps` is larger than before and its learning rates so far are those of the longer run.
     config.extend = False
     config.log_every = 20  # steps between lines in metrics.jsonl
-    config.checkpoint = ConfigDict(dict(every=500, keep=2))  # steps; also saved at the end and on SIGTERM
+    config.checkpoint = ConfigDict(
+        dict(
+            every=500,  # steps; also saved at the end and on SIGTERM
+            keep=2,  # the newest ones stay
+            keep_best=0,  # so do those with the best AP of the student; evaluations in training save one each then
+            keep_every=0,  # so do those at multiples of this step; 0: none
+            keep_hours=0.0,  # so does one of every this many hours; 0: none
+        )
+    )
     config.compile_cache = ""  # folder; "" = $KDJAX_CACHE/jax or ~/.cache/kdjax/jax; "off" disables it
     return config
 
@@ -184,7 +199,8 @@ _AT_LEAST_1 = ("batch_size", "steps", "data.scenes_train", "data.scenes_val", "e
 _AT_LEAST_0 = ("data.unlabelled_ratio", "data.max_boxes", "data.views", "data.workers", "data.keep", "data.longest",
                "data.limit", "optimizer.lr",
                "optimizer.weight_decay", "optimizer.clip_norm", "optimizer.warmup", "optimizer.backbone", "ema.ramp",
-               "eval.every", "eval.limit")  # fmt: skip
+                "eval.every", "eval.limit", "recheck_every", "bad_step.loss", "bad_step.grad_norm",
+                "checkpoint.keep_best", "checkpoint.keep_every", "checkpoint.keep_hours")  # fmt: skip
 _SHARES = ("data.holdout", "data.unlabelled_score", "optimizer.momentum", "optimizer.flat", "optimizer.end",
            "ema.momentum")  # fmt: skip
 _RANGES = (
@@ -332,9 +348,11 @@ def flat(tree: Mapping[str, Any]) -> dict[str, Any]:
     return {path.replace("/", "."): value for path, value in flatten(dict(tree)).items()}
 
 
-# Settings that may differ between a run and its resumption, because they do not change the result.
+# Settings that may differ between a run and its resumption, because they do not change the result; or because they
+# decide how a run goes on that stopped at a bad step.
 _FREE = ("extend", "log_every", "checkpoint", "compile_cache", "data.workers", "data.keep", "data.cache", "data.root",
-         "data.unlabelled", "eval", "sharding", "teacher.cache")  # fmt: skip
+         "data.unlabelled", "eval", "sharding", "teacher.cache", "on_bad_step", "bad_step",
+         "recheck_every")  # fmt: skip
 
 
 def differences(written: object, config: Config) -> list[str]:

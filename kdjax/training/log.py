@@ -18,7 +18,7 @@ from tensorboardX.record_writer import RecordWriter
 from tensorboardX.summary import scalar
 from tqdm import tqdm
 
-from kdjax import files
+from kdjax import files, sharding
 from kdjax.errors import fault
 
 _PROTO: Any = event_pb2  # its classes are made when it is imported
@@ -111,6 +111,11 @@ class Log:
                     summary = scalar(name if kind == "train" else f"eval/{name}", value)
                     self._event(step=step, summary=summary)
                 self.board.flush()
+
+    def has(self, step: int, kind: str) -> bool:
+        """Whether a line of a kind was written for a step; asked of the first host, all hosts call this function."""
+        found = self.is_first_host and any(row["step"] == step and row["kind"] == kind for row in self.rows())
+        return bool(sharding.from_every_host(found)[0])
 
     def rows(self) -> list[dict[str, Any]]:
         """All lines that are sound. Steps after the last checkpoint of a killed process appear twice.

@@ -1,5 +1,6 @@
 """The results of a run: evaluations, models with their cards, detections and the report."""
 
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,7 @@ from kdjax.report import run as run_report
 from kdjax.structs import Detections, PyTree
 from kdjax.training import compiling
 from kdjax.training.checks import check_programs
+from kdjax.training.goodput import KINDS, Clock
 from kdjax.training.log import Log
 from kdjax.training.models import precision
 from kdjax.training.provenance import environment
@@ -40,7 +42,9 @@ class Evaluation(NamedTuple):
     examples: list[drawing.Example]  # the first images of this host with objects, on the canvas
 
 
-def evaluate(setup: Setup, roles: Sequence[str], *, limit: int = 0) -> dict[str, Evaluation]:
+def evaluate(
+    setup: Setup, roles: Sequence[str], *, limit: int = 0, clock: Clock | None = None
+) -> dict[str, Evaluation]:
     """Evaluates models on all devices; several hosts share the images, and all get all detections.
 
     Each image is decoded once for all models, or once for each way of resizing, where theirs differ. All hosts call
@@ -50,13 +54,15 @@ def evaluate(setup: Setup, roles: Sequence[str], *, limit: int = 0) -> dict[str,
       setup: of the run.
       roles: each "twin", "student", or the `role` of a teacher.
       limit: number of validation images; 0 = all.
+      clock: told what is compilation.
 
     Returns:
       The evaluations by role.
     """
     models = {role: _model(setup, role) for role in roles}
     new = [role for role, (detector, *_, run) in models.items() if run is None and not traces(detector)]
-    compiling.compile_all(compiling.of_evaluation(setup, new))
+    with clock.during("compile") if clock else contextlib.nullcontext():
+        compiling.compile_all(compiling.of_evaluation(setup, new))
     found: dict[str, tuple[dict[int, Detections], list[tuple[Any, int]]]] = {}
     for fit in dict.fromkeys(one[0].fit for one in models.values()):
         alike = {role: one for role, one in models.items() if one[0].fit == fit}
@@ -141,13 +147,14 @@ def _example(
     )
 
 
-def finish(setup: Setup, workdir: Path, log: Log) -> dict[str, Any]:
+def finish(setup: Setup, workdir: Path, log: Log, clock: Clock | None = None) -> dict[str, Any]:
     """Evaluates all models, and writes everything that a finished run has.
 
     Args:
       setup: of the run, with the final states.
       workdir: the folder of the run.
       log: gets the final metrics.
+      clock: of the run, for the report.
 
     Returns:
       The content of results.json apart from its hash: for "teacher", "twin" and "student" COCO's metrics with `params`
@@ -160,7 +167,7 @@ def finish(setup: Setup, workdir: Path, log: Log) -> dict[str, Any]:
     roles = setup.evaluated
     results: dict[str, Any] = dict.fromkeys(("teacher", "twin", "student", "gain"))
     failed: list[str] = []
-    evaluations = evaluate(setup, roles)
+    evaluations = evaluate(setup, roles, clock=clock)
     for role in roles:
         counts = {}
         if not onnx_of(setup, role):
@@ -206,7 +213,7 @@ def finish(setup: Setup, workdir: Path, log: Log) -> dict[str, Any]:
     with files.attempt(failed):
         files.write_json(workdir / "results.json", files.sealed(results), indent=1)  # if it exists, so do the models
     with files.attempt(failed):
-        write_report(setup, workdir / "report.html", results, evaluations, log)
+        write_report(setup, workdir / "report.html", results, evaluations, log, clock)
     files.finish(failed)
     check_programs(setup)
     return results
@@ -271,6 +278,7 @@ def write_report(
     results: Mapping[str, Any],
     evaluations: Mapping[str, Evaluation],
     log: Log,
+    clock: Clock | None = None,
 ) -> None:
     """Writes report.html.
 
@@ -280,6 +288,7 @@ def write_report(
       results: of `finish`.
       evaluations: by role.
       log: of the run.
+      clock: of the run.
     """
     config, dataset = setup.config, setup.dataset
     rows = log.rows()
@@ -301,6 +310,8 @@ def write_report(
         class_names=list(dataset.classes),
         config_text=config.to_json(indent=2),
         notes=notes(setup, rows, log.damaged),
+        seconds=clock.total() if clock else {},
+        meanings=KINDS,
     )
 
 

@@ -1,16 +1,15 @@
 """A run from its config to its results, top to bottom: checks, training loop, results."""
 
-import collections
 import contextlib
 import functools
 import json
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -25,14 +24,14 @@ from kdjax.report import preview
 from kdjax.report.run import verdict
 from kdjax.training import auto_weight, checks, compiling, optim, outputs, provenance, replay
 from kdjax.training.ahead import Ahead
-from kdjax.training.checkpoint import Checkpoints
+from kdjax.training.checkpoint import Checkpoints, Keep
 from kdjax.training.config import Config
+from kdjax.training.goodput import Clock
 from kdjax.training.log import Log
 from kdjax.training.models import load_detector
 from kdjax.training.schedule import schedule
 from kdjax.training.setup import (
     Setup,
-    given,
     placed,
     prepare,
     prepare_process,
@@ -43,10 +42,21 @@ from kdjax.training.setup import (
 )
 from kdjax.training.step import TrainState
 from kdjax.training.teachers import unlabelled_rows
+from kdjax.training.updates import Updates
 
 
 class Stopped(Exception):
     """The process was asked to stop, and the state of the run is saved."""
+
+
+class Loop(NamedTuple):
+    """What the training loop has gathered for the next line of the log; checkpoints keep it."""
+
+    metrics: Sequence[dict[str, float]] = ()  # of the good steps since the last line
+    seconds: float = 0.0  # since then, without evaluations
+    waited: float = 0.0  # s, of these for batches
+    decoded: int = 0  # images
+    dropped: Sequence[dict[str, Any]] = ()  # all bad steps of the run, as for `Updates`
 
 
 def main(*, config: Config, workdir: str | None, multihost: bool) -> int:
@@ -87,7 +97,8 @@ def run(config: Config, workdir: str | Path | None) -> dict[str, Any] | None:
     Args:
       config: the settings; `kdjax.training.config.base` lists them.
       workdir: the folder for config.json, metrics.jsonl, tensorboard/, checkpoints/, student/, twin/, detections/,
-        per_class.json, results.json and report.html; may be None for a dry run.
+        per_class.json, results.json, time.json, report.html and, after a bad step, blackbox/; may be None for a dry
+        run.
 
     Returns:
       The content of results.json; None after a dry run (`config.data.check`).
@@ -95,9 +106,11 @@ def run(config: Config, workdir: str | Path | None) -> dict[str, Any] | None:
     Raises:
       UserError: a setting, file or model cannot be used; raised before any training, or when prepared data becomes
         unreadable.
-      FloatingPointError: a loss or gradient is not finite; the message names it.
+      FloatingPointError: a loss or gradient is not finite, or above its bound; the message names it. With
+        `config.on_bad_step`, if that has not helped.
       Stopped: the process received SIGTERM or SIGINT; the state is saved.
     """
+    clock = Clock()
     checks.check_settings(config)
     if config.data.check:
         checks.check_detectors(config)
@@ -117,8 +130,12 @@ def run(config: Config, workdir: str | Path | None) -> dict[str, Any] | None:
         setup = prepare(config, dataset)
         if dataset.unlabelled and not jax.process_index():
             print(outputs.without_labels(setup))
-        with contextlib.closing(Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep)) as checkpoints:
-            start, setup = resume(setup, checkpoints)
+        stay = config.checkpoint
+        rules = Keep(stay.keep, best=stay.keep_best, every=stay.keep_every, hours=stay.keep_hours)
+        with contextlib.closing(Checkpoints(folder / "checkpoints", keep=rules)) as checkpoints:
+            start, setup, told = resume(setup, checkpoints)
+            loop = Loop(**told)
+            clock.open(folder, start)
             if start and not jax.process_index():
                 done = (
                     "all steps are done: evaluating again" if start == config.steps else f"continuing at step {start}"
@@ -127,15 +144,19 @@ def run(config: Config, workdir: str | Path | None) -> dict[str, Any] | None:
             stored = replay.ready(setup) if start < config.steps else {}
             if start < config.steps:
                 batch = checks.first_batch_with_objects(setup)
-                compiling.compile_all(compiling.of_training(setup, batch, check=start == 0, stored=stored))
+                with clock.during("compile"):
+                    compiling.compile_all(compiling.of_training(setup, batch, check=start == 0, stored=stored))
                 if start == 0:
                     checks.check_terms(setup, batch)
             provenance.write_config(config, folder, dataset.fingerprint)
             with Log(folder, start) as log:
-                states = train(setup, start, checkpoints, log, stored)
-                results = outputs.finish(setup._replace(states=states), folder, log)
+                updates = Updates(setup, checkpoints, folder, loop.dropped)
+                states = train(setup, start, updates, log, stored, loop, clock)
+                clock.switch("evaluate")
+                results = outputs.finish(setup._replace(states=states), folder, log, clock)
         if not jax.process_index():
-            print(f"{verdict(results)}\n{folder / 'report.html'}")
+            clock.write(config.steps)
+            print(f"{clock.told()}\n{verdict(results)}\n{folder / 'report.html'}")
         return results
 
 
@@ -152,16 +173,18 @@ def only_writer(folder: Path) -> contextlib.AbstractContextManager[None]:
 
 
 def train(
-    setup: Setup, start: int, checkpoints: Checkpoints, log: Log, stored: Mapping[str, Shards]
+    setup: Setup, start: int, updates: Updates, log: Log, stored: Mapping[str, Shards], loop: Loop, clock: Clock
 ) -> dict[str, TrainState]:
     """Runs all updates from `start` to the end.
 
     Args:
       setup: of the run, with the states after `start` updates.
       start: number of updates so far.
-      checkpoints: for the states.
+      updates: of the setup.
       log: for the metrics.
       stored: the caches that stand for teachers, by name; the others run.
+      loop: what the checkpoint of `start` says of the loop.
+      clock: of the run.
 
     Returns:
       The final states by role.
@@ -170,7 +193,7 @@ def train(
       FloatingPointError: a loss or gradient is not finite.
       Stopped: the process received SIGTERM or SIGINT; the state is saved.
     """
-    config, states = setup.config, dict(setup.states)
+    config, states, checkpoints = setup.config, updates.states, updates.checkpoints
     rate = optim.learning_rate(config)
     host = jax.process_index(), jax.process_count()
     batches = train_batches(setup, start_step=start, shard=host, attach=replay.attach(setup, stored))
@@ -182,35 +205,49 @@ def train(
     note = {"run": fingerprint, "category_ids": category_ids, "config": json.loads(config.to_json())}
 
     def save(step: int) -> None:
-        checkpoints.save(step, states, note | {"next_batch": step})
+        with clock.during("save"):
+            checkpoints.save(step, states, note | {"next_batch": step, "loop": state_of_loop()._asdict()})
+        clock.mark(step)
 
-    pending, window = collections.deque(), []
-    waited, since, decoded = 0.0, time.perf_counter(), 0
+    def evaluate(step: int) -> None:
+        measured = outputs.evaluate(setup._replace(states=states), [*states], limit=config.eval.limit, clock=clock)
+        for role, one in measured.items():
+            log.write(step, "eval", {f"{role}/{name}": value for name, value in one.metrics.items()})
+        if config.checkpoint.keep_best and measured["student"].metrics["AP"] >= 0:
+            checkpoints.score(step, measured["student"].metrics["AP"])
+
+    def is_evaluated(step: int) -> bool:
+        return bool(config.eval.every) and step % config.eval.every == 0 and 0 < step < config.steps
+
+    if is_evaluated(start) and not log.has(start, "eval"):  # it was killed between checkpoint and evaluation
+        with clock.during("evaluate"):
+            evaluate(start)
+    window = list(loop.metrics)
+    waited, since, decoded = loop.waited, time.perf_counter() - loop.seconds, -loop.decoded
+
+    def state_of_loop() -> Loop:
+        return Loop(window, time.perf_counter() - since, waited, batches.decoded - decoded, updates.dropped)
+
     bar = tqdm(total=config.steps, initial=start, desc="train", unit="step", disable=jax.process_index() > 0)
-    with contextlib.closing(batches), contextlib.closing(bar), Signals() as signals:
+    with contextlib.closing(batches), contextlib.closing(bar), Signals() as signals, clock.during("step"):
         for step in range(start + 1, config.steps + 1):
             before = time.perf_counter()
-            batch = placed(setup, next(batches))
+            with clock.during("data"):
+                batch = placed(setup, next(batches))
             waited += time.perf_counter() - before
-            metrics = {}
-            if setup.measure is not None and auto_weight.is_due(step - 1, config.auto_weight.every):
-                weights = setup.measure(states["student"], *given(setup, "student", batch))
-                states["student"] = states["student"]._replace(weights=weights)
-            for role in states:
-                states[role], of_role = setup.steps[role](states[role], *given(setup, role, batch))
-                metrics |= {f"{role}/{name}": value for name, value in of_role.items()}
-            pending.append((step, metrics))
+            updates.start(step, batch)
             last = step == config.steps or stop_requested(signals.stop, step, config.log_every)
-            logs, saves = last or step % config.log_every == 0, last or step % config.checkpoint.every == 0
+            logs = step == config.steps or step % config.log_every == 0
+            scored = config.checkpoint.keep_best and is_evaluated(step)
+            saves = last or scored or step % config.checkpoint.every == 0
             # Metrics are read one step late, so that the device has its next step before the host waits. Before
             # anything is written, all of them have been checked.
-            while len(pending) > (0 if logs or saves else 1):
-                window.append(check_finite(*pending.popleft()))
+            window += updates.checked(0 if logs or saves else 1)
             bar.update()
             if logs:
                 seconds = time.perf_counter() - since
-                images = len(window) * (config.batch_size + unlabelled_rows(config))
-                row = {name: float(np.mean([m[name] for m in window])) for name in window[0]}
+                images = max(len(window), 1) * (config.batch_size + unlabelled_rows(config))
+                row = {name: float(np.mean([m[name] for m in window])) for name in (window[0] if window else ())}
                 row = {name: value for name, value in row.items() if not name.endswith("/finite")}
                 measured = jax.device_get(states["student"].weights)
                 for kind in ("share", "conflict") if measured else ():
@@ -226,48 +263,30 @@ def train(
                     "wait_share": waited / seconds,
                     "decoded_per_image": (batches.decoded - decoded) * jax.process_count() / images,
                 }
+                row |= {"bad_steps": len(updates.dropped)} if updates.dropped else {}
                 log.write(step, "train", row)
-                bar.set_postfix({role: f"{row[f'{role}/total']:.3g}" for role in states})
+                if window:
+                    bar.set_postfix({role: f"{row[f'{role}/total']:.3g}" for role in states})
                 window, waited, since, decoded = [], 0.0, time.perf_counter(), batches.decoded
                 checks.check_programs(setup)
             if saves:
                 save(step)
-            if config.eval.every and step % config.eval.every == 0 and step < config.steps:
+            if (logs or saves) and not jax.process_index():
+                clock.write(step)
+            if is_evaluated(step):
                 begun = time.perf_counter()
-                measured = outputs.evaluate(setup._replace(states=states), [*states], limit=config.eval.limit)
-                for role, one in measured.items():
-                    log.write(step, "eval", {f"{role}/{name}": value for name, value in one.metrics.items()})
+                with clock.during("evaluate"):
+                    evaluate(step)
                 since += time.perf_counter() - begun
             if last and step < config.steps:
-                checkpoints.wait()
+                with clock.during("save"):
+                    checkpoints.wait()
                 raise Stopped(
                     f"stopped at step {step} of {config.steps}; the state is saved: run the same command to continue"
                 )
+    with clock.during("save"):
+        checkpoints.wait()
     return states
-
-
-def check_finite(step: int, metrics: Mapping[str, jax.Array]) -> dict[str, float]:
-    """Fetches the metrics of a step.
-
-    Args:
-      step: number of the update, from 1.
-      metrics: f32[] by name.
-
-    Returns:
-      The metrics on the host.
-
-    Raises:
-      FloatingPointError: names the first metric that is not finite.
-    """
-    values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
-    if any(value == 0 for name, value in values.items() if name.endswith("/finite")):
-        bad = [name for name, value in values.items() if not np.isfinite(value)]
-        losses = [name for name in bad if not name.endswith(("/total", "/grad_norm"))]
-        raise FloatingPointError(
-            f"{(losses or bad)[0]} is not finite at step {step}: lower the learning rate or the weight of that term; "
-            "checkpoints of earlier steps are intact"
-        )
-    return values
 
 
 def stop_requested(stop: bool, step: int, every: int) -> bool:

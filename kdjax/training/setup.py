@@ -188,7 +188,7 @@ def _prepare(config: Config, dataset: data.Dataset) -> Setup:
         return optim.ema_rate(config, at)
 
     def update(name: str, distiller: Distiller | Distillers | None) -> jax.stages.Wrapped:
-        step = make_step(student_of_step, optimizer, ema_rate, distiller=distiller, layout=layout)
+        step = make_step(student_of_step, optimizer, ema_rate, distiller=distiller, layout=layout, most=bounds(config))
         after = layout.shardings(states[name]), everywhere
         label = "distilled_update" if distiller else "supervised_update"  # one in the cache for twin and supervised run
         return program(name, step, label=label, donate_argnums=0, out_shardings=after)
@@ -227,6 +227,12 @@ def _prepare(config: Config, dataset: data.Dataset) -> Setup:
         probe,
         {name: program(f"augmentation {name}".strip(), images, out_shardings=rows) for name in ("", UNLABELLED)},
     )
+
+
+def bounds(config: Config) -> dict[str, float]:
+    """The metrics of a step above which it is bad, as for `step.make_step`."""
+    most = {"total": config.bad_step.loss, "grad_norm": config.bad_step.grad_norm}
+    return {name: float(bound) for name, bound in most.items() if bound}
 
 
 def with_image(setup: Setup, batch: Mapping[str, Any], name: str = "") -> dict[str, Any]:
@@ -371,18 +377,19 @@ def check_extension(config: Config, before: int, done: int) -> None:
         )
 
 
-def resume(setup: Setup, checkpoints: Checkpoints) -> tuple[int, Setup]:
+def resume(setup: Setup, checkpoints: Checkpoints) -> tuple[int, Setup, dict[str, Any]]:
     """Restores the newest checkpoint, if there is one.
 
     Returns:
-      The number of updates so far, and the setup with the states after them.
+      The number of updates so far, the setup with the states after them, and what the loop was about to do then: the
+      `loop` of the checkpoint's note.
 
     Raises:
       UserError: the checkpoint belongs to a different run, or none can be read.
     """
     note = checkpoints.note()
     if note is None:
-        return 0, setup
+        return 0, setup, {}
     # Older runs did not write options and precision.
     written = {"options": {}, "dtype": precision(setup.config)} | note["run"]
     for name, value in run_fingerprint(setup).items():
@@ -415,4 +422,4 @@ def resume(setup: Setup, checkpoints: Checkpoints) -> tuple[int, Setup]:
             f"workdir: {checkpoints.directory}: the state is at step {step}, but the data at batch "
             f"{note['next_batch']}: delete this folder to start again"
         )
-    return step, setup._replace(states=states)
+    return step, setup._replace(states=states), note.get("loop", {})  # older checkpoints have none

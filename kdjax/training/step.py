@@ -1,6 +1,7 @@
 """One optimiser update: every gradient, stop-gradient and optimiser call of kdjax is in this file."""
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ from kdjax.structs import Array, DetectorOutput, PyTree, targets_of
 from kdjax.training import auto_weight
 
 UNLABELLED = "unlabelled"  # the key of a batch under which it has further images, without labels
+SOUND = "sound"  # the key of a batch under which it has the "finite" of the step before
 
 
 class TrainState(NamedTuple):
@@ -109,6 +111,7 @@ def make_step(
     *,
     distiller: Distiller | Distillers | None = None,
     layout: Layout | None = None,
+    most: Mapping[str, float] = MappingProxyType({}),
 ) -> Update:
     """The update of a student, with a distiller or without: a supervised run and the twin, one program.
 
@@ -122,11 +125,14 @@ def make_step(
         over all images. Its `boxes`, `labels` and `valid`, if it has them, are for methods that read some; without
         them these methods see the labelled images alone.
       layout: where the state and the teacher's variables lie; None: each device has copies.
+      most: of "total" and "grad_norm", above which a step is as bad as one that is not finite.
 
     Returns:
       (state, teacher variables or None, batch) -> (state, metrics). Metrics are f32[]: the detection losses, the
       unweighted terms as "method/term", "total", "grad_norm" and "finite" (1 or 0). A step whose total or gradient is
-      not finite changes nothing but the counter.
+      not finite, or above `most`, changes nothing but the counter. The batch may have the "finite" of the step before
+      as `sound`: after a bad step the next ones change nothing either, so that the state before it is still there when
+      the host has looked.
     """
 
     def loss(
@@ -171,6 +177,10 @@ def make_step(
         grads = grads if layout is None else layout.parts(grads)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(total) & jnp.isfinite(norm)
+        for name, bound in most.items():
+            finite &= {"total": total, "grad_norm": norm}[name] <= bound
+        if SOUND in batch:
+            finite &= batch[SOUND] > 0
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params: PyTree = optax.apply_updates(state.params, updates)
         rate = ema_rate(state.step)

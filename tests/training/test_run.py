@@ -20,7 +20,7 @@ from kdjax import data, detectors, files, methods, sharding, weights
 from kdjax.distill import Distiller
 from kdjax.errors import UserError
 from kdjax.report import model_card
-from kdjax.training import checkpoint, checks, outputs
+from kdjax.training import checkpoint, checks, outputs, updates
 from kdjax.training import config as settings
 from kdjax.training import run as training
 from kdjax.training import step as steps
@@ -199,17 +199,17 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(finished, folder, 
 
 def test_twin_is_a_supervised_run_to_the_bit(finished, folder, monkeypatch):
     """Also, no state is saved before the metrics of its steps have been checked."""
-    check_finite, save, checked, saved = training.check_finite, checkpoint.Checkpoints.save, [], []
+    check_finite, save, checked, saved = updates.check_finite, checkpoint.Checkpoints.save, [], []
 
-    def check(step, metrics):
+    def check(step, *rest):
         checked.append(step)
-        return check_finite(step, metrics)
+        return check_finite(step, *rest)
 
     def save_and_note(self, step, *rest):
         saved.append((step, checked[-1]))
         return save(self, step, *rest)
 
-    monkeypatch.setattr(training, "check_finite", check)
+    monkeypatch.setattr(updates, "check_finite", check)
     monkeypatch.setattr(checkpoint.Checkpoints, "save", save_and_note)
     config = tiny_config(folder, teacher=None)
     config.checkpoint.every = 7
@@ -341,7 +341,7 @@ def test_a_step_that_is_not_finite_changes_nothing(finished, folder, teacher_fol
     assert after.pop("step") == 1 and before.pop("step") == 0
     assert_equal_bits(after, before)
     with pytest.raises(FloatingPointError, match=r"twin/loss_.*step 3"):
-        training.check_finite(3, {f"twin/{name}": value for name, value in metrics.items()})
+        updates.check_finite(3, {f"twin/{name}": value for name, value in metrics.items()})
 
 
 @pytest.mark.user_input(

@@ -178,7 +178,7 @@ def test_a_checkpoint_of_eight_devices_is_restored_on_others(folder, tmp_path, m
         for count, kind in ((1, "fsdp"), (2, "fsdp"), (2, "replicated")):
             config.sharding = kind  # free to change, as the number of devices is
             other = setup._replace(layout=sharding.Layout(sharding.mesh_of(jax.devices()[:count]), kind))
-            step, resumed = resume(other, store)
+            step, resumed, _ = resume(other, store)
             assert step == 7 and {len(leaf.devices()) for leaf in jax.tree.leaves(resumed.states)} == {count}
             for name, leaf in leaves(resumed.states).items():
                 np.testing.assert_array_equal(leaf, leaves(states)[name], err_msg=name, strict=True)
