@@ -1,8 +1,12 @@
 """Checkpoints that are damaged are skipped; the first one is read back."""
 
+import contextlib
+import errno
 import json
+import os
 import re
 import shutil
+import threading
 
 import numpy as np
 import pytest
@@ -93,7 +97,7 @@ def test_an_edited_note_is_skipped(tmp_path):
     "a folder from which a checkpoint cannot be read back",
     "refused when the first is written: choose another folder",
 )
-def test_the_first_checkpoint_is_read_back(tmp_path, monkeypatch):
+def test_checkpoints_are_read_back(tmp_path, monkeypatch):
     """Orbax takes this name as a pattern, and then writes nothing that can be read; `check_workdir` refuses it."""
     tree = {"a": np.arange(3.0)}
     store = checkpoint.Checkpoints(tmp_path / "run[1]", keep=3)
@@ -109,12 +113,12 @@ def test_the_first_checkpoint_is_read_back(tmp_path, monkeypatch):
     for step in (1, 2):
         store.save(step, tree, {"next_batch": step})
     store.close()
-    assert reads == [1]
+    assert reads == [1, 2]
     store = checkpoint.Checkpoints(tmp_path / "run", keep=3)
     store.restore(tree)
     store.save(3, tree, {"next_batch": 3})
     store.close()
-    assert reads == [1, 2]
+    assert reads == [1, 2, 2, 3]
 
 
 @pytest.mark.user_input("The machine", "too little room for a checkpoint", "reported before it is begun: make room")
@@ -128,4 +132,71 @@ def test_a_full_disk_is_noticed_before_a_checkpoint_is_begun(tmp_path, monkeypat
     monkeypatch.undo()
     assert not list(tmp_path.iterdir())
     store.save(1, {"a": np.arange(3.0)}, {"next_batch": 1})
+    store.close()
+
+
+@pytest.mark.parametrize(
+    ("keep", "left"),
+    [
+        (dict(newest=1), [6]),
+        (dict(newest=2), [5, 6]),
+        (dict(newest=1, best=2), [2, 4, 6]),
+        (dict(newest=1, every=3), [3, 6]),
+        (dict(newest=1, hours=1.0), [1, 4, 6]),
+        (dict(newest=1, best=1, every=3, hours=1.0), [1, 2, 3, 4, 6]),
+    ],
+)
+def test_rules_say_which_checkpoints_stay(keep, left, tmp_path, monkeypatch):
+    """One is saved every 20 minutes; of four the score is known. A new process goes on with the rules."""
+    now, scores = [0.0], {1: 0.1, 2: 0.9, 4: 0.8, 6: 0.2}
+    monkeypatch.setattr(checkpoint.time, "time", lambda: now[0])
+    for steps in (range(1, 4), range(4, 7)):
+        with contextlib.closing(checkpoint.Checkpoints(tmp_path, keep=checkpoint.Keep(**keep))) as store:
+            for step in steps:
+                now[0] = 1200.0 * step
+                store.save(step, {"a": np.arange(3.0)}, {"next_batch": step})
+                if step in scores:
+                    store.score(step, scores[step])
+    assert sorted(int(path.name) for path in tmp_path.iterdir() if path.is_dir()) == left
+    assert sorted(map(int, json.loads((tmp_path / "kept.json").read_text()))) == left
+
+
+@pytest.mark.user_input(
+    "Workdirs, checkpoints and logs", "a damaged `checkpoints/kept.json`", "survived: the scores in it are forgotten"
+)
+def test_a_damaged_list_of_checkpoints_is_left_out(tmp_path):
+    tree = {"a": np.arange(3.0)}
+    with contextlib.closing(checkpoint.Checkpoints(tmp_path, keep=1)) as store:
+        store.save(1, tree, {"next_batch": 1})
+    (tmp_path / "kept.json").write_text('{"1": 3')
+    with contextlib.closing(checkpoint.Checkpoints(tmp_path, keep=1)) as store:
+        assert store.entries[1]["time"] == (tmp_path / "1").stat().st_mtime
+        assert store.restore(tree)[1]["next_batch"] == 1
+
+
+def test_training_does_not_wait_for_a_checkpoint_but_hears_that_it_failed(tmp_path, monkeypatch):
+    """The arrays are copied before: what is written is what was given."""
+    tree, write, goes_on = {"a": np.arange(3.0)}, checkpoint.Checkpoints._write, threading.Event()
+    store = checkpoint.Checkpoints(tmp_path, keep=3)
+    store.save(1, tree, {"next_batch": 1})
+
+    def slow(self, *rest):
+        assert goes_on.wait(20)
+        write(self, *rest)
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "_write", slow)
+    store.save(2, tree, {"next_batch": 2})
+    tree["a"] += 1
+    assert store.latest() == 1
+    goes_on.set()
+    store.wait()
+    np.testing.assert_array_equal(store.restore(tree)[0]["a"], np.arange(3.0))
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path))
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "_write", full)
+    store.save(3, tree, {"next_batch": 3})
+    with pytest.raises(OSError, match="No space"):
+        store.save(4, tree, {"next_batch": 4})
     store.close()
