@@ -277,10 +277,10 @@ def _time(seconds: Mapping[str, float], meanings: Mapping[str, str]) -> str:
         f"<td>{100 * value / total:.1f} %</td></tr>"
         for kind, value, shade in parts
     )
+    head = f'<th scope="col">{total / 60:.1f} minutes</th><th scope="col">time</th><th scope="col">share</th>'
     return (
-        f'<div class="stack" role="img" aria-label="shares of the time">{bar}</div>'
-        f'<div class="scroll"><table class="metrics"><thead><tr><th scope="col">{total / 60:.1f} minutes, over all '
-        f'starts</th><th scope="col">time</th><th scope="col">share</th></tr></thead><tbody>{rows}</tbody></table></div>'
+        f'<div class="stack" role="img" aria-label="shares of the time">{bar}</div><div class="scroll">'
+        f'<table class="metrics"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
     )
 
 

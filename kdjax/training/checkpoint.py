@@ -116,7 +116,7 @@ class Checkpoints:
         self.wait()  # one at a time: two copies on the host would be one too many
         if self.manager.latest_step() == step:
             return
-        arrays = flat(sharding.gather(tree))
+        arrays, note = flat(sharding.gather(tree)), json.loads(json.dumps(note))  # the caller may change what is in it
         self._check_room(sum(value.nbytes for value in arrays.values()))
         self.running = self.thread.submit(self._write, step, arrays, note) if jax.process_count() == 1 else None
         if not self.running:  # the hosts write together

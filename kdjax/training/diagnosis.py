@@ -390,9 +390,8 @@ def lines(found: Diagnosis, recorded: Recorded) -> list[str]:
 
 def _of_row(row: Mapping[str, Any]) -> str:
     """The images that a row is made of."""
-    first, *others = [
-        f"{file or '(no name)'} (id {number})" for file, number in zip(row["files"], row["image_ids"], strict=True)
-    ]
+    both = zip(row["files"], row["image_ids"], strict=True)
+    first, *others = [f"{file or '(no name)'} (id {number})" for file, number in both]
     return first + (f", with {', '.join(others)}" if others else "")
 
 

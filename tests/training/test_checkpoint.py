@@ -175,7 +175,7 @@ def test_a_damaged_list_of_checkpoints_is_left_out(tmp_path):
 
 
 def test_training_does_not_wait_for_a_checkpoint_but_hears_that_it_failed(tmp_path, monkeypatch):
-    """The arrays are copied before: what is written is what was given."""
+    """Arrays and note are copied before: what is written is what was given."""
     tree, write, goes_on = {"a": np.arange(3.0)}, checkpoint.Checkpoints._write, threading.Event()
     store = checkpoint.Checkpoints(tmp_path, keep=3)
     store.save(1, tree, {"next_batch": 1})
@@ -185,12 +185,16 @@ def test_training_does_not_wait_for_a_checkpoint_but_hears_that_it_failed(tmp_pa
         write(self, *rest)
 
     monkeypatch.setattr(checkpoint.Checkpoints, "_write", slow)
-    store.save(2, tree, {"next_batch": 2})
+    note = {"next_batch": 2, "loop": [1]}
+    store.save(2, tree, note)
     tree["a"] += 1
+    note["loop"].append(2)
     assert store.latest() == 1
     goes_on.set()
     store.wait()
-    np.testing.assert_array_equal(store.restore(tree)[0]["a"], np.arange(3.0))
+    restored, note = store.restore(tree)
+    np.testing.assert_array_equal(restored["a"], np.arange(3.0))
+    assert note["loop"] == [1]
 
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path))

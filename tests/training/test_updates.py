@@ -53,14 +53,14 @@ def toy_setup(**changes):
     mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
     layout, optimizer, student = sharding.Layout(mesh), optax.adam(0.1), toy_student()
     start = {"w": np.ones(4, np.float32)}, {"mean": np.zeros((), np.float32)}
-    made = {
-        role: init_state(student, jax.random.PRNGKey(0), start, {}, optimizer) for role in ("student", "twin")
-    }
+    made = {role: init_state(student, jax.random.PRNGKey(0), start, {}, optimizer) for role in ("student", "twin")}
     states = layout.put(made)
     most = {"total": config.bad_step.loss} if config.bad_step.loss else {}
     update = make_step(student, optimizer, lambda _: 0.5, layout=layout, most=most)
     steps = {
-        role: jax.jit(update, donate_argnums=0, out_shardings=(layout.shardings(states[role]), sharding.replicated(mesh)))
+        role: jax.jit(
+            update, donate_argnums=0, out_shardings=(layout.shardings(states[role]), sharding.replicated(mesh))
+        )
         for role in states
     }
     return SimpleNamespace(
@@ -187,7 +187,9 @@ def test_inputs_that_cannot_be_kept_do_not_hide_the_cause(tmp_path, monkeypatch)
         raise OSError(28, "No space left on device", "runs/a/blackbox")
 
     monkeypatch.setattr(blackbox, "write", full)
-    with pytest.raises(FloatingPointError, match=r"not finite at step 5: .*could not be kept \(runs/a/blackbox: the disk"):
+    with pytest.raises(
+        FloatingPointError, match=r"not finite at step 5: .*could not be kept \(runs/a/blackbox: the disk"
+    ):
         trained(toy_setup(), tmp_path, bad=(5,))
 
 

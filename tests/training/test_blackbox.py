@@ -1,0 +1,188 @@
+"""A step that went wrong is kept, repeated to the bit, and what began it is named: a weight, an image, a loss."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kdjax import cli, data, files, sharding
+from kdjax.errors import UserError
+from kdjax.losses import distance
+from kdjax.training import blackbox, checks, diagnosis
+from kdjax.training import run as training
+from kdjax.training.run import run
+from kdjax.training.setup import given, prepare, train_batches
+from kdjax.training.step import SOUND
+from tests.support.runs import tiny_config
+
+STEP = 3
+
+
+@pytest.fixture(scope="module")
+def config(folder, teacher_folder):
+    return tiny_config(folder, teacher=teacher_folder, method="pkd", twin=False, batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def planted(config, tmp_path_factory):
+    """(setup, what writes a step with a fault in its batch or state) of images as float32, which can hold a NaN.
+
+    The loss is infinite where a map of the teacher is zero everywhere, as a division without an epsilon would be.
+    """
+    pearson, place = distance.pearson, diagnosis.placed
+
+    def careless(s, t, **options):
+        empty = jnp.all(t == 0, axis=(1, 2, 3), keepdims=True)
+        return pearson(s, t, **options) + jnp.where(empty, s / jnp.sum(jnp.abs(t), (1, 2, 3), keepdims=True), 0.0)
+
+    def as_float(setup, batch):
+        arrays = place(setup, batch)
+        return arrays | {"image": arrays["image"].astype(jnp.float32)}
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(distance, "pearson", careless)
+        patched.setattr(diagnosis, "placed", as_float)
+        checks.check_settings(config)
+        setup = prepare(config, data.open_dataset(config.data))
+        batches = train_batches(setup, start_step=STEP - 1)
+        batch = sharding.gather(as_float(setup, next(batches)))
+        batches.close()
+
+        def write(change_batch=None, change_state=None):
+            chosen = jax.tree.map(np.array, batch)
+            state = jax.tree.map(np.array, setup.states["student"])._replace(step=np.array(STEP - 1, np.int32))
+            if change_batch:
+                change_batch(chosen)
+            if change_state:
+                change_state(state)
+            rows = jax.tree.map(lambda value: sharding.split(value, setup.mesh), chosen)
+            variables, rows = given(setup, "student", rows)
+            rows[SOUND] = sharding.replicate(np.float32(1), setup.mesh)
+            there = setup.layout.put(jax.tree.map(np.array, state))
+            _, metrics = setup.steps["student"](there, variables, rows)
+            metrics = {f"student/{name}": float(value) for name, value in metrics.items()}
+            workdir = tmp_path_factory.mktemp("planted")
+            return blackbox.write(workdir, setup, STEP, {"student": state}, rows | {}, metrics)
+
+        yield setup, write
+
+
+def found(setup, folder):
+    recorded = blackbox.read(folder)
+    recorded.batch.pop(SOUND)
+    [diagnosed] = diagnosis.diagnose(setup, recorded)
+    assert not diagnosed.differs, "it repeats to the bit"
+    return diagnosed, "\n".join(diagnosis.lines(diagnosed, recorded))
+
+
+def test_a_nan_in_an_image_is_named(planted):
+    setup, write = planted
+
+    def plant(batch):
+        batch["image"][2, 5, 7, 0] = np.nan
+
+    one, told = found(setup, write(plant))
+    assert one.batch == {2: ["image"]} and one.images == [2] and not one.state
+    assert one.began == "in the batch: image 2 has image that is not finite"
+    recorded = blackbox.read(write(plant)).images[""][2]
+    assert f"image 2 of the batch: {recorded['files'][0]} (id {recorded['image_ids'][0]})" in told
+
+
+def test_a_nan_in_a_weight_is_named(planted):
+    setup, write = planted
+    names = []
+
+    def plant(state):
+        path, leaf = next(
+            (path, leaf)
+            for path, leaf in jax.tree_util.tree_flatten_with_path(state.params["student"])[0]
+            if leaf.ndim == 4 and "neck" in jax.tree_util.keystr(path)
+        )
+        leaf[0, 0, 0, 0] = np.nan
+        names.append(jax.tree_util.keystr(path, simple=True, separator="/"))
+
+    one, told = found(setup, write(change_state=plant))
+    assert one.state == [f"params/student/{names[0]}"] and not one.images and not one.batch
+    assert one.output[0].startswith("neck") and not any(name.startswith("backbone") for name in one.output)
+    assert f"it began in the state: params/student/{names[0]} is not finite before the step" in told
+
+
+def test_a_nan_of_a_loss_is_named_with_image_and_level(planted):
+    """All inputs are finite."""
+    setup, write = planted
+
+    def plant(batch):
+        batch["teacher"].neck[1][3] = 0
+
+    one, told = found(setup, write(plant))
+    assert one.images == [3] and one.terms == ["pkd/correlation"] and one.gradients == {"pkd/correlation": ["neck.1"]}
+    assert one.by_image == {3: ["pkd/correlation"]}
+    assert not (one.batch or one.state or one.teacher or one.output)
+    assert "it began in the term pkd/correlation in image 3, at neck.1" in told
+
+
+def test_a_sound_step_has_no_culprit(planted):
+    setup, write = planted
+    one, told = found(setup, write())
+    assert one.began == "with no image, level or term alone" and "student repeats to the bit: total " in told
+
+
+@pytest.mark.user_input(
+    "Workdirs, checkpoints and logs", "a damaged folder of `blackbox/`", "refused: it does not match its hash"
+)
+def test_a_damaged_black_box_is_refused(planted, tmp_path, capsys):
+    _, write = planted
+    folder = write()
+    for name in ("state.npz", "batch.npz", "note.json"):
+        copy = tmp_path / name / "step-3"
+        shutil.copytree(folder, copy)
+        content = bytearray((copy / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (copy / name).write_bytes(content)
+        with pytest.raises(UserError, match=r"it does not match its hash|it is damaged"):
+            blackbox.read(copy)
+    with pytest.raises(UserError, match=f"does not hold the inputs of a step: take {folder}"):
+        blackbox.read(folder.parent)
+    note = json.loads((folder / "note.json").read_text())
+    note["run"]["seed"] = 1
+    files.write_json(folder / "note.json", files.sealed(note))
+    assert cli.main(["replay", str(folder)]) == 2
+    assert "the step was recorded with other inputs: seed was 1, is 0" in capsys.readouterr().err
+
+
+def test_a_run_stops_replays_and_goes_on(config, folder, tmp_path, monkeypatch, capsys):
+    """Through the loop: stop, the command, and the same workdir with skip."""
+    place, steps = training.placed, []
+
+    def poisoned(setup, batch):
+        arrays = place(setup, batch)
+        steps.append(len(steps))
+        if float(np.asarray(arrays["boxes"]).sum()) == poisoned.sum:
+            neck = list(arrays["teacher"].neck)
+            neck[1] = neck[1].at[2].set(jnp.nan)
+            object.__setattr__(arrays["teacher"], "neck", tuple(neck))
+        return arrays
+
+    setup = prepare(config, data.open_dataset(config.data))
+    batches = train_batches(setup, start_step=6)
+    poisoned.sum = float(next(batches)["boxes"].sum())  # of step 7
+    batches.close()
+    monkeypatch.setattr(training, "placed", poisoned)
+    with pytest.raises(FloatingPointError, match=r"student/pkd/correlation is not finite at step 7: .*kdjax replay"):
+        run(config, tmp_path)
+    assert cli.main(["replay", str(tmp_path / "blackbox" / "step-7")]) == 0
+    told = capsys.readouterr().out
+    assert "step 7 of the student repeats to the bit: total nan" in told
+    assert "it began in the batch: image 2 has teacher.neck.1 that is not finite" in told
+    again = config.copy_and_resolve_references()
+    again.on_bad_step = "skip"
+    run(again, tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rows = {row["step"]: row for row in rows if row["kind"] == "train"}
+    assert sorted(rows) == [5, 10, 15, 20] and [rows[at].get("bad_steps", 0) for at in sorted(rows)] == [0, 1, 1, 1]
+    assert np.isfinite(rows[10]["student/total"])
+    text = capsys.readouterr()
+    assert "skip: training goes on with step 8" in text.err and "time: " in text.out and "step " in text.out
