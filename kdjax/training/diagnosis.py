@@ -16,6 +16,7 @@ from kdjax.errors import UserError, prefix
 from kdjax.structs import Array, DetectorOutput, PyTree, Rows, targets_of
 from kdjax.training import checks, replay
 from kdjax.training.blackbox import Recorded, filled
+from kdjax.training.config import Config
 from kdjax.training.models import in_precision, precision
 from kdjax.training.provenance import environment
 from kdjax.training.setup import Setup, bounds, given, placed, prepare, prepare_process, run_fingerprint, train_batches
@@ -83,7 +84,7 @@ def setup_of(recorded: Recorded) -> tuple[Setup, list[str]]:
     Raises:
       UserError: the config, data or weights cannot be used any more, or are others.
     """
-    config = ConfigDict(recorded.config)
+    config: Config = ConfigDict(recorded.config)
     checks.check_settings(config)
     checks.check_models(config)
     with prefix("config.data"):
@@ -231,52 +232,57 @@ def _examined(
     if role == "student":
         distiller, _ = together([one._replace(distiller=distiller_in_precision(one, config)) for one in setup.teachers])
 
-    def examine(state: TrainState, variables: PyTree, chosen: dict[str, Array], batch: Mapping[str, Any]) -> PyTree:
-        key = jax.random.fold_in(state.key, state.step)
+    def examine(factors: Mapping[str, float]) -> Callable[..., PyTree]:
+        """The program for the sum of some losses alone: a factor of 0 would let through what is not finite."""
 
-        def forward(params: PyTree) -> DetectorOutput:
-            return student.apply(params["student"], state.stats, student.preprocess(batch["image"]), train=True)[0]
+        def examined(state: TrainState, variables: PyTree, batch: Mapping[str, Any]) -> PyTree:
+            key = jax.random.fold_in(state.key, state.step)
 
-        def losses(params: PyTree, output: DetectorOutput) -> dict[str, Array]:
-            assignment = student.assign(output, targets_of(batch), key)
-            values = dict(student.loss(output, targets_of(batch), assignment))
-            if distiller is not None:
-                values |= distiller.terms(
-                    params["adapters"],
-                    output,
-                    batch,
-                    variables,
-                    observed=batch.get(RECORDED),
-                    assignment=assignment,
-                    key=key,
-                )
-            return {name: values[name] for name in names}
+            def forward(params: PyTree) -> DetectorOutput:
+                return student.apply(params["student"], state.stats, student.preprocess(batch["image"]), train=True)[0]
 
-        output, back = jax.vjp(forward, state.params)
-        values, of_losses = jax.vjp(losses, state.params, output)
-        of_params, of_output = of_losses(chosen)
-        (through_output,) = back(of_output)
-        params = jax.tree.map(jnp.add, of_params, through_output)
-        return values, _levels(output), _levels(of_output), jax.tree.map(_count, params)
+            def losses(params: PyTree, output: DetectorOutput) -> tuple[Array, dict[str, Array]]:
+                assignment = student.assign(output, targets_of(batch), key)
+                values = dict(student.loss(output, targets_of(batch), assignment))
+                if distiller is not None:
+                    values |= distiller.terms(
+                        params["adapters"],
+                        output,
+                        batch,
+                        variables,
+                        observed=batch.get(RECORDED),
+                        assignment=assignment,
+                        key=key,
+                    )
+                return jnp.asarray(sum(factor * values[name] for name, factor in factors.items())), values
 
-    program = jax.jit(setup.layout.gathering(examine))
+            output, back = jax.vjp(forward, state.params)
+            _, of_losses, values = jax.vjp(losses, state.params, output, has_aux=True)
+            of_params, of_output = of_losses(jnp.float32(1))
+            (through_output,) = back(of_output)
+            params = jax.tree.map(jnp.add, of_params, through_output)
+            return values, _levels(output), _levels(of_output), jax.tree.map(_count, params)
+
+        return jax.jit(setup.layout.gathering(examined))
+
     rows = jax.tree.map(lambda value: sharding.split(value, setup.mesh), dict(batch))
     rows.pop(UNLABELLED, None)
     state = setup.layout.put(state)
-    gradients: dict[str, list[str]] = {}
 
-    def asked(chosen: Mapping[str, float]) -> PyTree:
-        by_name = {name: jnp.float32(chosen.get(name, 0.0)) for name in names}
-        return jax.device_get(program(state, variables, by_name, rows))
+    def asked(factors: Mapping[str, float]) -> PyTree:
+        return jax.device_get(examine(factors)(state, variables, rows))
 
-    values, output, _, parameters = asked({name: weights.get(name, 1.0) for name in names})
+    values, output, of_output, parameters = asked({name: weights.get(name, 1.0) for name in names})
     bad_output = [name for name, count in output if count]
-    terms = [name for name, value in values.items() if not np.isfinite(value)]
+    terms = [name for name in names if not np.isfinite(values[name])]
     bad_parameters = [name for name, count in flat(parameters).items() if count]
-    for name in names if not bad_output else ():  # behind an output that is not finite nothing is
-        if found := [level for level, count in asked({name: 1.0})[2] if count]:
-            gradients[name] = found
-    return bad_output, [name for name in names if name in terms], gradients, bad_parameters
+    gradients: dict[str, list[str]] = {}
+    # Behind an output that is not finite nothing is. One program for each loss, so only where it can tell something.
+    if not bad_output and any(count for _, count in of_output):
+        for name in terms or names:
+            if found := [level for level, count in asked({name: 1.0})[2] if count]:
+                gradients[name] = found
+    return bad_output, terms, gradients, bad_parameters
 
 
 def _count(value: Array) -> Array:

@@ -1,6 +1,7 @@
 """A step that went wrong is kept, repeated to the bit, and what began it is named: a weight, an image, a loss."""
 
 import json
+import re
 import shutil
 
 import jax
@@ -78,6 +79,7 @@ def found(setup, folder):
     return diagnosed, "\n".join(diagnosis.lines(diagnosed, recorded))
 
 
+@pytest.mark.slow
 def test_a_nan_in_an_image_is_named(planted):
     setup, write = planted
 
@@ -91,6 +93,7 @@ def test_a_nan_in_an_image_is_named(planted):
     assert f"image 2 of the batch: {recorded['files'][0]} (id {recorded['image_ids'][0]})" in told
 
 
+@pytest.mark.slow
 def test_a_nan_in_a_weight_is_named(planted):
     setup, write = planted
     names = []
@@ -110,6 +113,7 @@ def test_a_nan_in_a_weight_is_named(planted):
     assert f"it began in the state: params/student/{names[0]} is not finite before the step" in told
 
 
+@pytest.mark.slow
 def test_a_nan_of_a_loss_is_named_with_image_and_level(planted):
     """All inputs are finite."""
     setup, write = planted
@@ -118,26 +122,74 @@ def test_a_nan_of_a_loss_is_named_with_image_and_level(planted):
         batch["teacher"].neck[1][3] = 0
 
     one, told = found(setup, write(plant))
-    assert one.images == [3] and one.terms == ["pkd/correlation"] and one.gradients == {"pkd/correlation": ["neck.1"]}
+    assert one.images == [3] and one.terms == ["pkd/correlation"]
+    assert one.gradients == {"pkd/correlation": ["neck.1"]}
     assert one.by_image == {3: ["pkd/correlation"]}
     assert not (one.batch or one.state or one.teacher or one.output)
     assert "it began in the term pkd/correlation in image 3, at neck.1" in told
 
 
+@pytest.mark.slow
 def test_a_sound_step_has_no_culprit(planted):
     setup, write = planted
     one, told = found(setup, write())
     assert one.began == "with no image, level or term alone" and "student repeats to the bit: total " in told
 
 
+@pytest.fixture(scope="module")
+def stopped(config, tmp_path_factory):
+    """The workdir of a run whose teacher says NaN of image 2 in step 7, in which it goes on as long as this exists."""
+    place = training.placed
+    batches = train_batches(prepare(config, data.open_dataset(config.data)), start_step=6)
+    seventh = float(next(batches)["boxes"].sum())
+    batches.close()
+
+    def poisoned(setup, batch):
+        arrays = place(setup, batch)
+        if float(np.asarray(arrays["boxes"]).sum()) == seventh:
+            neck = list(arrays["teacher"].neck)
+            neck[1] = neck[1].at[2].set(jnp.nan)
+            object.__setattr__(arrays["teacher"], "neck", tuple(neck))
+        return arrays
+
+    workdir = tmp_path_factory.mktemp("stopped")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(training, "placed", poisoned)
+        with pytest.raises(
+            FloatingPointError, match=r"student/pkd/correlation is not finite at step 7: .*kdjax replay"
+        ):
+            run(config, workdir)
+        yield workdir
+
+
+def test_the_command_repeats_a_step_and_names_what_began_it(stopped, capsys):
+    assert cli.main(["replay", str(stopped / "blackbox" / "step-7")]) == 0
+    told = capsys.readouterr().out
+    assert "step 7 of the student repeats to the bit: total nan" in told
+    assert "it began in the batch: image 2 has teacher.neck.1 that is not finite" in told
+
+
+def test_a_run_that_stopped_goes_on_with_skip(stopped, config, capsys):
+    again = config.copy_and_resolve_references()
+    again.on_bad_step = "skip"
+    run(again, stopped)
+    rows = [json.loads(line) for line in (stopped / "metrics.jsonl").read_text().splitlines()]
+    rows = {row["step"]: row for row in rows if row["kind"] == "train"}
+    assert [(at, row.get("bad_steps", 0)) for at, row in rows.items()] == [(5, 0), (10, 1), (15, 1), (20, 1)]
+    assert np.isfinite(rows[10]["student/total"])
+    told = capsys.readouterr()
+    assert "skip: training goes on with step 8" in told.err
+    assert re.search(r"^time: .* min: start .*compile .*step .*evaluate .*\(2 starts\)$", told.out, re.MULTILINE)
+    assert "shares of the time" in (stopped / "report.html").read_text()
+
+
 @pytest.mark.user_input(
     "Workdirs, checkpoints and logs", "a damaged folder of `blackbox/`", "refused: it does not match its hash"
 )
-def test_a_damaged_black_box_is_refused(planted, tmp_path, capsys):
-    _, write = planted
-    folder = write()
+def test_a_damaged_black_box_is_refused(stopped, tmp_path, capsys):
+    folder = stopped / "blackbox" / "step-7"
     for name in ("state.npz", "batch.npz", "note.json"):
-        copy = tmp_path / name / "step-3"
+        copy = tmp_path / name / "step-7"
         shutil.copytree(folder, copy)
         content = bytearray((copy / name).read_bytes())
         content[len(content) // 2] ^= 1
@@ -146,43 +198,9 @@ def test_a_damaged_black_box_is_refused(planted, tmp_path, capsys):
             blackbox.read(copy)
     with pytest.raises(UserError, match=f"does not hold the inputs of a step: take {folder}"):
         blackbox.read(folder.parent)
+    shutil.copytree(folder, tmp_path / "other")
     note = json.loads((folder / "note.json").read_text())
     note["run"]["seed"] = 1
-    files.write_json(folder / "note.json", files.sealed(note))
-    assert cli.main(["replay", str(folder)]) == 2
+    files.write_json(tmp_path / "other" / "note.json", files.sealed(note))
+    assert cli.main(["replay", str(tmp_path / "other")]) == 2
     assert "the step was recorded with other inputs: seed was 1, is 0" in capsys.readouterr().err
-
-
-def test_a_run_stops_replays_and_goes_on(config, folder, tmp_path, monkeypatch, capsys):
-    """Through the loop: stop, the command, and the same workdir with skip."""
-    place, steps = training.placed, []
-
-    def poisoned(setup, batch):
-        arrays = place(setup, batch)
-        steps.append(len(steps))
-        if float(np.asarray(arrays["boxes"]).sum()) == poisoned.sum:
-            neck = list(arrays["teacher"].neck)
-            neck[1] = neck[1].at[2].set(jnp.nan)
-            object.__setattr__(arrays["teacher"], "neck", tuple(neck))
-        return arrays
-
-    setup = prepare(config, data.open_dataset(config.data))
-    batches = train_batches(setup, start_step=6)
-    poisoned.sum = float(next(batches)["boxes"].sum())  # of step 7
-    batches.close()
-    monkeypatch.setattr(training, "placed", poisoned)
-    with pytest.raises(FloatingPointError, match=r"student/pkd/correlation is not finite at step 7: .*kdjax replay"):
-        run(config, tmp_path)
-    assert cli.main(["replay", str(tmp_path / "blackbox" / "step-7")]) == 0
-    told = capsys.readouterr().out
-    assert "step 7 of the student repeats to the bit: total nan" in told
-    assert "it began in the batch: image 2 has teacher.neck.1 that is not finite" in told
-    again = config.copy_and_resolve_references()
-    again.on_bad_step = "skip"
-    run(again, tmp_path)
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    rows = {row["step"]: row for row in rows if row["kind"] == "train"}
-    assert sorted(rows) == [5, 10, 15, 20] and [rows[at].get("bad_steps", 0) for at in sorted(rows)] == [0, 1, 1, 1]
-    assert np.isfinite(rows[10]["student/total"])
-    text = capsys.readouterr()
-    assert "skip: training goes on with step 8" in text.err and "time: " in text.out and "step " in text.out
