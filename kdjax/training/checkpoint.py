@@ -63,8 +63,8 @@ class Checkpoints:
 
     Orbax writes atomically but does not detect corrupted bytes. So the note also holds a hash of each array and of
     itself, which are verified when a step is read. A step that fails is skipped for the one before it. Each step that
-    is saved is read back; older ones are deleted after that. With one process this is done in a thread, except for the
-    first step, so that training waits for the copy of the arrays alone.
+    is saved is read back; older ones are deleted after that. With one process this is done in a thread: training waits
+    for the copy of the arrays alone.
     """
 
     def __init__(self, directory: Path, *, keep: int | Keep) -> None:
@@ -78,7 +78,6 @@ class Checkpoints:
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         self.directory = Path(directory).absolute()
         self.keep = keep if isinstance(keep, Keep) else Keep(keep)
-        self.proven = False  # a step of this directory has been read
         self.manager = ocp.CheckpointManager(
             self.directory, options=ocp.CheckpointManagerOptions(max_to_keep=None, cleanup_tmp_directories=True)
         )
@@ -101,7 +100,7 @@ class Checkpoints:
         return self.manager.latest_step()
 
     def save(self, step: int, tree: PyTree, note: dict[str, Any]) -> None:
-        """Writes a step in the background; the first one is waited for.
+        """Writes a step in the background, with one process; waits for the step before.
 
         Args:
           step: number of updates so far.
@@ -121,8 +120,6 @@ class Checkpoints:
         self.running = self.thread.submit(self._write, step, arrays, note) if jax.process_count() == 1 else None
         if not self.running:  # the hosts write together
             self._write(step, arrays, note)
-        elif not self.proven:
-            self.wait()
 
     def _write(self, step: int, arrays: dict[str, np.ndarray], note: dict[str, Any]) -> None:
         """Writes a step, reads it back, and deletes those that the rules do not name."""
@@ -140,7 +137,6 @@ class Checkpoints:
                 f"workdir: {self.directory}: step {step} was just written, but cannot be read back "
                 f"({_why(error)}): choose another folder"
             ) from error
-        self.proven = True
         self.entries[step] = {"time": time.time()}
         self._tidy()
 
@@ -219,7 +215,6 @@ class Checkpoints:
             for later in damaged:
                 self.manager.delete(later)
                 self.entries.pop(later, None)
-            self.proven = True
             return tree, note
         raise UserError(f"no checkpoint in {self.directory} can be used: {'; '.join(problems) or 'there is none'}")
 
@@ -244,6 +239,15 @@ class Checkpoints:
         running, self.running = self.running, None
         if running:
             running.result()
+
+    def check(self) -> None:
+        """Does not wait.
+
+        Raises:
+          As `save`, if a write has failed by now.
+        """
+        if self.running and self.running.done():
+            self.wait()
 
     def close(self) -> None:
         """Waits until all writes are finished, and closes the directory."""

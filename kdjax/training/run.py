@@ -154,6 +154,8 @@ def run(config: Config, workdir: str | Path | None) -> dict[str, Any] | None:
                 states = train(setup, start, updates, log, stored, loop, clock)
                 clock.switch("evaluate")
                 results = outputs.finish(setup._replace(states=states), folder, log, clock)
+            with clock.during("save"):
+                checkpoints.wait()
         if not jax.process_index():
             clock.write(config.steps)
             print(f"{clock.told()}\n{verdict(results)}\n{folder / 'report.html'}")
@@ -236,6 +238,7 @@ def train(
                 batch = placed(setup, next(batches))
             waited += time.perf_counter() - before
             updates.start(step, batch)
+            checkpoints.check()
             last = step == config.steps or stop_requested(signals.stop, step, config.log_every)
             logs = step == config.steps or step % config.log_every == 0
             scored = config.checkpoint.keep_best and is_evaluated(step)
@@ -284,8 +287,6 @@ def train(
                 raise Stopped(
                     f"stopped at step {step} of {config.steps}; the state is saved: run the same command to continue"
                 )
-    with clock.during("save"):
-        checkpoints.wait()
     return states
 
 

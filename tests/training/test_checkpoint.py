@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import threading
+from concurrent import futures
 
 import numpy as np
 import pytest
@@ -95,14 +96,16 @@ def test_an_edited_note_is_skipped(tmp_path):
 @pytest.mark.user_input(
     "Workdirs, checkpoints and logs",
     "a folder from which a checkpoint cannot be read back",
-    "refused when the first is written: choose another folder",
+    "refused when one is written: choose another folder",
 )
 def test_checkpoints_are_read_back(tmp_path, monkeypatch):
     """Orbax takes this name as a pattern, and then writes nothing that can be read; `check_workdir` refuses it."""
     tree = {"a": np.arange(3.0)}
     store = checkpoint.Checkpoints(tmp_path / "run[1]", keep=3)
+    store.save(1, tree, {"next_batch": 1})
+    futures.wait([store.running])
     with pytest.raises(UserError) as caught:
-        store.save(1, tree, {"next_batch": 1})
+        store.check()
     store.close()
     told = rf"workdir: {re.escape(str(tmp_path / 'run[1]'))}: step 1 was just written, but cannot be read back \(.*\): "
     assert re.fullmatch(rf"{told}choose another folder", str(caught.value))
@@ -179,6 +182,7 @@ def test_training_does_not_wait_for_a_checkpoint_but_hears_that_it_failed(tmp_pa
     tree, write, goes_on = {"a": np.arange(3.0)}, checkpoint.Checkpoints._write, threading.Event()
     store = checkpoint.Checkpoints(tmp_path, keep=3)
     store.save(1, tree, {"next_batch": 1})
+    store.wait()
 
     def slow(self, *rest):
         assert goes_on.wait(20)
@@ -187,6 +191,7 @@ def test_training_does_not_wait_for_a_checkpoint_but_hears_that_it_failed(tmp_pa
     monkeypatch.setattr(checkpoint.Checkpoints, "_write", slow)
     note = {"next_batch": 2, "loop": [1]}
     store.save(2, tree, note)
+    store.check()
     tree["a"] += 1
     note["loop"].append(2)
     assert store.latest() == 1
