@@ -1,0 +1,35 @@
+"""The short form of the harness: a run that is killed, and damaged files. `python -m tests.faults` is the long form."""
+
+import random
+
+import pytest
+
+from tests.faults import corruptions, kills
+from tests.faults.runs import make_home
+from tests.shared import ROOT
+
+pytestmark = pytest.mark.faults
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return make_home(tmp_path_factory.mktemp("faults"), ROOT / ".cache" / "jax")
+
+
+@pytest.fixture(scope="module")
+def known(home):
+    return kills.reference(home)
+
+
+def test_a_killed_run_ends_as_if_undisturbed(home, known):
+    signals = ["SIGKILL", "SIGTERM"]
+    done, faults = kills.disturbed(home, known, "killed", random.Random(3), len(signals), signals=signals)
+    assert not faults and [kill.signal for kill in done] == signals
+
+
+def test_no_damaged_file_is_used_silently(home, known):
+    cases = corruptions.run(home, known.workdir, 66, seed=0)
+    assert not corruptions.faults(cases)
+    assert {case.kind for case in cases} == {*corruptions.kinds(home, known.workdir)}
+    assert {case.damage for case in cases} == {*corruptions.DAMAGES}
+    assert {case.outcome for case in cases} == {*corruptions.OUTCOMES}
