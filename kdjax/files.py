@@ -17,6 +17,7 @@ from kdjax.errors import UserError, fault
 
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}  # Lustre, some NFS and FUSE
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}
+_TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.\d+\.tmp")  # of `write_bytes`
 _STALE = 0.5  # s; the lock of a process that was killed is taken over within some attempts
 
 
@@ -60,6 +61,17 @@ def write_bytes(path: str | Path, content: bytes) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+
+
+def remove_temporary(folder: str | Path) -> None:
+    """Removes the temporary files of `write_bytes` that killed processes have left in a folder and those below it.
+
+    Args:
+      folder: nobody else writes in it.
+    """
+    for path in Path(folder).rglob(".*.tmp"):
+        if _TEMPORARY.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

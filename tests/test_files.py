@@ -1,4 +1,4 @@
-"""Locks, on file systems with and without them."""
+"""Locks, on file systems with and without them; temporary files."""
 
 import errno
 import fcntl
@@ -59,3 +59,18 @@ def test_a_lock_that_cannot_be_made_says_so(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(FileExistsError), files.lock(tmp_path / "file" / "x.lock", "busy"):
         pass
+
+
+@pytest.mark.user_input("The machine", "a temporary file of a killed run", "survived: the same command removes it")
+def test_temporary_files_of_killed_processes_are_removed(tmp_path, monkeypatch):
+    (tmp_path / "student").mkdir()
+    monkeypatch.setattr(files.Path, "replace", lambda *_: sys.exit("killed"))
+    for path in (tmp_path / "a.json", tmp_path / "student" / "b.json"):
+        with pytest.raises(SystemExit):
+            files.write_json(path, {})
+    others = {tmp_path / ".own.tmp", tmp_path / "student" / "c.tmp"}
+    for path in others:
+        path.touch()
+    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 4
+    files.remove_temporary(tmp_path)
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == others

@@ -274,9 +274,15 @@ def check_workdir(config: Config, workdir: str | Path | None) -> Path:
     if not path.exists():
         return folder
     try:
-        differ = settings.differences(json.loads(path.read_text(encoding="utf-8"))["config"], config)
+        written = json.loads(path.read_text(encoding="utf-8"))
+        differ, changed = settings.differences(written["config"], config), files.altered(written)
     except (ValueError, TypeError, KeyError, RecursionError):
         raise UserError(f"workdir: {path} is not the config of a run: choose another folder") from None
+    if changed:
+        raise UserError(
+            f"workdir: {path} was changed after it was written (its SHA-256 differs): delete it: the checkpoints have "
+            "the settings too"
+        )
     if differ:
         raise UserError(
             f"workdir: {folder} holds a run with other settings ({'; '.join(differ)}): choose another folder"

@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 import time
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -27,22 +28,27 @@ _PROTO: Any = event_pb2  # its classes are made when it is imported
 class Log:
     """Writes metrics.jsonl (one object per line, appended) and TensorBoard files; only on the first host.
 
-    If a TensorBoard file cannot be written, one warning says so, and the run goes on without it.
+    Each line has its number and a checksum, so that damaged and missing ones are noticed. If a TensorBoard file cannot be written, one warning says so, and the run goes on without it.
     """
 
-    def __init__(self, workdir: Path, step: int) -> None:
+    def __init__(self, workdir: Path, step: int, lines: int = 0) -> None:
         """Opens the files.
 
         Args:
           workdir: the folder of the run.
           step: of the last update before this process; 0 for a new run.
+          lines: how many were written until then, as far as the checkpoint of that step knows.
         """
         self.is_first_host = jax.process_index() == 0
         self.path = workdir / "metrics.jsonl"
+        self.lines = lines  # written so far, by all processes of the run
         self.damaged = 0  # lines that `rows` skipped
+        self.missing = 0  # and that were not there
         self.board: RecordWriter | None = None
         if self.is_first_host:
             self._cut()
+            numbers = [number for _, number in _numbered(self.path) if number]
+            self.lines = max(lines, len(_lines(self.path)), *numbers)
             with self._board_may_fail():
                 (workdir / "tensorboard").mkdir(exist_ok=True)
                 # Not `SummaryWriter`: its thread dies of a full disk, and then the run waits for it without end.
@@ -97,14 +103,15 @@ class Log:
         """
         if not self.is_first_host:
             return
-        row = {"step": step, "kind": kind, "time": round(time.time(), 1)} | dict(values)
+        row = {"step": step, "kind": kind, "time": round(time.time(), 1)} | dict(values) | {_NUMBER: self.lines + 1}
         try:
             with files.named(self.path), self.path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(json.dumps(row | {_SUM: _checksum(row)}) + "\n")
         except OSError:
             with contextlib.suppress(OSError):
                 self._cut()  # a part of the line, if another one follows
             raise
+        self.lines += 1
         if self.board:
             with self._board_may_fail():
                 for name, value in values.items():
@@ -120,19 +127,50 @@ class Log:
     def rows(self) -> list[dict[str, Any]]:
         """All lines that are sound. Steps after the last checkpoint of a killed process appear twice.
 
-        A warning says how many lines are damaged; `damaged` holds the number.
+        A warning says how many lines are damaged or missing; `damaged` and `missing` hold the numbers.
         """
-        rows, self.damaged = read(self.path)
-        if self.damaged:
-            _warn(f"{self.path}: {self.damaged} damaged lines are left out of the report")
-        return rows
+        rows = [row for row, _ in _numbered(self.path)]
+        self.damaged = sum(row is None for row in rows)
+        self.missing = max(self.lines - len(rows), 0)
+        told = [f"{self.damaged} damaged lines are left out of the report"] if self.damaged else []
+        told += [f"{self.missing} lines are missing in the report"] if self.missing else []
+        if told:
+            _warn(f"{self.path}: {', and '.join(told)}")
+        return [row for row in rows if row is not None]
 
 
 def read(path: Path) -> tuple[list[dict[str, Any]], int]:
     """The lines of a metrics.jsonl that are sound, and the number of those that are not; none if there is no file."""
-    content = path.read_bytes() if path.exists() else b""
-    rows = [_row(line) for line in content.split(b"\n") if line]
+    rows = [row for row, _ in _numbered(path)]
     return [row for row in rows if row is not None], sum(row is None for row in rows)
+
+
+def _lines(path: Path) -> list[bytes]:
+    content = path.read_bytes() if path.exists() else b""
+    return [line for line in content.split(b"\n") if line]
+
+
+def _numbered(path: Path) -> list[tuple[dict[str, Any] | None, int]]:
+    """The lines with their numbers; (None, 0) if one is damaged. Older versions wrote no numbers and checksums."""
+    found, older = [], True
+    for line in _lines(path):
+        row = _row(line)
+        number = 0
+        if row is not None and (_SUM in row or not older):
+            known, number = row.pop(_SUM, None), row.get(_NUMBER, 0)
+            row, older = (row if known == _checksum(row) else None), False
+        if row is not None:
+            row.pop(_NUMBER, None)
+        found.append((row, number if row is not None else 0))
+    return found
+
+
+_NUMBER, _SUM = "line", "crc32"
+
+
+def _checksum(row: Mapping[str, Any]) -> int:
+    """Of a line without its checksum; reading and writing json again gives the same text."""
+    return zlib.crc32(json.dumps(row).encode())
 
 
 def _row(line: bytes) -> dict[str, Any] | None:

@@ -309,7 +309,7 @@ def write_report(
         examples=examples,
         class_names=list(dataset.classes),
         config_text=config.to_json(indent=2),
-        notes=notes(setup, rows, log.damaged),
+        notes=notes(setup, rows, log.damaged, log.missing),
         seconds=clock.total() if clock else {},
         meanings=KINDS,
     )
@@ -329,13 +329,13 @@ def without_labels(setup: Setup) -> str:
     return f"{told}No teacher can give them boxes{alone}."
 
 
-def notes(setup: Setup, rows: Sequence[Mapping[str, Any]], damaged: int) -> list[str]:
+def notes(setup: Setup, rows: Sequence[Mapping[str, Any]], damaged: int, missing: int = 0) -> list[str]:
     """Sentences on the run for its report, and facts of the form "name: value".
 
     Args:
       setup: of the run.
       rows: of the log.
-      damaged: number of damaged lines of the log, which are not among the rows.
+      damaged, missing: numbers of lines of the log that are not among the rows.
     """
     config, dataset = setup.config, setup.dataset
     seconds = sum({row["step"]: row["seconds"] for row in rows if row["kind"] == "train"}.values())
@@ -364,6 +364,8 @@ def notes(setup: Setup, rows: Sequence[Mapping[str, Any]], damaged: int) -> list
         )
     if damaged:
         lines.append(f"Lines of metrics.jsonl that are damaged and left out: {damaged}.")
+    if missing:
+        lines.append(f"Lines of metrics.jsonl that are missing: {missing}.")
     counts = {f"{role} data": data.counted_in_one_line(dataset, role, config.data) for role in dataset.splits}
     facts = counts | {"seed": str(config.seed), "training": f"{seconds / 60:.1f} min"} | environment()
     return lines + [f"{name}: {value}" for name, value in facts.items() if value]

@@ -47,4 +47,4 @@ def write_config(config: Config, workdir: Path, data: str) -> None:
     runs = json.loads(path.read_text()).get("runs") if path.exists() else None
     this = environment() | {"data": data, "command": sys.argv[1:], "time": time.strftime("%Y-%m-%d %H:%M:%S")}
     runs = [*(runs if isinstance(runs, list) else []), this]
-    files.write_json(path, {"config": json.loads(config.to_json()), "runs": runs}, indent=1)
+    files.write_json(path, files.sealed({"config": json.loads(config.to_json()), "runs": runs}), indent=1)

@@ -119,6 +119,8 @@ def run(config: Config, workdir: str | Path | None) -> dict[str, Any] | None:
     checks.check_models(config)
     folder = checks.check_workdir(config, workdir)
     with only_writer(folder):
+        if not jax.process_index():
+            files.remove_temporary(folder)
         with prefix("config.data"):
             dataset = data.open_dataset(config.data)
         prepare_process(config.compile_cache)
@@ -149,7 +151,7 @@ def run(config: Config, workdir: str | Path | None) -> dict[str, Any] | None:
                 if start == 0:
                     checks.check_terms(setup, batch)
             provenance.write_config(config, folder, dataset.fingerprint)
-            with Log(folder, start) as log:
+            with Log(folder, start, (checkpoints.note() or {}).get("lines", 0)) as log:
                 updates = Updates(setup, checkpoints, folder, loop.dropped)
                 states = train(setup, start, updates, log, stored, loop, clock)
                 clock.switch("evaluate")
@@ -208,13 +210,15 @@ def train(
 
     def save(step: int) -> None:
         with clock.during("save"):
-            checkpoints.save(step, states, note | {"next_batch": step, "loop": state_of_loop()._asdict()})
+            now = {"next_batch": step, "lines": log.lines, "loop": state_of_loop()._asdict()}
+            checkpoints.save(step, states, note | now)
         clock.mark(step)
 
     def evaluate(step: int) -> None:
         measured = outputs.evaluate(setup._replace(states=states), [*states], limit=config.eval.limit, clock=clock)
-        for role, one in measured.items():
-            log.write(step, "eval", {f"{role}/{name}": value for name, value in one.metrics.items()})
+        # One line for all roles: `log.has` must not find a part of them after a kill.
+        values = {f"{role}/{name}": value for role, one in measured.items() for name, value in one.metrics.items()}
+        log.write(step, "eval", values)
         if config.checkpoint.keep_best and measured["student"].metrics["AP"] >= 0:
             checkpoints.score(step, measured["student"].metrics["AP"])
 

@@ -136,7 +136,7 @@ def kinds(home: Home, workdir: Path) -> dict[str, Kind]:
         "metrics.jsonl": Kind(
             workdir,
             lambda folder: [folder / "metrics.jsonl"],
-            functools.partial(_metrics, steps),
+            functools.partial(_metrics, steps, note["lines"]),
             lambda found, whole: all(row in whole for row in found),
             weight=2,
         ),
@@ -151,8 +151,11 @@ def kinds(home: Home, workdir: Path) -> dict[str, Kind]:
 
 
 def _every(folder: Path) -> list[Path]:
-    """All files of a folder but locks, which are empty."""
-    return sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.endswith(".lock"))
+    """All files of a folder but locks, which are empty; those of the newest checkpoint three times."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.endswith(".lock"))
+    steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()]
+    newest = folder / str(max(steps, default=0))
+    return files + 2 * [path for path in files if newest in path.parents]
 
 
 def _read_back(folder: Path) -> list[Path]:
@@ -192,10 +195,10 @@ def _settings(config: Config, folder: Path) -> Read:
     return Read((json.loads((folder / "config.json").read_text())["config"], study_runs.start_of(folder)))
 
 
-def _metrics(step: int, folder: Path) -> Read:
-    """As the report reads them."""
-    with Log(folder, step) as log:
-        return Read(log.rows())
+def _metrics(step: int, lines: int, folder: Path) -> Read:
+    """As the report reads them, without those of the last evaluation, which the same command writes again."""
+    with Log(folder, step, lines) as log:
+        return Read([row for row in log.rows() if (row["step"], row["kind"]) != (step, "eval")])
 
 
 def _results(flags: Sequence[str], folder: Path) -> Read:

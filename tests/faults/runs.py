@@ -22,8 +22,8 @@ from tests.shared import ROOT
 CONFIG = Path(__file__).with_name("config.py")
 CLASSES = ["disc", "wedge", "star", "cross", "striped", "checked"]
 MOMENTS = ("start", "compile", "step", "save", "evaluation", "report", "end")
-# What differs between two runs that are otherwise equal.
-OF_TIME = ("time", "seconds", "images_per_s", "wait_share", "decoded_per_image")
+# What differs between two runs that are otherwise equal: times, and numbers of lines, some of which are written twice.
+OF_TIME = ("time", "seconds", "images_per_s", "wait_share", "decoded_per_image", "line", "crc32")
 PATIENCE = 300.0  # s, after which a process that should end counts as hanging
 _TEMPORARY = (".tmp", ".partial", ".lock.owner")
 

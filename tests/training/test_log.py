@@ -101,3 +101,32 @@ def test_a_full_disk_names_the_metrics_and_leaves_no_part_of_a_line(tmp_path, mo
         assert fault(caught.value) == f"{tmp_path / 'metrics.jsonl'}: the disk is full: make room"
         log.write(3, "eval", {"AP": 0.7})
         assert [row["step"] for row in log.rows()] == [1, 3] and not log.damaged
+
+
+@pytest.mark.user_input(
+    "Workdirs, checkpoints and logs",
+    "a digit of `metrics.jsonl` that was changed, and lines that were removed",
+    "reported: 1 damaged lines are left out of the report, and 3 lines are missing",
+)
+def test_changed_and_missing_lines_are_noticed(tmp_path, capsys):
+    """Each line has a number and a checksum; how many there were is known to the checkpoint."""
+    path = tmp_path / "metrics.jsonl"
+    with Log(tmp_path, 0) as log:
+        for step in range(1, 7):
+            log.write(step, "train", {"lr": 0.25 * step, "seconds": 1.0})
+        assert [row["lr"] for row in log.rows()] == [0.25, 0.5, 0.75, 1.0, 1.25, 1.5] and log.lines == 6
+        assert log.rows()[0].keys() == {"step", "kind", "time", "lr", "seconds"}
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text(lines[0] + lines[2].replace('"lr": 0.75', '"lr": 0.85') + lines[4])
+    with Log(tmp_path, 6, 6) as log:
+        log.write(7, "train", {"lr": 1.75, "seconds": 1.0})
+        assert [row["lr"] for row in log.rows()] == [0.25, 1.25, 1.75]
+        assert (log.lines, log.damaged, log.missing) == (7, 1, 3)
+    told = "1 damaged lines are left out of the report, and 3 lines are missing in the report"
+    assert capsys.readouterr().err.strip() == f"kdjax: {path}: {told}"
+    path.unlink()
+    with Log(tmp_path, 7, 7) as log:
+        assert log.rows() == [] and log.missing == 7
+    path.write_text('{"step": 1, "kind": "eval", "time": 1.0}\n')  # as older versions wrote it
+    with Log(tmp_path, 1) as log:
+        assert len(log.rows()) == 1 and not (log.damaged or log.missing)
