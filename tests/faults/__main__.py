@@ -1,7 +1,7 @@
 """`python -m tests.faults --kills=300 --corruptions=1000 --workdir=DIR --seed=0`: the long form of the harness.
 
-It prints a line for each run that was disturbed, tables of what was done and what came of it, every fault, and one line of
-json at the end. Exit code 1 if there was a fault.
+It prints a line for each run that was disturbed, tables of what was done and what came of it, every fault, and one line
+of json at the end. Exit code 1 if there was a fault.
 """
 
 import argparse

@@ -1,6 +1,7 @@
-"""The small distillation that the harness disturbs: a student and its twin in 30 steps, with lines, saves and evaluations.
+"""The small distillation that the harness disturbs: a student and its twin in 20 steps.
 
-The numbers of steps between them share no divisor, so that a save may come before, at or after a line or an evaluation.
+The numbers of steps between lines of the log, saves and evaluations share no divisor, so that a save may
+come before, at or after a line or an evaluation.
 """
 
 from ml_collections import ConfigDict
@@ -14,13 +15,13 @@ OPTIONS = dict(base_channels=4, neck_channels=4, head_channels=4, stacked_convs=
 
 def get_config() -> ConfigDict:
     config = settings.base()
-    config.update(dict(batch_size=4, steps=30, log_every=4, twin=True))
+    config.update(dict(batch_size=4, steps=20, log_every=4, twin=True))
     config.student.detector = DETECTOR
     config.student.options = ConfigDict(OPTIONS)
     config.methods = settings.methods("cwd")
     config.data.update(dict(scenes_train=24, scenes_val=8, image_size=IMAGE_SIZE))
     config.optimizer.update(dict(warmup=4, lr=0.002))
     config.ema.ramp = 10
-    config.eval.update(dict(every=10, batch_size=8))
-    config.checkpoint.update(dict(every=3, keep=3))
+    config.eval.update(dict(every=7, batch_size=8))
+    config.checkpoint.update(dict(every=5, keep=3))
     return config

@@ -1,7 +1,7 @@
 """Damages files of a finished run and of its caches, and reads them with the functions with which a run reads them.
 
-A damage must be harmless (what is read is the same), passed over with a warning, or refused in a sentence that names the
-file or its folder. Anything else is a fault: what is read is another without a word, or the error is not a sentence.
+A damage must be harmless (what is read is the same), passed over with a warning, or refused in a sentence that names
+the file or its folder. Anything else is a fault: what is read is another without a word, or the error is not a sentence.
 """
 
 import collections
@@ -366,7 +366,7 @@ def _heard() -> Iterator[list[str]]:
 
 
 def table(cases: Sequence[Case]) -> str:
-    """The number of cases by kind of file and outcome, in Markdown; outcomes that are faults have columns of their own."""
+    """The number of cases by kind of file and outcome, in Markdown; outcomes that are faults have columns too."""
     counts = collections.Counter((case.kind, case.outcome) for case in cases)
     columns = [*OUTCOMES, *sorted({case.outcome for case in cases} - {*OUTCOMES})]
     lines = [f"| file | {' | '.join(columns)} | all |", "|---" * (len(columns) + 2) + "|"]
@@ -379,4 +379,5 @@ def table(cases: Sequence[Case]) -> str:
 
 def faults(cases: Sequence[Case]) -> list[str]:
     """The cases that are faults, a sentence each."""
-    return [f"{case.kind}, {case.damage}: {case.outcome}: {case.detail}" for case in cases if case.outcome not in OUTCOMES]
+    bad = [case for case in cases if case.outcome not in OUTCOMES]
+    return [f"{case.kind}, {case.damage}: {case.outcome}: {case.detail}" for case in bad]

@@ -154,7 +154,7 @@ def disturbed(
 
 
 def _disturb(life: Life, chosen: str, wait: float, *, late: bool, drawn: random.Random) -> str:
-    """Sends a signal some seconds after the start, or after the first step; the moment, "" if the process ended first."""
+    """Sends a signal some seconds after the start or the first step; the moment, "" if the process ended first."""
     while late and "\ntrain: " not in life.said():
         if life.ended(_POLL):
             return ""

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from kdjax import data
 from kdjax.data.dataset import Split
 from kdjax.errors import UserError
-from kdjax.training import checks, models
+from kdjax.training import checks, models, provenance
 from kdjax.training import run as training
 from kdjax.training.run import run
 from kdjax.training.setup import prepare
@@ -270,6 +270,25 @@ def test_a_config_file_that_is_damaged_is_refused(folder, tmp_path):
             UserError, match=r"^workdir: .*config.json is not the config of a run: choose another folder$"
         ):
             checks.check_workdir(tiny_config(folder, teacher=None), tmp_path)
+
+
+@pytest.mark.user_input(
+    "Workdirs, checkpoints and logs",
+    "a `config.json` that was changed by hand",
+    "refused: was changed after it was written: delete it: the checkpoints have the settings too",
+)
+def test_a_config_file_that_was_changed_is_refused(folder, tmp_path):
+    """Also where that does not change the settings: a study reads the command and the data of the run there."""
+    config, path = tiny_config(folder, teacher=None), tmp_path / "config.json"
+    for _ in range(2):  # the second adds a process to the first one's file
+        provenance.write_config(config, tmp_path, "data")
+        checks.check_workdir(config, tmp_path)
+    assert len(json.loads(path.read_text())["runs"]) == 2
+    path.write_text(path.read_text().replace('"data": "data"', '"data": "date"', 1))
+    with pytest.raises(UserError) as caught:
+        checks.check_workdir(config, tmp_path)
+    why = "was changed after it was written (its SHA-256 differs): delete it: the checkpoints have the settings too"
+    assert str(caught.value) == f"workdir: {path} {why}"
 
 
 @pytest.mark.user_input(
