@@ -1,7 +1,7 @@
 """Damages files of a finished run and of its caches, and reads them with the functions with which a run reads them.
 
 A damage must be harmless (what is read is the same), passed over with a warning, or refused in a sentence that names
-the file or its folder. Anything else is a fault: what is read is another without a word, or the error is not a sentence.
+the file or its folder. All else is a fault: something else is read without a word, or the error is not a sentence.
 """
 
 import collections
