@@ -232,7 +232,9 @@ def train(
     waited, since, decoded = loop.waited, time.perf_counter() - loop.seconds, -loop.decoded
 
     def state_of_loop() -> Loop:
-        return Loop(window, time.perf_counter() - since, waited, batches.decoded - decoded, updates.dropped)
+        # Copies: a note is written while the loop goes on.
+        seconds, seen = time.perf_counter() - since, batches.decoded - decoded
+        return Loop([*window], seconds, waited, seen, [*updates.dropped])
 
     bar = tqdm(total=config.steps, initial=start, desc="train", unit="step", disable=jax.process_index() > 0)
     with contextlib.closing(batches), contextlib.closing(bar), Signals() as signals, clock.during("step"):
