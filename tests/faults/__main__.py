@@ -8,6 +8,7 @@ import argparse
 import collections
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -68,4 +69,6 @@ def main() -> int:
 
 if __name__ == "__main__":
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    # A shell ignores it for what it starts in the background, and children would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

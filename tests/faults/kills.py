@@ -44,10 +44,16 @@ class Report(NamedTuple):
     faults: list[str]  # one sentence each; none if all is well
 
 
-def reference(home: Home) -> Reference:
-    """Makes an undisturbed run, twice: once to compile, once to measure how long a run takes; they must be equal."""
+def reference(home: Home, *, again: bool = True) -> Reference:
+    """Makes an undisturbed run.
+
+    Args:
+      home: of the runs.
+      again: do so twice, because the first run compiles: the second tells how long a run takes, and must be equal to the
+        first. Otherwise the time from the first step on stands for that of a run.
+    """
     outcomes, workdir = [], home.folder / "reference"
-    for name in ("first", "reference"):
+    for name in ("first", "reference") if again else ("reference",):
         life = Life(home, home.folder / name, home.folder / f"{name}.log")
         begun = time.monotonic()
         trains = 0.0
@@ -60,10 +66,10 @@ def reference(home: Home) -> Reference:
         if life.process.returncode:
             raise RuntimeError(f"the undisturbed run failed with code {life.process.returncode}: {life.said()[-2000:]}")
         outcomes.append(outcome(home.folder / name))
-    if differ := differences(*outcomes):
+    if differ := differences(outcomes[0], outcomes[-1]):
         raise RuntimeError(f"two undisturbed runs are not equal: {'; '.join(differ)}")
     steps = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
-    return Reference(workdir, outcomes[-1], steps, seconds, trains)
+    return Reference(workdir, outcomes[-1], steps, seconds if again else trains, trains)
 
 
 def run(home: Home, known: Reference, kills: int, seed: int, *, say: Callable[[str], None] = print) -> Report:
