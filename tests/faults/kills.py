@@ -49,8 +49,8 @@ def reference(home: Home, *, again: bool = True) -> Reference:
 
     Args:
       home: of the runs.
-      again: do so twice, because the first run compiles: the second tells how long a run takes, and must be equal to the
-        first. Otherwise the time from the first step on stands for that of a run.
+      again: do so twice, because the first run compiles: the second tells how long a run takes, and must be equal to
+        the first. Otherwise the time from the first step on stands for that of a run.
     """
     outcomes, workdir = [], home.folder / "reference"
     for name in ("first", "reference") if again else ("reference",):
