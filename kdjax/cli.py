@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
       Exit code: 0; 1 if the doctor found an error; 2 if an argument, setting, file or value cannot be used, which
-      one sentence on stderr says; 130 after Ctrl-C; 143 if a run was stopped by SIGTERM.
+      one sentence on stderr says; 75 if a host is lost; 130 after Ctrl-C; 143 if a run was stopped by SIGTERM.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal may lack a character, or a file's name be no text
@@ -223,6 +223,33 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, list[str]]]:
     add_config(one)
     one.add_argument("--workdir", metavar="DIR", help="folder for checkpoints, metrics, models and report.html")
     one.add_argument("--multihost", action="store_true", help="several hosts run the same command (jax.distributed)")
+    one.add_argument(
+        "--coordinator",
+        default="",
+        metavar="HOST:PORT",
+        help="where host 0 is reached (found under Slurm, on TPUs, ...)",
+    )
+    one.add_argument("--bind", default="", metavar="ADDRESS:PORT", help="where host 0 listens, if that differs")
+    one.add_argument("--hosts", type=int, metavar="N", help="number of hosts (found likewise)")
+    one.add_argument("--host", type=int, metavar="I", help="number of this one, from 0 (found likewise)")
+    one.add_argument(
+        "--host-timeout",
+        type=float,
+        default=60.0,
+        metavar="S",
+        help="seconds without a sign of life, after which a host counts as lost (60)",
+    )
+
+    one = add(
+        "supervise",
+        "Run a command, and run it again after a preemption, a kill or a lost host, as long as it gets on.",
+        "kdjax supervise -- kdjax train --config=quickstart --workdir=runs/quickstart",
+    )
+    one.add_argument("words", nargs="+", metavar="COMMAND", help="behind --: the command with its arguments")
+    one.add_argument("--workdir", default="", metavar="DIR", help="folder with checkpoints/ (the --workdir of COMMAND)")
+    one.add_argument(
+        "--futile", type=int, default=3, metavar="N", help="restarts in a row without a new checkpoint (3)"
+    )
 
     one = add(
         "doctor",

@@ -19,7 +19,7 @@ from kdjax.inference.predict import predict, traces
 from kdjax.report import drawing, model_card
 from kdjax.report import run as run_report
 from kdjax.structs import Detections, PyTree
-from kdjax.training import compiling
+from kdjax.training import cluster, compiling
 from kdjax.training.checks import check_programs
 from kdjax.training.goodput import KINDS, Clock
 from kdjax.training.log import Log
@@ -59,6 +59,7 @@ def evaluate(
     Returns:
       The evaluations by role.
     """
+    cluster.at("evaluates after")
     models = {role: _model(setup, role) for role in roles}
     new = [role for role, (detector, *_, run) in models.items() if run is None and not traces(detector)]
     with clock.during("compile") if clock else contextlib.nullcontext():
@@ -116,6 +117,7 @@ def _detect(
     found: dict[str, dict[int, Detections]] = {role: {} for role in models}
     shown: list[tuple[Any, int]] = []
     for of_models in zip(*streams, strict=True):
+        cluster.at("evaluates after")
         for role, pair in zip(models, of_models, strict=True):
             found[role] |= coco.collect([pair])
         batch = of_models[0][0]
@@ -168,6 +170,7 @@ def finish(setup: Setup, workdir: Path, log: Log, clock: Clock | None = None) ->
     results: dict[str, Any] = dict.fromkeys(("teacher", "twin", "student", "gain"))
     failed: list[str] = []
     evaluations = evaluate(setup, roles, clock=clock)
+    cluster.at("writes the results of")
     for role in roles:
         counts = {}
         if not onnx_of(setup, role):

@@ -25,6 +25,7 @@ from kdjax.distill import Method
 from kdjax.distill.teachers import RECORDED
 from kdjax.errors import UserError, prefix
 from kdjax.structs import DetectorOutput, PyTree
+from kdjax.training import cluster
 from kdjax.training import config as settings
 from kdjax.training.augmentation import images
 from kdjax.training.config import Config
@@ -291,6 +292,7 @@ def _fill(setup: Setup, teacher: TeacherOfRun, found: Shards, missing: list[Miss
         pending: tuple[range, PyTree] | None = None
         for batch, loaded in zip(batches, loader, strict=True):
             arrays = with_image(setup, sharding.shard_batch(mesh, loaded))
+            cluster.at("writes a teacher's cache before")
             before, pending = pending, (batch, observe(variables, read_by_teacher(arrays)))
             if before:
                 yield from _rows(*before)

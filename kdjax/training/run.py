@@ -22,7 +22,7 @@ from kdjax.data.shards import Shards
 from kdjax.errors import UserError, prefix
 from kdjax.report import preview
 from kdjax.report.run import verdict
-from kdjax.training import auto_weight, checks, compiling, optim, outputs, provenance, replay
+from kdjax.training import agreement, auto_weight, checks, cluster, compiling, optim, outputs, provenance, replay
 from kdjax.training.ahead import Ahead
 from kdjax.training.checkpoint import Checkpoints, Keep
 from kdjax.training.config import Config
@@ -59,16 +59,28 @@ class Loop(NamedTuple):
     dropped: Sequence[dict[str, Any]] = ()  # all bad steps of the run, as for `Updates`
 
 
-def main(*, config: Config, workdir: str | None, multihost: bool) -> int:
+def main(
+    *,
+    config: Config,
+    workdir: str | None,
+    multihost: bool,
+    coordinator: str = "",
+    bind: str = "",
+    hosts: int | None = None,
+    host: int | None = None,
+    host_timeout: float = cluster.TIMEOUT,
+) -> int:
     """What `kdjax train` runs.
 
     Args:
       config: the settings.
       workdir: the folder of the run; only a dry run (`config.data.check`) needs none.
       multihost: several hosts run the same command (jax.distributed).
+      coordinator, bind, hosts, host, host_timeout: of several hosts, as for `cluster.join`.
 
     Returns:
-      Exit code: 0; 143 if the run was stopped and its state saved, 130 after Ctrl-C.
+      Exit code: 0; 143 if the run was stopped and its state saved, 130 after Ctrl-C; 75 (`cluster.RESTART`) if not all
+      hosts have come. A host that leaves because another one is lost ends its process with 75.
 
     Raises:
       UserError: before any training, for a setting, file or model that cannot be used; later only if prepared data
@@ -78,10 +90,18 @@ def main(*, config: Config, workdir: str | None, multihost: bool) -> int:
     logging.set_verbosity(logging.WARNING)  # the progress messages of the libraries; kdjax shows a bar
     if not (workdir or config.data.check):
         raise UserError("--workdir is missing, as in --workdir=runs/quickstart")
-    if multihost:
-        jax.distributed.initialize()
+    given_flags = [f"--{name}" for name, value in (("coordinator", coordinator), ("bind", bind)) if value]
+    given_flags += [f"--{name}" for name, value in (("hosts", hosts), ("host", host)) if value is not None]
+    if given_flags and not multihost:
+        raise UserError(f"{given_flags[0]} has no effect without --multihost: add it")
     try:
-        run(config, workdir)
+        if multihost:
+            cluster.join(coordinator=coordinator, bind=bind, hosts=hosts, host=host, timeout=host_timeout)
+        with cluster.watching(host_timeout, together=Stopped):
+            run(config, workdir)
+    except cluster.Alone as error:
+        print(f"kdjax train: {error}", file=sys.stderr)
+        return cluster.RESTART
     except Stopped as stop:
         print(stop, file=sys.stderr)
         return 143
@@ -123,6 +143,7 @@ def run(config: Config, workdir: str | Path | None) -> dict[str, Any] | None:
             files.remove_temporary(folder)
         with prefix("config.data"):
             dataset = data.open_dataset(config.data)
+        agreement.check(config, dataset, folder)
         prepare_process(config.compile_cache)
         if not jax.process_index():
             print("\n".join(line for role in dataset.splits for line in data.counted(dataset, role, config.data)))
@@ -240,9 +261,11 @@ def train(
     with contextlib.closing(batches), contextlib.closing(bar), Signals() as signals, clock.during("step"):
         for step in range(start + 1, config.steps + 1):
             before = time.perf_counter()
+            cluster.at(cluster.READS, step)
             with clock.during("data"):
                 batch = placed(setup, next(batches))
             waited += time.perf_counter() - before
+            cluster.at(cluster.COMPUTES)
             updates.start(step, batch)
             checkpoints.check()
             last = step == config.steps or stop_requested(signals.stop, step, config.log_every)
@@ -279,6 +302,7 @@ def train(
                 window, waited, since, decoded = [], 0.0, time.perf_counter(), batches.decoded
                 checks.check_programs(setup)
             if saves:
+                cluster.at("saves")
                 save(step)
             if (logs or saves) and not jax.process_index():
                 clock.write(step)
@@ -302,10 +326,13 @@ def stop_requested(stop: bool, step: int, every: int) -> bool:
     Args:
       stop: whether this host was asked to stop.
       step: number of the update.
-      every: with several hosts, they exchange `stop` at multiples of this step only.
+      every: with several hosts that keep no watch (`cluster`), they exchange `stop` at multiples of this step only.
     """
     if jax.process_count() == 1:
         return stop
+    agreed = cluster.is_last(stop, step)
+    if agreed is not None:
+        return agreed
     return step % every == 0 and bool(multihost_utils.process_allgather(np.array(stop)).any())
 
 
