@@ -96,7 +96,12 @@ class Checkpoints:
             return {"time": 0.0}
 
     def latest(self) -> int | None:
-        """The newest step on disk, or None."""
+        """The newest step on disk, or None; waits for a write.
+
+        Raises:
+          As `save`.
+        """
+        self.wait()
         return self.manager.latest_step()
 
     def save(self, step: int, tree: PyTree, note: dict[str, Any]) -> None:
@@ -176,6 +181,7 @@ class Checkpoints:
         Raises:
           UserError: there are steps, but no note is readable.
         """
+        self.wait()
         steps = sorted(self.manager.all_steps(), reverse=True)
         for step in steps:
             with contextlib.suppress(Exception):  # damaged; `restore` skips it with a warning

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +84,7 @@ def setup_of(recorded: Recorded) -> tuple[Setup, list[str]]:
     Raises:
       UserError: the config, data or weights cannot be used any more, or are others.
     """
-    config: Config = ConfigDict(recorded.config)
+    config = cast(Config, ConfigDict(recorded.config))
     checks.check_settings(config)
     checks.check_models(config)
     with prefix("config.data"):

@@ -1,5 +1,6 @@
 """A step that went wrong is kept, repeated to the bit, and what began it is named: a weight, an image, a loss."""
 
+import contextlib
 import json
 import re
 import shutil
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from kdjax import cli, data, files, sharding
 from kdjax.errors import UserError
@@ -17,58 +19,67 @@ from kdjax.training import run as training
 from kdjax.training.run import run
 from kdjax.training.setup import given, prepare, train_batches
 from kdjax.training.step import SOUND
-from tests.support.runs import tiny_config
+from tests.faults.config import DETECTOR, OPTIONS
+from tests.support.runs import random_teacher, tiny_config
 
 STEP = 3
+PEARSON, PLACED = distance.pearson, diagnosis.placed
 
 
 @pytest.fixture(scope="module")
-def config(folder, teacher_folder):
-    return tiny_config(folder, teacher=teacher_folder, method="pkd", twin=False, batch_size=4)
+def config(folder, tmp_path_factory):
+    """A detector that is compiled fast."""
+    teacher = random_teacher(tmp_path_factory.mktemp("small"), DETECTOR, **OPTIONS)
+    chosen = tiny_config(folder, teacher=teacher, method="pkd", twin=False, batch_size=4)
+    chosen.student.detector, chosen.student.options = DETECTOR, ConfigDict(OPTIONS)
+    return chosen
+
+
+def careless(s, t, **options):
+    empty = jnp.all(t == 0, axis=(1, 2, 3), keepdims=True)
+    return PEARSON(s, t, **options) + jnp.where(empty, s / jnp.sum(jnp.abs(t), (1, 2, 3), keepdims=True), 0.0)
+
+
+def as_float(setup, batch):
+    arrays = PLACED(setup, batch)
+    return arrays | {"image": arrays["image"].astype(jnp.float32)}
 
 
 @pytest.fixture(scope="module")
-def planted(config, tmp_path_factory):
+def prepared(config):
+    """The setup of a run, and the batch of its step on the host."""
+    checks.check_settings(config)
+    setup = prepare(config, data.open_dataset(config.data))
+    with contextlib.closing(train_batches(setup, start_step=STEP - 1)) as batches:
+        return setup, sharding.gather(as_float(setup, next(batches)))
+
+
+@pytest.fixture
+def planted(prepared, monkeypatch, tmp_path):
     """(setup, what writes a step with a fault in its batch or state) of images as float32, which can hold a NaN.
 
     The loss is infinite where a map of the teacher is zero everywhere, as a division without an epsilon would be.
     """
-    pearson, place = distance.pearson, diagnosis.placed
+    setup, batch = prepared
+    monkeypatch.setattr(distance, "pearson", careless)
+    monkeypatch.setattr(diagnosis, "placed", as_float)
 
-    def careless(s, t, **options):
-        empty = jnp.all(t == 0, axis=(1, 2, 3), keepdims=True)
-        return pearson(s, t, **options) + jnp.where(empty, s / jnp.sum(jnp.abs(t), (1, 2, 3), keepdims=True), 0.0)
+    def write(change_batch=None, change_state=None):
+        chosen = jax.tree.map(np.array, batch)
+        state = jax.tree.map(np.array, setup.states["student"])._replace(step=np.array(STEP - 1, np.int32))
+        if change_batch:
+            change_batch(chosen)
+        if change_state:
+            change_state(state)
+        rows = jax.tree.map(lambda value: sharding.split(value, setup.mesh), chosen)
+        variables, rows = given(setup, "student", rows)
+        rows[SOUND] = sharding.replicate(np.float32(1), setup.mesh)
+        there = setup.layout.put(jax.tree.map(np.array, state))
+        _, metrics = setup.steps["student"](there, variables, rows)
+        metrics = {f"student/{name}": float(value) for name, value in metrics.items()}
+        return blackbox.write(tmp_path, setup, STEP, {"student": state}, rows | {}, metrics)
 
-    def as_float(setup, batch):
-        arrays = place(setup, batch)
-        return arrays | {"image": arrays["image"].astype(jnp.float32)}
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(distance, "pearson", careless)
-        patched.setattr(diagnosis, "placed", as_float)
-        checks.check_settings(config)
-        setup = prepare(config, data.open_dataset(config.data))
-        batches = train_batches(setup, start_step=STEP - 1)
-        batch = sharding.gather(as_float(setup, next(batches)))
-        batches.close()
-
-        def write(change_batch=None, change_state=None):
-            chosen = jax.tree.map(np.array, batch)
-            state = jax.tree.map(np.array, setup.states["student"])._replace(step=np.array(STEP - 1, np.int32))
-            if change_batch:
-                change_batch(chosen)
-            if change_state:
-                change_state(state)
-            rows = jax.tree.map(lambda value: sharding.split(value, setup.mesh), chosen)
-            variables, rows = given(setup, "student", rows)
-            rows[SOUND] = sharding.replicate(np.float32(1), setup.mesh)
-            there = setup.layout.put(jax.tree.map(np.array, state))
-            _, metrics = setup.steps["student"](there, variables, rows)
-            metrics = {f"student/{name}": float(value) for name, value in metrics.items()}
-            workdir = tmp_path_factory.mktemp("planted")
-            return blackbox.write(workdir, setup, STEP, {"student": state}, rows | {}, metrics)
-
-        yield setup, write
+    return setup, write
 
 
 def found(setup, folder):
@@ -79,7 +90,6 @@ def found(setup, folder):
     return diagnosed, "\n".join(diagnosis.lines(diagnosed, recorded))
 
 
-@pytest.mark.slow
 def test_a_nan_in_an_image_is_named(planted):
     setup, write = planted
 
@@ -93,7 +103,6 @@ def test_a_nan_in_an_image_is_named(planted):
     assert f"image 2 of the batch: {recorded['files'][0]} (id {recorded['image_ids'][0]})" in told
 
 
-@pytest.mark.slow
 def test_a_nan_in_a_weight_is_named(planted):
     setup, write = planted
     names = []
@@ -113,7 +122,6 @@ def test_a_nan_in_a_weight_is_named(planted):
     assert f"it began in the state: params/student/{names[0]} is not finite before the step" in told
 
 
-@pytest.mark.slow
 def test_a_nan_of_a_loss_is_named_with_image_and_level(planted):
     """All inputs are finite."""
     setup, write = planted
@@ -129,7 +137,6 @@ def test_a_nan_of_a_loss_is_named_with_image_and_level(planted):
     assert "it began in the term pkd/correlation in image 3, at neck.1" in told
 
 
-@pytest.mark.slow
 def test_a_sound_step_has_no_culprit(planted):
     setup, write = planted
     one, told = found(setup, write())

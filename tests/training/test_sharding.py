@@ -15,10 +15,9 @@ from kdjax.doctor import gradients, memory
 from kdjax.doctor.findings import OK
 from kdjax.training import checkpoint, checks, optim
 from kdjax.training import config as settings
-from kdjax.training import run as training
 from kdjax.training import step as steps
 from kdjax.training.run import run
-from kdjax.training.setup import placed, prepare, resume
+from kdjax.training.setup import given, placed, prepare, resume, run_fingerprint
 from tests.support.runs import random_teacher, stopped_in_step, tiny_config
 
 # Few layers, so that programs for eight devices are compiled in seconds.
@@ -97,10 +96,10 @@ def trained(setup, batches):
     for batch in batches:
         arrays, before = placed(setup, batch), dict(states)
         for role in states:
-            given = training.given(setup, role, arrays)
+            arguments = given(setup, role, arrays)
             if role not in compiled:
-                compiled[role] = setup.steps[role].lower(states[role], *given).compile()
-            states[role], metrics = setup.steps[role](states[role], *given)
+                compiled[role] = setup.steps[role].lower(states[role], *arguments).compile()
+            states[role], metrics = setup.steps[role](states[role], *arguments)
             totals.append({name: float(value) for name, value in metrics.items()})
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))  # updated in place
     assert set(setup.programs.values()) == {1}
@@ -172,7 +171,7 @@ def test_a_checkpoint_of_eight_devices_is_restored_on_others(folder, tmp_path, m
 
     states = {role: jax.tree.map(drawn, state) for role, state in setup.states.items()}
     with contextlib.closing(checkpoint.Checkpoints(tmp_path, keep=1)) as store:
-        note = {"run": json.loads(json.dumps(training.run_fingerprint(setup))), "next_batch": 7}
+        note = {"run": json.loads(json.dumps(run_fingerprint(setup))), "next_batch": 7}
         note["config"] = json.loads(setup.config.to_json())
         store.save(7, setup.layout.put(states), note)
         for count, kind in ((1, "fsdp"), (2, "fsdp"), (2, "replicated")):
