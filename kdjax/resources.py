@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+from kdjax import remote
 from kdjax.errors import UserError
 
 
@@ -137,16 +138,19 @@ def model_path(path: str | Path) -> Path:
     """The folder of a model that comes with kdjax, or the path unchanged.
 
     Args:
-      path: a path, or the name of such a model, "quickstart_teacher".
+      path: a path, the name of such a model, "quickstart_teacher", or an address in an object store.
 
     Returns:
-      The path itself if it exists or is not such a name.
+      The path itself if it exists or is not such a name; of an address its copy on this machine.
+
+    Raises:
+      UserError: there is nothing at an address, or it cannot be read.
 
     Example:
       >>> model_path("quickstart_teacher").name, str(model_path("runs/a/student"))
       ('quickstart_teacher', 'runs/a/student')
     """
-    path = Path(path)
+    path = Path(remote.local(path))
     bundled = ASSETS / (path.name if path.parent == Path("assets") else path)
     known = not path.exists() and not path.is_absolute() and len(bundled.relative_to(ASSETS).parts) == 1
     return bundled if known and bundled.is_dir() else path

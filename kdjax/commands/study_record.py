@@ -93,7 +93,7 @@ def what(options: Options, variant: Variant, tuned: Mapping[str, Any] | None) ->
 
 def data_of(options: Options, variant: Variant, config: Config, runs: Mapping[int, object]) -> dict[str, str]:
     """Name and fingerprint of the data of a row; the fingerprint is that of a finished run, or of the twin."""
-    root = Path(config.data.root).expanduser().absolute()
+    root = Path(config.data.root.rpartition("://")[2]).expanduser().absolute()
     root = root.parent if root.suffix in (".yaml", ".yml") else root
     name = config.data.source if config.data.source == "scenes" else root.name
     folders = [*(folder_of(options, variant, seed) for seed in runs), twin_folder(options, variant, options.first)]

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+from kdjax import remote
 from kdjax.errors import UserError
 
 RESTART = 75  # `kdjax.training.cluster.RESTART`, whose file would import jax
@@ -37,7 +38,8 @@ def run(*, words: Sequence[str], workdir: str, futile: int) -> int:
     """
     if futile < 0:
         raise UserError(f"--futile: {futile} must be 0 or more")
-    folder = Path(workdir or workdir_of(words)).expanduser()
+    named = workdir or workdir_of(words)
+    folder = remote.copy_of(named, "workdirs") if remote.is_url(named) else Path(named).expanduser()
     reached, wasted = newest(folder), 0
     with Child(words) as child:
         while True:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from kdjax import remote
 from kdjax.data import cache, coco, folders, found, hashes, images, masks
 from kdjax.data.found import Found
 from kdjax.data.masks import Store
@@ -156,6 +157,7 @@ def open_dataset(cfg: Settings, splits: Sequence[str] = ("train", "val")) -> Dat
     Raises:
       UserError: the config or the data cannot be used; the message says what is wrong.
     """
+    cfg = _here(cfg)
     source = cfg["source"]
     if source != FOLDER and source not in SOURCES:
         raise UserError(f"source must be one of {', '.join(sorted([*SOURCES, FOLDER]))}, not {source!r}")
@@ -186,6 +188,17 @@ def open_dataset(cfg: Settings, splits: Sequence[str] = ("train", "val")) -> Dat
         source=source,
         unlabelled=_unlabelled(cfg, opened),
     )
+
+
+def _here(cfg: Settings) -> Settings:
+    """The settings with copies on this machine instead of addresses in an object store; TFDS reads these itself."""
+    copies = {}
+    for name in ("root", "unlabelled"):
+        if remote.is_url(cfg[name]) and cfg["source"] != "tfds":
+            with prefix(name):
+                copies[name] = str(remote.local(cfg[name]))
+    settings: Any = cfg
+    return {name: settings[name] for name in settings} | copies if copies else cfg
 
 
 def _parts(split: Split, share: float) -> dict[str, Split]:

@@ -139,7 +139,7 @@ def load(
       >>> model = load("assets/quickstart_teacher")  # doctest: +SKIP
       >>> found = model.detect("image.jpg")  # doctest: +SKIP
     """
-    folder = resources.model_path(Path(path).expanduser())
+    folder = resources.model_path(path).expanduser()
     if not folder.exists():
         raise UserError(f"{path}: there is no such file or folder")
     if detector is not None:

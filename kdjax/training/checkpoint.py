@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent import futures
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,16 +67,18 @@ class Checkpoints:
     for the copy of the arrays alone.
     """
 
-    def __init__(self, directory: Path, *, keep: int | Keep) -> None:
+    def __init__(self, directory: Path, *, keep: int | Keep, after: Callable[[], None] | None = None) -> None:
         """Opens the directory, and creates it if needed.
 
         Args:
           directory: one subfolder per step, and `kept.json`: when they were saved, and their scores.
           keep: number of newest steps to keep, or all rules.
+          after: is called when a step is written, perhaps in another thread.
         """
         # Orbax logs a warning for each default option on a CPU; its errors are exceptions anyway.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         self.directory = Path(directory).absolute()
+        self.after = after
         self.keep = keep if isinstance(keep, Keep) else Keep(keep)
         self.manager = ocp.CheckpointManager(
             self.directory, options=ocp.CheckpointManagerOptions(max_to_keep=None, cleanup_tmp_directories=True)
@@ -144,6 +146,8 @@ class Checkpoints:
             ) from error
         self.entries[step] = {"time": time.time()}
         self._tidy()
+        if self.after:
+            self.after()
 
     def _tidy(self) -> None:
         """Deletes the steps that the rules do not name, and writes the list of the others."""

@@ -258,7 +258,7 @@ def check_workdir(config: Config, workdir: str | Path | None) -> Path:
     if not workdir:
         raise UserError("workdir: it is missing: choose a folder for the run")
     if "://" in str(workdir):
-        raise UserError(f"workdir: {workdir} is a URL: choose a folder of this machine")
+        raise UserError(f"workdir: {workdir} is an address of a store: here it must be a folder of this machine")
     folder = Path(workdir).expanduser()
     if glob.has_magic(str(folder.absolute())):
         raise UserError(

@@ -6,7 +6,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -17,12 +17,23 @@ from absl import logging
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from kdjax import data, files, sharding
+from kdjax import data, files, remote, sharding
 from kdjax.data.shards import Shards
 from kdjax.errors import UserError, prefix
 from kdjax.report import preview
 from kdjax.report.run import verdict
-from kdjax.training import agreement, auto_weight, checks, cluster, compiling, optim, outputs, provenance, replay
+from kdjax.training import (
+    agreement,
+    auto_weight,
+    checks,
+    cluster,
+    compiling,
+    mirror,
+    optim,
+    outputs,
+    provenance,
+    replay,
+)
 from kdjax.training.ahead import Ahead
 from kdjax.training.checkpoint import Checkpoints, Keep
 from kdjax.training.config import Config
@@ -118,7 +129,7 @@ def run(config: Config, workdir: str | Path | None) -> dict[str, Any] | None:
       config: the settings; `kdjax.training.config.base` lists them.
       workdir: the folder for config.json, metrics.jsonl, tensorboard/, checkpoints/, student/, twin/, detections/,
         per_class.json, results.json, time.json, report.html and, after a bad step, blackbox/; may be None for a dry
-        run.
+        run. Or the address of one in an object store, gs:// or s3://, with one host.
 
     Returns:
       The content of results.json; None after a dry run (`config.data.check`).
@@ -134,55 +145,65 @@ def run(config: Config, workdir: str | Path | None) -> dict[str, Any] | None:
     checks.check_settings(config)
     if config.data.check:
         checks.check_detectors(config)
-        dry_run(config, workdir)
+        dry_run(config, None if remote.is_url(workdir) else workdir)
         return None
     checks.check_models(config)
-    folder = checks.check_workdir(config, workdir)
-    with only_writer(folder):
-        if not jax.process_index():
-            files.remove_temporary(folder)
+    if remote.is_url(workdir) and jax.process_count() > 1:
+        raise UserError(
+            f"workdir: {workdir}: several hosts need a folder that all see: mount the store on each of them"
+        )
+    with mirror.opened(workdir) as (place, uploads):
+        folder = checks.check_workdir(config, place)
+        with only_writer(folder):
+            if uploads:
+                uploads.claim()
+            return _run(config, folder, clock, uploads.start if uploads else None)
+
+
+def _run(config: Config, folder: Path, clock: Clock, after: Callable[[], None] | None) -> dict[str, Any]:
+    """A run in a folder that belongs to this process; `after` is called when a checkpoint is written."""
+    if not jax.process_index():
+        files.remove_temporary(folder)
+    with prefix("config.data"):
+        dataset = data.open_dataset(config.data)
+    agreement.check(config, dataset, folder)
+    prepare_process(config.compile_cache)
+    if not jax.process_index():
+        print("\n".join(line for role in dataset.splits for line in data.counted(dataset, role, config.data)))
         with prefix("config.data"):
-            dataset = data.open_dataset(config.data)
-        agreement.check(config, dataset, folder)
-        prepare_process(config.compile_cache)
-        if not jax.process_index():
-            print("\n".join(line for role in dataset.splits for line in data.counted(dataset, role, config.data)))
-            with prefix("config.data"):
-                print(data.kept_line(dataset, config.data))
-        checks.check_truth(dataset, config.data)
-        setup = prepare(config, dataset)
-        if dataset.unlabelled and not jax.process_index():
-            print(outputs.without_labels(setup))
-        stay = config.checkpoint
-        rules = Keep(stay.keep, best=stay.keep_best, every=stay.keep_every, hours=stay.keep_hours)
-        with contextlib.closing(Checkpoints(folder / "checkpoints", keep=rules)) as checkpoints:
-            start, setup, told = resume(setup, checkpoints)
-            loop = Loop(**told)
-            clock.open(folder, start)
-            if start and not jax.process_index():
-                done = (
-                    "all steps are done: evaluating again" if start == config.steps else f"continuing at step {start}"
-                )
-                print(f"{folder}: {done}")
-            stored = replay.ready(setup) if start < config.steps else {}
-            if start < config.steps:
-                batch = checks.first_batch_with_objects(setup)
-                with clock.during("compile"):
-                    compiling.compile_all(compiling.of_training(setup, batch, check=start == 0, stored=stored))
-                if start == 0:
-                    checks.check_terms(setup, batch)
-            provenance.write_config(config, folder, dataset.fingerprint)
-            with Log(folder, start, (checkpoints.note() or {}).get("lines", 0)) as log:
-                updates = Updates(setup, checkpoints, folder, loop.dropped)
-                states = train(setup, start, updates, log, stored, loop, clock)
-                clock.switch("evaluate")
-                results = outputs.finish(setup._replace(states=states), folder, log, clock)
-            with clock.during("save"):
-                checkpoints.wait()
-        if not jax.process_index():
-            clock.write(config.steps)
-            print(f"{clock.told()}\n{verdict(results)}\n{folder / 'report.html'}")
-        return results
+            print(data.kept_line(dataset, config.data))
+    checks.check_truth(dataset, config.data)
+    setup = prepare(config, dataset)
+    if dataset.unlabelled and not jax.process_index():
+        print(outputs.without_labels(setup))
+    stay = config.checkpoint
+    rules = Keep(stay.keep, best=stay.keep_best, every=stay.keep_every, hours=stay.keep_hours)
+    with contextlib.closing(Checkpoints(folder / "checkpoints", keep=rules, after=after)) as checkpoints:
+        start, setup, told = resume(setup, checkpoints)
+        loop = Loop(**told)
+        clock.open(folder, start)
+        if start and not jax.process_index():
+            done = "all steps are done: evaluating again" if start == config.steps else f"continuing at step {start}"
+            print(f"{folder}: {done}")
+        stored = replay.ready(setup) if start < config.steps else {}
+        if start < config.steps:
+            batch = checks.first_batch_with_objects(setup)
+            with clock.during("compile"):
+                compiling.compile_all(compiling.of_training(setup, batch, check=start == 0, stored=stored))
+            if start == 0:
+                checks.check_terms(setup, batch)
+        provenance.write_config(config, folder, dataset.fingerprint)
+        with Log(folder, start, (checkpoints.note() or {}).get("lines", 0)) as log:
+            updates = Updates(setup, checkpoints, folder, loop.dropped)
+            states = train(setup, start, updates, log, stored, loop, clock)
+            clock.switch("evaluate")
+            results = outputs.finish(setup._replace(states=states), folder, log, clock)
+        with clock.during("save"):
+            checkpoints.wait()
+    if not jax.process_index():
+        clock.write(config.steps)
+        print(f"{clock.told()}\n{verdict(results)}\n{folder / 'report.html'}")
+    return results
 
 
 def only_writer(folder: Path) -> contextlib.AbstractContextManager[None]:
