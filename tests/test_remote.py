@@ -72,14 +72,14 @@ def test_data_at_an_address_are_those_of_a_folder(store, tmp_path):
         data.open_dataset(cfg)
 
 
-@pytest.mark.user_input("Files and folders", "an address at which nothing is", "refused: there is nothing at it")
+@pytest.mark.user_input("Folders and names", "an address at which nothing is", "refused: there is nothing at it")
 def test_an_address_without_anything_is_refused(store):
     with pytest.raises(UserError, match="memory://bucket/none: there is nothing at this address"):
         remote.local("memory://bucket/none")
 
 
 @pytest.mark.user_input(
-    "Files and folders", "an address that needs a package, or of no kind", "refused: how to install it"
+    "Folders and names", "an address that needs a package, or of no kind", "refused: how to install it"
 )
 def test_an_address_that_nobody_reads_is_refused(store, monkeypatch):
     def missing(*_, **__):
