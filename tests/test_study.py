@@ -9,7 +9,7 @@ from pathlib import Path
 import cv2
 import pytest
 
-from kdjax import cli, files
+from kdjax import cli, files, methods
 from kdjax.commands import settings, study, study_layout, study_runs, study_variants
 from kdjax.commands.study_variants import Options, Variant
 from kdjax.errors import UserError
@@ -236,6 +236,15 @@ def test_mkds_tables(trained, tmp_path, capsys):
     assert "mkd_methods.mkd.feature_weight=0.0" in folders and "mkd_student.detector=rtmdet_pico" in folders
     for row in rows:
         assert len(row) in (11, 14)
+
+
+def test_what_mkds_mask_leaves_open(trained, tmp_path, capsys):
+    assert cli.main(["study", "mask", f"--workdir={tmp_path}", "--seeds=1", "--config.methods.mkd.weight=auto"]) == 0
+    names = {row[0] for row in cells(capsys.readouterr().out)[1:]}
+    changes = ("zeta=0.25", "zeta=0.75", "hermitian=False", "keep_dc=True", "generator=True")
+    assert names == {"mkd", *(f"mkd, {change}" for change in changes)}
+    options = methods.options("mkd")
+    assert all(str(options[name]) != value for name, value in (change.split("=") for change in changes))
 
 
 def test_methods_with_several_teachers_share_the_twins(trained, tmp_path, capsys):

@@ -2,15 +2,17 @@
 
     kdjax study methods --workdir=runs/study --methods=mkd,rtmdet_cwd,ssim --seeds=3
     kdjax study components --workdir=runs/study
+    kdjax study mask --workdir=runs/study
     kdjax study weight --workdir=runs/study --weights=0.1,1,5
     kdjax study teacher --workdir=runs/study --teachers=runs/a/student,runs/b/student
     kdjax study sizes --workdir=runs/study --students=rtmdet_pico,rtmdet_micro
     kdjax study twins --workdir=runs/study --seeds=10
 
 `methods` compares methods, with the config's teacher or with each of `--teachers`, and with their published weights or
-with those that set themselves. The next four follow tables of MKD's paper: without each of its components (table 4),
-its weight (table 5), the size of its teacher (table 3), and parameters, FLOPs, latency and AP over sizes of the student
-(table 1). `twins` is a control of the verdict: the student without a teacher under another seed. `--config` takes the
+with those that set themselves. Four follow tables of MKD's paper: `components` (without each of them, table 4), `weight`
+(table 5), `teacher` (its size, table 3), and `sizes` of the student with parameters, FLOPs, latency and AP (table 1).
+`mask` changes what the paper leaves open of MKD's mask over frequencies: how many it drops, whether they come in pairs
+(u, -u), whether the mean of a channel is among them, and whether a generator follows. `twins` is a control of the verdict: the student without a teacher under another seed. `--config` takes the
 names of methods as its argument, or as the last of several, as in `--config=distill/mkd_rtmdet:tiny,s`. Any
 `--config.a.b=value` applies to every run.
 

@@ -14,6 +14,8 @@ from kdjax.training.auto_weight import AUTO
 
 PUBLISHED = "published"  # a kind of weight, beside "auto"
 WEIGHTS = ("0.1", "1", "5")
+# Of MKD's mask over frequencies: what the paper leaves open, and what it draws.
+MKD_MASKS = ("zeta=0.25", "zeta=0.75", "hermitian=False", "keep_dc=True", "generator=True")
 MKD_PARTS = ("feature", "multiscale", "frequency", "alignment")
 OTHER_SEED = 1_000_000  # added to the seed of a twin that is compared with another twin
 
@@ -80,6 +82,12 @@ def of_components(options: Options) -> list[Variant]:
     return [Variant("mkd", "mkd"), *without]
 
 
+def of_mask(options: Options) -> list[Variant]:
+    """MKD, and with other masks over the frequencies."""
+    others = [Variant(f"mkd, {change}", "mkd", (f"--config.methods.mkd.{change}",)) for change in MKD_MASKS]
+    return [Variant("mkd", "mkd"), *others]
+
+
 def of_weight(options: Options) -> list[Variant]:
     """MKD with several weights; with the default weight it is plain MKD, whose runs other studies share."""
     if options.tune:
@@ -134,6 +142,7 @@ def of_twins(options: Options) -> list[Variant]:
 STUDIES: dict[str, Callable[[Options], list[Variant]]] = {
     "methods": of_methods,
     "components": of_components,
+    "mask": of_mask,
     "weight": of_weight,
     "teacher": of_teacher,
     "sizes": of_sizes,
