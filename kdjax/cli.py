@@ -287,7 +287,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, list[str]]]:
     one.add_argument(
         "name",
         choices=("methods", "components", "mask", "weight", "teacher", "sizes", "twins"),
-        help="what the runs differ in: method; MKD's components, mask, weight or teacher; student's size; the seed alone",
+        help="method; MKD's components, mask, weight or teacher; student's size; the seed alone",
     )
     one.add_argument(
         "--config",

@@ -9,12 +9,13 @@
     kdjax study twins --workdir=runs/study --seeds=10
 
 `methods` compares methods, with the config's teacher or with each of `--teachers`, and with their published weights or
-with those that set themselves. Four follow tables of MKD's paper: `components` (without each of them, table 4), `weight`
-(table 5), `teacher` (its size, table 3), and `sizes` of the student with parameters, FLOPs, latency and AP (table 1).
-`mask` changes what the paper leaves open of MKD's mask over frequencies: how many it drops, whether they come in pairs
-(u, -u), whether the mean of a channel is among them, and whether a generator follows. `twins` is a control of the verdict: the student without a teacher under another seed. `--config` takes the
-names of methods as its argument, or as the last of several, as in `--config=distill/mkd_rtmdet:tiny,s`. Any
-`--config.a.b=value` applies to every run.
+with those that set themselves. Four follow tables of MKD's paper: `components` (without each of them, table 4),
+`weight` (table 5), `teacher` (its size, table 3), and `sizes` of the student with parameters, FLOPs, latency and AP
+(table 1). `mask` changes what the paper leaves open of MKD's mask over frequencies: how many it drops, whether they
+come in pairs (u, -u), whether the mean of a channel is among them, and whether a generator follows. `twins` is a
+control of the verdict: the student without a teacher under another seed. `--config` takes the names of methods as its
+argument, or as the last of several, as in `--config=distill/mkd_rtmdet:tiny,s`. Any `--config.a.b=value` applies to
+every run.
 
 The gain of a run is its student's AP minus that of the twin: the same student from the same initial weights on the
 same batches, without a teacher. The twin does not depend on method or teacher, to the bit, so it is trained once per
