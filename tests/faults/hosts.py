@@ -10,7 +10,9 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -32,7 +34,7 @@ STEPS, SAVES, TIMEOUT = 60, 5, 10  # of a run; between two checkpoints; --host-t
 STATED = 2 * TIMEOUT
 HOW = ("SIGKILL", "SIGSTOP", "cut off")
 PATIENCE = 600.0
-_NET, _PORT = "10.77.0.{}", 8476
+_NET, _PORT, _ETC = "10.77.0.{}", 8476, Path("/etc/netns")
 
 
 class Lost(NamedTuple):
@@ -124,10 +126,15 @@ def networked(count: int) -> Iterator[list[str]]:
             _ip("-n", name, "addr", "add", f"{_NET.format(host + 1)}/24", "dev", "eth0")
             _ip("-n", name, "link", "set", "eth0", "up")
             _ip("-n", name, "link", "set", "lo", "up")
+            # `ip netns exec` puts it in the place of /etc/hosts: Gloo listens at the address of the machine's name.
+            names_of = _ETC / name / "hosts"
+            names_of.parent.mkdir(parents=True, exist_ok=True)
+            names_of.write_text(f"127.0.0.1 localhost\n{_NET.format(host + 1)} {socket.gethostname()}\n")
         yield names
     finally:
         for name in names:
             subprocess.run(["ip", "netns", "del", name], check=False, stderr=subprocess.DEVNULL)
+            shutil.rmtree(_ETC / name, ignore_errors=True)
         subprocess.run(["ip", "link", "del", "kdjaxbr"], check=False, stderr=subprocess.DEVNULL)
 
 

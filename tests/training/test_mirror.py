@@ -1,7 +1,9 @@
 """A workdir in an object store: what is there after a process ended or was killed, and what another one makes of it."""
 
+import contextlib
 import json
 import shutil
+import socket
 
 import fsspec
 import pytest
@@ -153,32 +155,52 @@ def test_a_folder_of_this_machine_has_no_mirror(tmp_path):
         assert folder == tmp_path and one is None
 
 
-@pytest.mark.slow
-def test_a_run_in_a_store_that_speaks_s3_goes_on_elsewhere_to_the_same_bits(monkeypatch, tmp_path, folder):
-    """A server of this machine, moto, stands for S3; the run is stopped, and goes on without the files of the first."""
-    server = pytest.importorskip("moto.server", reason="needs moto[server] and s3fs")
-    pytest.importorskip("s3fs", reason="needs moto[server] and s3fs")
-    monkeypatch.setenv("KDJAX_CACHE", str(tmp_path / "cache"))
-    url = "s3://bucket/runs/a"
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "none")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    running = server.ThreadedMotoServer(port=0)
-    running.start()
+@contextlib.contextmanager
+def server_of(protocol, monkeypatch):
+    """A server of this machine in the place of S3 or Google's store, with a bucket "bucket"."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    if protocol == "s3":
+        server = pytest.importorskip("moto.server", reason="needs moto[server] and s3fs").ThreadedMotoServer(port=port)
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.setenv(name, "none")
+        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://localhost:{port}")
+    else:
+        emulator = pytest.importorskip("gcp_storage_emulator.server", reason="needs gcp-storage-emulator and gcsfs")
+        server = emulator.create_server("localhost", port, in_memory=True, default_bucket="bucket")
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://localhost:{port}")
+        monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # the emulator has no gRPC
+        monkeypatch.setenv("NO_GCE_CHECK", "true")
+    pytest.importorskip({"s3": "s3fs", "gs": "gcsfs"}[protocol])
+    server.start()
     try:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*running.get_host_and_port()))
-        fsspec.filesystem("s3").mkdir("bucket")
-        teacher = random_teacher(tmp_path / "small", DETECTOR, **OPTIONS)
-        fsspec.filesystem("s3").put(f"{teacher}/", "bucket/teacher", recursive=True)
-        config = tiny_config(folder, teacher=teacher, method="cwd", batch_size=4)
-        config.student.detector, config.student.options = DETECTOR, ConfigDict(OPTIONS)
+        system = fsspec.filesystem(protocol)
+        if protocol == "s3":
+            system.mkdir("bucket")
+        yield system
+    finally:
+        server.stop()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the servers and their packages
+@pytest.mark.parametrize("protocol", ["s3", "gs"])
+def test_a_run_in_a_store_goes_on_elsewhere_to_the_same_bits(protocol, monkeypatch, tmp_path, folder):
+    """It is stopped, and goes on without the files of the first process."""
+    monkeypatch.setenv("KDJAX_CACHE", str(tmp_path / "cache"))
+    url = f"{protocol}://bucket/runs/a"
+    teacher = random_teacher(tmp_path / "small", DETECTOR, **OPTIONS)
+    config = tiny_config(folder, teacher=teacher, method="cwd", batch_size=4)
+    config.student.detector, config.student.options = DETECTOR, ConfigDict(OPTIONS)
+    with server_of(protocol, monkeypatch) as system:
         run(config, tmp_path / "undisturbed")
-        config.teacher.weights = "s3://bucket/teacher"
+        system.put(f"{teacher}/", "bucket/teacher", recursive=True)
+        config.teacher.weights = f"{protocol}://bucket/teacher"
         with stopped_in_step(12):
             run(config, url)
         shutil.rmtree(remote.copy_of(url, "workdirs").parent)
         run(config, url)
-        fsspec.filesystem("s3").get("bucket/runs/a", str(tmp_path / "found"), recursive=True)
-    finally:
-        running.stop()
+        system.get("bucket/runs/a", str(tmp_path / "found"), recursive=True)
     assert not differences(outcome(tmp_path / "found"), outcome(tmp_path / "undisturbed"))
