@@ -88,7 +88,8 @@ def write(
     }
     try:
         with files.named(folder):
-            shutil.rmtree(folder, ignore_errors=True)
+            for left in (folder, *folder.parent.glob(".step-*.tmp")):  # by a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
             temporary.mkdir(parents=True, exist_ok=True)
             if shutil.disk_usage(temporary).free < sum(a.nbytes for named in arrays.values() for a in named.values()):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
