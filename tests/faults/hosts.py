@@ -192,7 +192,8 @@ def disturbed(home: Path, count: int, networks: Sequence[str], kills: int, drawn
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults.hosts")
-    parser.add_argument("--kills", type=int, default=20, help="hosts that are taken away, half of two and half of four")
+    parser.add_argument("--kills", type=int, default=20, help="hosts that are taken away, as many for each count")
+    parser.add_argument("--counts", type=int, nargs="+", default=[2, 4], help="numbers of hosts, at most 4")
     parser.add_argument("--workdir", type=Path, required=True, help="a new folder")
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args()
@@ -200,10 +201,10 @@ def main() -> int:
     lost, faults, drawn = [], [], random.Random(chosen.seed)
     with networked(4) as networks:
         print(f"networks: {networks or 'that of this machine'}", flush=True)
-        for count in (2, 4):
+        for count in chosen.counts:
             whole = chosen.workdir / f"whole{count}"
             assert Hosts(chosen.workdir, whole, count, networks, 400 + count).ended() == [0] * count, "undisturbed"
-            lost += disturbed(chosen.workdir, count, networks, chosen.kills // 2, drawn)
+            lost += disturbed(chosen.workdir, count, networks, chosen.kills // len(chosen.counts), drawn)
             found, wanted = outcome(chosen.workdir / f"hosts{count}"), outcome(whole)
             faults += [f"{count} hosts: {name} differs" for name in wanted if found.get(name) != wanted[name]]
     faults += [f"{one}" for one in lost if set(one.codes) != {RESTART} or not one.named or one.seconds > STATED]
