@@ -16,7 +16,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
-from kdjax.errors import UserError, fault, printable
+from kdjax.errors import UserError, fault, interruptible, printable
 
 DESCRIPTION = "Distil object detectors: `kdjax COMMAND --help` has the options of a command."
 MODEL = "a run's workdir, student/ or checkpoints/STEP, a folder of import-weights, or quickstart_teacher"
@@ -77,7 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             chosen["config"] = read(chosen["config"], chosen.pop("overrides"))
         module, function = RUNS.get(command, (f"kdjax.commands.{command.replace('-', '_')}", "run"))
-        code = getattr(importlib.import_module(module), function)(**chosen)
+        with interruptible():
+            code = getattr(importlib.import_module(module), function)(**chosen)
         _flush()
         return code
     except KeyboardInterrupt:

@@ -4,8 +4,11 @@ import contextlib
 import errno
 import os
 import re
+import signal
+import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import FrameType
 
 
 class UserError(ValueError):
@@ -129,3 +132,38 @@ def _linked(error: BaseException) -> Iterator[tuple[BaseException, bool]]:
         queue += [(inner, handled) for inner in getattr(one, "exceptions", ())]
         queue += [(one.__cause__, handled)] if one.__cause__ else []
         queue += [(one.__context__, True)] if one.__context__ else []
+
+
+_came = threading.Event()  # Ctrl-C, in the body of the outermost `interruptible`
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """A context in which Ctrl-C ends what runs with `KeyboardInterrupt`, also where a library makes an error of it.
+
+    C code that calls Python, as matplotlib's does, may raise an exception of its own instead.
+
+    Raises:
+      KeyboardInterrupt: instead of any exception after Ctrl-C.
+    """
+    # Only the main thread can set handlers; a shell may have set SIGINT to be ignored.
+    first = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    first = first and threading.current_thread() is threading.main_thread()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        _came.set()
+        signal.default_int_handler(number, frame)
+
+    if first:
+        _came.clear()
+        signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    except Exception as error:
+        if _came.is_set():
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        if first:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            _came.clear()

@@ -2,13 +2,15 @@
 
 import errno
 import os
+import signal
 
 import numpy as np
 import pytest
 from jax.errors import JaxRuntimeError
 
-from kdjax import files
-from kdjax.errors import UserError, fault
+from kdjax import cli, files
+from kdjax.commands import latency
+from kdjax.errors import UserError, fault, interruptible
 
 TENSORSTORE = (
     'RESOURCE_EXHAUSTED: Error writing "student/key/0" in OCDBT database at local file "/runs/a/checkpoints/5.tmp/": '
@@ -122,3 +124,27 @@ def test_outputs_that_cannot_be_written_are_found(tmp_path):
         with pytest.raises(UserError) as caught:
             files.check_outputs("--out", tmp_path, **outputs)
         assert str(caught.value) == f"--out: {tmp_path}/{told}"
+
+
+def test_ctrl_c_ends_a_command_where_a_library_makes_an_error_of_it(monkeypatch, capsys):
+    """As matplotlib's C code does, which calls Python: "Invalid affine transformation matrix"."""
+
+    def careless(**_):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ValueError("Invalid affine transformation matrix") from None
+
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), interruptible(), interruptible():
+            careless()
+        with pytest.raises(ValueError, match="mine"), interruptible():
+            raise ValueError("mine")
+        monkeypatch.setattr(latency, "run", careless)
+        assert cli.main(["latency", "--model=quickstart_teacher"]) == 130
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert capsys.readouterr().err == ""

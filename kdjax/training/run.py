@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from kdjax import data, files, remote, sharding
 from kdjax.data.shards import Shards
-from kdjax.errors import UserError, prefix
+from kdjax.errors import UserError, interruptible, prefix
 from kdjax.report import preview
 from kdjax.report.run import verdict
 from kdjax.training import (
@@ -108,7 +108,7 @@ def main(
     try:
         if multihost:
             cluster.join(coordinator=coordinator, bind=bind, hosts=hosts, host=host, timeout=host_timeout)
-        with cluster.watching(host_timeout, together=Stopped):
+        with cluster.watching(host_timeout, together=Stopped), interruptible():
             run(config, workdir)
     except cluster.Alone as error:
         print(f"kdjax train: {error}", file=sys.stderr)
