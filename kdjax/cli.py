@@ -148,7 +148,9 @@ def _refuse_unknown(command: str, arguments: Sequence[str], flags: Mapping[str, 
         if not known and re.match("--?[a-zA-Z]", name):
             others = [other for other in flags if name in flags[other]]
             close = difflib.get_close_matches(name, flags[command], n=1, cutoff=0.7)
-            setting = _setting(name) if command in OVERRIDABLE and not close and not others else None
+            setting = _setting(name) if command in OVERRIDABLE and not others else None
+            if setting and close and setting.rpartition(".")[2] != name.lstrip("-").replace("-", "_"):
+                setting = None  # a similar flag comes before a similar setting, and after one of the same name
             if others:
                 hint = f": it is a flag of kdjax {' and '.join(others[:2])}"
             elif close or setting:

@@ -178,13 +178,13 @@ def test_flags_that_are_repeated_or_misspelt_are_refused(capsys):
         ((*train, "--steps=5"), "kdjax train: unexpected argument '--steps=5' (did you mean --config.steps?)"),
         (
             ("doctor", "--config=quickstart", "--workdir=a"),
-            "kdjax doctor: unexpected argument '--workdir=a': it is a flag of kdjax train and study",
+            "kdjax doctor: unexpected argument '--workdir=a': it is a flag of kdjax train and supervise",
         ),
         (("predict", "a", "--modell=b"), "kdjax predict: unexpected argument '--modell=b' (did you mean --model?)"),
         (
             ("trian",),
-            "kdjax: invalid choice: 'trian' (did you mean train?): choose from train, doctor, cache, compile, study, "
-            "league, predict, label, evaluate, latency, export, import-weights",
+            "kdjax: invalid choice: 'trian' (did you mean train?): choose from train, supervise, doctor, cache, "
+            "compile, replay, study, league, predict, label, evaluate, latency, export, import-weights",
         ),
     ):
         assert refused(capsys, *arguments) == f"{told}; see `{told.partition(':')[0]} --help`"
