@@ -29,11 +29,12 @@ from kdjax.training.cluster import RESTART
 from kdjax.training.provenance import environment
 from tests.shared import ROOT
 
-STEPS, SAVES, TIMEOUT = 60, 5, 10  # of a run; between two checkpoints; --host-timeout, s
+SAVES, TIMEOUT = 3, 10  # steps between two checkpoints; --host-timeout, s
 # s, in which all others must have left; 120 with the default of --host-timeout, 60
 STATED = 2 * TIMEOUT
 HOW = ("SIGKILL", "SIGSTOP", "cut off")
 PATIENCE = 600.0
+_XLA = "--xla_cpu_multi_thread_eigen=false"  # several processes share the cores
 _NET, _PORT, _ETC = "10.77.0.{}", 8476, Path("/etc/netns")
 
 
@@ -52,20 +53,21 @@ class Lost(NamedTuple):
 class Hosts:
     """The processes of a run."""
 
-    def __init__(self, home: Path, workdir: Path, count: int, networks: Sequence[str], start: int) -> None:
+    def __init__(self, home: Path, workdir: Path, count: int, steps: int, networks: Sequence[str], start: int) -> None:
         """Starts them.
 
         Args:
           home: for logs and prepared data.
           workdir: of the run.
           count: number of hosts.
+          steps: of the run.
           networks: the names of their networks; none: they share that of this machine.
           start: number of this start, for the names of the logs.
         """
         self.networks, self.logs = networks, []
         self.processes: list[subprocess.Popen[bytes]] = []
         settings = {
-            "batch_size": 4, "steps": STEPS, "log_every": 2, "data.scenes_train": 16, "data.scenes_val": 12,
+            "batch_size": 4, "steps": steps, "log_every": 1, "data.scenes_train": 16, "data.scenes_val": 12,
             "data.image_size": "(64, 64)", "data.cache": home / "cache", "optimizer.warmup": 4, "eval.every": 0,
             "eval.batch_size": 4, "checkpoint.every": SAVES, "compile_cache": cache_root() / "jax",
         }  # fmt: skip
@@ -84,7 +86,7 @@ class Hosts:
                     stdout=out,
                     stderr=subprocess.STDOUT,
                     cwd=ROOT,
-                    env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"},
+                    env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1", "XLA_FLAGS": _XLA},
                 )
             self.processes.append(one)
             self.logs.append(log)
@@ -159,18 +161,20 @@ def outcome(workdir: Path) -> dict[str, Any]:
     return found | losses | {"detections": (workdir / "detections" / "student.json").read_bytes()}
 
 
-def disturbed(home: Path, count: int, networks: Sequence[str], kills: int, drawn: random.Random) -> list[Lost]:
+def disturbed(
+    home: Path, count: int, steps: int, networks: Sequence[str], kills: int, drawn: random.Random
+) -> list[Lost]:
     """One run that loses hosts and is started again, until it is finished; raises if anything is wrong."""
     workdir, lost, starts = home / f"hosts{count}", [], 0
     how = HOW if networks else HOW[:2]
     while True:
-        running = Hosts(home, workdir, count, networks, starts)
+        running = Hosts(home, workdir, count, steps, networks, starts)
         starts += 1
         if len(lost) == kills:
             assert running.ended() == [0] * count, running.logs
             return lost
         # Not beyond what the kills that are left leave for a step each.
-        first, last = reached(workdir) + 1, STEPS - 2 * (kills - len(lost))
+        first, last = reached(workdir) + 1, steps - 2 * (kills - len(lost))
         at, until = drawn.randint(first, max(first, min(last, first + 10))), time.monotonic() + PATIENCE
         before = (workdir / "metrics.jsonl").stat().st_size if starts > 1 else 0
         while reached(workdir) < at or (workdir / "metrics.jsonl").stat().st_size == before:
@@ -194,6 +198,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults.hosts")
     parser.add_argument("--kills", type=int, default=20, help="hosts that are taken away, as many for each count")
     parser.add_argument("--counts", type=int, nargs="+", default=[2, 4], help="numbers of hosts, at most 4")
+    parser.add_argument("--steps", type=int, default=60, help="of a run")
     parser.add_argument("--workdir", type=Path, required=True, help="a new folder")
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args()
@@ -203,8 +208,10 @@ def main() -> int:
         print(f"networks: {networks or 'that of this machine'}", flush=True)
         for count in chosen.counts:
             whole = chosen.workdir / f"whole{count}"
-            assert Hosts(chosen.workdir, whole, count, networks, 400 + count).ended() == [0] * count, "undisturbed"
-            lost += disturbed(chosen.workdir, count, networks, chosen.kills // len(chosen.counts), drawn)
+            assert Hosts(chosen.workdir, whole, count, chosen.steps, networks, 400 + count).ended() == [0] * count, (
+                "undisturbed"
+            )
+            lost += disturbed(chosen.workdir, count, chosen.steps, networks, chosen.kills // len(chosen.counts), drawn)
             found, wanted = outcome(chosen.workdir / f"hosts{count}"), outcome(whole)
             faults += [f"{count} hosts: {name} differs" for name in wanted if found.get(name) != wanted[name]]
     faults += [f"{one}" for one in lost if set(one.codes) != {RESTART} or not one.named or one.seconds > STATED]
