@@ -208,9 +208,8 @@ def main() -> int:
         print(f"networks: {networks or 'that of this machine'}", flush=True)
         for count in chosen.counts:
             whole = chosen.workdir / f"whole{count}"
-            assert Hosts(chosen.workdir, whole, count, chosen.steps, networks, 400 + count).ended() == [0] * count, (
-                "undisturbed"
-            )
+            undisturbed = Hosts(chosen.workdir, whole, count, chosen.steps, networks, 400 + count)
+            assert undisturbed.ended() == [0] * count, undisturbed.logs
             lost += disturbed(chosen.workdir, count, chosen.steps, networks, chosen.kills // len(chosen.counts), drawn)
             found, wanted = outcome(chosen.workdir / f"hosts{count}"), outcome(whole)
             faults += [f"{count} hosts: {name} differs" for name in wanted if found.get(name) != wanted[name]]
