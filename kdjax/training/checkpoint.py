@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Mapping
 from concurrent import futures
@@ -77,6 +78,8 @@ class Checkpoints:
         """
         # Orbax logs a warning for each default option on a CPU; its errors are exceptions anyway.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
+        if sys.unraisablehook is sys.__unraisablehook__:
+            sys.unraisablehook = _without_echoes
         self.directory = Path(directory).absolute()
         self.after = after
         self.keep = keep if isinstance(keep, Keep) else Keep(keep)
@@ -266,6 +269,16 @@ class Checkpoints:
         finally:
             self.thread.shutdown()
             self.manager.close()
+
+
+def _without_echoes(unraised: Any) -> None:  # noqa: ANN401 - `sys.UnraisableHookArgs`, which is no type at runtime
+    """Prints what nobody can catch, but for an echo.
+
+    When a write fails, as on a full disk, TensorStore's threads tell Orbax's loop of the other writes, hundreds of
+    them, after it was closed; the failure itself is raised.
+    """
+    if not (unraised.exc_type is RuntimeError and str(unraised.exc_value) == "Event loop is closed"):
+        sys.__unraisablehook__(unraised)
 
 
 def _why(error: Exception) -> str:

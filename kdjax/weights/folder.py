@@ -219,7 +219,8 @@ def _load_folder(folder: Path, detector: Detector | None) -> tuple[Detector, Tre
         raise UserError(f"{folder / WEIGHTS}: it is not the file that {CONFIG} describes: its SHA-256 differs")
     with prefix(str(folder / WEIGHTS)):
         arrays = read_safetensors(blob)
-    stored = stored_detector(folder, name, num_classes, options, arrays)
+    with prefix(str(folder / CONFIG)):
+        stored = stored_detector(folder, name, num_classes, options, arrays)
     if detector is not None and (detector.name, detector.options) != (stored.name, stored.options):
         raise UserError(
             f"{folder}: the weights are for {stored.name} with options {stored.options}, not for {detector.name} with "

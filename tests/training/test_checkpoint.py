@@ -6,7 +6,9 @@ import json
 import os
 import re
 import shutil
+import sys
 import threading
+import types
 from concurrent import futures
 
 import numpy as np
@@ -209,3 +211,11 @@ def test_training_does_not_wait_for_a_checkpoint_but_hears_that_it_failed(tmp_pa
     with pytest.raises(OSError, match="No space"):
         store.save(4, tree, {"next_batch": 4})
     store.close()
+
+
+def test_echoes_of_a_failed_write_are_not_printed(monkeypatch):
+    printed = []
+    monkeypatch.setattr(sys, "__unraisablehook__", printed.append)
+    for error in (RuntimeError("Event loop is closed"), RuntimeError("another"), ValueError("Event loop is closed")):
+        checkpoint._without_echoes(types.SimpleNamespace(exc_type=type(error), exc_value=error))
+    assert [str(one.exc_value) for one in printed] == ["another", "Event loop is closed"]
