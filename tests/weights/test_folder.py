@@ -138,7 +138,7 @@ def flip_a_bit(folder):
             lambda folder: edit(folder, options=["x"]),
             "it cannot be read as the config of weights.*options",
         ),
-        (lambda folder: edit(folder, options={"depth": 1}), "rtmdet_pico has no option depth"),
+        (lambda folder: edit(folder, options={"depth": 1}), r"config.json: rtmdet_pico has no option depth"),
         (lambda folder: edit(folder, image_size=None), "config.json: it cannot be read"),
         (lambda folder: edit(folder, image_size=["64", "64"]), "image_size is"),
         (lambda folder: edit(folder, extra=None), "extra is None"),
