@@ -202,6 +202,8 @@ class Checkpoints:
     def restore(self, like: PyTree, *, every: int = 1) -> tuple[PyTree, dict[str, Any]]:
         """The newest step that passes verification; newer ones, which do not, are deleted.
 
+        With one process, so are those that the rules do not name.
+
         Args:
           like: a tree with the structure, shapes and dtypes of the saved one.
           every: multiples of this step are preferred to all others.
@@ -228,6 +230,8 @@ class Checkpoints:
             for later in damaged:
                 self.manager.delete(later)
                 self.entries.pop(later, None)
+            if jax.process_count() == 1:  # a kill may have left a step half deleted
+                self._tidy()
             return tree, note
         raise UserError(f"no checkpoint in {self.directory} can be used: {'; '.join(problems) or 'there is none'}")
 

@@ -219,3 +219,15 @@ def test_echoes_of_a_failed_write_are_not_printed(monkeypatch):
     for error in (RuntimeError("Event loop is closed"), RuntimeError("another"), ValueError("Event loop is closed")):
         checkpoint._without_echoes(types.SimpleNamespace(exc_type=type(error), exc_value=error))
     assert [str(one.exc_value) for one in printed] == ["another", "Event loop is closed"]
+
+
+def test_a_step_that_a_kill_left_half_deleted_is_removed_once_a_newer_one_was_read(tmp_path):
+    tree = {"a": np.arange(3.0)}
+    with contextlib.closing(checkpoint.Checkpoints(tmp_path, keep=3)) as store:
+        for step in (1, 2, 3):
+            store.save(step, tree, {"next_batch": step})
+    shutil.rmtree(tmp_path / "1" / "state")
+    with contextlib.closing(checkpoint.Checkpoints(tmp_path, keep=2)) as store:
+        assert store.note()["next_batch"] == 3 and (tmp_path / "1").exists()
+        assert store.restore(tree)[1]["next_batch"] == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "3", "kept.json"]
