@@ -100,7 +100,7 @@ class Seen(NamedTuple):
 class Watch:
     """What this host knows of the others; a context in which a lost host ends the process.
 
-    An exception that leaves the context is told to the others, which then leave with the code that it has here.
+    An exception that leaves the context is reported to the others, which then leave with the code that it has here.
     """
 
     def __init__(

@@ -89,7 +89,7 @@ class Mirror:
         self._last.write_text(json.dumps({"id": self.mine}))
 
     def start(self) -> None:
-        """Uploads in a thread what has changed, if that thread is idle; a failure is told, and made up for later."""
+        """Uploads in a thread what has changed, if that thread is idle; warns of a failure and makes up for it later."""
         if self.running is None or self.running.done():
             self.check()
             self.running = self.thread.submit(self._try)
@@ -187,8 +187,8 @@ class _Taken(UserError):
 def opened(workdir: str | Path | None) -> Iterator[tuple[str | Path | None, Mirror | None]]:
     """The folder in which a run writes, and what keeps it up in a store; None for a folder of this machine.
 
-    When the context is left, all that is in the folder is in the store. After an exception a failure of that is told
-    and does not hide it.
+    When the context is left, all that is in the folder is in the store. After an exception it only warns of a
+    failure of that, which would hide the exception.
 
     Args:
       workdir: a folder or an address.
