@@ -89,7 +89,7 @@ class Mirror:
         self._last.write_text(json.dumps({"id": self.mine}))
 
     def start(self) -> None:
-        """Uploads in a thread what has changed, if that thread is idle; warns of a failure and makes up for it later."""
+        """Uploads in a thread what has changed, if it is idle; warns of a failure, and tries again at the next call."""
         if self.running is None or self.running.done():
             self.check()
             self.running = self.thread.submit(self._try)
