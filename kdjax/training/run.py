@@ -38,6 +38,7 @@ from kdjax.training.ahead import Ahead
 from kdjax.training.checkpoint import Checkpoints, Keep
 from kdjax.training.config import Config
 from kdjax.training.goodput import Clock
+from kdjax.training.join import Alone, join
 from kdjax.training.log import Log
 from kdjax.training.models import load_detector
 from kdjax.training.schedule import schedule
@@ -87,7 +88,7 @@ def main(
       config: the settings.
       workdir: the folder of the run; only a dry run (`config.data.check`) needs none.
       multihost: several hosts run the same command (jax.distributed).
-      coordinator, bind, hosts, host, host_timeout: of several hosts, as for `cluster.join`.
+      coordinator, bind, hosts, host, host_timeout: of several hosts, as for `join`.
 
     Returns:
       Exit code: 0; 143 if the run was stopped and its state saved, 130 after Ctrl-C; 75 (`cluster.RESTART`) if not all
@@ -107,10 +108,10 @@ def main(
         raise UserError(f"{given_flags[0]} has no effect without --multihost: add it")
     try:
         if multihost:
-            cluster.join(coordinator=coordinator, bind=bind, hosts=hosts, host=host, timeout=host_timeout)
+            join(coordinator=coordinator, bind=bind, hosts=hosts, host=host, timeout=host_timeout)
         with cluster.watching(host_timeout, together=Stopped), interruptible():
             run(config, workdir)
-    except cluster.Alone as error:
+    except Alone as error:
         print(f"kdjax train: {error}", file=sys.stderr)
         return cluster.RESTART
     except Stopped as stop:
