@@ -4,12 +4,10 @@ from pathlib import Path
 
 from absl import logging
 
-from kdjax import data
 from kdjax.data import shards
 from kdjax.errors import UserError, prefix
 from kdjax.resources import Config
 from kdjax.training import checks, replay
-from kdjax.training.setup import prepare, prepare_process
 
 
 def run(*, config: Config) -> int:
@@ -31,12 +29,7 @@ def run(*, config: Config) -> int:
             "config.teacher.cache is missing: set the folder to write, as in --config.teacher.cache=caches/a, or with "
             "several teachers --config.teachers.NAME.cache=caches/a"
         )
-    checks.check_settings(config)
-    checks.check_models(config)
-    with prefix("config.data"):
-        dataset = data.open_dataset(config.data)
-    prepare_process(config.compile_cache)
-    setup = prepare(config, dataset)
+    setup = checks.checked(config)
     for teacher in setup.teachers:
         cache = teacher.settings(config).cache
         if not cache:

@@ -6,7 +6,6 @@ itself; learning rate, length and moving average are judged by rules of thumb.
 
 from collections.abc import Iterator
 
-from kdjax import data
 from kdjax.detectors.api import Detector
 from kdjax.doctor import gradients
 from kdjax.doctor.data import check_data
@@ -15,10 +14,9 @@ from kdjax.doctor.league import check_methods
 from kdjax.doctor.memory import check_memory
 from kdjax.doctor.models import check_class_map, check_frozen, check_sizes, check_taps, check_weights
 from kdjax.doctor.schedule import check_schedule
-from kdjax.errors import UserError, prefix
+from kdjax.errors import UserError
 from kdjax.training import checks
 from kdjax.training.config import Config
-from kdjax.training.setup import prepare, prepare_process
 
 
 def examine(config: Config, *, image_count: int = 64) -> Iterator[Finding]:
@@ -33,17 +31,12 @@ def examine(config: Config, *, image_count: int = 64) -> Iterator[Finding]:
       not sufficient, losses and terms are not measured.
     """
     try:
-        checks.check_settings(config)
-        checks.check_models(config)
-        with prefix("config.data"):
-            dataset = data.open_dataset(config.data)
-        checks.check_truth(dataset, config.data)
-        prepare_process(config.compile_cache)
-        setup = prepare(config, dataset)
+        setup = checks.checked(config)
         batch = checks.first_batch_with_objects(setup)
     except (UserError, OSError) as error:
         yield Finding(ERROR, "start", f"the run does not start: {error}")
         return
+    dataset = setup.dataset
     yield from check_data(setup)
     yield from check_schedule(config, dataset.splits["train"].size)
     for teacher in setup.teachers:

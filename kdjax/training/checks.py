@@ -19,7 +19,7 @@ from kdjax.training import auto_weight, optim, replay
 from kdjax.training import config as settings
 from kdjax.training.config import Config
 from kdjax.training.models import all_methods, build_methods, check_masks, check_size, named_detector
-from kdjax.training.setup import Setup, placed, train_batches, with_image
+from kdjax.training.setup import Setup, placed, prepare, prepare_process, train_batches, with_image
 from kdjax.training.step import UNLABELLED
 from kdjax.training.teachers import members, of_file, teacher_configs, unlabelled_rows
 
@@ -288,6 +288,21 @@ def check_workdir(config: Config, workdir: str | Path | None) -> Path:
             f"workdir: {folder} holds a run with other settings ({'; '.join(differ)}): choose another folder"
         )
     return folder
+
+
+def checked(config: Config) -> Setup:
+    """The setup of a run at step 0, checked, for commands that do not train.
+
+    Raises:
+      UserError: the run could not start.
+    """
+    check_settings(config)
+    check_models(config)
+    with prefix("config.data"):
+        dataset = data.open_dataset(config.data)
+    check_truth(dataset, config.data)
+    prepare_process(config.compile_cache)
+    return prepare(config, dataset)
 
 
 def first_batch_with_objects(setup: Setup) -> dict[str, np.ndarray]:

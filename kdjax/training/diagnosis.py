@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from kdjax import data, sharding
+from kdjax import sharding
 from kdjax.distill.teachers import RECORDED
 from kdjax.errors import UserError, prefix
 from kdjax.structs import Array, DetectorOutput, PyTree, Rows, targets_of
@@ -19,7 +19,7 @@ from kdjax.training.blackbox import Recorded, filled
 from kdjax.training.config import Config
 from kdjax.training.models import in_precision, precision
 from kdjax.training.provenance import environment
-from kdjax.training.setup import Setup, bounds, given, placed, prepare, prepare_process, run_fingerprint, train_batches
+from kdjax.training.setup import Setup, bounds, given, placed, run_fingerprint, train_batches
 from kdjax.training.step import SOUND, UNLABELLED, TrainState
 from kdjax.training.teachers import distiller_in_precision, together
 from kdjax.weights.checkpoint import flat
@@ -85,12 +85,7 @@ def setup_of(recorded: Recorded) -> tuple[Setup, list[str]]:
       UserError: the config, data or weights cannot be used any more, or are others.
     """
     config = cast(Config, ConfigDict(recorded.config))
-    checks.check_settings(config)
-    checks.check_models(config)
-    with prefix("config.data"):
-        dataset = data.open_dataset(config.data)
-    prepare_process(config.compile_cache)
-    setup = prepare(config, dataset)
+    setup = checks.checked(config)
     for name, value in run_fingerprint(setup).items():
         if recorded.run.get(name) != value:
             raise UserError(
