@@ -29,6 +29,7 @@ HUNG = 1.5  # multiple of it, for which no host may get on with a step
 LONGEST = 5  # and multiple of the longest time that a part of a step has taken
 PATIENCE = 60  # multiple of it for everything else: data, compilation, evaluation, saving
 PULSE = 2.0  # s between two signs of life
+LOOK = 0.5  # s between two judgements
 READS, COMPUTES, BEGINS, DONE = "reads the batch of", "computes", "begins with", "is done with"
 
 
@@ -262,7 +263,7 @@ class Watch:
 
     def _judges(self) -> None:
         before = self.clock()
-        while not self.ended.wait(0.5):
+        while not self.ended.wait(LOOK):
             now = self.clock()
             if now - before > 5 * PULSE:  # this process was stopped: the others are judged by what comes now
                 self.forgive(now - before)
@@ -321,8 +322,10 @@ class Watch:
                 time.sleep(0.1)
             self.ended.set()
             return
-        if isinstance(error, jax.errors.JaxRuntimeError) and fault(error) is None:
-            # A collective fails because a host is lost: the judge says which, and ends this process.
+        if isinstance(error, Exception) and code_of(error) == 1:
+            # Collectives fail where a host is lost, as an exception of jax, a ValueError, or whatever Orbax makes of
+            # it: the judge says which host, and ends this process.
+            self.at("stopped with an error in")  # no hanging step
             self.timeout = min(self.timeout, 5 * PULSE)
             time.sleep(self.timeout + 3 * PULSE)
         self.ended.set()

@@ -203,6 +203,31 @@ def test_the_code_of_each_kind_of_end(three, error, code):
     assert json.loads(three.store["live/left/2"])[1] == code == cluster.code_of(error)
 
 
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (jax.errors.JaxRuntimeError("UNKNOWN: Gloo all-reduce failed: Connection reset by peer"), 0),
+        (ValueError("UNKNOWN: Gloo AllGather failed: Read error: Connection reset by peer"), 2),
+    ],
+    ids=["jax", "value"],
+)
+def test_an_error_that_a_lost_host_causes_does_not_hide_it(three, monkeypatch, capfd, error, lost):
+    monkeypatch.setattr(cluster, "LOOK", 0.001)
+    monkeypatch.setattr(cluster, "PULSE", 0.2)
+    watch, three.store.gone = three.all[1], lost == 0
+    clock = time.monotonic()
+    watch.clock = lambda: three.now + time.monotonic() - clock
+
+    def pulses():
+        while not (watch.ended.wait(0.005) or three.store.gone):
+            three.all[2 - lost].pulse()
+
+    threading.Thread(target=pulses, daemon=True).start()
+    with pytest.raises(type(error)), watch:
+        raise error
+    assert three.codes[1] == RESTART and f"host {lost}" in capfd.readouterr().err
+
+
 def test_all_hosts_say_the_same_where_they_differ(three):
     with pytest.raises(Different), three.all[0]:
         raise Different("config.steps is 1 on host 0 (a) and 2 on host 1 (b)")
