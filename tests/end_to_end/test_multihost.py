@@ -164,8 +164,12 @@ def test_a_lost_host_is_named_and_the_run_goes_on_to_the_same_bits(tmp_path, kin
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["replicated", "fsdp"])
 def test_a_run_goes_on_with_other_hosts_and_devices(tmp_path, kind):
-    """Two hosts of four devices, one of two, four of one, one of eight: the same batches, and rounding."""
-    changes = dict(batch_size=8, steps=24, sharding=kind)
+    """Two hosts of four devices, one of two, four of one, one of eight: the same batches, and rounding.
+
+    With ten times the learning rate, whole runs on one, two and eight devices differ by 1e-3 after 14 steps: once
+    rounding has given an object to another prior, losses part. Here other batches or updates would show at 1e-3.
+    """
+    changes = dict(batch_size=8, steps=24, sharding=kind, optimizer__lr=1e-4)
     assert [code for code, _ in ended(hosts(tmp_path / "whole", 1, 1, **changes))] == [0]
     for count, devices in ((2, 8), (1, 2), (4, 4), (1, 8)):
         running = hosts(tmp_path / "run", count, devices, timeout=120, **changes)  # steps of a busy machine are slow
@@ -179,7 +183,7 @@ def test_a_run_goes_on_with_other_hosts_and_devices(tmp_path, kind):
         assert {code for code, _ in ended(running)} == {143}
     found, wanted = losses(tmp_path / "run"), losses(tmp_path / "whole")
     assert found.keys() == wanted.keys()
-    np.testing.assert_allclose([*found.values()], [wanted[step] for step in found], rtol=1e-4)
+    np.testing.assert_allclose([*found.values()], [wanted[step] for step in found], rtol=1e-5)
     run, whole = (student(tmp_path / name) for name in ("run", "whole"))
     for name, value in whole.items():
-        np.testing.assert_allclose(run[name], value, rtol=1e-4, atol=1e-4 * np.abs(value).max(), err_msg=name)
+        np.testing.assert_allclose(run[name], value, rtol=1e-5, atol=1e-5 * np.abs(value).max(), err_msg=name)
