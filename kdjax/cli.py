@@ -238,21 +238,18 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, list[str]]]:
     one.add_argument(
         "--host-timeout",
         type=float,
-        default=60.0,
         metavar="S",
-        help="seconds without a sign of life, after which a host counts as lost (60)",
+        help="seconds without a heartbeat, after which a host counts as lost (60)",
     )
 
     one = add(
         "supervise",
-        "Run a command, and run it again after a preemption, a kill or a lost host, as long as it gets on.",
+        "Run a command, and run it again after a preemption, a kill or a lost host, as long as it makes progress.",
         "kdjax supervise -- kdjax train --config=quickstart --workdir=runs/quickstart",
     )
     one.add_argument("words", nargs="+", metavar="COMMAND", help="behind --: the command with its arguments")
     one.add_argument("--workdir", default="", metavar="DIR", help="folder with checkpoints/ (the --workdir of COMMAND)")
-    one.add_argument(
-        "--futile", type=int, default=3, metavar="N", help="restarts in a row without a new checkpoint (3)"
-    )
+    one.add_argument("--max-restarts", type=int, default=3, metavar="N", help="in a row without a new checkpoint (3)")
 
     one = add(
         "doctor",

@@ -10,7 +10,7 @@ import json
 import os
 import posixpath
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -112,14 +112,24 @@ def local(path: str | Path) -> str | Path:
     return copy
 
 
+def check_names(url: str, names: Iterable[str]) -> None:
+    """Refuses names of objects that would lead out of the folder of their copies.
+
+    Raises:
+      UserError: a name has "..", or "." as a part.
+    """
+    for name in names:
+        if {"..", "."} & {*name.split("/")}:
+            raise UserError(f"{url}: the name of an object leads out of the folder: {name}")
+
+
 def _update(url: str, copy: Path) -> None:
     system, top = opened(url)
     found = system.find(top, detail=True)
     if not found:
         raise UserError(f"{url}: there is nothing at this address: check it, and your rights")
     wanted = {name.removeprefix(top).strip("/"): (name, _stamp(info)) for name, info in found.items()}
-    if any(name in ("..", ".") for key in wanted for name in key.split("/")):
-        raise UserError(f"{url}: the name of an object leads out of the folder")
+    check_names(url, wanted)
     known = _known(copy.parent / _LIST)
     have = {key for key, (_, stamp) in wanted.items() if known.get(key) == stamp and (copy / key).is_file()}
     new = [key for key in wanted if key not in have]

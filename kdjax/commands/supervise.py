@@ -15,29 +15,29 @@ from kdjax.errors import UserError
 
 RESTART = 75  # `kdjax.training.cluster.RESTART`, whose file would import jax
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-PAUSE = 5.0  # s before the first restart; doubled with each futile one
+PAUSE = 5.0  # s before a restart; doubled with each one in a row without a new checkpoint
 LONGEST_PAUSE = 300.0  # s
 
 
-def run(*, words: Sequence[str], workdir: str, futile: int) -> int:
+def run(*, words: Sequence[str], workdir: str, max_restarts: int) -> int:
     """Runs a command until it ends by itself.
 
     It runs again after exit code 75, and after any signal but Ctrl-C and SIGQUIT (a code from 129 to 192 says the
-    same). If this process gets a signal, it hands it on, and does not run the command again.
+    same). If this process gets a signal, it forwards it, and does not run the command again.
 
     Args:
       words: the command.
-      workdir: the folder whose checkpoints show that a run got on; "": the --workdir of the command.
-      futile: how often the command runs again in a row without a new checkpoint.
+      workdir: the folder whose checkpoints show progress; "": the --workdir of the command.
+      max_restarts: how often the command runs again in a row without a new checkpoint.
 
     Returns:
       The exit code of the command's last run; 128 + n after signal n.
 
     Raises:
-      UserError: there is no such program or no workdir, or `futile` is negative.
+      UserError: there is no such program or no workdir, or `max_restarts` is negative.
     """
-    if futile < 0:
-        raise UserError(f"--futile: {futile} must be 0 or more")
+    if max_restarts < 0:
+        raise UserError(f"--max-restarts: {max_restarts} must be 0 or more")
     named = workdir or workdir_of(words)
     folder = remote.copy_of(named, "workdirs") if remote.is_url(named) else Path(named).expanduser()
     reached, wasted = newest(folder), 0
@@ -49,12 +49,12 @@ def run(*, words: Sequence[str], workdir: str, futile: int) -> int:
             before, reached = reached, newest(folder)
             wasted = 0 if reached > before else wasted + 1
             step = f"the newest checkpoint is of step {reached}" if reached >= 0 else "there is no checkpoint"
-            if wasted > futile:
+            if wasted > max_restarts:
                 _say(
                     f"the command ended with code {code} and made no new checkpoint, {wasted} times: given up ({step})"
                 )
                 return code
-            pause = min(PAUSE * 2**wasted, LONGEST_PAUSE)
+            pause = min(PAUSE * 2 ** max(wasted - 1, 0), LONGEST_PAUSE)
             _say(f"the command ended with code {code}; {step}: it runs again in {pause:.0f} s")
             if not child.pause(pause):
                 return code
@@ -92,7 +92,7 @@ def newest(workdir: Path) -> int:
 
 
 class Child:
-    """A command that may run several times; a context in which the signals of this process are handed on to it."""
+    """A command that may run several times; a context in which the signals of this process are forwarded to it."""
 
     def __init__(self, words: Sequence[str]) -> None:
         self.words, self.told = list(words), 0  # the last signal that came
@@ -131,7 +131,9 @@ class Child:
             self.process.send_signal(number)  # does nothing when it has ended
 
     def __enter__(self) -> "Child":
-        self.before = {number: signal.signal(number, self.handle) for number in FORWARDED}
+        # What this process ignores, as SIGHUP under nohup, the command ignores too.
+        heeded = [number for number in FORWARDED if signal.getsignal(number) is not signal.SIG_IGN]
+        self.before = {number: signal.signal(number, self.handle) for number in heeded}
         return self
 
     def __exit__(self, *_: object) -> None:

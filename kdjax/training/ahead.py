@@ -1,7 +1,7 @@
 """Training batches with what a teacher on the host says about them, computed ahead of the step in a thread.
 
-The device works on one step while the host's teacher looks at the next batches. A batch is a function of (seed, step)
-and the teacher of the batch, so that nothing depends on how far the thread is ahead.
+The device works on one step while the host's teacher predicts on the next batches. A batch is a function of (seed,
+step) and the teacher of the batch, so that nothing depends on how far the thread is ahead.
 """
 
 import queue

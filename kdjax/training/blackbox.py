@@ -23,7 +23,7 @@ from kdjax.training.teachers import unlabelled_rows
 from kdjax.weights.checkpoint import flat
 
 FOLDER = "blackbox"
-MOST = 10  # folders of a run; later steps are told, but not kept
+MOST = 10  # folders of a run; later steps are reported, but not kept
 _NOTE, _STATE, _BATCH = "note.json", "state.npz", "batch.npz"
 
 
@@ -64,16 +64,18 @@ def write(
       metrics: of it, by name.
 
     Returns:
-      The folder; that of an earlier process, which had the same inputs, if there is one. None: `MOST` are there.
+      The folder; that of an earlier process if its step had the same metrics, and so the same inputs; a folder of
+      another step is replaced. None: `MOST` are there.
 
     Raises:
       OSError: they cannot be written.
     """
     arrays = {_STATE: flat(sharding.gather(dict(states))), _BATCH: flat(sharding.gather(dict(batch)))}
     folder = workdir / FOLDER / f"step-{step}"
-    if (folder / _NOTE).exists():
+    there = _metrics(folder / _NOTE)
+    if there is not None and there == {name: repr(value) for name, value in metrics.items()}:
         return folder
-    if folder.parent.exists() and len([*folder.parent.glob("step-*")]) >= MOST:
+    if there is None and folder.parent.exists() and len([*folder.parent.glob("step-*")]) >= MOST:
         return None
     if jax.process_index():
         return folder
@@ -109,6 +111,14 @@ def write(
             folder.parent.rmdir()  # if it is empty
         raise
     return folder
+
+
+def _metrics(path: Path) -> dict[str, str] | None:
+    """The metrics of a note, as text because NaN is not equal to itself; None if there is no whole one."""
+    try:
+        return {name: repr(float(value)) for name, value in json.loads(path.read_text())["metrics"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
 
 
 def _images(setup: Setup, step: int) -> dict[str, list[dict[str, Any]]]:

@@ -1,6 +1,6 @@
 """Several hosts of one run: how a lost one is noticed, and how the others leave.
 
-Each process writes a sign of life to the key-value store of jax's coordinator, and reads those of the others, in a
+Each process writes a heartbeat to the key-value store of jax's coordinator, and reads those of the others, in a
 thread. Another thread judges them. If a host is lost, each remaining one says which and ends its process with
 `RESTART`: what waits inside a collective cannot be woken otherwise.
 """
@@ -24,11 +24,11 @@ import jax
 from kdjax.errors import UserError, fault
 
 RESTART = 75  # exit code of a host that leaves because another one is lost; EX_TEMPFAIL of sysexits.h
-TIMEOUT = 60.0  # s without a sign of life, after which a host counts as lost
-HUNG = 1.5  # multiple of it, for which no host may get on with a step
+TIMEOUT = 60.0  # s without a heartbeat, after which a host counts as lost
+HUNG = 1.5  # multiple of it, for which no host may make progress in a step
 LONGEST = 5  # and multiple of the longest time that a part of a step has taken
 PATIENCE = 60  # multiple of it for everything else: data, compilation, evaluation, saving
-PULSE = 2.0  # s between two signs of life
+PULSE = 2.0  # s between two heartbeats
 LOOK = 0.5  # s between two judgements
 READS, COMPUTES, BEGINS, DONE = "reads the batch of", "computes", "begins with", "is done with"
 
@@ -72,20 +72,20 @@ class Coordinator:
         return {key.removeprefix(prefix): value for key, value in self.client.key_value_dir_get(prefix)}
 
 
-class Sign(NamedTuple):
-    """A sign of life, as it travels."""
+class Heartbeat(NamedTuple):
+    """A heartbeat, as it travels."""
 
     count: int  # grows with each
-    moves: int  # grows whenever the host gets on
+    moves: int  # grows with the host's progress
     doing: str
     step: int
     name: str  # of the machine
 
 
 class Seen(NamedTuple):
-    """The last sign of a host, and when this host saw it change (s of the clock)."""
+    """The last heartbeat of a host, and when this host saw it change (s of the clock)."""
 
-    sign: Sign
+    heartbeat: Heartbeat
     heard: float
     moved: float
 
@@ -113,7 +113,7 @@ class Watch:
         Args:
           store: of the run.
           host, hosts: number of this host, from 0, and how many there are.
-          timeout: s without a sign of life, after which a host counts as lost.
+          timeout: s without a heartbeat, after which a host counts as lost.
           together: exceptions that all hosts raise at the same point.
           name: of this machine; "": as it calls itself.
           clock: seconds.
@@ -122,8 +122,8 @@ class Watch:
         self.store, self.host, self.hosts = store, host, hosts
         self.timeout, self.together, self.clock, self.end = timeout, together, clock, end
         self.name = name or socket.gethostname()
-        self.sign = Sign(0, 0, "starts", 0, self.name)
-        self.count, self.longest, self.steps = 0, 0.0, 0  # signs; of a part of a step, s; steps so far
+        self.heartbeat = Heartbeat(0, 0, "starts", 0, self.name)
+        self.count, self.longest, self.steps = 0, 0.0, 0  # heartbeats; of a part of a step, s; steps so far
         now = clock()
         self.began = self.contact = self.moved = now
         self.seen: dict[int, Seen] = {}
@@ -136,20 +136,20 @@ class Watch:
     # What the run tells
 
     def at(self, doing: str, step: int | None = None) -> None:
-        """Says what this host does now; each call shows that it gets on.
+        """Says what this host does now; each call shows progress.
 
         Args:
           doing: "reads the batch of", "computes", ...; the step follows.
           step: number of the update; None: as before.
         """
-        now, before = self.clock(), self.sign
+        now, before = self.clock(), self.heartbeat
         if before.doing in (READS, COMPUTES):
             self.longest = max(self.longest, now - self.moved)
         step = before.step if step is None else step
         self.steps += step != before.step
         if doing in (READS, COMPUTES) and self.steps < 3:  # they also load, tune and compile
             doing = BEGINS
-        self.sign = before._replace(moves=before.moves + 1, doing=doing, step=step)
+        self.heartbeat = before._replace(moves=before.moves + 1, doing=doing, step=step)
         self.moved = now
 
     def is_last(self, stop: bool, step: int) -> bool:
@@ -175,15 +175,23 @@ class Watch:
     def _agree(self) -> None:
         """In a thread of its own: the hosts agree on the last step."""
         with self.stops:
-            self.store.set(f"passed/{self.host}", str(self.passed))
+            mine = str(self.passed)
+        self.until_it_works(lambda: self.store.set(f"passed/{self.host}", mine))
         passed = [int(self.wait_for(f"passed/{host}")) for host in range(self.hosts)]
         with self.stops:
             self.last, self.agreeing = max(passed) + 1, False
             self.stops.notify_all()
 
+    def until_it_works(self, call: Callable[[], Any]) -> Any:  # noqa: ANN401 - what the call returns
+        """The result of a call to the store, which is made again while it fails: `verdict` sees how long."""
+        while True:
+            with contextlib.suppress(Exception):
+                return call()
+            self.ended.wait(PULSE)
+
     def wait_for(self, key: str) -> str:
         """A value that another host writes; this waits as long as it lives."""
-        while (value := self.store.get(key, 5.0)) is None:
+        while (value := self.until_it_works(lambda: self.store.get(key, 5.0))) is None:
             pass
         return value
 
@@ -192,10 +200,10 @@ class Watch:
     def pulse(self) -> None:
         """Tells that this host lives, and reads what the others tell."""
         self.count += 1
-        sign = self.sign._replace(count=self.count)
+        heartbeat = self.heartbeat._replace(count=self.count)
         if self.asked:
             self.store.set("live/stop/0", json.dumps(True))
-        self.store.set(f"live/sign/{self.host}", json.dumps(sign))
+        self.store.set(f"live/heartbeat/{self.host}", json.dumps(heartbeat))
         found, now = self.store.below("live/"), self.clock()
         stop = found.pop("stop/0", None)
         for key, value in found.items():
@@ -204,9 +212,9 @@ class Watch:
                 why, code = json.loads(value)
                 self.left.setdefault(int(host), (why, code))
                 continue
-            new, old = Sign(*json.loads(value)), self.seen.get(int(host))
-            if old is None or new.count != old.sign.count:
-                moved = now if old is None or new.moves != old.sign.moves else old.moved
+            new, old = Heartbeat(*json.loads(value)), self.seen.get(int(host))
+            if old is None or new.count != old.heartbeat.count:
+                moved = now if old is None or new.moves != old.heartbeat.moves else old.moved
                 self.seen[int(host)] = Seen(new, now, moved)
         self.contact = now
         if stop and self.last == math.inf and not self.agreeing:
@@ -227,32 +235,32 @@ class Watch:
             if seen is None:
                 if now - self.began > self.timeout:
                     lost.append(f"{host} (which never said its name)")
-            elif seen.sign.doing != DONE and now - seen.heard > self.timeout:
-                lost.append(f"{host} ({seen.sign.name}, which was at step {seen.sign.step})")
+            elif seen.heartbeat.doing != DONE and now - seen.heard > self.timeout:
+                lost.append(f"{host} ({seen.heartbeat.name}, which was at step {seen.heartbeat.step})")
         if lost:
             who = f"host{'s' * (len(lost) > 1)} {' and '.join(lost)}"
             return f"{who} {'have' if len(lost) > 1 else 'has'} not been heard of for {self.timeout:.0f} s", RESTART
         return self._hung(everyone, now)
 
     def _hung(self, everyone: Mapping[int, Seen], now: float) -> tuple[str, int] | None:
-        """No host gets on: those that do not wait for the others are the reason."""
+        """No host makes progress: those that do not wait for the others are the reason."""
         if len(everyone) < self.hosts:
             return None
-        signs = {host: seen.sign for host, seen in everyone.items()} | {self.host: self.sign}
+        heartbeats = {host: seen.heartbeat for host, seen in everyone.items()} | {self.host: self.heartbeat}
         moved = {host: seen.moved for host, seen in everyone.items()} | {self.host: self.moved}
-        stepping = all(sign.doing in (READS, COMPUTES) for sign in signs.values())
+        stepping = all(heartbeat.doing in (READS, COMPUTES) for heartbeat in heartbeats.values())
         bound = max(HUNG * self.timeout, LONGEST * self.longest) if stepping else PATIENCE * self.timeout
         for_long = now - max(moved.values())
         if for_long <= bound:
             return None
-        busy = [host for host, sign in signs.items() if sign.doing not in (COMPUTES, DONE)] or list(signs)
-        first = min(signs[host].step for host in busy)
-        behind = [host for host in busy if signs[host].step == first]
+        busy = [host for host, one in heartbeats.items() if one.doing not in (COMPUTES, DONE)] or list(heartbeats)
+        first = min(heartbeats[host].step for host in busy)
+        behind = [(host, heartbeats[host]) for host in sorted(busy) if heartbeats[host].step == first]
         if len(behind) == self.hosts:
-            doing = signs[behind[0]].doing
-            return f"no host has got on for {for_long:.0f} s: each {doing} step {first}", RESTART
-        told = [f"host {host} ({signs[host].name}) still {signs[host].doing} step {first}" for host in sorted(behind)]
-        return f"no host has got on for {for_long:.0f} s: {'; '.join(told)}", RESTART
+            doing = behind[0][1].doing
+            return f"no host has made progress for {for_long:.0f} s: each {doing} step {first}", RESTART
+        told = [f"host {host} ({one.name}) still {one.doing} step {first}" for host, one in behind]
+        return f"no host has made progress for {for_long:.0f} s: {'; '.join(told)}", RESTART
 
     def _pulses(self) -> None:
         while not self.ended.is_set():
@@ -317,7 +325,7 @@ class Watch:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if error is None or isinstance(error, self.together):
             self.at(DONE)
-            while not all(host in self.seen and self.seen[host].sign.doing == DONE for host in range(self.hosts)):
+            while not all(host in self.seen and self.seen[host].heartbeat.doing == DONE for host in range(self.hosts)):
                 self.beat.set()
                 time.sleep(0.1)
             self.ended.set()
@@ -331,6 +339,8 @@ class Watch:
         self.ended.set()
         code = code_of(error)
         first = (str(error).strip().splitlines() or [""])[0] or type(error).__name__
+        if isinstance(error, SystemExit) and code > 128:
+            first = f"it was stopped by {signal.Signals(code - 128).name}"
         why = str(error) if isinstance(error, Different) else f"host {self.host} ({self.name}) ended: {first}"
         self._tell(why, code)
         atexit.register(_end_at_exit, self.end, code)
@@ -390,7 +400,7 @@ def watching(
     """A context for a run of the hosts that `jax.distributed` has joined; nothing is done on a single host.
 
     Args:
-      timeout: s without a sign of life, after which a host counts as lost.
+      timeout: s without a heartbeat, after which a host counts as lost.
       together: exceptions that all hosts raise at the same point.
     """
     from jax._src.distributed import global_state  # jax shows its store nowhere else
@@ -430,7 +440,7 @@ class _Below:
 
 
 def _on_sigterm() -> Any:  # noqa: ANN401 - a handler
-    """While nothing needs to be saved, SIGTERM ends this host, and the others are told; returns the handler before."""
+    """While nothing needs saving, SIGTERM ends this host, and the others learn of it; returns the handler before."""
 
     def handle(number: int, frame: FrameType | None) -> NoReturn:
         print("kdjax train: stopped outside of the training steps; the same command continues", file=sys.stderr)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
 from kdjax import sharding
 from kdjax.distill.teachers import RECORDED
@@ -124,13 +125,17 @@ def _of_role(setup: Setup, recorded: Recorded, role: str, whole: Mapping[str, An
     state: TrainState = filled(setup.states[role], arrays, "the state")
     most = bounds(setup.config)
     variables, batch = given(setup, role, whole)
+    total = None if UNLABELLED in batch else 1 + len(batch["image"])  # the whole batch, and each image alone
+    bar = tqdm(total=total, desc=f"replay of the {role}", unit="step", disable=jax.process_index() > 0)
 
     def step(batch: Mapping[str, Any]) -> dict[str, float]:
         """The metrics of the step with a batch on the host."""
         rows = jax.tree.map(lambda value: sharding.split(value, setup.mesh), dict(batch))
         rows[SOUND] = sharding.replicate(np.float32(1), setup.mesh)
         _, metrics = setup.steps[role](setup.layout.put(jax.tree.map(np.array, state)), variables, rows)  # it donates
-        return {name: float(value) for name, value in jax.device_get(metrics).items()}
+        found = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        bar.update()
+        return found
 
     def wrong(metrics: Mapping[str, float]) -> list[str]:
         bad = [name for name, value in metrics.items() if not np.isfinite(value)]
@@ -144,6 +149,7 @@ def _of_role(setup: Setup, recorded: Recorded, role: str, whole: Mapping[str, An
         if not np.array_equal(np.float32(value), np.float32(now.get(name, np.nan)), equal_nan=name in now)
     ]
     images, unlabelled, alone = _images_alone(batch, step, wrong)
+    bar.close()
     weights = _weights(setup, role, recorded.step - 1)
     names = [name for name in now if name not in ("total", "grad_norm", "finite")]
     found = _examined(setup, role, state, variables, batch, names, weights)

@@ -38,7 +38,7 @@ def join(
       bind: "ADDRESS:PORT" at which it listens; "": that of `coordinator` if it is an address and no name, else all
         addresses of host 0.
       hosts, host: how many there are, and the number of this one, from 0.
-      timeout: s without a sign of life, after which a host counts as lost.
+      timeout: s without a heartbeat, after which a host counts as lost.
 
     Raises:
       UserError: a value cannot be used, or something is missing.
@@ -50,8 +50,12 @@ def join(
     if timeout < 5 * cluster.PULSE:
         raise UserError(f"--host-timeout: {timeout:g} must be {5 * cluster.PULSE:g} or more seconds")
     said = coordinator and hosts is not None and host is not None
+    where = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS", "")
+    listens = bind or os.environ.get("JAX_COORDINATOR_BIND_ADDRESS") or _listens_at(where)
     if hosts is not None and host is not None and not 0 <= host < hosts:
         raise UserError(f"--host: {host} must be one of 0 to {hosts - 1}, because there are {hosts} hosts")
+    if host == 0 and (listens or where):
+        _check_port(listens or where, everywhere=not listens)
     # jax would end the process on a SIGTERM of its own counting, and on a lost host after its own timeout
     jax.config.update("jax_enable_preemption_service", False)
     try:
@@ -63,7 +67,7 @@ def join(
             cluster_detection_method="deactivate" if said else None,
             initialization_timeout=JOIN,
             heartbeat_timeout_seconds=int(2 * timeout + 60),
-            coordinator_bind_address=bind or _listens_at(coordinator),
+            coordinator_bind_address=listens,
         )
     except (ValueError, TypeError) as error:
         raise UserError(
@@ -73,6 +77,25 @@ def join(
         first = (str(error).splitlines() or [""])[0]
         raise Alone(f"the hosts have not come together within {JOIN} s: {first}") from None
     _explain_aborts()
+
+
+def _check_port(address: str, *, everywhere: bool) -> None:
+    """Refuses a port that another process uses, where jaxlib would crash.
+
+    Args:
+      address: "HOST:PORT" at which the coordinator will listen.
+      everywhere: at all addresses of this machine, instead of HOST.
+    """
+    name, _, port = address.rpartition(":")
+    name = "" if everywhere else name.strip("[]")
+    try:
+        with socket.create_server((name, int(port)), family=socket.AF_INET6 if ":" in name else socket.AF_INET):
+            pass
+    except OSError as error:
+        why = os.strerror(error.errno or 0)
+        raise UserError(
+            f"--coordinator: the coordinator cannot listen at {address} ({why}): choose another port"
+        ) from None
 
 
 def _devices(environment: Mapping[str, str]) -> list[int] | None:

@@ -1,4 +1,4 @@
-"""A workdir in an object store: a run writes in a folder of this machine, which a thread keeps up in the store.
+"""A workdir in an object store: a run writes in a folder of this machine, which a thread uploads.
 
 The store counts: a run begins with what is there, unless this machine wrote it last and may have more. A checkpoint
 counts as uploaded when `uploaded.json` lists its files; those that it replaces are removed after that.
@@ -66,6 +66,7 @@ class Mirror:
             self.folder.mkdir(parents=True)
             found = {} if not self.system.exists(self.top) else self.system.find(self.top, detail=True)
             sizes = {path.removeprefix(self.top).strip("/"): info["size"] for path, info in found.items()}
+            remote.check_names(self.url, sizes)
             whole = {step for step, listed in self.steps.items() if listed.items() <= sizes.items()}
             self.steps = {step: self.steps[step] for step in whole}
             for name in sizes:
@@ -239,7 +240,7 @@ def _files(folder: Path) -> list[Path]:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         in_a_step = name.startswith(f"{_STEPS}/") and name.count("/") > 1
-        is_whole = _step_of(name) if in_a_step else not path.name.startswith(".")
+        is_whole = _step_of(name) if in_a_step else not any(part.startswith(".") for part in name.split("/"))
         if is_whole and path.is_file():
             found.append(path)
     return found

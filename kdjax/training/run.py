@@ -80,7 +80,7 @@ def main(
     bind: str = "",
     hosts: int | None = None,
     host: int | None = None,
-    host_timeout: float = cluster.TIMEOUT,
+    host_timeout: float | None = None,
 ) -> int:
     """What `kdjax train` runs.
 
@@ -103,13 +103,15 @@ def main(
     if not (workdir or config.data.check):
         raise UserError("--workdir is missing, as in --workdir=runs/quickstart")
     given_flags = [f"--{name}" for name, value in (("coordinator", coordinator), ("bind", bind)) if value]
-    given_flags += [f"--{name}" for name, value in (("hosts", hosts), ("host", host)) if value is not None]
+    numbers = (("hosts", hosts), ("host", host), ("host-timeout", host_timeout))
+    given_flags += [f"--{name}" for name, value in numbers if value is not None]
     if given_flags and not multihost:
         raise UserError(f"{given_flags[0]} has no effect without --multihost: add it")
+    timeout = cluster.TIMEOUT if host_timeout is None else host_timeout
     try:
         if multihost:
-            join(coordinator=coordinator, bind=bind, hosts=hosts, host=host, timeout=host_timeout)
-        with cluster.watching(host_timeout, together=Stopped), interruptible():
+            join(coordinator=coordinator, bind=bind, hosts=hosts, host=host, timeout=timeout)
+        with cluster.watching(timeout, together=Stopped), interruptible():
             run(config, workdir)
     except Alone as error:
         print(f"kdjax train: {error}", file=sys.stderr)
@@ -168,6 +170,7 @@ def _run(config: Config, folder: Path, clock: Clock, after: Callable[[], None] |
     with prefix("config.data"):
         dataset = data.open_dataset(config.data)
     agreement.check(config, dataset, folder)
+    cluster.at("prepares", 0)
     prepare_process(config.compile_cache)
     if not jax.process_index():
         print("\n".join(line for role in dataset.splits for line in data.counted(dataset, role, config.data)))
@@ -182,6 +185,7 @@ def _run(config: Config, folder: Path, clock: Clock, after: Callable[[], None] |
     with contextlib.closing(Checkpoints(folder / "checkpoints", keep=rules, after=after)) as checkpoints:
         start, setup, told = resume(setup, checkpoints)
         loop = Loop(**told)
+        cluster.at("prepares", start)
         clock.open(folder, start)
         if start and not jax.process_index():
             done = "all steps are done: evaluating again" if start == config.steps else f"continuing at step {start}"
@@ -296,7 +300,7 @@ def train(
             saves = last or scored or step % config.checkpoint.every == 0
             # Metrics are read one step late, so that the device has its next step before the host waits. Before
             # anything is written, all of them have been checked.
-            window += updates.checked(0 if logs or saves else 1)
+            window += updates.checked(0 if logs or saves or is_evaluated(step) else 1)
             bar.update()
             if logs:
                 seconds = time.perf_counter() - since

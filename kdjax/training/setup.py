@@ -171,7 +171,7 @@ def _prepare(config: Config, dataset: data.Dataset) -> Setup:
     found = load_teachers(config, dataset, key, student, layout, program)
     if config.data.augment_on == "device" and (asked := [one.setting for one in found if one.on_host]):
         raise UserError(
-            f"config.data.augment_on: the teacher of {asked[0]} looks at the images on the host: must be 'host'"
+            f"config.data.augment_on: the teacher of {asked[0]} reads the images on the host: must be 'host'"
         )
     distiller, variables = together(found)
     adapters = init_adapters(distiller, key, image_size) if distiller else {}
@@ -417,6 +417,12 @@ def resume(setup: Setup, checkpoints: Checkpoints) -> tuple[int, Setup, dict[str
     states, note = checkpoints.restore(setup.states)
     states = setup.layout.put(states)
     step = int(states["student"].step)
+    steps = sharding.from_every_host(step)  # one may have skipped a checkpoint that it could not read
+    if len(set(steps)) > 1:
+        raise UserError(
+            f"workdir: {checkpoints.directory}: the hosts have read checkpoints of the steps "
+            f"{', '.join(map(str, steps))}: start all of them again"
+        )
     if step != note["next_batch"]:
         raise UserError(
             f"workdir: {checkpoints.directory}: the state is at step {step}, but the data at batch "

@@ -132,7 +132,7 @@ def make_step(
       unweighted terms as "method/term", "total", "grad_norm" and "finite" (1 or 0). A step whose total or gradient is
       not finite, or above `most`, changes nothing but the counter. The batch may have the "finite" of the step before
       as `sound`: after a bad step the next ones change nothing either, so that the state before it is still there when
-      the host has looked.
+      the host has checked.
     """
 
     def loss(

@@ -1,8 +1,8 @@
 """The updates of a run, dispatched ahead of their metrics, and what is done about a bad one.
 
-The host looks at the metrics of a step when the next one has been dispatched, so that the device never waits. A step
+The host checks the metrics of a step when the next one has been dispatched, so that the device never waits. A step
 whose loss or gradient is not finite changes nothing, and neither do those after it (`step.SOUND`): when the host has
-looked, the state before the bad step is there, and the step after it is done again.
+checked them, the state before the bad step is there, and the step after it is done again.
 """
 
 import collections
@@ -39,7 +39,7 @@ class BadStep(FloatingPointError):
 
 
 class Dispatched(NamedTuple):
-    """A step whose metrics have not been looked at."""
+    """A step whose metrics have not been checked."""
 
     step: int  # number of the update, from 1
     batch: dict[str, Any]
@@ -101,7 +101,7 @@ class Updates:
         return Dispatched(step, batch, metrics, weights, differ)
 
     def checked(self, ahead: int) -> list[dict[str, float]]:
-        """Waits for steps and looks at their metrics; on bad ones it does what `config.on_bad_step` says.
+        """Waits for steps and checks their metrics; on bad ones it does what `config.on_bad_step` says.
 
         Args:
           ahead: number of newest steps that are left for later.
@@ -240,8 +240,10 @@ def check_finite(step: int, metrics: Mapping[str, Array], most: Mapping[str, flo
             setting = {"total": "loss"}.get(name, name)
             told = f"{roles[0]}/{name} is {values[f'{roles[0]}/{name}']:.4g} at step {step}, above "
             told += f"config.bad_step.{setting}={bound:g}"
+        term = next((name for name in losses if name.count("/") > 1), "")
+        lower = "lower the learning rate or the weight of that term" if term else "lower the learning rate"
         raise BadStep(
-            f"{told}: lower the learning rate or the weight of that term; checkpoints of earlier steps are intact",
+            f"{told}: {lower}, or leave such steps out (config.on_bad_step); checkpoints of earlier steps are intact",
             roles,
             values,
         )

@@ -18,10 +18,10 @@ def soon(monkeypatch):
     monkeypatch.setattr(supervise, "PAUSE", 0.05)
 
 
-def supervised(tmp_path, script, futile=3):
+def supervised(tmp_path, script, max_restarts=3):
     """Runs a script, which counts its runs in the file `runs`; the exit code and the number of runs."""
     script = f"cd {tmp_path}; echo >>runs; n=$(wc -l <runs); {script}"
-    code = supervise.run(words=["bash", "-c", script], workdir=str(tmp_path), futile=futile)
+    code = supervise.run(words=["bash", "-c", script], workdir=str(tmp_path), max_restarts=max_restarts)
     return code, len((tmp_path / "runs").read_text())
 
 
@@ -37,7 +37,7 @@ def test_a_preempted_command_runs_again(tmp_path, end, capfd):
 
 
 def test_restarts_without_a_new_checkpoint_are_bounded(tmp_path, capfd):
-    assert supervised(tmp_path, "exit 75", futile=2) == (75, 3)
+    assert supervised(tmp_path, "exit 75", max_restarts=2) == (75, 3)
     said = capfd.readouterr().err.splitlines()[-1]
     assert said == (
         "kdjax supervise: the command ended with code 75 and made no new checkpoint, 3 times: given up "
@@ -45,10 +45,27 @@ def test_restarts_without_a_new_checkpoint_are_bounded(tmp_path, capfd):
     )
 
 
+def test_a_signal_that_is_ignored_stays_so(tmp_path):
+    """As SIGHUP under nohup; the command ignores it as well."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert supervised(tmp_path, "kill -HUP $PPID $$; exit 3") == (3, 1)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_pauses_begin_with_the_shortest_and_double(tmp_path, monkeypatch):
+    pauses = []
+    monkeypatch.setattr(supervise.Child, "pause", lambda self, seconds: pauses.append(seconds) or True)
+    script = "[ $n -ne 2 ] || mkdir -p checkpoints/10; exit 75"
+    assert supervised(tmp_path, script, max_restarts=2)[0] == 75
+    assert pauses == [one * supervise.PAUSE for one in (1, 1, 1, 2)]
+
+
 def test_a_new_checkpoint_begins_the_count_anew(tmp_path):
-    # Checkpoints in runs 2 and 4; futile are 1, 3, 5 and 6.
+    # Checkpoints in runs 2 and 4; without one are 1, 3, 5 and 6.
     script = "[ $((n % 2)) = 1 ] || [ $n -gt 4 ] || mkdir -p checkpoints/${n}0; exit 75"
-    assert supervised(tmp_path, script, futile=1) == (75, 6)
+    assert supervised(tmp_path, script, max_restarts=1) == (75, 6)
 
 
 def test_the_workdir_is_that_of_the_command(tmp_path):
@@ -66,12 +83,12 @@ def test_what_cannot_be_supervised(capsys):
     assert "--workdir is missing, and the command has none" in capsys.readouterr().err
     assert cli.main(["supervise", "--workdir=x", "--", "no-such-program", "--config=a"]) == 2
     assert "COMMAND: no-such-program cannot be run: No such file or directory" in capsys.readouterr().err
-    with pytest.raises(UserError, match="--futile: -1 must be 0 or more"):
-        supervise.run(words=["true"], workdir="x", futile=-1)
+    with pytest.raises(UserError, match="--max-restarts: -1 must be 0 or more"):
+        supervise.run(words=["true"], workdir="x", max_restarts=-1)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_is_handed_on_and_ends_the_supervision(tmp_path, number):
+def test_a_signal_is_forwarded_and_ends_the_supervision(tmp_path, number):
     """As a scheduler and Ctrl-C send it: the command saves and ends, and is not run again."""
     script = f"trap 'echo saved >{tmp_path}/saved; exit {128 + number}' {number}; echo >>{tmp_path}/runs; "
     script += "while true; do sleep 0.05; done"

@@ -1,4 +1,4 @@
-"""Several hosts: what a host concludes from the others' signs of life, and how it leaves."""
+"""Several hosts: what a host concludes from the others' heartbeats, and how it leaves."""
 
 import json
 import threading
@@ -59,7 +59,7 @@ class Hosts:
                     pass
 
     def step(self, watch):
-        watch.at(READS, watch.sign.step + 1)
+        watch.at(READS, watch.heartbeat.step + 1)
         watch.at(COMPUTES)
 
 
@@ -107,7 +107,7 @@ def test_a_host_that_hangs_in_its_data_is_named_though_it_lives(three):
     three.run(3)
     for watch in three.all:
         said, code = watch.verdict()
-        assert code == RESTART and said.startswith("no host has got on for 9")
+        assert code == RESTART and said.startswith("no host has made progress for 9")
         assert said.endswith(" s: host 1 (b) still reads the batch of step 6")
 
 
@@ -115,14 +115,14 @@ def test_a_collective_that_hangs_on_all_hosts_is_told(three):
     three.run(95)
     said, code = three.all[2].verdict()
     assert code == RESTART
-    assert said.startswith("no host has got on for 9") and said.endswith(" s: each computes step 5")
+    assert said.startswith("no host has made progress for 9") and said.endswith(" s: each computes step 5")
 
 
 def test_slow_steps_and_the_first_ones_do_not_count_as_hanging():
     hosts = Hosts(2)
     for watch in hosts.all:
         watch.at(READS, 1)
-        assert watch.sign.doing == BEGINS  # it loads and tunes programs
+        assert watch.heartbeat.doing == BEGINS  # it loads and tunes programs
     hosts.run(3000)
     assert hosts.all[0].verdict() is None
     for _ in range(3):  # steps of 80 s
@@ -133,7 +133,7 @@ def test_slow_steps_and_the_first_ones_do_not_count_as_hanging():
     hosts.run(320)
     assert hosts.all[0].verdict() is None
     hosts.run(90)
-    assert "no host has got on" in hosts.all[0].verdict()[0]
+    assert "no host has made progress" in hosts.all[0].verdict()[0]
 
 
 def test_an_evaluation_may_take_longer_but_not_forever(three):
@@ -142,7 +142,7 @@ def test_an_evaluation_may_take_longer_but_not_forever(three):
     three.run(3600)
     assert three.all[0].verdict() is None
     three.run(3)
-    assert three.all[0].verdict()[0] == "no host has got on for 3601 s: each evaluates after step 5"
+    assert three.all[0].verdict()[0] == "no host has made progress for 3601 s: each evaluates after step 5"
 
 
 @pytest.mark.parametrize("asked", [[1], [0, 2]])
@@ -226,6 +226,30 @@ def test_an_error_that_a_lost_host_causes_does_not_hide_it(three, monkeypatch, c
     with pytest.raises(type(error)), watch:
         raise error
     assert three.codes[1] == RESTART and f"host {lost}" in capfd.readouterr().err
+
+
+def test_a_host_that_a_scheduler_stops_says_so(three):
+    with pytest.raises(SystemExit), three.all[1]:
+        raise SystemExit(143)
+    assert json.loads(three.store["live/left/1"]) == ["host 1 (b) ended: it was stopped by SIGTERM", 143]
+
+
+def test_hosts_agree_on_the_last_step_though_the_store_fails_once(monkeypatch):
+    store, failures = Store(), [True] * 3
+    whole = store.get
+
+    def get(key, seconds):
+        if key.startswith("passed/") and failures:
+            failures.pop()
+            raise jax.errors.JaxRuntimeError("UNAVAILABLE: failed to connect")
+        return whole(key, seconds)
+
+    monkeypatch.setattr(store, "get", get)
+    watches = [Watch(store, host, 2, name="ab"[host]) for host in range(2)]
+    watches[0].is_last(True, 5)
+    for watch in watches * 2:
+        watch.pulse()
+    assert [watch.is_last(False, 6) for watch in watches] == [True, True] and not failures
 
 
 def test_all_hosts_say_the_same_where_they_differ(three):

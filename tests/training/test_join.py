@@ -1,5 +1,8 @@
 """How the hosts of a run find each other."""
 
+import re
+import socket
+
 import jax
 import pytest
 
@@ -63,3 +66,34 @@ def test_a_process_that_is_alone_on_its_machine_has_all_devices(environment, dev
 )
 def test_where_the_coordinator_listens(coordinator, listens):
     assert join._listens_at(coordinator) == listens
+
+
+def test_a_port_in_use_is_refused_before_jaxlib_crashes():
+    with socket.create_server(("localhost", 0)) as taken:
+        address = f"localhost:{taken.getsockname()[1]}"
+        said = f"--coordinator: the coordinator cannot listen at {address} (Address already in use): choose another"
+        with pytest.raises(UserError, match=re.escape(said)):
+            join.join(coordinator=address, hosts=2, host=0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "environment", "listens"),
+    [
+        (dict(coordinator="127.0.0.1:0"), {}, "127.0.0.1:0"),
+        (dict(coordinator="127.0.0.1:0"), {"JAX_COORDINATOR_BIND_ADDRESS": "127.0.0.2:0"}, "127.0.0.2:0"),
+        (dict(coordinator="127.0.0.1:0", bind="127.0.0.3:0"), {"JAX_COORDINATOR_BIND_ADDRESS": "x"}, "127.0.0.3:0"),
+        ({}, {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:0"}, "127.0.0.1:0"),
+        ({}, {"JAX_COORDINATOR_ADDRESS": "node1:0"}, None),
+    ],
+)
+def test_variables_of_the_environment_count_as_flags(monkeypatch, flags, environment, listens):
+    asked = {}
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **given: asked.update(given))
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    monkeypatch.setattr(join, "_explain_aborts", lambda: None)
+    for name in ("JAX_COORDINATOR_ADDRESS", "JAX_COORDINATOR_BIND_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    join.join(**flags)
+    assert asked["coordinator_bind_address"] == listens

@@ -54,6 +54,16 @@ def begun():
     return one
 
 
+def test_an_object_whose_name_leads_out_of_the_folder_is_refused(store):
+    store.pipe_file("/bucket/run/../../../evil.txt", b"x")
+    with (
+        pytest.raises(UserError, match=r"^workdir: memory://bucket/run: the name of an object leads out of the folder"),
+        mirror.opened(URL),
+    ):
+        pass
+    assert not [*remote.copy_of(URL, "workdirs").parents[2].rglob("evil.txt")]
+
+
 def test_what_a_run_wrote_is_there_on_another_machine(store):
     files = {
         "config.json": "{}",
@@ -62,6 +72,7 @@ def test_what_a_run_wrote_is_there_on_another_machine(store):
         "checkpoints/10/note/.b": "y",
     }
     left_out = {".lock": "", "checkpoints/20.orbax-checkpoint-tmp/a": "z", ".abc.1.tmp": ""}
+    left_out |= {"blackbox/.step-4.17.tmp/state.npz": "half"}
     with mirror.opened(URL) as (folder, one):
         assert folder.is_dir() and not content(folder)
         one.claim()
