@@ -1,5 +1,6 @@
-"""The templates in launch/: parsed, and run with schedulers of a few lines in their place."""
+"""The templates in launch/: parsed, and run with schedulers of a few lines in their place; the Dockerfile."""
 
+import json
 import os
 import re
 import shutil
@@ -13,8 +14,9 @@ import pytest
 import yaml
 
 from kdjax import cli
+from tests.shared import ROOT
 
-LAUNCH = Path(__file__).resolve().parents[1] / "launch"
+LAUNCH = ROOT / "launch"
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))
 RUN = ["--config=quickstart", "--workdir=/shared/a run"]
 
@@ -135,3 +137,25 @@ def test_jobset():
     assert mounted == {volume["name"] for volume in pod["volumes"]}
     label = {"jobset.sigs.k8s.io/jobset-name": name}
     assert policy["kind"] == "NetworkPolicy" and policy["spec"]["podSelector"]["matchLabels"] == label
+
+
+def test_the_dockerfile_is_sound_and_its_files_are_there():
+    file = ROOT / "Dockerfile"
+    lines = file.read_text().splitlines()
+    allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    copied = [word for line in lines if line.startswith("COPY ") for word in line.split()[1:-1]]
+    assert copied and all((ROOT / name).exists() and name.split("/")[0] in allowed for name in copied)
+    [python] = [line.removeprefix("FROM python:").split("-")[0] for line in lines if line.startswith("FROM ")]
+    [constraints] = [name for name in copied if name.startswith("constraints/")]
+    assert constraints == f"constraints/py{python.replace('.', '')}.txt"
+    checker = shutil.which("hadolint") or shutil.which("hadolint", path=Path(sys.executable).parent)
+    if checker is None:
+        pytest.skip("hadolint is missing: make setup installs it")
+    said = subprocess.run([checker, file], capture_output=True, text=True)
+    assert said.returncode == 0, said.stdout + said.stderr
+
+
+def test_the_devcontainer_installs_with_a_target_of_the_makefile():
+    settings = json.loads((ROOT / ".devcontainer" / "devcontainer.json").read_text())
+    make, target = settings["postCreateCommand"].split()
+    assert make == "make" and f"\n{target}: " in (ROOT / "Makefile").read_text()
