@@ -1,5 +1,6 @@
-"""What is read: links lead somewhere, commands are understood, the tutorial and the notebook run."""
+"""What is read: links lead somewhere, commands are understood, the tutorial, the tasks and the notebook run."""
 
+import functools
 import importlib
 import inspect
 import json
@@ -17,8 +18,9 @@ import yaml
 from jax.sharding import Mesh
 
 import kdjax
-from kdjax import cli, sharding
+from kdjax import cli, detectors, sharding, weights
 from kdjax.commands.settings import read
+from kdjax.data import scenes
 from kdjax.export import packages
 from kdjax.training import config as settings
 from tests.shared import ROOT, script
@@ -27,6 +29,12 @@ DOCS = ROOT / "docs"
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md")), ROOT / "benchmarks" / "README.md"]
 PAGES += [ROOT / "assets" / "README.md", ROOT / "tests" / "golden" / "README.md"]
 TUTORIAL = (DOCS / "tutorial.md").read_text()
+# Pages whose commands run one after the other, and what they find; the tutorial makes its images.
+WALKED = {
+    "tutorial.md": {"images", "images/images/val"},
+    "tasks/yolox.md": {"images", "best_ckpt.pth", "images/annotations/instances_train.json"},
+    "tasks/table.md": set(),
+}
 NOTEBOOK = DOCS / "quickstart.ipynb"
 
 
@@ -106,11 +114,12 @@ def documented() -> list[str]:
     """Every line of a block of code that calls kdjax."""
     text = "\n".join(joined(path.read_text()) for path in PAGES)
     lines = re.findall(r"^    (?:\.venv/bin/)?(kdjax .*)$", text, re.MULTILINE)
-    return lines + [line for line in tutorial() if line.startswith("kdjax ")]
+    return lines + [line for page in WALKED for line in commands(page) if line.startswith("kdjax ")]
 
 
-def tutorial() -> list[str]:
-    blocks = re.findall(r"^```sh\n(.*?)^```$", TUTORIAL, re.MULTILINE | re.DOTALL)
+def commands(page: str) -> list[str]:
+    """The commands of a page that are run, each as one line."""
+    blocks = re.findall(r"^```sh\n(.*?)^```$", (DOCS / page).read_text(), re.MULTILINE | re.DOTALL)
     return [line for block in blocks for line in joined(block).splitlines()]
 
 
@@ -142,17 +151,18 @@ def test_a_documented_command_is_understood(line, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:the load_module")
-def test_the_tutorials_commands_are_understood_and_fit_together():
-    """Also without the run below: each config resolves, and what a command reads, one before it has written."""
-    there = {"images", "images/images/val"}
-    for line in tutorial():
+@pytest.mark.parametrize("page", WALKED)
+def test_the_commands_of_a_page_are_understood_and_fit_together(page):
+    """Also without the runs below: each config resolves, and what a command reads, one before it has written."""
+    there = set(WALKED[page])
+    for line in commands(page):
         program, *rest = shlex.split(line)
         assert (program, rest[0]) == ("python", "train.py") or (program in ("kdjax",) and line in documented()), line
         flags = [tuple(flag.removeprefix("--").split("=", 1)) for flag in rest if flag.startswith("--")]
         read = {value for name, value in flags if name in ("model", "against", "data", "config.data.root")}
-        read |= {value for name, value in flags if name == "config.teacher.weights"}
-        read |= {path for path in rest[1:] if not path.startswith("--")}
-        assert read and read <= there, (line, read - there)
+        read |= {value for name, value in flags if name in ("config.teacher.weights", "classes")}
+        read |= {path for path in rest[1:] if not path.startswith("--") and rest[0] != "study"}
+        assert (read or rest[0] == "study") and read <= there, (line, read - there)
         for name, value in flags:
             there |= {value} if name == "out" else {f"{value}/student", f"{value}/twin"} if name == "workdir" else set()
         if program == "python":
@@ -160,54 +170,85 @@ def test_the_tutorials_commands_are_understood_and_fit_together():
             assert config.data.check or any(name == "workdir" for name, _ in flags)
 
 
-# What makes the tutorial short: flags that are added to a command, by its program or command.
+# What makes the pages short: flags that are added to a command, by its program or command, and names in all of them.
 TINY = [
     "--config.steps=4",
     "--config.batch_size=4",
     "--config.data.image_size=(64,64)",
-    "--config.student.detector=rtmdet_pico",
     "--config.optimizer.warmup=1",
     "--config.eval.batch_size=4",
+    "--config.eval.every=0",
     "--config.log_every=2",
     f"--config.compile_cache={ROOT / '.cache' / 'jax'}",
 ]
-SHORT = {"train.py": TINY, "doctor": TINY, "evaluate": ["--limit=6"], "latency": ["--runs=2", "--threads=1"]}
-SHORT["export"] = ["--limit=6", "--max-ap-loss=100"]
+STUDENT = "--config.student.detector="
+SHORT = {"train.py": TINY, "train": TINY, "doctor": TINY, "evaluate": ["--limit=6"]}
+SHORT |= {"export": ["--limit=6", "--max-ap-loss=100"], "latency": ["--runs=2", "--threads=1"]}
+SHORT["study"] = [*TINY, "--seeds=1", "--config.data.scenes_train=8", "--config.data.scenes_val=4"]
+SMALL = {"yolox_s": "yolox_pico", "yolox_nano": "yolox_pico"}
 IMAGES = {'("train", 200)': '("train", 12)', '("val", 100)': '("val", 6)'}
 
 
-@pytest.mark.slow
-def test_the_tutorial_runs(tmp_path):
-    """Every command, one after the other, in a folder with what the checkout has."""
+def walk(page: str, folder: Path) -> dict[str, str]:
+    """Runs the commands of a page, one after the other, in a folder with what the checkout has; what each printed."""
     for name in ("train.py", "configs"):
-        (tmp_path / name).symlink_to(ROOT / name)
+        (folder / name).symlink_to(ROOT / name)
     [makes] = re.findall(r"^```python\n(.*?)^```$", TUTORIAL, re.MULTILINE | re.DOTALL)
     for old, new in IMAGES.items():
         assert makes.count(old) == 1
         makes = makes.replace(old, new)
-    caches = {"KDJAX_CACHE": str(tmp_path / "cache"), "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax")}
+    caches = {"KDJAX_CACHE": str(folder / "cache"), "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax")}
     environment = os.environ | caches | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
 
     def call(*command: str) -> subprocess.CompletedProcess:
-        return subprocess.run([sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        return subprocess.run([sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True)
 
     assert call("-c", makes).returncode == 0
     told = {}
-    for line in tutorial():
-        program, *rest = shlex.split(line)
+    for line in commands(page):
+        program, *rest = shlex.split(functools.reduce(lambda text, name: text.replace(name, SMALL[name]), SMALL, line))
         if packages.missing() and (".onnx" in line):
             continue  # needs kdjax[export]
-        done = call(*(["-m", "kdjax"] if program == "kdjax" else []), *rest, *SHORT.get(rest[0], []))
+        more = SHORT.get(rest[0], [])
+        if more[: len(TINY)] == TINY and STUDENT not in line:
+            more = [*more, f"{STUDENT}rtmdet_pico"]
+        done = call(*(["-m", "kdjax"] if program == "kdjax" else []), *rest, *more)
         # An untrained teacher is a fault, which the doctor names.
         assert done.returncode in ((0, 1) if rest[0] == "doctor" else (0,)), (line, done.stderr[-2000:])
         told[line] = done.stdout
-    assert "12 images" in told[tutorial()[0]]
+    return told
+
+
+@pytest.mark.slow
+def test_the_tutorial_runs(tmp_path):
+    told = walk("tutorial.md", tmp_path)
+    assert "12 images" in next(iter(told.values()))
     assert "faults" in next(text for line, text in told.items() if "doctor" in line)
     assert set(json.loads((tmp_path / "runs" / "mkd" / "results.json").read_text())["gain"]) > {"AP", "AP50"}
     made = ["runs/mkd/report.html", "runs/mkd/student/README.md", "evaluated/report.html", "predicted/detections.json"]
     made += [] if packages.missing() else ["student.onnx", "student_int8.onnx"]
     assert [name for name in made if not (tmp_path / name).is_file()] == []
     assert len(list((tmp_path / "predicted" / "drawn").iterdir())) == 6
+
+
+@pytest.mark.slow
+def test_the_page_of_a_yolox_runs(tmp_path):
+    torch = pytest.importorskip("torch")
+    detector = detectors.build("yolox_pico", len(scenes.CLASSES))
+    state = weights.to_torch(detector, *detector.init(jax.random.key(0)))
+    torch.save({"model": {name: torch.tensor(value) for name, value in state.items()}}, tmp_path / "best_ckpt.pth")
+    walk("tasks/yolox.md", tmp_path)
+    made = ["evaluated_teacher/report.html", "runs/study/methods.png", "runs/student/report.html"]
+    made += [] if packages.missing() else ["student.onnx", "student_int8.onnx"]
+    assert [name for name in made if not (tmp_path / name).is_file()] == []
+
+
+@pytest.mark.slow
+def test_the_page_of_a_table_runs(tmp_path):
+    walk("tasks/table.md", tmp_path)
+    rows = (tmp_path / "runs" / "components.md").read_text()
+    assert all(f"| mkd without {part} |" in rows for part in ("feature", "multiscale", "frequency", "alignment"))
+    assert all(f"| {method} |" in (tmp_path / "runs" / "methods.md").read_text() for method in ("pkd", "cwd", "mgd"))
 
 
 # ------------------------------------------------------------------------------------------------------------ numbers
