@@ -102,6 +102,9 @@ def _parse(where: str, text: str, current: Value) -> Value:
             raise UserError(f"{where}: it must be True or False, not {text!r}")
         return text.lower() == "true"
     value = _literal(text)
+    if settings.of_texts(current):
+        given = value if isinstance(value, tuple | list) else text.split(",")
+        return tuple(str(entry).strip() for entry in given if str(entry).strip())
     if isinstance(current, float) and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if isinstance(current, tuple) and not isinstance(value, tuple):

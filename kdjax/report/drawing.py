@@ -299,6 +299,31 @@ def contact_sheet(
     return _grid(drawn, columns)
 
 
+def detection_sheet(
+    examples: Sequence[Example], class_names: Sequence[str], columns: int, *, threshold: float = 0.3
+) -> np.ndarray:
+    """Puts images with the detections of one model on one sheet, row by row.
+
+    Args:
+      examples: each with the detections of the same model alone; at least one.
+      class_names: K names.
+      columns: images per row.
+      threshold: minimum score of a detection that is drawn.
+
+    Returns:
+      u8[H, W, 3], RGB: correct, false and missed boxes as in `panels`; smaller images are centred in their cell.
+
+    Example:
+      >>> box, label = np.array([[8.0, 8, 30, 30]]), np.array([0])
+      >>> found = {"student": Detections(box, np.array([0.9]), label)}
+      >>> example = Example(np.zeros((40, 40, 3), np.uint8), box, label, found)
+      >>> detection_sheet([example] * 3, ["cell"], 2).shape
+      (648, 648, 3)
+    """
+    drawn = [panels(example, class_names, threshold=threshold)[1].image for example in examples]
+    return _grid(drawn, columns)
+
+
 def _grid(drawn: list[np.ndarray], columns: int, gap: int = 8) -> np.ndarray:
     columns = min(columns, len(drawn))
     rows = -(-len(drawn) // columns)

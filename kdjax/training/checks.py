@@ -15,7 +15,7 @@ from kdjax import data, detectors, files, methods, resources, sharding
 from kdjax.distill import pairing
 from kdjax.errors import UserError, prefix
 from kdjax.inference import layouts
-from kdjax.training import auto_weight, optim, replay
+from kdjax.training import auto_weight, optim, replay, trackers
 from kdjax.training import config as settings
 from kdjax.training.config import Config
 from kdjax.training.models import all_methods, build_methods, check_masks, check_size, named_detector
@@ -26,6 +26,7 @@ from kdjax.training.teachers import members, of_file, teacher_configs, unlabelle
 # What a run writes into its workdir.
 _MODEL = ("model.safetensors", "config.json", "README.md")
 _FILES = ("config.json", "metrics.jsonl", "per_class.json", "results.json", "report.html", "time.json", ".lock",
+          trackers.STATE,
           *(f"{role}/{name}" for role in ("student", "twin") for name in _MODEL),
           *(f"detections/{role}.json" for role in ("student", "twin", "teacher")))  # fmt: skip
 _FOLDERS = ("tensorboard", "checkpoints", "student", "twin", "detections", "blackbox")
@@ -58,6 +59,7 @@ def check_settings(config: Config) -> None:
             term, weight = next(iter(bad.items()))
             raise UserError(f"{where_of(name)}: the weight of its term {term} is {weight}: it must be finite and >= 0")
     replay.check(config)
+    trackers.check(config)
     if config.pairing not in pairing.RULES:
         raise UserError(f"config.pairing must be one of {', '.join(pairing.RULES)}, not {config.pairing!r}")
     devices = sharding.make_mesh().size

@@ -145,6 +145,14 @@ def base() -> Config:
     # A finished run goes on if `steps` is larger than before and its learning rates so far are those of the longer run.
     config.extend = False
     config.log_every = 20  # steps between lines in metrics.jsonl
+    config.log = ConfigDict(
+        dict(
+            # where metrics go, of jsonl, tensorboard, wandb and mlflow (docs/loggers.md); metrics.jsonl is written
+            # also where it is not named
+            to=("jsonl", "tensorboard"),
+            project="kdjax",  # project of Weights & Biases, experiment of MLflow
+        )
+    )
     config.checkpoint = ConfigDict(
         dict(
             every=500,  # steps; also saved at the end and on SIGTERM
@@ -243,7 +251,11 @@ def check_values(config: Config) -> None:
     for name in config.teachers:
         defaults |= {f"teachers.{name}.{key}": value for key, value in flat(teacher().to_dict()).items()}
     for name, default in defaults.items():
-        if type(default) in KINDS and not has_type(values[name], type(default)):
+        if of_texts(default):
+            value = values[name]
+            if not isinstance(value, tuple | list) or not all(isinstance(entry, str) for entry in value):
+                raise UserError(f"config.{name} must be a tuple of texts, not {value!r}")
+        elif type(default) in KINDS and not has_type(values[name], type(default)):
             raise UserError(f"config.{name} must be {KINDS[type(default)]}, not {values[name]!r}")
     for name, (low, high) in _RANGES.items():
         value = values.get(name)
@@ -262,6 +274,11 @@ def has_type(value: object, kind: type) -> bool:
     if kind is tuple:
         return isinstance(value, tuple | list) and all(has_type(entry, float) for entry in value)
     return type(value) is kind
+
+
+def of_texts(default: object) -> bool:
+    """Whether the default of a setting is a tuple of texts."""
+    return isinstance(default, tuple) and bool(default) and all(isinstance(entry, str) for entry in default)
 
 
 def methods(names: str) -> Config:
@@ -350,8 +367,8 @@ def flat(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 # Settings that may differ between a run and its resumption, because they do not change the result; or because they
 # decide how a run goes on that stopped at a bad step.
-_FREE = ("extend", "log_every", "checkpoint", "compile_cache", "data.workers", "data.keep", "data.cache", "data.root",
-         "data.unlabelled", "eval", "sharding", "teacher.cache", "on_bad_step", "bad_step",
+_FREE = ("extend", "log", "log_every", "checkpoint", "compile_cache", "data.workers", "data.keep", "data.cache",
+         "data.root", "data.unlabelled", "eval", "sharding", "teacher.cache", "on_bad_step", "bad_step",
          "recheck_every")  # fmt: skip
 
 

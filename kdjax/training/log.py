@@ -8,12 +8,13 @@ import socket
 import sys
 import time
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
+import numpy as np
 from tensorboardX.proto import event_pb2
 from tensorboardX.record_writer import RecordWriter
 from tensorboardX.summary import scalar
@@ -22,23 +23,36 @@ from tqdm import tqdm
 from kdjax import files, sharding
 from kdjax.errors import fault
 
+if TYPE_CHECKING:
+    from kdjax.training.trackers import Trackers
+
 _PROTO: Any = event_pb2  # its classes are made when it is imported
 
 
 class Log:
-    """Writes metrics.jsonl (one object per line, appended) and TensorBoard files; only on the first host.
+    """Writes metrics.jsonl (one object per line, appended) and TensorBoard files, and tells trackers.
 
-    Each line has its number and a checksum, so that damaged and missing ones are noticed. If a TensorBoard file cannot
+    All of it on the first host only. Each line has its number and a checksum, so that damaged and missing ones are noticed. If a TensorBoard file cannot
     be written, one warning says so, and the run goes on without it.
     """
 
-    def __init__(self, workdir: Path, step: int, lines: int = 0) -> None:
+    def __init__(
+        self,
+        workdir: Path,
+        step: int,
+        lines: int = 0,
+        *,
+        board: bool = True,
+        trackers: "Trackers | None" = None,
+    ) -> None:
         """Opens the files.
 
         Args:
           workdir: the folder of the run.
           step: of the last update before this process; 0 for a new run.
           lines: how many were written until then, as far as the checkpoint of that step knows.
+          board: whether TensorBoard files are written.
+          trackers: get the lines too, and images and the model.
         """
         self.is_first_host = jax.process_index() == 0
         self.path = workdir / "metrics.jsonl"
@@ -46,10 +60,12 @@ class Log:
         self.damaged = 0  # lines that `rows` skipped
         self.missing = 0  # and that were not there
         self.board: RecordWriter | None = None
+        self.trackers = trackers
         if self.is_first_host:
             self._cut()
             numbers = [number for _, number in _numbered(self.path) if number]
             self.lines = max(lines, len(_lines(self.path)), *numbers)
+        if self.is_first_host and board:
             with self._board_may_fail():
                 (workdir / "tensorboard").mkdir(exist_ok=True)
                 # Not `SummaryWriter`: its thread dies of a full disk, and then the run waits for it without end.
@@ -119,6 +135,29 @@ class Log:
                     summary = scalar(name if kind == "train" else f"eval/{name}", value)
                     self._event(step=step, summary=summary)
                 self.board.flush()
+        if self.trackers:
+            del row[_NUMBER]
+            self.trackers.line(self.lines, row)
+
+    def image(self, step: int, draw: Callable[[], np.ndarray | None]) -> None:
+        """Sends a sheet of detections to the trackers, if there are any.
+
+        Args:
+          step: number of updates so far; the last line has the metrics of these detections.
+          draw: returns u8[H, W, 3] RGB, or None; called only where it is needed.
+        """
+        if self.trackers and (sheet := draw()) is not None:
+            self.trackers.image(self.lines, step, sheet)
+
+    def model(self, folder: Path, metrics: Mapping[str, float]) -> None:
+        """Sends the final student to the trackers, if there are any.
+
+        Args:
+          folder: of its weights, config.json and model card.
+          metrics: of it, by name.
+        """
+        if self.trackers:
+            self.trackers.model(folder, metrics)
 
     def has(self, step: int, kind: str) -> bool:
         """Whether a line of a kind was written for a step; asked of the first host, all hosts call this function."""
@@ -144,6 +183,12 @@ def read(path: Path) -> tuple[list[dict[str, Any]], int]:
     """The lines of a metrics.jsonl that are sound, and the number of those that are not; none if there is no file."""
     rows = [row for row, _ in _numbered(path)]
     return [row for row in rows if row is not None], sum(row is None for row in rows)
+
+
+def numbered(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """The sound lines of a metrics.jsonl with their numbers, from 1, in order; those of older versions count."""
+    found = enumerate(_numbered(path), start=1)
+    return [(number or place, row) for place, (row, number) in found if row is not None]
 
 
 def _lines(path: Path) -> list[bytes]:

@@ -31,6 +31,7 @@ from kdjax.training.teachers import gives_boxes, members, sitting_out, unlabelle
 from kdjax.weights.checkpoint import fingerprint
 
 EXAMPLES = 8  # images in the report
+COLUMNS = 4  # of the sheet of detections for trackers
 
 
 class Evaluation(NamedTuple):
@@ -181,6 +182,8 @@ def finish(setup: Setup, workdir: Path, log: Log, clock: Clock | None = None) ->
             log.write(config.steps, "eval", {f"{role}/{k}": v for k, v in evaluations[role].metrics.items()})
         if not jax.process_index():
             with files.attempt(failed):
+                if role == "student":
+                    log.image(config.steps, lambda: sheet(setup, evaluations["student"].examples))
                 (workdir / "detections").mkdir(exist_ok=True)
                 path = workdir / "detections" / f"{role.replace('/', '_')}.json"
                 files.write_json(path, coco.results(evaluations[role].detections), indent=1)
@@ -210,6 +213,8 @@ def finish(setup: Setup, workdir: Path, log: Log, clock: Clock | None = None) ->
     for role in setup.states:
         with files.attempt(failed):
             save_model(setup, role, finals[role], workdir / role, results, evaluations[role].metrics)
+            if role == "student":
+                log.model(workdir / role, evaluations[role].metrics)
     per_class = {role: evaluation.per_class for role, evaluation in evaluations.items()}
     with files.attempt(failed):
         files.write_json(workdir / "per_class.json", per_class, indent=1)
@@ -220,6 +225,11 @@ def finish(setup: Setup, workdir: Path, log: Log, clock: Clock | None = None) ->
     files.finish(failed)
     check_programs(setup)
     return results
+
+
+def sheet(setup: Setup, examples: Sequence[drawing.Example]) -> np.ndarray | None:
+    """u8[H, W, 3] RGB: validation images with what one model detects in them; None without images."""
+    return drawing.detection_sheet(examples, setup.dataset.classes, COLUMNS) if examples else None
 
 
 def save_model(

@@ -33,6 +33,7 @@ from kdjax.training import (
     outputs,
     provenance,
     replay,
+    trackers,
 )
 from kdjax.training.ahead import Ahead
 from kdjax.training.checkpoint import Checkpoints, Keep
@@ -190,19 +191,21 @@ def _run(config: Config, folder: Path, clock: Clock, after: Callable[[], None] |
         if start and not jax.process_index():
             done = "all steps are done: evaluating again" if start == config.steps else f"continuing at step {start}"
             print(f"{folder}: {done}")
-        stored = replay.ready(setup) if start < config.steps else {}
-        if start < config.steps:
-            batch = checks.first_batch_with_objects(setup)
-            with clock.during("compile"):
-                compiling.compile_all(compiling.of_training(setup, batch, check=start == 0, stored=stored))
-            if start == 0:
-                checks.check_terms(setup, batch)
-        provenance.write_config(config, folder, dataset.fingerprint)
-        with Log(folder, start, (checkpoints.note() or {}).get("lines", 0)) as log:
-            updates = Updates(setup, checkpoints, folder, loop.dropped)
-            states = train(setup, start, updates, log, stored, loop, clock)
-            clock.switch("evaluate")
-            results = outputs.finish(setup._replace(states=states), folder, log, clock)
+        with trackers.opened(config, folder, stops=(Stopped, KeyboardInterrupt)) as tracked:
+            stored = replay.ready(setup) if start < config.steps else {}
+            if start < config.steps:
+                batch = checks.first_batch_with_objects(setup)
+                with clock.during("compile"):
+                    compiling.compile_all(compiling.of_training(setup, batch, check=start == 0, stored=stored))
+                if start == 0:
+                    checks.check_terms(setup, batch)
+            provenance.write_config(config, folder, dataset.fingerprint)
+            lines, board = (checkpoints.note() or {}).get("lines", 0), "tensorboard" in config.log.to
+            with Log(folder, start, lines, board=board, trackers=tracked) as log:
+                updates = Updates(setup, checkpoints, folder, loop.dropped)
+                states = train(setup, start, updates, log, stored, loop, clock)
+                clock.switch("evaluate")
+                results = outputs.finish(setup._replace(states=states), folder, log, clock)
         with clock.during("save"):
             checkpoints.wait()
     if not jax.process_index():
@@ -266,6 +269,7 @@ def train(
         # One line for all roles: `log.has` must not find a part of them after a kill.
         values = {f"{role}/{name}": value for role, one in measured.items() for name, value in one.metrics.items()}
         log.write(step, "eval", values)
+        log.image(step, lambda: outputs.sheet(setup, measured["student"].examples))
         if config.checkpoint.keep_best and measured["student"].metrics["AP"] >= 0:
             checkpoints.score(step, measured["student"].metrics["AP"])
 
