@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import importlib
 import os
 import re
 import signal
@@ -9,6 +10,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 
 class UserError(ValueError):
@@ -33,6 +35,28 @@ def prefix(where: str) -> Iterator[None]:
     except UserError as error:
         error.args = (f"{where}: {error}",)
         raise
+
+
+def imported(package: str, where: str, install: str) -> Any:  # noqa: ANN401 - a module, whose types are not known here
+    """An optional package.
+
+    Args:
+      package: its name in Python.
+      where: what needs it, for the message.
+      install: what pip is given to install it.
+
+    Raises:
+      UserError: it cannot be imported.
+
+    Example:
+      >>> imported("wandb0", "x", "kdjax[wandb]")
+      Traceback (most recent call last):
+      kdjax.errors.UserError: x: wandb0 cannot be imported (No module named 'wandb0'): pip install 'kdjax[wandb]'
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise UserError(f"{where}: {package} cannot be imported ({error}): pip install '{install}'") from None
 
 
 NAME = 40  # characters of the name of a class in a table or list

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kdjax.errors import UserError, imported
+
 Array = jax.Array
 AnyArray = jax.Array | np.ndarray  # what pure functions take; they return an `Array`
 PyTree = Any  # nested dicts, lists, tuples and dataclasses of arrays
@@ -225,6 +227,62 @@ class Detections:
         arrays = {name: getattr(self, name)[rows] for name in ("boxes", "scores", "labels")}
         kept = None if self.masks is None else tuple(self.masks[i] for i in np.arange(len(self))[rows])
         return dataclasses.replace(self, **arrays, masks=kept)
+
+    def to_supervision(self) -> Any:  # noqa: ANN401 - of an optional package
+        """The same as `supervision.Detections`: `xyxy`, `confidence`, `class_id`, and `mask` bool[n, h, w].
+
+        `data["class_name"]` has the names of the classes, if they are known.
+
+        Raises:
+          UserError: supervision is not installed.
+        """
+        supervision = imported("supervision", "Detections.to_supervision", "kdjax[supervision]")
+        names = {"class_name": np.array(self._names())} if self.class_names else {}
+        masks = None if not self.masks else np.stack([_decoded(mask) for mask in self.masks])
+        return supervision.Detections(
+            xyxy=np.asarray(self.boxes, np.float32).reshape(-1, 4),
+            confidence=np.asarray(self.scores, np.float32),
+            class_id=np.asarray(self.labels, int),
+            mask=masks,
+            data=names,
+        )
+
+    def to_fiftyone(self, width: int, height: int) -> Any:  # noqa: ANN401 - of an optional package
+        """The same as `fiftyone.Detections`: boxes x y w h as shares of the image's sides, and masks of the boxes.
+
+        Args:
+          width, height: of the original image in pixels.
+
+        Raises:
+          UserError: fiftyone is not installed, or a size is not positive.
+
+        Reference: `detections.json` of `kdjax predict` needs no package: FiftyOne reads COCO results.
+        """
+        if min(width, height) < 1:
+            raise UserError(f"Detections.to_fiftyone: the image must have a positive size, not {width}x{height}")
+        fiftyone = imported("fiftyone", "Detections.to_fiftyone", "fiftyone")
+        rows, sides = [], np.array([width, height] * 2, np.float64)
+        for i, (box, score, name) in enumerate(zip(self.boxes, self.scores, self._names(), strict=True)):
+            corner = np.asarray(box[:2], np.float64)
+            place = np.concatenate([corner, box[2:] - corner]) / sides
+            inside = {}
+            if self.masks is not None:  # of the pixels that the box touches
+                (left, top), (right, bottom) = np.floor(box[:2]).astype(int), np.ceil(box[2:]).astype(int)
+                inside = {"mask": _decoded(self.masks[i])[top : max(bottom, top + 1), left : max(right, left + 1)]}
+            rows.append(fiftyone.Detection(label=name, bounding_box=place.tolist(), confidence=float(score), **inside))
+        return fiftyone.Detections(detections=rows)
+
+    def _names(self) -> list[str]:
+        """The name of each detection's class; "class 3" where it is not known."""
+        known = self.class_names
+        return [known[k] if k < len(known) else f"class {k}" for k in self.labels.tolist()]
+
+
+def _decoded(mask: Mapping[str, Any]) -> np.ndarray:
+    """bool[height, width] of a mask of `Detections`."""
+    from faster_coco_eval.core import mask as rle
+
+    return np.asarray(rle.decode(dict(mask)), bool)
 
 
 @jax.tree_util.register_dataclass

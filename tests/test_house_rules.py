@@ -20,7 +20,7 @@ ALLOWED = {
     "errors": set(),
     "plugins": set(),
     "shapes": {"errors"},
-    "structs": set(),
+    "structs": {"errors"},
     "nn": {"errors", "shapes", "structs"},
     "boxes": {"errors", "shapes", "structs", "nn"},
     "losses": {"errors", "shapes", "structs", "nn", "boxes"},

@@ -32,8 +32,8 @@ _PROTO: Any = event_pb2  # its classes are made when it is imported
 class Log:
     """Writes metrics.jsonl (one object per line, appended) and TensorBoard files, and tells trackers.
 
-    All of it on the first host only. Each line has its number and a checksum, so that damaged and missing ones are noticed. If a TensorBoard file cannot
-    be written, one warning says so, and the run goes on without it.
+    All of it on the first host only. Each line has its number and a checksum, so that damaged and missing ones are
+    noticed. If a TensorBoard file cannot be written, one warning says so, and the run goes on without it.
     """
 
     def __init__(

@@ -7,7 +7,6 @@ it lacks. What fails there never ends the training.
 
 import contextlib
 import difflib
-import importlib
 import json
 import os
 import re
@@ -22,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from kdjax import files
-from kdjax.errors import UserError, fault
+from kdjax.errors import UserError, fault, imported
 from kdjax.training import log
 from kdjax.training.config import Config, flat
 
@@ -71,12 +70,7 @@ def check(config: Config) -> None:
     for name in _chosen(config):
         if not config.log.project:
             raise UserError(f"config.log.project: it is empty: {name} needs a name")
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
-            raise UserError(
-                f"config.log.to: {name} cannot be imported ({error}): pip install 'kdjax[{name}]', or leave it out"
-            ) from None
+        imported(name, "config.log.to", f"kdjax[{name}]")
 
 
 def _chosen(config: Config) -> list[str]:

@@ -259,7 +259,7 @@ def test_loggers_are_checked_before_anything(monkeypatch):
     monkeypatch.setitem(sys.modules, "mlflow", Mlflow().module)
     unnamed = chosen("mlflow")
     unnamed.log.project = ""
-    with pytest.raises(UserError, match="config.log.project: it is empty: mlflow needs a name"):
+    with pytest.raises(UserError, match=r"config.log.project: it is empty: mlflow needs a name"):
         checks.check_settings(unnamed)
     wrong = chosen()
     with wrong.unlocked():
