@@ -19,7 +19,7 @@ from typing import NoReturn
 from kdjax.errors import UserError, fault, interruptible, printable
 
 DESCRIPTION = "Distil object detectors: `kdjax COMMAND --help` has the options of a command."
-MODEL = "a run's workdir, student/ or checkpoints/STEP, a folder of import-weights, or quickstart_teacher"
+MODEL = "a run's workdir, student/ or checkpoints/STEP, a folder of import-weights, an address, or quickstart_teacher"
 CONFIG = "name of a config that comes with kdjax (quickstart, distill/dense, ...) or a file"
 # The commands that look at one run: their function gets the config.
 RUNS = {
@@ -452,5 +452,15 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, list[str]]]:
     one.add_argument(
         "--network", choices=("student", "teacher"), default="student", help="which network of an mmrazor checkpoint"
     )
+
+    one = add(
+        "push",
+        "Upload a model with its card to the Hugging Face Hub (needs kdjax[hub]); hf://OWNER/NAME loads it.",
+        "kdjax push runs/a/student OWNER/NAME --license=apache-2.0",
+    )
+    one.add_argument("model", metavar="MODEL_DIR", help="a run's workdir or student/, or a folder of import-weights")
+    one.add_argument("repository", metavar="OWNER/NAME", help="on the Hub; it is made if it does not exist")
+    one.add_argument("--license", default="", metavar="ID", help="written into the card, as in apache-2.0")
+    one.add_argument("--private", action="store_true", help="a repository that is made is private")
     flags = {name: re.findall(r"(?<![\w-])--?[a-z][\w-]*", made.format_usage()) for name, made in made_commands.items()}
     return parser, {name: [*found, "--help"] for name, found in flags.items()}

@@ -1,4 +1,4 @@
-"""Folders in object stores (gs://, s3:// and whatever else fsspec knows): their addresses, and copies of them here.
+"""Folders in object stores (gs://, s3://, hf:// and whatever else fsspec knows): addresses, and copies of them here.
 
 A file is downloaded once: what fsspec says of it (size, ETag or time) is kept beside the copy, and compared each time.
 """
@@ -20,8 +20,19 @@ from tqdm import tqdm
 from kdjax import files
 from kdjax.errors import UserError
 
-_EXTRA = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3"}  # extras of kdjax, by protocol
-_STAMPS = ("ETag", "etag", "md5Hash", "generation", "mtime", "LastModified", "last_modified", "updated", "created")
+_EXTRA = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3", "hf": "hub"}  # extras of kdjax, by protocol
+_STAMPS = (
+    "ETag",
+    "etag",
+    "md5Hash",
+    "generation",
+    "mtime",
+    "LastModified",
+    "last_modified",
+    "updated",
+    "created",
+    "blob_id",
+)
 _TOGETHER = 64  # files of one request to fsspec, which asks for them side by side
 _LIST = "files.json"
 _OF_DISKS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENAMETOOLONG}
@@ -125,6 +136,7 @@ def check_names(url: str, names: Iterable[str]) -> None:
 
 def _update(url: str, copy: Path) -> None:
     system, top = opened(url)
+    system.invalidate_cache()
     found = system.find(top, detail=True)
     if not found:
         raise UserError(f"{url}: there is nothing at this address: check it, and your rights")

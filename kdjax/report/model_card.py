@@ -1,10 +1,11 @@
 """The model card: README.md of the folder of an exported model."""
 
 import html
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import yaml
 
 from kdjax import methods as zoo
 from kdjax.data import Dataset
@@ -12,6 +13,8 @@ from kdjax.evals import coco
 from kdjax.report.run import verdict
 from kdjax.resources import Config
 
+TASK = "object-detection"  # as the Hub names it
+_INDEXED = ("AP", "AP50", "AP75", "mask_AP")  # metrics in the header
 _USE = """\
     kdjax predict IMAGES --model={role} --out=predicted
 
@@ -56,7 +59,7 @@ def card(
     methods = " + ".join(used) or "no teacher"
     return "\n".join(
         [
-            _header(name, dataset.name, results[role]["AP"], distilled=bool(teachers)),
+            _header(name, dataset, results[role], distilled=bool(teachers)),
             f"# {_plain(name)} on {_plain(dataset.name)}, {_plain(methods)}\n",
             _introduction(role, results) + "\n",
             "## Use\n",
@@ -74,15 +77,74 @@ def card(
     )
 
 
-def _header(name: str, data: str, ap: float, *, distilled: bool) -> str:
-    tags = ["object-detection", "jax", name] + ["knowledge-distillation"] * distilled
-    lines = ["---", "library_name: kdjax", "pipeline_tag: object-detection", f"tags: {json.dumps(tags)}"]
-    if ap >= 0:
-        metrics = [{"type": "map", "name": "AP", "value": round(ap, 4)}]
-        task, on = {"type": "object-detection"}, {"name": data, "type": data}
-        index = [{"name": name, "results": [{"task": task, "dataset": on, "metrics": metrics}]}]
-        lines.append(f"model-index: {json.dumps(index)}")
-    return "\n".join([*lines, "---", ""])
+def short(name: str, classes: Sequence[str], image_size: tuple[int, int]) -> str:
+    """The card of a model of which only its detector is known, such as converted weights.
+
+    Args:
+      name: of the detector.
+      classes: names of the K classes.
+      image_size: height and width of the network input in pixels.
+    """
+    height, width = image_size
+    return "\n".join(
+        [
+            _written({"library_name": "kdjax", "pipeline_tag": TASK, "tags": [TASK, "jax", name]}),
+            f"# {_plain(name)}\n",
+            "## Use\n",
+            _USE.format(role="model"),
+            _list({"input": f"{height}x{width} pixels", "classes": _plain(", ".join(classes))}),
+        ]
+    )
+
+
+def parted(text: str) -> tuple[dict[str, Any], str]:
+    """The header of a card and the rest; ({}, text) if it has none, or one that is not a mapping in YAML."""
+    found = re.match(r"---\r?\n(.*?\r?\n)---\r?\n", text, re.DOTALL)
+    try:
+        values = yaml.safe_load(found[1]) if found else None
+    except yaml.YAMLError:
+        values = None
+    return (values, text[found.end() :]) if found and isinstance(values, dict) else ({}, text)
+
+
+def completed(text: str, license: str = "") -> str:
+    """A card with the header that the Hub needs to know what it is of; what it has already stays.
+
+    Args:
+      text: of the card, with or without a header.
+      license: is written into the header, as the Hub names it; "": the card's own, if any.
+    """
+    before, body = parted(text)
+    now = {"library_name": "kdjax", "pipeline_tag": TASK} | before | ({"license": license} if license else {})
+    return text if now == before else _written(now) + body
+
+
+def _header(name: str, dataset: Dataset, metrics: Mapping[str, Any], *, distilled: bool) -> str:
+    """What the Hub reads: kind of model, tags, data of which the name is public, and AP on the validation split."""
+    header: dict[str, Any] = {"library_name": "kdjax", "pipeline_tag": TASK}
+    header["tags"] = [TASK, "jax", name] + ["knowledge-distillation"] * distilled
+    if dataset.source == "tfds":
+        header["datasets"] = [_slug(dataset.name)]
+    measured = [
+        {"type": "map", "name": metric.replace("_", " "), "value": round(metrics[metric], 4)}
+        for metric in _INDEXED
+        if metrics.get(metric, -1) >= 0
+    ]
+    if measured:
+        on = {"name": dataset.name, "type": _slug(dataset.name), "split": dataset.splits["val"].name}
+        header["model-index"] = [
+            {"name": name, "results": [{"task": {"type": TASK}, "dataset": on, "metrics": measured}]}
+        ]
+    return _written(header)
+
+
+def _written(header: Mapping[str, Any]) -> str:
+    return f"---\n{yaml.safe_dump(dict(header), sort_keys=False, allow_unicode=True)}---\n"
+
+
+def _slug(name: str) -> str:
+    """A name of a data set as the Hub allows it: letters, digits and some signs."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-.") or "data"
 
 
 def _introduction(role: str, results: Mapping[str, Any]) -> str:
