@@ -248,15 +248,15 @@ class Detections:
         )
 
     def to_fiftyone(self, width: int, height: int) -> Any:  # noqa: ANN401 - of an optional package
-        """The same as `fiftyone.Detections`: boxes x y w h as shares of the image's sides, and masks of the boxes.
+        """The same as `fiftyone.Detections`: boxes x y w h as shares of the image's sides, and masks cut to the boxes.
 
         Args:
           width, height: of the original image in pixels.
 
+        Peers: what FiftyOne itself makes of COCO results (`kdjax.evals.coco.to_coco`), which need no package to write.
+
         Raises:
           UserError: fiftyone is not installed, or a size is not positive.
-
-        Reference: `detections.json` of `kdjax predict` needs no package: FiftyOne reads COCO results.
         """
         if min(width, height) < 1:
             raise UserError(f"Detections.to_fiftyone: the image must have a positive size, not {width}x{height}")
@@ -266,8 +266,8 @@ class Detections:
             corner = np.asarray(box[:2], np.float64)
             place = np.concatenate([corner, box[2:] - corner]) / sides
             inside = {}
-            if self.masks is not None:  # of the pixels that the box touches
-                (left, top), (right, bottom) = np.floor(box[:2]).astype(int), np.ceil(box[2:]).astype(int)
+            if self.masks is not None:  # of the box, its edges rounded to pixels, as FiftyOne cuts those of COCO
+                left, top, right, bottom = np.round(box).astype(int).tolist()
                 inside = {"mask": _decoded(self.masks[i])[top : max(bottom, top + 1), left : max(right, left + 1)]}
             rows.append(fiftyone.Detection(label=name, bounding_box=place.tolist(), confidence=float(score), **inside))
         return fiftyone.Detections(detections=rows)

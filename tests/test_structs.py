@@ -9,6 +9,7 @@ import pytest
 from faster_coco_eval.core import mask as rle
 
 from kdjax.errors import UserError
+from kdjax.evals import coco
 from kdjax.structs import Detections
 
 MASKS = np.zeros((2, 20, 40), bool)
@@ -74,11 +75,19 @@ def test_to_fiftyone(package):
     assert (first.label, second.label) == ("dog", "cat")
     assert first.bounding_box == [0.1, 0.25, 0.2, 0.25] and (first.confidence, second.confidence) == (0.75, 0.5)
     assert first.mask.shape == (5, 8) and first.mask.all()
-    assert second.mask.tolist() == [[False, False, False], [False, True, False]]  # x 6 .. 8, y 2 .. 3
+    assert second.mask.tolist() == [[False, False], [False, True]]  # x 6 and 7, y 2 and 3
     without = Detections(FOUND.boxes, FOUND.scores, FOUND.labels + 1, ("cat", "dog")).to_fiftyone(40, 20)
     assert [one.label for one in without.detections] == ["class 2", "dog"]
     assert package is not None or not hasattr(without.detections[0], "mask")
     assert NONE.to_fiftyone(40, 20).detections == []
+    if package is not None:  # it makes the same of the COCO results that `kdjax predict` writes
+        rows = coco.to_coco(FOUND, 1)
+        read = importlib.import_module("fiftyone.utils.coco").COCOObject.from_anno_dict
+        for row, same in zip(rows, made.detections, strict=True):
+            one = read(row).to_detection((40, 20), {3: "cat", 9: "dog"}, load_segmentation=True)
+            assert (one.label, one.confidence) == (same.label, same.confidence)
+            assert one.bounding_box == same.bounding_box
+            np.testing.assert_array_equal(one.mask, same.mask)
     with pytest.raises(UserError, match="must have a positive size, not 0x20"):
         FOUND.to_fiftyone(0, 20)
 
