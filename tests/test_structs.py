@@ -93,7 +93,7 @@ def test_to_fiftyone(package):
 
 
 @pytest.mark.user_input(
-    "Settings", "`to_supervision` or `to_fiftyone` without the package", "refused: how to install it"
+    "Config and flags", "`to_supervision` or `to_fiftyone` without the package", "refused: how to install it"
 )
 def test_a_package_that_is_missing_is_named(monkeypatch):
     for name in ("supervision", "fiftyone"):

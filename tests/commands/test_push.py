@@ -66,6 +66,8 @@ def test_a_second_push_replaces_the_files_and_is_loaded(hub, made, tmp_path, cap
     second = inference.load("hf://me/cells")
     assert equal(second, inference.load(made / "other")) and not equal(first, second)
     assert len(hub.messages) == 2
+    hub.revisions["me/cells", "v1"] = {path.name: path.read_bytes() for path in (made / "model").iterdir()}
+    assert equal(inference.load("hf://me/cells@v1"), first) and equal(inference.load("hf://me/cells"), second)
 
 
 def test_the_card_of_a_run_is_what_the_hub_reads(hub, finished, capsys):
@@ -100,7 +102,9 @@ def test_a_card_keeps_what_it_has():
     assert model_card._slug("my cells (2017)/") == "my-cells-2017" and model_card._slug("細胞") == "data"
 
 
-@pytest.mark.user_input("Arguments", "`kdjax push` of a checkpoint or to a wrong name", "refused: what it must be")
+@pytest.mark.user_input(
+    "Config and flags", "`kdjax push` of a checkpoint or to a wrong name", "refused: what it must be"
+)
 def test_what_cannot_be_pushed_is_refused(hub, made, finished, capsys):
     for name in ("cells", "me/cells/deep", "me/", "../cells", "me/ce lls"):
         assert "must be OWNER/NAME" in refused(capsys, "push", str(made / "model"), name)

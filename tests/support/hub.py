@@ -12,10 +12,11 @@ import pytest
 
 
 class Hub:
-    """Files by repository, {"OWNER/NAME": {path: content}}, and what was asked for."""
+    """Files by repository, {"OWNER/NAME": {path: content}}, with those of other revisions; and what was asked for."""
 
     def __init__(self):
         self.repositories, self.private, self.messages, self.asked, self.refused = {}, {}, [], [], 0
+        self.revisions = {}  # {(name, revision): files}
 
     def answer(self, method, path, body):
         """(status, content) of a request; a dict is sent as json."""
@@ -35,10 +36,10 @@ class Hub:
         if found := re.fullmatch(
             r"/api/models/([^/]+/[^/]+)(?:/(revision|preupload|commit|tree)/(\w+)(?:/.*)?)?", path
         ):
-            name, what, _ = found.groups()
+            name, what, revision = found.groups()
             if name not in self.repositories:
                 return 404, {"error": "Repository not found"}
-            files = self.repositories[name]
+            files = self.revisions.get((name, revision), self.repositories[name])
             if what == "preupload":
                 listed = [
                     {"path": one["path"], "uploadMode": "regular", "shouldIgnore": False}
@@ -60,9 +61,10 @@ class Hub:
                 ]
             return 200, {"id": name, "modelId": name, "sha": "a" * 40, "siblings": [], "tags": [], "private": False}
         if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/(\w+)/(.+)", path):
-            name, _, file = found.groups()
-            if file in self.repositories.get(name, {}):
-                return 200, self.repositories[name][file]
+            name, revision, file = found.groups()
+            files = self.revisions.get((name, revision), self.repositories.get(name, {}))
+            if file in files:
+                return 200, files[file]
         return 404, {"error": f"not found: {query}"}
 
 

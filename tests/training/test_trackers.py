@@ -193,7 +193,9 @@ def test_a_tool_that_fails_is_warned_of_once_and_gets_the_rest_later(
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])
 @pytest.mark.user_input(
-    "Settings", "a run that Weights & Biases or MLflow cannot begin", "refused: check its settings and the network"
+    "Config and flags",
+    "a run that Weights & Biases or MLflow cannot begin",
+    "refused: check its settings and the network",
 )
 def test_a_new_run_is_refused_and_one_that_goes_on_is_not(request, name, tmp_path, capsys):
     tool = request.getfixturevalue(name)
@@ -248,7 +250,7 @@ def test_other_hosts_send_nothing(wandb, tmp_path, monkeypatch):
     assert not wandb.runs and not [*tmp_path.iterdir()]
 
 
-@pytest.mark.user_input("Settings", "a logger that is unknown or not installed", "refused: how to install it")
+@pytest.mark.user_input("Config and flags", "a logger that is unknown or not installed", "refused: how to install it")
 def test_loggers_are_checked_before_anything(monkeypatch):
     with pytest.raises(UserError, match=r"there is no logger 'wandbb' \(did you mean wandb\?\): they are jsonl, tens"):
         checks.check_settings(chosen("wandbb"))
