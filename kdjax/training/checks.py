@@ -29,7 +29,7 @@ _FILES = ("config.json", "metrics.jsonl", "per_class.json", "results.json", "rep
           trackers.STATE,
           *(f"{role}/{name}" for role in ("student", "twin") for name in _MODEL),
           *(f"detections/{role}.json" for role in ("student", "twin", "teacher")))  # fmt: skip
-_FOLDERS = ("tensorboard", "checkpoints", "student", "twin", "detections", "blackbox")
+_FOLDERS = ("tensorboard", "checkpoints", "student", "twin", "detections", "blackbox", "wandb", "mlflow")
 
 
 def check_settings(config: Config) -> None:

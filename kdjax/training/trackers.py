@@ -166,30 +166,53 @@ class _Sender:
         self.state: Json = found if found.get("where") == place else {"where": place}
         self.tool: Tool | None = None
         self.waiting: list[tuple[Callable[[Tool], None], Json]] = []  # what to call, and what is known then
-        self.sent: dict[tuple[int, str], float] = {}  # last value by step and name
+        self.step, self.values = -1, {}  # the highest step, and its metrics by name
         self.warned, self.later = False, 0.0
         is_new = "id" not in self.state
-        for number, row in log.numbered(folder / "metrics.jsonl"):
-            self._line(number, row, there=number <= self.state.get("lines", 0))
+        self._read_lines(there=self.state.get("lines", 0))
         self._send(refuse=is_new)
 
+    def _read_lines(self, there: int) -> None:
+        """Notes the lines of metrics.jsonl; the tool has those up to the number `there`."""
+        known: dict[int, dict[str, float]] = {}
+        for number, row in log.numbered(self.folder / "metrics.jsonl"):
+            self._note_line(number, row, known.setdefault(row["step"], {}), there=number <= there)
+        self.step = max(known, default=-1)
+        self.values = known.get(self.step, {})
+
     def line(self, number: int, row: Mapping[str, Any]) -> None:
-        self._line(number, row)
+        if row["step"] > self.step:
+            self.step, self.values = row["step"], {}
+        repeats = row["step"] < self.step
+        self._note_line(number, row, self._earlier(row["step"], number) if repeats else self.values)
         self._send()
 
-    def _line(self, number: int, row: Mapping[str, Any], *, there: bool = False) -> None:
-        """Notes a line. Steps that are repeated after a kill have their values already, apart from times."""
-        step, names = int(row["step"]), set(row) - {"step", "kind", "time"}
-        values = {name if row["kind"] == "train" else f"eval/{name}": float(row[name]) for name in sorted(names)}
-        new = {name: value for name, value in values.items() if self.sent.get((step, name)) != value}
-        self.sent |= {(step, name): value for name, value in new.items()}
+    def _earlier(self, step: int, number: int) -> dict[str, float]:
+        """The metrics of a step in the lines before a number."""
+        found = {}
+        for other, row in log.numbered(self.folder / "metrics.jsonl"):
+            if other < number and row["step"] == step:
+                found |= _metrics(row)
+        return found
+
+    def _note_line(self, number: int, row: Mapping[str, Any], known: dict[str, float], *, there: bool = False) -> None:
+        """Notes what is new in a line: steps that are repeated after a kill have their values already, but for times.
+
+        Args:
+          number: of the line.
+          row: the line.
+          known: metrics of its step in the lines before; gets those of this one.
+          there: the tool has it.
+        """
+        step, when, values = row["step"], float(row["time"]), _metrics(row)
+        new = {name: value for name, value in values.items() if known.get(name) != value}
+        known |= new
+
+        def call(tool: Tool) -> None:
+            if new and number >= tool.first:
+                tool.line(number, step, when, new)
+
         if not there:
-            when = float(row["time"])
-
-            def call(tool: Tool) -> None:
-                if new and number >= tool.first:
-                    tool.line(number, step, when, new)
-
             self.waiting.append((call, {"lines": number}))
 
     def image(self, number: int, step: int, sheet: np.ndarray) -> None:
@@ -233,13 +256,10 @@ class _Sender:
 
     def _again(self) -> None:
         """Notes all lines again, for a run that has none of them."""
-        self.state = {"where": self.state["where"]}
-        self.sent, self.waiting = {}, [one for one in self.waiting if "lines" not in one[1]]
-        lines = log.numbered(self.folder / "metrics.jsonl")
-        rest, self.waiting = self.waiting, []
-        for number, row in lines:
-            self._line(number, row)
-        self.waiting += rest
+        self.state, others = {"where": self.state["where"]}, [one for one in self.waiting if "lines" not in one[1]]
+        self.waiting = []
+        self._read_lines(there=0)
+        self.waiting += others
 
     def _note(self, known: Mapping[str, Any]) -> None:
         self.state |= known
@@ -277,6 +297,12 @@ def _read(path: Path) -> Json:
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _metrics(row: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics of a line of metrics.jsonl, by the names that TensorBoard has."""
+    found = {name: float(value) for name, value in row.items() if name not in ("step", "kind", "time")}
+    return found if row["kind"] == "train" else {f"eval/{name}": value for name, value in found.items()}
 
 
 def _settings(config: Config) -> dict[str, Any]:
@@ -368,12 +394,13 @@ class _Mlflow:
         return True
 
     def _experiment(self, config: Config, folder: Path) -> str:
-        found = self.client.get_experiment_by_name(config.log.project)
-        if found is not None:
-            return found.experiment_id
-        is_local = not os.environ.get("MLFLOW_TRACKING_URI")
+        name, is_local = config.log.project, not os.environ.get("MLFLOW_TRACKING_URI")
         place = (folder.absolute() / "mlflow" / "artifacts").as_uri() if is_local else None
-        return self.client.create_experiment(config.log.project, artifact_location=place)
+        found = self.client.get_experiment_by_name(name)
+        if place and found is not None and found.artifact_location != place:  # the workdir was moved
+            name = f"{name}, {folder.absolute()}"
+            found = self.client.get_experiment_by_name(name)
+        return self.client.create_experiment(name, artifact_location=place) if found is None else found.experiment_id
 
     def _parameters(self, values: Mapping[str, Any]) -> None:
         """Settings are parameters; those that have changed since the run began, which those cannot, are tags too."""

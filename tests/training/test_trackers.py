@@ -48,6 +48,7 @@ def row(loss, seconds=1.0):
 
 def write(folder, made, lines, *, image=0, model=None):
     """A process of a run: lines (step, kind, values), and what comes at its end."""
+    folder.mkdir(exist_ok=True)
     with trackers.opened(made, folder) as all_of_them, Log(folder, 0, board=False, trackers=all_of_them) as log:
         for line in lines:
             log.write(*line)
@@ -133,11 +134,15 @@ def test_of_steps_that_are_repeated_only_what_differs_is_sent(wandb, mlflow, tmp
     """After a kill, the losses are the same to the bit, and times are not; after a rollback, losses differ."""
     made = chosen("wandb", "mlflow")
     write(tmp_path, made, [(5, "train", row(2.0)), (10, "train", row(1.5))])
-    write(tmp_path, made, [(10, "train", row(1.5, seconds=3.0)), (15, "train", row(1.0))])
-    expected = sorted({*logged(tmp_path)})
+    again = [(10, "train", row(1.5, seconds=3.0)), (15, "train", row(1.0)), (15, "eval", {"student/AP": 0.5})]
+    write(tmp_path, made, again)
     [at_wandb], [at_mlflow] = wandb.runs.values(), mlflow.runs.values()
-    assert of_wandb(at_wandb) == of_mlflow(at_mlflow) == expected and len(expected) == 10
+    assert of_wandb(at_wandb) == of_mlflow(at_mlflow) == sorted({*logged(tmp_path)}) and len(logged(tmp_path)) == 13
     assert at_wandb.rows[3].keys() == {"step", "time", "seconds"}
+    # A rollback in the process: steps come again, and with values of others.
+    write(tmp_path, made, [(20, "train", row(0.5)), *again[1:], (20, "train", row(0.25)), (20, "train", row(0.25))])
+    assert of_wandb(at_wandb) == of_mlflow(at_mlflow) == sorted({*logged(tmp_path)})
+    assert [*at_wandb.rows] == [1, 2, 3, 4, 5, 6, 9] and at_wandb.rows[9].keys() == {"step", "time", "student/total"}
 
 
 def test_a_run_that_was_without_them_is_sent_whole(wandb, mlflow, tmp_path):
@@ -230,6 +235,18 @@ def test_a_run_that_is_gone_or_at_another_place_is_sent_again(wandb, mlflow, tmp
     write(tmp_path, made, [])
     assert of_wandb(wandb.runs["run1"]) == of_mlflow(mlflow.runs["run1"]) == logged(tmp_path)
     assert mlflow.uri == "http://elsewhere"
+
+
+def test_a_workdir_that_was_moved_has_its_artefacts_where_it_is(mlflow, tmp_path):
+    write(tmp_path / "a", chosen("mlflow"), LINES[:2])
+    (tmp_path / "a").rename(tmp_path / "b")
+    write(tmp_path / "b", chosen("mlflow"), LINES[2:])
+    places = {name: one.artifact_location for name, one in mlflow.experiments.items()}
+    assert places == {
+        "cells": f"file://{tmp_path}/a/mlflow/artifacts",
+        f"cells, {tmp_path}/b": f"file://{tmp_path}/b/mlflow/artifacts",
+    }
+    assert of_mlflow(mlflow.runs["run1"]) == logged(tmp_path / "b")
 
 
 @pytest.mark.parametrize(("error", "code", "status"), [(KeyboardInterrupt, 143, "KILLED"), (KeyError, 1, "FAILED")])
