@@ -114,7 +114,13 @@ class Trackers:
         chosen = [] if jax.process_index() else _chosen(config)
         makers: dict[str, Callable[..., Tool]] = {"wandb": _Wandb, "mlflow": _Mlflow}
         places = {"wandb": _place_of_wandb, "mlflow": _place_of_mlflow}
-        self.all = [_Sender(name, makers[name], places[name](folder), config, folder) for name in chosen]
+        self.all: list[_Sender] = []
+        try:
+            for name in chosen:
+                self.all.append(_Sender(name, makers[name], places[name](folder), config, folder))
+        except BaseException:
+            self.close(1)
+            raise
 
     def __bool__(self) -> bool:
         return bool(self.all)
@@ -163,7 +169,8 @@ class _Sender:
         self.name, self.make, self.config, self.folder = name, make, config, folder
         found = _read(folder / STATE).get(name, {})
         # Elsewhere the run is another one, which lacks everything.
-        self.state: Json = found if found.get("where") == place else {"where": place}
+        is_here = isinstance(found, dict) and found.get("where") == place
+        self.state: Json = found if is_here else {"where": place}
         self.tool: Tool | None = None
         self.waiting: list[tuple[Callable[[Tool], None], Json]] = []  # what to call, and what is known then
         self.step, self.values = -1, {}  # the highest step, and its metrics by name

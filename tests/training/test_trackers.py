@@ -219,6 +219,14 @@ def test_a_new_run_is_refused_and_one_that_goes_on_is_not(request, name, tmp_pat
     assert {"wandb": of_wandb, "mlflow": of_mlflow}[name](run) == logged(tmp_path)
 
 
+def test_where_one_cannot_begin_the_others_are_ended(wandb, mlflow, tmp_path):
+    mlflow.broken = ConnectionError("the server is away")
+    with pytest.raises(UserError, match="mlflow cannot begin a run"):
+        write(tmp_path, chosen("wandb", "mlflow"), LINES)
+    [at_wandb] = wandb.runs.values()
+    assert at_wandb.code == 1
+
+
 def test_a_run_that_is_gone_or_at_another_place_is_sent_again(wandb, mlflow, tmp_path, monkeypatch):
     made = chosen("wandb", "mlflow")
     write(tmp_path, made, LINES[:2])

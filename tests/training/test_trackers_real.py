@@ -1,8 +1,15 @@
 """Weights & Biases (offline) and MLflow (a local store) themselves: what they hold is what metrics.jsonl has."""
 
+import contextlib
 import importlib.util
 import json
+import os
+import socket
 import struct
+import subprocess
+import sys
+import time
+import urllib.request
 
 import numpy as np
 import pytest
@@ -10,7 +17,7 @@ from PIL import Image
 
 from kdjax.training import config as settings
 from kdjax.training import trackers
-from kdjax.training.log import numbered
+from kdjax.training.log import Log, numbered
 from kdjax.training.run import run
 from tests.support.runs import killed_after, stopped_in_step, tiny_config
 
@@ -30,7 +37,8 @@ def _nothing_is_sent(monkeypatch):
     for name in ("WANDB_MODE", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
     for name in ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"):
-        monkeypatch.setenv(name, "1")
+        monkeypatch.setenv(name, "")  # what the code sets is undone after the test
+        monkeypatch.delenv(name)
     for name in ("DO_NOT_TRACK", "MLFLOW_DISABLE_TELEMETRY", "WANDB_SILENT"):
         monkeypatch.setenv(name, "true")
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
@@ -215,6 +223,63 @@ def test_a_store_that_fails_loses_no_line(made, folder, monkeypatch, capsys):
     store, drawn = check_mlflow(workdir, config)
     assert store.run.info.status == "FINISHED" and 20 in drawn and list((workdir / "tensorboard").iterdir())
     assert same_files(store.artifacts / "student", workdir / "student")
+
+
+@contextlib.contextmanager
+def mlflow_server(folder, port):
+    """MLflow's own server on this machine, until the context is left."""
+    command = [sys.executable, "-m", "mlflow", "server", "--host=127.0.0.1", f"--port={port}", "--workers=1"]
+    command += [f"--backend-store-uri=sqlite:///{folder}/db.sqlite", f"--artifacts-destination={folder}/artifacts"]
+    with (folder / "log").open("a") as log:
+        paths = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, env=os.environ | paths)
+    try:
+        for _ in range(120):
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
+                break
+            time.sleep(0.5)
+        else:
+            raise AssertionError((folder / "log").read_text())
+        yield
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@needs("mlflow")
+def test_a_server_that_is_away_gets_the_rest_when_it_is_back(tmp_path, monkeypatch, capsys):
+    import mlflow
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student" / "config.json").write_text('{"sha256": "abc"}')
+    config = settings.base()
+    config.log.to = ("mlflow",)
+    with contextlib.ExitStack() as stack:
+        with mlflow_server(tmp_path, port):
+            all_of_them = stack.enter_context(trackers.opened(config, tmp_path))
+            log = stack.enter_context(Log(tmp_path, 0, board=False, trackers=all_of_them))
+            log.write(1, "train", {"lr": 0.5, "seconds": 1.0})
+        begun = time.monotonic()
+        log.write(2, "train", {"lr": 0.25, "seconds": 1.0})
+        assert time.monotonic() - begun < 60
+        begun = time.monotonic()
+        log.write(3, "train", {"lr": 0.125, "seconds": 1.0})
+        assert time.monotonic() - begun < 1  # it is not asked again
+        assert capsys.readouterr().err.count("the training goes on") == 1
+        with mlflow_server(tmp_path, port):
+            log.model(tmp_path / "student", {})
+            stack.close()
+            client = mlflow.MlflowClient()
+            key = json.loads((tmp_path / trackers.STATE).read_text())["mlflow"]["id"]
+            values = [(one.step, one.value) for one in client.get_metric_history(key, "lr")]
+            assert values == [(1, 0.5), (2, 0.25), (3, 0.125)]
+            assert client.get_run(key).info.status == "FINISHED"
+            assert [one.path for one in client.list_artifacts(key, "student")] == ["student/config.json"]
 
 
 @needs("wandb")
