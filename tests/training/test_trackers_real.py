@@ -234,7 +234,7 @@ def mlflow_server(folder, port):
         paths = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, env=os.environ | paths)
     try:
-        for _ in range(120):
+        for _ in range(600):
             with contextlib.suppress(OSError):
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
                 break
