@@ -122,7 +122,7 @@ def load(
         its `student/`, or, before its end, its newest intact checkpoint; or a run's `checkpoints/` or
         `checkpoints/STEP`; or, with `detector`, what `kdjax.weights.read_checkpoint` reads: weights of mmdetection,
         mmyolo, mmrazor or the authors of YOLOX in a file of PyTorch, safetensors or NumPy, or an `.onnx` file of YOLOX
-        or RTMDet.
+        or RTMDet; or the address of one of these, as "hf://OWNER/NAME".
       detector: name of the detector that a file of weights is for, as in `kdjax.detectors.build`; None for folders.
       class_names: names of the K classes of a file of weights; None: those that it holds, if any.
       image_size: height and width of the network input in pixels, for a file of weights; None: the detector's default,

@@ -182,11 +182,11 @@ def finish(setup: Setup, workdir: Path, log: Log, clock: Clock | None = None) ->
             log.write(config.steps, "eval", {f"{role}/{k}": v for k, v in evaluations[role].metrics.items()})
         if not jax.process_index():
             with files.attempt(failed):
-                if role == "student":
-                    log.image(config.steps, lambda: sheet(setup, evaluations["student"].examples))
                 (workdir / "detections").mkdir(exist_ok=True)
                 path = workdir / "detections" / f"{role.replace('/', '_')}.json"
                 files.write_json(path, coco.results(evaluations[role].detections), indent=1)
+                if role == "student":
+                    log.image(config.steps, lambda: sheet(setup, evaluations["student"].examples))
     several = {teacher.name: results.pop(teacher.role) for teacher in detecting if teacher.name}
     if several:
         best = max(several, key=lambda name: several[name]["AP"])
