@@ -1,4 +1,4 @@
-"""Stand-ins for the packages wandb and mlflow, with what kdjax calls, and runs that they remember."""
+"""Stand-ins for the packages wandb and mlflow, with what kdjax calls; and what they and metrics.jsonl hold."""
 
 import json
 import types
@@ -6,6 +6,8 @@ from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
+
+from kdjax.training.log import numbered
 
 Metric = namedtuple("Metric", "key value timestamp step")
 Param = namedtuple("Param", "key value")
@@ -144,3 +146,25 @@ class Artifact:
     def add_dir(self, folder, policy):
         assert policy == "immutable"
         self.files = sorted(path.name for path in Path(folder).iterdir())
+
+
+def logged(folder):
+    """Every metric of every line of metrics.jsonl: (step, name, value)."""
+    found = [
+        (one["step"], name if one["kind"] == "train" else f"eval/{name}", value)
+        for _, one in numbered(folder / "metrics.jsonl")
+        for name, value in one.items()
+        if name not in ("step", "kind", "time")
+    ]
+    return sorted(found)
+
+
+def of_wandb(run):
+    skipped = ("step", "time", "detections")
+    return sorted(
+        (one["step"], name, value) for one in run.rows.values() for name, value in one.items() if name not in skipped
+    )
+
+
+def of_mlflow(run):
+    return sorted((one.step, one.key, one.value) for one in run.metrics)

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import jax
@@ -30,10 +31,12 @@ from kdjax.weights.checkpoint import fingerprint
 from tests.support.data import small_folder
 from tests.support.models import TRANSFORMERS
 from tests.support.runs import random_teacher, stopped_in_step, tiny_config
+from tests.support.trackers import Mlflow, Wandb, logged, of_mlflow, of_wandb
 
 TWO_STAGES = dict(base_channels=4, neck_channels=8, head_channels=16, proposals=20, region_samples=12, rpn_samples=16)
 
 
+TOOLS = {"wandb": Wandb(), "mlflow": Mlflow()}  # stand-ins that the run `finished` tells
 COMPILED = collections.Counter()  # how often XLA was asked for each program of the run `finished`
 
 
@@ -46,12 +49,19 @@ def finished(folder, teacher_folder):
     """(workdir, results, how often each program was traced) of an uninterrupted run with teacher and twin."""
     workdir = folder / "whole"
     finish, traced = outputs.finish, {}
+    config = tiny_config(folder, teacher=teacher_folder)
+    config.log.to = ("tensorboard", "wandb", "mlflow")
     with pytest.MonkeyPatch.context() as patched:
+        for name, tool in TOOLS.items():
+            patched.setitem(sys.modules, name, tool.module)
+        patched.setitem(sys.modules, "mlflow.exceptions", TOOLS["mlflow"].exceptions)
+        for name in ("WANDB_MODE", "MLFLOW_TRACKING_URI"):
+            patched.delenv(name, raising=False)
         patched.setattr(
             outputs, "finish", lambda setup, *rest: (finish(setup, *rest), traced.update(setup.programs))[0]
         )
         jax.monitoring.register_event_duration_secs_listener(count_compiled)
-        results = run(tiny_config(folder, teacher=teacher_folder), workdir)
+        results = run(config, workdir)
         jax.monitoring.unregister_event_duration_listener(count_compiled)
         return workdir, results, traced
 
@@ -96,14 +106,27 @@ def test_outputs_of_a_run(finished):
     assert list((workdir / "tensorboard").iterdir())
 
 
+def test_trackers_hold_lines_detections_and_the_student(finished):
+    workdir, results, _ = finished
+    [at_wandb], [at_mlflow] = (tool.runs.values() for tool in TOOLS.values())
+    assert of_wandb(at_wandb) == of_mlflow(at_mlflow) == logged(workdir)
+    [number] = [number for number, one in at_wandb.rows.items() if "detections" in one]
+    assert at_wandb.rows[number]["eval/student/AP"] == results["student"]["AP"]
+    [(name, sheet)] = at_mlflow.images.items()
+    assert name == "detections/step_00000020.png" and sheet.shape[1] == 4 * 320 + 3 * 8 and sheet.std() > 5
+    files = sorted(path.name for path in (workdir / "student").iterdir())
+    assert at_mlflow.models == [("student", files)] and [one.files for one in at_wandb.models] == [files]
+    assert (at_wandb.code, at_mlflow.status) == (0, "FINISHED")
+
+
 def test_a_model_card_names_data_teacher_and_hashes(finished, teacher_folder):
     workdir, results, _ = finished
     texts = {role: (workdir / role / "README.md").read_text() for role in ("student", "twin")}
     for role, text in texts.items():
         _, header, body = text.split("---\n", 2)
         [entry] = yaml.safe_load(header)["model-index"]
-        [metric] = entry["results"][0]["metrics"]
-        assert metric["value"] == pytest.approx(results[role]["AP"], abs=1e-4)
+        values = {metric["name"]: metric["value"] for metric in entry["results"][0]["metrics"]}
+        assert values == {name: round(results[role][name], 4) for name in ("AP", "AP50", "AP75")}
         _, params, stats, classes = weights.load(workdir / role)
         assert f"hash of the weights: {fingerprint(steps.TeacherVariables(params, stats))}" in body
         assert f"classes: {', '.join(classes)}" in body and f"- jax: {jax.__version__}" in body

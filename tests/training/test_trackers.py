@@ -10,7 +10,7 @@ from kdjax.commands import settings as command_settings
 from kdjax.errors import UserError
 from kdjax.training import checks, config, trackers
 from kdjax.training.log import Log, numbered
-from tests.support.trackers import Mlflow, Wandb
+from tests.support.trackers import Mlflow, Wandb, logged, of_mlflow, of_wandb
 
 SHEET = np.zeros((4, 6, 3), np.uint8)
 
@@ -56,28 +56,6 @@ def write(folder, made, lines, *, image=0, model=None):
             log.image(image, lambda: SHEET)
         if model:
             log.model(model, {"AP": 0.5})
-
-
-def logged(folder):
-    """Every metric of every line of metrics.jsonl: (step, name, value)."""
-    found = [
-        (one["step"], name if one["kind"] == "train" else f"eval/{name}", value)
-        for _, one in numbered(folder / "metrics.jsonl")
-        for name, value in one.items()
-        if name not in ("step", "kind", "time")
-    ]
-    return sorted(found)
-
-
-def of_wandb(run):
-    skipped = ("step", "time", "detections")
-    return sorted(
-        (one["step"], name, value) for one in run.rows.values() for name, value in one.items() if name not in skipped
-    )
-
-
-def of_mlflow(run):
-    return sorted((one.step, one.key, one.value) for one in run.metrics)
 
 
 @pytest.fixture

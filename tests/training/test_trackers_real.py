@@ -20,6 +20,7 @@ from kdjax.training import trackers
 from kdjax.training.log import Log, numbered
 from kdjax.training.run import run
 from tests.support.runs import killed_after, stopped_in_step, tiny_config
+from tests.support.trackers import logged
 
 pytestmark = [
     pytest.mark.slow,
@@ -118,21 +119,14 @@ class Store:
         self.artifacts = workdir / "mlflow" / "artifacts" / key / "artifacts"
 
 
-def logged(workdir):
+def once(workdir):
     """Each (step, name, value) of metrics.jsonl, once."""
-    return sorted(
-        {
-            (one["step"], name if one["kind"] == "train" else f"eval/{name}", float(value))
-            for _, one in numbered(workdir / "metrics.jsonl")
-            for name, value in one.items()
-            if name not in ("step", "kind", "time")
-        }
-    )
+    return sorted({*logged(workdir)})
 
 
 def check_wandb(workdir, config, *, processes):
     found = Offline(workdir)
-    assert found.values() == logged(workdir)
+    assert found.values() == once(workdir)
     assert len(found.files) == processes and [project for _, project in found.ids] == ["tiny"]
     steps = [number for number, _ in found.rows]
     assert steps == sorted(set(steps)) and set(steps) <= {n for n, _ in numbered(workdir / "metrics.jsonl")}
@@ -149,7 +143,7 @@ def check_wandb(workdir, config, *, processes):
 
 def check_mlflow(workdir, config):
     found = Store(workdir)
-    assert found.values == logged(workdir) and found.experiment == "tiny"
+    assert found.values == once(workdir) and found.experiment == "tiny"
     assert found.times == {round(one["time"] * 1000) for _, one in numbered(workdir / "metrics.jsonl")}
     flat = settings.flat(json.loads(config.to_json()))
     assert found.run.data.params == {name: str(value) for name, value in flat.items()}
@@ -186,14 +180,14 @@ def test_a_run_that_is_stopped_and_goes_on_is_held_whole(made, folder):
     store, drawn = check_mlflow(workdir, made)
     assert sorted(drawn) == [10, 20] and store.run.info.status == "FINISHED"
     assert same_files(store.artifacts / "student", workdir / "student")
-    names = {name for _, name, _ in logged(workdir)}
+    names = {name for _, name, _ in once(workdir)}
     assert {"lr", "student/mkd/feature", "eval/student/AP", "eval/twin/AP50", "eval/teacher/AP"} <= names
     assert not (workdir / "tensorboard").exists()
     # Evaluating the finished run again adds lines of equal values.
     lines = len(numbered(workdir / "metrics.jsonl"))
     run(made, workdir)
     assert len(numbered(workdir / "metrics.jsonl")) > lines
-    assert Store(workdir).values == Offline(workdir).values() == logged(workdir)
+    assert Store(workdir).values == Offline(workdir).values() == once(workdir)
     assert len(Offline(workdir).artifacts) == len(found.artifacts)
 
 
@@ -217,7 +211,7 @@ def test_a_store_that_fails_loses_no_line(made, folder, monkeypatch, capsys):
         patched.setattr(mlflow.MlflowClient, "log_batch", fails)
         run(config, workdir)
     assert capsys.readouterr().err.count("mlflow failed (MlflowException: the server is away)") == 1
-    assert (workdir / "results.json").exists() and max(step for step, *_ in logged(workdir)) == 20
+    assert (workdir / "results.json").exists() and max(step for step, *_ in once(workdir)) == 20
     assert max(step for step, *_ in Store(workdir).values) == 10
     run(config, workdir)
     store, drawn = check_mlflow(workdir, config)
