@@ -9,6 +9,13 @@ import numpy as np
 
 from kdjax.training.log import numbered
 
+# Variables that say where is written and how; the code sets the last two.
+ENVIRONMENT = (
+    "WANDB_MODE",
+    "MLFLOW_TRACKING_URI",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT",
+)
 Metric = namedtuple("Metric", "key value timestamp step")
 Param = namedtuple("Param", "key value")
 

@@ -31,7 +31,7 @@ from kdjax.weights.checkpoint import fingerprint
 from tests.support.data import small_folder
 from tests.support.models import TRANSFORMERS
 from tests.support.runs import random_teacher, stopped_in_step, tiny_config
-from tests.support.trackers import Mlflow, Wandb, logged, of_mlflow, of_wandb
+from tests.support.trackers import ENVIRONMENT, Mlflow, Wandb, logged, of_mlflow, of_wandb
 
 TWO_STAGES = dict(base_channels=4, neck_channels=8, head_channels=16, proposals=20, region_samples=12, rpn_samples=16)
 
@@ -55,8 +55,9 @@ def finished(folder, teacher_folder):
         for name, tool in TOOLS.items():
             patched.setitem(sys.modules, name, tool.module)
         patched.setitem(sys.modules, "mlflow.exceptions", TOOLS["mlflow"].exceptions)
-        for name in ("WANDB_MODE", "MLFLOW_TRACKING_URI"):
-            patched.delenv(name, raising=False)
+        for name in ENVIRONMENT:  # what the code sets is undone afterwards
+            patched.setenv(name, "")
+            patched.delenv(name)
         patched.setattr(
             outputs, "finish", lambda setup, *rest: (finish(setup, *rest), traced.update(setup.programs))[0]
         )

@@ -10,14 +10,20 @@ from kdjax.commands import settings as command_settings
 from kdjax.errors import UserError
 from kdjax.training import checks, config, trackers
 from kdjax.training.log import Log, numbered
-from tests.support.trackers import Mlflow, Wandb, logged, of_mlflow, of_wandb
+from tests.support.trackers import ENVIRONMENT, Mlflow, Wandb, logged, of_mlflow, of_wandb
 
 SHEET = np.zeros((4, 6, 3), np.uint8)
 
 
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch):
+    for name in ENVIRONMENT:  # what the code sets is undone after the test
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
 @pytest.fixture
 def wandb(monkeypatch):
-    monkeypatch.delenv("WANDB_MODE", raising=False)
     one = Wandb()
     monkeypatch.setitem(sys.modules, "wandb", one.module)
     return one
@@ -25,9 +31,6 @@ def wandb(monkeypatch):
 
 @pytest.fixture
 def mlflow(monkeypatch):
-    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"):
-        monkeypatch.setenv(name, "")  # what the code sets is undone after the test
-        monkeypatch.delenv(name)
     one = Mlflow()
     monkeypatch.setitem(sys.modules, "mlflow", one.module)
     monkeypatch.setitem(sys.modules, "mlflow.exceptions", one.exceptions)

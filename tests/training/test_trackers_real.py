@@ -20,7 +20,7 @@ from kdjax.training import trackers
 from kdjax.training.log import Log, numbered
 from kdjax.training.run import run
 from tests.support.runs import killed_after, stopped_in_step, tiny_config
-from tests.support.trackers import logged
+from tests.support.trackers import ENVIRONMENT, logged
 
 pytestmark = [
     pytest.mark.slow,
@@ -35,10 +35,8 @@ def needs(name):
 
 @pytest.fixture(autouse=True)
 def _nothing_is_sent(monkeypatch):
-    for name in ("WANDB_MODE", "MLFLOW_TRACKING_URI"):
-        monkeypatch.delenv(name, raising=False)
-    for name in ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"):
-        monkeypatch.setenv(name, "")  # what the code sets is undone after the test
+    for name in ENVIRONMENT:  # what the code sets is undone after the test
+        monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     for name in ("DO_NOT_TRACK", "MLFLOW_DISABLE_TELEMETRY", "WANDB_SILENT"):
         monkeypatch.setenv(name, "true")
