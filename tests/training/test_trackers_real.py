@@ -13,13 +13,15 @@ import urllib.request
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from PIL import Image
 
 from kdjax.training import config as settings
 from kdjax.training import trackers
 from kdjax.training.log import Log, numbered
 from kdjax.training.run import run
-from tests.support.runs import killed_after, stopped_in_step, tiny_config
+from tests.faults.config import DETECTOR, OPTIONS
+from tests.support.runs import killed_after, random_teacher, stopped_in_step, tiny_config
 from tests.support.trackers import ENVIRONMENT, logged
 
 pytestmark = [
@@ -64,6 +66,11 @@ def records(path):
     assert not parts
 
 
+def name_of(item):
+    """Of a value; a value that is in others has all their names."""
+    return item.key or "/".join(item.nested_key)
+
+
 class Offline:
     """What all files of a run hold."""
 
@@ -77,7 +84,7 @@ class Offline:
                     self.ids.add((record.run.run_id, record.run.project))
                     updates = record.run.config.update
                 elif kind == "history":
-                    items = {i.key or i.nested_key[0]: json.loads(i.value_json) for i in record.history.item}
+                    items = {name_of(i): json.loads(i.value_json) for i in record.history.item}
                     self.rows.append((record.history.step.num, items))
                 elif kind == "config":
                     updates = record.config.update
@@ -88,15 +95,15 @@ class Offline:
                 elif kind == "metric":
                     self.axes[record.metric.name or record.metric.glob_name] = record.metric.step_metric
                 if kind in ("run", "config"):
-                    self.config |= {i.key or i.nested_key[0]: json.loads(i.value_json) for i in updates}
+                    self.config |= {name_of(i): json.loads(i.value_json) for i in updates}
 
     def values(self):
-        skipped = {"step", "time", "detections"}
+        skipped = {"step", "time"}
         return sorted(
             (row["step"], name, value)
             for _, row in self.rows
             for name, value in row.items()
-            if name not in skipped and not name.startswith("_")
+            if name not in skipped and not name.startswith(("_", "detections"))
         )
 
 
@@ -131,9 +138,9 @@ def check_wandb(workdir, config, *, processes):
     flat = settings.flat(json.loads(config.to_json()))
     assert {name: found.config[name] for name in flat} == flat
     assert found.axes["*"] == "step"
-    sheets = {row["step"]: row["detections"] for _, row in found.rows if "detections" in row}
+    sheets = {row["step"]: row["detections/path"] for _, row in found.rows if "detections/path" in row}
     for sheet in sheets.values():
-        [file] = (workdir / "wandb").glob(f"*/files/{sheet['path']}")
+        [file] = (workdir / "wandb").glob(f"offline-run-*/files/{sheet}")
         assert np.asarray(Image.open(file)).std() > 5
     model = [one for one in found.artifacts if one.type == "model"]
     return found, sheets, model
@@ -157,8 +164,10 @@ def same_files(one, other):
 
 
 @pytest.fixture(scope="module")
-def made(folder, teacher_folder):
-    config = tiny_config(folder, teacher=teacher_folder, eval__every=10)
+def made(folder, tmp_path_factory):
+    teacher = random_teacher(tmp_path_factory.mktemp("small"), DETECTOR, **OPTIONS)
+    config = tiny_config(folder, teacher=teacher, method="cwd", batch_size=4, eval__every=10)
+    config.student.detector, config.student.options = DETECTOR, ConfigDict(OPTIONS)
     config.log.to, config.log.project = ("wandb", "mlflow"), "tiny"
     return config
 
@@ -179,7 +188,7 @@ def test_a_run_that_is_stopped_and_goes_on_is_held_whole(made, folder):
     assert sorted(drawn) == [10, 20] and store.run.info.status == "FINISHED"
     assert same_files(store.artifacts / "student", workdir / "student")
     names = {name for _, name, _ in once(workdir)}
-    assert {"lr", "student/mkd/feature", "eval/student/AP", "eval/twin/AP50", "eval/teacher/AP"} <= names
+    assert {"lr", "student/cwd/cwd", "eval/student/AP", "eval/twin/AP50", "eval/teacher/AP"} <= names
     assert not (workdir / "tensorboard").exists()
     # Evaluating the finished run again adds lines of equal values.
     lines = len(numbered(workdir / "metrics.jsonl"))
