@@ -37,6 +37,7 @@ COMMANDS = (
     "latency",
     "export",
     "import-weights",
+    "push",
 )
 
 
