@@ -273,5 +273,7 @@ def test_the_examples_of_the_help_run(made, state, tmp_path):
         ).stdout
         example = help_.split("example:\n")[1].split()
         assert example[:2] == ["kdjax", command]
+        if command == "push":  # to the Hub; test_push.py runs it with a stand-in
+            continue
         done = subprocess.run([sys.executable, "-m", *example], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
