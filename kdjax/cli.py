@@ -343,6 +343,14 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, list[str]]]:
     one.add_argument("--out", required=True, metavar="DIR", help="folder for league.json, league.md and league.html")
 
     one = add(
+        "compare",
+        "Put runs side by side, finished or not, as json and a page: results, curves, classes, settings that differ.",
+        "kdjax compare runs/mkd runs/cwd --out=runs/compared",
+    )
+    one.add_argument("paths", nargs="+", metavar="RUN", help="workdirs of runs, two or more")
+    one.add_argument("--out", required=True, metavar="DIR", help="folder for compare.json and compare.html")
+
+    one = add(
         "predict",
         "Detect objects in images, folders and videos: drawn boxes, and COCO json.",
         "kdjax predict photos/ clip.mp4 --model=quickstart_teacher --out=predicted",

@@ -15,6 +15,8 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocat
 from kdjax.report.format import MODELS, PAIRS, abbreviated, compact
 
 MAX_POINTS = 240  # of a curve
+COLOURS = 8  # of runs that are compared: --run0 .. --run7 of style.css
+DASHES = ("-", "--", ":", "-.")  # of the first 8 runs, the next 8, ...; then they repeat
 
 Series = tuple[np.ndarray, np.ndarray]  # steps f64[n], values f64[n]
 
@@ -38,6 +40,7 @@ def line_chart(
     note: str = "",
     unit: str = "",
     across: str = "step",
+    runs: Sequence[str] = (),
 ) -> str:
     """A chart of values over steps.
 
@@ -52,6 +55,7 @@ def line_chart(
       note: a sentence below the heading.
       unit: text after the heading, such as the unit of the values.
       across: name of the horizontal axis.
+      runs: names of lines that are runs, each with a colour and dashes by its place here; others are models.
 
     Returns:
       HTML with an inline SVG; "" without values.
@@ -79,7 +83,7 @@ def line_chart(
     if len(bad):
         parts.append(f"non-finite values at {len(bad)} steps, first at step {bad[0]:.0f}")
         note += f" Non-finite at {len(bad)} step{'s' * (len(bad) > 1)}, first at step {bad[0]:.0f} (crosses)."
-    svg = _draw_lines(finite, log=log, level=level, bad=bad[:: 1 + len(bad) // 50], salt=title)
+    svg = _draw_lines(finite, log=log, level=level, bad=bad[:: 1 + len(bad) // 50], salt=title, runs=runs)
     about = escape(f"Chart of {title}: {'; '.join(parts)}.", quote=True)
     svg = svg.replace("<svg ", f'<svg role="img" aria-label="{about}" ', 1)
     note = f"<br><small>{escape(note.strip())}</small>" if note else ""
@@ -151,8 +155,19 @@ def chart_grid(charts: Sequence[str]) -> str:
 _COLORS = {"ink": "#010101", "muted": "#020202", "grid": "#030303", "bad": "#040404", "good": "#050505"}
 _COLORS |= {"teacher": "#0a0a01", "twin": "#0a0a02", "student": "#0a0a03", "run": "#0a0a04"}
 _COLORS |= {"other": "#0a0a05", "model": "#0a0a06"}
+_COLORS |= {f"run{i}": f"#0a0b{i:02d}" for i in range(COLOURS)}
 _STROKES = {"teacher": ("--", 1.4), "twin": ("-", 1.1), "student": ("-", 1.6)}
 _STROKES |= {"other": _STROKES["twin"], "model": _STROKES["student"]}
+
+
+def stroke(place: int) -> tuple[str, str]:
+    """The colour, as the name of a variable of style.css, and matplotlib's dashes of the run at a place.
+
+    Example:
+      >>> stroke(9)
+      ('run1', '--')
+    """
+    return f"run{place % COLOURS}", DASHES[place // COLOURS % len(DASHES)]
 
 
 def _frame(axes: Axes, *, grid: Literal["x", "y"]) -> None:
@@ -166,20 +181,29 @@ def _frame(axes: Axes, *, grid: Literal["x", "y"]) -> None:
 
 
 def _draw_lines(
-    lines: Mapping[str, Series], *, log: bool, level: tuple[str, float] | None, bad: np.ndarray, salt: str
+    lines: Mapping[str, Series],
+    *,
+    log: bool,
+    level: tuple[str, float] | None,
+    bad: np.ndarray,
+    salt: str,
+    runs: Sequence[str],
 ) -> str:
     with matplotlib.rc_context(_settings(salt)):
         figure = Figure(figsize=(3.9, 2.3), dpi=72)
         figure.subplots_adjust(left=0.125, right=0.95, top=0.955, bottom=0.125)
         axes = figure.add_subplot()
         for name, (steps, values) in lines.items():
-            color = _COLORS.get(name, _COLORS["run"])
-            style, width = _STROKES.get(name, ("-", 1.4))
+            color, (style, width) = _COLORS.get(name, _COLORS["run"]), _STROKES.get(name, ("-", 1.4))
+            kind = name
+            if name in runs:
+                kind, style = stroke(runs.index(name))
+                color, width = _COLORS[kind], 1.4
             at, mean, low, high = _thin(steps, values)
             if len(at) < len(steps):
                 axes.fill_between(at, low, high, color=color, alpha=0.16, linewidth=0)
             marker = "o" if len(at) <= 25 else None
-            axes.plot(at, mean, style, color=color, linewidth=width, marker=marker, markersize=2.6, gid=f"line {name}")
+            axes.plot(at, mean, style, color=color, linewidth=width, marker=marker, markersize=2.6, gid=f"line {kind}")
         if level is not None:
             style, width = _STROKES.get(level[0], ("--", 1.2))
             color = _COLORS.get(level[0], _COLORS["muted"])

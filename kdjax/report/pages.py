@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from PIL import Image
@@ -35,13 +36,14 @@ MAX_BARS = 30  # classes that are drawn as bars; more are written as numbers
 IMAGE_BYTES = 2_000_000  # of all images of a page together, as base64
 
 
-def page(title: str, lead: str, sections: Sequence[tuple[str, str]]) -> str:
+def page(title: str, lead: str, sections: Sequence[tuple[str, str]], *, reload: int = 0) -> str:
     """A whole page.
 
     Args:
       title: text.
       lead: HTML below the title.
       sections: heading (text) and HTML of each.
+      reload: seconds after which a browser reads the file again; 0: never.
 
     Returns:
       HTML. Its content policy forbids scripts and everything that is not in the file itself.
@@ -56,23 +58,25 @@ def page(title: str, lead: str, sections: Sequence[tuple[str, str]]) -> str:
     body = "".join(
         f'<section id="s{i}"><h2>{escape(name)}</h2>{html}</section>' for i, (name, html) in enumerate(sections)
     )
+    again = f'<meta http-equiv="refresh" content="{reload}">' if reload else ""
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
         "style-src 'unsafe-inline'\">"
-        f"<title>{title}</title><style>\n{style}</style></head>\n"
+        f"{again}<title>{title}</title><style>\n{style}</style></head>\n"
         f"<body><header><h1>{title}</h1>{lead}<nav>{links}</nav></header>\n<main>{body}</main></body></html>\n"
     )
 
 
-def table(rows: Sequence[Sequence[str]], *, caption: str = "") -> str:
+def table(rows: Sequence[Sequence[str]], *, caption: str = "", marks: Mapping[str, str] = MappingProxyType({})) -> str:
     """A table of text; the first row and the first column are headings.
 
     Args:
       rows: the cells.
       caption: a heading above the table.
+      marks: headings that get a mark of a colour, and its name in style.css.
 
     Returns:
       HTML; a long table scrolls.
@@ -81,10 +85,15 @@ def table(rows: Sequence[Sequence[str]], *, caption: str = "") -> str:
       >>> "<td>16</td>" in table([["class", "objects"], ["cell", "16"]])
       True
     """
-    head, *body = [[escape(cell) for cell in row] for row in rows]
-    text = "<thead><tr>" + "".join(f'<th scope="col">{cell}</th>' for cell in head) + "</tr></thead><tbody>"
+
+    def named(cell: str) -> str:
+        mark = f'<i class="dot" style="background:var(--{marks[cell]})"></i>' if cell in marks else ""
+        return mark + escape(cell)
+
+    head, *body = rows
+    text = "<thead><tr>" + "".join(f'<th scope="col">{named(cell)}</th>' for cell in head) + "</tr></thead><tbody>"
     for first, *rest in body:
-        text += f'<tr><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in rest)}</tr>'
+        text += f'<tr><th scope="row">{named(first)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in rest)}</tr>'
     above = f"<h3>{escape(caption)}</h3>" if caption else ""
     long = ' long" tabindex="0" role="region" aria-label="table' if len(body) > MAX_BARS + 1 else ""
     return f'{above}<div class="scroll{long}"><table>{text}</tbody></table></div>'
@@ -116,6 +125,8 @@ def metrics_table(results: Mapping[str, Mapping[str, float]]) -> str:
         gain = _gain(values, pair) if pair else ""
         lines.append(f'<tr><th scope="row">{key.replace("_", " ")} <small>{meaning}</small></th>{cells}{gain}</tr>')
     for key, label, meaning in (("params", "Parameters", "trainable"), ("flops", "FLOPs", "multiply-adds per image")):
+        if not any(is_defined(metrics.get(key)) for metrics in results.values()):
+            continue
         cells = "".join(f"<td>{abbreviated(metrics.get(key))}</td>" for metrics in results.values())
         blank = "<td></td>" if pair else ""
         lines.append(f'<tr><th scope="row">{label} <small>{meaning}</small></th>{cells}{blank}</tr>')

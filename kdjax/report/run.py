@@ -5,14 +5,14 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 
 from kdjax.files import write_text
-from kdjax.report import drawing, pages
-from kdjax.report.charts import Series, chart_grid, line_chart
+from kdjax.report import drawing, live, pages
+from kdjax.report.charts import chart_grid, line_chart
 from kdjax.report.format import MODELS, abbreviated, compact, difference, is_defined, percent, sign, signed
+from kdjax.report.series import Rows, by_model, last, read, under
 
 _Rows = dict[str, dict[str, float]]  # name -> {model: AP}
 
@@ -25,7 +25,7 @@ def write_report(
     *,
     title: str,
     results: Mapping[str, Mapping[str, float] | None],
-    rows: Sequence[Mapping[str, Any]],
+    rows: Rows,
     per_class: Mapping[str, Mapping[str, float]],
     examples: Sequence[drawing.Example],
     class_names: Sequence[str],
@@ -33,6 +33,7 @@ def write_report(
     notes: Sequence[str],
     seconds: Mapping[str, float] = MappingProxyType({}),
     meanings: Mapping[str, str] = MappingProxyType({}),
+    progress: live.Progress | None = None,
 ) -> None:
     """Writes the report of a run as one HTML file, atomically.
 
@@ -50,6 +51,7 @@ def write_report(
       notes: sentences on the run; those of the form "name: value" become a table.
       seconds: where its time went, by kind.
       meanings: of the kinds, in words.
+      progress: how far the run is, if it has not ended: the page says so in place of the result, and reloads itself.
 
     Example:
       >>> import tempfile
@@ -63,6 +65,7 @@ def write_report(
     present = _present(results)
     sections = [
         ("Metrics", pages.metrics_table(present)),
+        ("Terms", live.terms(rows) if progress else ""),
         ("AP over training", _ap_curves(rows, present)),
         ("Losses", _loss_curves(rows)),
         ("AP by class and size", _class_and_size(present, per_class)),
@@ -70,8 +73,10 @@ def write_report(
         ("Time", _time(seconds, meanings)),
         ("Run details", _run_details(notes, config_text)),
     ]
-    lead = f'<p class="verdict">{escape(verdict(present))}</p>{_tiles(present)}'
-    text = pages.page(title, lead, [(name, body) for name, body in sections if body])
+    told = live.lead(progress, rows) if progress else f'<p class="verdict">{escape(verdict(present))}</p>'
+    reload = live.RELOAD if progress and not progress.ended else 0
+    found = [(name, body) for name, body in sections if body]
+    text = pages.page(title, told + (_tiles(present) if present else ""), found, reload=reload)
     write_text(path, text)
 
 
@@ -151,36 +156,8 @@ def _tiles(results: Mapping[str, Mapping[str, float]]) -> str:
     return f'<div class="tiles">{"".join(tiles)}</div>{explained}'
 
 
-def _read(rows: Sequence[Mapping[str, Any]], kind: str) -> dict[str, Series]:
-    """{name: (steps, values)} of all numbers; a resumed run repeats steps, and the last value of a step counts."""
-    numbers: dict[str, dict[int, float]] = {}
-    for row in rows:
-        if row.get("kind") != kind:
-            continue
-        for name, value in row.items():
-            if name in ("step", "kind", "time") or isinstance(value, bool):
-                continue
-            if value is None or isinstance(value, int | float):
-                numbers.setdefault(name, {})[int(row["step"])] = math.nan if value is None else float(value)
-    series = {}
-    for name, values in numbers.items():
-        steps = sorted(values)
-        series[name] = np.array(steps, float), np.array([values[step] for step in steps], float)
-    return series
-
-
-def _by_model(series: Mapping[str, Series]) -> dict[str, dict[str, Series]]:
-    """{name of a loss: {model: series}} in the order of the log; the student is last, so that it is drawn on top."""
-    split: dict[str, dict[str, Series]] = {}
-    for name, line in series.items():
-        model, _, rest = name.partition("/")
-        if model in MODELS and rest:
-            split.setdefault(rest, {})[model] = line
-    return {name: {m: lines[m] for m in MODELS if m in lines} for name, lines in split.items()}
-
-
-def _ap_curves(rows: Sequence[Mapping[str, Any]], results: Mapping[str, Mapping[str, float]]) -> str:
-    series = _by_model(_read(rows, "eval"))
+def _ap_curves(rows: Rows, results: Mapping[str, Mapping[str, float]]) -> str:
+    series = by_model(read(rows, "eval"))
     charts = []
     for key in ("AP", "AP50", "AP75"):
         lines = {
@@ -194,10 +171,10 @@ def _ap_curves(rows: Sequence[Mapping[str, Any]], results: Mapping[str, Mapping[
     return chart_grid(charts)
 
 
-def _loss_curves(rows: Sequence[Mapping[str, Any]]) -> str:
-    series = _read(rows, "train")
-    by_model = _by_model(series)
-    weights = {name.removeprefix("weight/"): line for name, line in series.items() if name.startswith("weight/")}
+def _loss_curves(rows: Rows) -> str:
+    series = read(rows, "train")
+    split = by_model(series)
+    weights = under(series, "weight")
 
     def weight(name: str) -> str:
         values = weights[name][1] if name in weights else np.zeros(0)
@@ -207,20 +184,28 @@ def _loss_curves(rows: Sequence[Mapping[str, Any]]) -> str:
         low, high = values.min(), values.max()
         return f"Weight: {compact(low)}" + (f" to {compact(high)}." if high > low else ".")
 
-    detection = [name for name in by_model if name.startswith("loss")]
-    terms = [name for name in by_model if "/" in name]
-    other = [name for name in by_model if name not in detection + terms]
+    detection = [name for name in split if name.startswith("loss")]
+    terms = [name for name in split if "/" in name]
+    other = [name for name in split if name not in detection + terms]
     text = []
     if detection:
-        charts = [line_chart(by_model[name], title=name) for name in detection]
+        charts = [line_chart(split[name], title=name) for name in detection]
         text.append("<h3>Detection losses</h3>" + chart_grid(charts))
     if terms:
-        charts = [line_chart(by_model[name], title=name, note=weight(name)) for name in terms]
+        charts = [line_chart(split[name], title=name, note=weight(name)) for name in terms]
         text.append("<h3>Distillation terms, unweighted</h3>" + chart_grid(charts))
+    if shares := under(series, "share"):
+        cosines = under(series, "conflict")
+        charts = []
+        for name, (steps, values) in shares.items():
+            cosine = last(cosines.get(name))
+            note = "" if cosine is None else f"Cosine with the gradient of the detection losses: {cosine:+.2f} at last."
+            charts.append(line_chart({"run": (steps, 100 * values)}, title=name, unit="%", log=False, note=note))
+        text.append("<h3>Shares of the gradient at the student’s neck</h3>" + chart_grid(charts))
     notes = {"total": "For the student this includes the distillation terms."} if terms else {}
     titles = {"lr": "learning rate", "images_per_s": "images per second", "grad_norm": "gradient norm"}
     titles |= {"wait_share": "fraction of time spent waiting for data", "total": "total loss"}
-    charts = [line_chart(by_model[name], title=titles.get(name, name), note=notes.get(name, "")) for name in other]
+    charts = [line_chart(split[name], title=titles.get(name, name), note=notes.get(name, "")) for name in other]
     charts += [
         line_chart({"run": line}, title=titles.get(name, name), log=False)
         for name, line in series.items()

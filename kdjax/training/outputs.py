@@ -18,6 +18,7 @@ from kdjax.evals.matching import Truth, masks_by_image, truth_by_image
 from kdjax.inference.predict import predict, traces
 from kdjax.report import drawing, model_card
 from kdjax.report import run as run_report
+from kdjax.report.live import Progress
 from kdjax.structs import Detections, PyTree
 from kdjax.training import cluster, compiling
 from kdjax.training.checks import check_programs
@@ -32,6 +33,7 @@ from kdjax.weights.checkpoint import fingerprint
 
 EXAMPLES = 8  # images in the report
 COLUMNS = 4  # of the sheet of detections for trackers
+REPORT = "report.html"
 
 
 class Evaluation(NamedTuple):
@@ -221,7 +223,10 @@ def finish(setup: Setup, workdir: Path, log: Log, clock: Clock | None = None) ->
     with files.attempt(failed):
         files.write_json(workdir / "results.json", files.sealed(results), indent=1)  # if it exists, so do the models
     with files.attempt(failed):
-        write_report(setup, workdir / "report.html", results, evaluations, log, clock)
+        rows = log.rows()
+        told = notes(setup, rows, log.damaged, log.missing)
+        seconds = clock.total() if clock else {}
+        write_report(setup, workdir / REPORT, results, evaluations, rows, notes=told, seconds=seconds)
     files.finish(failed)
     check_programs(setup)
     return results
@@ -290,21 +295,25 @@ def write_report(
     path: Path,
     results: Mapping[str, Any],
     evaluations: Mapping[str, Evaluation],
-    log: Log,
-    clock: Clock | None = None,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    notes: Sequence[str],
+    seconds: Mapping[str, float],
+    progress: Progress | None = None,
 ) -> None:
     """Writes report.html.
 
     Args:
       setup: of the run.
       path: the file.
-      results: of `finish`.
+      results: of `finish`, or those of an evaluation during training.
       evaluations: by role.
-      log: of the run.
-      clock: of the run.
+      rows: of the log.
+      notes: see `notes`.
+      seconds: where the time of the run went so far, by kind.
+      progress: of a run that has not ended.
     """
     config, dataset = setup.config, setup.dataset
-    rows = log.rows()
     shown = [evaluations[role].examples for role in ("teacher", "twin", "student") if role in evaluations]
     examples = [
         same[0]._replace(
@@ -322,9 +331,10 @@ def write_report(
         examples=examples,
         class_names=list(dataset.classes),
         config_text=config.to_json(indent=2),
-        notes=notes(setup, rows, log.damaged, log.missing),
-        seconds=clock.total() if clock else {},
+        notes=notes,
+        seconds=seconds,
         meanings=KINDS,
+        progress=progress,
     )
 
 

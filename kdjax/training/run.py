@@ -40,6 +40,7 @@ from kdjax.training.checkpoint import Checkpoints, Keep
 from kdjax.training.config import Config
 from kdjax.training.goodput import Clock
 from kdjax.training.join import Alone, join
+from kdjax.training.live import Live
 from kdjax.training.log import Log
 from kdjax.training.models import load_detector
 from kdjax.training.schedule import schedule
@@ -132,8 +133,9 @@ def run(config: Config, workdir: str | Path | None) -> dict[str, Any] | None:
     Args:
       config: the settings; `kdjax.training.config.base` lists them.
       workdir: the folder for config.json, metrics.jsonl, tensorboard/, checkpoints/, student/, twin/, detections/,
-        per_class.json, results.json, time.json, report.html and, after a bad step, blackbox/; may be None for a dry
-        run. Or the address of one in an object store, gs:// or s3://, with one host.
+        per_class.json, results.json, time.json, report.html (also at each evaluation during training) and, after a bad
+        step, blackbox/; may be None for a dry run. Or the address of one in an object store, gs:// or s3://, with one
+        host.
 
     Returns:
       The content of results.json; None after a dry run (`config.data.check`).
@@ -203,7 +205,8 @@ def _run(config: Config, folder: Path, clock: Clock, after: Callable[[], None] |
             lines, board = (checkpoints.note() or {}).get("lines", 0), "tensorboard" in config.log.to
             with Log(folder, start, lines, board=board, trackers=tracked) as log:
                 updates = Updates(setup, checkpoints, folder, loop.dropped)
-                states = train(setup, start, updates, log, stored, loop, clock)
+                with Live(setup, folder, clock, start) as live:
+                    states = train(setup, start, updates, log, stored, loop, clock, live)
                 clock.switch("evaluate")
                 results = outputs.finish(setup._replace(states=states), folder, log, clock)
         with clock.during("save"):
@@ -227,7 +230,14 @@ def only_writer(folder: Path) -> contextlib.AbstractContextManager[None]:
 
 
 def train(
-    setup: Setup, start: int, updates: Updates, log: Log, stored: Mapping[str, Shards], loop: Loop, clock: Clock
+    setup: Setup,
+    start: int,
+    updates: Updates,
+    log: Log,
+    stored: Mapping[str, Shards],
+    loop: Loop,
+    clock: Clock,
+    live: Live,
 ) -> dict[str, TrainState]:
     """Runs all updates from `start` to the end.
 
@@ -239,6 +249,7 @@ def train(
       stored: the caches that stand for teachers, by name; the others run.
       loop: what the checkpoint of `start` says of the loop.
       clock: of the run.
+      live: the page of the run while it goes on.
 
     Returns:
       The final states by role.
@@ -272,6 +283,7 @@ def train(
         log.image(step, lambda: outputs.sheet(setup, measured["student"].examples))
         if config.checkpoint.keep_best and measured["student"].metrics["AP"] >= 0:
             checkpoints.score(step, measured["student"].metrics["AP"])
+        live.write(step, measured)
 
     def is_evaluated(step: int) -> bool:
         return bool(config.eval.every) and step % config.eval.every == 0 and 0 < step < config.steps
@@ -341,6 +353,7 @@ def train(
                 with clock.during("evaluate"):
                     evaluate(step)
                 since += time.perf_counter() - begun
+            live.at(step)
             if last and step < config.steps:
                 with clock.during("save"):
                     checkpoints.wait()

@@ -95,8 +95,9 @@ class Life:
         def is_new(path: Path) -> bool:
             return path.exists() and path.stat().st_mtime >= self.begun
 
-        if is_new(self.workdir / "report.html"):
-            return "end"
+        page, results = self.workdir / "report.html", self.workdir / "results.json"
+        if is_new(page) and is_new(results) and page.stat().st_mtime_ns >= results.stat().st_mtime_ns:
+            return "end"  # the page before that is of a run that goes on
         if any((self.workdir / "checkpoints").glob("*tmp*")):
             return "save"
         said = self.said()

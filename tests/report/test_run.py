@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kdjax.report import run
+from kdjax.report import run, series
 from kdjax.report.format import MODELS
 from tests.support.pages import Page
 from tests.support.report import examples
@@ -218,9 +218,9 @@ def test_non_finite_losses_are_marked(tmp_path):
 def test_the_last_line_of_a_step_counts():
     lines = [{"step": s, "kind": "train", "lr": v} for s, v in ((10, 1.0), (20, 9.0), (30, 9.0), (20, 2.0), (30, 3.0))]
     lines += [{"step": 20, "kind": "eval", "student/AP": 0.1}, {"step": 20, "kind": "eval", "twin/AP": 0.2}]
-    steps, values = run._read(lines, "train")["lr"]
+    steps, values = series.read(lines, "train")["lr"]
     assert steps.tolist() == [10, 20, 30] and values.tolist() == [1, 2, 3]
-    assert set(run._read(lines, "eval")) == {"student/AP", "twin/AP"}
+    assert set(series.read(lines, "eval")) == {"student/AP", "twin/AP"}
 
 
 @pytest.mark.parametrize("count", [0, 1, 10_000])
