@@ -31,7 +31,7 @@ RUNS = {
 # These take --config.a.b=value.
 OVERRIDABLE = ("train", "doctor", "cache", "compile", "study")
 # These take --model more than once.
-SEVERAL_MODELS = ("latency",)
+SEVERAL_MODELS = ("latency", "view")
 # What follows the sentence on a fault of the machine.
 _CONTINUES = "then run the same command again: it continues from the last checkpoint"
 _CONTINUES_CACHE = "then run the same command again: it continues with the first file that is missing"
@@ -396,6 +396,26 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, list[str]]]:
     )
     add_split(one)
     one.add_argument("--out", metavar="DIR", help="folder for evaluation.json, detections.json and report.html")
+
+    one = add(
+        "view",
+        "Look at what models detect in a folder of images, side by side, with thresholds to move; needs kdjax[view].",
+        "kdjax view --model=runs/mkd/student --model=runs/mkd/twin --data=photos",
+    )
+    one.add_argument(
+        "--model",
+        required=True,
+        action="append",
+        dest="models",
+        metavar="DIR",
+        help=f"{MODEL}; repeat for several models",
+    )
+    one.add_argument("--data", required=True, metavar="DIR", help="folder of images, with those below it")
+    one.add_argument("--threshold", type=float, default=0.3, metavar="S", help="lowest score at the start (0.3)")
+    one.add_argument(
+        "--port", type=int, default=0, metavar="N", help="of the page on this machine (the first free one)"
+    )
+    add_exif(one)
 
     one = add(
         "latency",

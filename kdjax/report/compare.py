@@ -87,7 +87,11 @@ def results(runs: Sequence[Run]) -> list[list[str]]:
     lines = [["run", "state", "student", "methods", "AP", "AP50", "gain in AP", "time", "parameters"]]
     for run in runs:
         metrics = run["metrics"] or {}
-        state = "finished" if run["finished"] else f"step {run['step']:,} of {run['steps']:,}"
+        state = (
+            "finished"
+            if run["finished"]
+            else f"step {run['step']:,} of {run['steps']:,}".replace(" ", "\N{NO-BREAK SPACE}")
+        )
         gain = (run["gain"] or {}).get("AP")
         cells = [
             run["student"],

@@ -6,6 +6,7 @@ and fits wide and narrow screens. The functions return HTML and escape all text.
 
 import base64
 import io
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -33,6 +34,7 @@ METRICS = {
     "ARl": "recall, large objects",
 }
 MAX_BARS = 30  # classes that are drawn as bars; more are written as numbers
+_SEPARATOR = re.compile(r"([._/])")
 IMAGE_BYTES = 2_000_000  # of all images of a page together, as base64
 
 
@@ -93,7 +95,8 @@ def table(rows: Sequence[Sequence[str]], *, caption: str = "", marks: Mapping[st
     head, *body = rows
     text = "<thead><tr>" + "".join(f'<th scope="col">{named(cell)}</th>' for cell in head) + "</tr></thead><tbody>"
     for first, *rest in body:
-        text += f'<tr><th scope="row">{named(first)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in rest)}</tr>'
+        first = _SEPARATOR.sub(r"\1<wbr>", named(first)) if first not in marks else named(first)
+        text += f'<tr><th scope="row">{first}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in rest)}</tr>'
     above = f"<h3>{escape(caption)}</h3>" if caption else ""
     long = ' long" tabindex="0" role="region" aria-label="table' if len(body) > MAX_BARS + 1 else ""
     return f'{above}<div class="scroll{long}"><table>{text}</tbody></table></div>'

@@ -63,13 +63,15 @@ def write_report(
       True
     """
     present = _present(results)
+    images = ("Images", pages.image_rows(examples, class_names))
+    first, then = ([("Terms", live.terms(rows)), images], []) if progress else ([], [images])
     sections = [
         ("Metrics", pages.metrics_table(present)),
-        ("Terms", live.terms(rows) if progress else ""),
         ("AP over training", _ap_curves(rows, present)),
+        *first,
         ("Losses", _loss_curves(rows)),
         ("AP by class and size", _class_and_size(present, per_class)),
-        ("Images", pages.image_rows(examples, class_names)),
+        *then,
         ("Time", _time(seconds, meanings)),
         ("Run details", _run_details(notes, config_text)),
     ]
