@@ -9,7 +9,6 @@ import collections
 import importlib.util
 import os
 import threading
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -123,9 +122,8 @@ class Viewer:
         with self.lock:
             if (place, which) not in self.known:
                 model = self.models[which]
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # notes on the file; `kdjax predict` tells them
-                    image = read_image(self.images[place], exif=self.exif or model.exif_orientation)
+                exif = self.exif or model.exif_orientation
+                image = read_image(self.images[place], exif=exif, warn=lambda _: None)  # `kdjax predict` tells notes
                 self.known[place, which] = image, model.detect(image)
                 while len(self.known) > KEPT * len(self.models):
                     self.known.popitem(last=False)
@@ -200,19 +198,19 @@ def build(viewer: Viewer, threshold: float) -> Any:  # noqa: ANN401 - gradio is 
 
     with gradio.Blocks(analytics_enabled=False, title="kdjax view", fill_width=True) as page:
         name = gradio.Textbox(viewer.title(0), label="image", interactive=False)
+        number = gradio.Slider(1, max(last, 2), value=1, step=1, label="number", interactive=last > 1)
         with gradio.Row():
-            before = gradio.Button("Previous", scale=1, min_width=90)
-            number = gradio.Slider(1, max(last, 2), value=1, step=1, label="number", scale=6, interactive=last > 1)
-            after = gradio.Button("Next", scale=1, min_width=90)
+            before = gradio.Button("Previous", min_width=90)
+            after = gradio.Button("Next", min_width=90)
         thresholds, outputs = [], [name]
         with gradio.Row():
             for model in viewer.names:
                 with gradio.Column(min_width=320):
-                    gradio.Textbox(printable(model), label="model", interactive=False)
+                    gradio.Textbox(printable(model), label="model", lines=2, interactive=False)
                     label = "lowest score"
                     thresholds.append(gradio.Slider(0, 1, value=threshold, step=0.01, label=label, interactive=True))
                     image = gradio.Image(label="detections", interactive=False, format="jpeg", buttons=["fullscreen"])
-                    outputs += [image, gradio.Textbox(label="objects", interactive=False)]
+                    outputs += [image, gradio.Textbox(label="objects", lines=2, interactive=False)]
         inputs = [number, *thresholds]
         before.click(lambda at: step(at, -1), number, number, api_visibility="private")
         after.click(lambda at: step(at, 1), number, number, api_visibility="private")
