@@ -41,28 +41,35 @@ def browser() -> Iterator[Any]:
         opened.close()
 
 
-def look(opened: Any, file: Path, *, width: int, theme: str, picture: Path | None = None) -> Seen:
-    """Opens a file at a width and with a theme.
+def look(opened: Any, file: Path, width: int, pictures: Path | None = None, *, whole: bool = False) -> dict[str, Seen]:
+    """Opens a file at a width, with each of `THEMES`.
 
     Args:
       opened: of `browser`.
       file: the page.
       width: of the window in px.
-      theme: "light" or "dark".
-      picture: where a screenshot of the whole page goes; None: nowhere.
+      pictures: a folder for screenshots, NAME_WIDTH_THEME.png; None: none are made.
+      whole: of the whole page, not only of its first 900 px.
+
+    Returns:
+      What is seen, by theme.
     """
-    page = opened.new_page(viewport={"width": width, "height": 900}, color_scheme=theme)
+    page = opened.new_page(viewport={"width": width, "height": 900})
     errors: list[str] = []
     page.on("console", lambda message: errors.append(message.text) if message.type in ("error", "warning") else None)
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on("requestfailed", lambda request: errors.append(f"failed: {request.url[:80]}"))
     page.on("request", lambda request: errors.append(request.url) if _is_foreign(request.url) else None)
     page.goto(file.as_uri())
-    found = page.evaluate(_MEASURE)
-    if picture:
-        page.screenshot(path=picture, full_page=True)
+    seen = {}
+    for theme in THEMES:
+        page.emulate_media(color_scheme=theme)
+        found = page.evaluate(_MEASURE)
+        if pictures:
+            page.screenshot(path=pictures / f"{file.stem}_{width}_{theme}.png", full_page=whole)
+        seen[theme] = Seen([*errors], found["overflow"], found["wide"], tuple(found["paper"]), found["contrast"])
     page.close()
-    return Seen(errors, found["overflow"], found["wide"], tuple(found["paper"]), found["contrast"])
+    return seen
 
 
 def _is_foreign(url: str) -> bool:
