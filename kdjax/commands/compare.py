@@ -210,9 +210,10 @@ def flat(tree: Mapping[str, Any], where: str) -> dict[str, Any]:
 
     Example:
       >>> flat({"a": {"b": 1}, "c": {}}, "config")
-      {'config.a.b': 1}
+      {'config.a.b': 1, 'config.c': {}}
     """
     found: dict[str, Any] = {}
     for name, value in tree.items():
-        found |= flat(value, f"{where}.{name}") if isinstance(value, dict) else {f"{where}.{name}": value}
+        within = isinstance(value, dict) and value
+        found |= flat(value, f"{where}.{name}") if within else {f"{where}.{name}": value}
     return found

@@ -15,6 +15,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocat
 from kdjax.report.format import MODELS, PAIRS, abbreviated, compact
 
 MAX_POINTS = 240  # of a curve
+LONGEST = 28  # characters of the name of a row
 COLOURS = 8  # of runs that are compared: --run0 .. --run7 of style.css
 DASHES = ("-", "--", ":", "-.")  # of the first 8 runs, the next 8, ...; then they repeat
 
@@ -114,7 +115,7 @@ def interval_chart(rows: Sequence[Interval], *, title: str, across: str) -> str:
         return ""
     colours = {"helps": _COLORS["good"], "hurts": _COLORS["bad"]}
     with matplotlib.rc_context(_settings(title)):
-        figure = Figure(figsize=(6.5, 0.6 + 0.26 * len(rows)), dpi=72, layout="constrained")
+        figure = Figure(figsize=(4.6, 0.6 + 0.24 * len(rows)), dpi=72, layout="constrained")
         axes = figure.add_subplot()
         for at, row in enumerate(rows):
             colour = colours.get(row.verdict, _COLORS["muted"])
@@ -122,7 +123,8 @@ def interval_chart(rows: Sequence[Interval], *, title: str, across: str) -> str:
             if row.ends:
                 axes.plot(row.ends, [at, at], "-", color=colour, linewidth=2)
             axes.plot([row.mean], [at], "o", color=colour, markersize=5)
-        axes.set_yticks(range(len(rows)), [row.name for row in rows])
+        names = [row.name if len(row.name) <= LONGEST else f"{row.name[: LONGEST - 1]}…" for row in rows]
+        axes.set_yticks(range(len(rows)), names)
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.axvline(0, color=_COLORS["ink"], linewidth=0.8)
         axes.set_xlabel(across, color=_COLORS["muted"])

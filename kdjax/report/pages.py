@@ -34,7 +34,7 @@ METRICS = {
     "ARl": "recall, large objects",
 }
 MAX_BARS = 30  # classes that are drawn as bars; more are written as numbers
-_SEPARATOR = re.compile(r"([._/])")
+WORDS = 32  # characters of a cell; longer ones are broken into lines
 IMAGE_BYTES = 2_000_000  # of all images of a page together, as base64
 
 
@@ -88,15 +88,15 @@ def table(rows: Sequence[Sequence[str]], *, caption: str = "", marks: Mapping[st
       True
     """
 
-    def named(cell: str) -> str:
-        mark = f'<i class="dot" style="background:var(--{marks[cell]})"></i>' if cell in marks else ""
-        return mark + escape(cell)
+    def mark(cell: str) -> str:
+        return f'<i class="dot" style="background:var(--{marks[cell]})"></i>' if cell in marks else ""
 
     head, *body = rows
-    text = "<thead><tr>" + "".join(f'<th scope="col">{named(cell)}</th>' for cell in head) + "</tr></thead><tbody>"
+    text = "<thead><tr>" + "".join(f'<th scope="col">{mark(cell)}{escape(cell)}</th>' for cell in head)
+    text += "</tr></thead><tbody>"
     for first, *rest in body:
-        first = _SEPARATOR.sub(r"\1<wbr>", named(first)) if first not in marks else named(first)
-        text += f'<tr><th scope="row">{first}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in rest)}</tr>'
+        cells = (f"<td{' class=words' * (len(cell) > WORDS)}>{escape(cell)}</td>" for cell in rest)
+        text += f'<tr><th scope="row">{mark(first)}{_breakable(first)}</th>{"".join(cells)}</tr>'
     above = f"<h3>{escape(caption)}</h3>" if caption else ""
     long = ' long" tabindex="0" role="region" aria-label="table' if len(body) > MAX_BARS + 1 else ""
     return f'{above}<div class="scroll{long}"><table>{text}</tbody></table></div>'
@@ -177,7 +177,7 @@ def bars(rows: Mapping[str, Mapping[str, float]], *, first: str) -> str:
         else:
             cells = "".join(f"<td>{percent(values[model])}</td>" for model in models)
         gain = _gain(values, pair) if pair else ""
-        lines.append(f'<tr><th scope="row">{escape(str(name))}</th>{cells}{gain}</tr>')
+        lines.append(f'<tr><th scope="row">{_breakable(str(name))}</th>{cells}{gain}</tr>')
     if wide:
         head = f'<th scope="col">AP of {", ".join(models)}</th>'
     else:
@@ -271,6 +271,11 @@ def _size(results: Mapping[str, Mapping[str, float]]) -> str:
         if is_defined(student.get(key)) and is_defined(teacher.get(key)) and teacher[key]
     ]
     return f"The student has {' and '.join(parts)}." if parts else ""
+
+
+def _breakable(name: str) -> str:
+    """A name as HTML that is broken after its dots, lines and strokes, if at all."""
+    return re.sub(r"([._/])", r"\1<wbr>", escape(name))
 
 
 def _bar(model: str, value: float | None) -> str:
