@@ -137,13 +137,17 @@ class Live:
         results: dict[str, Any] = {
             role: one.metrics | {"params": self.params[role]} for role, one in evaluations.items()
         }
+        notes = outputs.notes(self.setup, rows, damaged)
+        if self.seconds:
+            mean = sum(self.seconds) / len(self.seconds)
+            notes.append(f"this page: {len(self.seconds)} before it took {mean:.1f} s each, beside the steps")
         outputs.write_report(
             self.setup,
             self.folder / outputs.REPORT,
             results,
             evaluations,
             rows,
-            notes=outputs.notes(self.setup, rows, damaged),
+            notes=notes,
             seconds=seconds,
             progress=progress,
         )
