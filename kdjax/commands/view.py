@@ -184,7 +184,7 @@ def build(viewer: Viewer, threshold: float) -> Any:  # noqa: ANN401 - gradio is 
       threshold: at the start.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # nothing is sent anywhere
-    import gradio
+    import gradio  # pyright: ignore[reportMissingImports] - optional
 
     last = len(viewer.images)
 
@@ -234,7 +234,7 @@ def serve(page: Any, port: int, *, block: bool = True) -> str:  # noqa: ANN401 -
     Raises:
       UserError: the port is taken.
     """
-    import gradio
+    import gradio  # pyright: ignore[reportMissingImports] - optional
 
     plain = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # no fonts from elsewhere
     try:
