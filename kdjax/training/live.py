@@ -133,11 +133,11 @@ class Live:
     def _write(
         self, progress: Progress, evaluations: Mapping[str, outputs.Evaluation], seconds: Mapping[str, float]
     ) -> None:
-        rows, damaged = log.read(self.folder / "metrics.jsonl")
+        rows, _ = log.read(self.folder / "metrics.jsonl")  # the last line may be half written; the final report counts
         results: dict[str, Any] = {
             role: one.metrics | {"params": self.params[role]} for role, one in evaluations.items()
         }
-        notes = outputs.notes(self.setup, rows, damaged)
+        notes = outputs.notes(self.setup, rows, damaged=0)
         if self.seconds:
             mean = sum(self.seconds) / len(self.seconds)
             notes.append(f"this page: {len(self.seconds)} before it took {mean:.1f} s each, beside the steps")

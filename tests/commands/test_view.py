@@ -72,7 +72,7 @@ def test_a_real_model(made, images):
     assert shown.image.shape == (640, 640, 3) and " from score 0.00 on: " in shown.text
 
 
-@pytest.mark.user_input("The command line", "`view` without gradio", "refused: how to install it")
+@pytest.mark.user_input("Models and exports", "`kdjax view` without gradio", "refused: how to install it")
 def test_without_gradio_one_sentence(made, images, monkeypatch, capsys):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gradio" else find(name))

@@ -107,7 +107,7 @@ def alone(tmp_path, monkeypatch):
     config.eval.update(dict(every=10, limit=7))
     noted = Clocked()
     monkeypatch.setattr(outputs, "write_report", noted)
-    monkeypatch.setattr(outputs, "notes", lambda *_: [])
+    monkeypatch.setattr(outputs, "notes", lambda *_, **__: [])
     monkeypatch.setattr(live, "model", lambda setup, role: (None, ({}, {})))
 
     def made(start=0, **changes):
@@ -155,7 +155,6 @@ def test_what_the_pages_say(alone, monkeypatch):
 )
 def test_what_ends_a_run_is_on_its_page(alone, error, words):
     one, noted = alone()
-
 
     def runs():
         with one:
