@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kdjax import files
+from kdjax import files, remote
 from kdjax.commands import arguments
 from kdjax.commands.study_runs import unreadable
 from kdjax.errors import UserError
@@ -71,6 +71,8 @@ def check_run(folder: Path, path: str) -> None:
     Raises:
       UserError: it is not.
     """
+    if remote.is_url(path):
+        raise UserError(f"{path}: runs in object stores are not read: copy it to this machine")
     if not folder.is_dir():
         raise UserError(f"{path}: there is no such folder: name the workdir of a run")
     if not (folder / "metrics.jsonl").is_file() or not (folder / "config.json").is_file():

@@ -26,6 +26,7 @@ from kdjax.structs import Detections
 
 ADDRESS = "127.0.0.1"  # never another one: the page shows files of this machine
 KEPT = 32  # images whose detections are kept
+KEPT_FOR = (600, 600)  # s: how often drawn images in gradio's folder are looked through, and how old they may be
 WIDTH = (640, 1280)  # px, at least and at most, of a drawn image
 
 
@@ -74,7 +75,7 @@ def images_of(data: str) -> list[Path]:
     folder = Path(data).expanduser()
     if not folder.is_dir():
         raise UserError(f"--data: there is no folder {data}: name a folder of images")
-    found = [path for path, _ in find([data], folder / "\N{NO-BREAK SPACE}none") if not is_video(path)]
+    found = [path for path, _ in find([data], Path(os.devnull)) if not is_video(path)]  # nothing is written
     if not found:
         raise UserError(f"--data: {data} has no images ({', '.join(SUFFIXES)})")
     return found
@@ -196,7 +197,7 @@ def build(viewer: Viewer, threshold: float) -> Any:  # noqa: ANN401 - gradio is 
     def step(number: float, by: int) -> int:
         return min(max(int(number or 1) + by, 1), last)
 
-    with gradio.Blocks(analytics_enabled=False, title="kdjax view", fill_width=True) as page:
+    with gradio.Blocks(analytics_enabled=False, title="kdjax view", fill_width=True, delete_cache=KEPT_FOR) as page:
         name = gradio.Textbox(viewer.title(0), label="image", interactive=False)
         number = gradio.Slider(1, max(last, 2), value=1, step=1, label="number", interactive=last > 1)
         with gradio.Row():

@@ -117,6 +117,8 @@ def test_folders_that_are_no_runs(tmp_path, capsys):
         (tmp_path / "empty" / ".." / "run", f"it is the same run as {run}: name each run once"),
     ):
         assert refused(capsys, "compare", str(run), str(path), out).startswith(f"kdjax: {path}: {words}")
+    told = refused(capsys, "compare", str(run), "gs://bucket/runs/a", out)
+    assert told == "kdjax: gs://bucket/runs/a: runs in object stores are not read: copy it to this machine"
     assert "it is the only run: name two or more" in refused(capsys, "compare", str(run), out)
     other = make(tmp_path / "other")
     assert "is the folder of a run" in refused(capsys, "compare", str(run), str(other), f"--out={other}")
