@@ -3,19 +3,23 @@
 import errno
 import os
 import re
+import signal
 import threading
 import types
 
 import pytest
 
+from kdjax import sharding
 from kdjax.report import live as of_report
 from kdjax.training import config as settings
 from kdjax.training import live, outputs
 from kdjax.training.goodput import Clock
-from kdjax.training.run import run
+from kdjax.training.run import Stopped, run
+from tests.detectors.test_guide import folder as guide  # noqa: F401 - a fixture
 from tests.support.pages import Page
-from tests.support.runs import STEPS, stopped_in_step, tiny_config
+from tests.support.runs import tiny_config
 
+STEPS = 10
 REFRESH = f'http-equiv="refresh" content="{of_report.RELOAD}"'
 
 
@@ -33,14 +37,36 @@ def written(monkeypatch):
     return texts
 
 
+@pytest.fixture
+def config(guide):  # noqa: F811
+    """A run of the guide's detector, which is compiled quickly."""
+    made = tiny_config(guide, teacher=None, batch_size=4, steps=STEPS, log_every=1, eval__every=5, eval__limit=6)
+    made.student.detector = "dots_s"
+    made.student.options.channels = 8
+    made.data.update(dict(scenes_train=8, scenes_val=8))
+    made.data.augment.update(dict(mosaic=False, mixup=0.0))
+    made.data.stage2.start = 0
+    made.optimizer.warmup = 1
+    return made
+
+
 def state_of(text):
     return re.search(r'<p class="verdict">(.*?)</p>', text)[1].replace("<b>", "").replace("</b>", "")
 
 
-def test_a_run_shows_how_far_it_is_and_ends_with_its_report(folder, tmp_path, written, capsys):
-    config = tiny_config(folder, teacher=None, eval__every=5, eval__limit=6)
-    with stopped_in_step(8):
-        run(config, tmp_path)
+def test_a_run_shows_how_far_it_is_and_ends_with_its_report(config, tmp_path, written, monkeypatch, capsys):
+    tmp_path = tmp_path / "run"
+    shard_batch, calls = sharding.shard_batch, iter(range(1, 1000))
+
+    def stopping(*given):
+        if next(calls) == 8:
+            signal.raise_signal(signal.SIGTERM)
+        return shard_batch(*given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sharding, "shard_batch", stopping)
+        with pytest.raises(Stopped, match="step 8 of "):
+            run(config, tmp_path)
     assert state_of(written[0]) == f"Running: step 0 of {STEPS}."
     stopped = written[-1]
     assert state_of(stopped).startswith(f"Not running: stopped at step 8 of {STEPS}; the state is saved")
@@ -68,7 +94,8 @@ def test_a_run_shows_how_far_it_is_and_ends_with_its_report(folder, tmp_path, wr
 @pytest.mark.user_input(
     "The machine", "a page of a run that cannot be written while it trains", "reported once, and the run goes on"
 )
-def test_a_page_that_cannot_be_written_does_not_end_the_run(folder, tmp_path, monkeypatch, capsys):
+def test_a_page_that_cannot_be_written_does_not_end_the_run(config, tmp_path, monkeypatch, capsys):
+    tmp_path = tmp_path / "run"
     write = outputs.run_report.write_report
 
     def full(path, *, progress, **given):
@@ -77,7 +104,7 @@ def test_a_page_that_cannot_be_written_does_not_end_the_run(folder, tmp_path, mo
         write(path, **given)
 
     monkeypatch.setattr(outputs.run_report, "write_report", full)
-    results = run(tiny_config(folder, teacher=None, eval__every=5), tmp_path)
+    results = run(config, tmp_path)
     lines = [line for line in capsys.readouterr().err.splitlines() if "cannot be written during the run" in line]
     path = tmp_path / "report.html"
     assert len(lines) == 1 and lines[0].strip().endswith(
