@@ -185,7 +185,8 @@ def test_flags_that_are_repeated_or_misspelt_are_refused(capsys):
         (
             ("trian",),
             "kdjax: invalid choice: 'trian' (did you mean train?): choose from train, supervise, doctor, cache, "
-            "compile, replay, study, league, predict, label, evaluate, latency, export, import-weights, push",
+            "compile, replay, study, league, compare, predict, label, evaluate, view, latency, export, import-weights, "
+            "push",
         ),
     ):
         assert refused(capsys, *arguments) == f"{told}; see `{told.partition(':')[0]} --help`"
