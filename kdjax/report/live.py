@@ -1,13 +1,16 @@
 """What the page of a run says at its top while the run goes on."""
 
+from collections.abc import Sequence
 from html import escape
 from typing import NamedTuple
 
 from kdjax.report import pages
+from kdjax.report.drawing import Example
 from kdjax.report.format import compact
 from kdjax.report.series import Rows, by_model, last, read, under
 
 RELOAD = 30  # seconds after which a browser reads the page of a run that goes on again
+THRESHOLDS = (0.3, 0.2, 0.1, 0.05)  # of scores that are drawn
 
 
 class Progress(NamedTuple):
@@ -95,6 +98,20 @@ def terms(rows: Rows) -> str:
     else:
         text += "Shares of the gradient are measured with config.auto_weight.log=True or a weight that is auto."
     return f'{pages.table(table)}<p class="small">{escape(text)}</p>'
+
+
+def threshold(examples: Sequence[Example]) -> float:
+    """The lowest score that is drawn: early in a run the student has none of 0.3.
+
+    Args:
+      examples: the images.
+
+    Returns:
+      The highest of `THRESHOLDS` from which on the student has as many detections as there are objects, or the lowest.
+    """
+    objects = sum(len(example.labels) for example in examples)
+    scores = [example.detections["student"].scores for example in examples if "student" in example.detections]
+    return next((t for t in THRESHOLDS if sum((one >= t).sum() for one in scores) >= objects), THRESHOLDS[-1])
 
 
 def duration(seconds: float) -> str:

@@ -63,7 +63,8 @@ def write_report(
       True
     """
     present = _present(results)
-    images = ("Images", pages.image_rows(examples, class_names))
+    threshold = live.threshold(examples) if progress else live.THRESHOLDS[0]
+    images = ("Images", pages.image_rows(examples, class_names, threshold=threshold))
     first, then = ([("Terms", live.terms(rows)), images], []) if progress else ([], [images])
     sections = [
         ("Metrics", pages.metrics_table(present)),

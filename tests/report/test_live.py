@@ -59,3 +59,12 @@ def test_shares_of_the_gradient_are_shown_where_they_were_measured(tmp_path):
     page, _ = write(tmp_path, rows=measured)
     assert "Cosine with the gradient of the detection losses: -0.12 at last." in page.text
     assert any(attrs.get("aria-label", "").startswith("Chart of mkd: run from 25 ") for attrs in page.all("svg"))
+
+
+def test_early_in_a_run_lower_scores_are_drawn():
+    made = examples(2)  # with three objects, and scores 0.9, 0.5 and 0.1 in each
+    assert live.threshold(made) == 0.1
+    few = [one._replace(labels=one.labels[:2], boxes=one.boxes[:2]) for one in made]
+    assert live.threshold(few) == 0.3 and live.threshold([]) == 0.3
+    none = [one._replace(detections={"student": one.detections["student"][:0]}) for one in made]
+    assert live.threshold(none) == 0.05
