@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 from kdjax.errors import UserError, fault, interruptible, printable
+from kdjax.export import targets
 
 DESCRIPTION = "Distil object detectors: `kdjax COMMAND --help` has the options of a command."
 MODEL = "a run's workdir, student/ or checkpoints/STEP, a folder of import-weights, an address, or quickstart_teacher"
@@ -419,7 +420,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, list[str]]]:
 
     one = add(
         "latency",
-        "Measure models: parameters, FLOPs, file size, and time per image in XLA and onnxruntime.",
+        "Measure models and exported files: parameters, FLOPs, file size, and time per image in their runtimes.",
         "kdjax latency --model=quickstart_teacher --threads=1",
     )
     one.add_argument(
@@ -428,7 +429,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, list[str]]]:
         action="append",
         dest="models",
         metavar="DIR",
-        help=f"{MODEL}, or an .onnx or .tflite file; repeat for several models",
+        help=f"{MODEL}; an exported file (.onnx, .xml, .param or .tflite), or a folder of them; repeat for several",
     )
     one.add_argument("--threads", type=int, metavar="N", help="cores to compute on (all that the process may use)")
     one.add_argument("--runs", type=int, default=100, metavar="N", help="timed runs, after 20 untimed ones (100)")
@@ -436,22 +437,33 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, list[str]]]:
 
     one = add(
         "export",
-        "Write a model as ONNX, LiteRT or StableHLO, checked against the JAX model, with its AP before and after.",
-        "kdjax export --model=quickstart_teacher --format=onnx --out=teacher.onnx --data=scenes --limit=40",
+        "Write a model for another runtime, checked against the JAX model, with its AP before and after.",
+        "kdjax export --model=quickstart_teacher --format=onnx --out=teacher.onnx --data=scenes --limit=40\n\n"
+        f"targets:\n{targets.told()}",
     )
     one.add_argument("--model", required=True, metavar="DIR", help=MODEL)
-    needs = "onnx needs kdjax[export], litert needs kdjax[litert]"
-    one.add_argument("--format", required=True, choices=("onnx", "litert", "stablehlo"), help=needs)
-    one.add_argument("--out", required=True, metavar="FILE", help="the file to write")
+    needs = "onnx needs kdjax[export], the next three kdjax[openvino], kdjax[ncnn], kdjax[litert]"
+    one.add_argument("--format", choices=("onnx", "openvino", "ncnn", "litert", "stablehlo"), help=needs)
+    one.add_argument(
+        "--target",
+        choices=tuple(targets.TARGETS),
+        help="a device: its format, precision and batch, where no flag says otherwise (the table below)",
+    )
+    one.add_argument("--out", required=True, metavar="FILE", help="the file to write (OpenVINO: .xml, NCNN: .param)")
     one.add_argument("--data", metavar="DIR", help="labelled data to compare outputs and AP on, as for evaluate")
     add_split(one)
-    one.add_argument("--dtype", choices=("float32", "int8"), default="float32", help="int8: static quantisation, ONNX")
+    one.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "int8"),
+        help="float16: ONNX, OpenVINO, NCNN; int8: static quantisation, ONNX and OpenVINO; both need --data (float32)",
+    )
+    one.add_argument("--batch", metavar="N", help="images of a batch, or dynamic: any number; ONNX and OpenVINO (1)")
     one.add_argument("--raw", action="store_true", help="the maps of the head, without decoding and NMS")
     one.add_argument(
         "--max-ap-loss",
         type=float,
         metavar="POINTS",
-        help="largest loss of AP that is accepted (0.1 for float32, 1 for int8)",
+        help="largest loss of AP that is accepted (0.1 for float32 and float16, 1 for int8)",
     )
 
     one = add(

@@ -1,31 +1,58 @@
-"""`kdjax export`: a model as ONNX (float32, int8), LiteRT or StableHLO, compared with the JAX model."""
+"""`kdjax export`: a model as ONNX, OpenVINO, NCNN, LiteRT or StableHLO, compared with the JAX model."""
 
 import contextlib
 import itertools
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from kdjax.commands import arguments
 from kdjax.data import records, scenes
-from kdjax.errors import UserError
-from kdjax.export import graphs, litert, metadata, onnx, packages, stablehlo, verify
+from kdjax.errors import UserError, prefix
+from kdjax.export import graphs, litert, metadata, ncnn, onnx, openvino, packages, stablehlo, targets, verify
 from kdjax.files import write_json
 from kdjax.inference.model import BATCH, Model
 from kdjax.inference.predict import Program
 
 SAMPLES = 8  # images on which outputs are compared
 CALIBRATION = 64  # images that int8 is calibrated on
-BUDGET = {"float32": 0.1, "int8": 1.0}  # points of AP
+BUDGET = {"float32": 0.1, "float16": 0.1, "int8": 1.0}  # points of AP
+DTYPES = {  # of each format
+    "onnx": ("float32", "float16", "int8"),
+    "openvino": ("float32", "float16", "int8"),
+    "ncnn": ("float32", "float16"),
+    "litert": ("float32",),
+    "stablehlo": ("float32",),
+}
+PACKAGES = {
+    "onnx": packages.ONNX,
+    "openvino": (*packages.OPENVINO, *packages.ONNX),
+    "ncnn": (*packages.NCNN, *packages.ONNX),
+    "litert": packages.LITERT,
+    "stablehlo": (),
+}
+WEIGHTS = {"openvino": ".bin", "ncnn": ".bin"}  # a second file, beside the first
+SUFFIXES = {"openvino": ".xml", "ncnn": ".param"}  # without which the runtimes do not read the file
+BATCHES = (1, 2, 5)  # images, in which a file for any number of them is compared
+
+
+class _Form(NamedTuple):
+    """What is written."""
+
+    format: str
+    dtype: str
+    raw: bool  # the head's maps
+    batch: int  # images; 0: any
 
 
 def run(
     *,
     model: str,
-    format: str,
+    format: str | None,
     out: str,
     data: str | None,
     split: str,
@@ -34,15 +61,17 @@ def run(
     limit: int,
     exif: str | None,
     classes: str = "",
-    dtype: str,
+    dtype: str | None = None,
     raw: bool,
     max_ap_loss: float | None,
+    batch: str | None = None,
+    target: str | None = None,
 ) -> int:
     """Exports a model; the file appears only if it passes the comparison.
 
     Args:
       model: see `kdjax.inference.load`.
-      format: "onnx", "litert" or "stablehlo".
+      format: a key of `DTYPES`; None: that of the target.
       out: the file.
       data: to compare and measure on, as for `kdjax evaluate`; None compares on generated images.
       split: of the data.
@@ -51,9 +80,12 @@ def run(
       limit: only the first images; 0 takes all.
       classes: see `arguments.open_data`.
       exif: see `arguments.open_data`; None: as the model was trained.
-      dtype: "float32", or "int8" (ONNX; calibrated on images of the split train, if the data has one).
+      dtype: one of `DTYPES` (int8 is calibrated on images of the split train, if the data has one); None: that of the
+        target, else float32.
       raw: the head's maps instead of detections.
       max_ap_loss: largest loss in points of AP; None is `BUDGET`.
+      batch: number of images, or "dynamic" (ONNX and OpenVINO); None: that of the target, else 1.
+      target: a key of `kdjax.export.targets.TARGETS`, whose settings hold where others are None.
 
     Returns:
       Exit code 0.
@@ -61,17 +93,20 @@ def run(
     Raises:
       UserError: something is missing, or the exported model differs too much: in its outputs or in AP.
     """
-    if dtype == "int8" and (format != "onnx" or not data):
-        raise UserError("--dtype=int8 needs --format=onnx and --data=DIR, for calibration and AP")
+    form = _form(format, dtype, raw, batch, target)
+    if form.dtype != "float32" and not data:
+        raise UserError(
+            f"--dtype={form.dtype} needs --data=DIR, on which AP is measured (int8 is calibrated there, too)"
+        )
     if max_ap_loss is not None and not data:
         raise UserError("--max-ap-loss needs --data=DIR, on which AP is measured")
-    target = arguments.output_file(out)
-    if format != "onnx":
-        arguments.output_file(f"{out}.json")  # its metadata
-    if format in ("onnx", "litert"):
-        packages.check_installed(packages.ONNX if format == "onnx" else packages.LITERT)
+    file = _output(out, form)
+    if needed := PACKAGES[form.format]:
+        packages.check_installed(needed)
     loaded = arguments.load_model(model)
-    graphs.check(loaded, raw=raw, nms=format != "litert")
+    if form.format == "ncnn":
+        ncnn.check(loaded)
+    graphs.check(loaded, raw=form.raw, nms=form.format != "litert")
     exif = exif or loaded.exif_orientation
     opened = arguments.open_data(data, split, annotations, images, limit, exif, classes=classes) if data else None
     if opened:
@@ -79,53 +114,155 @@ def run(
         samples = [image for _, image in itertools.islice(opened.stream(), SAMPLES)]
     else:
         samples = _generated("val", SAMPLES)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as folder:
-        made = Path(folder) / target.name
-        call = _write(loaded, made, format, raw=raw)
-        agreement = verify.check(loaded, call, samples, raw=raw)
-        worst = f"{agreement.difference:.2g}"
-        told = [f"outputs: largest difference from the JAX model {worst} (float32, {len(samples)} images)"]
-        facts = metadata.describe(loaded, raw=raw, nms=format != "litert")
+    with tempfile.TemporaryDirectory(dir=file.parent, prefix=".export-") as folder:
+        made = Path(folder) / file.name
+        call = _write(loaded, made, form)
+        worst, told, facts = _compare(loaded, call, samples, form)
         facts["largest difference from JAX, float32"] = worst
-        if loaded.detector.masks and not raw:
-            told.append(f"masks: smallest IoU with those of the JAX model {agreement.mask_iou:.4f}")
-            facts["smallest IoU of masks with JAX, float32"] = f"{agreement.mask_iou:.4f}"
-        if dtype == "int8":
-            calibration, source = _calibration(data or "", split, exif, classes, opened)
+        if form.dtype != "float32":
+            calibration, source = [], []
+            if form.dtype == "int8":
+                calibration, source = _calibration(data or "", split, exif, classes, opened)
             told += source
-            onnx.quantise(made, loaded, calibration)
-            call = onnx.runner(made)
+            call = _smaller(loaded, made, form, calibration)
         if opened:
-            budget = BUDGET[dtype] if max_ap_loss is None else max_ap_loss
-            measured, lines = _measure(loaded, call, opened, raw=raw, dtype=dtype, budget=budget)
+            budget = BUDGET[form.dtype] if max_ap_loss is None else max_ap_loss
+            measured, lines = _measure(loaded, call, opened, form, budget=budget)
             facts |= measured
             told += lines
             facts["AP measured on"] = f"{opened.name}, {split}, {opened.split.size} images"
-        facts["dtype"] = dtype
-        if format == "onnx":
-            onnx.add_metadata(made, facts)
-        else:
-            write_json(target.with_name(target.name + ".json"), facts)
-        made.replace(target)
+        facts["dtype"] = form.dtype
+        size = _finish(made, file, form, facts)
     print(*told, sep="\n")
-    print(f"{out}: {target.stat().st_size:,} bytes, {facts['input']}")
+    print(f"{out}: {size:,} bytes, {facts['input']}")
     return 0
 
 
-def _write(model: Model, path: Path, format: str, *, raw: bool) -> verify.Call:
-    """Writes the file, and returns the function that runs it."""
-    if format == "litert":
-        litert.write(model, path, raw=raw)
-        return litert.runner(path, model, raw=raw)
-    if format == "onnx":
-        onnx.write(model, path, raw=raw)
-        return onnx.runner(path)
-    stablehlo.write(model, path, raw=raw)
-    return stablehlo.runner(path, raw=raw)
+def _form(format: str | None, dtype: str | None, raw: bool, batch: str | None, target: str | None) -> _Form:
+    """What is to be written, of a target and the settings that say otherwise."""
+    chosen = targets.TARGETS[target] if target else None
+    format = format or (chosen.format if chosen else None)
+    if format is None:
+        raise UserError(f"--format or --target is missing: formats are {', '.join(DTYPES)}")
+    if chosen and chosen.format != format:
+        raise UserError(f"--target={target} is for --format={chosen.format}, not {format}: leave one of the two out")
+    dtype = dtype or (chosen.dtype if chosen else "float32")
+    batch = batch or (chosen.batch if chosen else "1")
+    if dtype not in DTYPES[format]:
+        able = [name for name, dtypes in DTYPES.items() if dtype in dtypes]
+        raise UserError(
+            f"--dtype={dtype} is for --format={' and '.join(able)}, not {format}: {format} is written in "
+            f"{' and '.join(DTYPES[format])}"
+        )
+    count = 0 if batch == "dynamic" else int(batch) if batch.isdecimal() else -1
+    if count < 0 or batch == "0":
+        raise UserError(f"--batch must be a number of images >= 1, or dynamic, not {batch!r}")
+    if count != 1 and format not in ("onnx", "openvino"):
+        raise UserError(f"--batch={batch} is for ONNX and OpenVINO: {format} files take one image")
+    return _Form(format, dtype, raw or format == "ncnn", count)
+
+
+def _output(out: str, form: _Form) -> Path:
+    """The file to write, where it and those beside it can be written."""
+    file = arguments.output_file(out)
+    suffix = SUFFIXES.get(form.format)
+    if suffix and file.suffix != suffix:
+        raise UserError(f"--out={out}: the name of a file for {form.format} must end with {suffix}")
+    if form.format not in ("onnx", "openvino"):
+        arguments.output_file(f"{out}.json")  # its metadata
+    if form.format in WEIGHTS:
+        beside = arguments.output_file(str(Path(out).with_suffix(WEIGHTS[form.format])))
+        for other in set(SUFFIXES.values()) - {suffix}:
+            if file.with_suffix(other).exists():
+                raise UserError(
+                    f"--out={out}: its weights, {beside.name}, would be those of {file.with_suffix(other).name}: "
+                    f"take another name, such as {file.stem}.{form.format}{suffix}"
+                )
+    return file
+
+
+def _finish(made: Path, file: Path, form: _Form, facts: dict[str, str]) -> int:
+    """Adds the metadata, moves the files to their places, and returns their bytes."""
+    if form.format == "onnx":
+        onnx.add_metadata(made, facts)
+    elif form.format == "openvino":
+        openvino.add_metadata(made, facts)
+    else:
+        write_json(file.with_name(file.name + ".json"), facts)
+    parts = [file] + ([file.with_suffix(WEIGHTS[form.format])] if form.format in WEIGHTS else [])
+    for part in reversed(parts):
+        (made.parent / part.name).replace(part)
+    return sum(part.stat().st_size for part in parts)
+
+
+def _source(path: Path) -> Path:
+    """The ONNX file that another format is made from, beside it."""
+    return path.with_name("source.onnx")
+
+
+def _write(model: Model, path: Path, form: _Form) -> verify.Call:
+    """Writes the file in float32, and returns the function that runs it."""
+    if form.format == "litert":
+        litert.write(model, path, raw=form.raw)
+    elif form.format == "stablehlo":
+        stablehlo.write(model, path, raw=form.raw)
+    elif form.format == "onnx":
+        onnx.write(model, path, raw=form.raw, batch=form.batch)
+    else:
+        onnx.write(model, _source(path), raw=form.raw, batch=form.batch)
+        with prefix(f"{model.path}: {model.detector.name}"):
+            openvino.write(_source(path), path) if form.format == "openvino" else ncnn.write(_source(path), path)
+    return _runner(model, path, form)
+
+
+def _runner(model: Model, path: Path, form: _Form) -> verify.Call:
+    if form.format == "litert":
+        return litert.runner(path, model, raw=form.raw)
+    if form.format == "stablehlo":
+        return stablehlo.runner(path, raw=form.raw)
+    if form.format == "ncnn":
+        return ncnn.runner(path, model)
+    return openvino.runner(path) if form.format == "openvino" else onnx.runner(path)
+
+
+def _smaller(model: Model, path: Path, form: _Form, calibration: Iterable[np.ndarray]) -> verify.Call:
+    """Makes the file float16 or int8, in place, and returns the function that runs it."""
+    half, source = form.dtype == "float16", path if form.format == "onnx" else _source(path)
+    if form.dtype == "int8":
+        onnx.quantise(source, model, calibration, batch=max(form.batch, 1))
+    elif form.format == "onnx":
+        onnx.halve(path)
+    if form.format == "openvino":
+        openvino.write(source, path, half=half)
+    elif form.format == "ncnn":
+        ncnn.write(source, path, half=half)
+    return _runner(model, path, form)
+
+
+def _compare(
+    model: Model, call: verify.Call, samples: list[np.ndarray], form: _Form
+) -> tuple[str, list[str], dict[str, str]]:
+    """The largest difference from the JAX model, as lines, and the metadata."""
+    facts = metadata.describe(
+        model, raw=form.raw, nms=form.format != "litert", batch=form.batch, ncnn=form.format == "ncnn"
+    )
+    sizes = (form.batch,) if form.batch else BATCHES
+    found = []
+    for size in sizes:
+        one = call if form.batch == 1 else verify.in_batches(call, size, raw=form.raw)
+        found.append(verify.check(model, one, samples, raw=form.raw))
+    worst = f"{max(one.difference for one in found):.2g}"
+    batches = "" if form.batch == 1 else f", batches of {', '.join(map(str, sizes))}"
+    told = [f"outputs: largest difference from the JAX model {worst} (float32, {len(samples)} images{batches})"]
+    if model.detector.masks and not form.raw:
+        overlap = f"{min(one.mask_iou for one in found):.4f}"
+        told.append(f"masks: smallest IoU with those of the JAX model {overlap}")
+        facts["smallest IoU of masks with JAX, float32"] = overlap
+    return worst, told, facts
 
 
 def _measure(
-    model: Model, call: verify.Call, opened: arguments.Data, *, raw: bool, dtype: str, budget: float
+    model: Model, call: verify.Call, opened: arguments.Data, form: _Form, *, budget: float
 ) -> tuple[dict[str, str], list[str]]:
     """AP of boxes and masks before and after, in points, for the metadata and as lines."""
 
@@ -136,8 +273,8 @@ def _measure(
         return {name: 100 * value for name, value in found.items()}
 
     jax_model = average_precision("JAX", None)
-    exported = average_precision("exported", verify.as_program(model, call, raw=raw))
-    facts, lines = {}, []
+    exported = average_precision("exported", verify.as_program(model, call, raw=form.raw, batch=form.batch))
+    facts, lines, dtype = {}, [], form.dtype
     for name, before in jax_model.items():
         after = exported[name]
         if before - after > budget:

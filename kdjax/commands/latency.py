@@ -19,7 +19,7 @@ from kdjax import weights
 from kdjax.commands import arguments
 from kdjax.errors import UserError
 from kdjax.evals import complexity
-from kdjax.export import graphs, litert, onnx, packages
+from kdjax.export import graphs, litert, ncnn, onnx, openvino, packages
 from kdjax.files import write_json
 from kdjax.inference.model import Model
 
@@ -30,7 +30,8 @@ def run(*, models: list[str], threads: int | None, runs: int, out: str | None) -
     """Times the network, from the normalisation to the head's maps, one image at a time.
 
     Args:
-      models: each as for `kdjax.inference.load`, or an ONNX or LiteRT file, which is timed as it is.
+      models: each as for `kdjax.inference.load`, or an exported file (a suffix of `READERS`), which is timed as it is,
+        or a folder of such files.
       threads: number of cores; None: all that this process may use.
       runs: number of timed runs.
       out: a json file to write, or None.
@@ -48,7 +49,8 @@ def run(*, models: list[str], threads: int | None, runs: int, out: str | None) -
         raise UserError(f"--threads must be in 1 .. {cores}, not {threads}")
     threads, target = threads or cores, arguments.output_file(out) if out else None
     with only(threads):  # before the first array: XLA starts its threads then
-        files = {path: None if path.endswith((".onnx", ".tflite")) else arguments.load_model(path) for path in models}
+        paths = [path for model in models for path in expanded(model)]
+        files = {path: None if path.endswith(tuple(READERS)) else arguments.load_model(path) for path in paths}
         for path, loaded in files.items():
             if loaded is None:
                 exported_file(Path(path))
@@ -65,11 +67,20 @@ def run(*, models: list[str], threads: int | None, runs: int, out: str | None) -
     return 0
 
 
+def expanded(path: str) -> list[str]:
+    """A model's folder, if there is a model in it, and the exported files in it; anything else as it is."""
+    folder = Path(path).expanduser()
+    found = sorted(str(file) for file in folder.iterdir() if file.suffix in READERS) if folder.is_dir() else []
+    models = (weights.WEIGHTS, "student", "checkpoints")
+    loads = not found or any((folder / name).exists() for name in models)
+    return [path] * loads + found
+
+
 def measure(path: str, model: Model | None, *, threads: int, runs: int) -> Iterator[dict[str, Any]]:
     """The rows of a model: model, runtime, image_size, params, flops, bytes, and median, p25, p75 in milliseconds.
 
     Args:
-      path: its name in the table; an ONNX or LiteRT file if `model` is None.
+      path: its name in the table; an exported file if `model` is None.
       model: is timed in XLA, and in onnxruntime if the packages of ONNX are installed.
       threads: number of threads of onnxruntime; XLA uses the cores that the process has.
       runs: number of timed runs.
@@ -79,10 +90,10 @@ def measure(path: str, model: Model | None, *, threads: int, runs: int) -> Itera
         yield {
             "model": path,
             "runtime": runtime,
-            "image_size": shape[2:] if shape[1] == 3 else shape[1:3],  # kdjax exports channels last
+            "image_size": shape[2:] if shape[1] == 3 else shape[1:3],  # most of kdjax's exports have channels last
             "params": int(facts["parameters"]) if "parameters" in facts else None,
             "flops": int(facts["flops"]) if "flops" in facts else None,
-            "bytes": Path(path).stat().st_size,
+            "bytes": sum(file.stat().st_size for file in (Path(path), weights_of(Path(path))) if file.is_file()),
         } | clock(call, runs, path)
         return
     image = np.full((1, *model.image_size, 3), 100, np.uint8)
@@ -145,7 +156,7 @@ def only(threads: int) -> Iterator[None]:
 
 
 def exported_file(path: Path, *, threads: int = 1) -> tuple[str, Callable[[], object], list[int], dict[str, str]]:
-    """An ONNX or LiteRT file, which is run once to check it.
+    """An exported file, which is run once to check it.
 
     Args:
       path: the file; the first dimension of an input is the batch, 1 where it is not fixed.
@@ -157,7 +168,7 @@ def exported_file(path: Path, *, threads: int = 1) -> tuple[str, Callable[[], ob
     Raises:
       UserError: the file cannot be read, takes no image, does not fix its size, or does not run.
     """
-    runtime, load = ("LiteRT", _litert) if path.suffix == ".tflite" else ("onnxruntime", _onnx)
+    runtime, load = READERS[path.suffix]
     inputs, run, facts = load(path, threads)
     shapes = {name: shape for name, (shape, _) in inputs.items()}
     if not any(len(shape) == 4 for shape in shapes.values()):
@@ -200,3 +211,44 @@ def _litert(path: Path, threads: int) -> tuple[Inputs, Callable[[dict[str, Any]]
     beside = path.with_name(f"{path.name}.json")
     shapes = {name: (entry["shape"].tolist(), entry["dtype"]) for name, entry in inputs.items()}
     return shapes, run, json.loads(beside.read_text()) if beside.exists() else {}
+
+
+def _openvino(path: Path, threads: int) -> tuple[Inputs, Callable[[dict[str, Any]], object], dict[str, str]]:
+    """As `_onnx`."""
+    packages.check_installed(packages.OPENVINO)
+    network = openvino.compiled(path, threads=threads)
+    inputs = {}
+    for entry in network.inputs:
+        sides = [side.get_length() if side.is_static else None for side in entry.get_partial_shape()]
+        inputs[entry.get_any_name()] = (sides, entry.get_element_type().to_dtype())
+    return inputs, network, openvino.metadata(path)
+
+
+def _ncnn(path: Path, threads: int) -> tuple[Inputs, Callable[[dict[str, Any]], object], dict[str, str]]:
+    """As `_onnx`; sizes and names are in the json beside the file."""
+    packages.check_installed(("ncnn",))
+    network = ncnn.network(path, threads=threads)
+    beside = path.with_name(f"{path.name}.json")
+    if not beside.is_file():
+        raise UserError(f"--model={path}: {beside.name}, which `kdjax export` writes, does not lie beside it")
+    facts = json.loads(beside.read_text())
+    names = facts["output"].partition(":")[0].split(", ")
+    shape: list[Any] = [1, *json.loads(facts["image_size"]), 3]
+
+    def run(feed: dict[str, Any]) -> None:
+        ncnn.outputs(network, feed["image"], names)
+
+    return {"image": (shape, np.uint8)}, run, facts
+
+
+def weights_of(path: Path) -> Path:
+    """The second file of an exported one, with the weights; of formats of one file there is none."""
+    return path.with_suffix(".bin") if path.suffix in (".xml", ".param") else path.with_suffix("")
+
+
+READERS: dict[str, tuple[str, Callable[..., Any]]] = {
+    ".onnx": ("onnxruntime", _onnx),
+    ".xml": ("OpenVINO", _openvino),
+    ".param": ("NCNN", _ncnn),
+    ".tflite": ("LiteRT", _litert),
+}

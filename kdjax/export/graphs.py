@@ -116,6 +116,12 @@ def detection_names(model: Model) -> list[str]:
     return [name for name in DETECTIONS if name != "masks" or model.detector.masks]
 
 
+def most(model: Model) -> int:
+    """The largest number of detections of an image."""
+    found = jax.eval_shape(functools.partial(detections, model), *inputs(model, raw=False))
+    return found[0].shape[1]
+
+
 def candidates(model: Model, settings: dict[str, Any], found: DetectorOutput, image_size: Array) -> tuple[Array, Array]:
     """The inputs of the NMS from which a detector's detections come; without NMS, what the best are taken of.
 
@@ -162,21 +168,21 @@ def dense(
     """What `kdjax.boxes.select_rows` gives to NMS, from its arguments, but as arrays of all priors.
 
     Returns:
-      The boxes, clipped if there is an `image_size`; scores f32[1, N, K], 0 for candidates that are left out.
+      The boxes, clipped if there is an `image_size`; scores f32[B, N, K], 0 for candidates that are left out.
     """
     del iou_threshold
-    of_class = boxes.ndim == 4
+    of_class, batch = boxes.ndim == 4, boxes.shape[0]
     if image_size is not None:
-        boxes = clip(boxes.reshape(1, -1, 4), image_size).reshape(boxes.shape)
+        boxes = clip(boxes.reshape(batch, -1, 4), image_size).reshape(boxes.shape)
     counts = (boxes[..., 2] > boxes[..., 0]) & (boxes[..., 3] > boxes[..., 1])
     counts = (counts if of_class else counts[..., None]) & (scores > score_threshold)
     if pre_nms < 100 * max_detections:  # a larger number changes nothing among the best
         ends = list(itertools.accumulate(level_sizes))
-        pairs = [scores[:, end - size : end].reshape(1, -1) for size, end in zip(level_sizes, ends, strict=True)]
+        pairs = [scores[:, end - size : end].reshape(batch, -1) for size, end in zip(level_sizes, ends, strict=True)]
         # By its index, since LiteRT's converter makes a sort of a top_k whose indices are not used.
         last = [jax.lax.top_k(level, min(pre_nms, level.shape[1]))[1][:, -1:] for level in pairs]
         least = [jnp.take_along_axis(level, at, 1)[..., None] for level, at in zip(pairs, last, strict=True)]
-        least = [jnp.broadcast_to(one, (1, size, 1)) for one, size in zip(least, level_sizes, strict=True)]
+        least = [jnp.broadcast_to(one, (batch, size, 1)) for one, size in zip(least, level_sizes, strict=True)]
         counts &= scores >= jnp.concatenate(least, 1)
     return boxes, jnp.where(counts, scores if quality is None else scores * quality[..., None], 0.0)
 
@@ -188,7 +194,7 @@ def nms_settings(model: Model) -> dict[str, Any]:
     return settings
 
 
-def inputs(model: Model, *, raw: bool) -> list[jax.ShapeDtypeStruct]:
-    """The shapes of an exported function's inputs."""
-    image = jax.ShapeDtypeStruct((1, *model.image_size, 3), jnp.uint8)
-    return [image] if raw else [image, jax.ShapeDtypeStruct((1, 2), jnp.int32)]
+def inputs(model: Model, *, raw: bool, batch: int | str = 1) -> list[jax.ShapeDtypeStruct]:
+    """The shapes of an exported function's inputs; `batch` is a number of images, or jax2onnx's name of an open one."""
+    image = jax.ShapeDtypeStruct((cast(int, batch), *model.image_size, 3), jnp.uint8)
+    return [image] if raw else [image, jax.ShapeDtypeStruct((cast(int, batch), 2), jnp.int32)]

@@ -18,21 +18,32 @@ _MASKS = {
 }
 
 
-def describe(model: Model, *, raw: bool, nms: bool = True) -> dict[str, str]:
+def describe(model: Model, *, raw: bool, nms: bool = True, batch: int = 1, ncnn: bool = False) -> dict[str, str]:
     """The facts that a user of an exported file needs, as text by name.
 
     Args:
       model: from `kdjax.inference.load`.
       raw: whether the outputs are the head's maps.
       nms: whether the file holds the NMS.
+      batch: number of images; 0: any.
+      ncnn: whether it is an NCNN file, which takes floats, channels first.
     """
     height, width = model.image_size
-    image = f"image u8[1, {height}, {width}, 3], RGB, {_FITS[model.detector.fit]}"
+    count = str(batch or "B")
+    shape = f"f32[3, {height}, {width}], 0 .. 255" if ncnn else f"u8[{count}, {height}, {width}, 3]"
+    image = f"image {shape}, RGB, {_FITS[model.detector.fit]}"
     if model.detector.fit != "stretch":
         image += f", at the top left, the rest {model.detector.pad_value}"
     outputs = "boxes f32[n, 4] x1 y1 x2 y2 in pixels of the canvas, scores f32[n], labels i64[n], best first"
+    if batch != 1:
+        most = graphs.most(model)
+        outputs = (
+            f"boxes f32[{count}, {most}, 4] x1 y1 x2 y2 in pixels of the canvas, scores f32[{count}, {most}], labels "
+            f"i64[{count}, {most}], best first, filled up with scores of 0"
+        )
     if model.detector.masks:
-        outputs += f"; masks f32[n, h, w], {_MASKS[model.detector.masks]}"
+        rows = "n" if batch == 1 else f"{count}, {graphs.most(model)}"
+        outputs += f"; masks f32[{rows}, h, w], {_MASKS[model.detector.masks]}"
     if not nms:
         limits = graphs.nms_settings(model)
         outputs = (
@@ -41,7 +52,8 @@ def describe(model: Model, *, raw: bool, nms: bool = True) -> dict[str, str]:
             f"{limits['max_detections']}, clipping to image_size"
         )
     if raw:
-        outputs = f"{', '.join(graphs.map_names(model))}: f32[1, H, W, C] as in kdjax.structs.DetectorOutput"
+        sides = "H, W, C" if ncnn else f"{count}, H, W, C"
+        outputs = f"{', '.join(graphs.map_names(model))}: f32[{sides}] as in kdjax.structs.DetectorOutput"
     return {
         "kdjax": kdjax.__version__,
         "detector": model.detector.name,
@@ -49,7 +61,7 @@ def describe(model: Model, *, raw: bool, nms: bool = True) -> dict[str, str]:
         "classes": json.dumps(model.class_names),
         "category_ids": json.dumps(model.category_ids),
         "image_size": json.dumps(model.image_size),
-        "input": image if raw else f"{image}; image_size i32[1, 2], height and width of the image on it",
+        "input": image if raw else f"{image}; image_size i32[{count}, 2], height and width of the image on it",
         "normalisation": _normalisation(model),
         "output": outputs,
         "parameters": str(complexity.parameters(model.variables[0])),

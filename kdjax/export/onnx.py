@@ -22,10 +22,11 @@ if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
 
 OPSET = 19
+ANY = "batch"  # the name of a number of images that is left open
 
 
-def write(model: Model, path: str | Path, *, raw: bool = False) -> None:
-    """Writes the model as an ONNX file in float32 for one image.
+def write(model: Model, path: str | Path, *, raw: bool = False, batch: int = 1) -> None:
+    """Writes the model as an ONNX file in float32.
 
     The batch norms are folded into the convolutions and the transpositions cancelled by onnxruntime's own basic
     optimisations, which stay inside the standard's operators.
@@ -34,82 +35,77 @@ def write(model: Model, path: str | Path, *, raw: bool = False) -> None:
       model: from `kdjax.inference.load`.
       path: the file.
       raw: the head's maps instead of detections.
+      batch: number of images; 0: any. Detections of one image are those that were found; those of several are padded
+        to the detector's largest number, with a score of 0.
 
     Reference: ONNX's operators, https://onnx.ai/onnx/operators/, opset 19.
 
     Raises:
-      UserError: see `graphs.check`.
+      UserError: see `graphs.check`; or the detector cannot be written for any number of images.
     """
     graphs.check(model, raw=raw)
     path = Path(path)
     names = graphs.map_names(model) if raw else graphs.detection_names(model)
+    padded = names if raw else [f"padded_{name}" for name in names]
     with quiet():
         import jax2onnx
         import onnx
 
         operators.register()
-        with nn.portable(), nn.replaced(**operators.REPLACED):
-            graph = jax2onnx.to_onnx(
-                functools.partial(graphs.maps if raw else graphs.detections, model),
-                graphs.inputs(model, raw=raw),
-                opset=OPSET,
-                input_names=list(graphs.INPUTS[: 1 if raw else 2]),
-                output_names=names if raw else [f"padded_{name}" for name in names],
-            )
-        _simplify_upsampling(graph)
+        try:
+            with nn.portable(), nn.replaced(**operators.REPLACED):
+                graph = jax2onnx.to_onnx(
+                    functools.partial(graphs.maps if raw else graphs.detections, model),
+                    graphs.inputs(model, raw=raw, batch=batch or ANY),
+                    opset=OPSET,
+                    input_names=list(graphs.INPUTS[: 1 if raw else 2]),
+                    output_names=padded,
+                )
+        except Exception as error:  # jax and jax2onnx raise many kinds of errors where a number must be known
+            if batch:
+                raise
+            raise UserError(
+                f"{model.path}: {model.detector.name} cannot be written for any number of images "
+                f"({str(error).strip().splitlines()[0]}): give the number, --batch=8"
+            ) from error
         if not raw:
-            _cut_padding(graph, names)
+            _cut_padding(graph, names, one=batch == 1)
         onnx.save(graph, str(path))
         session(path, optimised=path.with_suffix(".optimised"))
         path.with_suffix(".optimised").replace(path)
 
 
-def _simplify_upsampling(graph: "ModelProto") -> None:
-    """Rewrites nearest-neighbour resizing by whole factors (`nn.upsample_nearest`) in a faster form.
-
-    onnxruntime is faster with factors instead of sizes and coordinates rounded down; for whole factors the result is
-    the same.
-    """
-    from onnx import helper, numpy_helper, shape_inference
-
-    sizes = {constant.name: numpy_helper.to_array(constant) for constant in graph.graph.initializer}
-    known = shape_inference.infer_shapes(graph).graph.value_info
-    shapes = {entry.name: [dim.dim_value for dim in entry.type.tensor_type.shape.dim] for entry in known}
-    for node in graph.graph.node:
-        modes = [helper.get_attribute_value(one) for one in node.attribute if one.name == "mode"]
-        if node.op_type == "Resize" and modes in ([], [b"nearest"]):
-            factors = sizes[node.input[3]] / shapes[node.input[0]]
-            name = f"{node.output[0]}_factors"
-            graph.graph.initializer.append(numpy_helper.from_array(factors.astype(np.float32), name))
-            node.input[:] = [node.input[0], "", name]
-            del node.attribute[:]
-            form = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
-            node.attribute.extend(helper.make_attribute(key, value) for key, value in form.items())
-
-
-def _cut_padding(graph: "ModelProto", names: Sequence[str]) -> None:
-    """Replaces the outputs of `graphs.detections` by those of their rows that are valid."""
+def _cut_padding(graph: "ModelProto", names: Sequence[str], *, one: bool) -> None:
+    """Renames the outputs of `graphs.detections`; of one image only the rows that are valid are left."""
     from onnx import TensorProto, helper, numpy_helper
 
     padded = {entry.name: entry.type.tensor_type for entry in graph.graph.output}
     del graph.graph.output[:]
-    first = numpy_helper.from_array(np.array(0, np.int64), "first_image")
-    graph.graph.initializer.append(first)
-    graph.graph.node.append(helper.make_node("Gather", ["padded_valid", "first_image"], ["kept"], name="kept"))
+    constants = {"first_image": np.array(0, np.int64), "axis_0": np.array([0], np.int64)}
+    steps = [
+        ("Gather", ["padded_valid", "first_image"], "kept", {}),
+        ("NonZero", ["kept"], "kept_rows", {}),
+        ("Squeeze", ["kept_rows", "axis_0"], "rows", {}),
+    ]
+    if one:
+        graph.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in constants.items())
+    else:
+        steps.clear()
     for name in names:
         if name == "valid":
             continue
         known = padded[f"padded_{name}"]
-        shape = ["n", *(side.dim_value for side in known.shape.dim[2:])]
         kind = TensorProto.INT64 if name == "labels" else known.elem_type
-        steps = [
-            ("Gather", [f"padded_{name}", "first_image"], [f"all_{name}"], {}),
-            ("Compress", [f"all_{name}", "kept"], [f"kept_{name}"], {"axis": 0}),
-            ("Cast", [f"kept_{name}"], [name], {"to": kind}),
-        ]
-        for step, inputs, outputs, form in steps:
-            graph.graph.node.append(helper.make_node(step, inputs, outputs, name=outputs[0], **form))
-        graph.graph.output.append(helper.make_tensor_value_info(name, kind, shape))
+        sides = [side.dim_value or side.dim_param for side in known.shape.dim]
+        source = f"padded_{name}"
+        if one:
+            steps.append(("Gather", [source, "first_image"], f"all_{name}", {}))
+            steps.append(("Gather", [f"all_{name}", "rows"], f"kept_{name}", {"axis": 0}))
+            sides, source = ["n", *sides[2:]], f"kept_{name}"
+        steps.append(("Cast", [source], name, {"to": kind}))
+        graph.graph.output.append(helper.make_tensor_value_info(name, kind, sides))
+    for step, inputs, output, form in steps:
+        graph.graph.node.append(helper.make_node(step, inputs, [output], name=output, **form))
 
 
 def session(path: str | Path, *, threads: int = 0, optimised: Path | None = None) -> "onnxruntime.InferenceSession":
@@ -157,7 +153,7 @@ def add_metadata(path: str | Path, facts: dict[str, str]) -> None:
     onnx.save(graph, str(path))
 
 
-def quantise(path: str | Path, model: Model, images: Iterable[np.ndarray]) -> None:
+def quantise(path: str | Path, model: Model, images: Iterable[np.ndarray], *, batch: int = 1) -> None:
     """Makes an ONNX file int8, in place: onnxruntime's static quantisation, weights per channel, maps as bytes.
 
     Convolutions are quantised, and the SiLUs between them, which in float would cost the time that the convolutions
@@ -167,6 +163,7 @@ def quantise(path: str | Path, model: Model, images: Iterable[np.ndarray]) -> No
       path: the file that `write` has written.
       model: what it was written from.
       images: u8[h, w, 3] RGB, from which the ranges of the maps are taken.
+      batch: number of images that the file takes at once; 1 where it takes any.
     """
     import onnx
     from onnxruntime import quantization
@@ -176,7 +173,7 @@ def quantise(path: str | Path, model: Model, images: Iterable[np.ndarray]) -> No
     nodes = onnx.load(str(path)).graph.node
     chosen = [node for node in nodes if node.op_type == "Conv"] + _silus(nodes)
     names = [entry.name for entry in session(path).get_inputs()]
-    batches = predict.canvases(images, model.image_size, batch_size=1, fit=model.detector.fit)
+    batches = predict.canvases(images, model.image_size, batch_size=batch, fit=model.detector.fit)
     feeds = ({name: batch[name] for name in names} for batch in batches)
 
     class Reader(quantization.CalibrationDataReader):
@@ -197,6 +194,70 @@ def quantise(path: str | Path, model: Model, images: Iterable[np.ndarray]) -> No
             activation_type=quantization.QuantType.QUInt8,
         )
     made.replace(path)
+
+
+def halve(path: str | Path) -> None:
+    """Makes the network of an ONNX file float16, in place: all that a convolution is computed from, and itself.
+
+    What follows the last convolutions, the computation of scores and boxes and the NMS, stays in float32, and so do
+    inputs and outputs.
+
+    Args:
+      path: the file that `write` has written.
+    """
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    model = onnx.load(str(path))
+    graph, nodes = model.graph, list(model.graph.node)
+    del graph.value_info[:]  # types that are no longer true
+    network = _network(nodes)
+    weights = {entry.name: numpy_helper.to_array(entry) for entry in graph.initializer}
+    known = onnx.shape_inference.infer_shapes(model).graph.value_info
+    floats = {entry.name for entry in known if entry.type.tensor_type.elem_type == TensorProto.FLOAT}
+    halves: set[str] = set()
+    for place in sorted(network):
+        node = nodes[place]
+        for position, name in enumerate(node.input):
+            if name in weights and weights[name].dtype == np.float32 and (node.op_type != "Resize" or not position):
+                node.input[position] = f"{name}_float16"
+                if node.input[position] not in halves:
+                    largest = np.finfo(np.float16).max
+                    half = np.clip(weights[name], -largest, largest).astype(np.float16)
+                    graph.initializer.append(numpy_helper.from_array(half, node.input[position]))
+                    halves.add(node.input[position])
+        for attribute in node.attribute:
+            if node.op_type == "Cast" and attribute.name == "to" and attribute.i == TensorProto.FLOAT:
+                attribute.i = TensorProto.FLOAT16
+    made = []
+    for place, node in enumerate(nodes):
+        made.append(node)
+        for name in node.output if place in network else ():
+            outside = [other for i, other in enumerate(nodes) if i not in network and name in other.input]
+            if outside and name in floats:
+                made.append(
+                    helper.make_node("Cast", [name], [f"{name}_float32"], f"{name}_float32", to=TensorProto.FLOAT)
+                )
+                for other in outside:
+                    other.input[:] = [f"{name}_float32" if used == name else used for used in other.input]
+    del graph.node[:]
+    graph.node.extend(made)
+    used = {name for node in made for name in node.input}
+    kept = [entry for entry in graph.initializer if entry.name in used]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
+    onnx.save(model, str(path))
+
+
+def _network(nodes: "Sequence[NodeProto]") -> set[int]:
+    """The places of the convolutions and of all nodes from which one is computed; nodes are in order."""
+    wanted: set[str] = set()
+    found = set()
+    for place in reversed(range(len(nodes))):
+        if nodes[place].op_type == "Conv" or wanted.intersection(nodes[place].output):
+            found.add(place)
+            wanted.update(nodes[place].input)
+    return found
 
 
 def _silus(nodes: "Sequence[NodeProto]") -> "list[NodeProto]":

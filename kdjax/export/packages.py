@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from kdjax.errors import UserError
 
 ONNX, LITERT = ("jax2onnx", "onnx", "onnxruntime"), ("litert_converter", "ai_edge_litert")
+OPENVINO, NCNN = ("openvino",), ("ncnn", "pnnx")  # their files are made from ONNX files
+_EXTRAS = {"LiteRT": ("litert", LITERT), "OpenVINO": ("openvino", OPENVINO), "NCNN": ("ncnn", NCNN)}
 
 
 def missing(packages: Iterable[str] = ONNX) -> list[str]:
@@ -14,7 +16,8 @@ def missing(packages: Iterable[str] = ONNX) -> list[str]:
 
 
 def check_installed(packages: Sequence[str]) -> None:
-    """Raises UserError if one of the packages is not installed; all are of `ONNX` or of `LITERT`."""
+    """Raises UserError if one of the packages is not installed; all are of one format's."""
     if absent := missing(packages):
-        name, extra = ("LiteRT", "litert") if packages[0] in LITERT else ("ONNX", "export")
+        of_format = ((name, extra) for name, (extra, needed) in _EXTRAS.items() if packages[0] in needed)
+        name, extra = next(of_format, ("ONNX", "export"))
         raise UserError(f"{name} needs {', '.join(absent)}: pip install 'kdjax[{extra}]'")

@@ -39,7 +39,7 @@ def compare(model: Model, call: Call, images: Iterable[np.ndarray], *, raw: bool
 
     Args:
       model: the JAX model.
-      call: the exported one: `runner` of `onnx`, `litert` or `stablehlo`.
+      call: the exported one: `runner` of the module of a format.
       images: u8[h, w, 3] RGB.
       raw: whether the outputs are maps.
 
@@ -159,30 +159,68 @@ def average_precision(
     return {"AP": coco.coco_metrics(truth, found)["AP"]} | ({"mask AP": of_masks["mask_AP"]} if of_masks else {})
 
 
-def as_program(model: Model, call: Call, *, raw: bool) -> predict.Program:
-    """An exported model, which takes one image at a time, in the place of `kdjax.inference.predict.program`.
+def rows(found: Sequence[np.ndarray], row: int, *, raw: bool) -> list[np.ndarray]:
+    """The outputs for one image of a batch: its maps [1, H, W, C], or its detections, without those that fill up."""
+    if raw:
+        return [value[row : row + 1] for value in found]
+    kept = found[1][row] > 0
+    return [value[row][kept] for value in found]
+
+
+def in_batches(call: Call, count: int, *, raw: bool) -> Call:
+    """Of an exported model for several images, a function of one image, which has other ones beside it.
+
+    Args:
+      call: the exported model.
+      count: images of a batch: the others are those of the calls before, at first the image itself.
+      raw: whether its outputs are maps.
+    """
+    past: list[tuple[np.ndarray, ...]] = []
+
+    def one(*inputs: np.ndarray) -> Sequence[np.ndarray]:
+        past[:] = [*(past or [inputs] * (count - 1)), inputs][-count:]
+        place = len(past) // 2
+        batch = [*past[:place], inputs, *past[place:-1]]
+        return rows(call(*(np.concatenate(part) for part in zip(*batch, strict=True))), place, raw=raw)
+
+    return one
+
+
+def as_program(model: Model, call: Call, *, raw: bool, batch: int = 1) -> predict.Program:
+    """An exported model in the place of `kdjax.inference.predict.program`.
 
     Args:
       model: the JAX model, which decodes maps.
       call: the exported model.
       raw: whether its outputs are maps.
+      batch: number of images that it takes; 0: any.
     """
 
     @jax.jit
     def decode(found: Sequence[jax.Array], image_size: jax.Array) -> PaddedDetections:
         return model.detector.decode(graphs.output(model, found), image_size)
 
+    def each(images: np.ndarray, sizes: np.ndarray) -> Iterator[Sequence[np.ndarray]]:
+        """The outputs for each image; a last batch is filled up."""
+        step = batch or len(images)
+        for first in range(0, len(images), step):
+            taken = np.minimum(np.arange(first, first + step), len(images) - 1)
+            found = call(images[taken]) if raw else call(images[taken], sizes[taken])
+            for row in range(min(step, len(images) - first)):
+                yield found if batch == 1 else rows(found, row, raw=raw)
+
     def run(_: PyTree, images: AnyArray, image_size: AnyArray) -> PaddedDetections:
-        rows = []
-        for image, size in zip(images, image_size, strict=True):
+        images, image_size = np.asarray(images), np.asarray(image_size)
+        columns = []
+        for outputs, size in zip(each(images, image_size), image_size, strict=True):
             if raw:
-                found = jax.device_get(decode(call(image[None]), size[None]))
-                rows.append([value[0] for value in found if value is not None])
+                found = jax.device_get(decode(outputs, size[None]))
+                columns.append([value[0] for value in found if value is not None])
             else:
-                boxes, scores, labels, *rest = call(image[None], size[None])
-                rows.append([boxes, scores, labels, np.ones(len(scores), bool), *rest])
-        places = max(len(row[1]) for row in rows)
-        padded = ([_padded(value, places) for value in column] for column in zip(*rows, strict=True))
+                boxes, scores, labels, *rest = outputs
+                columns.append([boxes, scores, labels, np.ones(len(scores), bool), *rest])
+        places = max(len(row[1]) for row in columns)
+        padded = ([_padded(value, places) for value in column] for column in zip(*columns, strict=True))
         return PaddedDetections(*map(np.stack, padded))  # pyright: ignore[reportArgumentType]
 
     return run

@@ -21,7 +21,7 @@ from kdjax.weights import checkpoint
 
 BATCH = 8  # images that are computed together, at most
 CHECKPOINTS = "checkpoints"  # the folder of a run
-EXPORTED = (".onnx", ".tflite", ".stablehlo")  # suffixes of what `kdjax export` writes
+EXPORTED = (".onnx", ".xml", ".param", ".tflite", ".stablehlo")  # suffixes of what `kdjax export` writes
 
 Image = np.ndarray | str | Path
 

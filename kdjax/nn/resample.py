@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kdjax.nn.flops import record
-from kdjax.nn.portability import is_portable
+from kdjax.nn.portability import is_portable, replacement
 from kdjax.structs import Array
 
 
@@ -78,6 +78,8 @@ def avg_pool(x: Array, size: int) -> Array:
 def upsample_nearest(x: Array, factor: int = 2) -> Array:
     """Repeats each cell factor x factor times: f32[B, H, W, C] -> f32[B, H factor, W factor, C]."""
     batch, height, width, channels = x.shape
+    if other := replacement("upsample_nearest"):
+        return other(x, factor)
     if is_portable():
         return jax.image.resize(x, (batch, height * factor, width * factor, channels), "nearest")
     x = jnp.broadcast_to(x[:, :, None, :, None, :], (batch, height, factor, width, factor, channels))
@@ -107,5 +109,7 @@ def resize_bilinear(x: Array, size: tuple[int, int]) -> Array:
       [0.0, 0.25, 0.75, 1.0]
     """
     shape = (x.shape[0], *size, x.shape[-1])
+    if other := replacement("resize_bilinear"):
+        return other(x, size)
     record("upsample", 4 * math.prod(shape))
     return jax.image.resize(x, shape, "linear", antialias=False)

@@ -33,7 +33,7 @@ def test_what_a_format_needs_is_reported(made, tmp_path, capsys, monkeypatch):
     "Models and exports", "an exported file that gives other detections", "refused: no file is left"
 )
 def test_a_wrong_export_is_refused(made, exported, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(onnx, "write", lambda loaded, path, *, raw: shutil.copy(exported[0], path))
+    monkeypatch.setattr(onnx, "write", lambda loaded, path, *, raw, batch=1: shutil.copy(exported[0], path))
     command = ["export", f"--model={made / 'other'}", "--format=onnx", f"--out={tmp_path / 'x.onnx'}"]
     assert "differ from the JAX model's by" in refused_at_the_end(capsys, *command)
     command[1] = f"--model={made / 'model'}"
@@ -79,7 +79,7 @@ def test_a_wrong_export_of_equal_scores_is_refused(made):
 @pytest.mark.slow
 def test_int8_keeps_to_its_budget(made, exported, tmp_path, capsys, monkeypatch):
     format = pytest.importorskip("onnx")
-    monkeypatch.setattr(onnx, "write", lambda loaded, path, *, raw: shutil.copy(exported[0], path))
+    monkeypatch.setattr(onnx, "write", lambda loaded, path, *, raw, batch=1: shutil.copy(exported[0], path))
     command = ["export", f"--model={made / 'model'}", "--format=onnx", f"--data={made / 'data'}", "--dtype=int8"]
     assert cli.main([*command, f"--out={tmp_path / 'small.onnx'}", "--max-ap-loss=100"]) == 0
     assert "calibrated on the images of val itself" in capsys.readouterr().out

@@ -72,7 +72,7 @@ class _Deaf:
 
 @pytest.mark.user_input("Config and flags", "more threads than the machine has", "refused: --threads must be in 1 .. N")
 def test_latency(made, exported, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(onnx, "write", lambda loaded, path, *, raw: shutil.copy(exported[0], path))
+    monkeypatch.setattr(onnx, "write", lambda loaded, path, *, raw, batch=1: shutil.copy(exported[0], path))
     monkeypatch.setattr(latency, "clock", lambda call, runs, name: dict(median=1.0 * runs, p25=1.0, p75=2.0))
     table = tmp_path / "t.json"
     command = ["latency", f"--model={made / 'model'}", f"--model={exported[0]}", "--runs=3", f"--out={table}"]

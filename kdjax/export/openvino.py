@@ -1,0 +1,114 @@
+"""OpenVINO's files, a graph in .xml and its weights in a .bin beside it; needs `kdjax[openvino]`.
+
+OpenVINO itself reads them from ONNX files.
+"""
+
+import importlib
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from kdjax.errors import UserError
+
+SECTION = "kdjax"  # of the file's runtime information (rt_info) that holds the metadata
+
+
+def write(source: str | Path, path: str | Path, *, half: bool = False) -> None:
+    """Writes an ONNX file as OpenVINO's.
+
+    Args:
+      source: the ONNX file, in float32, or in int8 as `kdjax.export.onnx.quantise` makes it.
+      path: the .xml; the weights go to the .bin of the same name.
+      half: whether weights are stored as float16; they are computed with in the precision of the device.
+
+    Raises:
+      UserError: OpenVINO cannot read the ONNX file.
+    """
+    read = _read(source)
+    _package().save_model(read, str(path), compress_to_fp16=half)
+
+
+def _package() -> Any:  # noqa: ANN401 - a module
+    """The package, imported without its telemetry: it would start a process, and report the import to its makers."""
+    if "openvino" not in sys.modules and "openvino_telemetry" not in sys.modules:
+        sys.modules["openvino_telemetry"] = cast(Any, None)  # which OpenVINO takes for not installed
+        try:
+            return importlib.import_module("openvino")
+        finally:
+            del sys.modules["openvino_telemetry"]
+    return importlib.import_module("openvino")
+
+
+def _read(path: str | Path) -> Any:  # noqa: ANN401 - openvino.Model
+    path = Path(path)
+    # Of a file in no format that it knows OpenVINO asks the readers of all formats, which print what they think of it.
+    if path.suffix == ".xml" and not re.match(rb"\s*(<\?xml[^>]*>\s*)?<net\b", path.read_bytes()[:1000]):
+        raise UserError(f"{path}: OpenVINO cannot read it: it does not begin as a network in xml does")
+    if path.suffix == ".xml" and not path.with_suffix(".bin").is_file():
+        raise UserError(f"{path}: the weights, {path.with_suffix('.bin').name}, do not lie beside it")
+    try:
+        return _package().Core().read_model(str(path))
+    except Exception as error:  # its bindings raise many kinds of errors
+        raise UserError(f"{path}: OpenVINO cannot read it: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """The line of an error of OpenVINO that says what is wrong: the first ones name lines of its source."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next((line for line in lines if not re.match(r"Exception from|Check '", line)), type(error).__name__)
+
+
+def compiled(path: str | Path, *, threads: int = 0) -> Any:  # noqa: ANN401 - openvino.CompiledModel
+    """A file that is ready to run on the CPU, in float32 where it is not int8.
+
+    Args:
+      path: the .xml.
+      threads: that compute; 0 leaves it to OpenVINO.
+
+    Raises:
+      UserError: OpenVINO cannot read or compile it.
+    """
+    # Where the CPU has bfloat16, OpenVINO would compute with it.
+    settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    settings |= {"INFERENCE_NUM_THREADS": threads} if threads else {}
+    read = _read(path)
+    try:
+        return _package().Core().compile_model(read, "CPU", settings)
+    except Exception as error:  # its bindings raise many kinds of errors
+        raise UserError(f"{path}: OpenVINO cannot compile it: {_reason(error)}") from error
+
+
+def runner(path: str | Path) -> Callable[..., Sequence[np.ndarray]]:
+    """A function from the inputs of an OpenVINO file to its outputs, both in order."""
+    running = compiled(path)
+
+    def call(*inputs: np.ndarray) -> Sequence[np.ndarray]:
+        found = running(list(inputs))
+        return [found[place] for place in range(len(running.outputs))]
+
+    return call
+
+
+def add_metadata(path: str | Path, facts: Mapping[str, str]) -> None:
+    """Writes facts into a file's runtime information; names are words with _ between them."""
+    path = Path(path)
+    read = _read(path)
+    for name, value in facts.items():
+        read.set_rt_info(value, [SECTION, re.sub(r"\W+", "_", name)])
+    told = path.with_name(f"told.{path.name}")
+    _package().save_model(read, str(told), compress_to_fp16=False)  # weights stay as they are stored
+    del read  # it has the weights open
+    for suffix in (".bin", ".xml"):
+        told.with_suffix(suffix).replace(path.with_suffix(suffix))
+
+
+def metadata(path: str | Path) -> dict[str, str]:
+    """The facts that `add_metadata` wrote into a file; {} if it is of another program."""
+    read = _read(path)
+    if not read.has_rt_info([SECTION]):
+        return {}
+    return {name: str(fact.value) for name, fact in read.get_rt_info([SECTION]).astype(dict).items()}
