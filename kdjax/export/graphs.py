@@ -172,8 +172,9 @@ def dense(
     """
     del iou_threshold
     of_class, batch = boxes.ndim == 4, boxes.shape[0]
-    if image_size is not None:
-        boxes = clip(boxes.reshape(batch, -1, 4), image_size).reshape(boxes.shape)
+    if image_size is not None:  # without reshaping, which jax2onnx cancels although the sizes are of other shapes
+        of_row = jnp.broadcast_to(image_size[:, None], (batch, boxes.shape[1], 2)) if of_class else image_size
+        boxes = clip(boxes, of_row)
     counts = (boxes[..., 2] > boxes[..., 0]) & (boxes[..., 3] > boxes[..., 1])
     counts = (counts if of_class else counts[..., None]) & (scores > score_threshold)
     if pre_nms < 100 * max_detections:  # a larger number changes nothing among the best

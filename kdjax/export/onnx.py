@@ -84,7 +84,8 @@ def _cut_padding(graph: "ModelProto", names: Sequence[str], *, one: bool) -> Non
     constants = {"first_image": np.array(0, np.int64), "axis_0": np.array([0], np.int64)}
     steps = [
         ("Gather", ["padded_valid", "first_image"], "kept", {}),
-        ("NonZero", ["kept"], "kept_rows", {}),
+        ("Cast", ["kept"], "kept_numbers", {"to": TensorProto.FLOAT}),  # TensorRT's NonZero takes floats
+        ("NonZero", ["kept_numbers"], "kept_rows", {}),
         ("Squeeze", ["kept_rows", "axis_0"], "rows", {}),
     ]
     if one:

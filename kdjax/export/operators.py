@@ -18,7 +18,7 @@ from kdjax.export import graphs
 from kdjax.structs import AnyArray, Array, PaddedDetections
 
 _NONE = float(np.finfo(np.float32).min)  # candidates have scores above it
-_INT32, _INT64 = 6, 7  # of onnx.TensorProto
+_FLOAT, _INT32, _INT64 = 1, 6, 7  # of onnx.TensorProto
 
 nms_p, nms_of_batch_p = Primitive("kdjax_nms"), Primitive("kdjax_nms_of_batch")
 pick_p, roi_align_p, resize_p = Primitive("kdjax_pick"), Primitive("kdjax_roi_align"), Primitive("kdjax_resize")
@@ -230,7 +230,7 @@ def _roi_align_nodes(
     boxes, level = add("Reshape", boxes, constant([-1, 4], np.int64)), add("Reshape", level, constant([-1], np.int64))
     found, places = [], []
     for i, (x, stride) in enumerate(zip(maps, strides, strict=True)):
-        here = add("NonZero", add("Equal", level, constant(i, np.int32)))
+        here = add("NonZero", add("Cast", add("Equal", level, constant(i, np.int32)), to=_FLOAT))
         places.append(add("Squeeze", here, constant([0], np.int64)))
         features = add(
             "RoiAlign",

@@ -15,6 +15,7 @@ from kdjax.export import graphs, onnx, operators, stablehlo
 from kdjax.inference import load
 from kdjax.inference import predict as prediction
 from kdjax.inference.masks import from_boxes, from_canvas
+from tests.export import tensorrt
 from tests.support.models import CLASSES, random_output, read, save_noisy
 
 
@@ -47,6 +48,7 @@ def test_onnx_of_other_families(name, tmp_path, capsys):
     save_noisy(name, tmp_path / "m")
     command = ["export", f"--model={tmp_path / 'm'}", "--format=onnx", f"--out={tmp_path / 'm.onnx'}", "--raw"]
     assert cli.main(command) == 0 and re.search(r"difference from the JAX model \S+e-0[5-9]", capsys.readouterr().out)
+    assert tensorrt.complaints(tmp_path / "m.onnx") == []
     found = [entry.name for entry in onnx.session(tmp_path / "m.onnx").get_outputs()]
     assert found[0] == "cls_logits_8" and found[-1].startswith("quality_")
 

@@ -102,7 +102,7 @@ def save_noisy(name: str, folder: Path) -> None:
     from kdjax.detectors import build
     from kdjax.detectors.api import flatten, unflatten
 
-    detector = build(name, 6, **(OTHERS | TWO_STAGES)[name])
+    detector = build(name, 6, **(OTHERS | TWO_STAGES | TRANSFORMERS)[name])
     params, stats = detector.init(jax.random.key(0))
     rng = np.random.default_rng(0)
     noisy = flatten(params)
