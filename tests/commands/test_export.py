@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import re
 import shutil
 
 import jax
@@ -9,10 +10,12 @@ import numpy as np
 import pytest
 
 from kdjax import cli
+from kdjax.commands import export
 from kdjax.detectors.api import flatten, unflatten
 from kdjax.errors import UserError
-from kdjax.export import graphs, onnx, packages, verify
+from kdjax.export import graphs, onnx, packages, targets, verify
 from kdjax.inference import load
+from tests.shared import ROOT
 from tests.support.models import random_output, refused, refused_at_the_end, save_noisy
 
 
@@ -23,10 +26,55 @@ def test_what_a_format_needs_is_reported(made, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(packages, "missing", lambda packages: list(packages))
     for format, told in (
         ("onnx", "ONNX needs jax2onnx, onnx, onnxruntime: pip install 'kdjax[export]'"),
+        ("openvino", "OpenVINO needs openvino, jax2onnx, onnx, onnxruntime: pip install 'kdjax[openvino]'"),
+        ("ncnn", "NCNN needs ncnn, pnnx, jax2onnx, onnx, onnxruntime: pip install 'kdjax[ncnn]'"),
         ("litert", "LiteRT needs litert_converter, ai_edge_litert: pip install 'kdjax[litert]'"),
     ):
-        command = ("export", f"--model={made / 'model'}", f"--format={format}", f"--out={tmp_path / 'x'}")
+        name = f"x{export.SUFFIXES.get(format, '')}"
+        command = ("export", f"--model={made / 'model'}", f"--format={format}", f"--out={tmp_path / name}")
         assert told in refused(capsys, *command)
+
+
+@pytest.mark.user_input(
+    "Config and flags",
+    "flags of an export that contradict each other, or its format",
+    "refused: what the format is written in, or how its files are named",
+)
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ([], "--format or --target is missing: formats are onnx, openvino, ncnn, litert, stablehlo"),
+        (["--target=phone", "--format=onnx"], "--target=phone is for --format=litert, not onnx: leave one of the two"),
+        (["--format=litert", "--dtype=float16"], "--dtype=float16 is for --format=onnx and openvino and ncnn, not li"),
+        (["--format=ncnn", "--dtype=int8"], "--dtype=int8 is for --format=onnx and openvino, not ncnn: ncnn is wri"),
+        (["--target=raspberry_pi", "--out=x.param"], "--dtype=float16 needs --data=DIR, on which AP is measured"),
+        (["--format=onnx", "--batch=0"], "--batch must be a number of images >= 1, or dynamic, not '0'"),
+        (["--format=onnx", "--batch=-1"], "--batch must be a number of images >= 1, or dynamic, not '-1'"),
+        (["--format=stablehlo", "--batch=dynamic"], "--batch=dynamic is for ONNX and OpenVINO: stablehlo files take"),
+        (["--format=openvino"], "x.onnx: the name of a file for openvino must end with .xml"),
+        (["--format=openvino", "--out=other.xml"], "its weights, other.bin, would be those of other.param"),
+    ],
+)
+def test_flags_that_contradict_each_other(flags, told, made, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other.param").touch()
+    out = [] if any(flag.startswith("--out=") for flag in flags) else ["--out=x.onnx"]
+    assert told in refused(capsys, "export", f"--model={made / 'model'}", *out, *flags)
+
+
+def test_a_target_has_a_format_that_can_be_written(capsys):
+    for name, target in targets.TARGETS.items():
+        form = export._form(None, None, False, None, name)
+        assert (form.format, form.dtype) == (target.format, target.dtype), name
+        assert form.raw == (targets.NMS[form.format] == "outside: maps"), name
+        assert form.batch == (0 if target.batch == "dynamic" else 1), name
+    assert export._form(None, "float32", False, "4", "nvidia_gpu") == ("onnx", "float32", False, 4)
+    with pytest.raises(SystemExit):
+        cli.main(["export", "--help"])
+    printed, page = capsys.readouterr().out, (ROOT / "docs" / "targets.md").read_text()
+    for row in targets.table()[1:]:
+        assert re.search(r"  +".join(map(re.escape, row)), printed), row
+        assert f"| `{row[0]}` | {' | '.join(row[1:])} |" in page, row
 
 
 @pytest.mark.user_input(
@@ -98,6 +146,32 @@ def test_int8_keeps_to_its_budget(made, exported, tmp_path, capsys, monkeypatch)
     assert "int8 loses 3.00 points of AP (40.00 to 37.00), more than --max-ap-loss=1" in refusal
     assert not (tmp_path / "no.onnx").exists()
     assert "--data" in refused(capsys, *[part for part in command if "--data" not in part], f"--out={tmp_path / 'n'}")
+
+
+def test_float16_is_the_network_alone(made, exported, tmp_path, capsys, monkeypatch):
+    """Inputs, outputs, boxes and NMS stay in float32, and the detections are those of float32 nearly."""
+    format = pytest.importorskip("onnx")
+    monkeypatch.setattr(onnx, "write", lambda loaded, path, *, raw, batch: shutil.copy(exported[0], path))
+    file = tmp_path / "half.onnx"
+    command = ["export", f"--model={made / 'model'}", "--format=onnx", f"--data={made / 'data'}", "--dtype=float16"]
+    assert cli.main([*command, f"--out={file}", "--max-ap-loss=100"]) == 0
+    assert file.stat().st_size < 0.55 * exported[0].stat().st_size
+    session, whole = onnx.session(file), onnx.session(exported[0])
+    assert session.get_modelmeta().custom_metadata_map["dtype"] == "float16"
+    assert [(one.name, one.type) for one in session.get_outputs()] == [
+        (one.name, one.type) for one in whole.get_outputs()
+    ]
+    graph = format.shape_inference.infer_shapes(format.load(str(file))).graph
+    types = {one.name: one.type.tensor_type.elem_type for one in graph.value_info}
+    kinds = {node.op_type: types.get(node.output[0]) for node in graph.node}
+    half, single = format.TensorProto.FLOAT16, format.TensorProto.FLOAT
+    assert kinds["Conv"] == half and kinds["Min"] == single and {node.op_type for node in graph.node} >= {"TopK"}
+    assert all(types[node.output[0]] == half for node in graph.node if node.op_type == "Conv")
+    feed = {"image": np.zeros((1, 64, 64, 3), np.uint8), "image_size": np.array([[64, 64]], np.int32)}
+    feed["image"][:, 20:40, 20:40] = 200
+    found, wanted = session.run(None, feed)[1], whole.run(None, feed)[1]
+    assert len(found) > 20 and not np.array_equal(found, wanted)
+    np.testing.assert_allclose(found[:20], wanted[:20], atol=0.02)
 
 
 @pytest.mark.user_input(

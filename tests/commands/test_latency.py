@@ -86,6 +86,21 @@ def test_latency(made, exported, tmp_path, capsys, monkeypatch):
     assert "--threads must be in 1 .. " in refused(capsys, "latency", f"--model={made / 'model'}", "--threads=99999")
 
 
+def test_a_folder_stands_for_its_files(made, exported, tmp_path, capsys, monkeypatch):
+    """With the model in it, if there is one."""
+    monkeypatch.setattr(latency, "clock", lambda call, runs, name: dict(median=1.0, p25=1.0, p75=2.0))
+    for name in ("b.onnx", "a.onnx"):
+        shutil.copy(exported[0], tmp_path / name)
+    (tmp_path / "notes.txt").touch()
+    assert cli.main(["latency", f"--model={tmp_path}", "--threads=1", f"--out={tmp_path / 't.json'}"]) == 0
+    rows = read(tmp_path / "t.json")["rows"]
+    assert [row["model"] for row in rows] == [str(tmp_path / "a.onnx"), str(tmp_path / "b.onnx")]
+    shutil.copytree(made / "model", tmp_path, dirs_exist_ok=True)
+    assert latency.expanded(str(tmp_path)) == [str(tmp_path), *(row["model"] for row in rows)]
+    assert latency.expanded("quickstart_teacher") == ["quickstart_teacher"]
+    assert latency.expanded(str(tmp_path / "a.onnx")) == [str(tmp_path / "a.onnx")]
+
+
 def test_the_clock_leaves_the_warm_up_out():
     calls = []
     times = latency.clock(lambda: time.sleep(0.02 if len(calls) < latency.WARM_UP else 0) or calls.append(1), 5, "x")

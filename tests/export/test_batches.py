@@ -22,7 +22,9 @@ def images(count: int) -> dict[str, np.ndarray]:
 
 def each(session, feed):
     """The outputs of every image of a batch on its own."""
-    return [session.run(None, {key: value[i : i + 1] for key, value in feed.items()}) for i in range(len(feed["image"]))]
+    return [
+        session.run(None, {key: value[i : i + 1] for key, value in feed.items()}) for i in range(len(feed["image"]))
+    ]
 
 
 def check_batch(found, alone) -> int:

@@ -108,7 +108,7 @@ def test_a_model_reads_images_as_it_was_trained(made, tmp_path, capsys):
     "refused: give the folder that it was made from",
 )
 def test_an_exported_model_is_not_loaded(tmp_path, capsys):
-    for name in ("a.onnx", "a.tflite"):
+    for name in ("a.onnx", "a.tflite", "a.xml", "a.param"):
         (tmp_path / name).write_bytes(b"content")
         told = refused(capsys, "evaluate", "--data=scenes", f"--model={tmp_path / name}")
         assert "an exported model cannot be loaded: give the folder of the model that it was made from" in told
