@@ -25,7 +25,7 @@ DTYPES = {  # of each format
     "onnx": ("float32", "float16", "int8"),
     "openvino": ("float32", "float16", "int8"),
     "ncnn": ("float32", "float16"),
-    "litert": ("float32",),
+    "litert": ("float32", "int8"),
     "stablehlo": ("float32",),
 }
 PACKAGES = {
@@ -95,14 +95,14 @@ def run(
     """
     form = _form(format, dtype, raw, batch, target)
     if form.dtype != "float32" and not data:
-        raise UserError(
-            f"--dtype={form.dtype} needs --data=DIR, on which AP is measured (int8 is calibrated there, too)"
-        )
+        raise UserError(f"--dtype={form.dtype} needs --data=DIR, on which AP is measured")
     if max_ap_loss is not None and not data:
         raise UserError("--max-ap-loss needs --data=DIR, on which AP is measured")
     file = _output(out, form)
     if needed := PACKAGES[form.format]:
         packages.check_installed(needed)
+    if (form.format, form.dtype) == ("litert", "int8"):
+        packages.check_installed(packages.LITERT_INT8)
     loaded = arguments.load_model(model)
     if form.format == "ncnn":
         ncnn.check(loaded)
@@ -121,7 +121,7 @@ def run(
         facts["largest difference from JAX, float32"] = worst
         if form.dtype != "float32":
             calibration, source = [], []
-            if form.dtype == "int8":
+            if form.dtype == "int8" and form.format != "litert":
                 calibration, source = _calibration(data or "", split, exif, classes, opened)
             told += source
             call = _smaller(loaded, made, form, calibration)
@@ -228,7 +228,9 @@ def _runner(model: Model, path: Path, form: _Form) -> verify.Call:
 def _smaller(model: Model, path: Path, form: _Form, calibration: Iterable[np.ndarray]) -> verify.Call:
     """Makes the file float16 or int8, in place, and returns the function that runs it."""
     half, source = form.dtype == "float16", path if form.format == "onnx" else _source(path)
-    if form.dtype == "int8":
+    if form.format == "litert":
+        litert.quantise(path)
+    elif form.dtype == "int8":
         onnx.quantise(source, model, calibration, batch=max(form.batch, 1))
     elif form.format == "onnx":
         onnx.halve(path)

@@ -1,4 +1,4 @@
-"""LiteRT (TensorFlow Lite) files; needs `kdjax[litert]`."""
+"""LiteRT (TensorFlow Lite) files, in float32 and int8; needs `kdjax[litert]`."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -57,6 +57,22 @@ def write(model: Model, path: str | Path, *, raw: bool = False) -> None:
         converter.run_convert_to_tfl_passes(module, passmanager.PassManager(), settings)
         content = converter.export_flatbuffer_to_bytes(module.operation)
     Path(path).write_bytes(content)
+
+
+def quantise(path: str | Path) -> None:
+    """Makes a LiteRT file int8, in place: the kernels of convolutions are stored as bytes, with a scale per channel.
+
+    Their inputs become bytes while it runs, by their own range, so that nothing is calibrated; all else stays float.
+
+    Args:
+      path: the file that `write` has written.
+    """
+    from ai_edge_quantizer import qtyping, quantizer  # pyright: ignore[reportMissingImports] - the package is optional
+
+    made = quantizer.Quantizer(str(path))
+    for kind in (qtyping.TFLOperationName.CONV_2D, qtyping.TFLOperationName.DEPTHWISE_CONV_2D):
+        made.add_dynamic_config(".*", kind, 8)
+    Path(path).write_bytes(made.quantize(enable_progress_report=False).quantized_model)
 
 
 def interpreter(path: str | Path, *, threads: int = 1) -> "Interpreter":

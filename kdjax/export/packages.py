@@ -6,8 +6,9 @@ from collections.abc import Iterable, Sequence
 from kdjax.errors import UserError
 
 ONNX, LITERT = ("jax2onnx", "onnx", "onnxruntime"), ("litert_converter", "ai_edge_litert")
+LITERT_INT8 = ("ai_edge_quantizer",)
 OPENVINO, NCNN = ("openvino",), ("ncnn", "pnnx")  # their files are made from ONNX files
-_EXTRAS = {"LiteRT": ("litert", LITERT), "OpenVINO": ("openvino", OPENVINO), "NCNN": ("ncnn", NCNN)}
+_EXTRAS = {"LiteRT": ("litert", (*LITERT, *LITERT_INT8)), "OpenVINO": ("openvino", OPENVINO), "NCNN": ("ncnn", NCNN)}
 
 
 def missing(packages: Iterable[str] = ONNX) -> list[str]:

@@ -19,7 +19,7 @@ TARGETS = {
     "nvidia_gpu": Target("onnx", "float32", "dynamic", "onnxruntime with CUDA, or TensorRT"),
     "nvidia_jetson": Target("onnx", "float16", "1", "TensorRT, or onnxruntime with CUDA"),
     "raspberry_pi": Target("ncnn", "float16", "1", "NCNN"),
-    "phone": Target("litert", "float32", "1", "LiteRT (Android, iOS)"),
+    "phone": Target("litert", "int8", "1", "LiteRT (Android, iOS)"),
     "browser": Target("onnx", "float32", "1", "onnxruntime-web"),
     "tpu": Target("stablehlo", "float32", "1", "JAX or XLA"),
 }

@@ -46,7 +46,7 @@ def test_what_a_format_needs_is_reported(made, tmp_path, capsys, monkeypatch):
         ([], "--format or --target is missing: formats are onnx, openvino, ncnn, litert, stablehlo"),
         (["--target=phone", "--format=onnx"], "--target=phone is for --format=litert, not onnx: leave one of the two"),
         (["--format=litert", "--dtype=float16"], "--dtype=float16 is for --format=onnx and openvino and ncnn, not li"),
-        (["--format=ncnn", "--dtype=int8"], "--dtype=int8 is for --format=onnx and openvino, not ncnn: ncnn is wri"),
+        (["--format=ncnn", "--dtype=int8"], "--dtype=int8 is for --format=onnx and openvino and litert, not ncnn"),
         (["--target=raspberry_pi", "--out=x.param"], "--dtype=float16 needs --data=DIR, on which AP is measured"),
         (["--format=onnx", "--batch=0"], "--batch must be a number of images >= 1, or dynamic, not '0'"),
         (["--format=onnx", "--batch=-1"], "--batch must be a number of images >= 1, or dynamic, not '-1'"),

@@ -31,6 +31,12 @@ def test_litert_is_the_jax_model(made, name, raw, tmp_path, capsys, monkeypatch)
     assert list(reader.get_input_details()) == ["image", "image_size"][: 1 if raw else 2]
     names = graphs.map_names(load(folder)) if raw else ["boxes", "scores"]
     assert sorted(reader.get_output_details()) == sorted(names)
+    if [name, *raw] == ["rtmdet_pico"] and not packages.missing(packages.LITERT_INT8):
+        small = tmp_path / "int8.tflite"
+        arguments = [f"--out={small}" if text.startswith("--out=") else text for text in command]
+        assert cli.main([*arguments, "--dtype=int8", "--max-ap-loss=100"]) == 0
+        assert "AP: " in capsys.readouterr().out and read(tmp_path / "int8.tflite.json")["dtype"] == "int8"
+        assert small.stat().st_size < 0.45 * file.stat().st_size
     monkeypatch.setattr(latency, "clock", lambda call, runs, name: dict(median=1.0, p25=1.0, p75=2.0 + bool(call())))
     assert cli.main(["latency", f"--model={file}", "--threads=1"]) == 0
     [row] = [line.split() for line in capsys.readouterr().out.splitlines() if "LiteRT" in line]
