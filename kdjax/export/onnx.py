@@ -64,9 +64,10 @@ def write(model: Model, path: str | Path, *, raw: bool = False, batch: int = 1) 
         except Exception as error:  # jax and jax2onnx raise many kinds of errors where a number must be known
             if batch:
                 raise
+            why = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise UserError(
-                f"{model.path}: {model.detector.name} cannot be written for any number of images "
-                f"({str(error).strip().splitlines()[0]}): give the number, --batch=8"
+                f"{model.path}: {model.detector.name} cannot be written for any number of images ({why}): give the "
+                "number, --batch=8"
             ) from error
         if not raw:
             _cut_padding(graph, names, one=batch == 1)
