@@ -168,6 +168,8 @@ def exported_file(path: Path, *, threads: int = 1) -> tuple[str, Callable[[], ob
     Raises:
       UserError: the file cannot be read, takes no image, does not fix its size, or does not run.
     """
+    if not path.is_file():
+        raise UserError(f"--model={path}: there is no such file")
     runtime, load = READERS[path.suffix]
     inputs, run, facts = load(path, threads)
     shapes = {name: shape for name, (shape, _) in inputs.items()}

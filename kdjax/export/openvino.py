@@ -1,6 +1,6 @@
 """OpenVINO's files, a graph in .xml and its weights in a .bin beside it; needs `kdjax[openvino]`.
 
-OpenVINO itself reads them from ONNX files.
+OpenVINO itself converts them from ONNX files.
 """
 
 import importlib
@@ -26,10 +26,13 @@ def write(source: str | Path, path: str | Path, *, half: bool = False) -> None:
       half: whether weights are stored as float16; they are computed with in the precision of the device.
 
     Raises:
-      UserError: OpenVINO cannot read the ONNX file.
+      UserError: OpenVINO cannot convert the ONNX file.
     """
-    read = _read(source)
-    _package().save_model(read, str(path), compress_to_fp16=half)
+    try:
+        made = _package().convert_model(str(source))
+    except Exception as error:  # its bindings raise many kinds of errors
+        raise UserError(f"OpenVINO cannot convert it: {_reason(error)}") from error
+    _package().save_model(made, str(path), compress_to_fp16=half)
 
 
 def _package() -> Any:  # noqa: ANN401 - a module
@@ -46,9 +49,9 @@ def _package() -> Any:  # noqa: ANN401 - a module
 def _read(path: str | Path) -> Any:  # noqa: ANN401 - openvino.Model
     path = Path(path)
     # Of a file in no format that it knows OpenVINO asks the readers of all formats, which print what they think of it.
-    if path.suffix == ".xml" and not re.match(rb"\s*(<\?xml[^>]*>\s*)?<net\b", path.read_bytes()[:1000]):
+    if not re.match(rb"\s*(<\?xml[^>]*>\s*)?<net\b", path.read_bytes()[:1000]):
         raise UserError(f"{path}: OpenVINO cannot read it: it does not begin as a network in xml does")
-    if path.suffix == ".xml" and not path.with_suffix(".bin").is_file():
+    if not path.with_suffix(".bin").is_file():
         raise UserError(f"{path}: the weights, {path.with_suffix('.bin').name}, do not lie beside it")
     try:
         return _package().Core().read_model(str(path))

@@ -97,6 +97,7 @@ def test_a_folder_stands_for_its_files(made, exported, tmp_path, capsys, monkeyp
     assert [row["model"] for row in rows] == [str(tmp_path / "a.onnx"), str(tmp_path / "b.onnx")]
     shutil.copytree(made / "model", tmp_path, dirs_exist_ok=True)
     assert latency.expanded(str(tmp_path)) == [str(tmp_path), *(row["model"] for row in rows)]
+    assert "c.xml: there is no such file" in refused(capsys, "latency", f"--model={tmp_path / 'c.xml'}")
     assert latency.expanded("quickstart_teacher") == ["quickstart_teacher"]
     assert latency.expanded(str(tmp_path / "a.onnx")) == [str(tmp_path / "a.onnx")]
 
