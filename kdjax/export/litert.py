@@ -72,7 +72,7 @@ def quantise(path: str | Path) -> None:
     made = quantizer.Quantizer(str(path))
     for kind in (qtyping.TFLOperationName.CONV_2D, qtyping.TFLOperationName.DEPTHWISE_CONV_2D):
         made.add_dynamic_config(".*", kind, 8)
-    Path(path).write_bytes(made.quantize(enable_progress_report=False).quantized_model)
+    Path(path).write_bytes(made.quantize(enable_progress_bar=False, enable_progress_report=False).quantized_model)
 
 
 def interpreter(path: str | Path, *, threads: int = 1) -> "Interpreter":

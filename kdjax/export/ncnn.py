@@ -85,23 +85,15 @@ def _with_floats(graph: "ModelProto") -> "ModelProto":
     image, nodes = graph.graph.input[0], graph.graph.node
     _, height, width, channels = (side.dim_value for side in image.type.tensor_type.shape.dim)
     [cast] = [node for node in nodes if image.name in node.input]
-    readers = [node for node in nodes if cast.output[0] in node.input]
+    [back] = [node for node in nodes if cast.output[0] in node.input]  # the normalisation, a convolution, reads it
+    assert (cast.op_type, back.op_type) == ("Cast", "Transpose"), "every network begins so"
     first = helper.make_tensor_value_info(image.name, TensorProto.FLOAT, [1, channels, height, width])
     graph.graph.input.remove(image)
     graph.graph.input.insert(0, first)
-    # What reads the bytes transposes them, unless a detector begins otherwise.
-    back = helper.make_node("Transpose", [first.name], ["channels_last"], name="channels_last", perm=[0, 2, 3, 1])
-    for reader in readers:
-        perm = [list(entry.ints) for entry in reader.attribute if entry.name == "perm"]
-        straight = reader.op_type == "Transpose" and perm == [[0, 3, 1, 2]]
-        for node in nodes if straight else [reader]:
-            old, new = (reader.output[0], first.name) if straight else (cast.output[0], back.output[0])
-            node.input[:] = [new if name == old else name for name in node.input]
-        if straight:
-            nodes.remove(reader)
-    nodes.remove(cast)
-    if any(back.output[0] in node.input for node in nodes):
-        nodes.insert(0, back)
+    for node in (cast, back):
+        nodes.remove(node)
+    for node in nodes:
+        node.input[:] = [first.name if name == back.output[0] else name for name in node.input]
     return graph
 
 

@@ -10,6 +10,7 @@ from kdjax import cli
 from kdjax.errors import UserError
 from kdjax.export import graphs, onnx, verify
 from kdjax.inference import load
+from tests.export import tensorrt
 from tests.support.models import random_output, save_noisy
 
 
@@ -46,6 +47,7 @@ def test_a_file_for_any_number_of_images(made, exported, tmp_path, capsys):
     assert cli.main([*command, f"--data={made / 'data'}"]) == 0
     told = capsys.readouterr().out
     assert re.search(r"JAX model \S+e-0[5-9] \(float32, 6 images, batches of 1, 2, 5\)", told) and "(+0.00)" in told
+    assert tensorrt.complaints(file) == []
     session, one = onnx.session(file), onnx.session(exported[0])
     assert [entry.shape[0] for entry in session.get_inputs()] == ["batch", "batch"]
     assert "boxes f32[B, 300, 4]" in session.get_modelmeta().custom_metadata_map["output"]

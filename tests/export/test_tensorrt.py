@@ -1,5 +1,7 @@
 """ONNX files have only what TensorRT's reader takes; see tests/export/tensorrt.py."""
 
+import shutil
+
 import numpy as np
 import pytest
 
@@ -9,8 +11,12 @@ from tests.export import tensorrt
 from tests.support.models import OTHERS, TRANSFORMERS, TWO_STAGES, save_noisy
 
 
-def test_tensorrt_takes_what_is_written(exported):
+def test_tensorrt_takes_what_is_written(exported, tmp_path):
     assert tensorrt.complaints(exported[0]) == []
+    half = tmp_path / "half.onnx"
+    shutil.copy(exported[0], half)
+    onnx.halve(half)
+    assert tensorrt.complaints(half) == []
 
 
 def test_what_tensorrt_does_not_take_is_found(tmp_path):
