@@ -33,6 +33,8 @@ def check(model: Model) -> None:
         raise UserError(f"{what}: its second stage is computed behind an NMS, which NCNN does not have: use ONNX")
     if model.detector.head is None:
         raise UserError(f"{what} chooses its queries by a sort, which NCNN does not have: use ONNX")
+    if model.detector.masks:
+        raise UserError(f"{what}: its masks need a bilinear Resize, which pnnx does not convert for NCNN: use ONNX")
 
 
 def write(source: str | Path, path: str | Path, *, half: bool = False) -> None:
