@@ -126,7 +126,7 @@ def test_mistakes_get_one_sentence_before_any_compute(made, tmp_path, capsys, mo
         (("export", one, "--format=onnx", f"--out={tmp_path / 'x'}", "--max-ap-loss=1"), "needs --data"),
         (
             ("export", one, "--format=stablehlo", given, f"--out={tmp_path / 'x'}", "--dtype=int8"),
-            "needs --format=onnx",
+            "is for --format=onnx",
         ),
         (("latency", "--model=nowhere"), "there is no such file or folder"),
         (
