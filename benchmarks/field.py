@@ -39,7 +39,7 @@ METHODS = {"scenes": ALL, "bccd": ALL, "person": FOUR, "coco": FOUR}
 WEIGHTS = {"scenes": "auto", "bccd": "published,auto", "person": "auto", "coco": "auto"}
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=FLAGS)
     parser.add_argument("--seed", type=int, required=True)
@@ -47,12 +47,13 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, help="folder of the published weights")
     parser.add_argument("--methods", help="A,B: only these")
     parser.add_argument("--workdir", type=Path, required=True)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     flags = [*FLAGS[args.study], *of_inputs(args)]
     workdir, kept = args.workdir / args.study / str(args.seed), STUDIES / f"{args.study}_{args.seed}.json"
     for method in args.methods.split(",") if args.methods else METHODS[args.study]:
         kdjax("study", "methods", f"--methods={method}", f"--weights={WEIGHTS[args.study]}", "--seeds=1",
               f"--first={args.seed}", f"--workdir={workdir}", *flags)  # fmt: skip
+        STUDIES.mkdir(exist_ok=True)
         shutil.copy(workdir / "study.json", kept)
 
 

@@ -9,6 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kdjax import cli
+from kdjax.commands.settings import read
+from kdjax.training import config as settings
 from tests.shared import ROOT, script
 
 DIMS = ("NHWC", "HWIO", "NHWC")
@@ -228,3 +231,37 @@ def test_auto_weight_measures_methods_alone_and_at_once(capsys, monkeypatch):
     assert (alone["methods"], both["methods"]) == ("fitnet", "fitnet+cwd")
     for row in (alone, both):
         assert row["relative"] > 0 and row["overhead"] == pytest.approx(row["relative"] / 10, abs=1e-4)
+
+
+@pytest.mark.parametrize("study", ["scenes", "bccd", "person", "coco"])
+def test_the_studies_of_the_field_are_commands_of_kdjax(study, monkeypatch, tmp_path):
+    """Each run is read by kdjax as a study of one method and seed; its study.json is kept."""
+    field, asked = of("field"), []
+    data = tmp_path / "half"
+    (data / "annotations").mkdir(parents=True)
+    categories = [{"id": 1, "name": "person"}, {"id": 2, "name": "cat"}]
+    boxes = [{"id": 1, "image_id": 7, "category_id": 1}, {"id": 2, "image_id": 7, "category_id": 2}]
+    truth = {"images": [{"id": 7, "file_name": "7.jpg"}], "categories": categories, "annotations": boxes}
+    (data / "annotations" / "instances_val.json").write_text(json.dumps(truth))
+
+    def kdjax(*words):
+        known, rest = cli._parser()[0].parse_known_args(words)
+        config = read(known.config, [word for word in rest if "config.teacher.weights" not in word])
+        assert settings.unknown_keys(config) == []
+        settings.check_values(config)
+        asked.append(known)
+        if known.command == "study":
+            known_folder = tmp_path / "field" / study / "1"
+            assert known.workdir == str(known_folder) and (known.first, known.seeds) == (1, 1)
+            known_folder.mkdir(parents=True, exist_ok=True)
+            (known_folder / "study.json").write_text(json.dumps(len(asked)))
+
+    monkeypatch.setattr(field, "kdjax", kdjax)
+    monkeypatch.setattr(field, "STUDIES", tmp_path / "studies")
+    places = [f"--data={data}", f"--weights={tmp_path}", f"--workdir={tmp_path / 'field'}"]
+    field.main([study, "--seed=1", "--methods=mkd,cwd", *places])
+    assert [known.command for known in asked] == ["train"] * (study == "bccd") + ["study"] * 2
+    assert (tmp_path / "studies" / f"{study}_1.json").read_text() == str(len(asked))
+    if study == "person":
+        kept = json.loads((tmp_path / "field" / "coco_person" / "annotations" / "instances_val.json").read_text())
+        assert kept["annotations"] == boxes[:1] and kept["categories"] == categories[:1]
