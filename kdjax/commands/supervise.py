@@ -131,8 +131,9 @@ class Child:
             self.process.send_signal(number)  # does nothing when it has ended
 
     def __enter__(self) -> "Child":
-        # What this process ignores, as SIGHUP under nohup, the command ignores too.
-        heeded = [number for number in FORWARDED if signal.getsignal(number) is not signal.SIG_IGN]
+        # Under nohup SIGHUP is ignored, and the command inherits that.
+        nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        heeded = [number for number in FORWARDED if not (nohup and number == signal.SIGHUP)]
         self.before = {number: signal.signal(number, self.handle) for number in heeded}
         return self
 

@@ -45,8 +45,8 @@ def test_restarts_without_a_new_checkpoint_are_bounded(tmp_path, capfd):
     )
 
 
-def test_a_signal_that_is_ignored_stays_so(tmp_path):
-    """As SIGHUP under nohup; the command ignores it as well."""
+def test_under_nohup_sighup_ends_nothing(tmp_path):
+    """The command inherits that the signal is ignored."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         assert supervised(tmp_path, "kill -HUP $PPID $$; exit 3") == (3, 1)
