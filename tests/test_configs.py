@@ -62,7 +62,7 @@ def test_documented_command(command):
     [config] = [flag.removeprefix("--config=") for flag in flags if flag.startswith("--config=")]
     overrides = [flag for flag in flags if flag.startswith("--config.")]
     others = {flag.partition("=")[0] for flag in flags if not flag.startswith("--config")}
-    assert others <= {"--workdir", "--multihost"}
+    assert others <= {"--workdir", "--multihost", "--coordinator", "--hosts", "--host"}
     read(config, overrides)
 
 
