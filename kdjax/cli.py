@@ -455,7 +455,8 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, list[str]]]:
     one.add_argument(
         "--dtype",
         choices=("float32", "float16", "int8"),
-        help="float16: ONNX, OpenVINO, NCNN; int8: ONNX, OpenVINO, LiteRT; both need --data (float32)",
+        help="float16: ONNX, OpenVINO, NCNN; int8: ONNX, OpenVINO, LiteRT; both need --data, but not int8 of a model "
+        "that was trained for it (float32)",
     )
     one.add_argument("--batch", metavar="N", help="images of a batch, or dynamic: any number; ONNX and OpenVINO (1)")
     one.add_argument("--raw", action="store_true", help="the maps of the head, without decoding and NMS")

@@ -265,3 +265,38 @@ def test_the_studies_of_the_field_are_commands_of_kdjax(study, monkeypatch, tmp_
     if study == "person":
         kept = json.loads((tmp_path / "field" / "coco_person" / "annotations" / "instances_val.json").read_text())
         assert kept["annotations"] == boxes[:1] and kept["categories"] == categories[:1]
+
+
+def test_int8_table():
+    scores = {"float32": [50.0, 52.0], "int8, trained": [51.0]}
+    assert of("int8").table(scores, [(2.5e6, 4.0), (0.7e6, 2.5)]).splitlines()[2:] == [
+        "| float32 | 51.00 ± 1.41 | 2.50 | 4.00 |",
+        "| int8, trained | 51.00 | 0.70 | 2.50 |",
+    ]
+
+
+def test_int8_trains_and_exports_what_is_missing(tmp_path, monkeypatch):
+    script, ran = of("int8"), []
+
+    def kdjax(*command):
+        ran.append(command)
+        paths = {flag.partition("=")[0]: flag.partition("=")[2] for flag in command}
+        if command[0] == "train":
+            (tmp_path / paths["--workdir"]).mkdir()
+            (tmp_path / paths["--workdir"] / "results.json").write_text("{}")
+        elif command[0] == "export":
+            (tmp_path / paths["--out"]).write_text("")
+        else:
+            rows = [{"model": flag[8:], "bytes": 1e6, "median": 2.0} for flag in command if flag.startswith("--model")]
+            (tmp_path / paths["--out"]).write_text(json.dumps({"rows": rows}))
+
+    monkeypatch.setattr(script, "kdjax", kdjax)
+    monkeypatch.setattr(script, "average_precision", lambda file: 50.0)
+    flags = [f"--workdir={tmp_path}", "--seeds=2", "--data=scenes", "--", "--config.steps=4"]
+    script.main(flags)
+    assert [command[0] for command in ran].count("train") == 4 and [c[0] for c in ran].count("export") == 6
+    trained = [command for command in ran if "--config.student.options.int8=True" in command]
+    assert len(trained) == 2 and all("--config.steps=4" in command for command in trained)
+    ran.clear()
+    script.main(flags)
+    assert [command[0] for command in ran] == ["latency"]

@@ -80,8 +80,8 @@ def run(
       limit: only the first images; 0 takes all.
       classes: see `arguments.open_data`.
       exif: see `arguments.open_data`; None: as the model was trained.
-      dtype: one of `DTYPES` (int8 is calibrated on images of the split train, if the data has one); None: that of the
-        target, else float32.
+      dtype: one of `DTYPES`; None: that of the target, else float32. int8 of a model that was trained for it has its
+        scales; of any other it is calibrated on images of the split train, if the data has one.
       raw: the head's maps instead of detections.
       max_ap_loss: largest loss in points of AP; None is `BUDGET`.
       batch: number of images, or "dynamic" (ONNX and OpenVINO); None: that of the target, else 1.
@@ -94,19 +94,31 @@ def run(
       UserError: something is missing, or the exported model differs too much: in its outputs or in AP.
     """
     form = _form(format, dtype, raw, batch, target)
-    if form.dtype != "float32" and not data:
+    if form.dtype == "float16" and not data:
         raise UserError(f"--dtype={form.dtype} needs --data=DIR, on which AP is measured")
     if max_ap_loss is not None and not data:
         raise UserError("--max-ap-loss needs --data=DIR, on which AP is measured")
     file = _output(out, form)
     if needed := PACKAGES[form.format]:
         packages.check_installed(needed)
-    if (form.format, form.dtype) == ("litert", "int8"):
-        packages.check_installed(packages.LITERT_INT8)
     loaded = arguments.load_model(model)
+    trained = bool(loaded.detector.options.get("int8"))
+    as_trained = trained and form.dtype == "int8"
+    if as_trained and form.batch != 1:
+        raise UserError(
+            f"--batch={form.batch or 'dynamic'}: {model} was trained for int8, and its files in int8 take one image: "
+            "--batch=1"
+        )
+    if form.dtype == "int8" and not trained:
+        if not data:
+            raise UserError(f"--dtype=int8 needs --data=DIR, on which AP is measured: {model} was not trained for int8")
+        if form.format == "litert":
+            packages.check_installed(packages.LITERT_INT8)
     if form.format == "ncnn":
         ncnn.check(loaded)
     graphs.check(loaded, raw=form.raw, nms=form.format != "litert")
+    if trained:
+        loaded = graphs.in_dtype(loaded, "int8" if as_trained else "float32")
     exif = exif or loaded.exif_orientation
     opened = arguments.open_data(data, split, annotations, images, limit, exif, classes=classes) if data else None
     if opened:
@@ -117,9 +129,8 @@ def run(
     with tempfile.TemporaryDirectory(dir=file.parent, prefix=".export-") as folder:
         made = Path(folder) / file.name
         call = _write(loaded, made, form)
-        worst, told, facts = _compare(loaded, call, samples, form)
-        facts["largest difference from JAX, float32"] = worst
-        if form.dtype != "float32":
+        told, facts = (_compare_int8 if as_trained else _compare)(loaded, call, samples, form)
+        if form.dtype != "float32" and not as_trained:
             calibration, source = [], []
             if form.dtype == "int8" and form.format != "litert":
                 calibration, source = _calibration(data or "", split, exif, classes, opened)
@@ -201,7 +212,7 @@ def _source(path: Path) -> Path:
 
 
 def _write(model: Model, path: Path, form: _Form) -> verify.Call:
-    """Writes the file in float32, and returns the function that runs it."""
+    """Writes the file, in float32 or, of a model whose values are rounded, int8; returns the function that runs it."""
     if form.format == "litert":
         litert.write(model, path, raw=form.raw)
     elif form.format == "stablehlo":
@@ -241,13 +252,27 @@ def _smaller(model: Model, path: Path, form: _Form, calibration: Iterable[np.nda
     return _runner(model, path, form)
 
 
-def _compare(
-    model: Model, call: verify.Call, samples: list[np.ndarray], form: _Form
-) -> tuple[str, list[str], dict[str, str]]:
-    """The largest difference from the JAX model, as lines, and the metadata."""
-    facts = metadata.describe(
+def _describe(model: Model, form: _Form) -> dict[str, str]:
+    return metadata.describe(
         model, raw=form.raw, nms=form.format != "litert", batch=form.batch, ncnn=form.format == "ncnn"
     )
+
+
+def _compare_int8(
+    model: Model, call: verify.Call, samples: list[np.ndarray], form: _Form
+) -> tuple[list[str], dict[str, str]]:
+    """The share of detections that a model trained for int8 and its file have in common, as lines and metadata."""
+    share, count = verify.check_int8(model, call, samples, raw=form.raw)
+    same = f"{share:.1%} of {count}"
+    told = [f"detections with a score of at least {verify.SURE:g} shared with the JAX model in int8: {same}"]
+    return told, _describe(model, form) | {"detections shared with JAX, int8": same}
+
+
+def _compare(
+    model: Model, call: verify.Call, samples: list[np.ndarray], form: _Form
+) -> tuple[list[str], dict[str, str]]:
+    """The largest difference from the JAX model, as lines and metadata."""
+    facts = _describe(model, form)
     sizes = (form.batch,) if form.batch else BATCHES
     found = []
     for size in sizes:
@@ -256,11 +281,12 @@ def _compare(
     worst = f"{max(one.difference for one in found):.2g}"
     batches = "" if form.batch == 1 else f", batches of {', '.join(map(str, sizes))}"
     told = [f"outputs: largest difference from the JAX model {worst} (float32, {len(samples)} images{batches})"]
+    facts["largest difference from JAX, float32"] = worst
     if model.detector.masks and not form.raw:
         overlap = f"{min(one.mask_iou for one in found):.4f}"
         told.append(f"masks: smallest IoU with those of the JAX model {overlap}")
         facts["smallest IoU of masks with JAX, float32"] = overlap
-    return worst, told, facts
+    return told, facts
 
 
 def _measure(

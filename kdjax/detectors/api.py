@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from kdjax.detectors import levels
-from kdjax.detectors.layers import EPS
+from kdjax.detectors.layers import EPS, ON, RANGES
 from kdjax.errors import UserError
 from kdjax.structs import Array, Assignment, DetectorOutput, PaddedDetections, Rows, Targets
 
@@ -276,6 +276,39 @@ def pure(construct: Callable[[], nnx.Module]) -> PureModule:
         return result, _to_tree(nnx.state(module, nnx.BatchStat))
 
     return PureModule(shapes, init, call)
+
+
+def switched(stats: Tree, on: Array | float) -> Tree:
+    """The statistics of a detector with the option int8, with values rounded to 8 bits or not.
+
+    Args:
+      stats: of the detector.
+      on: f32[], 0 or 1: whether values are rounded.
+
+    Example:
+      >>> switched({"image": {"low": -1.0, "on": 0.0}}, 1.0)
+      {'image': {'low': -1.0, 'on': 1.0}}
+    """
+    return {
+        name: switched(value, on) if isinstance(value, dict) else on if name == ON else value
+        for name, value in stats.items()
+    }
+
+
+def is_rounded(stats: Tree) -> bool:
+    """Whether a detector with these statistics computes with values rounded to 8 bits.
+
+    Example:
+      >>> [is_rounded({"image": {"on": value}}) for value in (0.0, 0.1)]
+      [False, True]
+    """
+    return any(path.rpartition("/")[2] == ON and value > 0 for path, value in flatten(stats).items())
+
+
+def ranges(detector: Detector) -> dict[str, np.ndarray]:
+    """Initial values of what a detector with the option int8 has beside its weights: "stats/path" -> f32[]."""
+    paths = flatten(detector.shapes[1])
+    return {f"stats/{path}": np.zeros((), np.float32) for path in paths if path.rpartition("/")[2] in (ON, *RANGES)}
 
 
 def check_images(family: str, x: jax.Array) -> None:

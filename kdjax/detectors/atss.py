@@ -37,16 +37,16 @@ class _Head(nnx.Module):
         self.atss_centerness = dense.predictor(options, 1)
         self.scales = nnx.List([Scale() for _ in dense.STRIDES])
 
-    def branch(self, maps: tuple[Array, ...], tower: str, start: int) -> dense.Branch:
+    def branch(self, maps: tuple[Array, ...], tower: str, start: int, train: bool) -> dense.Branch:
         def predict(level: int, x: Array) -> dict[str, Array]:
             if tower == "cls":
-                return {"cls": self.atss_cls(x).astype(jnp.float32)}
+                return {"cls": self.atss_cls(x, train, level).astype(jnp.float32)}
             return {
-                "reg": self.scales[level](self.atss_reg(x).astype(jnp.float32)),
-                "quality": self.atss_centerness(x).astype(jnp.float32),
+                "reg": self.scales[level](self.atss_reg(x, train, level).astype(jnp.float32)),
+                "quality": self.atss_centerness(x, train, level).astype(jnp.float32),
             }
 
-        return dense.run(self.cls_convs if tower == "cls" else self.reg_convs, maps, start, predict)
+        return dense.run(self.cls_convs if tower == "cls" else self.reg_convs, maps, start, train, predict)
 
 
 def make(
@@ -63,6 +63,7 @@ def make(
     stacked_convs: int = 4,
     extra_convs: str = "on_output",
     groups: int = 32,
+    int8: bool = False,
 ) -> Detector:
     """Builds ATSS.
 
@@ -72,6 +73,7 @@ def make(
       base_channels, style, frozen_stages, norm_eval, frozen_norm, neck_channels, head_channels, stacked_convs,
         extra_convs: as in `kdjax.detectors.retinanet.make`.
       groups: of the group norm in the towers; divides head_channels.
+      int8: whether it learns to compute with 8 bits (docs/int8.md).
 
     Returns:
       The detector. `box_reg` holds the deltas of the square anchors (`boxes.coding.boxes_to_deltas`), `quality` the
@@ -90,6 +92,7 @@ def make(
         base_channels=base_channels, style=style, frozen_stages=frozen_stages, norm_eval=norm_eval,
         frozen_norm=frozen_norm, neck_channels=neck_channels, head_channels=head_channels,
         stacked_convs=stacked_convs, extra_convs=extra_convs, groups=groups,
+        int8=int8,
     )  # fmt: skip
     return dense.detector(_FAMILY, make, variant, num_classes, given)
 

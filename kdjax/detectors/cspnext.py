@@ -9,7 +9,7 @@ import functools
 import jax
 from flax import nnx
 
-from kdjax.detectors.layers import SPP, ConvNorm, CSPLayer, SeparableConv
+from kdjax.detectors.layers import SPP, ConvNorm, CSPLayer, MakeConv, Quantiser, SeparableConv
 
 Array = jax.Array
 
@@ -18,22 +18,26 @@ _STAGES = ((64, 128, 3, True), (128, 256, 6, True), (256, 512, 6, True), (512, 1
 
 
 class Block(nnx.Module):
-    """3x3 convolution (`depthwise`: separable) and 5x5 separable one, with an optional residual connection."""
+    """3x3 convolution (`depthwise`: separable) and 5x5 separable one, with an optional residual connection.
 
-    def __init__(self, channels: int, *, identity: bool, depthwise: bool = False) -> None:
-        self.identity = identity
-        self.conv1 = (SeparableConv if depthwise else ConvNorm)(channels, channels, 3)
-        self.conv2 = SeparableConv(channels, channels, 5)
+    `conv`: see `layers.MakeConv`.
+    """
+
+    def __init__(self, channels: int, *, identity: bool, depthwise: bool = False, conv: MakeConv = ConvNorm) -> None:
+        separable = functools.partial(SeparableConv, conv=conv)
+        self.sum = Quantiser() if identity else None
+        self.conv1 = (separable if depthwise else conv)(channels, channels, 3)
+        self.conv2 = separable(channels, channels, 5)
 
     def __call__(self, x: Array, train: bool) -> Array:
         y = self.conv2(self.conv1(x, train), train)
-        return y + x if self.identity else y
+        return y if self.sum is None else self.sum(y + x, train)
 
 
 class CSPNeXt(nnx.Module):
     """f32[B, H, W, 3] -> maps at strides 8, 16 and 32 with `channels` channels.
 
-    `depthwise`: the 3x3 convolutions after the stem are separable.
+    `depthwise`: the 3x3 convolutions after the stem are separable. `conv`: see `layers.MakeConv`.
     """
 
     def __init__(
@@ -44,25 +48,27 @@ class CSPNeXt(nnx.Module):
         expand_ratio: float = 0.5,
         attention: bool = True,
         depthwise: bool = False,
+        conv: MakeConv = ConvNorm,
     ) -> None:
-        conv = SeparableConv if depthwise else ConvNorm
+        down = functools.partial(SeparableConv, conv=conv) if depthwise else conv
         first = int(64 * widen)
         half = int(64 * widen // 2)
-        self.stem = nnx.List([ConvNorm(3, half, 3, stride=2), ConvNorm(half, half, 3), ConvNorm(half, first, 3)])
+        self.stem = nnx.List([conv(3, half, 3, stride=2), conv(half, half, 3), conv(half, first, 3)])
         self.channels = tuple(int(stage[1] * widen) for stage in _STAGES[1:])
         for index, (inputs, outputs, blocks, identity) in enumerate(_STAGES, 1):
             inputs, outputs = int(inputs * widen), int(outputs * widen)
-            layers: list[nnx.Module] = [conv(inputs, outputs, 3, stride=2)]
+            layers: list[nnx.Module] = [down(inputs, outputs, 3, stride=2)]
             if index == 4:
-                layers.append(SPP(outputs, outputs))
+                layers.append(SPP(outputs, outputs, conv=conv))
             layers.append(
                 CSPLayer(
                     outputs,
                     outputs,
                     blocks=max(round(blocks * deepen), 1),
-                    block=functools.partial(Block, identity=identity, depthwise=depthwise),
+                    block=functools.partial(Block, identity=identity, depthwise=depthwise, conv=conv),
                     attention=attention,
                     expand_ratio=expand_ratio,
+                    conv=conv,
                 )
             )
             setattr(self, f"stage{index}", nnx.List(layers))

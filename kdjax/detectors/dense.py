@@ -31,7 +31,7 @@ from kdjax.detectors.api import (
 )
 from kdjax.detectors.fpn import FPN, SOURCES
 from kdjax.detectors.keywords import changed, own_values, resolve
-from kdjax.detectors.layers import Conv, GroupNorm, constant, normal
+from kdjax.detectors.layers import Activation, Conv, GroupNorm, Quantiser, constant, for_int8, normal
 from kdjax.errors import UserError
 from kdjax.structs import Assignment, DetectorOutput, PaddedDetections, Targets
 
@@ -49,14 +49,21 @@ Branch = tuple[tuple[tuple[Array, ...], ...], dict[str, tuple[Array, ...]]]
 
 
 class TowerConv(nnx.Module):
-    """A 3x3 convolution with optional bias, and group norm if there are groups."""
+    """A 3x3 convolution with optional bias, group norm if there are groups, and the ReLU of each level.
+
+    In int8, runtimes fuse a convolution without norm with its ReLU, and have the output of one with group norm as
+    bytes.
+    """
 
     def __init__(self, inputs: int, outputs: int, *, groups: int, bias: bool) -> None:
-        self.conv = Conv(inputs, outputs, 3, draw=normal(0.01), bias=constant(0.0) if bias else None)
+        own, ranges = constant(0.0) if bias else None, len(STRIDES) if groups else 0
+        self.conv = Conv(inputs, outputs, 3, draw=normal(0.01), bias=own, ranges=ranges)
         self.gn = GroupNorm(outputs, groups) if groups else None
+        self.relus = nnx.List([Activation(jax.nn.relu) for _ in STRIDES])
 
-    def __call__(self, x: Array) -> Array:
-        x = self.conv(x)
+    def normed(self, x: Array, train: bool, level: int) -> Array:
+        """Returns the output before the activation."""
+        x = self.conv(x, train, level)
         return x if self.gn is None else self.gn(x)
 
 
@@ -68,11 +75,16 @@ def tower(options: Mapping[str, Any], *, groups: int, bias: bool) -> nnx.List[To
 
 def predictor(options: Mapping[str, Any], outputs: int, bias: float = 0.0) -> Conv:
     """The last 3x3 convolution after a tower."""
-    return Conv(options["head_channels"], outputs, 3, draw=normal(0.01), bias=constant(bias))
+    width, ranges = options["head_channels"], len(STRIDES)
+    return Conv(width, outputs, 3, draw=normal(0.01), bias=constant(bias), ranges=ranges)
 
 
 def run(
-    convs: nnx.List[TowerConv], maps: tuple[Array, ...], start: int, predict: Callable[[int, Array], dict[str, Array]]
+    convs: nnx.List[TowerConv],
+    maps: tuple[Array, ...],
+    start: int,
+    train: bool,
+    predict: Callable[[int, Array], dict[str, Array]],
 ) -> Branch:
     """Runs a tower on all levels from conv `start` on (0-based; the maps are activated first if start > 0).
 
@@ -81,11 +93,11 @@ def run(
     """
     taps, predictions = [], []
     for level, x in enumerate(maps):
-        x = jax.nn.relu(x) if start else x
+        x = convs[start - 1].relus[level](x, train) if start else x
         taps.append([])
         for conv in convs[start:]:
-            taps[level].append(conv(x))
-            x = jax.nn.relu(taps[level][-1])
+            taps[level].append(conv.normed(x, train, level))
+            x = conv.relus[level](taps[level][-1], train)
         predictions.append(predict(level, x))
     names = predictions[0].keys()
     return tuple(zip(*taps, strict=True)), {name: tuple(level[name] for level in predictions) for name in names}
@@ -94,7 +106,7 @@ def run(
 class DenseHead(Protocol):
     """An NNX module with two towers; `tower` is "cls" or "reg", and the result is that of `run`."""
 
-    def branch(self, maps: tuple[Array, ...], tower: str, start: int) -> Branch: ...
+    def branch(self, maps: tuple[Array, ...], tower: str, start: int, train: bool) -> Branch: ...
 
 
 class Dense(nnx.Module):
@@ -113,16 +125,17 @@ class Dense(nnx.Module):
         **of_backbone: Any,
     ) -> None:
         self.anchors, self.quality_tower = anchors, quality_tower
+        self.image = Quantiser()
         self.backbone = resnet.ResNet(depth, **of_backbone)
         inputs = self.backbone.channels[1:]
         self.neck = FPN(inputs, neck_channels, levels=len(STRIDES), extra_convs=extra_convs, relu=relu)
         self.bbox_head = head()
 
     def __call__(self, x: Array, train: bool) -> DetectorOutput:
-        backbone = self.backbone(x, train)
-        neck = self.neck(backbone[1:])
-        cls_tower, of_cls = self.bbox_head.branch(neck, "cls", 0)
-        reg_tower, of_reg = self.bbox_head.branch(neck, "reg", 0)
+        backbone = self.backbone(self.image(x, train), train)
+        neck = self.neck(backbone[1:], train)
+        cls_tower, of_cls = self.bbox_head.branch(neck, "cls", 0, train)
+        reg_tower, of_reg = self.bbox_head.branch(neck, "reg", 0, train)
         predictions = of_cls | of_reg
         return DetectorOutput(
             strides=STRIDES,
@@ -186,7 +199,8 @@ def detector(
     branches, convs = family.branches(options), options["stacked_convs"]
     of_network = {name: options[name] for name in _OF_NETWORK}
     of_network |= {"relu": family.relu, "anchors": family.anchors, "quality_tower": branches.get("quality", "")}
-    module = pure(lambda: Dense(depth, lambda: family.head(num_classes, options), **of_network))
+    made = functools.partial(Dense, depth, lambda: family.head(num_classes, options), **of_network)
+    module = pure(for_int8(made) if options["int8"] else made)
 
     def apply(params: Tree, stats: Tree, x: Array, *, train: bool) -> tuple[DetectorOutput, Tree]:
         check_images(title, x)
@@ -194,8 +208,11 @@ def detector(
 
     def head(params: Tree, stats: Tree, features: tuple[Array, ...], *, branch: str, start: int) -> tuple[Array, ...]:
         check_entry(title, branches, convs, branch, start)
-        of_tower = module.call(params, stats, lambda m: m.bbox_head.branch(features, branches[branch], start)[1])[0]
-        return of_tower[branch]
+
+        def predict(network: Dense) -> dict[str, tuple[Array, ...]]:
+            return network.bbox_head.branch(features, branches[branch], start, False)[1]
+
+        return module.call(params, stats, predict)[0][branch]
 
     def no_decay(params: Tree) -> Tree:
         frozen = options["frozen_stages"]

@@ -58,18 +58,18 @@ class _Head(nnx.Module):
         self.norm_on_bbox = options["norm_on_bbox"]
         self.centerness_tower = "reg" if options["centerness_on_reg"] else "cls"
 
-    def branch(self, maps: tuple[Array, ...], tower: str, start: int) -> dense.Branch:
+    def branch(self, maps: tuple[Array, ...], tower: str, start: int, train: bool) -> dense.Branch:
         def predict(level: int, x: Array) -> dict[str, Array]:
             if tower == "cls":
-                predictions = {"cls": self.conv_cls(x).astype(jnp.float32)}
+                predictions = {"cls": self.conv_cls(x, train, level).astype(jnp.float32)}
             else:
-                y = self.scales[level](self.conv_reg(x).astype(jnp.float32))
+                y = self.scales[level](self.conv_reg(x, train, level).astype(jnp.float32))
                 predictions = {"reg": jax.nn.relu(y) * dense.STRIDES[level] if self.norm_on_bbox else jnp.exp(y)}
             if tower == self.centerness_tower:
-                predictions["quality"] = self.conv_centerness(x).astype(jnp.float32)
+                predictions["quality"] = self.conv_centerness(x, train, level).astype(jnp.float32)
             return predictions
 
-        return dense.run(self.cls_convs if tower == "cls" else self.reg_convs, maps, start, predict)
+        return dense.run(self.cls_convs if tower == "cls" else self.reg_convs, maps, start, train, predict)
 
 
 def make(
@@ -91,6 +91,7 @@ def make(
     centerness_on_reg: bool | None = None,
     conv_bias: bool | None = None,
     box_loss: str | None = None,
+    int8: bool = False,
 ) -> Detector:
     """Builds FCOS.
 
@@ -106,6 +107,7 @@ def make(
       centerness_on_reg: whether the regression tower predicts the centreness, instead of the class tower.
       conv_bias: whether the towers' convolutions have a bias before the norm.
       box_loss: "iou", -log of the IoU, or "giou"; None: the variant's ("giou" in the second form).
+      int8: whether it learns to compute with 8 bits (docs/int8.md).
 
     Returns:
       The detector. `box_reg` holds distances left, top, right, bottom in pixels; `quality` the centreness logits.
@@ -127,6 +129,7 @@ def make(
         stacked_convs=stacked_convs, extra_convs=extra_convs,
         groups=groups, center_sampling=center_sampling, norm_on_bbox=norm_on_bbox,
         centerness_on_reg=centerness_on_reg, conv_bias=conv_bias, box_loss=box_loss,
+        int8=int8,
     )  # fmt: skip
     return dense.detector(_FAMILY, make, variant, num_classes, given)
 

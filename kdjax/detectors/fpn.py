@@ -9,7 +9,7 @@ import jax
 from flax import nnx
 
 from kdjax import nn
-from kdjax.detectors.layers import Conv, constant, uniform_fans
+from kdjax.detectors.layers import Conv, Quantiser, constant, uniform_fans
 
 Array = jax.Array
 
@@ -22,8 +22,8 @@ class PlainConv(nnx.Module):
     def __init__(self, inputs: int, outputs: int, size: int, *, stride: int = 1) -> None:
         self.conv = Conv(inputs, outputs, size, stride=stride, draw=uniform_fans, bias=constant(0.0))
 
-    def __call__(self, x: Array) -> Array:
-        return self.conv(x)
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        return self.conv(x, train)
 
 
 class FPN(nnx.Module):
@@ -39,17 +39,18 @@ class FPN(nnx.Module):
     ) -> None:
         self.extra_convs, self.relu, self.levels = extra_convs, relu, levels
         self.lateral_convs = nnx.List([PlainConv(channels, outputs, 1) for channels in inputs])
+        self.sums = nnx.List([Quantiser() for _ in inputs[1:]])
         sources = [inputs[-1] if extra_convs == "on_input" else outputs] + [outputs] * levels
         self.fpn_convs = nnx.List(
             [PlainConv(outputs, outputs, 3) for _ in inputs]
             + [PlainConv(c, outputs, 3, stride=2) for c in sources[: levels - len(inputs)] if extra_convs]
         )
 
-    def __call__(self, maps: tuple[Array, ...]) -> tuple[Array, ...]:
-        laterals = [conv(x) for conv, x in zip(self.lateral_convs, maps, strict=True)]
+    def __call__(self, maps: tuple[Array, ...], train: bool = False) -> tuple[Array, ...]:
+        laterals = [conv(x, train) for conv, x in zip(self.lateral_convs, maps, strict=True)]
         for i in range(len(laterals) - 1, 0, -1):
-            laterals[i - 1] += nn.upsample_nearest(laterals[i])
-        outs = [conv(x) for conv, x in zip(self.fpn_convs, laterals, strict=False)]
+            laterals[i - 1] = self.sums[i - 1](laterals[i - 1] + nn.upsample_nearest(laterals[i]), train)
+        outs = [conv(x, train) for conv, x in zip(self.fpn_convs, laterals, strict=False)]
         if not self.extra_convs:
             for _ in range(self.levels - len(maps)):
                 outs.append(outs[-1][:, ::2, ::2])
@@ -57,6 +58,6 @@ class FPN(nnx.Module):
         x = maps[-1] if self.extra_convs == "on_input" else outs[-1]
         for i in range(len(maps), len(self.fpn_convs)):
             x = jax.nn.relu(x) if self.relu and i > len(maps) else x
-            x = self.fpn_convs[i](x)
+            x = self.fpn_convs[i](x, train)
             outs.append(x)
         return tuple(outs)

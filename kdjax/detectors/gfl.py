@@ -37,13 +37,13 @@ class _Head(nnx.Module):
         self.gfl_reg = dense.predictor(options, 4 * (options["reg_max"] + 1))
         self.scales = nnx.List([Scale() for _ in dense.STRIDES])
 
-    def branch(self, maps: tuple[Array, ...], tower: str, start: int) -> dense.Branch:
+    def branch(self, maps: tuple[Array, ...], tower: str, start: int, train: bool) -> dense.Branch:
         def predict(level: int, x: Array) -> dict[str, Array]:
             if tower == "cls":
-                return {"cls": self.gfl_cls(x).astype(jnp.float32)}
-            return {"reg": self.scales[level](self.gfl_reg(x).astype(jnp.float32))}
+                return {"cls": self.gfl_cls(x, train, level).astype(jnp.float32)}
+            return {"reg": self.scales[level](self.gfl_reg(x, train, level).astype(jnp.float32))}
 
-        return dense.run(self.cls_convs if tower == "cls" else self.reg_convs, maps, start, predict)
+        return dense.run(self.cls_convs if tower == "cls" else self.reg_convs, maps, start, train, predict)
 
 
 def make(
@@ -61,6 +61,7 @@ def make(
     extra_convs: str = "on_output",
     groups: int = 32,
     reg_max: int = 16,
+    int8: bool = False,
 ) -> Detector:
     """Builds GFL.
 
@@ -71,6 +72,7 @@ def make(
         extra_convs: as in `kdjax.detectors.retinanet.make`.
       groups: of the group norm in the towers; divides head_channels.
       reg_max: the last bin of a side's distribution, in strides, >= 1.
+      int8: whether it learns to compute with 8 bits (docs/int8.md).
 
     Returns:
       The detector. `box_reg` holds the logits of the bins, f32[B, H, W, 4 (reg_max + 1)], the sides in the order left,
@@ -91,6 +93,7 @@ def make(
         base_channels=base_channels, style=style, frozen_stages=frozen_stages, norm_eval=norm_eval,
         frozen_norm=frozen_norm, neck_channels=neck_channels, head_channels=head_channels,
         stacked_convs=stacked_convs, extra_convs=extra_convs, groups=groups, reg_max=reg_max,
+        int8=int8,
     )  # fmt: skip
     return dense.detector(_FAMILY, make, variant, num_classes, given)
 

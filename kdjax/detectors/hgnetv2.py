@@ -26,13 +26,19 @@ class Stage(NamedTuple):
 
 
 class AffineReLU(nnx.Module):
-    """ReLU, times one learned number, plus another."""
+    """ReLU, times one learned number, plus another; the methods are those of `layers.Activation`."""
 
     def __init__(self) -> None:
         self.factor = nnx.Param(jnp.zeros(1), draw=constant(1.0))
         self.bias = nnx.Param(jnp.zeros(1), draw=constant(0.0))
 
-    def __call__(self, x: Array) -> Array:
+    def before(self, x: Array, train: bool) -> Array:
+        """x: nothing is rounded."""
+        del train
+        return x
+
+    def __call__(self, x: Array, train: bool) -> Array:
+        del train
         return jax.nn.relu(x) * self.factor[...].astype(x.dtype) + self.bias[...].astype(x.dtype)
 
 

@@ -5,14 +5,17 @@ A variable declares its initial value (`draw`, read by `kdjax.detectors.api.pure
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from contextvars import ContextVar
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 
 from kdjax import nn
+from kdjax.errors import UserError
 from kdjax.nn.flops import record
 
 Array = jax.Array
@@ -20,6 +23,25 @@ Array = jax.Array
 # Defaults of norms: the constant added to the variance, and the weight of a batch in the running statistics.
 EPS, MOMENTUM = 1e-5, 0.1
 FOCAL_BIAS = -math.log((1 - 0.01) / 0.01)  # every class starts at a probability of 0.01
+# Of int8: the weight of a batch in the observed ranges, the name of the statistic that is 1 once values are rounded,
+# and those of the ranges.
+RANGE_MOMENTUM, ON, RANGES = 0.01, "on", ("low", "high")
+
+
+def hard_swish(x: Array) -> Array:
+    """`jax.nn.hard_swish`, in the form of which jax2onnx makes an operator."""
+    return x * _hard_sigmoid(x)
+
+
+def _hard_sigmoid(x: Array) -> Array:
+    return jax.nn.hard_sigmoid(x)  # looked up here, because jax2onnx replaces it
+
+
+ACTIVATIONS = {"silu": jax.nn.silu, "relu": jax.nn.relu, "hard_swish": hard_swish}
+# What multiplies x in these, and the scale of its bytes; LiteRT demands that of the sigmoid.
+_GATES = {jax.nn.silu: (jax.nn.sigmoid, 1 / 256), hard_swish: (_hard_sigmoid, 1 / 255)}
+# What the layers that are being made share if they are for int8: the statistic `ON`.
+_on: ContextVar[nnx.BatchStat[Any] | None] = ContextVar("on", default=None)
 
 
 Draw = Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]  # (rng, shape) -> initial value
@@ -70,10 +92,106 @@ def _without_gradient(x: Array) -> Array:
     return x if nn.is_portable() else jax.lax.stop_gradient(x)
 
 
+def check_activation(title: str, name: str) -> None:
+    """Checks the option `activation` of a detector; `title` is the family's name in messages.
+
+    Raises:
+      UserError: there is no such activation.
+    """
+    if name not in ACTIVATIONS:
+        raise UserError(f"activation of {title} must be one of {', '.join(ACTIVATIONS)}, not {name!r}")
+
+
+def for_int8(construct: Callable[[], nnx.Module]) -> Callable[[], nnx.Module]:
+    """The constructor of the same module whose layers learn to compute with 8 bits: see `Quantiser` and `Conv`."""
+
+    def constructed() -> nnx.Module:
+        token = _on.set(nnx.BatchStat(jnp.zeros(()), draw=constant(0.0)))
+        try:
+            return construct()
+        finally:
+            _on.reset(token)
+
+    return constructed
+
+
+def _known(x: Array) -> Array | np.ndarray:
+    """A variable; in NumPy if its value is known, so that what is computed of it is no operation of a program."""
+    return x if isinstance(x, Tracer) else np.asarray(x)
+
+
+def _rounded(on: nnx.BatchStat[Any], quantise: Callable[[Array], Array], x: Array) -> Array:
+    """`quantise(x)` once values are rounded, else x."""
+    # A moving average of 0 and 1 is not 0 after the first 1.
+    switch = _known(on.get_value()) > 0
+    if isinstance(switch, Array):
+        return jnp.where(switch, quantise(x), x)
+    return quantise(x) if switch else x
+
+
+class Quantiser(nnx.Module):
+    """Rounds a map to the 256 values of bytes; only a layer of `for_int8` does, and any other returns the map.
+
+    In training it observes the least and the largest value of the global batch, of which it keeps a moving average (the
+    first batch is taken whole): the range. It rounds where `ON` is not 0.
+    """
+
+    def __init__(self) -> None:
+        self.on = _on.get()
+        if self.on is not None:
+            self.low = nnx.BatchStat(jnp.zeros(()), draw=constant(0.0))
+            self.high = nnx.BatchStat(jnp.zeros(()), draw=constant(0.0))
+
+    def __call__(self, x: Array, train: bool) -> Array:
+        if self.on is None:
+            return x
+        low, high = self.low.get_value(), self.high.get_value()
+        if train:
+            rate = jnp.where(low == high, 1.0, RANGE_MOMENTUM)
+            found = jax.lax.stop_gradient(x).astype(jnp.float32)
+            low = low + rate * (jnp.minimum(jnp.min(found), 0.0) - low)
+            high = high + rate * (jnp.maximum(jnp.max(found), 0.0) - high)
+            self.low.set_value(low)
+            self.high.set_value(high)
+
+        def quantise(x: Array) -> Array:
+            return nn.fake_quantise(x, *nn.affine(_known(low), _known(high)))
+
+        return _rounded(self.on, quantise, x)
+
+
+class Activation(nnx.Module):
+    """An activation (None: none), with the ranges that int8 has around it.
+
+    Its input is rounded unless the activation is a ReLU, which runtimes fuse with what is before it, or none. What
+    multiplies the input in SiLU and hard-swish is rounded too.
+    """
+
+    def __init__(self, function: Callable[[Array], Array] | None) -> None:
+        self.function, self.on, self.gate = function, _on.get(), _GATES.get(function) if function else None
+        smooth = function is not None and function is not jax.nn.relu
+        self.inputs, self.outputs = Quantiser() if smooth else None, Quantiser()
+
+    def before(self, x: Array, train: bool) -> Array:
+        """The input of the activation, rounded where int8 rounds it."""
+        return x if self.inputs is None else self.inputs(x, train)
+
+    def __call__(self, x: Array, train: bool) -> Array:
+        """The activation of what `before` returned."""
+        if self.on is not None and self.gate is not None:
+            gate, scale = self.gate
+            x = x * _rounded(self.on, lambda value: nn.fake_quantise(value, scale, 0.0), gate(x))
+        elif self.function is not None:
+            x = self.function(x)
+        return self.outputs(x, train)
+
+
 class Conv(nnx.Module):
     """Convolution; groups = channels if `depthwise`. A bias exists where its `draw` is given.
 
-    `padding`, `in_loop`: see `nn.conv2d`.
+    `padding`, `in_loop`: see `nn.conv2d`. In int8 its kernel is rounded to signed bytes, with a scale for each output
+    channel, and its output as a `Quantiser` does: `ranges` is the number of maps that it is called with in turn, each
+    of which has a range of its own; 0 where a batch norm follows, whose output is rounded instead.
     """
 
     def __init__(
@@ -89,15 +207,32 @@ class Conv(nnx.Module):
         in_loop: bool = False,
         draw: Draw = uniform_fan_in,
         bias: Draw | None = None,
+        ranges: int = 1,
     ) -> None:
+        self.on, self.outputs = _on.get(), nnx.List([Quantiser() for _ in range(ranges)])
         self.stride, self.padding, self.groups = stride, padding, inputs if depthwise else groups
         self.in_loop = in_loop
         self.kernel = nnx.Param(jnp.zeros((size, size, inputs // self.groups, outputs)), draw=draw)
         self.bias = None if bias is None else nnx.Param(jnp.zeros(outputs), draw=bias)
 
-    def __call__(self, x: Array) -> Array:
-        kernel = self.kernel[...].astype(x.dtype)  # the maps decide the precision, parameters are float32
-        bias = None if self.bias is None else self.bias[...].astype(x.dtype)
+    def __call__(self, x: Array, train: bool = False, number: int = 0) -> Array:
+        """Convolves a map, the one of that number among those that it is called with."""
+        y = self.convolve(x, self.rounded(), None if self.bias is None else self.bias[...])
+        return self.outputs[number](y, train) if self.outputs else y
+
+    def rounded(self) -> Array:
+        """The kernel; in int8 with the values of bytes."""
+        kernel = self.kernel.get_value()
+        if self.on is None:
+            return kernel
+        return _rounded(self.on, lambda kernel: nn.fake_quantise_kernel(_known(kernel)), kernel)
+
+    def convolve(self, x: Array, kernel: Array, bias: Array | None) -> Array:
+        """Convolves a map with another kernel and bias."""
+        if self.on is not None and (written := nn.replacement("bytes_of_kernel")):
+            kernel = written(kernel, depthwise=self.groups > 1)
+        kernel = kernel.astype(x.dtype)  # the maps decide the precision, parameters are float32
+        bias = None if bias is None else bias.astype(x.dtype)
         form = {"stride": self.stride, "padding": self.padding, "groups": self.groups, "in_loop": self.in_loop}
         return nn.conv2d(x, kernel, bias, **form)
 
@@ -148,6 +283,20 @@ class BatchNorm(nnx.Module):
         return nn.batch_norm(x, scale, bias, mean, var, eps=self.eps)
 
 
+def conv_norm(conv: Conv, norm: BatchNorm, x: Array, train: bool) -> Array:
+    """norm(conv(x)).
+
+    In portable mode the norm is folded into a kernel of bytes here, because other runtimes do not fold what is rounded.
+    """
+    if not (nn.is_portable() and conv.on is not None and float(conv.on.get_value()) > 0):
+        return norm(conv(x), train)
+    scale, bias, mean, var = (np.asarray(one.get_value()) for one in (norm.scale, norm.bias, norm.mean, norm.var))
+    factor = scale / np.sqrt(var + np.float32(norm.eps))
+    if conv.bias is not None:
+        mean = mean - np.asarray(conv.bias.get_value())
+    return conv.convolve(x, cast(Array, conv.rounded() * factor), cast(Array, bias - mean * factor))
+
+
 class GroupNorm(nnx.Module):
     """Group norm; it has no running statistics."""
 
@@ -182,7 +331,10 @@ class Scale(nnx.Module):
 
 
 class ConvNorm(nnx.Module):
-    """Convolution without bias, batch norm (`norm(channels)` makes it), activation (None: none)."""
+    """Convolution without bias, batch norm (`norm(channels)` makes it), activation (None: none).
+
+    An activation that is a module has the methods of `Activation`.
+    """
 
     def __init__(
         self,
@@ -197,21 +349,25 @@ class ConvNorm(nnx.Module):
         activation: Callable[[Array], Array] | None = jax.nn.silu,
         draw: Draw = uniform_fan_in,
     ) -> None:
-        self.activation = activation or (lambda x: x)
-        self.conv = Conv(inputs, outputs, size, stride=stride, padding=padding, depthwise=depthwise, draw=draw)
+        module = isinstance(activation, nnx.Module)
+        self.activation = cast(Activation, activation) if module else Activation(activation)
+        form = {"stride": stride, "padding": padding, "depthwise": depthwise, "draw": draw}
+        self.conv = Conv(inputs, outputs, size, ranges=0, **form)
         self.bn = norm(outputs)
 
     def __call__(self, x: Array, train: bool) -> Array:
-        return self.taps(x, train)[0]
+        return self.activation(self.normed(x, train), train)
 
     def taps(self, x: Array, train: bool) -> tuple[Array, Array]:
         """Returns the output, and the convolution's own output before norm and activation."""
+        if nn.is_portable():  # where a folded norm leaves no output of the convolution's own
+            return self(x, train), self.conv(x)
         y = self.conv(x)
-        return self.activation(self.bn(y, train)), y
+        return self.activation(self.activation.before(self.bn(y, train), train), train), y
 
     def normed(self, x: Array, train: bool) -> Array:
         """Returns the output before the activation."""
-        return self.bn(self.conv(x), train)
+        return self.activation.before(conv_norm(self.conv, self.bn, x, train), train)
 
 
 # The layers below are built of convolutions with norm that `conv` makes, with the arguments of `ConvNorm`.
@@ -242,9 +398,11 @@ class ChannelAttention(nnx.Module):
 
     def __init__(self, channels: int) -> None:
         self.fc = Conv(channels, channels, 1, bias=constant(0.0))
+        self.pooled, self.gate, self.scaled = Quantiser(), Quantiser(), Quantiser()
 
-    def __call__(self, x: Array) -> Array:
-        return x * jax.nn.hard_sigmoid(self.fc(nn.global_average_pool(x)))
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        pooled = self.pooled(nn.global_average_pool(x), train)
+        return self.scaled(x * self.gate(jax.nn.hard_sigmoid(self.fc(pooled, train)), train), train)
 
 
 class CSPLayer(nnx.Module):
@@ -269,6 +427,7 @@ class CSPLayer(nnx.Module):
         self.short_conv = conv(inputs, middle, 1)
         self.final_conv = conv(2 * middle, outputs, 1)
         self.blocks = nnx.List([block(middle) for _ in range(blocks)])
+        self.joined = Quantiser()
         self.attention = ChannelAttention(2 * middle) if attention else None
 
     def __call__(self, x: Array, train: bool) -> Array:
@@ -276,9 +435,9 @@ class CSPLayer(nnx.Module):
         main = self.main_conv(x, train)
         for block in self.blocks:
             main = block(main, train)
-        joined = jnp.concatenate((main, short), -1)
+        joined = self.joined(jnp.concatenate((main, short), -1), train)
         if self.attention is not None:
-            joined = self.attention(joined)
+            joined = self.attention(joined, train)
         return self.final_conv(joined, train)
 
 

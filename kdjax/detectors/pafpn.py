@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kdjax import nn
-from kdjax.detectors.layers import ConvNorm, SeparableConv
+from kdjax.detectors.layers import ConvNorm, Quantiser, SeparableConv
 
 Array = jax.Array
 
@@ -48,16 +48,21 @@ class PAFPN(nnx.Module):
         self.downsamples = nnx.List([down(fine, fine, 3, stride=2) for fine, _ in pairs])
         self.bottom_up_blocks = nnx.List([layer(2 * fine, coarse) for fine, coarse in pairs])
         self.out_convs = nnx.List([(out or conv)(channels, outputs, size) for channels in inputs])
+        self.joined_down, self.joined_up = (nnx.List([Quantiser() for _ in pairs]) for _ in range(2))
 
     def __call__(self, maps: tuple[Array, ...], train: bool) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
         """Returns the maps for the head, and the last convolutions' outputs before norm and activation."""
         *finer, coarse = maps
         reduced = []  # what each level hands up, coarse to fine; the last is the finest level itself
-        for fine, squeeze, block in zip(reversed(finer), self.reduce_layers, self.top_down_blocks, strict=True):
+        down = zip(reversed(finer), self.reduce_layers, self.top_down_blocks, self.joined_down, strict=True)
+        for fine, squeeze, block, rounded in down:
             reduced.append(squeeze(coarse, train))
-            coarse = block(jnp.concatenate((nn.upsample_nearest(reduced[-1]), fine), -1), train)
+            joined = jnp.concatenate((nn.upsample_nearest(reduced[-1]), fine), -1)
+            coarse = block(rounded(joined, train), train)
         outs = [coarse]
-        for high, down, block in zip(reversed(reduced), self.downsamples, self.bottom_up_blocks, strict=True):
-            outs.append(block(jnp.concatenate((down(outs[-1], train), high), -1), train))
+        up = zip(reversed(reduced), self.downsamples, self.bottom_up_blocks, self.joined_up, strict=True)
+        for high, halve, block, rounded in up:
+            joined = jnp.concatenate((halve(outs[-1], train), high), -1)
+            outs.append(block(rounded(joined, train), train))
         both = [conv.taps(x, train) for conv, x in zip(self.out_convs, outs, strict=True)]
         return tuple(y for y, _ in both), tuple(raw for _, raw in both)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from kdjax.detectors.layers import BatchNorm, Conv, max_pool, normal_fan_out
+from kdjax.detectors.layers import Activation, BatchNorm, Conv, Quantiser, conv_norm, max_pool, normal_fan_out
 
 Array = jax.Array
 
@@ -28,20 +28,24 @@ BGR_MEAN = (103.53, 116.28, 123.675)
 
 
 class BasicBlock(nnx.Module):
-    """Two 3x3 convolutions beside the identity (or a 1x1 convolution where the shape changes)."""
+    """Two 3x3 convolutions beside the identity (or a 1x1 convolution where the shape changes).
+
+    `norms`: whether the norms use the statistics of the batch.
+    """
 
     def __init__(self, inputs: int, channels: int, *, stride: int, style: str, learned: bool, **of_groups: int) -> None:
         del style, of_groups  # the first convolution has the stride in both; nothing is grouped
-        self.conv1 = Conv(inputs, channels, 3, stride=stride, draw=normal_fan_out)
+        self.conv1 = Conv(inputs, channels, 3, stride=stride, draw=normal_fan_out, ranges=0)
         self.bn1 = BatchNorm(channels, learned=learned)
-        self.conv2 = Conv(channels, channels, 3, draw=normal_fan_out)
+        self.conv2 = Conv(channels, channels, 3, draw=normal_fan_out, ranges=0)
         self.bn2 = BatchNorm(channels, scale=0.0, learned=learned)
         self.downsample = _shortcut(inputs, channels, stride, learned)
+        self.relu1, self.normed, self.relu2 = Activation(jax.nn.relu), Quantiser(), Activation(jax.nn.relu)
 
-    def __call__(self, x: Array, train: bool) -> Array:
-        y = jax.nn.relu(self.bn1(self.conv1(x), train))
-        y = self.bn2(self.conv2(y), train)
-        return jax.nn.relu(y + _passed(self.downsample, x, train))
+    def __call__(self, x: Array, train: bool, norms: bool) -> Array:
+        y = self.relu1(conv_norm(self.conv1, self.bn1, x, norms), train)
+        y = self.normed(conv_norm(self.conv2, self.bn2, y, norms), train)
+        return self.relu2(y + _passed(self.downsample, x, train, norms), train)
 
 
 class Bottleneck(nnx.Module):
@@ -55,30 +59,35 @@ class Bottleneck(nnx.Module):
         self, inputs: int, channels: int, *, stride: int, style: str, learned: bool, groups: int, width: int
     ) -> None:
         first, second = (1, stride) if style == "pytorch" else (stride, 1)
-        self.conv1 = Conv(inputs, width, 1, stride=first, draw=normal_fan_out)
+        self.conv1 = Conv(inputs, width, 1, stride=first, draw=normal_fan_out, ranges=0)
         self.bn1 = BatchNorm(width, learned=learned)
-        self.conv2 = Conv(width, width, 3, stride=second, groups=groups, draw=normal_fan_out)
+        self.conv2 = Conv(width, width, 3, stride=second, groups=groups, draw=normal_fan_out, ranges=0)
         self.bn2 = BatchNorm(width, learned=learned)
-        self.conv3 = Conv(width, 4 * channels, 1, draw=normal_fan_out)
+        self.conv3 = Conv(width, 4 * channels, 1, draw=normal_fan_out, ranges=0)
         self.bn3 = BatchNorm(4 * channels, scale=0.0, learned=learned)
         self.downsample = _shortcut(inputs, 4 * channels, stride, learned)
+        self.relu1, self.relu2, self.relu3 = (Activation(jax.nn.relu) for _ in range(3))
+        self.normed = Quantiser()
 
-    def __call__(self, x: Array, train: bool) -> Array:
-        y = jax.nn.relu(self.bn1(self.conv1(x), train))
-        y = jax.nn.relu(self.bn2(self.conv2(y), train))
-        y = self.bn3(self.conv3(y), train)
-        return jax.nn.relu(y + _passed(self.downsample, x, train))
+    def __call__(self, x: Array, train: bool, norms: bool) -> Array:
+        y = self.relu1(conv_norm(self.conv1, self.bn1, x, norms), train)
+        y = self.relu2(conv_norm(self.conv2, self.bn2, y, norms), train)
+        y = self.normed(conv_norm(self.conv3, self.bn3, y, norms), train)
+        return self.relu3(y + _passed(self.downsample, x, train, norms), train)
 
 
 def _shortcut(inputs: int, outputs: int, stride: int, learned: bool) -> nnx.List[Any] | None:
     if stride == 1 and inputs == outputs:
         return None
-    conv = Conv(inputs, outputs, 1, stride=stride, draw=normal_fan_out)
-    return nnx.List([conv, BatchNorm(outputs, learned=learned)])
+    conv = Conv(inputs, outputs, 1, stride=stride, draw=normal_fan_out, ranges=0)
+    return nnx.List([conv, BatchNorm(outputs, learned=learned), Quantiser()])
 
 
-def _passed(shortcut: nnx.List[Any] | None, x: Array, train: bool) -> Array:
-    return x if shortcut is None else shortcut[1](shortcut[0](x), train)
+def _passed(shortcut: nnx.List[Any] | None, x: Array, train: bool, norms: bool) -> Array:
+    if shortcut is None:
+        return x
+    conv, norm, rounded = shortcut
+    return rounded(conv_norm(conv, norm, x, norms), train)
 
 
 class ResNet(nnx.Module):
@@ -103,8 +112,9 @@ class ResNet(nnx.Module):
     ) -> None:
         self.frozen_stages, self.norm_eval = frozen_stages, norm_eval
         block, expansion = (BasicBlock, 1) if depth < 50 else (Bottleneck, 4)
-        self.conv1 = Conv(3, base_channels, 7, stride=2, draw=normal_fan_out)
+        self.conv1 = Conv(3, base_channels, 7, stride=2, draw=normal_fan_out, ranges=0)
         self.bn1 = BatchNorm(base_channels, learned=not frozen_norm)
+        self.relu1 = Activation(jax.nn.relu)
         self.channels = tuple(expansion * base_channels * 2**i for i in range(4))
         inputs = base_channels
         for i, count in enumerate(_BLOCKS[depth]):
@@ -121,13 +131,13 @@ class ResNet(nnx.Module):
         def fixed(stage: int, x: Array) -> Array:
             return jax.lax.stop_gradient(x) if stage <= self.frozen_stages else x
 
-        train = train and not self.norm_eval
-        x = jax.nn.relu(self.bn1(self.conv1(x), train and self.frozen_stages < 0))
+        norms = train and not self.norm_eval
+        x = self.relu1(conv_norm(self.conv1, self.bn1, x, norms and self.frozen_stages < 0), train)
         x = fixed(0, max_pool(x, 3, stride=2, padding=1))
         maps = []
         for stage in range(1, 5):
             for block in getattr(self, f"layer{stage}"):
-                x = block(x, train and stage > self.frozen_stages)
+                x = block(x, train, norms and stage > self.frozen_stages)
             x = fixed(stage, x)
             maps.append(x)
         return tuple(maps)

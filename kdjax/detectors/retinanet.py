@@ -36,9 +36,9 @@ class _Head(nnx.Module):
         self.retina_cls = dense.predictor(options, ANCHORS * num_classes, FOCAL_BIAS)
         self.retina_reg = dense.predictor(options, ANCHORS * 4)
 
-    def branch(self, maps: tuple[Array, ...], tower: str, start: int) -> dense.Branch:
+    def branch(self, maps: tuple[Array, ...], tower: str, start: int, train: bool) -> dense.Branch:
         convs, conv = (self.cls_convs, self.retina_cls) if tower == "cls" else (self.reg_convs, self.retina_reg)
-        return dense.run(convs, maps, start, lambda level, x: {tower: conv(x).astype(jnp.float32)})
+        return dense.run(convs, maps, start, train, lambda level, x: {tower: conv(x, train, level).astype(jnp.float32)})
 
 
 def make(
@@ -54,6 +54,7 @@ def make(
     head_channels: int = 256,
     stacked_convs: int = 4,
     extra_convs: str = "on_input",
+    int8: bool = False,
 ) -> Detector:
     """Builds RetinaNet.
 
@@ -69,6 +70,7 @@ def make(
       neck_channels, head_channels: channels of the pyramid and of the towers, >= 1.
       stacked_convs: convolutions of each tower, >= 1.
       extra_convs: input of the convolution of P6: "on_input" (C5) or "on_output" (P5).
+      int8: whether it learns to compute with 8 bits (docs/int8.md).
 
     Returns:
       The detector. `box_reg` holds the deltas of nine anchors in each cell (`boxes.coding.boxes_to_deltas`), by ratio,
@@ -87,6 +89,7 @@ def make(
         base_channels=base_channels, style=style, frozen_stages=frozen_stages, norm_eval=norm_eval,
         frozen_norm=frozen_norm, neck_channels=neck_channels, head_channels=head_channels,
         stacked_convs=stacked_convs, extra_convs=extra_convs,
+        int8=int8,
     )  # fmt: skip
     return dense.detector(_FAMILY, make, variant, num_classes, given)
 

@@ -40,7 +40,16 @@ from kdjax.detectors.api import (
 )
 from kdjax.detectors.cspnext import Block, CSPNeXt
 from kdjax.detectors.keywords import changed, own_values, resolve
-from kdjax.detectors.layers import FOCAL_BIAS, ConvNorm, CSPLayer, SeparableConv
+from kdjax.detectors.layers import (
+    ACTIVATIONS,
+    FOCAL_BIAS,
+    ConvNorm,
+    CSPLayer,
+    Quantiser,
+    SeparableConv,
+    check_activation,
+    for_int8,
+)
 from kdjax.detectors.pafpn import PAFPN
 from kdjax.detectors.towers import STRIDES
 from kdjax.errors import UserError
@@ -105,10 +114,11 @@ class _Head(nnx.Module):
         share_conv: bool,
         exp_on_reg: bool,
         depthwise: bool,
+        activation: str,
     ) -> None:
         self.exp_on_reg = exp_on_reg
         shared = functools.partial(towers.tower, share_conv=share_conv)
-        tower = towers.separable_tower if depthwise else shared
+        tower = functools.partial(towers.separable_tower if depthwise else shared, activation=ACTIVATIONS[activation])
         self.cls_convs = tower(inputs, channels, convs=stacked_convs)
         self.reg_convs = tower(inputs, channels, convs=stacked_convs)
         self.rtm_cls = towers.predictors(channels, num_classes, FOCAL_BIAS)
@@ -145,18 +155,28 @@ class RTMDet(nnx.Module):
         neck_channels: int,
         neck_blocks: int,
         depthwise: bool = False,
+        activation: str = "silu",
     ) -> None:
+        conv = functools.partial(ConvNorm, activation=ACTIVATIONS[activation])
+        self.image = Quantiser()
         self.backbone = CSPNeXt(
-            widen=widen, deepen=deepen, expand_ratio=expand_ratio, attention=attention, depthwise=depthwise
+            widen=widen,
+            deepen=deepen,
+            expand_ratio=expand_ratio,
+            attention=attention,
+            depthwise=depthwise,
+            conv=conv,
         )
         layer = functools.partial(
             CSPLayer,
             blocks=neck_blocks,
-            block=functools.partial(Block, identity=False, depthwise=depthwise),
+            block=functools.partial(Block, identity=False, depthwise=depthwise, conv=conv),
             expand_ratio=expand_ratio,
+            conv=conv,
         )
-        conv = SeparableConv if depthwise else ConvNorm
-        self.neck = PAFPN(self.backbone.channels, neck_channels, layer=layer, size=3, down=conv, out=conv)
+        last = functools.partial(SeparableConv, conv=conv) if depthwise else conv
+        form = {"layer": layer, "size": 3, "conv": conv, "down": last, "out": last}
+        self.neck = PAFPN(self.backbone.channels, neck_channels, **form)
         self.bbox_head = head()
 
     def __call__(self, x: Array, train: bool) -> DetectorOutput:
@@ -164,7 +184,7 @@ class RTMDet(nnx.Module):
 
     def features(self, x: Array, train: bool) -> tuple[tuple[Array, ...], tuple[Array, ...], tuple[Array, ...]]:
         """Returns the maps of the backbone, of the neck, and of the neck's last convolutions."""
-        backbone = self.backbone(x, train)
+        backbone = self.backbone(self.image(x, train), train)
         return backbone, *self.neck(backbone, train)
 
     def outputs(
@@ -189,9 +209,11 @@ def network(
     share_conv: bool,
     exp_on_reg: bool,
     depthwise: bool = False,
+    activation: str = "silu",
+    int8: bool = False,
     **trunk: Any,
 ) -> PureModule:
-    """Returns the network as pure functions; `trunk` are the keywords of `RTMDet`."""
+    """Returns the network as pure functions, `int8`: of `for_int8`; `trunk` are the keywords of `RTMDet`."""
     head = functools.partial(
         _Head,
         trunk["neck_channels"],
@@ -201,8 +223,10 @@ def network(
         share_conv=share_conv,
         exp_on_reg=exp_on_reg,
         depthwise=depthwise,
+        activation=activation,
     )
-    return pure(lambda: RTMDet(head, depthwise=depthwise, **trunk))
+    made = functools.partial(RTMDet, head, depthwise=depthwise, activation=activation, **trunk)
+    return pure(for_int8(made) if int8 else made)
 
 
 def resolved(
@@ -249,6 +273,8 @@ def make(
     share_conv: bool | None = None,
     exp_on_reg: bool | None = None,
     depthwise: bool | None = None,
+    activation: str = "silu",
+    int8: bool = False,
 ) -> Detector:
     """Builds RTMDet in one of its sizes.
 
@@ -265,6 +291,8 @@ def make(
       exp_on_reg: whether distances are exponentials or linear; None: the variant's (exponentials in m, l and x).
       depthwise: whether the 3x3 convolutions after the stem are depthwise separable; None: the variant's (True in
         nano).
+      activation: of all convolutions with norm: silu, as published, relu or hard_swish.
+      int8: whether it learns to compute with 8 bits (docs/int8.md).
 
     Returns:
       The detector. Its boxes are decoded from `box_reg`: distances left, top, right, bottom in pixels.
@@ -284,8 +312,9 @@ def make(
     given = dict(
         widen=widen, deepen=deepen, expand_ratio=expand_ratio, attention=attention, neck_channels=neck_channels,
         neck_blocks=neck_blocks, head_channels=head_channels, stacked_convs=stacked_convs, share_conv=share_conv,
-        exp_on_reg=exp_on_reg, depthwise=depthwise,
+        exp_on_reg=exp_on_reg, depthwise=depthwise, activation=activation, int8=int8,
     )  # fmt: skip
+    check_activation("RTMDet", activation)
     options = resolved("RTMDet", VARIANTS, variant, num_classes, given)
     options = resolve(options, {"share_conv": not options["depthwise"]})
     if options["share_conv"] and options["depthwise"]:

@@ -8,7 +8,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kdjax.detectors.layers import MOMENTUM, BatchNorm, Conv, ConvNorm, SeparableConv, constant, normal
+from kdjax.detectors.layers import (
+    MOMENTUM,
+    Activation,
+    BatchNorm,
+    Conv,
+    ConvNorm,
+    SeparableConv,
+    constant,
+    conv_norm,
+    normal,
+)
 
 Array = jax.Array
 
@@ -16,26 +26,42 @@ STRIDES = (8, 16, 32)  # of the levels, in pixels
 
 
 class TowerConv(nnx.Module):
-    """A 3x3 convolution (`own_conv=False`: another level's is used) and this level's batch norm."""
+    """A 3x3 convolution (`own_conv=False`: another level's is used), this level's batch norm and its activation."""
 
-    def __init__(self, inputs: int, outputs: int, *, own_conv: bool = True, momentum: float = MOMENTUM) -> None:
-        self.conv = Conv(inputs, outputs, 3, draw=normal(0.01)) if own_conv else None
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        own_conv: bool = True,
+        momentum: float = MOMENTUM,
+        activation: Callable[[Array], Array] = jax.nn.silu,
+    ) -> None:
+        self.conv = Conv(inputs, outputs, 3, draw=normal(0.01), ranges=0) if own_conv else None
         self.bn = BatchNorm(outputs, momentum=momentum)
+        self.activation = Activation(activation)
 
 
 # The convolutions of a tower, level first.
 Tower = nnx.List[nnx.List[TowerConv]] | nnx.List[nnx.List[SeparableConv]]
 
 
-def tower(inputs: int, channels: int, *, convs: int, share_conv: bool, momentum: float = MOMENTUM) -> Tower:
+def tower(
+    inputs: int,
+    channels: int,
+    *,
+    convs: int,
+    share_conv: bool,
+    momentum: float = MOMENTUM,
+    activation: Callable[[Array], Array] = jax.nn.silu,
+) -> Tower:
     """A tower over the levels, whose convolutions are shared if `share_conv`; its norms never are."""
+    form = {"momentum": momentum, "activation": activation}
     return nnx.List(
         [
             nnx.List(
                 [
-                    TowerConv(
-                        channels if i else inputs, channels, own_conv=level == 0 or not share_conv, momentum=momentum
-                    )
+                    TowerConv(channels if i else inputs, channels, own_conv=level == 0 or not share_conv, **form)
                     for i in range(convs)
                 ]
             )
@@ -44,9 +70,11 @@ def tower(inputs: int, channels: int, *, convs: int, share_conv: bool, momentum:
     )
 
 
-def separable_tower(inputs: int, channels: int, *, convs: int) -> Tower:
+def separable_tower(
+    inputs: int, channels: int, *, convs: int, activation: Callable[[Array], Array] = jax.nn.silu
+) -> Tower:
     """A tower of depthwise separable convolutions, of which the levels share nothing."""
-    conv = functools.partial(ConvNorm, draw=normal(0.01))
+    conv = functools.partial(ConvNorm, draw=normal(0.01), activation=activation)
     return nnx.List(
         [
             nnx.List([SeparableConv(channels if i else inputs, channels, 3, conv=conv) for i in range(convs)])
@@ -78,7 +106,9 @@ def run_tower(
     """
     taps, predictions = [], []
     for level, x in enumerate(maps):
-        x = jax.nn.silu(x) if start else x
+        if start:
+            activation = _activation(convs[level][start - 1])
+            x = activation(activation.before(x, train), train)
         taps.append([])
         for i in range(start, len(convs[level])):
             layer = convs[level][i]
@@ -86,8 +116,12 @@ def run_tower(
                 taps[level].append(layer.normed(x, train))
             else:
                 conv = layer.conv if layer.conv is not None else cast(TowerConv, convs[0][i]).conv
-                taps[level].append(layer.bn(cast(Conv, conv)(x), train))
-            x = jax.nn.silu(taps[level][-1])
+                taps[level].append(layer.activation.before(conv_norm(cast(Conv, conv), layer.bn, x, train), train))
+            x = _activation(layer)(taps[level][-1], train)
         # Losses and boxes are computed in float32.
-        predictions.append(finish(level, predict[level](x).astype(jnp.float32)))
+        predictions.append(finish(level, predict[level](x, train).astype(jnp.float32)))
     return tuple(zip(*taps, strict=True)), tuple(predictions)
+
+
+def _activation(layer: TowerConv | SeparableConv) -> Activation:
+    return layer.pointwise_conv.activation if isinstance(layer, SeparableConv) else layer.activation

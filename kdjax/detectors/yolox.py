@@ -21,9 +21,21 @@ from kdjax.boxes import coding, dynamic, nms, priors
 from kdjax.boxes.convert import clip
 from kdjax.detectors import levels, pafpn
 from kdjax.detectors.api import Detector, TorchNames, Tree, all_but_kernels, check_entry, check_images, pure
-from kdjax.detectors.cspdarknet import EPS, CSPDarknet, conv_norm, csp_layer, separable
+from kdjax.detectors.cspdarknet import EPS, CSPDarknet, conv3x3, conv_norm, csp_layer
 from kdjax.detectors.keywords import changed, own_values, resolve
-from kdjax.detectors.layers import FOCAL_BIAS, Conv, constant
+from kdjax.detectors.layers import (
+    ACTIVATIONS,
+    FOCAL_BIAS,
+    Activation,
+    Conv,
+    ConvNorm,
+    MakeConv,
+    Quantiser,
+    SeparableConv,
+    check_activation,
+    constant,
+    for_int8,
+)
 from kdjax.detectors.pafpn import PAFPN
 from kdjax.errors import UserError
 from kdjax.losses import box, classification, distance
@@ -68,11 +80,11 @@ _TOWERS = {"cls": "cls", "reg": "reg", "quality": "reg"}
 class _Head(nnx.Module):
     """Two towers and three predictors for each level; the levels share nothing."""
 
-    def __init__(self, channels: int, num_classes: int, *, stacked_convs: int, depthwise: bool) -> None:
-        conv = separable if depthwise else conv_norm
+    def __init__(self, channels: int, num_classes: int, *, stacked_convs: int, depthwise: bool, conv: MakeConv) -> None:
+        make = conv3x3(depthwise, conv)
 
         def tower() -> nnx.List[nnx.List[Any]]:
-            return nnx.List([nnx.List([conv(channels, channels, 3) for _ in range(stacked_convs)]) for _ in STRIDES])
+            return nnx.List([nnx.List([make(channels, channels, 3) for _ in range(stacked_convs)]) for _ in STRIDES])
 
         def predictors(outputs: int, bias: float) -> nnx.List[Conv]:
             return nnx.List([Conv(channels, outputs, 1, bias=constant(bias)) for _ in STRIDES])
@@ -97,37 +109,47 @@ class _Head(nnx.Module):
             predictors = {"reg": self.multi_level_conv_reg, "quality": self.multi_level_conv_obj}
         taps, ends = [], []
         for level, x in enumerate(maps):
-            x = jax.nn.silu(x) if start else x
+            if start:
+                activation = _activation(convs[level][start - 1])
+                x = activation(activation.before(x, train), train)
             taps.append([])
             for conv in convs[level][start:]:
                 taps[level].append(conv.normed(x, train))
-                x = jax.nn.silu(taps[level][-1])
+                x = _activation(conv)(taps[level][-1], train)
             ends.append(x)
         predictions = {
-            name: tuple(conv(x).astype(jnp.float32) for conv, x in zip(convs, ends, strict=True))
+            name: tuple(conv(x, train).astype(jnp.float32) for conv, x in zip(convs, ends, strict=True))
             for name, convs in predictors.items()
         }
         return tuple(zip(*taps, strict=True)), predictions
 
 
+def _activation(layer: ConvNorm | SeparableConv) -> Activation:
+    return layer.pointwise_conv.activation if isinstance(layer, SeparableConv) else layer.activation
+
+
 class YOLOX(nnx.Module):
     """The network; its parts have mmdetection's names."""
 
-    def __init__(self, num_classes: int, *, widen: float, deepen: float, depthwise: bool, stacked_convs: int) -> None:
+    def __init__(
+        self, num_classes: int, *, widen: float, deepen: float, depthwise: bool, stacked_convs: int, activation: str
+    ) -> None:
         channels, blocks = int(256 * widen), max(round(3 * deepen), 1)
-        self.backbone = CSPDarknet(widen=widen, deepen=deepen, depthwise=depthwise)
+        conv = functools.partial(conv_norm, activation=ACTIVATIONS[activation])
+        self.image = Quantiser()
+        self.backbone = CSPDarknet(widen=widen, deepen=deepen, depthwise=depthwise, conv=conv)
         self.neck = PAFPN(
             self.backbone.channels,
             channels,
-            layer=functools.partial(csp_layer, blocks=blocks, identity=False, depthwise=depthwise),
+            layer=functools.partial(csp_layer, blocks=blocks, identity=False, depthwise=depthwise, conv=conv),
             size=1,
-            conv=conv_norm,
-            down=separable if depthwise else conv_norm,
+            conv=conv,
+            down=conv3x3(depthwise, conv),
         )
-        self.bbox_head = _Head(channels, num_classes, stacked_convs=stacked_convs, depthwise=depthwise)
+        self.bbox_head = _Head(channels, num_classes, stacked_convs=stacked_convs, depthwise=depthwise, conv=conv)
 
     def __call__(self, x: Array, train: bool) -> DetectorOutput:
-        backbone = self.backbone(x, train)
+        backbone = self.backbone(self.image(x, train), train)
         neck, neck_conv = self.neck(backbone, train)
         cls_tower, of_cls = self.bbox_head.branch(neck, "cls", 0, train)
         reg_tower, of_reg = self.bbox_head.branch(neck, "reg", 0, train)
@@ -155,6 +177,8 @@ def make(
     depthwise: bool | None = None,
     stacked_convs: int = 2,
     l1: bool = False,
+    activation: str = "silu",
+    int8: bool = False,
 ) -> Detector:
     """Builds YOLOX in one of its sizes.
 
@@ -167,6 +191,8 @@ def make(
       stacked_convs: convolutions of each tower, >= 1.
       l1: whether the loss includes the absolute differences of the raw regressed values, as in the last 15 of the
         published 300 epochs.
+      activation: of all convolutions with norm: silu, as published, relu or hard_swish.
+      int8: whether it learns to compute with 8 bits (docs/int8.md).
 
     Returns:
       The detector. `box_reg` holds centre and size of boxes (`boxes.coding.cells_to_boxes`), `quality` the objectness
@@ -183,10 +209,12 @@ def make(
       >>> make("pico", 5, stacked_convs=1).options
       {'stacked_convs': 1}
     """
-    given = dict(widen=widen, deepen=deepen, depthwise=depthwise, stacked_convs=stacked_convs)
+    given = dict(
+        widen=widen, deepen=deepen, depthwise=depthwise, stacked_convs=stacked_convs, activation=activation
+    )  # fmt: skip
     options = resolve(given, own_values("YOLOX", VARIANTS, variant))
     _check(num_classes, options)
-    module = pure(lambda: YOLOX(num_classes, **options))
+    module = pure(for_int8(lambda: YOLOX(num_classes, **options)) if int8 else lambda: YOLOX(num_classes, **options))
 
     def apply(params: Tree, stats: Tree, x: Array, *, train: bool) -> tuple[DetectorOutput, Tree]:
         check_images("YOLOX", x)
@@ -200,7 +228,7 @@ def make(
     return Detector(
         name=f"yolox_{variant}",
         num_classes=num_classes,
-        options=changed(make, given | {"l1": l1}),
+        options=changed(make, given | {"l1": l1, "int8": int8}),
         strides=STRIDES,
         size_divisor=32,
         pad_value=114,
@@ -226,6 +254,7 @@ def make(
 def _check(num_classes: int, options: Mapping[str, Any]) -> None:
     if num_classes < 1:
         raise UserError(f"num_classes of YOLOX must be >= 1, not {num_classes}")
+    check_activation("YOLOX", options["activation"])
     if int(64 * options["widen"]) < 1 or options["deepen"] <= 0 or options["stacked_convs"] < 1:
         raise UserError(
             f"YOLOX needs widen >= 1/64, deepen > 0 and stacked_convs >= 1, not widen={options['widen']}, "

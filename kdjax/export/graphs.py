@@ -3,6 +3,7 @@
 Other runtimes need the normalisation as a convolution (`nn.portable`), and have NMS as an operator or not at all.
 """
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Iterable, Sequence
@@ -14,6 +15,7 @@ import numpy as np
 
 from kdjax import nn
 from kdjax.boxes.convert import clip
+from kdjax.detectors.api import is_rounded, switched
 from kdjax.errors import UserError
 from kdjax.inference.model import Model
 from kdjax.structs import Array, DetectorOutput, PaddedDetections
@@ -50,6 +52,25 @@ def check(model: Model, *, raw: bool, nms: bool = True) -> None:
         )
 
 
+def in_dtype(model: Model, dtype: str) -> Model:
+    """The model as a file of a dtype computes it: one that was trained for int8 has a float network, too.
+
+    Args:
+      model: from `kdjax.inference.load`.
+      dtype: "float32", or "int8" of a detector with the option int8.
+
+    Raises:
+      UserError: for "int8", its values were never rounded in training.
+    """
+    params, stats = model.variables
+    if dtype == "int8" and not is_rounded(stats):
+        raise UserError(
+            f"{model.path}: {model.detector.name} has the option int8, but was not trained with rounded values yet: "
+            "train it beyond the share config.int8_start of the steps, or export it with --dtype=float32"
+        )
+    return model if dtype == "int8" else dataclasses.replace(model, variables=(params, switched(stats, jnp.zeros(()))))
+
+
 def network(model: Model, images: Array) -> DetectorOutput:
     """The detector's output for images u8[B, H, W, 3].
 
@@ -81,7 +102,7 @@ def named_maps(found: DetectorOutput) -> dict[str, Array]:
 def spec(model: Model) -> DetectorOutput:
     """The shapes of the detector's output for one image."""
     x = jax.ShapeDtypeStruct((1, *model.image_size, 3), jnp.float32)
-    return jax.eval_shape(functools.partial(model.detector.apply, train=False), *model.variables, x)[0]
+    return jax.eval_shape(functools.partial(model.detector.apply, *model.variables, train=False), x)[0]
 
 
 def map_names(model: Model) -> list[str]:
@@ -105,9 +126,14 @@ def affine(model: Model) -> tuple[np.ndarray, np.ndarray]:
     return (np.array(pure) - offset) / 255, offset
 
 
+def decoded(model: Model, images: Array, image_size: Array) -> PaddedDetections:
+    """The detections of images u8[B, H, W, 3]."""
+    return model.detector.decode(network(model, images), image_size)
+
+
 def detections(model: Model, images: Array, image_size: Array) -> tuple[Array, ...]:
     """The detections of images u8[B, H, W, 3]: `boxes`, `scores`, `labels`, `valid` and, if there are any, `masks`."""
-    found = model.detector.decode(network(model, images), image_size)._asdict()
+    found = decoded(model, images, image_size)._asdict()
     return tuple(found[name] for name in detection_names(model))
 
 

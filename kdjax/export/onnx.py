@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 
 from kdjax import nn
+from kdjax.detectors.api import is_rounded
 from kdjax.errors import UserError
-from kdjax.export import graphs, operators
+from kdjax.export import graphs, int8, operators
 from kdjax.inference import predict
 from kdjax.inference.model import Model
 
@@ -26,7 +27,7 @@ ANY = "batch"  # the name of a number of images that is left open
 
 
 def write(model: Model, path: str | Path, *, raw: bool = False, batch: int = 1) -> None:
-    """Writes the model as an ONNX file in float32.
+    """Writes the model as an ONNX file, in float32, or in int8 if its values are rounded to 8 bits.
 
     The batch norms are folded into the convolutions and the transpositions cancelled by onnxruntime's own basic
     optimisations, which stay inside the standard's operators.
@@ -74,6 +75,10 @@ def write(model: Model, path: str | Path, *, raw: bool = False, batch: int = 1) 
         onnx.save(graph, str(path))
         session(path, optimised=path.with_suffix(".optimised"))
         path.with_suffix(".optimised").replace(path)
+        if is_rounded(model.variables[1]):
+            graph = onnx.load(str(path))
+            int8.to_bytes(graph)
+            onnx.save(graph, str(path))
 
 
 def _cut_padding(graph: "ModelProto", names: Sequence[str], *, one: bool) -> None:
@@ -129,6 +134,7 @@ def session(path: str | Path, *, threads: int = 0, optimised: Path | None = None
     if optimised:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
         options.optimized_model_filepath = str(optimised)
+        options.add_session_config_entry("session.disable_quant_qdq", "1")  # what is rounded stays as it is written
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its bindings raise many kinds of errors
@@ -156,7 +162,7 @@ def add_metadata(path: str | Path, facts: dict[str, str]) -> None:
 
 
 def quantise(path: str | Path, model: Model, images: Iterable[np.ndarray], *, batch: int = 1) -> None:
-    """Makes an ONNX file int8, in place: onnxruntime's static quantisation, weights per channel, maps as bytes.
+    """Makes a file in float32 int8, in place: onnxruntime's static quantisation, weights per channel, maps as bytes.
 
     Convolutions are quantised, and the SiLUs between them, which in float would cost the time that the convolutions
     save; the computation of scores and boxes is not.

@@ -21,7 +21,8 @@ def write(source: str | Path, path: str | Path, *, half: bool = False) -> None:
     """Writes an ONNX file as OpenVINO's.
 
     Args:
-      source: the ONNX file, in float32, or in int8 as `kdjax.export.onnx.quantise` makes it.
+      source: the ONNX file, in float32, or in int8, of a model that was trained for it or from
+        `kdjax.export.onnx.quantise`.
       path: the .xml; the weights go to the .bin of the same name.
       half: whether weights are stored as float16; they are computed with in the precision of the device.
 

@@ -1,9 +1,10 @@
-"""Operators of ONNX in the place of what JAX writes as loops, NMS and RoIAlign, and of resizing.
+"""Operators of ONNX in the place of what JAX writes as loops, NMS and RoIAlign, of resizing and of fake quantisation.
 
 Traced with `REPLACED`, a program has the primitives of this file, and jax2onnx asks the functions of `_NODES` for
 their nodes. None of them reads the number of images, so that it may be left open.
 
-Reference: ONNX's operators NonMaxSuppression and RoiAlign, https://onnx.ai/onnx/operators/.
+Reference: ONNX's operators NonMaxSuppression, RoiAlign, QuantizeLinear and DequantizeLinear,
+https://onnx.ai/onnx/operators/.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ _FLOAT, _INT32, _INT64 = 1, 6, 7  # of onnx.TensorProto
 
 nms_p, nms_of_batch_p = Primitive("kdjax_nms"), Primitive("kdjax_nms_of_batch")
 pick_p, roi_align_p, resize_p = Primitive("kdjax_pick"), Primitive("kdjax_roi_align"), Primitive("kdjax_resize")
+quantise_p = Primitive("kdjax_quantise")
 nms_p.multiple_results = nms_of_batch_p.multiple_results = True
 
 
@@ -64,6 +66,16 @@ def _shape_of_roi_align(*inputs: AnyArray, size: int, **_: object) -> ShapedArra
 def _one(images: object) -> bool:
     """Whether a batch is of one image; its number is no integer where it is left open."""
     return isinstance(images, int) and images == 1
+
+
+@quantise_p.def_abstract_eval
+def _shape_of_quantise(x: AnyArray, **_: float) -> ShapedArray:
+    return ShapedArray(x.shape, jnp.dtype("float32"))
+
+
+def _fake_quantise(x: AnyArray, scale: float, zero: float) -> Array:
+    """`kdjax.nn.fake_quantise`."""
+    return quantise_p.bind(x, scale=scale, zero=zero)
 
 
 def _greedy_nms(
@@ -158,6 +170,7 @@ REPLACED = {
     "roi_align": _roi_align,
     "upsample_nearest": _upsample_nearest,
     "resize_bilinear": _resize_bilinear,
+    "fake_quantise": _fake_quantise,
 }
 
 
@@ -249,12 +262,19 @@ def _roi_align_nodes(
     return (add("Reshape", flat, constant([-1, regions, size, size, channels], np.int64)),)
 
 
+def _quantise(add: Add, constant: Add, x: object, *, scale: float, zero: float) -> tuple[Any, ...]:
+    """The nodes of `quantise_p`: to bytes and back."""
+    form = constant(scale, np.float32), constant(zero, np.uint8)
+    return (add("DequantizeLinear", add("QuantizeLinear", x, *form), *form),)
+
+
 _NODES: dict[Primitive, Callable[..., tuple[Any, ...]]] = {
     nms_p: _nms,
     nms_of_batch_p: _nms_of_batch,
     pick_p: _pick,
     roi_align_p: _roi_align_nodes,
     resize_p: _resize,
+    quantise_p: _quantise,
 }
 
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from kdjax.errors import UserError
-from kdjax.evals import coco
+from kdjax.evals import coco, matching
 from kdjax.export import graphs
 from kdjax.inference import masks, predict
 from kdjax.inference.model import Model
@@ -17,6 +17,9 @@ from kdjax.structs import AnyArray, PaddedDetections, PyTree
 TOLERANCE = 1e-4  # of an output, relative where it is larger than 1
 MASK_IOU = 0.99  # of the masks of a detection, at least
 LEFT_OUT = 0.02  # share of the detections of an image
+# Of int8: detections with a score of at least SURE are compared; two are the same if their boxes and scores are so
+# near, and at least the share SAME of them must be.
+SURE, NEAR_IOU, NEAR_SCORE, SAME = 0.3, 0.8, 0.1, 0.9
 
 Call = Callable[..., Sequence[np.ndarray]]  # from the inputs of an exported file to its outputs
 
@@ -138,6 +141,47 @@ def check(model: Model, call: Call, images: Iterable[np.ndarray], *, raw: bool) 
         what = f"have an IoU of {found.mask_iou:.3f} with the JAX model's, less than {MASK_IOU:g}"
         raise UserError(f"the exported masks {what}")
     return found
+
+
+def check_int8(model: Model, call: Call, images: Iterable[np.ndarray], *, raw: bool) -> tuple[float, int]:
+    """Compares the detections of a file in int8 with those of the JAX model that it was trained as.
+
+    Both round at the same places to the same values. But their sums differ in the last bits of float32, so a value that
+    lies between two bytes may become the one or the other, and later layers carry this on.
+
+    Args:
+      model: the JAX model, whose values are rounded.
+      call: the exported one: `runner` of `onnx`, `openvino` or `litert`.
+      images: u8[h, w, 3] RGB.
+      raw: whether the outputs are maps, which the JAX model decodes.
+
+    Returns:
+      The share, of the detections of either with a score of at least 0.3, that the other has too: of the same class,
+      with an IoU of at least 0.8 and a score that differs by at most 0.1; 1 if neither has any. And how many there are.
+
+    Raises:
+      UserError: it is less than 0.9, or a number is not finite.
+    """
+    both = [as_program(model, call, raw=raw), jax.jit(lambda _, *given: graphs.decoded(model, *given))]
+    shared, count = 0, 0
+    for batch in predict.canvases(images, model.image_size, batch_size=1, fit=model.detector.fit):
+        found = [jax.device_get(run(None, batch["image"], batch["image_size"])) for run in both]
+        pair = [(one.boxes[0], one.scores[0], one.labels[0]) for one in found]
+        if not all(np.isfinite(values).all() for one in pair for values in one):
+            raise UserError("the exported outputs hold numbers that are not finite")
+        for (boxes, scores, labels), others in (pair, pair[::-1]):
+            near = matching.box_iou(boxes, others[0]) >= NEAR_IOU
+            near &= (np.abs(scores[:, None] - others[1]) <= NEAR_SCORE) & (labels[:, None] == others[2])
+            sure = scores >= SURE
+            shared += int(np.count_nonzero(near.any(1) & sure))
+            count += int(np.count_nonzero(sure))
+    share = shared / count if count else 1.0
+    if share < SAME:
+        raise UserError(
+            f"the exported file and the JAX model share {share:.0%} of their detections with a score of at least "
+            f"{SURE:g}, less than {SAME:.0%}"
+        )
+    return share, count
 
 
 def average_precision(

@@ -42,8 +42,8 @@ def replaced(**functions: Callable[..., Any]) -> Iterator[None]:
     """What is traced inside calls these functions in the place of kdjax's own of the same name.
 
     Other runtimes have operators for what JAX writes as loops: `greedy_nms` and `select_rows` of `kdjax.boxes.nms`,
-    `roi_align` of `kdjax.boxes.roi`, `upsample_nearest` and `resize_bilinear` of `kdjax.nn`. A replacement gets the
-    arguments of the function.
+    `roi_align` of `kdjax.boxes.roi`, `upsample_nearest` and `resize_bilinear` of `kdjax.nn`; or for what they compute
+    with bytes: `fake_quantise` of `kdjax.nn`. A replacement gets the arguments of the function.
 
     Example:
       >>> with replaced(roi_align=max):

@@ -67,6 +67,8 @@ def check_settings(config: Config) -> None:
         raise UserError(f"config.batch_size must be divisible by the {devices} devices, not {config.batch_size}")
     optim.learning_rate(config)
     auto_weight.check(config)
+    if config.int8_start != settings.base().int8_start and not config.student.options.get("int8"):
+        raise UserError("config.int8_start has no effect without config.student.options.int8=True")
     if config.data.unlabelled:
         if not (config.methods or config.teachers):
             raise UserError("config.data.unlabelled has no effect without a teacher and methods")

@@ -38,6 +38,9 @@ def base() -> Config:
             weights="",
         )
     )
+    # Of a student with the option int8: the share of the steps after which its values are rounded to 8 bits. Until then
+    # it is trained in float, and the ranges of its maps are observed (docs/int8.md)
+    config.int8_start = 0.5
     config.teacher = ConfigDict(_teacher())
     config.methods = ConfigDict()  # {method: its options}; the terms of several methods are added
     # Several teachers at once, instead of `teacher` and `methods`: {name: `teacher(...)`}
@@ -210,7 +213,7 @@ _AT_LEAST_0 = ("data.unlabelled_ratio", "data.max_boxes", "data.views", "data.wo
                 "eval.every", "eval.limit", "recheck_every", "bad_step.loss", "bad_step.grad_norm",
                 "checkpoint.keep_best", "checkpoint.keep_every", "checkpoint.keep_hours")  # fmt: skip
 _SHARES = ("data.holdout", "data.unlabelled_score", "optimizer.momentum", "optimizer.flat", "optimizer.end",
-           "ema.momentum")  # fmt: skip
+           "ema.momentum", "int8_start")  # fmt: skip
 _RANGES = (
     dict.fromkeys(_AT_LEAST_1, (1, math.inf))
     | dict.fromkeys(_AT_LEAST_0, (0, math.inf))

@@ -188,7 +188,8 @@ def _prepare(config: Config, dataset: data.Dataset) -> Setup:
         return optim.ema_rate(config, at)
 
     def update(name: str, distiller: Distiller | Distillers | None) -> jax.stages.Wrapped:
-        step = make_step(student_of_step, optimizer, ema_rate, distiller=distiller, layout=layout, most=bounds(config))
+        options = {"layout": layout, "most": bounds(config), "int8_from": int8_from(config, student)}
+        step = make_step(student_of_step, optimizer, ema_rate, distiller=distiller, **options)
         after = layout.shardings(states[name]), everywhere
         label = "distilled_update" if distiller else "supervised_update"  # one in the cache for twin and supervised run
         return program(name, step, label=label, donate_argnums=0, out_shardings=after)
@@ -233,6 +234,11 @@ def bounds(config: Config) -> dict[str, float]:
     """The metrics of a step above which it is bad, as for `step.make_step`."""
     most = {"total": config.bad_step.loss, "grad_norm": config.bad_step.grad_norm}
     return {name: float(bound) for name, bound in most.items() if bound}
+
+
+def int8_from(config: Config, student: Detector) -> int | None:
+    """The step from which on the student's values are rounded to 8 bits; None: it has no such option, or it is off."""
+    return round(config.int8_start * config.steps) if student.options.get("int8") else None
 
 
 def with_image(setup: Setup, batch: Mapping[str, Any], name: str = "") -> dict[str, Any]:
@@ -367,6 +373,13 @@ def check_extension(config: Config, before: int, done: int) -> None:
     shorter = ConfigDict(dict(config.items()))
     shorter.steps = before
     old, new = (jax.vmap(optim.learning_rate(one))(np.arange(done)) for one in (shorter, config))
+    if config.student.options.get("int8"):
+        before, after = (min(round(config.int8_start * one.steps), done) for one in (shorter, config))
+        if before != after:
+            raise UserError(
+                f"config.extend: of the {done} steps that are done, those from {before} on are rounded to 8 bits, but "
+                f"in a run of {config.steps} steps those from {after} on: start a new one from config.student.weights"
+            )
     differ = np.flatnonzero(np.asarray(old) != np.asarray(new))
     if len(differ):
         raise UserError(

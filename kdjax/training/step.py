@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from kdjax.detectors.api import Detector
+from kdjax.detectors.api import Detector, switched
 from kdjax.distill import Distiller, Distillers
 from kdjax.distill.teachers import RECORDED
 from kdjax.sharding import Layout
@@ -112,6 +112,7 @@ def make_step(
     distiller: Distiller | Distillers | None = None,
     layout: Layout | None = None,
     most: Mapping[str, float] = MappingProxyType({}),
+    int8_from: int | None = None,
 ) -> Update:
     """The update of a student, with a distiller or without: a supervised run and the twin, one program.
 
@@ -126,6 +127,7 @@ def make_step(
         them these methods see the labelled images alone.
       layout: where the state and the teacher's variables lie; None: each device has copies.
       most: of "total" and "grad_norm", above which a step is as bad as one that is not finite.
+      int8_from: of a student with the option int8, the step from which on its values are rounded to 8 bits.
 
     Returns:
       (state, teacher variables or None, batch) -> (state, metrics). Metrics are f32[]: the detection losses, the
@@ -138,6 +140,8 @@ def make_step(
     def loss(
         params: PyTree, stats: PyTree, factors: PyTree, variables: PyTree, batch: Batch, step: Array, key: Array
     ) -> tuple[Array | int, tuple[dict[str, Array], PyTree]]:
+        if int8_from is not None:
+            stats = switched(stats, (step >= int8_from).astype(jnp.float32))
         output, stats = student.apply(params["student"], stats, student.preprocess(batch["image"]), train=True)
         targets = targets_of(batch)
         assignment = student.assign(output, targets, key)

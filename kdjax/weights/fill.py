@@ -5,6 +5,7 @@ import warnings
 import jax
 import numpy as np
 
+from kdjax.detectors import api
 from kdjax.detectors.api import Detector, State, Tree, flatten, unflatten
 from kdjax.errors import UserError
 from kdjax.weights import folded
@@ -42,7 +43,7 @@ def from_torch(
 
     Args:
       detector: what to fill.
-      state: name -> array, layout of PyTorch (OIHW).
+      state: name -> array, layout of PyTorch (OIHW). The ranges of int8, which it lacks, are yet to be observed.
       network: which one to take, "student" or "teacher", of a distiller's state that holds both.
       key: of the initial values of what the state does not fill; by default the key of seed 0.
       keep_classifiers: refuse a state with another number of classes, or without classifiers (for a teacher).
@@ -83,6 +84,7 @@ def from_torch(
         )
     if keep_classifiers and classes != detector.num_classes:
         raise UserError(f"the weights are for {classes} classes, but {detector.num_classes} are needed")
+    filled |= api.ranges(detector)
     tree = unflatten({path: jax.device_put(value) for path, value in filled.items()})
     if classes == detector.num_classes:
         return tree["params"], tree["stats"]

@@ -15,7 +15,7 @@ from safetensors.numpy import save as serialize
 import kdjax
 from kdjax import resources
 from kdjax.detectors import FORMER, build, names
-from kdjax.detectors.api import Detector, State, Tree, flatten, unflatten
+from kdjax.detectors.api import Detector, State, Tree, flatten, ranges, unflatten
 from kdjax.errors import UserError, prefix
 from kdjax.files import altered, sealed, write_bytes, write_json
 from kdjax.weights.containers import read_safetensors
@@ -97,7 +97,8 @@ def load(
       path: the folder (or the `model.safetensors` in it), or what `kdjax.weights.read_checkpoint` reads.
       detector: needed for PyTorch weights, which do not name their detector. Options that the state dict implies are
         set unless the detector has them set (mmyolo's RTMDet has linear distances in all sizes). For a folder: if
-        given, name and options must be the folder's; the number of classes is the folder's.
+        given, name and options must be the folder's, except for int8, which float weights may begin with; the number of
+        classes is the folder's.
       key: of the initial values of what PyTorch weights do not fill (see `from_torch`).
       keep_classifiers: refuse PyTorch weights with another number of classes.
 
@@ -221,6 +222,8 @@ def _load_folder(folder: Path, detector: Detector | None) -> tuple[Detector, Tre
         arrays = read_safetensors(blob)
     with prefix(str(folder / CONFIG)):
         stored = stored_detector(folder, name, num_classes, options, arrays)
+    if detector is not None and detector.options == stored.options | {"int8": True} != stored.options:
+        stored, arrays = build(stored.name, num_classes, **detector.options), arrays | ranges(detector)
     if detector is not None and (detector.name, detector.options) != (stored.name, stored.options):
         raise UserError(
             f"{folder}: the weights are for {stored.name} with options {stored.options}, not for {detector.name} with "

@@ -42,6 +42,8 @@ from tests.support.runs import tiny_config
         (dict(methods__mkd__student="neckk"), "config.methods.mkd: .*'neckk'.*neck.*cls_tower"),
         (dict(methods__mkd__zeta=2.0), "config.methods.mkd: zeta.*0 .. 1"),
         (dict(methods__mkd__weight=0.0), "config.methods.mkd: it has no effect"),
+        (dict(int8_start=0.2), "config.int8_start has no effect without config.student.options.int8=True"),
+        (dict(student__options__int8=True, int8_start=1.5), "config.int8_start must be in .0, 1., not 1.5"),
         (
             dict(methods__mkd__weight=-1.0),
             "config.methods.mkd: the weight of its term .* -1.0: it must be",

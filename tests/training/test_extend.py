@@ -39,3 +39,12 @@ def test_a_schedule_that_has_decayed_is_not_extended(folder):
     with pytest.raises(UserError, match=r"of the 60 steps that are done, those from 51 on had another learning rate"):
         check_extension(cosine, 100, 60)
     check_extension(plain(folder, 200, optimizer__drops=(30, 60)), 100, 100)
+
+
+def test_a_run_in_int8_is_extended_before_it_rounds(folder):
+    longer = plain(folder, 200, student__options={"int8": True}, int8_start=0.5)
+    check_extension(longer, 100, 50)
+    with pytest.raises(
+        UserError, match=r"of the 60 steps that are done, those from 50 on are rounded to 8 bits, but in a"
+    ):
+        check_extension(longer, 100, 60)
