@@ -222,10 +222,9 @@ class Conv(nnx.Module):
 
     def rounded(self) -> Array:
         """The kernel; in int8 with the values of bytes."""
-        kernel = self.kernel.get_value()
         if self.on is None:
-            return kernel
-        return _rounded(self.on, lambda kernel: nn.fake_quantise_kernel(_known(kernel)), kernel)
+            return self.kernel[...]
+        return _rounded(self.on, lambda kernel: nn.fake_quantise_kernel(_known(kernel)), self.kernel.get_value())
 
     def convolve(self, x: Array, kernel: Array, bias: Array | None) -> Array:
         """Convolves a map with another kernel and bias."""
