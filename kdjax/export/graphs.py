@@ -102,7 +102,7 @@ def named_maps(found: DetectorOutput) -> dict[str, Array]:
 def spec(model: Model) -> DetectorOutput:
     """The shapes of the detector's output for one image."""
     x = jax.ShapeDtypeStruct((1, *model.image_size, 3), jnp.float32)
-    return jax.eval_shape(functools.partial(model.detector.apply, *model.variables, train=False), x)[0]
+    return jax.eval_shape(functools.partial(model.detector.apply, train=False), *model.variables, x)[0]
 
 
 def map_names(model: Model) -> list[str]:
