@@ -61,7 +61,7 @@ def of_inputs(args: argparse.Namespace) -> list[str]:
     """The flags that say where images and weights are; what must be made of them first is made."""
     if args.study == "scenes":
         return []
-    if args.data is None or (args.weights is None and args.study != "bccd"):
+    if None in ([args.data] if args.study == "bccd" else [args.data, args.weights]):
         raise SystemExit(f"{args.study}: give --data=DIR{'' if args.study == 'bccd' else ' and --weights=DIR'}")
     if args.study == "bccd":
         return [f"--config.data.root={args.data.resolve()}", f"--config.teacher.weights={bccd_teacher(args)}"]
