@@ -1,7 +1,7 @@
 # kdjax with the tested versions of its packages, as a user without rights:
 #   docker build --tag kdjax .                             # for the CPU
 #   docker build --tag kdjax:cuda --build-arg EXTRAS=export,cuda13 .   # for NVIDIA GPUs: docker run --gpus=all ...
-#   docker run --rm --volume "$PWD/runs:/work" kdjax train --config=quickstart --workdir=/work/quickstart
+#   docker run --rm --volume "$PWD/runs:/runs" kdjax train --config=quickstart --workdir=/runs/quickstart
 FROM python:3.13-slim
 
 ARG EXTRAS=export
@@ -16,11 +16,11 @@ COPY configs configs
 COPY kdjax kdjax
 RUN pip install --no-cache-dir --constraint constraints/py313.txt ".[${EXTRAS}]" \
     && useradd --create-home --uid "${UID}" kdjax \
-    && install --directory --owner=kdjax /work /cache
+    && install --directory --owner=kdjax /runs /cache
 
 USER ${UID}
 # Prepared data and compiled programs; a volume keeps them: --volume kdjax-cache:/cache
 ENV KDJAX_CACHE=/cache
-WORKDIR /work
+WORKDIR /runs
 ENTRYPOINT ["kdjax"]
 CMD ["--help"]
