@@ -212,6 +212,10 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, list[str]]]:
         to.add_argument("--limit", type=int, default=0, metavar="N", help="only the first N images")
         add_exif(to)
 
+    def add_models(to: argparse.ArgumentParser, more: str) -> None:
+        told = f"{MODEL}; {more}"
+        to.add_argument("--model", required=True, action="append", dest="models", metavar="DIR", help=told)
+
     def add_exif(to: argparse.ArgumentParser) -> None:
         to.add_argument(
             "--exif",
@@ -403,14 +407,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, list[str]]]:
         "Look at what models detect in a folder of images, side by side, with thresholds to move; needs kdjax[view].",
         "kdjax view --model=runs/mkd/student --model=runs/mkd/twin --data=photos",
     )
-    one.add_argument(
-        "--model",
-        required=True,
-        action="append",
-        dest="models",
-        metavar="DIR",
-        help=f"{MODEL}; repeat for several models",
-    )
+    add_models(one, "repeat for several models")
     one.add_argument("--data", required=True, metavar="DIR", help="folder of images, with those below it")
     one.add_argument("--threshold", type=float, default=0.3, metavar="S", help="lowest score at the start (0.3)")
     one.add_argument(
@@ -423,14 +420,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, list[str]]]:
         "Measure models and exported files: parameters, FLOPs, file size, and time per image in their runtimes.",
         "kdjax latency --model=quickstart_teacher --threads=1",
     )
-    one.add_argument(
-        "--model",
-        required=True,
-        action="append",
-        dest="models",
-        metavar="DIR",
-        help=f"{MODEL}; an exported file (.onnx, .xml, .param or .tflite), or a folder of them; repeat for several",
-    )
+    add_models(one, "an exported file (.onnx, .xml, .param or .tflite), or a folder of them; repeat for several")
     one.add_argument("--threads", type=int, metavar="N", help="cores to compute on (all that the process may use)")
     one.add_argument("--runs", type=int, default=100, metavar="N", help="timed runs, after 20 untimed ones (100)")
     one.add_argument("--out", metavar="FILE", help="also write the table as json")
