@@ -11,8 +11,7 @@ from ml_collections import ConfigDict
 from kdjax import resources
 from kdjax.errors import UserError, prefix
 from kdjax.training import config as settings
-from kdjax.training.auto_weight import AUTO
-from kdjax.training.config import Config, unknown_setting
+from kdjax.training.config import AUTO, Config, unknown_setting
 
 Value = Any  # of a setting
 
@@ -80,6 +79,9 @@ def _override(config: ConfigDict, name: str, text: str) -> None:
     current: Any = node[key]
     if isinstance(current, ConfigDict):
         raise UserError(f"--config.{name}: it is a group of settings: override one of {', '.join(current)}")
+    if name == "batch_size" and text == AUTO:
+        node[key] = text
+        return
     if _WEIGHT.fullmatch(name):
         node[key] = text if text == AUTO else _weight(f"--config.{name}", text)
         return

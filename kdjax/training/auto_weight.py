@@ -29,9 +29,8 @@ from kdjax.distill import Distiller, Distillers
 from kdjax.distill.teachers import RECORDED
 from kdjax.errors import UserError
 from kdjax.structs import Array, DetectorOutput, PyTree, targets_of
-from kdjax.training.config import Config
+from kdjax.training.config import AUTO, Config
 
-AUTO = "auto"
 KEPT = 0.7  # of the logarithm of a ratio, when a new one is measured
 
 

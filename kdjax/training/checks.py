@@ -40,6 +40,8 @@ def check_settings(config: Config) -> None:
     """
     settings.check_keys(config)
     settings.check_values(config)
+    if config.batch_size == settings.AUTO:
+        raise UserError(f"config.batch_size='{settings.AUTO}': only a training run finds it: give a number here")
     if config.dtype not in ("auto", "float32", "bfloat16"):
         raise UserError(f"config.dtype must be 'auto', 'float32' or 'bfloat16', not {config.dtype!r}")
     if config.sharding not in sharding.KINDS:

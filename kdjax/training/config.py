@@ -6,19 +6,22 @@ import math
 from collections.abc import Mapping
 from typing import Any, cast
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 from kdjax import methods as zoo
 from kdjax.detectors.api import flatten
 from kdjax.errors import UserError
 from kdjax.resources import Config
 
+AUTO = "auto"  # a setting that a run finds itself: `batch_size`, the `weight` of a method
+
 
 def base() -> Config:
     """The default settings. A config with other keys is refused."""
     config: Config = ConfigDict()
     config.seed = 0
-    config.batch_size = 16  # images per step, over all devices of all hosts
+    # Images per step, over all devices of all hosts; or "auto": as many as the memory allows (docs/devices.md)
+    config.batch_size = FieldReference(16, field_type=object)
     config.steps = 1000  # optimizer updates
     # Precision of feature maps in training: "float32", "bfloat16", or "auto", which is bfloat16 on GPUs and TPUs and
     # float32 on CPUs. Parameters, statistics, losses, boxes and evaluations are always float32.
@@ -251,6 +254,7 @@ def check_values(config: Config) -> None:
       UserError: names the setting, what it must be, and its value.
     """
     values, defaults = flat(config.to_dict()), flat(base().to_dict())
+    values["batch_size"] = 1 if values["batch_size"] == AUTO else values["batch_size"]
     for name in config.teachers:
         defaults |= {f"teachers.{name}.{key}": value for key, value in flat(teacher().to_dict()).items()}
     for name, default in defaults.items():

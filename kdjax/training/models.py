@@ -14,8 +14,7 @@ from kdjax.distill import Distiller, Distillers, Method
 from kdjax.distill.distiller import method_key
 from kdjax.errors import UserError, listed
 from kdjax.structs import Array
-from kdjax.training.auto_weight import AUTO
-from kdjax.training.config import KINDS, Config, has_type
+from kdjax.training.config import AUTO, KINDS, Config, has_type
 
 
 def build_methods(chosen: Config, where: str = "config.methods") -> dict[str, Method]:

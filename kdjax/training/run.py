@@ -28,6 +28,7 @@ from kdjax.training import (
     checks,
     cluster,
     compiling,
+    memory,
     mirror,
     optim,
     outputs,
@@ -37,7 +38,7 @@ from kdjax.training import (
 )
 from kdjax.training.ahead import Ahead
 from kdjax.training.checkpoint import Checkpoints, Keep
-from kdjax.training.config import Config
+from kdjax.training.config import AUTO, Config
 from kdjax.training.goodput import Clock
 from kdjax.training.join import Alone, join
 from kdjax.training.live import Live
@@ -148,6 +149,8 @@ def run(config: Config, workdir: str | Path | None) -> dict[str, Any] | None:
       Stopped: the process received SIGTERM or SIGINT; the state is saved.
     """
     clock = Clock()
+    auto = config.batch_size == AUTO and not config.data.check
+    config = memory.smallest(config) if auto else config
     checks.check_settings(config)
     if config.data.check:
         checks.check_detectors(config)
@@ -159,15 +162,26 @@ def run(config: Config, workdir: str | Path | None) -> dict[str, Any] | None:
             f"workdir: {workdir}: several hosts need a folder that all see: mount the store on each of them"
         )
     with mirror.opened(workdir) as (place, uploads):
+        if auto and (size := memory.of_run(place)):
+            config, auto = memory.with_size(config, size), False
+            checks.check_settings(config)
         folder = checks.check_workdir(config, place)
         with only_writer(folder):
             if uploads:
                 uploads.claim()
-            return _run(config, folder, clock, uploads.start if uploads else None)
+            return _run(config, folder, clock, uploads.start if uploads else None, auto=auto)
 
 
-def _run(config: Config, folder: Path, clock: Clock, after: Callable[[], None] | None) -> dict[str, Any]:
-    """A run in a folder that belongs to this process; `after` is called when a checkpoint is written."""
+def _run(config: Config, folder: Path, clock: Clock, after: Callable[[], None] | None, *, auto: bool) -> dict[str, Any]:
+    """A run in a folder that belongs to this process.
+
+    Args:
+      config: the settings.
+      folder: the workdir.
+      clock: of the run.
+      after: called when a checkpoint is written.
+      auto: whether the batch size is still to be found; that of `config` is the smallest.
+    """
     if not jax.process_index():
         files.remove_temporary(folder)
     with prefix("config.data"):
@@ -180,6 +194,9 @@ def _run(config: Config, folder: Path, clock: Clock, after: Callable[[], None] |
         with prefix("config.data"):
             print(data.kept_line(dataset, config.data))
     checks.check_truth(dataset, config.data)
+    if auto:
+        with clock.during("compile"):
+            config = memory.fill(config, dataset)
     setup = prepare(config, dataset)
     if dataset.unlabelled and not jax.process_index():
         print(outputs.without_labels(setup))

@@ -1,0 +1,113 @@
+"""What a step needs, what the machine has, and the batch size that follows from both."""
+
+import json
+import types
+
+import jax
+import pytest
+
+from kdjax import data
+from kdjax.commands import settings as command_line
+from kdjax.errors import UserError
+from kdjax.training import checks, memory
+from kdjax.training.run import run
+from tests.support.runs import tiny_config
+
+GIB = 2**30
+
+
+def test_memory_is_that_of_the_machine_and_its_container(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "MEMORY", tmp_path / "meminfo")
+    monkeypatch.setattr(memory, "GROUP", tmp_path / "max")
+    count = jax.local_device_count()
+    assert memory.available() * count > 2**30 * 0.5
+    memory.MEMORY.write_text("MemTotal:  9000 kB\nMemFree:  1000 kB\nMemAvailable:  8000 kB\n")
+    assert memory.available() == 8000 * 1024 // count
+    for limit, wanted in (("max", 8000 * 1024), ("4096000", 4096000), ("99999999999", 8000 * 1024)):
+        memory.GROUP.write_text(f"{limit}\n")
+        assert memory.available() == wanted // count
+
+
+def sized(monkeypatch, need, have, images=1000):
+    """What `fill` chooses for a step that needs `need(batch)` GiB, with `have` GiB; and the sizes that it compiled."""
+    asked = []
+    monkeypatch.setattr(memory, "available", lambda: have * GIB)
+    monkeypatch.setattr(
+        memory, "need", lambda config, _: asked.append(config.batch_size) or need(config.batch_size) * GIB
+    )
+    dataset = types.SimpleNamespace(splits={"train": types.SimpleNamespace(size=images)})
+    config = command_line.read("quickstart", ["--config.batch_size=auto", "--config.optimizer.lr=0"])
+    assert config.batch_size == "auto"
+    return memory.fill(memory.smallest(config), dataset).batch_size, asked
+
+
+def test_the_largest_batch_that_fits_is_chosen(monkeypatch, capsys):
+    """1 GiB and 0.1 for each image, of 10: 8 may be used, 70 images fit, and the power of two below is 64."""
+    assert sized(monkeypatch, lambda size: 1 + 0.1 * size, 10) == (64, [1, 2, 64])
+    step, rate = capsys.readouterr().out.splitlines()[-1].split("; ")
+    assert step == "batch size 64: a step needs about 7.4 GiB of the 10 GiB of a device"
+    assert rate == "learning rate: the linear rule gives 0.001"
+    assert sized(monkeypatch, lambda size: 1 + 0.1 * size, 10, images=50)[0] == 32
+    assert sized(monkeypatch, lambda size: 1e-3 * size, 10)[0] == memory.MOST
+    # A step that needs more than the line through the first two says is halved until it fits.
+    assert sized(monkeypatch, lambda size: 1 + 0.1 * size + 0.001 * size**2, 10) == (32, [1, 2, 64, 32])
+    assert sized(monkeypatch, lambda size: 4.0 * size, 10) == (2, [1, 2])
+    assert sized(monkeypatch, lambda size: 5.0 * size, 10) == (1, [1, 2])
+
+
+def test_a_machine_without_memory_for_one_image_is_named(monkeypatch):
+    with pytest.raises(UserError, match=r"a step of 1 images needs about 9 GiB, more than 80% of the 10 GiB"):
+        sized(monkeypatch, lambda size: 9.0 * size, 10)
+
+
+@pytest.mark.slow
+def test_a_step_needs_more_for_more_images(folder, teacher_folder):
+    """By about the same for each image, so that a line forecasts it."""
+    dataset = data.open_dataset(tiny_config(folder, teacher=teacher_folder).data)
+    needs = [memory.need(tiny_config(folder, teacher=teacher_folder, batch_size=size), dataset) for size in (2, 4, 8)]
+    slope = (needs[1] - needs[0]) / 2
+    assert slope > 64 * 64 * 3 * 4  # at least the image itself
+    assert needs[2] == pytest.approx(needs[0] + 6 * slope, rel=0.2)
+
+
+def test_a_run_finds_its_batch_size_and_keeps_it(folder, tmp_path, monkeypatch, capsys):
+    config = tiny_config(folder, teacher=None, batch_size="auto")
+    monkeypatch.setattr(memory, "need", lambda config, _: config.batch_size * GIB)
+    monkeypatch.setattr(memory, "available", lambda: 10 * GIB)
+    results = run(config, tmp_path)
+    told = capsys.readouterr().out
+    assert "batch size 8: a step needs about 8 GiB of the 10 GiB of a device" in told
+    assert "config.optimizer.lr stays 0.002 (the linear rule gives 0.000125)" in told
+    assert json.loads((tmp_path / "config.json").read_text())["config"]["batch_size"] == 8
+    monkeypatch.setattr(memory, "available", lambda: 0)  # another machine: the run goes on as it was begun
+    again = run(config, tmp_path)
+    assert "batch size" not in (told := capsys.readouterr().out)
+    assert "all steps are done" in told
+    assert again["student"]["AP"] == results["student"]["AP"]
+
+
+@pytest.mark.parametrize(("ratio", "size"), [(1.0, 1), (0.25, 4), (0.5, 2)])
+def test_the_smallest_batch_has_an_image_without_labels(ratio, size):
+    config = command_line.read("quickstart", ["--config.batch_size=auto", f"--config.data.unlabelled_ratio={ratio}"])
+    assert memory.smallest(config).batch_size == 1
+    config.data.unlabelled = "images"
+    assert memory.smallest(config).batch_size == size
+
+
+@pytest.mark.user_input(
+    "Config and flags", "config.batch_size='auto' where nothing is trained", "refused: give a number"
+)
+def test_only_runs_find_their_batch_size(tmp_path):
+    config = command_line.read("quickstart", ["--config.batch_size=auto"])
+    sentence = r"config\.batch_size='auto': only a training run finds it: give a number here"
+    with pytest.raises(UserError, match=sentence):
+        checks.checked(config)
+    config.data.check = True
+    with pytest.raises(UserError, match=sentence):
+        run(config, tmp_path)
+
+
+@pytest.mark.parametrize("value", ["many", "4.5", "Auto", "0", "-8"])
+def test_other_values_are_refused(value):
+    with pytest.raises(UserError, match=r"config\.batch_size"):
+        checks.check_settings(command_line.read("quickstart", [f"--config.batch_size={value}"]))
