@@ -436,10 +436,15 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, list[str]]]:
     one.add_argument("--format", choices=("onnx", "openvino", "ncnn", "litert", "stablehlo"), help=needs)
     one.add_argument(
         "--target",
-        choices=tuple(targets.TARGETS),
-        help="a device: its format, precision and batch, where no flag says otherwise (the table below)",
+        choices=(*targets.TARGETS, targets.ALL),
+        help="a device: its format, precision and batch, where no flag says otherwise (table below); or all",
     )
-    one.add_argument("--out", required=True, metavar="FILE", help="the file to write (OpenVINO: .xml, NCNN: .param)")
+    one.add_argument(
+        "--out",
+        required=True,
+        metavar="FILE",
+        help="the file to write (OpenVINO: .xml, NCNN: .param); with --target=all a folder",
+    )
     one.add_argument("--data", metavar="DIR", help="labelled data to compare outputs and AP on, as for evaluate")
     add_split(one)
     one.add_argument(

@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import importlib.util
 import inspect
 import json
 import os
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import yaml
 from jax.sharding import Mesh
+from safetensors.numpy import save_file
 
 import kdjax
 from kdjax import cli, detectors, sharding, weights
@@ -33,6 +35,7 @@ TUTORIAL = (DOCS / "tutorial.md").read_text()
 WALKED = {
     "tutorial.md": {"images", "images/images/val"},
     "tasks/yolox.md": {"images", "best_ckpt.pth", "images/annotations/instances_train.json"},
+    "tasks/phone.md": {"images", "model.safetensors", "images/annotations/instances_train.json"},
     "tasks/table.md": set(),
 }
 NOTEBOOK = DOCS / "quickstart.ipynb"
@@ -185,8 +188,12 @@ STUDENT = "--config.student.detector="
 SHORT = {"train.py": TINY, "train": TINY, "doctor": TINY, "evaluate": ["--limit=6"]}
 SHORT |= {"export": ["--limit=6", "--max-ap-loss=100"], "latency": ["--runs=2", "--threads=1"]}
 SHORT["study"] = [*TINY, "--seeds=1", "--config.data.scenes_train=8", "--config.data.scenes_val=4"]
-SMALL = {"yolox_s": "yolox_pico", "yolox_nano": "yolox_pico"}
+SMALL = {"yolox_s": "yolox_pico", "yolox_nano": "yolox_pico", "dfine_s": "dfine_n", "rtmdet_nano": "rtmdet_pico"}
 IMAGES = {'("train", 200)': '("train", 12)', '("val", 100)': '("val", 6)'}
+
+
+def no_litert() -> bool:
+    return None in [importlib.util.find_spec(name) for name in ("ai_edge_litert", "litert_converter")]
 
 
 def walk(page: str, folder: Path) -> dict[str, str]:
@@ -207,8 +214,8 @@ def walk(page: str, folder: Path) -> dict[str, str]:
     told = {}
     for line in commands(page):
         program, *rest = shlex.split(functools.reduce(lambda text, name: text.replace(name, SMALL[name]), SMALL, line))
-        if packages.missing() and (".onnx" in line):
-            continue  # needs kdjax[export]
+        if (packages.missing() and ".onnx" in line) or (no_litert() and ".tflite" in line):
+            continue  # needs kdjax[export] or kdjax[litert]
         more = SHORT.get(rest[0], [])
         if more[: len(TINY)] == TINY and STUDENT not in line:
             more = [*more, f"{STUDENT}rtmdet_pico"]
@@ -241,6 +248,18 @@ def test_the_page_of_a_yolox_runs(tmp_path):
     made = ["evaluated_teacher/report.html", "runs/study/methods.png", "runs/student/report.html"]
     made += [] if packages.missing() else ["student.onnx", "student_int8.onnx"]
     assert [name for name in made if not (tmp_path / name).is_file()] == []
+
+
+@pytest.mark.slow
+def test_the_page_of_a_phone_runs(tmp_path):
+    detector = detectors.build("dfine_n", len(scenes.CLASSES))
+    state = weights.to_torch(detector, *detector.init(jax.random.key(0)))
+    save_file(state, tmp_path / "model.safetensors")
+    told = walk("tasks/phone.md", tmp_path)
+    made = ["evaluated_teacher/report.html", "runs/phone/report.html", "runs/phone/twin/model.safetensors"]
+    made += [] if no_litert() else ["student.tflite", "student.tflite.json"]
+    assert [name for name in made if not (tmp_path / name).is_file()] == []
+    assert any("rtmdet_pico" in text for line, text in told.items() if "doctor" in line)
 
 
 @pytest.mark.slow

@@ -1,8 +1,11 @@
 """`kdjax export`: a model as ONNX, OpenVINO, NCNN, LiteRT or StableHLO, compared with the JAX model."""
 
 import contextlib
+import dataclasses
+import functools
 import itertools
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -37,6 +40,7 @@ PACKAGES = {
 }
 WEIGHTS = {"openvino": ".bin", "ncnn": ".bin"}  # a second file, beside the first
 SUFFIXES = {"openvino": ".xml", "ncnn": ".param"}  # without which the runtimes do not read the file
+SUFFIX = SUFFIXES | {"onnx": ".onnx", "litert": ".tflite", "stablehlo": ".stablehlo"}  # with --target=all
 BATCHES = (1, 2, 5)  # images, in which a file for any number of them is compared
 
 
@@ -47,6 +51,40 @@ class _Form(NamedTuple):
     dtype: str
     raw: bool  # the head's maps
     batch: int  # images; 0: any
+
+
+@dataclasses.dataclass
+class _Source:
+    """A model and the images on which its files are compared and measured, all of it read when it is first used."""
+
+    model: str
+    data: str | None
+    split: str
+    annotations: str
+    images: str
+    limit: int
+    exif: str | None
+    classes: str
+    before: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)  # AP in JAX in points, by precision
+
+    @functools.cached_property
+    def loaded(self) -> Model:
+        return arguments.load_model(self.model)
+
+    @functools.cached_property
+    def orientation(self) -> str:
+        return self.exif or self.loaded.exif_orientation
+
+    @functools.cached_property
+    def opened(self) -> arguments.Data | None:
+        if not self.data:
+            return None
+        where = (self.data, self.split, self.annotations, self.images, self.limit, self.orientation)
+        return arguments.open_data(*where, classes=self.classes)
+
+    def read(self) -> None:
+        """Reads both now, so that a mistake in them is not told for each file."""
+        _ = self.loaded, self.opened
 
 
 def run(
@@ -67,12 +105,12 @@ def run(
     batch: str | None = None,
     target: str | None = None,
 ) -> int:
-    """Exports a model; the file appears only if it passes the comparison.
+    """Exports a model; a file appears only if it passes the comparison.
 
     Args:
       model: see `kdjax.inference.load`.
       format: a key of `DTYPES`; None: that of the target.
-      out: the file.
+      out: the file; with the target "all", the folder.
       data: to compare and measure on, as for `kdjax evaluate`; None compares on generated images.
       split: of the data.
       annotations: the json, where it is not at its usual place.
@@ -85,33 +123,75 @@ def run(
       raw: the head's maps instead of detections.
       max_ap_loss: largest loss in points of AP; None is `BUDGET`.
       batch: number of images, or "dynamic" (ONNX and OpenVINO); None: that of the target, else 1.
-      target: a key of `kdjax.export.targets.TARGETS`, whose settings hold where others are None.
+      target: a key of `kdjax.export.targets.TARGETS`, whose settings hold where others are None, or "all" of them.
 
     Returns:
-      Exit code 0.
+      Exit code: 0; 1 if, of all targets, one could not be written.
 
     Raises:
       UserError: something is missing, or the exported model differs too much: in its outputs or in AP.
     """
-    form = _form(format, dtype, raw, batch, target)
-    if form.dtype == "float16" and not data:
-        raise UserError(f"--dtype={form.dtype} needs --data=DIR, on which AP is measured")
     if max_ap_loss is not None and not data:
         raise UserError("--max-ap-loss needs --data=DIR, on which AP is measured")
+    source = _Source(model, data, split, annotations, images, limit, exif, classes)
+    if target == targets.ALL:
+        own = {"--format": format, "--dtype": dtype, "--raw": raw, "--batch": batch}
+        if given := [flag for flag, value in own.items() if value]:
+            raise UserError(f"{given[0]}: with --target={targets.ALL} each target has its own: leave it out")
+        return _all(source, out, max_ap_loss)
+    form = _form(format, dtype, raw, batch, target)
+    size, told, facts = _export(source, form, out, max_ap_loss)
+    print(*told, sep="\n")
+    print(f"{out}: {size:,} bytes, {facts['input']}")
+    return 0
+
+
+def _all(source: _Source, out: str, max_ap_loss: float | None) -> int:
+    """Exports for each target into a folder, and prints a table of them; returns the exit code."""
+    if not source.data:
+        raise UserError(f"--target={targets.ALL} needs --data=DIR, on which AP is measured")
+    names = {name: f"{name}{SUFFIX[one.format]}" for name, one in targets.TARGETS.items()}
+    folder = arguments.make_folder(out, outputs=[*names.values()])
+    source.read()
+    rows, refused = [["target", "file", "precision", "AP", "AP in JAX", "MB", "s"]], {}
+    for name, file in names.items():
+        begun, form = time.perf_counter(), _form(None, None, False, None, name)
+        print(f"{name}:", flush=True)
+        try:
+            size, told, facts = _export(source, form, str(folder / file), max_ap_loss)
+        except UserError as error:
+            refused[name] = str(error)
+            print(f"not written: {error}")
+            continue
+        print(*told, sep="\n")
+        scores = [facts[f"AP of this file, {form.dtype}"], facts["AP of JAX"]]
+        rows.append([name, file, form.dtype, *scores, f"{size / 1e6:.2f}", f"{time.perf_counter() - begun:.0f}"])
+    print("", arguments.aligned(rows), "", sep="\n")
+    for name, why in refused.items():
+        print(f"{name}: not written: {why}")
+    return 1 if refused else 0
+
+
+def _export(source: _Source, form: _Form, out: str, max_ap_loss: float | None) -> tuple[int, list[str], dict[str, str]]:
+    """Writes one file, if it passes the comparison; its bytes, lines for the terminal, and its metadata."""
+    if form.dtype == "float16" and not source.data:
+        raise UserError(f"--dtype={form.dtype} needs --data=DIR, on which AP is measured")
     file = _output(out, form)
     if needed := PACKAGES[form.format]:
         packages.check_installed(needed)
-    loaded = arguments.load_model(model)
+    loaded = source.loaded
     trained = bool(loaded.detector.options.get("int8"))
     as_trained = trained and form.dtype == "int8"
     if as_trained and form.batch != 1:
         raise UserError(
-            f"--batch={form.batch or 'dynamic'}: {model} was trained for int8, and its files in int8 take one image: "
-            "--batch=1"
+            f"--batch={form.batch or 'dynamic'}: {source.model} was trained for int8, and its files in int8 take one "
+            "image: --batch=1"
         )
     if form.dtype == "int8" and not trained:
-        if not data:
-            raise UserError(f"--dtype=int8 needs --data=DIR, on which AP is measured: {model} was not trained for int8")
+        if not source.data:
+            raise UserError(
+                f"--dtype=int8 needs --data=DIR, on which AP is measured: {source.model} was not trained for int8"
+            )
         if form.format == "litert":
             packages.check_installed(packages.LITERT_INT8)
     if form.format == "ncnn":
@@ -119,8 +199,7 @@ def run(
     graphs.check(loaded, raw=form.raw, nms=form.format != "litert")
     if trained:
         loaded = graphs.in_dtype(loaded, "int8" if as_trained else "float32")
-    exif = exif or loaded.exif_orientation
-    opened = arguments.open_data(data, split, annotations, images, limit, exif, classes=classes) if data else None
+    opened = source.opened
     if opened:
         loaded = arguments.match_classes(loaded, opened)
         samples = [image for _, image in itertools.islice(opened.stream(), SAMPLES)]
@@ -131,22 +210,24 @@ def run(
         call = _write(loaded, made, form)
         told, facts = (_compare_int8 if as_trained else _compare)(loaded, call, samples, form)
         if form.dtype != "float32" and not as_trained:
-            calibration, source = [], []
+            calibration, lines = [], []
             if form.dtype == "int8" and form.format != "litert":
-                calibration, source = _calibration(data or "", split, exif, classes, opened)
-            told += source
+                calibration, lines = _calibration(source)
+            told += lines
             call = _smaller(loaded, made, form, calibration)
         if opened:
+            precision = "int8" if as_trained else "float32"
+            if precision not in source.before:
+                source.before[precision] = _average_precision("JAX", loaded, opened, None)
+            program = verify.as_program(loaded, call, raw=form.raw, batch=form.batch)
+            after = _average_precision("exported", loaded, opened, program)
             budget = BUDGET[form.dtype] if max_ap_loss is None else max_ap_loss
-            measured, lines = _measure(loaded, call, opened, form, budget=budget)
+            measured, lines = _judged(source.before[precision], after, form.dtype, budget)
             facts |= measured
             told += lines
-            facts["AP measured on"] = f"{opened.name}, {split}, {opened.split.size} images"
+            facts["AP measured on"] = f"{opened.name}, {source.split}, {opened.split.size} images"
         facts["dtype"] = form.dtype
-        size = _finish(made, file, form, facts)
-    print(*told, sep="\n")
-    print(f"{out}: {size:,} bytes, {facts['input']}")
-    return 0
+        return _finish(made, file, form, facts), told, facts
 
 
 def _form(format: str | None, dtype: str | None, raw: bool, batch: str | None, target: str | None) -> _Form:
@@ -289,29 +370,32 @@ def _compare(
     return told, facts
 
 
-def _measure(
-    model: Model, call: verify.Call, opened: arguments.Data, form: _Form, *, budget: float
+def _average_precision(what: str, model: Model, opened: arguments.Data, run: Program | None) -> dict[str, float]:
+    """AP of boxes and masks in points; `what` is the bar's name, `run` as for `verify.average_precision`."""
+    with contextlib.closing(opened.batches(model, batch_size=BATCH)) as batches:
+        bar = tqdm(batches, total=-(-opened.split.size // BATCH), desc=what, unit="batch")
+        found = verify.average_precision(model, opened.truth, bar, run=run)
+    return {name: 100 * value for name, value in found.items()}
+
+
+def _judged(
+    before: dict[str, float], after: dict[str, float], dtype: str, budget: float
 ) -> tuple[dict[str, str], list[str]]:
-    """AP of boxes and masks before and after, in points, for the metadata and as lines."""
+    """AP in JAX and of the file, in points, for the metadata and as lines.
 
-    def average_precision(what: str, run: Program | None) -> dict[str, float]:
-        with contextlib.closing(opened.batches(model, batch_size=BATCH)) as batches:
-            bar = tqdm(batches, total=-(-opened.split.size // BATCH), desc=what, unit="batch")
-            found = verify.average_precision(model, opened.truth, bar, run=run)
-        return {name: 100 * value for name, value in found.items()}
-
-    jax_model = average_precision("JAX", None)
-    exported = average_precision("exported", verify.as_program(model, call, raw=form.raw, batch=form.batch))
-    facts, lines, dtype = {}, [], form.dtype
-    for name, before in jax_model.items():
-        after = exported[name]
-        if before - after > budget:
+    Raises:
+      UserError: the file loses more than the budget.
+    """
+    facts, lines = {}, []
+    for name, value in before.items():
+        if value - after[name] > budget:
             raise UserError(
-                f"{dtype} loses {before - after:.2f} points of {name} ({before:.2f} to {after:.2f}), more than "
-                f"--max-ap-loss={budget:g}: nothing was written"
+                f"{dtype} loses {value - after[name]:.2f} points of {name} ({value:.2f} to {after[name]:.2f}), more "
+                f"than --max-ap-loss={budget:g}: nothing was written"
             )
-        facts |= {f"{name} of JAX": f"{before:.2f}", f"{name} of this file, {dtype}": f"{after:.2f}"}
-        lines.append(f"{name}: {before:.2f} in JAX, {after:.2f} in the file ({round(after - before, 2) + 0.0:+.2f})")
+        facts |= {f"{name} of JAX": f"{value:.2f}", f"{name} of this file, {dtype}": f"{after[name]:.2f}"}
+        change = round(after[name] - value, 2) + 0.0
+        lines.append(f"{name}: {value:.2f} in JAX, {after[name]:.2f} in the file ({change:+.2f})")
     return facts, lines
 
 
@@ -321,22 +405,22 @@ def _generated(split: str, count: int) -> list[np.ndarray]:
     return [image for image in images if image is not None]
 
 
-def _calibration(
-    data: str, split: str, exif: str, classes: str, opened: arguments.Data | None
-) -> tuple[Iterator[np.ndarray], list[str]]:
+def _calibration(source: _Source) -> tuple[Iterator[np.ndarray], list[str]]:
     """Images for calibration: of the training split or, if the data has none, of the split that AP is measured on.
 
     Returns:
       The images, and a line that tells the second case.
     """
-    told = []
+    told, data = [], source.data or ""
     if data == "scenes":
         return iter(_generated("train", CALIBRATION)), told
     try:
-        train = arguments.open_data(data, "train", "", "", CALIBRATION, exif, classes=classes)
+        train = arguments.open_data(data, "train", "", "", CALIBRATION, source.orientation, classes=source.classes)
     except (UserError, FileNotFoundError):
-        if opened is None:
+        if source.opened is None:
             raise
-        train = opened
-        told.append(f"calibrated on the split {split}, on which AP is measured too: {data} has no usable split train")
+        train = source.opened
+        told.append(
+            f"calibrated on the split {source.split}, on which AP is measured too: {data} has no usable split train"
+        )
     return (image for _, image in itertools.islice(train.stream(), CALIBRATION)), told

@@ -23,6 +23,7 @@ TARGETS = {
     "browser": Target("onnx", "float32", "1", "onnxruntime-web"),
     "tpu": Target("stablehlo", "float32", "1", "JAX or XLA"),
 }
+ALL = "all"  # of them, into one folder
 NMS = {
     "onnx": "in the file",
     "openvino": "in the file",

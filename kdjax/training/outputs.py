@@ -1,6 +1,5 @@
 """The results of a run: evaluations, models with their cards, detections and the report."""
 
-import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -45,9 +44,7 @@ class Evaluation(NamedTuple):
     examples: list[drawing.Example]  # the first images of this host with objects, on the canvas
 
 
-def evaluate(
-    setup: Setup, roles: Sequence[str], *, limit: int = 0, clock: Clock | None = None
-) -> dict[str, Evaluation]:
+def evaluate(setup: Setup, roles: Sequence[str], clock: Clock, *, limit: int = 0) -> dict[str, Evaluation]:
     """Evaluates models on all devices; several hosts share the images, and all get all detections.
 
     Each image is decoded once for all models, or once for each way of resizing, where theirs differ. All hosts call
@@ -56,8 +53,8 @@ def evaluate(
     Args:
       setup: of the run.
       roles: each "twin", "student", or the `role` of a teacher.
-      limit: number of validation images; 0 = all.
       clock: told what is compilation.
+      limit: number of validation images; 0 = all.
 
     Returns:
       The evaluations by role.
@@ -65,7 +62,7 @@ def evaluate(
     cluster.at("evaluates after")
     models = {role: _model(setup, role) for role in roles}
     new = [role for role, (detector, *_, run) in models.items() if run is None and not traces(detector)]
-    with clock.during("compile") if clock else contextlib.nullcontext():
+    with clock.during("compile"):
         compiling.compile_all(compiling.of_evaluation(setup, new))
     found: dict[str, tuple[dict[int, Detections], list[tuple[Any, int]]]] = {}
     for fit in dict.fromkeys(one[0].fit for one in models.values()):
@@ -152,7 +149,7 @@ def _example(
     )
 
 
-def finish(setup: Setup, workdir: Path, log: Log, clock: Clock | None = None) -> dict[str, Any]:
+def finish(setup: Setup, workdir: Path, log: Log, clock: Clock) -> dict[str, Any]:
     """Evaluates all models, and writes everything that a finished run has.
 
     Args:
@@ -172,7 +169,7 @@ def finish(setup: Setup, workdir: Path, log: Log, clock: Clock | None = None) ->
     roles = setup.evaluated
     results: dict[str, Any] = dict.fromkeys(("teacher", "twin", "student", "gain"))
     failed: list[str] = []
-    evaluations = evaluate(setup, roles, clock=clock)
+    evaluations = evaluate(setup, roles, clock)
     cluster.at("writes the results of")
     for role in roles:
         counts = {}
@@ -225,8 +222,7 @@ def finish(setup: Setup, workdir: Path, log: Log, clock: Clock | None = None) ->
     with files.attempt(failed):
         rows = log.rows()
         told = notes(setup, rows, log.damaged, log.missing)
-        seconds = clock.total() if clock else {}
-        write_report(setup, workdir / REPORT, results, evaluations, rows, notes=told, seconds=seconds)
+        write_report(setup, workdir / REPORT, results, evaluations, rows, notes=told, seconds=clock.total())
     files.finish(failed)
     check_programs(setup)
     return results

@@ -293,7 +293,7 @@ def train(
         clock.mark(step)
 
     def evaluate(step: int) -> None:
-        measured = outputs.evaluate(setup._replace(states=states), [*states], limit=config.eval.limit, clock=clock)
+        measured = outputs.evaluate(setup._replace(states=states), [*states], clock, limit=config.eval.limit)
         # One line for all roles: `log.has` must not find a part of them after a kill.
         values = {f"{role}/{name}": value for role, one in measured.items() for name, value in one.metrics.items()}
         log.write(step, "eval", values)

@@ -52,6 +52,8 @@ def test_what_a_format_needs_is_reported(made, tmp_path, capsys, monkeypatch):
         (["--format=onnx", "--batch=-1"], "--batch must be a number of images >= 1, or dynamic, not '-1'"),
         (["--format=stablehlo", "--batch=dynamic"], "--batch=dynamic is for ONNX and OpenVINO: stablehlo files take"),
         (["--format=openvino"], "x.onnx: the name of a file for openvino must end with .xml"),
+        (["--target=all", "--out=files"], "--target=all needs --data=DIR, on which AP is measured"),
+        (["--target=all", "--batch=4", "--out=files"], "--batch: with --target=all each target has its own: leave it"),
         (["--format=openvino", "--out=other.xml"], "its weights, other.bin, would be those of other.param"),
     ],
 )
@@ -75,6 +77,37 @@ def test_a_target_has_a_format_that_can_be_written(capsys):
     for row in targets.table()[1:]:
         assert re.search(r"  +".join(map(re.escape, row)), printed), row
         assert f"| `{row[0]}` | {' | '.join(row[1:])} |" in page, row
+
+
+@pytest.mark.user_input(
+    "Models and exports",
+    "a target of `--target=all` that the model or the machine cannot have",
+    "reported in a table, exit code 1; the others are written",
+)
+def test_all_targets_are_written_but_those_that_cannot_be(made, tmp_path, capsys, monkeypatch):
+    """With two targets in a format that needs no packages, and one whose packages are missing."""
+    chosen = {name: targets.TARGETS[name] for name in ("tpu", "phone")} | {"again": targets.TARGETS["tpu"]}
+    monkeypatch.setattr(targets, "TARGETS", chosen)
+    monkeypatch.setattr(packages, "missing", lambda needed=packages.ONNX: list(needed))
+    measured, average_precision = [], verify.average_precision
+    monkeypatch.setattr(
+        verify, "average_precision", lambda *args, run: measured.append(run) or average_precision(*args, run=run)
+    )
+    command = [
+        "export",
+        f"--model={made / 'model'}",
+        "--target=all",
+        f"--data={made / 'data'}",
+        f"--out={tmp_path / 'x'}",
+    ]
+    assert cli.main(command) == 1
+    told = capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "x").iterdir()) == [
+        name + end for name in ("again.stablehlo", "tpu.stablehlo") for end in ("", ".json")
+    ]
+    assert re.search(r"^tpu +tpu\.stablehlo +float32 +[\d.-]+ +[\d.-]+ +[\d.]+ +\d+$", told, re.MULTILINE)
+    assert "phone: not written: LiteRT needs litert_converter, ai_edge_litert: pip install 'kdjax[litert]'" in told
+    assert [run is None for run in measured] == [True, False, False]  # AP in JAX is measured once
 
 
 @pytest.mark.user_input(

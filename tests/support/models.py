@@ -194,6 +194,7 @@ def finished(made, tmp_path_factory):
     from kdjax import data, sharding
     from kdjax.training import checkpoint, outputs, provenance
     from kdjax.training import config as settings
+    from kdjax.training.goodput import Clock
     from kdjax.training.log import Log
     from kdjax.training.setup import prepare, run_fingerprint
 
@@ -214,7 +215,7 @@ def finished(made, tmp_path_factory):
         provenance.write_config(config, folder / "half", setup.dataset.fingerprint)
         with Log(folder / "work", 0) as log:
             log.write(0, "train", {"student/total": 1.0, "seconds": 1.0})
-            return folder / "work", outputs.finish(setup, folder / "work", log)
+            return folder / "work", outputs.finish(setup, folder / "work", log, Clock())
 
 
 @pytest.fixture(scope="session")
