@@ -5,19 +5,22 @@ r"""A student trained for int8 beside the same student quantised after training:
         --config.data.root=DIR/bccd "--config.data.image_size=(192,256)" --config.teacher.weights=DIR/teacher ...
 
 For each seed the config is trained twice, in float and with `config.student.options.int8`; what follows `--` are flags
-of both. The files of both are measured on the validation images of `--data`, and timed with one thread on the first
-seed. Runs and files that are there already are not made again. Needs `kdjax[export]`.
+of both. The files of both, for each format, are measured on the validation images of `--data`, and those of the first
+seed are timed with one thread. Runs and files that are there already are not made again. Needs `kdjax[export]`, and
+`kdjax[openvino]` and `kdjax[litert]` for their formats.
 """
 
 import argparse
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from kdjax.export import onnx
+from kdjax.commands import latency
 
 # Row of the table: the run that the file is of, and its dtype.
 FILES = {
@@ -25,6 +28,8 @@ FILES = {
     "int8, quantised after training": ("float", "int8"),
     "int8, trained": ("int8", "int8"),
 }
+FORMATS = {"onnx": ("onnxruntime", ".onnx"), "openvino": ("OpenVINO", ".xml"), "litert": ("LiteRT", ".tflite")}
+Scores = dict[tuple[str, str], list[float]]  # (format, row) -> AP of each seed
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -33,53 +38,66 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--config", default="quickstart")
     parser.add_argument("--data", default="scenes", help="as for kdjax export")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--formats", default=",".join(FORMATS), help="A,B: of those files")
     parser.add_argument("--runs", type=int, default=200, help="timed runs of a file")
     parser.add_argument("flags", nargs="*", help="of kdjax train, after --")
     args = parser.parse_args(arguments)
-    scores: dict[str, list[float]] = {name: [] for name in FILES}
+    rows = [(format, name) for format in args.formats.split(",") for name in FILES]
+    scores: Scores = {row: [] for row in rows}
     for seed in range(args.seeds):
-        for name in FILES:
-            scores[name].append(average_precision(made(args, name, seed)))
-    print(table(scores, times([made(args, name, 0) for name in FILES], args)))
+        for format, name in rows:
+            scores[format, name].append(average_precision(made(args, format, name, seed)))
+    print(table(scores, times({row: made(args, *row, 0) for row in rows}, args)))
 
 
-def made(args: argparse.Namespace, name: str, seed: int) -> Path:
+def made(args: argparse.Namespace, format: str, name: str, seed: int) -> Path:
     """The file of a row and a seed; trained and exported unless it is there."""
     kind, dtype = FILES[name]
     run = args.workdir / f"{kind}_{seed}"
-    file = args.workdir / f"{kind}_{dtype}_{seed}.onnx"
+    file = args.workdir / f"{kind}_{dtype}_{seed}_{format}{FORMATS[format][1]}"
     if not (run / "results.json").exists():
         options = ["--config.student.options.int8=True"] if kind == "int8" else []
         kdjax("train", f"--config={args.config}", f"--config.seed={seed}", "--config.twin=False", *options, *args.flags,
               f"--workdir={run}")  # fmt: skip
     if not file.exists():
-        kdjax("export", f"--model={run / 'student'}", "--format=onnx", f"--out={file}", f"--data={args.data}",
+        kdjax("export", f"--model={run / 'student'}", f"--format={format}", f"--out={file}", f"--data={args.data}",
               f"--dtype={dtype}", "--max-ap-loss=100")  # fmt: skip
     return file
 
 
 def average_precision(file: Path) -> float:
     """AP in points, which the export has measured."""
-    facts = onnx.session(file).get_modelmeta().custom_metadata_map
-    return float(facts[f"AP of this file, {facts['dtype']}"])
+    facts = latency.exported_file(file)[3]
+    [score] = [value for name, value in facts.items() if re.match(r"AP[ _]of[ _]this[ _]file", name)]
+    return float(score)
 
 
-def times(files: list[Path], args: argparse.Namespace) -> list[tuple[float, float]]:
+def times(files: dict[tuple[str, str], Path], args: argparse.Namespace) -> dict[tuple[str, str], tuple[float, float]]:
     """Size in bytes and median time in milliseconds of each file, with one thread."""
     out = args.workdir / "latency.json"
-    models = [f"--model={file}" for file in files]
+    models = [f"--model={file}" for file in files.values()]
     kdjax("latency", *models, "--threads=1", f"--runs={args.runs}", f"--out={out}")
     rows = {row["model"]: row for row in json.loads(out.read_text())["rows"]}
-    return [(rows[str(file)]["bytes"], rows[str(file)]["median"]) for file in files]
+    return {row: (rows[str(file)]["bytes"], rows[str(file)]["median"]) for row, file in files.items()}
 
 
-def table(scores: dict[str, list[float]], measured: list[tuple[float, float]]) -> str:
-    """A Markdown table; AP is the mean over the seeds with their standard deviation, where there are several."""
-    lines = ["| file | AP | size, MB | one image, ms |", "|---|---|---|---|"]
-    for (name, values), (size, milliseconds) in zip(scores.items(), measured, strict=True):
-        spread = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
-        lines.append(f"| {name} | {np.mean(values):.2f}{spread} | {size / 1e6:.2f} | {milliseconds:.2f} |")
+def table(scores: Scores, measured: dict[tuple[str, str], tuple[float, float]]) -> str:
+    """A Markdown table, and what training for int8 is worth in each runtime; means over seeds ± standard deviations."""
+    lines = ["| runtime | file | AP | size, MB | one image, ms |", "|---|---|---|---|---|"]
+    for (format, name), values in scores.items():
+        size, milliseconds = measured[format, name]
+        lines.append(f"| {FORMATS[format][0]} | {name} | {spread(values)} | {size / 1e6:.2f} | {milliseconds:.2f} |")
+    lines += ["", "Points of AP, seed by seed, that int8 loses to float32 of the same runtime:", ""]
+    lines += ["| runtime | quantised after training | trained |", "|---|---|---|"]
+    for format in dict.fromkeys(format for format, _ in scores):
+        plain, after, trained = (np.array(scores[format, name]) for name in FILES)
+        lines.append(f"| {FORMATS[format][0]} | {spread(plain - after)} | {spread(plain - trained)} |")
     return "\n".join(lines)
+
+
+def spread(values: Sequence[float] | np.ndarray) -> str:
+    """The mean, with the standard deviation where there are several."""
+    return f"{np.mean(values):.2f}" + (f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else "")
 
 
 def kdjax(*command: str) -> None:

@@ -268,11 +268,22 @@ def test_the_studies_of_the_field_are_commands_of_kdjax(study, monkeypatch, tmp_
 
 
 def test_int8_table():
-    scores = {"float32": [50.0, 52.0], "int8, trained": [51.0]}
-    assert of("int8").table(scores, [(2.5e6, 4.0), (0.7e6, 2.5)]).splitlines()[2:] == [
-        "| float32 | 51.00 ± 1.41 | 2.50 | 4.00 |",
-        "| int8, trained | 51.00 | 0.70 | 2.50 |",
-    ]
+    names = ("float32", "int8, quantised after training", "int8, trained")
+    scores = {
+        ("onnx", name): score for name, score in zip(names, ([50.0, 52.0], [49.0, 51.0], [50.0, 51.0]), strict=True)
+    }
+    measured = dict.fromkeys(scores, (2.5e6, 4.0)) | {("onnx", names[2]): (0.7e6, 2.5)}
+    lines = of("int8").table(scores, measured).splitlines()
+    assert lines[2] == "| onnxruntime | float32 | 51.00 ± 1.41 | 2.50 | 4.00 |"
+    assert lines[4] == "| onnxruntime | int8, trained | 50.50 ± 0.71 | 0.70 | 2.50 |"
+    assert lines[-1] == "| onnxruntime | 1.00 ± 0.00 | 0.50 ± 0.71 |"
+
+
+def test_int8_reads_the_score_of_a_file(monkeypatch):
+    script = of("int8")
+    for facts in ({"AP of JAX": "1", "AP of this file, int8": "51.25"}, {"AP_of_this_file_int8": "51.25"}):
+        monkeypatch.setattr(script.latency, "exported_file", lambda _, facts=facts: (None, None, None, facts))
+        assert script.average_precision("x") == 51.25
 
 
 def test_int8_trains_and_exports_what_is_missing(tmp_path, monkeypatch):
@@ -294,7 +305,7 @@ def test_int8_trains_and_exports_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.setattr(script, "average_precision", lambda file: 50.0)
     flags = [f"--workdir={tmp_path}", "--seeds=2", "--data=scenes", "--", "--config.steps=4"]
     script.main(flags)
-    assert [command[0] for command in ran].count("train") == 4 and [c[0] for c in ran].count("export") == 6
+    assert [command[0] for command in ran].count("train") == 4 and [c[0] for c in ran].count("export") == 18
     trained = [command for command in ran if "--config.student.options.int8=True" in command]
     assert len(trained) == 2 and all("--config.steps=4" in command for command in trained)
     ran.clear()
