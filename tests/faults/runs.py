@@ -15,6 +15,7 @@ import numpy as np
 
 from kdjax import detectors, weights
 from kdjax.files import altered
+from kdjax.training import log
 from kdjax.weights.checkpoint import arrays
 from tests.faults.config import DETECTOR, IMAGE_SIZE, OPTIONS
 from tests.shared import ROOT
@@ -152,7 +153,7 @@ def outcome(workdir: Path) -> dict[str, Any]:
 
 def metrics(workdir: Path) -> dict[tuple[int, str, str], float]:
     """What readers see of metrics.jsonl: of each step, kind and name the last value; those of time are left out."""
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    rows, _ = log.read(workdir / "metrics.jsonl")
     return {
         (row["step"], row["kind"], name): value
         for row in rows
@@ -192,6 +193,8 @@ def unsound(workdir: Path, others: Sequence[Path] = ()) -> list[str]:
         for path in folder.rglob("*")
         if path.name.endswith(_TEMPORARY) or "orbax-checkpoint-tmp" in path.name
     ]
+    if damaged := log.read(workdir / "metrics.jsonl")[1]:
+        found.append(f"metrics.jsonl has {damaged} damaged lines")
     for path in workdir.rglob("*.json"):
         if "checkpoints" not in path.parts:
             try:

@@ -4,8 +4,9 @@ import random
 
 import pytest
 
+from kdjax.training.log import Log
 from tests.faults import corruptions, kills
-from tests.faults.runs import make_home
+from tests.faults.runs import make_home, metrics, unsound
 from tests.shared import ROOT
 
 pytestmark = pytest.mark.faults
@@ -36,3 +37,15 @@ def test_no_damaged_file_is_used_silently(home, known):
     assert {case.kind for case in cases} == {*corruptions.kinds(home, known.workdir)}
     assert {case.damage for case in cases} == {*corruptions.DAMAGES}
     assert {case.outcome for case in cases} >= {"harmless", "passed over", "refused"}
+
+
+def test_a_damaged_line_is_left_out_and_told(tmp_path):
+    """A line that a reader of metrics.jsonl leaves out is not compared, but named."""
+    with Log(tmp_path, 0, board=False) as written:
+        written.write(1, "train", {"loss": 1.0})
+        written.write(2, "train", {"loss": 2.0})
+    whole = (tmp_path / "metrics.jsonl").read_bytes()
+    assert metrics(tmp_path) == {(1, "train", "loss"): 1.0, (2, "train", "loss"): 2.0} and unsound(tmp_path) == []
+    (tmp_path / "metrics.jsonl").write_bytes(whole.replace(b"1.0", b"1\x00"))
+    assert metrics(tmp_path) == {(2, "train", "loss"): 2.0}
+    assert unsound(tmp_path) == ["metrics.jsonl has 1 damaged lines"]
