@@ -41,11 +41,13 @@ def test_no_damaged_file_is_used_silently(home, known):
 
 def test_a_damaged_line_is_left_out_and_told(tmp_path):
     """A line that a reader of metrics.jsonl leaves out is not compared, but named."""
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "report.html").write_text("</html>")
     with Log(tmp_path, 0, board=False) as written:
-        written.write(1, "train", {"loss": 1.0})
-        written.write(2, "train", {"loss": 2.0})
+        written.write(1, "eval", {"loss": 1.0})
+        written.write(2, "eval", {"loss": 2.0})
     whole = (tmp_path / "metrics.jsonl").read_bytes()
-    assert metrics(tmp_path) == {(1, "train", "loss"): 1.0, (2, "train", "loss"): 2.0} and unsound(tmp_path) == []
+    assert metrics(tmp_path) == {(1, "eval", "loss"): 1.0, (2, "eval", "loss"): 2.0} and unsound(tmp_path) == []
     (tmp_path / "metrics.jsonl").write_bytes(whole.replace(b"1.0", b"1\x00"))
-    assert metrics(tmp_path) == {(2, "train", "loss"): 2.0}
+    assert metrics(tmp_path) == {(2, "eval", "loss"): 2.0}
     assert unsound(tmp_path) == ["metrics.jsonl has 1 damaged lines"]
