@@ -464,7 +464,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, list[str]]]:
 
     one = add(
         "import-weights",
-        "Convert a checkpoint of mmdetection, mmyolo, mmrazor or YOLOX to a folder that every command reads.",
+        "Convert a checkpoint of mmdetection, mmyolo, mmrazor, YOLOX, RT-DETR or D-FINE to a folder for every command.",
         "kdjax import-weights rtmdet_tiny.pth --detector=rtmdet_tiny --out=rtmdet_tiny",
     )
     one.add_argument(

@@ -101,8 +101,8 @@ def sealed(content: Mapping[str, Any], key: str = "sha256") -> dict[str, Any]:
 
 
 def altered(content: Mapping[str, Any], key: str = "sha256") -> bool:
-    """Whether what `sealed` returned was changed; what older versions wrote has no hash, and counts as unchanged."""
-    return key in content and content[key] != sealed(content, key)[key]
+    """Whether what `sealed` returned was changed, its hash included."""
+    return content.get(key) != sealed(content, key)[key]
 
 
 def check_outputs(where: str, folder: str | Path, *, files: Sequence[str] = (), folders: Sequence[str] = ()) -> None:

@@ -36,9 +36,9 @@ ALLOWED = {
     "training": CORE | {"methods", "detectors", "data", "evals", "weights", "inference", "report"},
     "doctor": CORE | {"methods", "detectors", "data", "evals", "weights", "inference", "training"},
 }
-ALLOWED = {part: used | {"files", "remote", "resources"} for part, used in ALLOWED.items()}
+ALLOWED = {part: used | {"files", "machine", "remote", "resources"} for part, used in ALLOWED.items()}
 ALLOWED |= {"files": {"errors"}, "remote": {"errors", "files"}, "resources": {"errors", "remote"}}
-ALLOWED |= {"sharding": set(), "compile_cache": {"files"}}
+ALLOWED |= {"machine": set(), "sharding": set(), "compile_cache": {"files"}}
 for _part in ("inference", "training", "doctor"):
     ALLOWED[_part] |= {"sharding", "compile_cache"}
 # The commands may import everything.

@@ -219,6 +219,8 @@ def walk(page: str, folder: Path) -> dict[str, str]:
         if (packages.missing() and ".onnx" in line) or (no_litert() and ".tflite" in line):
             continue  # needs kdjax[export] or kdjax[litert]
         more = SHORT.get(rest[0], [])
+        names = {flag.partition("=")[0] for flag in more}
+        rest = [flag for flag in rest if flag.partition("=")[0] not in names]  # a flag may be given once
         if more[: len(TINY)] == TINY and STUDENT not in line:
             more = [*more, f"{STUDENT}rtmdet_pico"]
         done = call(*(["-m", "kdjax"] if program == "kdjax" else []), *rest, *more)

@@ -82,10 +82,10 @@ def test_a_run_that_fails_and_one_that_is_stopped():
     "Workdirs, checkpoints and logs", "a study in the folder of runs with other flags", "refused with the flags"
 )
 def test_a_finished_run_is_kept_and_its_flags_must_be_the_same(tmp_path):
-    (tmp_path / "results.json").write_text('{"student": {"AP": 0.5}}')
+    (tmp_path / "results.json").write_text(json.dumps(files.sealed({"student": {"AP": 0.5}})))
     run = FACTS | {"command": ["train", "--config=a", f"--workdir={tmp_path}", "--config.seed=1"], "numpy": "2"}
     (tmp_path / "config.json").write_text(json.dumps({"config": {}, "runs": [run, {}]}))
-    assert study_runs.train(["--config=a", "--config.seed=1"], tmp_path) == {"student": {"AP": 0.5}}
+    assert study_runs.train(["--config=a", "--config.seed=1"], tmp_path) == files.sealed({"student": {"AP": 0.5}})
     assert study_runs.facts_of(tmp_path) == FACTS
     with pytest.raises(UserError, match=r"other flags .--config=a --config.seed=1"):
         study_runs.train(["--config=b", "--config.seed=1"], tmp_path)
@@ -99,10 +99,10 @@ def test_a_finished_run_on_other_images_is_refused(tmp_path):
     root = small_folder(tmp_path / "set", count=3)
     flags = ["--config=supervised/coco_folder:rtmdet_pico", f"--config.data.root={root}"]
     flags += [f"--config.data.cache={tmp_path / 'cache'}"]
-    (tmp_path / "results.json").write_text('{"student": {"AP": 0.5}}')
+    (tmp_path / "results.json").write_text(json.dumps(files.sealed({"student": {"AP": 0.5}})))
     run = {"command": ["train", *flags, f"--workdir={tmp_path}"], "data": opened(root, tmp_path).fingerprint}
     (tmp_path / "config.json").write_text(json.dumps({"config": {}, "runs": [run]}))
-    assert study_runs.train(flags, tmp_path) == {"student": {"AP": 0.5}}
+    assert study_runs.train(flags, tmp_path) == files.sealed({"student": {"AP": 0.5}})
     path = root / "images" / "val" / "p1.png"
     assert cv2.imwrite(str(path), cv2.imread(str(path)) + 1)
     study_runs.data_of.cache_clear()
@@ -344,9 +344,9 @@ def test_a_study_whose_files_are_damaged_busy_or_in_the_way_is_refused(tmp_path,
         (tmp_path / "results.json").write_text(text)
         with pytest.raises(UserError, match=r"^.*results.json: it is damaged or incomplete \("):
             study_runs.train(flags, tmp_path)
-    for changed in (False, True):
+    for changed in ((), ("0.25", "0.75"), ("sha256", "sha257")):
         text = json.dumps(files.sealed({"student": {"AP": 0.25}}))
-        (tmp_path / "results.json").write_text(text.replace("0.25", "0.75") if changed else text)
+        (tmp_path / "results.json").write_text(text.replace(*changed) if changed else text)
         told = r"^.*results.json: it was changed after it was written \(its SHA-256 differs\): train the run again$"
         with pytest.raises(UserError, match=told) if changed else contextlib.nullcontext():
             study_runs.train(flags, tmp_path)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import math
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -133,6 +134,8 @@ def run(
     """
     if max_ap_loss is not None and not data:
         raise UserError("--max-ap-loss needs --data=DIR, on which AP is measured")
+    if max_ap_loss is not None and not math.isfinite(max_ap_loss):
+        raise UserError(f"--max-ap-loss must be a number of points of AP, not {max_ap_loss}")
     source = _Source(model, data, split, annotations, images, limit, exif, classes)
     if target == targets.ALL:
         own = {"--format": format, "--dtype": dtype, "--raw": raw, "--batch": batch}
@@ -159,9 +162,14 @@ def _all(source: _Source, out: str, max_ap_loss: float | None) -> int:
         print(f"{name}:", flush=True)
         try:
             size, told, facts = _export(source, form, str(folder / file), max_ap_loss)
-        except UserError as error:
-            refused[name] = str(error)
-            print(f"not written: {error}")
+        except OSError:
+            raise  # the disk is full, for instance
+        except Exception as error:  # converters raise many kinds of errors; the other targets do not need this one
+            first = next(iter(str(error).splitlines()), "")
+            refused[name] = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {first}"
+            if (folder / file).exists():
+                refused[name] += f"; {folder / file} is of an earlier export"
+            print(f"not written: {refused[name]}")
             continue
         print(*told, sep="\n")
         scores = [facts[f"AP of this file, {form.dtype}"], facts["AP of JAX"]]
@@ -194,9 +202,14 @@ def _export(source: _Source, form: _Form, out: str, max_ap_loss: float | None) -
             )
         if form.format == "litert":
             packages.check_installed(packages.LITERT_INT8)
+    if form.format == "onnx" and form.dtype == "float16" and loaded.detector.masks == "box":
+        raise UserError(
+            f"{source.model}: {loaded.detector.name} has convolutions behind its NMS, which ONNX computes in "
+            "float32 only: export it with --dtype=float32"
+        )
     if form.format == "ncnn":
         ncnn.check(loaded)
-    graphs.check(loaded, raw=form.raw, nms=form.format != "litert")
+    graphs.check(loaded, raw=form.raw, nms=form.format != "litert", batch=form.batch)
     if trained:
         loaded = graphs.in_dtype(loaded, "int8" if as_trained else "float32")
     opened = source.opened
@@ -334,9 +347,8 @@ def _smaller(model: Model, path: Path, form: _Form, calibration: Iterable[np.nda
 
 
 def _describe(model: Model, form: _Form) -> dict[str, str]:
-    return metadata.describe(
-        model, raw=form.raw, nms=form.format != "litert", batch=form.batch, ncnn=form.format == "ncnn"
-    )
+    of_format = {"stablehlo": form.format == "stablehlo", "ncnn": form.format == "ncnn"}
+    return metadata.describe(model, raw=form.raw, nms=form.format != "litert", batch=form.batch, **of_format)
 
 
 def _compare_int8(

@@ -60,9 +60,10 @@ def run(*, models: list[str], threads: int | None, runs: int, out: str | None) -
     print(table(rows))
     print(
         f"\nOne image, {threads} {'thread' if threads == 1 else 'threads'}, {runs} runs after {WARM_UP} to warm up. "
-        "Models in folders are timed without decoding (with it if they have two stages), exported files as they are."
+        "Models in folders are timed without decoding (with it if they have two stages or queries), exported files "
+        "as they are."
     )
-    if missing := packages.missing():
+    if any(files.values()) and (missing := packages.missing()):
         print(f"onnxruntime timings skipped (missing: {', '.join(missing)}): pip install 'kdjax[export]'")
     return 0
 

@@ -42,6 +42,11 @@ def run(*, model: str, repository: str, license: str, private: bool) -> int:
         sent += [hub.CommitOperationAdd(path.name, str(path)) for path in _files(loaded.path)]
         api = hub.HfApi()
         url = api.create_repo(repository, private=private or None, exist_ok=True)
+        if private and not api.repo_info(repository).private:
+            raise UserError(
+                f"--private: {repository} is there already and is public: make it private on the Hub, or take another "
+                "name"
+            )
         api.create_commit(repository, sent, commit_message=f"Upload {loaded.detector.name} with kdjax")
     print(f"{url}: {', '.join(one.path_in_repo for one in sent)}; --model=hf://{repository} loads it")
     if "license" not in model_card.parted(card)[0]:
@@ -54,6 +59,7 @@ def _files(folder: Path) -> list[Path]:
     found = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
     exported = {path.name for path in found if path.suffix in EXPORTED}
     beside = {f"{name}.json" for name in exported}
+    beside |= {str(Path(name).with_suffix(".bin")) for name in exported if name.endswith((".xml", ".param"))}
     return [path for path in found if path.name in {WEIGHTS, CONFIG} | exported | beside]
 
 

@@ -79,8 +79,8 @@ def _override(config: ConfigDict, name: str, text: str) -> None:
     current: Any = node[key]
     if isinstance(current, ConfigDict):
         raise UserError(f"--config.{name}: it is a group of settings: override one of {', '.join(current)}")
-    if name == "batch_size" and text == AUTO:
-        node[key] = text
+    if name == "batch_size":
+        node[key] = text if text == AUTO else _parse(f"--config.{name}", text, 1, f"an integer or {AUTO}")
         return
     if _WEIGHT.fullmatch(name):
         node[key] = text if text == AUTO else _weight(f"--config.{name}", text)
@@ -95,8 +95,8 @@ def _weight(where: str, text: str) -> float:
     return float(value)
 
 
-def _parse(where: str, text: str, current: Value) -> Value:
-    """The value that `text` stands for, of the type that the setting has."""
+def _parse(where: str, text: str, current: Value, kind: str = "") -> Value:
+    """The value that `text` stands for, of the type that the setting has; `kind` names it in an error."""
     if isinstance(current, str):
         return text
     if isinstance(current, bool):
@@ -115,7 +115,8 @@ def _parse(where: str, text: str, current: Value) -> Value:
         _check_entries(where, text, value, current)
     kinds = {int: "an integer", float: "a number", tuple: "values between commas"}
     if current is not None and type(value) is not type(current):
-        raise UserError(f"{where}: it must be {kinds.get(type(current), type(current).__name__)}, not {text!r}")
+        kind = kind or kinds.get(type(current), type(current).__name__)
+        raise UserError(f"{where}: it must be {kind}, not {text!r}")
     return value
 
 

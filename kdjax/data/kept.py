@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from kdjax import machine
 from kdjax.errors import UserError
 
 GIB = 2**30
@@ -52,7 +53,7 @@ def check_memory(expected: Forecast) -> None:
     Raises:
       UserError: it has less memory, or this process may have less.
     """
-    memory = _memory()
+    memory = machine.memory()
     if expected.bytes > memory:
         raise UserError(
             f"keep: {expected.bytes / GIB:.1f} GiB of decoded images do not fit the {memory / GIB:.1f} GiB of this "
@@ -146,13 +147,3 @@ def _shared_file() -> tuple[int, str]:
         file = os.memfd_create("kdjax decoded images")
         return file, f"/proc/{os.getpid()}/fd/{file}"
     return tempfile.mkstemp(prefix="kdjax_decoded_")
-
-
-def _memory() -> float:
-    """Bytes of memory that this process may have, as far as it can be told."""
-    found = [np.inf]
-    with contextlib.suppress(AttributeError, ValueError, OSError):  # Windows
-        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    with contextlib.suppress(ValueError, OSError), open("/sys/fs/cgroup/memory.max", encoding="ascii") as limit:
-        found.append(int(limit.read()))
-    return min(found)

@@ -376,6 +376,6 @@ def _read(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
         content = None
-    if not isinstance(content, dict) or "sha256" not in content or files.altered(content):
+    if not isinstance(content, dict) or files.altered(content):
         raise UserError(f"{path}: it is damaged or was changed: delete {path.parent}, and it is written again")
     return content

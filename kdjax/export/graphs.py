@@ -25,19 +25,23 @@ DETECTIONS = ("boxes", "scores", "labels", "valid", "masks")
 _PREDICTIONS = ("cls_logits", "box_reg", "quality", "kernels")
 
 
-def check(model: Model, *, raw: bool, nms: bool = True) -> None:
+def check(model: Model, *, raw: bool, nms: bool = True, batch: int = 1) -> None:
     """Checks that a format can hold what is asked for.
 
     Args:
       model: from `kdjax.inference.load`.
       raw: the head's maps instead of detections.
       nms: whether NMS can be in the file.
+      batch: number of images; 0: any.
 
     Raises:
       UserError: it cannot.
     """
     what, two_stages = f"{model.path}: {model.detector.name}", model.detector.propose is not None
     queries = model.detector.head is None and not two_stages
+    if not batch and (two_stages or queries):
+        why = "its second stage" if two_stages else "its choice of queries"
+        raise UserError(f"{what} cannot be written for any number of images, because of {why}: give it, --batch=1")
     if raw and two_stages:
         raise UserError(f"{what} has two stages, and the second has no maps: export it without --raw")
     if raw and queries:

@@ -18,7 +18,9 @@ _MASKS = {
 }
 
 
-def describe(model: Model, *, raw: bool, nms: bool = True, batch: int = 1, ncnn: bool = False) -> dict[str, str]:
+def describe(
+    model: Model, *, raw: bool, nms: bool = True, batch: int = 1, stablehlo: bool = False, ncnn: bool = False
+) -> dict[str, str]:
     """The facts that a user of an exported file needs, as text by name.
 
     Args:
@@ -26,6 +28,7 @@ def describe(model: Model, *, raw: bool, nms: bool = True, batch: int = 1, ncnn:
       raw: whether the outputs are the head's maps.
       nms: whether the file holds the NMS.
       batch: number of images; 0: any.
+      stablehlo: whether it is a program of StableHLO, whose detections are padded.
       ncnn: whether it is an NCNN file, which takes floats, channels first.
     """
     height, width = model.image_size
@@ -41,8 +44,14 @@ def describe(model: Model, *, raw: bool, nms: bool = True, batch: int = 1, ncnn:
             f"boxes f32[{count}, {most}, 4] x1 y1 x2 y2 in pixels of the canvas, scores f32[{count}, {most}], labels "
             f"i64[{count}, {most}], best first, filled up with scores of 0"
         )
+    if stablehlo:
+        most = graphs.most(model)
+        outputs = (
+            f"boxes f32[1, {most}, 4] x1 y1 x2 y2 in pixels of the canvas, scores f32[1, {most}], labels i32[1, "
+            f"{most}], valid bool[1, {most}]: which of them are detections"
+        )
     if model.detector.masks:
-        rows = "n" if batch == 1 else f"{count}, {graphs.most(model)}"
+        rows = f"1, {graphs.most(model)}" if stablehlo else "n" if batch == 1 else f"{count}, {graphs.most(model)}"
         outputs += f"; masks f32[{rows}, h, w], {_MASKS[model.detector.masks]}"
     if not nms:
         limits = graphs.nms_settings(model)

@@ -42,9 +42,9 @@ def write(model: Model, path: str | Path, *, raw: bool = False, batch: int = 1) 
     Reference: ONNX's operators, https://onnx.ai/onnx/operators/, opset 19.
 
     Raises:
-      UserError: see `graphs.check`; or the detector cannot be written for any number of images.
+      UserError: see `graphs.check`.
     """
-    graphs.check(model, raw=raw)
+    graphs.check(model, raw=raw, batch=batch)
     path = Path(path)
     names = graphs.map_names(model) if raw else graphs.detection_names(model)
     padded = names if raw else [f"padded_{name}" for name in names]
@@ -53,23 +53,14 @@ def write(model: Model, path: str | Path, *, raw: bool = False, batch: int = 1) 
         import onnx
 
         operators.register()
-        try:
-            with nn.portable(), nn.replaced(**operators.REPLACED):
-                graph = jax2onnx.to_onnx(
-                    functools.partial(graphs.maps if raw else graphs.detections, model),
-                    graphs.inputs(model, raw=raw, batch=batch or ANY),
-                    opset=OPSET,
-                    input_names=list(graphs.INPUTS[: 1 if raw else 2]),
-                    output_names=padded,
-                )
-        except Exception as error:  # jax and jax2onnx raise many kinds of errors where a number must be known
-            if batch:
-                raise
-            why = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise UserError(
-                f"{model.path}: {model.detector.name} cannot be written for any number of images ({why}): give the "
-                "number, --batch=8"
-            ) from error
+        with nn.portable(), nn.replaced(**operators.REPLACED):
+            graph = jax2onnx.to_onnx(
+                functools.partial(graphs.maps if raw else graphs.detections, model),
+                graphs.inputs(model, raw=raw, batch=batch or ANY),
+                opset=OPSET,
+                input_names=list(graphs.INPUTS[: 1 if raw else 2]),
+                output_names=padded,
+            )
         if not raw:
             _cut_padding(graph, names, one=batch == 1)
         onnx.save(graph, str(path))

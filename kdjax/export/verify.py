@@ -157,10 +157,10 @@ def check_int8(model: Model, call: Call, images: Iterable[np.ndarray], *, raw: b
 
     Returns:
       The share, of the detections of either with a score of at least 0.3, that the other has too: of the same class,
-      with an IoU of at least 0.8 and a score that differs by at most 0.1; 1 if neither has any. And how many there are.
+      with an IoU of at least 0.8 and a score that differs by at most 0.1. And how many there are.
 
     Raises:
-      UserError: it is less than 0.9, or a number is not finite.
+      UserError: it is less than 0.9, neither has any such detection, or a number is not finite.
     """
     both = [as_program(model, call, raw=raw), jax.jit(lambda _, *given: graphs.decoded(model, *given))]
     shared, count = 0, 0
@@ -175,7 +175,12 @@ def check_int8(model: Model, call: Call, images: Iterable[np.ndarray], *, raw: b
             sure = scores >= SURE
             shared += int(np.count_nonzero(near.any(1) & sure))
             count += int(np.count_nonzero(sure))
-    share = shared / count if count else 1.0
+    if not count:
+        raise UserError(
+            f"on these images neither the file nor the JAX model detects anything with a score of at least {SURE:g}, "
+            "so nothing can be compared: give images of its classes, --data=DIR"
+        )
+    share = shared / count
     if share < SAME:
         raise UserError(
             f"the exported file and the JAX model share {share:.0%} of their detections with a score of at least "

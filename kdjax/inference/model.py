@@ -149,8 +149,8 @@ def load(
     if folder.suffix.lower() in EXPORTED:
         raise UserError(
             f"{path}: an exported model cannot be loaded: give the folder of the model that it was made from (`kdjax "
-            "latency` measures an exported file, `kdjax export --data=DIR` its AP; `kdjax import-weights` converts an "
-            ".onnx file of YOLOX or RTMDet)"
+            "latency` measures an exported file that is not StableHLO's, `kdjax export --data=DIR` its AP; `kdjax "
+            "import-weights` converts an .onnx file of YOLOX or RTMDet)"
         )
     if folder.is_file() and folder.name != weights.WEIGHTS:
         raise UserError(

@@ -281,7 +281,8 @@ def check_workdir(config: Config, workdir: str | Path | None) -> Path:
         return folder
     try:
         written = json.loads(path.read_text(encoding="utf-8"))
-        differ, changed = settings.differences(written["config"], config), files.altered(written)
+        differ = settings.differences(written["config"], config)
+        changed = "sha256" in written and files.altered(written)  # older versions wrote none
     except (ValueError, TypeError, KeyError, RecursionError):
         raise UserError(f"workdir: {path} is not the config of a run: choose another folder") from None
     if changed:

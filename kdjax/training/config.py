@@ -263,7 +263,8 @@ def check_values(config: Config) -> None:
             if not isinstance(value, tuple | list) or not all(isinstance(entry, str) for entry in value):
                 raise UserError(f"config.{name} must be a tuple of texts, not {value!r}")
         elif type(default) in KINDS and not has_type(values[name], type(default)):
-            raise UserError(f"config.{name} must be {KINDS[type(default)]}, not {values[name]!r}")
+            kind = f"an integer or {AUTO!r}" if name == "batch_size" else KINDS[type(default)]
+            raise UserError(f"config.{name} must be {kind}, not {values[name]!r}")
     for name, (low, high) in _RANGES.items():
         value = values.get(name)
         if not (isinstance(value, int | float) and math.isfinite(value) and low <= value <= high):

@@ -124,8 +124,7 @@ class Live:
         except Exception as error:  # a page must not end a run
             if not self.warned:
                 why = fault(error) or f"{type(error).__name__}: {error}"
-                path = self.folder / outputs.REPORT
-                text = f"kdjax: {printable(f'{path} cannot be written during the run: {why}')}; the run goes on"
+                text = f"kdjax: the page of the run cannot be written yet: {printable(why)}; the run goes on"
                 tqdm.write(text, file=sys.stderr)
             self.warned = True
         self.seconds.append(time.perf_counter() - begun)

@@ -3,7 +3,7 @@
 import functools
 import gc
 import json
-import os
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
@@ -12,66 +12,65 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from kdjax import data, sharding
-from kdjax.distill.teachers import RECORDED
+from kdjax import data, machine, sharding
 from kdjax.errors import UserError
-from kdjax.training import checks, optim
+from kdjax.training import checks, compiling, optim
 from kdjax.training.config import AUTO, Config
-from kdjax.training.setup import Setup, placed, prepare
-from kdjax.training.step import SOUND
+from kdjax.training.setup import Setup, prepare
 from kdjax.training.teachers import unlabelled_rows
 
-# Linux: available memory of the machine, and the limit of a container.
-MEMORY, GROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
 SHARE = 0.8  # of the available memory that a step may need; the rest is for the loader and for what forecasts miss
 MOST = 256  # images in a batch that is chosen: RTMDet's, from which the learning rate's rule is taken
 
 
-def forecast(setup: Setup, batch: Mapping[str, np.ndarray]) -> int | None:
-    """Bytes that the compiled update of the student needs on each device, with all states; nothing is executed.
+def forecast(setup: Setup, batch: Mapping[str, np.ndarray]) -> float | None:
+    """Bytes that a run needs on each device: its states and the largest of its programs, which is not run.
 
     Args:
       setup: of the run.
       batch: a training batch of the loader.
 
     Returns:
-      The bytes; None if XLA does not say them on this platform.
+      The bytes; inf if the compiler finds no room; None if XLA does not say them on this platform.
     """
-    given = placed(setup, batch)
-    flagged = given | {SOUND: sharding.spec_of_flag(setup.mesh)}  # as the run calls it
-    step = setup.steps["student"].lower(setup.states["student"], setup.variables, flagged)
-    analysis = step.compile().memory_analysis()
-    if analysis is None:
-        return None
-    states = sharding.bytes_of_device((setup.states, setup.variables, given.get(RECORDED)))
-    new = analysis.output_size_in_bytes - analysis.alias_size_in_bytes  # the state is updated in place
-    return analysis.temp_size_in_bytes + new + states
+    student, needs = setup.states["student"], []
+    everything = sharding.bytes_of_device((setup.states, setup.variables))
+    for program in compiling.of_training(setup, batch, check=False):
+        if program.name == "the twin's update":
+            continue  # the student's is larger
+        try:
+            analysis = program.lower().compile().memory_analysis()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            return math.inf
+        if analysis is None:
+            return None
+        held = (student, setup.variables) if program.name == "the student's update" else setup.variables
+        new = analysis.output_size_in_bytes - analysis.alias_size_in_bytes  # the state is updated in place
+        given = max(analysis.argument_size_in_bytes - sharding.bytes_of_device(held), 0)
+        needs.append(everything + given + analysis.temp_size_in_bytes + new)
+    return max(needs)
 
 
-def available() -> int:
-    """Bytes of memory of the first device: an accelerator's own, or a CPU device's share of the available memory."""
+def available() -> float:
+    """Bytes of memory of the first device: an accelerator's own, or a CPU device's share of the free memory."""
     device = jax.local_devices()[0]
     limit = (device.memory_stats() or {}).get("bytes_limit")
-    if limit:
-        return limit
-    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if MEMORY.exists():
-        lines = dict(line.split(":") for line in MEMORY.read_text().splitlines())
-        free = int(lines["MemAvailable"].split()[0]) * 1024
-    if GROUP.exists() and (limit := GROUP.read_text().strip()).isdigit():
-        free = min(free, int(limit))
-    return free // jax.local_device_count()
+    return limit or machine.free_memory() / jax.local_device_count()
 
 
-def smallest(config: Config) -> Config:
-    """The config with the smallest batch: one image a device, or a few where each image without labels needs more."""
+def sizes(config: Config) -> list[int]:
+    """Batch sizes up to `MOST` that a run may have: powers of two times the devices, ascending.
+
+    With images without labels, their number must be a multiple of the devices too. There is always one.
+    """
     devices = sharding.make_mesh().size
-    for doubled in range(8):
-        chosen = with_size(config, devices * 2**doubled)
-        rows = unlabelled_rows(chosen)
-        if rows % devices == 0 and (rows or not config.data.unlabelled):
-            return chosen
-    return with_size(config, devices)  # `checks.check_settings` refuses it
+    found = [devices * 2**n for n in range(max(MOST // devices, 1).bit_length())]
+    if config.data.unlabelled:
+        rows = {size: unlabelled_rows(with_size(config, size)) for size in found}
+        found = [size for size, count in rows.items() if count and count % devices == 0]
+    return found or [devices]  # which `checks.check_settings` refuses
 
 
 def with_size(config: Config, size: int) -> Config:
@@ -92,14 +91,14 @@ def of_run(workdir: str | Path | None) -> int | None:
 
 
 def fill(config: Config, dataset: data.Dataset) -> Config:
-    """The config with the largest batch that fits: a power of two times the smallest, at most `MOST` and one epoch.
+    """The config with the largest of `sizes` that fits, and that is not larger than an epoch.
 
-    The step is compiled for the smallest batch and twice that; what it needs grows linearly with the images, so the
-    largest size whose forecast is within `SHARE` of the available memory follows, and is compiled too. If that needs
-    more than the forecast, it is halved. Of several hosts the one with the least memory decides.
+    The programs of the run are compiled for the two smallest sizes. What they need grows linearly with the images, so
+    the largest size whose forecast is within `SHARE` of the available memory follows, and is compiled too. If it needs
+    more than the forecast, the next smaller one is. Of several hosts the one with the least memory decides.
 
     Args:
-      config: of `smallest`, checked.
+      config: with the smallest of `sizes`, checked.
       dataset: of the run.
 
     Raises:
@@ -107,34 +106,34 @@ def fill(config: Config, dataset: data.Dataset) -> Config:
     """
 
     @functools.cache
-    def of_size(size: int) -> int:
+    def of_size(size: int) -> float:
         return need(with_size(config, size), dataset)
 
-    least, have = config.batch_size, min(sharding.from_every_host(available()))
-    limit, most = SHARE * have, min(MOST, dataset.splits["train"].size)
-    if of_size(least) > limit:
+    least, *larger = sizes(config)
+    larger = [size for size in larger if size <= dataset.splits["train"].size]
+    have = min(sharding.from_every_host(available()))
+    if of_size(least) > SHARE * have:
         raise UserError(
             f"config.batch_size='{AUTO}': a step of {least} images needs about {_gib(of_size(least))}, more than "
             f"{SHARE:.0%} of the {_gib(have)} of a device: lower config.data.image_size, or take smaller models"
         )
-    chosen = least
-    if 2 * least <= most:
-        for_image = (of_size(2 * least) - of_size(least)) / least
-        while 2 * chosen <= most and of_size(least) + for_image * (2 * chosen - least) <= limit:
-            chosen *= 2
-    while of_size(chosen) > limit:
-        chosen //= 2
-    found = with_size(config, chosen)
+    fitting = [least]
+    if larger:
+        for_image = (of_size(larger[0]) - of_size(least)) / (larger[0] - least)
+        fitting += [size for size in larger if of_size(least) + for_image * (size - least) <= SHARE * have]
+    while of_size(fitting[-1]) > SHARE * have:
+        fitting.pop()
+    found = with_size(config, fitting[-1])
+    checks.check_settings(found)
     if not jax.process_index():
         lr, rule = config.optimizer.lr, f"the linear rule gives {optim.linear_rule(found):.3g}"
         rate = f"config.optimizer.lr stays {lr:.3g} ({rule})" if lr else f"learning rate: {rule}"
-        print(
-            f"batch size {chosen}: a step needs about {_gib(of_size(chosen))} of the {_gib(have)} of a device; {rate}"
-        )
+        needed = f"{_gib(of_size(found.batch_size))} of the {_gib(have)}"
+        print(f"batch size {found.batch_size}: a step needs about {needed} of a device; {rate}")
     return found
 
 
-def need(config: Config, dataset: data.Dataset) -> int:
+def need(config: Config, dataset: data.Dataset) -> float:
     """`forecast` of a run.
 
     Args:
@@ -158,4 +157,4 @@ def need(config: Config, dataset: data.Dataset) -> int:
 
 
 def _gib(count: float) -> str:
-    return f"{count / 2**30:.3g} GiB"
+    return f"{count / 2**30:.2f} GiB"

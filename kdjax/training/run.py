@@ -150,7 +150,7 @@ def run(config: Config, workdir: str | Path | None) -> dict[str, Any] | None:
     """
     clock = Clock()
     auto = config.batch_size == AUTO and not config.data.check
-    config = memory.smallest(config) if auto else config
+    config = memory.with_size(config, memory.sizes(config)[0]) if auto else config
     checks.check_settings(config)
     if config.data.check:
         checks.check_detectors(config)

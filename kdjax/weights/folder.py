@@ -233,7 +233,7 @@ def _load_folder(folder: Path, detector: Detector | None) -> tuple[Detector, Tre
         raise UserError(
             f"{folder / WEIGHTS}: it does not fit {stored.name}: missing, unknown or of another shape: {wrong}"
         )
-    if altered(config, SEAL):
+    if SEAL in config and altered(config, SEAL):  # older versions wrote none
         raise UserError(
             f"{folder / CONFIG}: it was changed after it was written (its SHA-256 differs): restore it; to rename "
             "classes, use `kdjax import-weights --classes`"

@@ -112,6 +112,10 @@ def test_what_cannot_be_pushed_is_refused(hub, made, finished, capsys):
     assert "is a checkpoint of a run: push the student/ of one that" in refused(capsys, "push", str(half), "me/cells")
     assert "there is no such file or folder" in refused(capsys, "push", str(made / "none"), "me/cells")
     assert not hub.repositories
+    assert cli.main(["push", str(made / "model"), "me/cells"]) == 0
+    told = refused(capsys, "push", str(made / "other"), "me/cells", "--private")
+    assert "--private: me/cells is there already and is public: make it private on the Hub" in told
+    assert len(hub.messages) == 1
 
 
 @pytest.mark.user_input(

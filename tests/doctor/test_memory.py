@@ -6,7 +6,6 @@ import pytest
 
 from kdjax import sharding
 from kdjax.doctor import memory
-from kdjax.training import memory as training
 from tests.support.findings import errors
 
 
@@ -24,9 +23,8 @@ def test_too_little_memory_is_named(tiny, monkeypatch):
     [told] = errors(memory.check_memory(setup, batch)).values()
     assert told.endswith(": lower config.batch_size (or set it to 'auto') or config.data.image_size")
     for kind in sharding.KINDS:
-        several = setup._replace(layout=sharding.Layout(sharding.mesh_of(jax.devices()[:2]), kind))
+        several = setup._replace(layout=sharding.Layout(sharding.mesh_of(jax.devices()[:2]), kind), teachers=())
         several = several._replace(states=several.layout.put(jax.device_get(setup.states)))
         several = several._replace(variables=several.layout.put(jax.device_get(setup.variables)))
-        monkeypatch.setattr(training, "placed", lambda _, batch: batch)
         [of_two] = errors(memory.check_memory(several, batch)).values()
         assert of_two.endswith(", or set config.sharding='fsdp'") == (kind == "replicated")

@@ -36,12 +36,19 @@ def damaged(home: Home, known: Reference, count: int, seed: int) -> list[Ended]:
         path, how = drawn.choice(files), drawn.choice(list(DAMAGES))
         if damage(path, how, drawn):
             what = f"{path.relative_to(workdir)}, {how}"
-            ended.append(Ended(what, *_finished(Life(home, workdir, home.folder / "damaged.log"), known)))
+            life = Life(home, workdir, home.folder / "damaged.log")
+            ended.append(Ended(what, *_finished(life, known, _unread(path.relative_to(workdir), known))))
     return ended
 
 
-def _finished(life: Life, known: Reference) -> tuple[str, str]:
-    """How a command ends that may be refused: outcome and detail of `Ended`."""
+def _unread(damaged: Path, known: Reference) -> str:
+    """How `unsound` names a checkpoint that the command does not read, as there is a newer one; "" if it reads it."""
+    step = damaged.parts[1] if damaged.parts[0] == "checkpoints" else ""
+    return f"checkpoint {step} " if step.isdigit() and int(step) < known.steps[-2] else ""
+
+
+def _finished(life: Life, known: Reference, unread: str) -> tuple[str, str]:
+    """How a command ends that may be refused: outcome and detail of `Ended`; `unread` is left out of the faults."""
     if not life.ended(PATIENCE):
         life.process.kill()
         return "hangs", life.said()[-500:]
@@ -55,6 +62,7 @@ def _finished(life: Life, known: Reference) -> tuple[str, str]:
     if life.process.returncode:
         return f"exit code {life.process.returncode}", life.said()[-500:]
     differ = [*differences(outcome(life.workdir), known.outcome), *unsound(life.workdir)]
+    differ = [part for part in differ if not unread or unread not in part]
     if warned and all(part.startswith("metrics.jsonl") for part in differ):
         differ = []  # lines are missing, and the report says so
     return ("differs", "; ".join(differ)) if differ else ("equal", "; ".join(warned))
@@ -116,8 +124,9 @@ def _with_more_room(life: Life, copy: Path, known: Reference) -> tuple[str, str]
         return "equal", "; ".join(said)
     bars = ("train: ", "compile: ", "evaluate ", "scenes")
     lines = [line for line in first.splitlines() if line.strip() and not line.startswith(bars)]
-    if len(said) != 1 or "make room" not in said[0]:
+    # The last one is the error; before it, the page of the run and TensorBoard may each have said that they fail.
+    if not 1 <= len(said) <= 3 or not all("make room" in line for line in said) or "again" not in said[-1]:
         return "no sentence", first[-500:]
     if len(lines) > _LINES:
-        return "too many lines", f"{len(lines)} lines: {said[0]}"
-    return "equal", said[0]
+        return "too many lines", f"{len(lines)} lines: {said[-1]}"
+    return "equal", "; ".join(said)

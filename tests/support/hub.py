@@ -59,7 +59,14 @@ class Hub:
                 return 200, [
                     {"type": "file", "oid": oid, "size": size, "path": path} for path, (oid, size) in listed.items()
                 ]
-            return 200, {"id": name, "modelId": name, "sha": "a" * 40, "siblings": [], "tags": [], "private": False}
+            return 200, {
+                "id": name,
+                "modelId": name,
+                "sha": "a" * 40,
+                "siblings": [],
+                "tags": [],
+                "private": bool(self.private.get(name)),
+            }
         if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/(\w+)/(.+)", path):
             name, revision, file = found.groups()
             files = self.revisions.get((name, revision), self.repositories.get(name, {}))

@@ -88,7 +88,7 @@ def test_a_run_shows_how_far_it_is_and_ends_with_its_report(config, tmp_path, wr
     )
     assert written[-1] == final and "The detector reaches AP" in state_of(final)
     assert REFRESH in written[-2] and "refresh" not in final and "<progress" not in final
-    assert not list(tmp_path.glob("*.tmp")) and "cannot be written during the run" not in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.tmp")) and "page of the run cannot be written" not in capsys.readouterr().err
 
 
 @pytest.mark.user_input(
@@ -105,10 +105,10 @@ def test_a_page_that_cannot_be_written_does_not_end_the_run(config, tmp_path, mo
 
     monkeypatch.setattr(outputs.run_report, "write_report", full)
     results = run(config, tmp_path)
-    lines = [line for line in capsys.readouterr().err.splitlines() if "cannot be written during the run" in line]
+    lines = [line for line in capsys.readouterr().err.splitlines() if "page of the run cannot be written" in line]
     path = tmp_path / "report.html"
     assert len(lines) == 1 and lines[0].strip().endswith(
-        f"kdjax: {path} cannot be written during the run: {path}: the disk is full: make room; the run goes on"
+        f"kdjax: the page of the run cannot be written yet: {path}: the disk is full: make room; the run goes on"
     )
     assert "The detector reaches AP" in path.read_text() and results["student"]
 

@@ -1,12 +1,13 @@
 """What a step needs, what the machine has, and the batch size that follows from both."""
 
 import json
+import math
 import types
 
 import jax
 import pytest
 
-from kdjax import data
+from kdjax import data, sharding
 from kdjax.commands import settings as command_line
 from kdjax.errors import UserError
 from kdjax.training import checks, memory
@@ -14,18 +15,6 @@ from kdjax.training.run import run
 from tests.support.runs import tiny_config
 
 GIB = 2**30
-
-
-def test_memory_is_that_of_the_machine_and_its_container(tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "MEMORY", tmp_path / "meminfo")
-    monkeypatch.setattr(memory, "GROUP", tmp_path / "max")
-    count = jax.local_device_count()
-    assert memory.available() * count > 2**30 * 0.5
-    memory.MEMORY.write_text("MemTotal:  9000 kB\nMemFree:  1000 kB\nMemAvailable:  8000 kB\n")
-    assert memory.available() == 8000 * 1024 // count
-    for limit, wanted in (("max", 8000 * 1024), ("4096000", 4096000), ("99999999999", 8000 * 1024)):
-        memory.GROUP.write_text(f"{limit}\n")
-        assert memory.available() == wanted // count
 
 
 def sized(monkeypatch, need, have, images=1000):
@@ -38,14 +27,15 @@ def sized(monkeypatch, need, have, images=1000):
     dataset = types.SimpleNamespace(splits={"train": types.SimpleNamespace(size=images)})
     config = command_line.read("quickstart", ["--config.batch_size=auto", "--config.optimizer.lr=0"])
     assert config.batch_size == "auto"
-    return memory.fill(memory.smallest(config), dataset).batch_size, asked
+    least = memory.with_size(config, memory.sizes(config)[0])
+    return memory.fill(least, dataset).batch_size, asked
 
 
 def test_the_largest_batch_that_fits_is_chosen(monkeypatch, capsys):
     """1 GiB and 0.1 for each image, of 10: 8 may be used, 70 images fit, and the power of two below is 64."""
     assert sized(monkeypatch, lambda size: 1 + 0.1 * size, 10) == (64, [1, 2, 64])
     step, rate = capsys.readouterr().out.splitlines()[-1].split("; ")
-    assert step == "batch size 64: a step needs about 7.4 GiB of the 10 GiB of a device"
+    assert step == "batch size 64: a step needs about 7.40 GiB of the 10.00 GiB of a device"
     assert rate == "learning rate: the linear rule gives 0.001"
     assert sized(monkeypatch, lambda size: 1 + 0.1 * size, 10, images=50)[0] == 32
     assert sized(monkeypatch, lambda size: 1e-3 * size, 10)[0] == memory.MOST
@@ -53,10 +43,11 @@ def test_the_largest_batch_that_fits_is_chosen(monkeypatch, capsys):
     assert sized(monkeypatch, lambda size: 1 + 0.1 * size + 0.001 * size**2, 10) == (32, [1, 2, 64, 32])
     assert sized(monkeypatch, lambda size: 4.0 * size, 10) == (2, [1, 2])
     assert sized(monkeypatch, lambda size: 5.0 * size, 10) == (1, [1, 2])
+    assert sized(monkeypatch, lambda size: 1.0 if size < 4 else math.inf, 10) == (2, [1, 2, 256, 128, 64, 32, 16, 8, 4])
 
 
 def test_a_machine_without_memory_for_one_image_is_named(monkeypatch):
-    with pytest.raises(UserError, match=r"a step of 1 images needs about 9 GiB, more than 80% of the 10 GiB"):
+    with pytest.raises(UserError, match=r"a step of 1 images needs about 9.00 GiB, more than 80% of the 10.00 GiB"):
         sized(monkeypatch, lambda size: 9.0 * size, 10)
 
 
@@ -76,7 +67,7 @@ def test_a_run_finds_its_batch_size_and_keeps_it(folder, tmp_path, monkeypatch, 
     monkeypatch.setattr(memory, "available", lambda: 10 * GIB)
     results = run(config, tmp_path)
     told = capsys.readouterr().out
-    assert "batch size 8: a step needs about 8 GiB of the 10 GiB of a device" in told
+    assert "batch size 8: a step needs about 8.00 GiB of the 10.00 GiB of a device" in told
     assert "config.optimizer.lr stays 0.002 (the linear rule gives 0.000125)" in told
     assert json.loads((tmp_path / "config.json").read_text())["config"]["batch_size"] == 8
     monkeypatch.setattr(memory, "available", lambda: 0)  # another machine: the run goes on as it was begun
@@ -86,12 +77,20 @@ def test_a_run_finds_its_batch_size_and_keeps_it(folder, tmp_path, monkeypatch, 
     assert again["student"]["AP"] == results["student"]["AP"]
 
 
-@pytest.mark.parametrize(("ratio", "size"), [(1.0, 1), (0.25, 4), (0.5, 2)])
-def test_the_smallest_batch_has_an_image_without_labels(ratio, size):
-    config = command_line.read("quickstart", ["--config.batch_size=auto", f"--config.data.unlabelled_ratio={ratio}"])
-    assert memory.smallest(config).batch_size == 1
+def test_batches_share_out_the_images_without_labels():
+    """Of each size that is tried the devices can share both kinds of images."""
+    flags = ["--config.batch_size=auto", "--config.data.unlabelled_ratio=0.3"]
+    config = command_line.read("quickstart", flags)
+    assert memory.sizes(config) == [1, 2, 4, 8, 16, 32, 64, 128, 256]
     config.data.unlabelled = "images"
-    assert memory.smallest(config).batch_size == size
+    assert memory.sizes(config) == [2, 4, 8, 16, 32, 64, 128, 256]  # 0.3 of one image is none
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sharding, "make_mesh", lambda: sharding.mesh_of(jax.devices()[:2]))
+        assert memory.sizes(config) == [8, 32, 128]  # 2, 10 and 38 images; of 4 it is 1, of 16 it is 5
+        config.data.unlabelled_ratio = 0.001
+        assert memory.sizes(config) == [2]
+    with pytest.raises(UserError, match=r"config\.data\.unlabelled_ratio"):
+        checks.check_settings(memory.with_size(config, 2))
 
 
 @pytest.mark.user_input(
