@@ -57,7 +57,7 @@ def write(source: str | Path, path: str | Path, *, half: bool = False) -> None:
     names = [entry.name for entry in graph.graph.output]
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         file = Path(folder) / "model.onnx"
-        onnx.save(_with_floats(graph), str(file))
+        onnx.save(with_convolutions(_with_floats(graph)), str(file))
         command = [str(_pnnx()), file.name, f"fp16={int(half)}"]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace")
         param, weights = file.with_suffix(".ncnn.param"), file.with_suffix(".ncnn.bin")
@@ -96,6 +96,38 @@ def _with_floats(graph: "ModelProto") -> "ModelProto":
         nodes.remove(node)
     for node in nodes:
         node.input[:] = [first.name if name == back.output[0] else name for name in node.input]
+    return graph
+
+
+def with_convolutions(graph: "ModelProto") -> "ModelProto":
+    """The graph with a strided convolution instead of SpaceToDepth and the choice of its channels.
+
+    pnnx puts the channels into another order, and takes the first one instead of choosing among them.
+    """
+    from onnx import helper, numpy_helper, shape_inference
+
+    nodes, made = graph.graph.node, shape_inference.infer_shapes(graph).graph
+    shapes = {entry.name: [side.dim_value for side in entry.type.tensor_type.shape.dim]
+              for entry in (*made.value_info, *made.input)}  # fmt: skip
+    arrays = {entry.name: entry for entry in graph.graph.initializer}
+    for node in [node for node in nodes if node.op_type == "SpaceToDepth"]:
+        size, channels = helper.get_node_attr_value(node, "blocksize"), shapes[node.input[0]][1]
+        kernel = np.zeros((size, size, channels, channels, size, size), np.float32)
+        for row, column, channel in np.ndindex(size, size, channels):
+            kernel[row, column, channel, channel, row, column] = 1
+        kernel, output = kernel.reshape(-1, channels, size, size), node.output[0]
+        readers = [one for one in nodes if output in one.input]
+        chooses = len(readers) == 1 and readers[0].op_type == "Gather" and readers[0].input[1] in arrays
+        if chooses and [one.i for one in readers[0].attribute if one.name == "axis"] == [1]:
+            kernel = kernel[numpy_helper.to_array(arrays[readers[0].input[1]])]
+            output = readers[0].output[0]
+            nodes.remove(readers[0])
+        name = f"{node.output[0]}_kernel"
+        graph.graph.initializer.append(numpy_helper.from_array(kernel, name))
+        conv = helper.make_node("Conv", [node.input[0], name], [output], strides=[size] * 2, kernel_shape=[size] * 2)
+        place = [*nodes].index(node)
+        nodes.remove(node)
+        nodes.insert(place, conv)
     return graph
 
 

@@ -89,6 +89,34 @@ def test_what_ncnn_cannot_hold_is_refused(name, why, tmp_path, capsys, monkeypat
     assert why in (told := refused(capsys, *command)) and "NCNN" in told and told.endswith("use ONNX")
 
 
+@pytest.mark.parametrize("chosen", [None, [0, 1, 2, 6, 7, 8, 3, 4, 5, 9, 10, 11]])
+def test_space_to_depth_becomes_a_convolution(chosen):
+    """YOLOX's stem, as jax2onnx writes it: its corners are in another order than ONNX's."""
+    onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    helper, floats = onnx.helper, onnx.TensorProto.FLOAT
+    nodes = [helper.make_node("SpaceToDepth", ["x"], ["deep" if chosen else "y"], blocksize=2)]
+    if chosen:
+        nodes.append(helper.make_node("Gather", ["deep", "chosen"], ["y"], axis=1))
+    graph = helper.make_graph(
+        nodes,
+        "stem",
+        [helper.make_tensor_value_info("x", floats, [1, 3, 6, 8])],
+        [helper.make_tensor_value_info("y", floats, [1, 12, 3, 4])],
+        [onnx.numpy_helper.from_array(np.array(chosen, np.int64), "chosen")] if chosen else [],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=10)
+    x = np.random.default_rng(0).normal(size=(1, 3, 6, 8)).astype(np.float32)
+
+    def outputs():
+        session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        return session.run(None, {"x": x})[0]
+
+    before = outputs()
+    ncnn.with_convolutions(model)
+    assert [node.op_type for node in model.graph.node] == ["Conv"]
+    np.testing.assert_array_equal(outputs(), before)
+
+
 def test_an_operator_that_ncnn_lacks_is_named(tmp_path):
     needed()
     format = pytest.importorskip("onnx")
