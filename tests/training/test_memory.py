@@ -10,7 +10,8 @@ import pytest
 from kdjax import data, sharding
 from kdjax.commands import settings as command_line
 from kdjax.errors import UserError
-from kdjax.training import checks, memory
+from kdjax.training import checks, memory, provenance
+from kdjax.training import run as training
 from kdjax.training.run import run
 from tests.support.runs import tiny_config
 
@@ -61,6 +62,31 @@ def test_a_step_needs_more_for_more_images(folder, teacher_folder):
     assert needs[2] == pytest.approx(needs[0] + 6 * slope, rel=0.2)
 
 
+class Started(Exception):
+    """A run has found its batch size."""
+
+
+def test_a_run_starts_with_what_fits_and_goes_on_with_it(folder, tmp_path, monkeypatch, capsys):
+    config = tiny_config(folder, teacher=None, batch_size="auto")
+
+    def started(config, _):
+        raise Started(config.batch_size)
+
+    monkeypatch.setattr(training, "prepare", started)
+    monkeypatch.setattr(memory, "need", lambda config, _: config.batch_size * GIB)
+    monkeypatch.setattr(memory, "available", lambda: 10 * GIB)
+    with pytest.raises(Started, match="8"):
+        run(config, tmp_path)
+    told = capsys.readouterr().out
+    assert "batch size 8: a step needs about 8.00 GiB of the 10.00 GiB of a device" in told
+    assert "config.optimizer.lr stays 0.002 (the linear rule gives 0.000125)" in told
+    provenance.write_config(memory.with_size(config, 4), tmp_path, "data")
+    monkeypatch.setattr(memory, "available", lambda: 0)  # another machine: the run goes on as it was begun
+    with pytest.raises(Started, match="4"):
+        run(config, tmp_path)
+
+
+@pytest.mark.slow
 def test_a_run_finds_its_batch_size_and_keeps_it(folder, tmp_path, monkeypatch, capsys):
     config = tiny_config(folder, teacher=None, batch_size="auto")
     monkeypatch.setattr(memory, "need", lambda config, _: config.batch_size * GIB)
