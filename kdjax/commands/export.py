@@ -370,7 +370,8 @@ def _compare(
     found = []
     for size in sizes:
         one = call if form.batch == 1 else verify.in_batches(call, size, raw=form.raw)
-        found.append(verify.check(model, one, samples, raw=form.raw))
+        tolerance = ncnn.TOLERANCE if form.format == "ncnn" else verify.TOLERANCE
+        found.append(verify.check(model, one, samples, raw=form.raw, tolerance=tolerance))
     worst = f"{max(one.difference for one in found):.2g}"
     batches = "" if form.batch == 1 else f", batches of {', '.join(map(str, sizes))}"
     told = [f"outputs: largest difference from the JAX model {worst} (float32, {len(samples)} images{batches})"]

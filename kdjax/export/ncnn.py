@@ -21,6 +21,9 @@ from kdjax.inference.model import Model
 if TYPE_CHECKING:
     from onnx import ModelProto
 
+# As `verify.TOLERANCE`, of every cell of the maps: its fast convolutions (Winograd) round more than others.
+TOLERANCE = 1e-3
+
 
 def check(model: Model) -> None:
     """Checks that a detector can be written.

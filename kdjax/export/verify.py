@@ -123,8 +123,10 @@ def _iou(one: np.ndarray, other: np.ndarray) -> float:
     return np.count_nonzero(one & other) / union if union else 1.0
 
 
-def check(model: Model, call: Call, images: Iterable[np.ndarray], *, raw: bool) -> Agreement:
-    """`compare`, whose difference must be within `TOLERANCE`, and the IoU of masks at least `MASK_IOU`.
+def check(
+    model: Model, call: Call, images: Iterable[np.ndarray], *, raw: bool, tolerance: float = TOLERANCE
+) -> Agreement:
+    """`compare`, whose difference must be within a tolerance, and the IoU of masks at least `MASK_IOU`.
 
     Raises:
       UserError: it is not.
@@ -134,8 +136,8 @@ def check(model: Model, call: Call, images: Iterable[np.ndarray], *, raw: bool) 
         nan = np.isnan(found.difference)
         what = "hold numbers that are not finite" if nan else "are not the detections of the JAX model"
         raise UserError(f"the exported outputs {what}")
-    if found.difference > TOLERANCE:
-        what = f"differ from the JAX model's by {found.difference:.2g}, more than {TOLERANCE:g}"
+    if found.difference > tolerance:
+        what = f"differ from the JAX model's by {found.difference:.2g}, more than {tolerance:g}"
         raise UserError(f"the exported outputs {what}")
     if not found.mask_iou >= MASK_IOU:
         what = f"have an IoU of {found.mask_iou:.3f} with the JAX model's, less than {MASK_IOU:g}"
