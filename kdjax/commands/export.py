@@ -40,8 +40,13 @@ PACKAGES = {
     "stablehlo": (),
 }
 WEIGHTS = {"openvino": ".bin", "ncnn": ".bin"}  # a second file, beside the first
-SUFFIXES = {"openvino": ".xml", "ncnn": ".param"}  # without which the runtimes do not read the file
-SUFFIX = SUFFIXES | {"onnx": ".onnx", "litert": ".tflite", "stablehlo": ".stablehlo"}  # with --target=all
+SUFFIXES = {
+    "onnx": ".onnx",
+    "openvino": ".xml",
+    "ncnn": ".param",
+    "litert": ".tflite",
+    "stablehlo": ".stablehlo",
+}
 BATCHES = (1, 2, 5)  # images, in which a file for any number of them is compared
 
 
@@ -153,7 +158,7 @@ def _all(source: _Source, out: str, max_ap_loss: float | None) -> int:
     """Exports for each target into a folder, and prints a table of them; returns the exit code."""
     if not source.data:
         raise UserError(f"--target={targets.ALL} needs --data=DIR, on which AP is measured")
-    names = {name: f"{name}{SUFFIX[one.format]}" for name, one in targets.TARGETS.items()}
+    names = {name: f"{name}{SUFFIXES[one.format]}" for name, one in targets.TARGETS.items()}
     folder = arguments.make_folder(out, outputs=[*names.values()])
     source.read()
     rows, refused = [["target", "file", "precision", "AP", "AP in JAX", "MB", "s"]], {}
@@ -270,14 +275,14 @@ def _form(format: str | None, dtype: str | None, raw: bool, batch: str | None, t
 def _output(out: str, form: _Form) -> Path:
     """The file to write, where it and those beside it can be written."""
     file = arguments.output_file(out)
-    suffix = SUFFIXES.get(form.format)
-    if suffix and file.suffix != suffix:
+    suffix = SUFFIXES[form.format]
+    if form.format in WEIGHTS and file.suffix != suffix:  # the runtime would not read it
         raise UserError(f"--out={out}: the name of a file for {form.format} must end with {suffix}")
     if form.format not in ("onnx", "openvino"):
         arguments.output_file(f"{out}.json")  # its metadata
     if form.format in WEIGHTS:
         beside = arguments.output_file(str(Path(out).with_suffix(WEIGHTS[form.format])))
-        for other in set(SUFFIXES.values()) - {suffix}:
+        for other in {SUFFIXES[format] for format in WEIGHTS} - {suffix}:
             if file.with_suffix(other).exists():
                 raise UserError(
                     f"--out={out}: its weights, {beside.name}, would be those of {file.with_suffix(other).name}: "
@@ -346,11 +351,6 @@ def _smaller(model: Model, path: Path, form: _Form, calibration: Iterable[np.nda
     return _runner(model, path, form)
 
 
-def _describe(model: Model, form: _Form) -> dict[str, str]:
-    of_format = {"stablehlo": form.format == "stablehlo", "ncnn": form.format == "ncnn"}
-    return metadata.describe(model, raw=form.raw, nms=form.format != "litert", batch=form.batch, **of_format)
-
-
 def _compare_int8(
     model: Model, call: verify.Call, samples: list[np.ndarray], form: _Form
 ) -> tuple[list[str], dict[str, str]]:
@@ -358,14 +358,16 @@ def _compare_int8(
     share, count = verify.check_int8(model, call, samples, raw=form.raw)
     same = f"{share:.1%} of {count}"
     told = [f"detections with a score of at least {verify.SURE:g} shared with the JAX model in int8: {same}"]
-    return told, _describe(model, form) | {"detections shared with JAX, int8": same}
+    return told, metadata.describe(model, form.format, raw=form.raw, batch=form.batch) | {
+        "detections shared with JAX, int8": same
+    }
 
 
 def _compare(
     model: Model, call: verify.Call, samples: list[np.ndarray], form: _Form
 ) -> tuple[list[str], dict[str, str]]:
     """The largest difference from the JAX model, as lines and metadata."""
-    facts = _describe(model, form)
+    facts = metadata.describe(model, form.format, raw=form.raw, batch=form.batch)
     sizes = (form.batch,) if form.batch else BATCHES
     found = []
     for size in sizes:

@@ -18,22 +18,18 @@ _MASKS = {
 }
 
 
-def describe(
-    model: Model, *, raw: bool, nms: bool = True, batch: int = 1, stablehlo: bool = False, ncnn: bool = False
-) -> dict[str, str]:
+def describe(model: Model, format: str, *, raw: bool, batch: int = 1) -> dict[str, str]:
     """The facts that a user of an exported file needs, as text by name.
 
     Args:
       model: from `kdjax.inference.load`.
+      format: a key of `targets.NMS`.
       raw: whether the outputs are the head's maps.
-      nms: whether the file holds the NMS.
       batch: number of images; 0: any.
-      stablehlo: whether it is a program of StableHLO, whose detections are padded.
-      ncnn: whether it is an NCNN file, which takes floats, channels first.
     """
     height, width = model.image_size
     count = str(batch or "B")
-    shape = f"f32[3, {height}, {width}], 0 .. 255" if ncnn else f"u8[{count}, {height}, {width}, 3]"
+    shape = f"f32[3, {height}, {width}], 0 .. 255" if format == "ncnn" else f"u8[{count}, {height}, {width}, 3]"
     image = f"image {shape}, RGB, {_FITS[model.detector.fit]}"
     if model.detector.fit != "stretch":
         image += f", at the top left, the rest {model.detector.pad_value}"
@@ -44,16 +40,22 @@ def describe(
             f"boxes f32[{count}, {most}, 4] x1 y1 x2 y2 in pixels of the canvas, scores f32[{count}, {most}], labels "
             f"i64[{count}, {most}], best first, filled up with scores of 0"
         )
-    if stablehlo:
+    if format == "stablehlo":  # its detections are padded
         most = graphs.most(model)
         outputs = (
             f"boxes f32[1, {most}, 4] x1 y1 x2 y2 in pixels of the canvas, scores f32[1, {most}], labels i32[1, "
             f"{most}], valid bool[1, {most}]: which of them are detections"
         )
     if model.detector.masks:
-        rows = f"1, {graphs.most(model)}" if stablehlo else "n" if batch == 1 else f"{count}, {graphs.most(model)}"
+        rows = (
+            f"1, {graphs.most(model)}"
+            if format == "stablehlo"
+            else "n"
+            if batch == 1
+            else f"{count}, {graphs.most(model)}"
+        )
         outputs += f"; masks f32[{rows}, h, w], {_MASKS[model.detector.masks]}"
-    if not nms:
+    if format == "litert":
         limits = graphs.nms_settings(model)
         outputs = (
             "boxes f32[1, N, 4] x1 y1 x2 y2 in pixels of the canvas, scores f32[1, N, K], 0 where a class is left "
@@ -61,7 +63,7 @@ def describe(
             f"{limits['max_detections']}, clipping to image_size"
         )
     if raw:
-        sides = "H, W, C" if ncnn else f"{count}, H, W, C"
+        sides = "H, W, C" if format == "ncnn" else f"{count}, H, W, C"
         outputs = f"{', '.join(graphs.map_names(model))}: f32[{sides}] as in kdjax.structs.DetectorOutput"
     return {
         "kdjax": kdjax.__version__,

@@ -259,7 +259,7 @@ def test_an_export_of_kdjax_teaches_as_the_live_teacher(made, tmp_path_factory):
     live = load(made / "model")
     file = tmp_path_factory.mktemp("raw") / "raw.onnx"
     onnx.write(live, file, raw=True)
-    onnx.add_metadata(file, metadata.describe(live, raw=True))
+    onnx.add_metadata(file, metadata.describe(live, "onnx", raw=True))
     teacher = load_teacher(file, "kdjax").matched(live.class_names)
     student = detectors.build("rtmdet_pico", 6)
     params, stats = student.init(jax.random.key(3))
