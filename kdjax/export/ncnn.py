@@ -21,8 +21,9 @@ from kdjax.inference.model import Model
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-# As `verify.TOLERANCE`, of every cell of the maps: its fast convolutions (Winograd) round more than others.
-TOLERANCE = 1e-3
+# As `verify.TOLERANCE`, of every cell of the maps, where detections leave out the worst. Of YOLOX-nano, whose logits
+# reach 25, it is 3.6e-4 on 8 images; onnxruntime's maps of the same network differ by 1.1e-4.
+TOLERANCE = 5e-4
 
 
 def check(model: Model) -> None:
