@@ -6,8 +6,8 @@
 `scenes` needs neither --data nor --weights; `bccd` needs --data=DIR/bccd, and trains its teacher first; `person` and
 `coco` need the half of COCO val2017 that holds a person (80 classes, a COCO folder) and a folder with
 `rtmdet_nano_person.onnx` or `yolox_nano.onnx`. Each finished run is added to `benchmarks/studies/NAME_SEED.json`, the
-study.json of the seed, at once: what was interrupted goes on with the same command on a machine that has
-the workdir, and further seeds on any. `kdjax` does all the work.
+study.json of the seed, at once: the same command goes on with the methods that the file lacks, on any machine. `kdjax`
+does all the work.
 """
 
 import argparse
@@ -50,11 +50,29 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     flags = [*FLAGS[args.study], *of_inputs(args)]
     workdir, kept = args.workdir / args.study / str(args.seed), STUDIES / f"{args.study}_{args.seed}.json"
+    if kept.exists() and not (workdir / "study.json").exists():
+        workdir.mkdir(parents=True, exist_ok=True)
+        shutil.copy(kept, workdir / "study.json")
+    finished = methods_in(kept) if kept.exists() else set()
     for method in args.methods.split(",") if args.methods else METHODS[args.study]:
+        if method in finished:
+            continue
         kdjax("study", "methods", f"--methods={method}", f"--weights={WEIGHTS[args.study]}", "--seeds=1",
               f"--first={args.seed}", f"--workdir={workdir}", *flags)  # fmt: skip
         STUDIES.mkdir(exist_ok=True)
         shutil.copy(workdir / "study.json", kept)
+
+
+def methods_in(kept: Path) -> set[str]:
+    """The methods of which a study.json holds all runs."""
+    studies = json.loads(kept.read_text())["studies"].values()
+    return {
+        key.split(".")[0]
+        for one in studies
+        if not any(row["failed"] for row in one["rows"])
+        for row in one["rows"]
+        for key in row["methods"]
+    }
 
 
 def of_inputs(args: argparse.Namespace) -> list[str]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 
 import jax
@@ -236,9 +237,10 @@ def test_auto_weight_measures_methods_alone_and_at_once(capsys, monkeypatch):
 @pytest.mark.parametrize("study", ["scenes", "bccd", "person", "coco"])
 def test_the_studies_of_the_field_are_commands_of_kdjax(study, monkeypatch, tmp_path):
     """Each run is read by kdjax as a study of one method and seed; its study.json is kept."""
-    field, asked = of("field"), []
+    field, asked, fails = of("field"), [], False
     data = tmp_path / "half"
-    (data / "annotations").mkdir(parents=True)
+    for folder in ("annotations", "images"):
+        (data / folder).mkdir(parents=True)
     categories = [{"id": 1, "name": "person"}, {"id": 2, "name": "cat"}]
     boxes = [{"id": 1, "image_id": 7, "category_id": 1}, {"id": 2, "image_id": 7, "category_id": 2}]
     truth = {"images": [{"id": 7, "file_name": "7.jpg"}], "categories": categories, "annotations": boxes}
@@ -254,14 +256,25 @@ def test_the_studies_of_the_field_are_commands_of_kdjax(study, monkeypatch, tmp_
             known_folder = tmp_path / "field" / study / "1"
             assert known.workdir == str(known_folder) and (known.first, known.seeds) == (1, 1)
             known_folder.mkdir(parents=True, exist_ok=True)
-            (known_folder / "study.json").write_text(json.dumps(len(asked)))
+            file = known_folder / "study.json"
+            studies = json.loads(file.read_text())["studies"] if file.exists() else {}
+            rows = [{"methods": {f"{known.methods}.weight": 1.0}, "failed": {"1": "no memory"} if fails else {}}]
+            file.write_text(json.dumps({"studies": studies | {known.methods: {"rows": rows}}}))
 
     monkeypatch.setattr(field, "kdjax", kdjax)
     monkeypatch.setattr(field, "STUDIES", tmp_path / "studies")
     places = [f"--data={data}", f"--weights={tmp_path}", f"--workdir={tmp_path / 'field'}"]
     field.main([study, "--seed=1", "--methods=mkd,cwd", *places])
     assert [known.command for known in asked] == ["train"] * (study == "bccd") + ["study"] * 2
-    assert (tmp_path / "studies" / f"{study}_1.json").read_text() == str(len(asked))
+    kept = tmp_path / "studies" / f"{study}_1.json"
+    assert field.methods_in(kept) == {"mkd", "cwd"}
+    shutil.rmtree(tmp_path / "field" / study)  # as on another machine
+    fails = True
+    for _ in range(2):  # what failed is tried again
+        asked.clear()
+        field.main([study, "--seed=1", "--methods=mkd,pkd", *places])
+        assert [known.methods for known in asked if known.command == "study"] == ["pkd"]
+        assert field.methods_in(kept) == {"mkd", "cwd"}
     if study == "person":
         kept = json.loads((tmp_path / "field" / "coco_person" / "annotations" / "instances_val.json").read_text())
         assert kept["annotations"] == boxes[:1] and kept["categories"] == categories[:1]
