@@ -3,15 +3,18 @@
     python benchmarks/field.py person --seed=0 --data=DIR/coco_half --weights=DIR --workdir=runs/field
     kdjax league benchmarks/studies/*.json --out=runs/league
 
-`scenes` needs neither --data nor --weights; `bccd` needs --data=DIR/bccd, and trains its teacher first; `person` and
-`coco` need the half of COCO val2017 that holds a person (80 classes, a COCO folder) and a folder with
-`rtmdet_nano_person.onnx` or `yolox_nano.onnx`. Each finished run is added to `benchmarks/studies/NAME_SEED.json`, the
+`scenes` needs neither --data nor --weights. `bccd`, `neu` and `pcb` need --data, and train their teachers first: a
+COCO folder of BCCD, the folder with NEU-DET's `IMAGES` and `ANNOTATIONS` (1,770 images of steel, 6 classes), the folder
+with DeepPCB's `trainval.txt` and `test.txt` (1,500 of circuit boards, 6 classes). `person` and `coco` need the half of
+COCO val2017 that holds a person (80 classes, a COCO folder) and a folder with `rtmdet_nano_person.onnx` or
+`yolox_nano.onnx`. Each finished run is added to `benchmarks/studies/NAME_SEED.json`, the
 study.json of the seed, at once: the same command goes on with the methods that the file lacks, on any machine. `kdjax`
 does all the work.
 """
 
 import argparse
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -21,22 +24,28 @@ STUDIES = Path(__file__).parent / "studies"
 # all that run on RTMDet
 ALL = ("mkd,rtmdet_cwd,cwd,pkd,ssim,rm,pfi,yao,fgd,mgd,crosskd,bckd,defeat,dkd,fgfi,fitnet,fkd,gid,hinton").split(",")
 FOUR = ["mkd", "rtmdet_cwd", "cwd", "pkd"]
+# Small sets, whose teacher is trained first, from the quickstart's.
+OWN = ("--config=quickstart", "--config.optimizer.lr=0.003", "--config.optimizer.warmup=40",
+       "--config.data.augment.scale=(0.7,1.4)", "--config.ema.ramp=80", "--config.eval.every=0")  # fmt: skip
 # Photographs at 320 px, three views of each image, so that the teacher's cache serves all methods and seeds.
 COCO = ("--config=distill/coco_folder", "--config.steps=800", "--config.batch_size=8", "--config.optimizer.lr=0.003",
         "--config.optimizer.warmup=80", "--config.ema.ramp=200", "--config.eval.every=0",
         "--config.checkpoint.every=400", "--config.data.views=3")  # fmt: skip
 FLAGS = {
     "scenes": ("--config=quickstart", "--config.eval.every=0"),
-    "bccd": ("--config=quickstart", "--config.data.source=coco_folder", "--config.data.image_size=(128,160)",
-             "--config.steps=300", "--config.optimizer.lr=0.003", "--config.optimizer.warmup=40",
-             "--config.data.augment.scale=(0.7,1.4)", "--config.ema.ramp=80", "--config.eval.every=0",
+    "bccd": (*OWN, "--config.data.source=coco_folder", "--config.data.image_size=(128,160)", "--config.steps=300",
              "--config.checkpoint.every=300"),
+    "neu": (*OWN, "--config.data.source=voc_folder", "--config.data.image_size=(160,160)", "--config.steps=600",
+            "--config.checkpoint.every=600"),
+    "pcb": (*OWN, "--config.data.source=coco_folder", "--config.data.image_size=(320,320)", "--config.steps=600",
+            "--config.checkpoint.every=600"),
     "person": (*COCO, "--config.teacher.detector=rtmdet_nano", "--config.student.detector=rtmdet_nano",
                "--config.student.options.widen=0.125"),
     "coco": (*COCO, "--config.teacher.detector=yolox_nano", "--config.student.detector=rtmdet_pico"),
 }  # fmt: skip
-METHODS = {"scenes": ALL, "bccd": ALL, "person": FOUR, "coco": FOUR}
-WEIGHTS = {"scenes": "auto", "bccd": "published,auto", "person": "auto", "coco": "auto"}
+TEACHER_STEPS = {"bccd": 400, "neu": 1200, "pcb": 1200}
+METHODS = dict.fromkeys(("scenes", "bccd"), ALL)  # of the others FOUR
+WEIGHTS = {"bccd": "published,auto"}  # of the others "auto"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -50,14 +59,15 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     flags = [*FLAGS[args.study], *of_inputs(args)]
     workdir, kept = args.workdir / args.study / str(args.seed), STUDIES / f"{args.study}_{args.seed}.json"
+    weights = WEIGHTS.get(args.study, "auto")
     if kept.exists() and not (workdir / "study.json").exists():
         workdir.mkdir(parents=True, exist_ok=True)
         shutil.copy(kept, workdir / "study.json")
     finished = methods_in(kept) if kept.exists() else set()
-    for method in args.methods.split(",") if args.methods else METHODS[args.study]:
+    for method in args.methods.split(",") if args.methods else METHODS.get(args.study, FOUR):
         if method in finished:
             continue
-        kdjax("study", "methods", f"--methods={method}", f"--weights={WEIGHTS[args.study]}", "--seeds=1",
+        kdjax("study", "methods", f"--methods={method}", f"--weights={weights}", "--seeds=1",
               f"--first={args.seed}", f"--workdir={workdir}", *flags)  # fmt: skip
         STUDIES.mkdir(exist_ok=True)
         shutil.copy(workdir / "study.json", kept)
@@ -79,10 +89,12 @@ def of_inputs(args: argparse.Namespace) -> list[str]:
     """The flags that say where images and weights are; what must be made of them first is made."""
     if args.study == "scenes":
         return []
-    if None in ([args.data] if args.study == "bccd" else [args.data, args.weights]):
-        raise SystemExit(f"{args.study}: give --data=DIR{'' if args.study == 'bccd' else ' and --weights=DIR'}")
-    if args.study == "bccd":
-        return [f"--config.data.root={args.data.resolve()}", f"--config.teacher.weights={bccd_teacher(args)}"]
+    own = args.study in TEACHER_STEPS
+    if None in ([args.data] if own else [args.data, args.weights]):
+        raise SystemExit(f"{args.study}: give --data=DIR{'' if own else ' and --weights=DIR'}")
+    if own:
+        root = {"bccd": coco, "neu": steel, "pcb": boards}[args.study](args)
+        return [f"--config.data.root={root}", f"--config.teacher.weights={teacher(args, root)}"]
     cache = f"--config.teacher.cache={(args.workdir / 'caches' / args.study).resolve()}"
     if args.study == "coco":
         weights = (args.weights / "yolox_nano.onnx").resolve()
@@ -91,16 +103,61 @@ def of_inputs(args: argparse.Namespace) -> list[str]:
     return [f"--config.data.root={persons(args)}", f"--config.teacher.weights={weights}", cache]
 
 
-def bccd_teacher(args: argparse.Namespace) -> Path:
-    """The student folder of rtmdet_micro on BCCD, which starts from the quickstart's teacher."""
-    workdir = args.workdir.resolve() / "bccd_teacher"
+def teacher(args: argparse.Namespace, root: Path) -> Path:
+    """The student folder of rtmdet_micro on the images of a study."""
+    workdir = args.workdir.resolve() / f"{args.study}_teacher"
     if not (workdir / "results.json").exists():
-        kdjax("train", "--config=supervised/coco_folder:rtmdet_micro", f"--config.data.root={args.data.resolve()}",
-              "--config.data.image_size=(128,160)", "--config.steps=400", "--config.batch_size=8",
-              "--config.optimizer.lr=0.003", "--config.optimizer.warmup=40", "--config.data.augment.scale=(0.7,1.4)",
-              "--config.ema.ramp=80", "--config.eval.every=0", "--config.student.weights=quickstart_teacher",
+        steps = TEACHER_STEPS[args.study]
+        alike = [flag for flag in FLAGS[args.study] if not re.match("--config(=|.steps|.checkpoint)", flag)]
+        kdjax("train", "--config=supervised/coco_folder:rtmdet_micro", *alike, f"--config.data.root={root}",
+              f"--config.steps={steps}", "--config.batch_size=8", "--config.student.weights=quickstart_teacher",
               f"--workdir={workdir}")  # fmt: skip
     return workdir / "student"
+
+
+def coco(args: argparse.Namespace) -> Path:
+    """A COCO folder as it is."""
+    return args.data.resolve()
+
+
+def steel(args: argparse.Namespace) -> Path:
+    """A VOC folder of NEU-DET; of each class every fifth image is for validation."""
+    root = args.workdir.resolve() / "neu"
+    lists = root / "ImageSets" / "Main"
+    lists.mkdir(parents=True, exist_ok=True)
+    for ours, theirs in (("JPEGImages", "IMAGES"), ("Annotations", "ANNOTATIONS")):
+        if not (root / ours).exists():
+            (root / ours).symlink_to(args.data.resolve() / theirs)
+    numbers = {file.stem: int(file.stem.rpartition("_")[2]) for file in sorted((root / "JPEGImages").iterdir())}
+    for split, chosen in (("train", False), ("val", True)):
+        names = [name for name, number in numbers.items() if (number % 5 == 0) == chosen]
+        (lists / f"{split}.txt").write_text("\n".join(names) + "\n")
+    return root
+
+
+def boards(args: argparse.Namespace) -> Path:
+    """A COCO folder of DeepPCB's 1,000 images for training and 500 for testing."""
+    root = args.workdir.resolve() / "pcb"
+    (root / "annotations").mkdir(parents=True, exist_ok=True)
+    (root / "images").mkdir(exist_ok=True)
+    names = ("open", "short", "mousebite", "spur", "copper", "pin-hole")  # of its types 1 to 6
+    for split, listed in (("train", "trainval.txt"), ("val", "test.txt")):
+        if not (root / "images" / split).exists():
+            (root / "images" / split).symlink_to(args.data.resolve())
+        images, boxes = [], []
+        for image, labels in (line.split() for line in (args.data / listed).read_text().splitlines()):
+            name = image.replace(".jpg", "_test.jpg")
+            images.append({"id": len(images) + 1, "file_name": name, "width": 640, "height": 640})
+            for line in (args.data / labels).read_text().split("\n"):
+                if line.strip():
+                    left, top, right, bottom, kind = (int(word) for word in re.split("[ ,]+", line.strip()))
+                    sides = right - left, bottom - top
+                    boxes.append({"id": len(boxes) + 1, "image_id": len(images), "category_id": kind, "iscrowd": 0,
+                                  "bbox": [left, top, *sides], "area": sides[0] * sides[1]})  # fmt: skip
+        categories = [{"id": number, "name": name} for number, name in enumerate(names, 1)]
+        content = {"images": images, "annotations": boxes, "categories": categories}
+        (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+    return root
 
 
 def persons(args: argparse.Namespace) -> Path:

@@ -1,16 +1,19 @@
 """The parts of the benchmarks that need no training: tables, summaries, commands, and what a failed run leaves."""
 
+import argparse
 import json
 import re
 import shutil
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
-from kdjax import cli
+from kdjax import cli, data
 from kdjax.commands.settings import read
 from kdjax.training import config as settings
 from tests.shared import ROOT, script
@@ -234,13 +237,15 @@ def test_auto_weight_measures_methods_alone_and_at_once(capsys, monkeypatch):
         assert row["relative"] > 0 and row["overhead"] == pytest.approx(row["relative"] / 10, abs=1e-4)
 
 
-@pytest.mark.parametrize("study", ["scenes", "bccd", "person", "coco"])
+@pytest.mark.parametrize("study", ["scenes", "bccd", "neu", "pcb", "person", "coco"])
 def test_the_studies_of_the_field_are_commands_of_kdjax(study, monkeypatch, tmp_path):
     """Each run is read by kdjax as a study of one method and seed; its study.json is kept."""
     field, asked, fails = of("field"), [], False
     data = tmp_path / "half"
-    for folder in ("annotations", "images"):
+    for folder in ("annotations", "images", "IMAGES", "ANNOTATIONS"):
         (data / folder).mkdir(parents=True)
+    for name in ("trainval.txt", "test.txt"):
+        (data / name).write_text("")
     categories = [{"id": 1, "name": "person"}, {"id": 2, "name": "cat"}]
     boxes = [{"id": 1, "image_id": 7, "category_id": 1}, {"id": 2, "image_id": 7, "category_id": 2}]
     truth = {"images": [{"id": 7, "file_name": "7.jpg"}], "categories": categories, "annotations": boxes}
@@ -265,7 +270,7 @@ def test_the_studies_of_the_field_are_commands_of_kdjax(study, monkeypatch, tmp_
     monkeypatch.setattr(field, "STUDIES", tmp_path / "studies")
     places = [f"--data={data}", f"--weights={tmp_path}", f"--workdir={tmp_path / 'field'}"]
     field.main([study, "--seed=1", "--methods=mkd,cwd", *places])
-    assert [known.command for known in asked] == ["train"] * (study == "bccd") + ["study"] * 2
+    assert [known.command for known in asked] == ["train"] * (study in field.TEACHER_STEPS) + ["study"] * 2
     kept = tmp_path / "studies" / f"{study}_1.json"
     assert field.methods_in(kept) == {"mkd", "cwd"}
     shutil.rmtree(tmp_path / "field" / study)  # as on another machine
@@ -278,6 +283,45 @@ def test_the_studies_of_the_field_are_commands_of_kdjax(study, monkeypatch, tmp_
     if study == "person":
         kept = json.loads((tmp_path / "field" / "coco_person" / "annotations" / "instances_val.json").read_text())
         assert kept["annotations"] == boxes[:1] and kept["categories"] == categories[:1]
+
+
+def test_images_of_steel_and_of_circuit_boards_become_data_sets(tmp_path):
+    """NEU-DET as a VOC folder, DeepPCB as a COCO folder: splits, classes and boxes as kdjax reads them."""
+    field, theirs = of("field"), tmp_path / "theirs"
+    xml = """<annotation><size><width>200</width><height>200</height></size><object><name>scratches</name>
+        <bndbox><xmin>2</xmin><ymin>3</ymin><xmax>50</xmax><ymax>60</ymax></bndbox></object></annotation>"""
+    for folder in ("IMAGES", "ANNOTATIONS", "group/1", "group/1_not"):
+        (theirs / folder).mkdir(parents=True)
+    for number in (1, 5, 21, 110):
+        Image.new("L", (200, 200)).save(theirs / "IMAGES" / f"scratches_{number}.jpg")
+        (theirs / "ANNOTATIONS" / f"scratches_{number}.xml").write_text(xml)
+    for name, boxes in (("a", "466 441 493 470 3\n\n"), ("b", "1,2,11,22,6\n454,300,493,396,1")):
+        Image.new("L", (640, 640)).save(theirs / "group" / "1" / f"{name}_test.jpg")
+        (theirs / "group" / "1_not" / f"{name}.txt").write_text(boxes)
+    (theirs / "trainval.txt").write_text("group/1/a.jpg group/1_not/a.txt\n")
+    (theirs / "test.txt").write_text("group/1/b.jpg group/1_not/b.txt\n")
+    args = argparse.Namespace(data=theirs, workdir=tmp_path / "made")
+
+    def read_as(source: str, root) -> list[dict[str, list[dict[str, Any]]]]:
+        cfg = settings.base().data
+        cfg.update(dict(source=source, root=str(root), cache=str(tmp_path / "cache")))
+        dataset = data.open_dataset(cfg)
+        return [data.ground_truth(dataset, split) for split in ("train", "val")]
+
+    train, val = read_as("voc_folder", field.steel(args))
+    assert len(train["images"]) == 2 and [c["name"] for c in val["categories"]] == ["scratches"]
+    assert [image["file_name"] for image in val["images"]] == [
+        "JPEGImages/scratches_110.jpg",
+        "JPEGImages/scratches_5.jpg",
+    ]
+    assert [box["bbox"] for box in val["annotations"]] == [[1, 2, 49, 58]] * 2
+    train, val = read_as("coco_folder", field.boards(args))
+    assert [box["bbox"] for box in train["annotations"]] == [[466, 441, 27, 29]]
+    names = {category["id"]: category["name"] for category in val["categories"]}
+    assert [(names[box["category_id"]], box["bbox"]) for box in val["annotations"]] == [
+        ("pin-hole", [1, 2, 10, 20]),
+        ("open", [454, 300, 39, 96]),
+    ]
 
 
 def test_int8_table():
