@@ -65,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _refuse_repeated(command, marked)
     if command in flags:
         _refuse_unknown(command, marked, flags)
+        _refuse_empty(command, marked)
     known, rest = parser.parse_known_args(arguments)
     chosen = vars(known)
     command = chosen.pop("command")
@@ -159,6 +160,17 @@ def _refuse_unknown(command: str, arguments: Sequence[str], flags: Mapping[str, 
             else:
                 hint = "; override settings with --config.a.b=value" if command in OVERRIDABLE else ""
             _fail(f"unexpected argument {text!r}{hint}", command=f"kdjax {command}")
+
+
+def _refuse_empty(command: str, arguments: Sequence[str]) -> None:
+    """Refuses a flag or a path without a value, as of a variable of the shell that is not set: "" is a folder too."""
+    for text, before in zip(arguments, ["", *arguments], strict=False):
+        name, given, value = text.partition("=")
+        if given and not value and name.startswith("--") and not name.startswith("--config."):
+            _fail(f"{name} is empty: give a value, or leave it out", command=f"kdjax {command}")
+        if not text:
+            what = before if before.startswith("--") and "=" not in before else "an argument"
+            _fail(f"{what} is empty: give a value, or leave it out", command=f"kdjax {command}")
 
 
 def _setting(flag: str) -> str | None:

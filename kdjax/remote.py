@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import posixpath
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -33,6 +34,7 @@ _STAMPS = (
     "created",
     "blob_id",
 )
+_HUB = re.compile(r"hf://((datasets|spaces)/)?[\w.-]+/[\w.-]+(@[^/@]+)?(/.*)?")
 _TOGETHER = 64  # files of one request to fsspec, which asks for them side by side
 _LIST = "files.json"
 _OF_DISKS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENAMETOOLONG}
@@ -116,6 +118,8 @@ def local(path: str | Path) -> str | Path:
     if not is_url(path):
         return path
     url = str(path)
+    if url.startswith("hf://") and not _HUB.fullmatch(url):
+        raise UserError(f"{url} is no address of the Hub: it must be hf://OWNER/NAME or hf://OWNER/NAME@REVISION")
     copy = copy_of(url, "downloads")
     copy.parent.mkdir(parents=True, exist_ok=True)
     with files.lock(copy.parent / ".lock", f"another process downloads {url}", wait=True), told(url, "read"):

@@ -320,7 +320,7 @@ def test_a_folder_is_named_after_its_flags():
 @pytest.mark.user_input(
     "Workdirs, checkpoints and logs",
     "a `results.json` changed by hand, which a study reads",
-    "refused: its SHA-256 differs: train the run again",
+    "refused: its SHA-256 differs: delete it, and let the run evaluate again",
 )
 def test_a_study_whose_files_are_damaged_busy_or_in_the_way_is_refused(tmp_path, capsys):
     given = options(workdir=tmp_path, log=tmp_path / "log.md")
@@ -347,7 +347,7 @@ def test_a_study_whose_files_are_damaged_busy_or_in_the_way_is_refused(tmp_path,
     for changed in ((), ("0.25", "0.75"), ("sha256", "sha257")):
         text = json.dumps(files.sealed({"student": {"AP": 0.25}}))
         (tmp_path / "results.json").write_text(text.replace(*changed) if changed else text)
-        told = r"^.*results.json: it was changed after it was written \(its SHA-256 differs\): train the run again$"
+        told = r"^.*results.json: it was changed \(its SHA-256 differs\): delete it, and let the run evaluate again$"
         with pytest.raises(UserError, match=told) if changed else contextlib.nullcontext():
             study_runs.train(flags, tmp_path)
     (tmp_path / "config.json").write_text("{}")

@@ -12,6 +12,7 @@ from kdjax import compile_cache, data, files, inference
 from kdjax.data.coco import composed
 from kdjax.errors import UserError, listed, prefix, printable
 from kdjax.training import config as settings
+from kdjax.training.checks import FILES, MODEL
 from kdjax.weights import WEIGHTS
 
 SCENES = 400  # images of the generated validation split, as in a run
@@ -55,15 +56,29 @@ def _made(path: str | Path, outputs: Sequence[str], folders: Sequence[str] = ())
     return folder
 
 
-def output_file(path: str) -> Path:
+def output_file(path: str, *, inputs: Iterable[str] = ()) -> Path:
     """The file `--out`; its folder is created.
 
+    Args:
+      path: the file.
+      inputs: what the command reads.
+
     Raises:
-      UserError: it is a folder, or its folder cannot be created.
+      UserError: it is a folder, an input, or a file of a model or a run, or its folder cannot be created.
     """
     file = Path(path).expanduser()
     if file.is_dir():
         raise UserError(f"--out: {path} is a folder: name the file to write")
+    if any(Path(one).expanduser().resolve() == file.resolve() for one in inputs):
+        raise UserError(f"--out: {path} is also what is read: choose another file")
+    folder, parents = file.parent, file.resolve().parents
+    in_model = (folder / WEIGHTS).exists() and file.name in MODEL
+    in_run = any(
+        (above / "metrics.jsonl").exists() and file.resolve().relative_to(above).as_posix() in FILES
+        for above in parents[:2]
+    )
+    if in_model or in_run:
+        raise UserError(f"--out: {path} is a file of a {'model' if in_model else 'run'}: choose another name")
     _made(file.parent, [file.name])
     return file
 
@@ -168,6 +183,21 @@ def open_data(
     if told:
         print(f"{source}: {'; '.join(told)}")
     return opened
+
+
+def refuse_without(flag: str, *, split: str, annotations: str, images: str, limit: int, classes: str) -> None:
+    """Refuses flags of labelled data that is not given.
+
+    Args:
+      flag: that of the data.
+      split, annotations, images, limit, classes: as for `open_data`.
+
+    Raises:
+      UserError: one of them is given.
+    """
+    values = {"split": split != "val", "annotations": annotations, "images": images, "limit": limit, "classes": classes}
+    if given := [name for name, value in values.items() if value]:
+        raise UserError(f"--{given[0]} is for the data of {flag}, which is not given")
 
 
 def exif_of(models: Iterable[inference.Model]) -> str:

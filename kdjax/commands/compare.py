@@ -6,6 +6,7 @@ OUT gets compare.json and compare.html. The runs are only read.
 """
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,9 @@ def run(*, paths: Sequence[str], out: str) -> int:
         raise UserError(f"{paths[0]}: it is the only run: name two or more to compare")
     logs, runs, configs = {}, [], []
     for folder, name in zip(folders, names_of(folders), strict=True):
-        logs[name], _ = log.read(folder / "metrics.jsonl")
+        logs[name], damaged = log.read(folder / "metrics.jsonl")
+        if damaged:
+            print(f"note: {folder / 'metrics.jsonl'}: {damaged} damaged lines are left out", file=sys.stderr)
         entry, config = read(folder, name, logs[name])
         runs.append(entry)
         configs.append(config)
@@ -173,7 +176,7 @@ def _results(path: Path) -> dict[str, Any]:
     with unreadable(path):
         found = json.loads(path.read_text(encoding="utf-8"))
         if files.altered(found):
-            raise UserError(f"{path}: it was changed after it was written (its SHA-256 differs): train the run again")
+            raise UserError(f"{path}: it was changed (its SHA-256 differs): delete it, and let the run evaluate again")
         found["student"]["AP"]
         gain = (
             {name: found["gain"][name] for name in found["gain"] if found["gain"][name] != -1}

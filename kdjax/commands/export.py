@@ -139,8 +139,14 @@ def run(
     """
     if max_ap_loss is not None and not data:
         raise UserError("--max-ap-loss needs --data=DIR, on which AP is measured")
-    if max_ap_loss is not None and not math.isfinite(max_ap_loss):
-        raise UserError(f"--max-ap-loss must be a number of points of AP, not {max_ap_loss}")
+    if max_ap_loss is not None and not 0 <= max_ap_loss < math.inf:
+        raise UserError(f"--max-ap-loss must be a number of points of AP >= 0, not {max_ap_loss}")
+    if not data:
+        arguments.refuse_without(
+            "--data", split=split, annotations=annotations, images=images, limit=limit, classes=classes
+        )
+        if exif:
+            raise UserError("--exif is for the data of --data, which is not given")
     source = _Source(model, data, split, annotations, images, limit, exif, classes)
     if target == targets.ALL:
         own = {"--format": format, "--dtype": dtype, "--raw": raw, "--batch": batch}
@@ -188,8 +194,8 @@ def _all(source: _Source, out: str, max_ap_loss: float | None) -> int:
 def _export(source: _Source, form: _Form, out: str, max_ap_loss: float | None) -> tuple[int, list[str], dict[str, str]]:
     """Writes one file, if it passes the comparison; its bytes, lines for the terminal, and its metadata."""
     if form.dtype == "float16" and not source.data:
-        raise UserError(f"--dtype={form.dtype} needs --data=DIR, on which AP is measured")
-    file = _output(out, form)
+        raise UserError(f"a file in {form.dtype} needs --data=DIR, on which AP is measured")
+    file = _output(source.model, out, form)
     if needed := PACKAGES[form.format]:
         packages.check_installed(needed)
     loaded = source.loaded
@@ -203,7 +209,7 @@ def _export(source: _Source, form: _Form, out: str, max_ap_loss: float | None) -
     if form.dtype == "int8" and not trained:
         if not source.data:
             raise UserError(
-                f"--dtype=int8 needs --data=DIR, on which AP is measured: {source.model} was not trained for int8"
+                f"a file in int8 needs --data=DIR, on which AP is measured: {source.model} was not trained for int8"
             )
         if form.format == "litert":
             packages.check_installed(packages.LITERT_INT8)
@@ -272,11 +278,11 @@ def _form(format: str | None, dtype: str | None, raw: bool, batch: str | None, t
     return _Form(format, dtype, raw or format == "ncnn", count)
 
 
-def _output(out: str, form: _Form) -> Path:
+def _output(model: str, out: str, form: _Form) -> Path:
     """The file to write, where it and those beside it can be written."""
-    file = arguments.output_file(out)
+    file = arguments.output_file(out, inputs=[model])
     suffix = SUFFIXES[form.format]
-    if form.format in WEIGHTS and file.suffix != suffix:  # the runtime would not read it
+    if form.format != "stablehlo" and file.suffix != suffix:  # its runtime or `kdjax latency` would not read it
         raise UserError(f"--out={out}: the name of a file for {form.format} must end with {suffix}")
     if form.format not in ("onnx", "openvino"):
         arguments.output_file(f"{out}.json")  # its metadata
@@ -319,7 +325,7 @@ def _write(model: Model, path: Path, form: _Form) -> verify.Call:
     elif form.format == "onnx":
         onnx.write(model, path, raw=form.raw, batch=form.batch)
     else:
-        onnx.write(model, _source(path), raw=form.raw, batch=form.batch)
+        onnx.write(model, _source(path), raw=form.raw, batch=form.batch, signed=True)
         with prefix(f"{model.path}: {model.detector.name}"):
             openvino.write(_source(path), path) if form.format == "openvino" else ncnn.write(_source(path), path)
     return _runner(model, path, form)

@@ -1,6 +1,7 @@
 """`kdjax label`: a model's detections as labels of images that have none, in COCO's layout."""
 
 import itertools
+import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from kdjax import files
 from kdjax.commands import arguments, evaluate
 from kdjax.commands.predict import find, is_video
 from kdjax.data.images import SUFFIXES, is_image
-from kdjax.errors import NAME, UserError, printable
+from kdjax.errors import NAME, UserError, prefix, printable
 from kdjax.evals import coco, tide
 from kdjax.evals.matching import truth_by_image
 from kdjax.inference.model import BATCH, Model
@@ -23,6 +24,7 @@ from kdjax.inference.predict import read_image
 from kdjax.report import drawing
 from kdjax.structs import Detections
 
+_MARK = "detections of"  # the beginning of what a file of `kdjax label` says of itself
 SHOWN, COLUMNS = 12, 4  # images of the preview, and how many are beside each other
 
 
@@ -80,12 +82,19 @@ def run(
             raise UserError(f"{flag} must be in 0 .. 1, not {value}")
     if precision is not None and labelled is None:
         raise UserError("--precision is measured on labelled data: give --labelled too")
+    if labelled is None:
+        arguments.refuse_without(
+            "--labelled", split=split, annotations=annotations, images=images, limit=limit, classes=classes
+        )
     folder, file = Path(data).expanduser(), arguments.output_file(out)
+    if file.exists() and not _is_own(file):
+        raise UserError(f"--out: {out} is there, and `kdjax label` did not write it: choose another file")
     preview = file.with_name(f"{file.stem}.png")
     files.check_outputs("--out", file.parent, files=[preview.name])
     if not folder.is_dir():
         raise UserError(f"--data: there is no folder {data}")
-    found_files = [path for path, _ in find([data], file) if _readable(path) and path != preview]
+    with prefix("--data"):
+        found_files = [path for path, _ in find([data], file) if _readable(path) and path != preview]
     if not found_files:
         raise UserError(f"--data: {data} has no images ({', '.join(SUFFIXES)})")
     loaded = arguments.load_model(model)
@@ -134,7 +143,7 @@ def run(
     if not rows:
         raise UserError(f"--data: {data}: no object in {len(found_files)} images has a score that is high enough")
     categories = [{"id": k, "name": name} for k, name in zip(loaded.category_ids, loaded.class_names, strict=True)]
-    info = {"description": f"detections of {loaded.path}", "exif_orientation": exif}
+    info = {"description": f"{_MARK} {loaded.path}", "exif_orientation": exif}
     files.write_json(file, {"info": info, "images": entries, "annotations": rows, "categories": categories})
     print(table(loaded, thresholds, seen, rows))
     left_out = len(found_files) - unreadable - len(entries)
@@ -182,6 +191,14 @@ def annotations_of(found: Detections, image: Mapping[str, Any], first: int) -> l
         area = width * height if found.masks is None else float(rle.area(found.masks[place]))
         row |= {"id": first + place, "bbox": [left, top, width, height], "area": area, "iscrowd": 0}
     return rows
+
+
+def _is_own(file: Path) -> bool:
+    """Whether a file was written by this command."""
+    try:
+        return str(json.loads(file.read_bytes())["info"]["description"]).startswith(_MARK)
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return False
 
 
 def table(

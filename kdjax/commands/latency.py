@@ -47,7 +47,7 @@ def run(*, models: list[str], threads: int | None, runs: int, out: str | None) -
         raise UserError(f"--runs must be >= 1, not {runs}")
     if threads is not None and not 1 <= threads <= cores:
         raise UserError(f"--threads must be in 1 .. {cores}, not {threads}")
-    threads, target = threads or cores, arguments.output_file(out) if out else None
+    threads, target = threads or cores, arguments.output_file(out, inputs=models) if out else None
     with only(threads):  # before the first array: XLA starts its threads then
         paths = [path for model in models for path in expanded(model)]
         files = {path: None if path.endswith(tuple(READERS)) else arguments.load_model(path) for path in paths}
@@ -69,8 +69,14 @@ def run(*, models: list[str], threads: int | None, runs: int, out: str | None) -
 
 
 def expanded(path: str) -> list[str]:
-    """A model's folder, if there is a model in it, and the exported files in it; anything else as it is."""
+    """A model's folder, if there is a model in it, and the exported files in it; anything else as it is.
+
+    Raises:
+      UserError: it is a file of another kind.
+    """
     folder = Path(path).expanduser()
+    if folder.is_file() and folder.name != weights.WEIGHTS and folder.suffix not in READERS:
+        raise UserError(f"--model={path}: files that are timed end with {', '.join(READERS)}")
     found = sorted(str(file) for file in folder.iterdir() if file.suffix in READERS) if folder.is_dir() else []
     models = (weights.WEIGHTS, "student", "checkpoints")
     loads = not found or any((folder / name).exists() for name in models)

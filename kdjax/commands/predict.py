@@ -219,10 +219,11 @@ def find(paths: list[str], out: Path) -> list[tuple[Path, str]]:
     found: list[tuple[Path, Path]] = []
     for path in (Path(text).expanduser() for text in paths):
         if path.is_dir():
-            inside = [p for p in sorted(_below(path)) if _looks_readable(p)]
-            inside = [p for p in inside if not Path(os.path.realpath(p)).is_relative_to(os.path.realpath(out))]
+            known = [p for p in sorted(_below(path)) if _looks_readable(p)]
+            inside = [p for p in known if not Path(os.path.realpath(p)).is_relative_to(os.path.realpath(out))]
             if not inside:
-                raise UserError(f"{path}: it holds no images ({', '.join(_KNOWN)}) outside of --out")
+                where = " outside of --out" if known else ""
+                raise UserError(f"{path}: it holds no images or videos ({', '.join(_KNOWN)}){where}")
             found += [(p, p.relative_to(path)) for p in inside]
         elif not path.exists():
             raise UserError(f"{path}: there is no such file or folder")

@@ -48,7 +48,7 @@ def train(flags: list[str], workdir: Path) -> dict[str, Any]:
         found["student"]["AP"]
         if files.altered(found):
             raise UserError(
-                f"{results}: it was changed after it was written (its SHA-256 differs): train the run again"
+                f"{results}: it was changed (its SHA-256 differs): delete it, and let the run evaluate again"
             )
         return found
 

@@ -40,6 +40,8 @@ def run(*, words: Sequence[str], workdir: str, max_restarts: int) -> int:
         raise UserError(f"--max-restarts: {max_restarts} must be 0 or more")
     named = workdir or workdir_of(words)
     folder = remote.copy_of(named, "workdirs") if remote.is_url(named) else Path(named).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--workdir: {named} is not a folder")
     reached, wasted = newest(folder), 0
     with Child(words) as child:
         while True:

@@ -8,6 +8,7 @@ The page is served to this machine only, until Ctrl-C. The models run when an im
 import collections
 import importlib.util
 import os
+import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ import numpy as np
 from kdjax.commands import arguments
 from kdjax.commands.predict import find, is_video
 from kdjax.data.images import SUFFIXES
-from kdjax.errors import NAME, UserError, printable
+from kdjax.errors import NAME, UserError, prefix, printable
 from kdjax.inference.model import Model
 from kdjax.inference.predict import read_image
 from kdjax.report import drawing
@@ -62,7 +63,13 @@ def run(*, models: Sequence[str], data: str, threshold: float, port: int, exif: 
     images = images_of(data)
     viewer = Viewer(images, [arguments.load_model(path) for path in models], exif=exif)
     page = build(viewer, threshold)
-    serve(page, port)
+    try:
+        serve(page, port)
+    except KeyboardInterrupt:
+        if viewer.lock.locked():  # another thread computes: the end of Python would abort it, and this process
+            sys.stdout.flush()
+            os._exit(130)
+        raise
     return 0
 
 
@@ -75,7 +82,8 @@ def images_of(data: str) -> list[Path]:
     folder = Path(data).expanduser()
     if not folder.is_dir():
         raise UserError(f"--data: there is no folder {data}: name a folder of images")
-    found = [path for path, _ in find([data], Path(os.devnull)) if not is_video(path)]  # nothing is written
+    with prefix("--data"):
+        found = [path for path, _ in find([data], Path(os.devnull)) if not is_video(path)]  # nothing is written
     if not found:
         raise UserError(f"--data: {data} has no images ({', '.join(SUFFIXES)})")
     return found

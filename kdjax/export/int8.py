@@ -22,16 +22,20 @@ if TYPE_CHECKING:
 
 # Operators whose outputs are values of their inputs.
 _MOVES = ("MaxPool", "Resize", "Transpose", "Relu", "Concat")
+ZERO = 128  # zero point of the bytes of kernels
 _LAST = [0, 2, 3, 1]  # the transposition after a convolution
 
 
-def to_bytes(graph: "ModelProto") -> None:
+def to_bytes(graph: "ModelProto", *, signed: bool = False) -> None:
     """Turns the kernels of a graph into bytes and their scales, in place.
 
     Args:
       graph: of a model trained for int8, with batch norms folded and fake quantisation as the two operators.
+      signed: whether kernels are -127 .. 127 instead of 1 .. 255 with 128 as their zero point. x86 CPUs without VNNI
+        add two products of a map's byte and a kernel's byte with a sign in 16 bits, where large ones are cut off:
+        onnxruntime then computes something else. OpenVINO takes convolutions with a zero point out of int8.
     """
-    edited = _Graph(graph)
+    edited = _Graph(graph, signed)
     edited.move_biases()
     edited.rename()
     edited.carry()
@@ -42,9 +46,10 @@ def to_bytes(graph: "ModelProto") -> None:
 class _Graph:
     """The nodes of a graph while they are changed."""
 
-    def __init__(self, graph: "ModelProto") -> None:
+    def __init__(self, graph: "ModelProto", signed: bool) -> None:
         from onnx import numpy_helper
 
+        self.signed = signed
         self.graph = graph
         self.nodes: list[NodeProto] = list(graph.graph.node)
         self.constants = {one.name: numpy_helper.to_array(one) for one in graph.graph.initializer}
@@ -156,6 +161,8 @@ class _Graph:
             scale = np.maximum(nn.kernel_scale(np.moveaxis(kernel, 0, -1)), least).astype(np.float32)
             # The kernel is rounded, so that this finds the trained bytes, whatever was folded into it.
             whole = np.round(kernel / scale.reshape(-1, 1, 1, 1)).astype(np.int8)
+            if not self.signed:
+                whole = (whole.astype(np.int16) + ZERO).astype(np.uint8)
             of_bias = (np.float32(form[0]) * scale).astype(np.float32)
             units = np.round(bias.astype(np.float64) / of_bias).astype(np.int32)
             names = [self.bytes_of(whole, scale, node), self.bytes_of(units, of_bias, node)]
@@ -165,7 +172,7 @@ class _Graph:
     def bytes_of(self, values: np.ndarray, scale: np.ndarray, node: "NodeProto") -> str:
         """DequantizeLinear of constants, along the first axis."""
         name = f"{node.output[0]}_{values.dtype}"
-        zeros = np.zeros(len(scale), values.dtype)
+        zeros = np.full(len(scale), ZERO if values.dtype == np.uint8 else 0, values.dtype)
         inputs = [self.constant(one) for one in (values, scale, zeros)]
         self.nodes.append(self.node("DequantizeLinear", inputs, name, axis=0))
         return name

@@ -26,7 +26,7 @@ OPSET = 19
 ANY = "batch"  # the name of a number of images that is left open
 
 
-def write(model: Model, path: str | Path, *, raw: bool = False, batch: int = 1) -> None:
+def write(model: Model, path: str | Path, *, raw: bool = False, batch: int = 1, signed: bool = False) -> None:
     """Writes the model as an ONNX file, in float32, or in int8 if its values are rounded to 8 bits.
 
     The batch norms are folded into the convolutions and the transpositions cancelled by onnxruntime's own basic
@@ -38,6 +38,7 @@ def write(model: Model, path: str | Path, *, raw: bool = False, batch: int = 1) 
       raw: the head's maps instead of detections.
       batch: number of images; 0: any. Detections of one image are those that were found; those of several are padded
         to the detector's largest number, with a score of 0.
+      signed: of a model in int8, see `int8.to_bytes`.
 
     Reference: ONNX's operators, https://onnx.ai/onnx/operators/, opset 19.
 
@@ -68,7 +69,7 @@ def write(model: Model, path: str | Path, *, raw: bool = False, batch: int = 1) 
         path.with_suffix(".optimised").replace(path)
         if is_rounded(model.variables[1]):
             graph = onnx.load(str(path))
-            int8.to_bytes(graph)
+            int8.to_bytes(graph, signed=signed)
             onnx.save(graph, str(path))
 
 

@@ -37,13 +37,11 @@ def write(source: str | Path, path: str | Path, *, half: bool = False) -> None:
 
 
 def _package() -> Any:  # noqa: ANN401 - a module
-    """The package, imported without its telemetry: it would start a process, and report the import to its makers."""
-    if "openvino" not in sys.modules and "openvino_telemetry" not in sys.modules:
-        sys.modules["openvino_telemetry"] = cast(Any, None)  # which OpenVINO takes for not installed
-        try:
-            return importlib.import_module("openvino")
-        finally:
-            del sys.modules["openvino_telemetry"]
+    """The package without its telemetry, which would start processes that report to its makers.
+
+    Some of its parts are imported only when a file is converted, so the telemetry stays away as long as Python runs.
+    """
+    sys.modules.setdefault("openvino_telemetry", cast(Any, None))  # which OpenVINO takes for not installed
     return importlib.import_module("openvino")
 
 

@@ -69,7 +69,10 @@ def summary(runs: Sequence[Run]) -> str:
     elif len(best) == 1:
         text = f"{best[0]} has AP {percent(ap[best[0]])}; the others have none yet."
     else:
-        text = f"{best[0]} has the highest AP, {percent(ap[best[0]])}; {best[1]} is next with {percent(ap[best[1]])}."
+        equal = [name for name in best if percent(ap[name]) == percent(ap[best[0]])]
+        text = f"{' and '.join(equal)} {'have' if equal[1:] else 'has'} the highest AP, {percent(ap[best[0]])}"
+        after = best[len(equal) :]
+        text += f"; {after[0]} is next with {percent(ap[after[0]])}." if after else "."
     if len({run["data"] for run in runs}) > 1:
         text += " The runs do not have the same images, boxes and classes: their APs are not comparable."
     running = [run["name"] for run in runs if not run["finished"]]

@@ -154,9 +154,13 @@ def read(folder: str | Path) -> Recorded:
       UserError: it is not such a folder, or damaged.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: there is no such folder: take a folder step-N of the {FOLDER}/ of a run")
     if not (folder / _NOTE).is_file():
-        inside = sorted(folder.glob(f"**/step-*/{_NOTE}")) if folder.is_dir() else []
+        inside = sorted(folder.glob(f"**/step-*/{_NOTE}"))
         hint = f": take {inside[0].parent}" if inside else f": take a folder step-N of the {FOLDER}/ of a run"
+        if not inside and (folder / "metrics.jsonl").exists():
+            hint = ": no step of this run was kept, because none went wrong"
         raise UserError(f"{folder} does not hold the inputs of a step{hint}")
     try:
         note = json.loads((folder / _NOTE).read_text(encoding="utf-8"))

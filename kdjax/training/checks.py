@@ -23,11 +23,11 @@ from kdjax.training.setup import Setup, placed, prepare, prepare_process, train_
 from kdjax.training.step import UNLABELLED
 from kdjax.training.teachers import members, of_file, teacher_configs, unlabelled_rows
 
-# What a run writes into its workdir.
-_MODEL = ("model.safetensors", "config.json", "README.md")
-_FILES = ("config.json", "metrics.jsonl", "per_class.json", "results.json", "report.html", "time.json", ".lock",
+# What a run writes into its workdir, and into the folder of a model.
+MODEL = ("model.safetensors", "config.json", "README.md")
+FILES = ("config.json", "metrics.jsonl", "per_class.json", "results.json", "report.html", "time.json", ".lock",
           trackers.STATE,
-          *(f"{role}/{name}" for role in ("student", "twin") for name in _MODEL),
+          *(f"{role}/{name}" for role in ("student", "twin") for name in MODEL),
           *(f"detections/{role}.json" for role in ("student", "twin", "teacher")))  # fmt: skip
 _FOLDERS = ("tensorboard", "checkpoints", "student", "twin", "detections", "blackbox", "wandb", "mlflow")
 
@@ -275,7 +275,7 @@ def check_workdir(config: Config, workdir: str | Path | None) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"workdir: {folder} cannot be created ({error.strerror}): choose another folder") from None
-    files.check_outputs("workdir", folder, files=_FILES, folders=_FOLDERS)
+    files.check_outputs("workdir", folder, files=FILES, folders=_FOLDERS)
     path = folder / "config.json"
     if not path.exists():
         return folder

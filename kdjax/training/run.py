@@ -193,6 +193,9 @@ def _run(config: Config, folder: Path, clock: Clock, after: Callable[[], None] |
         print("\n".join(line for role in dataset.splits for line in data.counted(dataset, role, config.data)))
         with prefix("config.data"):
             print(data.kept_line(dataset, config.data))
+        images = dataset.splits["train"].size
+        if not auto and config.batch_size > images:
+            print(f"note: a batch of {config.batch_size} has some of the {images} training images more than once")
     checks.check_truth(dataset, config.data)
     if auto:
         with clock.during("compile"):

@@ -85,6 +85,19 @@ def test_two_finished_runs_and_one_that_is_not(tmp_path, capsys):
     assert not page.all("script") and 'http-equiv="refresh"' not in text
 
 
+@pytest.mark.user_input(
+    "Workdirs, checkpoints and logs", "runs to compare whose metrics.jsonl has damaged lines", "reported: how many"
+)
+def test_damaged_lines_are_counted_and_equal_runs_are_named(tmp_path, capsys):
+    first, second = make(tmp_path / "a"), make(tmp_path / "b")
+    lines = (second / "metrics.jsonl").read_text().splitlines()
+    lines[0] = lines[0][:-5]
+    (second / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    page, _, _ = compared(tmp_path, first, second)
+    assert f"note: {second / 'metrics.jsonl'}: 1 damaged lines are left out" in capsys.readouterr().err
+    assert "a and b have the highest AP, 40.0." in page.text
+
+
 def test_runs_on_other_data_are_not_comparable(tmp_path):
     page, content, _ = compared(tmp_path, make(tmp_path / "a"), make(tmp_path / "b", data="cd34", classes=("dog",)))
     assert "their APs are not comparable" in page.text and content["settings"]["data"] == ["ab12", "cd34"]
@@ -124,7 +137,9 @@ def test_folders_that_are_no_runs(tmp_path, capsys):
     assert "is the folder of a run" in refused(capsys, "compare", str(run), str(other), f"--out={other}")
     results = (other / "results.json").read_text()
     (other / "results.json").write_text(results.replace("0.4", "0.9"))
-    assert "results.json: it was changed after it was written" in refused(capsys, "compare", str(run), str(other), out)
+    assert "results.json: it was changed (its SHA-256 differs): delete it" in refused(
+        capsys, "compare", str(run), str(other), out
+    )
     (other / "results.json").write_text(results)
     (other / "config.json").write_text("{}")
     assert "config.json: it is damaged or incomplete" in refused(capsys, "compare", str(run), str(other), out)

@@ -36,6 +36,31 @@ def test_what_a_format_needs_is_reported(made, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.user_input(
+    "Folders and names",
+    "`--out` of a file that is read, or that belongs to a model or a run",
+    "refused: nothing of them is overwritten",
+)
+def test_no_file_of_a_model_or_run_is_overwritten(made, tmp_path, capsys):
+    shutil.copytree(made / "model", tmp_path / "run" / "student")
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    (tmp_path / "mine.onnx").write_text("mine")
+    model = f"--model={tmp_path / 'run' / 'student'}"
+    for out, told in (
+        ("run/student/model.safetensors", "is a file of a model: choose another name"),
+        ("run/student/config.json", "is a file of a model: choose another name"),
+        ("run/results.json", "is a file of a run: choose another name"),
+        ("run/detections/student.json", "is a file of a run: choose another name"),
+    ):
+        assert told in refused(capsys, "latency", model, f"--out={tmp_path / out}")
+        assert told in refused(capsys, "export", model, "--format=stablehlo", f"--out={tmp_path / out}")
+        assert told in refused(capsys, "label", model, "--data=.", "--threshold=0.5", f"--out={tmp_path / out}")
+    file = tmp_path / "mine.onnx"
+    assert "is also what is read" in refused(capsys, "latency", f"--model={file}", f"--out={file}")
+    assert file.read_text() == "mine"
+    assert "must end with .onnx" not in refused(capsys, "export", f"--model={file}", "--format=onnx", f"--out={file}")
+
+
+@pytest.mark.user_input(
     "Config and flags",
     "flags of an export that contradict each other, or its format",
     "refused: what the format is written in, or how its files are named",
@@ -47,11 +72,18 @@ def test_what_a_format_needs_is_reported(made, tmp_path, capsys, monkeypatch):
         (["--target=phone", "--format=onnx"], "--target=phone is for --format=litert, not onnx: leave one of the two"),
         (["--format=litert", "--dtype=float16"], "--dtype=float16 is for --format=onnx and openvino and ncnn, not li"),
         (["--format=ncnn", "--dtype=int8"], "--dtype=int8 is for --format=onnx and openvino and litert, not ncnn"),
-        (["--target=raspberry_pi", "--out=x.param"], "--dtype=float16 needs --data=DIR, on which AP is measured"),
+        (["--target=raspberry_pi", "--out=x.param"], "a file in float16 needs --data=DIR, on which AP is"),
         (["--format=onnx", "--batch=0"], "--batch must be a number of images >= 1, or dynamic, not '0'"),
         (["--format=onnx", "--batch=-1"], "--batch must be a number of images >= 1, or dynamic, not '-1'"),
         (["--format=stablehlo", "--batch=dynamic"], "--batch=dynamic is for ONNX and OpenVINO: stablehlo files take"),
         (["--format=openvino"], "x.onnx: the name of a file for openvino must end with .xml"),
+        (["--format=onnx", "--out=student"], "--out=student: the name of a file for onnx must end with .onnx"),
+        (["--format=litert", "--out=x.onnx"], "--out=x.onnx: the name of a file for litert must end with .tflite"),
+        (["--target=cpu"], "a file in int8 needs --data=DIR, on which AP is measured: "),
+        (["--format=onnx", "--limit=5"], "--limit is for the data of --data, which is not given"),
+        (["--format=onnx", "--annotations=a.json"], "--annotations is for the data of --data, which is not given"),
+        (["--format=onnx", "--exif=stored"], "--exif is for the data of --data, which is not given"),
+        (["--format=onnx", "--data=scenes", "--max-ap-loss=-1"], "--max-ap-loss must be a number of points of AP >= 0"),
         (["--target=all", "--out=files"], "--target=all needs --data=DIR, on which AP is measured"),
         (["--target=all", "--batch=4", "--out=files"], "--batch: with --target=all each target has its own: leave it"),
         (["--format=openvino", "--out=other.xml"], "its weights, other.bin, would be those of other.param"),
@@ -213,7 +245,7 @@ def test_float16_is_the_network_alone(made, exported, tmp_path, capsys, monkeypa
 def test_masks_are_not_decoded_in_litert(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(packages, "missing", lambda packages: [])
     save_noisy("rtmdet_ins_pico", tmp_path / "m")
-    command = ("export", f"--model={tmp_path / 'm'}", "--format=litert", f"--out={tmp_path / 'x'}")
+    command = ("export", f"--model={tmp_path / 'm'}", "--format=litert", f"--out={tmp_path / 'x.tflite'}")
     assert "its masks are computed behind an NMS, which a LiteRT file cannot hold" in refused(capsys, *command)
 
 
@@ -225,9 +257,11 @@ def test_masks_are_not_decoded_in_litert(tmp_path, capsys, monkeypatch):
 def test_two_stages_have_no_maps(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(packages, "missing", lambda packages: [])
     save_noisy("faster_rcnn_r18", tmp_path / "m")
-    command = ["export", f"--model={tmp_path / 'm'}", f"--out={tmp_path / 'x'}"]
-    assert "has two stages, and the second has no maps" in refused(capsys, *command, "--format=onnx", "--raw")
-    assert "its second stage is computed behind an NMS" in refused(capsys, *command, "--format=litert")
+    command = ["export", f"--model={tmp_path / 'm'}"]
+    told = refused(capsys, *command, "--format=onnx", "--raw", f"--out={tmp_path / 'x.onnx'}")
+    assert "has two stages, and the second has no maps" in told
+    told = refused(capsys, *command, "--format=litert", f"--out={tmp_path / 'x.tflite'}")
+    assert "its second stage is computed behind an NMS" in told
 
 
 @pytest.mark.parametrize("name", ["rtmdet_ins_pico", pytest.param("mask_rcnn_r18", marks=pytest.mark.slow)])

@@ -93,12 +93,21 @@ def test_the_lowest_score_with_a_precision():
     assert tide.best_thresholds(wrong, precision=1.0) == [None]  # the best detection is wrong
 
 
+@pytest.mark.user_input(
+    "Folders and names", "`kdjax label --out` of a file that is there and is not its own", "refused: it is not written"
+)
 def test_what_cannot_be_labelled_is_refused(made, photos, tmp_path, capsys):
     flags = ["label", f"--model={made / 'model'}", f"--data={photos}", f"--out={tmp_path / 'x.json'}"]
     assert "--threshold, --labelled: give one of them" in refused(capsys, *flags)
     assert "give one of them" in refused(capsys, *flags, "--threshold=0.5", f"--labelled={made / 'data'}")
     assert "--threshold must be in 0 .. 1, not 2" in refused(capsys, *flags, "--threshold=2")
     assert "--precision is measured on labelled data" in refused(capsys, *flags, "--threshold=0.5", "--precision=0.9")
+    told = refused(capsys, *flags, "--threshold=0.5", "--split=train")
+    assert "--split is for the data of --labelled, which is not given" in told
+    truth = tmp_path / "instances.json"
+    truth.write_text('{"info": {"description": "mine"}}')
+    told = refused(capsys, *flags[:-1], f"--out={truth}", "--threshold=0.5")
+    assert "is there, and `kdjax label` did not write it" in told and "mine" in truth.read_text()
     (tmp_path / "empty").mkdir()
     flags[2] = f"--data={tmp_path / 'empty'}"
     assert "holds no images" in refused(capsys, *flags, "--threshold=0.5")

@@ -127,6 +127,9 @@ def test_a_hub_that_does_not_answer_is_one_sentence(hub, made, capsys, monkeypat
     assert refused(capsys, "latency", "--model=hf://me/none") == (
         "kdjax: --model: hf://me/none: there is nothing at this address: check it, and your rights"
     )
+    for wrong in ("hf://me", "hf://me/cells@", "hf:///cells"):
+        told = refused(capsys, "latency", f"--model={wrong}")
+        assert f"{wrong} is no address of the Hub: it must be hf://OWNER/NAME or hf://OWNER/NAME@REVISION" in told
     hub.refused = 401
     told = refused(capsys, "push", str(made / "model"), "me/cells")
     assert "hf://me/cells cannot be written (" in told and "401" in told and "your rights" in told

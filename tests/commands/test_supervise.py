@@ -78,11 +78,14 @@ def test_the_workdir_is_that_of_the_command(tmp_path):
 
 
 @pytest.mark.user_input("Config and flags", "`kdjax supervise` without a workdir, or with no such program", "refused")
-def test_what_cannot_be_supervised(capsys):
+def test_what_cannot_be_supervised(tmp_path, capsys):
     assert cli.main(["supervise", "--", "true"]) == 2
     assert "--workdir is missing, and the command has none" in capsys.readouterr().err
     assert cli.main(["supervise", "--workdir=x", "--", "no-such-program", "--config=a"]) == 2
     assert "COMMAND: no-such-program cannot be run: No such file or directory" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"--workdir: .*file is not a folder"):
+        supervise.run(words=["true"], workdir=str(tmp_path / "file"), max_restarts=0)
     with pytest.raises(UserError, match="--max-restarts: -1 must be 0 or more"):
         supervise.run(words=["true"], workdir="x", max_restarts=-1)
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 
@@ -91,6 +92,36 @@ def test_wrong_arguments_get_one_sentence(made, tmp_path, monkeypatch, capsys):
         ([f"--data={made}", "--port=-1"], "--port must be in 0 .. 65535"),
     ):
         assert words in refused(capsys, "view", model, *flags)
+
+
+def test_ctrl_c_while_an_image_is_computed(made, images, monkeypatch):
+    """The other thread would be ended within XLA, which aborts the process."""
+    ended = []
+
+    class Ended(Exception):
+        pass
+
+    def end(code):
+        ended.append(code)
+        raise Ended
+
+    def serve(viewer, port):
+        if computing:
+            viewer.lock.acquire()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(view, "build", lambda viewer, threshold: viewer)
+    monkeypatch.setattr(view, "serve", serve)
+    monkeypatch.setattr(os, "_exit", end)
+    arguments = {"models": [str(made / "model")], "data": str(images), "threshold": 0.3, "port": 0, "exif": None}
+    computing = False
+    with pytest.raises(KeyboardInterrupt):
+        view.run(**arguments)
+    computing = True
+    with pytest.raises(Ended):
+        view.run(**arguments)
+    assert ended == [130]
 
 
 _SERVED = """

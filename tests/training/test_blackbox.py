@@ -205,6 +205,12 @@ def test_a_damaged_black_box_is_refused(stopped, tmp_path, capsys):
             blackbox.read(copy)
     with pytest.raises(UserError, match=f"does not hold the inputs of a step: take {folder}"):
         blackbox.read(folder.parent)
+    with pytest.raises(UserError, match=r"none: there is no such folder: take a folder step-N of the blackbox/"):
+        blackbox.read(tmp_path / "none")
+    (tmp_path / "sound").mkdir()
+    (tmp_path / "sound" / "metrics.jsonl").touch()
+    with pytest.raises(UserError, match=r"no step of this run was kept, because none went wrong"):
+        blackbox.read(tmp_path / "sound")
     shutil.copytree(folder, tmp_path / "other")
     note = json.loads((folder / "note.json").read_text())
     note["run"]["seed"] = 1
