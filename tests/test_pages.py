@@ -207,7 +207,8 @@ def walk(page: str, folder: Path) -> dict[str, str]:
         assert makes.count(old) == 1
         makes = makes.replace(old, new)
     caches = {"KDJAX_CACHE": str(folder / "cache"), "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax")}
-    environment = os.environ | caches | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | caches | {"PYTHONPATH": paths, "XLA_FLAGS": ""}
 
     def call(*command: str) -> subprocess.CompletedProcess:
         return subprocess.run([sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True)
