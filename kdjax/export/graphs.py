@@ -41,7 +41,9 @@ def check(model: Model, *, raw: bool, nms: bool = True, batch: int = 1) -> None:
     queries = model.detector.head is None and not two_stages
     if not batch and (two_stages or queries):
         why = "its second stage" if two_stages else "its choice of queries"
-        raise UserError(f"{what} cannot be written for any number of images, because of {why}: give it, --batch=1")
+        raise UserError(
+            f"{what} cannot be written for any number of images, because of {why}: name one, as in --batch=1"
+        )
     if raw and two_stages:
         raise UserError(f"{what} has two stages, and the second has no maps: export it without --raw")
     if raw and queries:
