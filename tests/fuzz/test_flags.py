@@ -5,6 +5,7 @@ that take a model then run with a model that does not exist.
 """
 
 import contextlib
+import re
 import types
 
 import pytest
@@ -92,6 +93,8 @@ def line(draw) -> tuple[str, list[str], dict | None]:
             arguments.append(f"--config.{name}={word}")
         values["overrides"] = overrides
         fits = fits and all(value is not None for value in overrides.values())
+    if any(not text or re.fullmatch(r"--(?!config\.)[\w-]+=", text) for text in arguments):
+        fits = False  # a path or a flag without a value
     slip = draw(st.sampled_from(["none"] * 5 + ["twice", "unknown", "misspelt", "more", "empty"]))
     flags = [text for text in arguments if text.startswith("--")]
     if slip == "twice" and flags:

@@ -331,7 +331,7 @@ def test_yolox_has_the_same_rows_as_file_and_as_imported_detector():
     np.testing.assert_allclose(seen.boxes, wanted.boxes, rtol=1e-4, atol=0.1)
     for field in ("logits", "quality"):
         scores = (jax.nn.sigmoid(getattr(rows, field)) for rows in (seen, wanted))
-        np.testing.assert_allclose(*scores, atol=2e-5)
+        np.testing.assert_allclose(*scores, atol=4e-5)  # 2.2e-5 on a CPU without AVX-512
     np.testing.assert_array_equal(teacher.priors((416, 416)), wanted.location)
 
 
