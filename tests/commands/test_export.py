@@ -195,7 +195,7 @@ def test_int8_keeps_to_its_budget(made, exported, tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(onnx, "write", lambda loaded, path, *, raw, batch=1: shutil.copy(exported[0], path))
     command = ["export", f"--model={made / 'model'}", "--format=onnx", f"--data={made / 'data'}", "--dtype=int8"]
     assert cli.main([*command, f"--out={tmp_path / 'small.onnx'}", "--max-ap-loss=100"]) == 0
-    assert "calibrated on the images of val itself" in capsys.readouterr().out
+    assert "calibrated on the split val, on which AP is measured too" in capsys.readouterr().out
     assert (tmp_path / "small.onnx").stat().st_size < 0.6 * exported[0].stat().st_size
     facts = onnx.session(tmp_path / "small.onnx").get_modelmeta().custom_metadata_map
     assert facts["dtype"] == "int8" and "AP of this file, int8" in facts
