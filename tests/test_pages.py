@@ -10,7 +10,6 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -199,11 +198,8 @@ def no_litert() -> bool:
     return None in [importlib.util.find_spec(name) for name in ("ai_edge_litert", "litert_converter")]
 
 
-def walk(page: str, folder: Path, *, longer: Sequence[str] = ()) -> dict[str, str]:
-    """Runs the commands of a page, one after the other, in a folder with what the checkout has; what each printed.
-
-    `longer` are flags of `kdjax train`, instead of those in `TINY`.
-    """
+def walk(page: str, folder: Path) -> dict[str, str]:
+    """Runs the commands of a page, one after the other, in a folder with what the checkout has; what each printed."""
     for name in ("train.py", "configs"):
         (folder / name).symlink_to(ROOT / name)
     [makes] = re.findall(r"^```python\n(.*?)^```$", TUTORIAL, re.MULTILINE | re.DOTALL)
@@ -224,12 +220,9 @@ def walk(page: str, folder: Path, *, longer: Sequence[str] = ()) -> dict[str, st
         if (packages.missing() and ".onnx" in line) or (no_litert() and ".tflite" in line):
             continue  # needs kdjax[export] or kdjax[litert]
         more = SHORT.get(rest[0], [])
-        if rest[0] == "train":
-            kept = {flag.partition("=")[0] for flag in longer}
-            more = [*(flag for flag in more if flag.partition("=")[0] not in kept), *longer]
         names = {flag.partition("=")[0] for flag in more}
         rest = [flag for flag in rest if flag.partition("=")[0] not in names]  # a flag may be given once
-        if TINY[1] in more and STUDENT not in line:
+        if more[: len(TINY)] == TINY and STUDENT not in line:
             more = [*more, f"{STUDENT}rtmdet_pico"]
         done = call(*(["-m", "kdjax"] if program == "kdjax" else []), *rest, *more)
         # An untrained teacher is a fault, which the doctor names.
@@ -271,14 +264,7 @@ def test_the_page_of_a_phone_runs(tmp_path):
     detector = detectors.build("dfine_n", len(scenes.CLASSES))
     state = weights.to_torch(detector, *detector.init(jax.random.key(0)))
     save_file(state, tmp_path / "model.safetensors")
-    # The file in int8 is compared by its detections, so the student must learn some of the 12 images.
-    longer = [
-        "--config.steps=300",
-        "--config.optimizer.lr=0.005",
-        "--config.optimizer.warmup=30",
-        "--config.ema.ramp=30",
-    ]
-    told = walk("tasks/phone.md", tmp_path, longer=longer)
+    told = walk("tasks/phone.md", tmp_path)
     made = ["evaluated_teacher/report.html", "runs/phone/report.html", "runs/phone/twin/model.safetensors"]
     made += [] if no_litert() else ["student.tflite", "student.tflite.json"]
     assert [name for name in made if not (tmp_path / name).is_file()] == []
