@@ -90,6 +90,8 @@ def run(
     if file.exists() and not _is_own(file):
         raise UserError(f"--out: {out} is there, and `kdjax label` did not write it: choose another file")
     preview = file.with_name(f"{file.stem}.png")
+    if preview.exists() and not file.exists():
+        raise UserError(f"--out: {preview.name}, the preview beside {out}, would replace an image: choose another name")
     files.check_outputs("--out", file.parent, files=[preview.name])
     if not folder.is_dir():
         raise UserError(f"--data: there is no folder {data}")

@@ -30,7 +30,7 @@ def test_what_a_format_needs_is_reported(made, tmp_path, capsys, monkeypatch):
         ("ncnn", "NCNN needs ncnn, pnnx, jax2onnx, onnx, onnxruntime: pip install 'kdjax[ncnn]'"),
         ("litert", "LiteRT needs litert_converter, ai_edge_litert: pip install 'kdjax[litert]'"),
     ):
-        name = f"x{export.SUFFIXES.get(format, '')}"
+        name = f"x{export.SUFFIXES[format]}"
         command = ("export", f"--model={made / 'model'}", f"--format={format}", f"--out={tmp_path / name}")
         assert told in refused(capsys, *command)
 

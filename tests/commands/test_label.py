@@ -108,6 +108,9 @@ def test_what_cannot_be_labelled_is_refused(made, photos, tmp_path, capsys):
     truth.write_text('{"info": {"description": "mine"}}')
     told = refused(capsys, *flags[:-1], f"--out={truth}", "--threshold=0.5")
     assert "is there, and `kdjax label` did not write it" in told and "mine" in truth.read_text()
+    (tmp_path / "photo.png").write_text("mine")
+    told = refused(capsys, *flags[:-1], f"--out={tmp_path / 'photo.json'}", "--threshold=0.5")
+    assert "photo.png, the preview beside" in told and (tmp_path / "photo.png").read_text() == "mine"
     (tmp_path / "empty").mkdir()
     flags[2] = f"--data={tmp_path / 'empty'}"
     assert "holds no images" in refused(capsys, *flags, "--threshold=0.5")
