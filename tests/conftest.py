@@ -39,6 +39,7 @@ FIRST = (
     "doctor/test_gradients.py",
     "training/test_onnx_teachers.py",
 )
+QUICK = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 MEMORY = 4 * 2**30  # bytes of a process, beyond which the programs of earlier files are dropped
 
 
@@ -47,9 +48,10 @@ def pytest_configure(config):
     default = config.option.markexpr == "not slow" and PLATFORM == "cpu"
     jax.config.update("jax_disable_most_optimizations", default)
     if default and importlib.metadata.version("jaxlib").startswith("0.10."):
-        # XLA's older way of emitting code compiles small programs in two thirds of the time; jaxlib 0.12 has no such
-        # flag. XLA reads it when the first program is compiled.
-        os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+        # XLA's older way of emitting code compiles small programs in two thirds of the time, and code that is not split
+        # for several cores in nine tenths; jaxlib 0.12 lacks the first flag. XLA reads them when the first program is
+        # compiled, and processes of tests inherit them.
+        os.environ["XLA_FLAGS"] += f" {QUICK}"
 
 
 def pytest_collection_modifyitems(items):

@@ -46,9 +46,9 @@ class Home(NamedTuple):
 
     def environment(self) -> dict[str, str]:
         """One device, and less optimisation by XLA, so that a start is short."""
-        # As in tests/conftest.py: jaxlib 0.10's older way of emitting code is compiled faster; 0.12 has no such flag.
+        # As in tests/conftest.py.
         older = importlib.metadata.version("jaxlib").startswith("0.10.")
-        flags = "--xla_cpu_use_fusion_emitters=false" * older
+        flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1" * older
         less = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": flags}
         return os.environ | less | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
 

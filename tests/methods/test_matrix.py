@@ -93,12 +93,8 @@ def batch() -> dict:
     }
 
 
-def runs(name: str) -> list[tuple[str, str]]:
-    return [
-        pair
-        for pair in PAIRS
-        if not methods.refusal(name, network(pair[0], False), network(pair[1], True), (SIDE, SIDE), by_place)
-    ]
+def runs(name: str, pair: tuple[str, str]) -> bool:
+    return not methods.refusal(name, network(pair[0], False), network(pair[1], True), (SIDE, SIDE), by_place)
 
 
 def check(name: str, student_family: str, teacher_family: str) -> None:
@@ -130,15 +126,18 @@ def check(name: str, student_family: str, teacher_family: str) -> None:
 
 @pytest.mark.parametrize(("number", "name"), list(enumerate(NAMES)), ids=NAMES)
 def test_a_method_teaches_across_families(number, name):
-    able = runs(name)
-    if not able:
+    """On one pair, of two families if it runs on any; which pair differs from method to method."""
+    first = 23 * number % len(PAIRS)
+    turned = sorted(PAIRS[first:] + PAIRS[:first], key=lambda pair: pair[0] == pair[1])
+    pair = next((pair for pair in turned if runs(name, pair)), None)
+    if pair is None:
         pytest.skip(f"no family has what {name} compares")
-    mixed = [pair for pair in able if pair[0] != pair[1]] or able
-    check(name, *mixed[7 * number % len(mixed)])
+    check(name, *pair)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_method_teaches_on_every_pair(name):
-    for pair in runs(name):
-        check(name, *pair)
+    for pair in PAIRS:
+        if runs(name, pair):
+            check(name, *pair)
