@@ -202,7 +202,8 @@ def detections_of(batch: Mapping[str, Array]) -> PaddedDetections:
 class Detections:
     """The detections of one image as NumPy arrays, best score first, in pixels of the original image.
 
-    `len(detections)` is n. `detections[rows]` are the detections that a boolean mask, indices or a slice select.
+    `len(detections)` is n. `detections[rows]` are the detections that a boolean mask, indices, one
+    index or a slice select.
 
     Example:
       >>> found = Detections(np.zeros((2, 4)), np.array([0.9, 0.2]), np.array([1, 0]), ("cat", "dog"))
@@ -223,9 +224,10 @@ class Detections:
     def __len__(self) -> int:
         return len(self.scores)
 
-    def __getitem__(self, rows: np.ndarray | slice) -> "Detections":
-        arrays = {name: getattr(self, name)[rows] for name in ("boxes", "scores", "labels")}
-        kept = None if self.masks is None else tuple(self.masks[i] for i in np.arange(len(self))[rows])
+    def __getitem__(self, rows: np.ndarray | slice | int) -> "Detections":
+        chosen = np.atleast_1d(np.arange(len(self))[rows])
+        arrays = {name: getattr(self, name)[chosen] for name in ("boxes", "scores", "labels")}
+        kept = None if self.masks is None else tuple(self.masks[i] for i in chosen)
         return dataclasses.replace(self, **arrays, masks=kept)
 
     def to_supervision(self) -> Any:  # noqa: ANN401 - of an optional package

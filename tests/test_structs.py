@@ -30,6 +30,14 @@ def needs(name):
     return pytest.param(name, marks=[pytest.mark.slow, pytest.mark.skipif(absent, reason=f"{name} is not installed")])
 
 
+def test_rows_of_detections():
+    for rows, kept in ((0, [0]), (-1, [1]), (slice(1, None), [1]), ([1, 0], [1, 0]), (FOUND.scores > 0.6, [0])):
+        found = FOUND[rows]
+        assert len(found) == len(kept) and found.boxes.tolist() == FOUND.boxes[kept].tolist()
+        assert found.masks == tuple(FOUND.masks[i] for i in kept) and found.labels.shape == (len(kept),)
+    assert len(FOUND[[]]) == 0
+
+
 @pytest.fixture
 def package(request, monkeypatch):
     """A module that has the classes as plain records, or the package itself."""

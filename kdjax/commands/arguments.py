@@ -134,8 +134,9 @@ def open_data(
     *,
     classes: str = "",
     masks: bool = False,
+    flag: str = "--data",
 ) -> Data:
-    """Opens and checks the data of `--data`; every image is decoded once when it is first used.
+    """Opens and checks the data of a flag; every image is decoded once when it is first used.
 
     Args:
       source: "scenes", a folder in COCO, YOLO or VOC layout, a data.yaml, or a prepared TFDS directory.
@@ -146,6 +147,7 @@ def open_data(
       exif: as `config.data.exif_orientation` of a run.
       classes: as `config.data.classes` of a run.
       masks: whether to tell which objects have no mask.
+      flag: which names the data.
 
     Raises:
       UserError: the data cannot be used.
@@ -158,21 +160,21 @@ def open_data(
     if source == "scenes":
         if split != "val" or annotations or images or classes:
             raise UserError(
-                "--data=scenes takes no --split, --annotations, --images or --classes: its only split is val"
+                f"{flag}=scenes takes no --split, --annotations, --images or --classes: its only split is val"
             )
         config.update(source="scenes", scenes_val=min(limit or SCENES, SCENES))
     else:
         folder = Path(source).expanduser()
         if not folder.is_dir() and not (folder.is_file() and folder.suffix.lower() in data.YAML):
             raise UserError(
-                f"--data: there is no folder {source}: give a folder in COCO, YOLO or VOC layout, a TFDS directory, or "
+                f"{flag}: there is no folder {source}: give a folder in COCO, YOLO or VOC layout, a TFDS directory, or "
                 "scenes"
             )
         config.update(source="folder", root=source, val_split=split, val_annotations=annotations, val_images=images)
         config.classes = classes
         if images and data.recognised(config, ("val",)) == "tfds":
             raise UserError("--images: a TFDS directory contains its images: omit this flag")
-    with prefix(f"--data={source}"):
+    with prefix(f"{flag}={source}"):
         dataset = data.open_dataset(config, splits=("val",))
         opened = Data(source, dataset, config.to_dict())
         listed = opened.truth
@@ -213,8 +215,8 @@ def exif_of(models: Iterable[inference.Model]) -> str:
     return next(iter(settings_of))
 
 
-def match_classes(model: inference.Model, opened: Data) -> inference.Model:
-    """The model with the category ids of the data; classes are matched by name, in any Unicode form.
+def match_classes(model: inference.Model, opened: Data, flag: str = "--data") -> inference.Model:
+    """The model with the category ids of the data of a flag; classes are matched by name, in any Unicode form.
 
     Raises:
       UserError: the class names differ.
@@ -226,6 +228,6 @@ def match_classes(model: inference.Model, opened: Data) -> inference.Model:
         missing = [name for name in names if name not in ids]
         what = f"the data has {unknown[0]!r}" if unknown else f"the data lacks {missing[0]!r}"
         raise UserError(
-            f"--data={opened.name}: its classes ({listed(ids)}) are not those of {model.path} ({listed(names)}): {what}"
+            f"{flag}={opened.name}: its classes ({listed(ids)}) are not those of {model.path} ({listed(names)}): {what}"
         )
     return dataclasses.replace(model, category_ids=tuple(ids[name] for name in names))

@@ -166,6 +166,8 @@ def _all(source: _Source, out: str, max_ap_loss: float | None) -> int:
         raise UserError(f"--target={targets.ALL} needs --data=DIR, on which AP is measured")
     names = {name: f"{name}{SUFFIXES[one.format]}" for name, one in targets.TARGETS.items()}
     folder = arguments.make_folder(out, outputs=[*names.values()])
+    for name, file in names.items():
+        _refuse_foreign(folder / file, targets.TARGETS[name].format)
     source.read()
     rows, refused = [["target", "file", "precision", "AP", "AP in JAX", "MB", "s"]], {}
     for name, file in names.items():
@@ -198,6 +200,7 @@ def _export(source: _Source, form: _Form, out: str, max_ap_loss: float | None) -
     file = _output(source.model, out, form)
     if needed := PACKAGES[form.format]:
         packages.check_installed(needed)
+    _refuse_foreign(file, form.format)
     loaded = source.loaded
     trained = bool(loaded.detector.options.get("int8"))
     as_trained = trained and form.dtype == "int8"
@@ -233,6 +236,8 @@ def _export(source: _Source, form: _Form, out: str, max_ap_loss: float | None) -
         made = Path(folder) / file.name
         call = _write(loaded, made, form)
         told, facts = (_compare_int8 if as_trained else _compare)(loaded, call, samples, form)
+        if trained and not as_trained:
+            told.append(f"trained for int8, written in {form.dtype}: its AP is another than in training")
         if form.dtype != "float32" and not as_trained:
             calibration, lines = [], []
             if form.dtype == "int8" and form.format != "litert":
@@ -271,7 +276,7 @@ def _form(format: str | None, dtype: str | None, raw: bool, batch: str | None, t
             f"{' and '.join(DTYPES[format])}"
         )
     count = 0 if batch == "dynamic" else int(batch) if batch.isdecimal() else -1
-    if count < 0 or batch == "0":
+    if count < (0 if batch == "dynamic" else 1):
         raise UserError(f"--batch must be a number of images >= 1, or dynamic, not {batch!r}")
     if count != 1 and format not in ("onnx", "openvino"):
         raise UserError(f"--batch={batch} is for ONNX and OpenVINO: {format} files take one image")
@@ -282,19 +287,41 @@ def _output(model: str, out: str, form: _Form) -> Path:
     """The file to write, where it and those beside it can be written."""
     file = arguments.output_file(out, inputs=[model])
     suffix = SUFFIXES[form.format]
-    if form.format != "stablehlo" and file.suffix != suffix:  # its runtime or `kdjax latency` would not read it
+    if file.suffix != suffix:  # its runtime or `kdjax latency` would not read it
         raise UserError(f"--out={out}: the name of a file for {form.format} must end with {suffix}")
     if form.format not in ("onnx", "openvino"):
-        arguments.output_file(f"{out}.json")  # its metadata
+        arguments.output_file(str(metadata.place(file)))
     if form.format in WEIGHTS:
         beside = arguments.output_file(str(Path(out).with_suffix(WEIGHTS[form.format])))
-        for other in {SUFFIXES[format] for format in WEIGHTS} - {suffix}:
-            if file.with_suffix(other).exists():
-                raise UserError(
-                    f"--out={out}: its weights, {beside.name}, would be those of {file.with_suffix(other).name}: "
-                    f"take another name, such as {file.stem}.{form.format}{suffix}"
-                )
+        another = f"take another name, such as {file.stem}.{form.format}{suffix}"
+        for suffix_of_other in {SUFFIXES[format] for format in WEIGHTS} - {suffix}:
+            if (other := file.with_suffix(suffix_of_other)).exists():
+                told = f"its weights, {beside.name}, would be those of {other.name}: {another}"
+                raise UserError(f"--out={out}: {told}")
+        if beside.exists() and not file.exists():
+            raise UserError(f"--out={out}: its weights would replace {beside.name}: {another}")
     return file
+
+
+def _refuse_foreign(file: Path, format: str) -> None:
+    """Refuses to replace a file that no export has written.
+
+    Raises:
+      UserError: there is one at this place.
+    """
+    if not file.exists() or packages.missing(PACKAGES[format]):  # without them nothing is written
+        return
+    try:
+        if format == "onnx":
+            facts = onnx.metadata(file)
+        elif format == "openvino":
+            facts = openvino.metadata(file)
+        else:
+            facts = metadata.beside(file)
+    except UserError:
+        facts = {}
+    if "kdjax" not in facts:
+        raise UserError(f"--out: {file} is there, and `kdjax export` did not write it: choose another name")
 
 
 def _finish(made: Path, file: Path, form: _Form, facts: dict[str, str]) -> int:
@@ -304,7 +331,7 @@ def _finish(made: Path, file: Path, form: _Form, facts: dict[str, str]) -> int:
     elif form.format == "openvino":
         openvino.add_metadata(made, facts)
     else:
-        write_json(file.with_name(file.name + ".json"), facts)
+        write_json(metadata.place(file), facts)
     parts = [file] + ([file.with_suffix(WEIGHTS[form.format])] if form.format in WEIGHTS else [])
     for part in reversed(parts):
         (made.parent / part.name).replace(part)
@@ -437,11 +464,9 @@ def _calibration(source: _Source) -> tuple[Iterator[np.ndarray], list[str]]:
         return iter(_generated("train", CALIBRATION)), told
     try:
         train = arguments.open_data(data, "train", "", "", CALIBRATION, source.orientation, classes=source.classes)
-    except (UserError, FileNotFoundError):
+    except (UserError, FileNotFoundError) as error:
         if source.opened is None:
             raise
         train = source.opened
-        told.append(
-            f"calibrated on the split {source.split}, on which AP is measured too: {data} has no usable split train"
-        )
+        told.append(f"calibrated on the split {source.split}, on which AP is measured too; the split train: {error}")
     return (image for _, image in itertools.islice(train.stream(), CALIBRATION)), told

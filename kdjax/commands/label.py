@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -96,7 +97,7 @@ def run(
     if not folder.is_dir():
         raise UserError(f"--data: there is no folder {data}")
     with prefix("--data"):
-        found_files = [path for path, _ in find([data], file) if _readable(path) and path != preview]
+        found_files = [path for path, _ in find([data], file) if _readable(path) and not _same(path, preview)]
     if not found_files:
         raise UserError(f"--data: {data} has no images ({', '.join(SUFFIXES)})")
     loaded = arguments.load_model(model)
@@ -105,8 +106,9 @@ def run(
         assert threshold is not None
         thresholds: list[Threshold | None] = [Threshold(threshold)] * len(loaded.class_names)
     else:
-        opened = arguments.open_data(labelled, split, annotations, images, limit, exif, classes=classes)
-        loaded = arguments.match_classes(loaded, opened)
+        where = (labelled, split, annotations, images, limit, exif)
+        opened = arguments.open_data(*where, classes=classes, flag="--labelled")
+        loaded = arguments.match_classes(loaded, opened, "--labelled")
         thresholds = chosen(loaded, opened, precision)
     if not any(thresholds):
         wanted = "correct" if precision is None else f"right in {precision:.0%} of the cases"
@@ -193,6 +195,10 @@ def annotations_of(found: Detections, image: Mapping[str, Any], first: int) -> l
         area = width * height if found.masks is None else float(rle.area(found.masks[place]))
         row |= {"id": first + place, "bbox": [left, top, width, height], "area": area, "iscrowd": 0}
     return rows
+
+
+def _same(one: Path, other: Path) -> bool:
+    return os.path.realpath(one) == os.path.realpath(other)
 
 
 def _is_own(file: Path) -> bool:

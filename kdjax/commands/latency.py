@@ -19,8 +19,9 @@ from kdjax import weights
 from kdjax.commands import arguments
 from kdjax.errors import UserError
 from kdjax.evals import complexity
-from kdjax.export import graphs, litert, ncnn, onnx, openvino, packages
+from kdjax.export import graphs, litert, metadata, ncnn, onnx, openvino, packages
 from kdjax.files import write_json
+from kdjax.inference import onnx_file
 from kdjax.inference.model import Model
 
 WARM_UP = 20  # runs
@@ -47,9 +48,11 @@ def run(*, models: list[str], threads: int | None, runs: int, out: str | None) -
         raise UserError(f"--runs must be >= 1, not {runs}")
     if threads is not None and not 1 <= threads <= cores:
         raise UserError(f"--threads must be in 1 .. {cores}, not {threads}")
-    threads, target = threads or cores, arguments.output_file(out, inputs=models) if out else None
+    threads = threads or cores
+    paths = [path for model in models for path in expanded(model)]
+    read = [str(part) for path in paths for part in (path, *parts_of(Path(path)), metadata.place(Path(path)))]
+    target = arguments.output_file(out, inputs=read) if out else None
     with only(threads):  # before the first array: XLA starts its threads then
-        paths = [path for model in models for path in expanded(model)]
         files = {path: None if path.endswith(tuple(READERS)) else arguments.load_model(path) for path in paths}
         for path, loaded in files.items():
             if loaded is None:
@@ -97,10 +100,10 @@ def measure(path: str, model: Model | None, *, threads: int, runs: int) -> Itera
         yield {
             "model": path,
             "runtime": runtime,
-            "image_size": shape[2:] if shape[1] == 3 else shape[1:3],  # most of kdjax's exports have channels last
-            "params": int(facts["parameters"]) if "parameters" in facts else None,
-            "flops": int(facts["flops"]) if "flops" in facts else None,
-            "bytes": sum(file.stat().st_size for file in (Path(path), weights_of(Path(path))) if file.is_file()),
+            "image_size": shape[2:] if shape[1] in (1, 3) else shape[1:3],  # kdjax's exports have channels last
+            "params": int(facts["parameters"]) if "kdjax" in facts else None,
+            "flops": int(facts["flops"]) if "kdjax" in facts else None,
+            "bytes": sum(file.stat().st_size for file in (Path(path), *parts_of(Path(path)))),
         } | clock(call, runs, path)
         return
     image = np.full((1, *model.image_size, 3), 100, np.uint8)
@@ -201,8 +204,14 @@ def _onnx(path: Path, threads: int) -> tuple[Inputs, Callable[[dict[str, Any]], 
     """The inputs, a function of {input: array}, and the metadata."""
     packages.check_installed(("onnxruntime",))
     session = onnx.session(path, threads=threads)
-    kinds = {"tensor(uint8)": np.uint8, "tensor(int32)": np.int32, "tensor(int64)": np.int64}
-    inputs = {entry.name: (list(entry.shape), kinds.get(entry.type, np.float32)) for entry in session.get_inputs()}
+    inputs = {}
+    for entry in session.get_inputs():
+        if entry.type not in onnx_file.DTYPES:
+            kinds = ", ".join(onnx_file.DTYPES)
+            raise UserError(
+                f"--model={path}: its input {entry.name!r} is of {entry.type}: those that can be timed are {kinds}"
+            )
+        inputs[entry.name] = list(entry.shape), onnx_file.DTYPES[entry.type]
     return inputs, functools.partial(session.run, None), session.get_modelmeta().custom_metadata_map
 
 
@@ -217,9 +226,8 @@ def _litert(path: Path, threads: int) -> tuple[Inputs, Callable[[dict[str, Any]]
             interpreter.set_tensor(inputs[name]["index"], value)
         interpreter.invoke()
 
-    beside = path.with_name(f"{path.name}.json")
     shapes = {name: (entry["shape"].tolist(), entry["dtype"]) for name, entry in inputs.items()}
-    return shapes, run, json.loads(beside.read_text()) if beside.exists() else {}
+    return shapes, run, metadata.beside(path)
 
 
 def _openvino(path: Path, threads: int) -> tuple[Inputs, Callable[[dict[str, Any]], object], dict[str, str]]:
@@ -237,10 +245,10 @@ def _ncnn(path: Path, threads: int) -> tuple[Inputs, Callable[[dict[str, Any]], 
     """As `_onnx`; sizes and names are in the json beside the file."""
     packages.check_installed(("ncnn",))
     network = ncnn.network(path, threads=threads)
-    beside = path.with_name(f"{path.name}.json")
-    if not beside.is_file():
-        raise UserError(f"--model={path}: {beside.name}, which `kdjax export` writes, does not lie beside it")
-    facts = json.loads(beside.read_text())
+    facts = metadata.beside(path)
+    if "kdjax" not in facts:
+        told = f"{metadata.place(path).name}, which `kdjax export` writes, does not lie beside it"
+        raise UserError(f"--model={path}: {told}")
     names = facts["output"].partition(":")[0].split(", ")
     shape: list[Any] = [1, *json.loads(facts["image_size"]), 3]
 
@@ -250,9 +258,13 @@ def _ncnn(path: Path, threads: int) -> tuple[Inputs, Callable[[dict[str, Any]], 
     return {"image": (shape, np.uint8)}, run, facts
 
 
-def weights_of(path: Path) -> Path:
-    """The second file of an exported one, with the weights; of formats of one file there is none."""
-    return path.with_suffix(".bin") if path.suffix in (".xml", ".param") else path.with_suffix("")
+def parts_of(path: Path) -> list[Path]:
+    """The other files of an exported one, with its weights; most formats have none."""
+    if path.suffix in (".xml", ".param"):
+        found = [path.with_suffix(".bin")]
+    else:
+        found = onnx_file.parts_of(path) if path.suffix == ".onnx" else []
+    return [part for part in found if part.is_file()]
 
 
 READERS: dict[str, tuple[str, Callable[..., Any]]] = {

@@ -214,7 +214,8 @@ def find(paths: list[str], out: Path) -> list[tuple[Path, str]]:
       (file, name) pairs; the names differ from each other.
 
     Raises:
-      UserError: a path is missing, a folder holds nothing to read, or no file is of a supported kind.
+      UserError: a path is missing or would be overwritten, a folder holds nothing to read, or no file is of a supported
+        kind.
     """
     found: list[tuple[Path, Path]] = []
     for path in (Path(text).expanduser() for text in paths):
@@ -229,6 +230,8 @@ def find(paths: list[str], out: Path) -> list[tuple[Path, str]]:
             raise UserError(f"{path}: there is no such file or folder")
         else:
             check_file(path)
+            if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(out / "drawn")):
+                raise UserError(f"{path}: it lies where the drawn images are written: choose another --out")
             found.append((path, Path(path.name)))
     if not any(file.suffix.lower() in _KNOWN or is_image(file) for file, _ in found):
         raise UserError(_unsupported(found[0][0]))

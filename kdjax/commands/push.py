@@ -36,10 +36,10 @@ def run(*, model: str, repository: str, license: str, private: bool) -> int:
     loaded = arguments.load_model(model, "MODEL_DIR")
     if not (loaded.path / WEIGHTS).is_file():
         raise UserError(f"MODEL_DIR: {model} is a checkpoint of a run: push the student/ of one that is finished")
+    card = _card(loaded, license)
+    sent = [hub.CommitOperationAdd(CARD, card.encode())]
+    sent += [hub.CommitOperationAdd(path.name, str(path)) for path in _files(loaded.path)]
     with remote.told(f"hf://{repository}", "written"):
-        card = _card(loaded, license)
-        sent = [hub.CommitOperationAdd(CARD, card.encode())]
-        sent += [hub.CommitOperationAdd(path.name, str(path)) for path in _files(loaded.path)]
         api = hub.HfApi()
         url = api.create_repo(repository, private=private or None, exist_ok=True)
         if private and not api.repo_info(repository).private:
@@ -67,7 +67,10 @@ def _card(model: Model, license: str) -> str:
     """The card of the folder, or a short one, with the header that the Hub reads."""
     path = model.path / CARD
     if path.is_file():
-        text = path.read_text(encoding="utf-8")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise UserError(f"{path}: the card is not UTF-8: save it as UTF-8") from None
     else:
         text = model_card.short(model.detector.name, model.class_names, model.image_size)
     return model_card.completed(text, license)

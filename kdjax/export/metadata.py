@@ -1,14 +1,16 @@
 """The metadata of an exported file."""
 
 import json
+from pathlib import Path
 
 import kdjax
+from kdjax.errors import UserError
 from kdjax.evals import complexity
 from kdjax.export import graphs
 from kdjax.inference.model import Model
 
 _FITS = {
-    "round": "scaled to fit",
+    "round": "scaled to fit, its sides rounded half up",
     "down": "scaled to fit, fractions of a pixel cut off",
     "stretch": "resized to it without keeping the aspect ratio",
 }
@@ -78,6 +80,29 @@ def describe(model: Model, format: str, *, raw: bool, batch: int = 1) -> dict[st
         "parameters": str(complexity.parameters(model.variables[0])),
         "flops": str(complexity.flops(model.detector, model.image_size)),
     }
+
+
+def place(file: Path) -> Path:
+    """The json with the metadata of a file whose format has no place for them."""
+    return file.with_name(f"{file.name}.json")
+
+
+def beside(file: Path) -> dict[str, str]:
+    """What `place` of a file holds; {} if nothing is there.
+
+    Raises:
+      UserError: it is no json of `kdjax export`.
+    """
+    path = place(file)
+    if not path.exists():
+        return {}
+    try:
+        facts = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: it is no json ({error}): export {file.name} again") from None
+    if not isinstance(facts, dict) or not all(isinstance(fact, str) for fact in facts.values()):
+        raise UserError(f"{path}: it is not the metadata of {file.name} that `kdjax export` writes: export it again")
+    return facts
 
 
 def _normalisation(model: Model) -> str:

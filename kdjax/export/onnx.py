@@ -153,6 +153,21 @@ def add_metadata(path: str | Path, facts: dict[str, str]) -> None:
     onnx.save(graph, str(path))
 
 
+def metadata(path: str | Path) -> dict[str, str]:
+    """The facts that `add_metadata` wrote into a file; those of another program if it has any.
+
+    Raises:
+      UserError: the file cannot be read.
+    """
+    import onnx
+
+    try:
+        graph = onnx.load(str(path), load_external_data=False)
+    except Exception as error:  # protobuf raises its own kinds of errors
+        raise UserError(f"{path}: it is no ONNX file: {str(error).splitlines()[0]}") from error
+    return {entry.key: entry.value for entry in graph.metadata_props}
+
+
 def quantise(path: str | Path, model: Model, images: Iterable[np.ndarray], *, batch: int = 1) -> None:
     """Makes a file in float32 int8, in place: onnxruntime's static quantisation, weights per channel, maps as bytes.
 

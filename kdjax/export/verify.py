@@ -21,6 +21,11 @@ LEFT_OUT = 0.02  # share of the detections of an image
 # near, and at least the share SAME of them must be.
 SURE, NEAR_IOU, NEAR_SCORE, SAME = 0.3, 0.8, 0.1, 0.9
 
+_NOTHING = (
+    "on these images neither the file nor the JAX model detects {what}, so nothing can be compared: give images of its "
+    "classes, --data=DIR"
+)
+
 Call = Callable[..., Sequence[np.ndarray]]  # from the inputs of an exported file to its outputs
 
 
@@ -29,16 +34,18 @@ class Agreement(NamedTuple):
 
     difference: float  # the largest of an output, relative where it exceeds 1; NaN if an output is
     mask_iou: float = 1.0  # the smallest, of the two masks of a detection
+    count: int = 0  # the detections of both that were compared; 0 of maps
 
 
 def compare(model: Model, call: Call, images: Iterable[np.ndarray], *, raw: bool) -> Agreement:
     """Compares the outputs of an exported model with the JAX model's.
 
     Each detection of either model is compared with the nearest of its class: the JAX model's with the exported
-    detections, the exported ones with the boxes and scores of all priors in JAX. The worst 2 % of each are left out:
-    where an IoU or a score is within rounding of its threshold, either model may drop a box. If all places are taken,
-    those that score as the last one are arbitrary: in them, only the exported detections are compared. Masks are
-    compared on the canvas, those of the JAX model's detections with those of the nearest exported ones.
+    detections, the exported ones with the boxes and scores of all priors in JAX. Of 50 detections of an image the worst
+    is left out, of 100 the worst two: where an IoU or a score is within rounding of its threshold, either model may
+    drop a box. If all places are taken, those that score as the last one are arbitrary: in them, only the exported
+    detections are compared. Masks are compared on the canvas, those of the JAX model's detections with those of the
+    nearest exported ones.
 
     Args:
       model: the JAX model.
@@ -52,7 +59,7 @@ def compare(model: Model, call: Call, images: Iterable[np.ndarray], *, raw: bool
     network = jax.jit(functools.partial(graphs.maps if raw else graphs.network, model))
     decode = jax.jit(model.detector.decode)
     candidates = jax.jit(functools.partial(graphs.candidates, model, {}))
-    worst, overlap = 0.0, 1.0
+    worst, overlap, count = 0.0, 1.0, 0
     for batch in predict.canvases(images, model.image_size, batch_size=1, fit=model.detector.fit):
         canvas, placed = batch["image"], batch["image_size"]
         if raw:
@@ -65,7 +72,7 @@ def compare(model: Model, call: Call, images: Iterable[np.ndarray], *, raw: bool
         valid = wanted.valid[0]
         own, own_labels = np.column_stack([wanted.boxes[0], wanted.scores[0]])[valid], wanted.labels[0][valid]
         exported = np.column_stack([boxes, scores])
-        if abs(len(own) - len(exported)) > LEFT_OUT * len(own):
+        if abs(len(own) - len(exported)) > _left_out(len(own)):
             return Agreement(np.inf)
         away, nearest = _nearest(own, own_labels, exported, labels)
         sure = own[:, 4] > own[-1, 4] + TOLERANCE if valid.all() else np.ones(len(own), bool)
@@ -79,15 +86,22 @@ def compare(model: Model, call: Call, images: Iterable[np.ndarray], *, raw: bool
             astray[mine], _ = _nearest(inside[mine], labels[mine], pairs, np.full(len(pairs), label))
         for distances in (away[sure], astray):
             if len(distances):
-                worst = np.maximum(worst, np.quantile(distances, 1 - LEFT_OUT, method="lower"))
+                kept = np.nan if np.isnan(distances).any() else np.sort(distances)[-1 - _left_out(len(distances))]
+                worst = np.maximum(worst, kept)
+                count += len(distances)
         if rest and np.any(sure):
             assert wanted.masks is not None
             drawn = functools.partial(_on_canvas, model, size=(int(height), int(width)))
             mine = drawn(wanted.masks[0][valid][sure], own[sure, :4])
             theirs = drawn(rest[0][nearest[sure]], boxes[nearest[sure]])
             shared = [_iou(one, other) for one, other in zip(mine, theirs, strict=True)]
-            overlap = min(overlap, float(np.quantile(shared, LEFT_OUT, method="higher")))
-    return Agreement(float(worst), overlap)
+            overlap = min(overlap, sorted(shared)[_left_out(len(shared))])
+    return Agreement(float(worst), overlap, count)
+
+
+def _left_out(count: int) -> int:
+    """How many of the detections of an image are not compared."""
+    return int(LEFT_OUT * count)
 
 
 def _clipped(rows: np.ndarray, width: int, height: int) -> np.ndarray:
@@ -129,13 +143,15 @@ def check(
     """`compare`, whose difference must be within a tolerance, and the IoU of masks at least `MASK_IOU`.
 
     Raises:
-      UserError: it is not.
+      UserError: it is not, or there are no detections to compare.
     """
     found = compare(model, call, images, raw=raw)
     if not np.isfinite(found.difference):
         nan = np.isnan(found.difference)
         what = "hold numbers that are not finite" if nan else "are not the detections of the JAX model"
         raise UserError(f"the exported outputs {what}")
+    if not raw and not found.count:
+        raise UserError(_NOTHING.format(what="anything"))
     if found.difference > tolerance:
         what = f"differ from the JAX model's by {found.difference:.2g}, more than {tolerance:g}"
         raise UserError(f"the exported outputs {what}")
@@ -178,10 +194,7 @@ def check_int8(model: Model, call: Call, images: Iterable[np.ndarray], *, raw: b
             shared += int(np.count_nonzero(near.any(1) & sure))
             count += int(np.count_nonzero(sure))
     if not count:
-        raise UserError(
-            f"on these images neither the file nor the JAX model detects anything with a score of at least {SURE:g}, "
-            "so nothing can be compared: give images of its classes, --data=DIR"
-        )
+        raise UserError(_NOTHING.format(what=f"anything with a score of at least {SURE:g}"))
     share = shared / count
     if share < SAME:
         raise UserError(

@@ -101,7 +101,13 @@ class Model:
 def _array(image: Image, exif: str) -> np.ndarray:
     if isinstance(image, (str, Path)):
         return predict.read_image(Path(image).expanduser(), exif=exif)
-    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+    if (
+        not isinstance(image, np.ndarray)
+        or image.dtype != np.uint8
+        or image.ndim != 3
+        or image.shape[2] != 3
+        or not image.size
+    ):
         what = f"{image.dtype}{list(image.shape)}" if isinstance(image, np.ndarray) else type(image).__name__
         raise UserError(f"an image must be u8[h, w, 3] RGB or a path, not {what}")
     return image

@@ -1,6 +1,7 @@
 """An ONNX file in onnxruntime: its inputs and outputs, inner tensors as further outputs, batches of any size."""
 
 import dataclasses
+import glob
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from kdjax.errors import UserError, listed
 if TYPE_CHECKING:
     import onnxruntime
 
-_DTYPES = {
+DTYPES = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
     "tensor(double)": np.float64,
@@ -141,10 +142,10 @@ def _inputs(path: Path, session: "onnxruntime.InferenceSession") -> tuple[Entry,
     """The input of the images, that of sizes if there is one, and the axis of the colours."""
     entries = []
     for entry in session.get_inputs():
-        if entry.type not in _DTYPES:
+        if entry.type not in DTYPES:
             raise UserError(f"{path}: its input {entry.name!r} is of {entry.type}: it must be numbers")
         shape = tuple(side if isinstance(side, int) and side > 0 else None for side in entry.shape)
-        entries.append(Entry(entry.name, _DTYPES[entry.type], shape))
+        entries.append(Entry(entry.name, DTYPES[entry.type], shape))
     images = [entry for entry in entries if len(entry.shape) == 4]
     others = [entry for entry in entries if len(entry.shape) == 2 and entry.shape[1] in (2, None)]
     told = ", ".join(map(str, entries))
@@ -183,10 +184,15 @@ def _with_outputs(path: Path, names: Sequence[str]) -> bytes:
         raise UserError(f"{path}: it is too large for reading inner tensors: export it with these outputs") from error
 
 
+def parts_of(path: Path) -> list[Path]:
+    """The files beside an ONNX file that have its weights, where they are not inside."""
+    return sorted(path.parent.glob(f"{glob.escape(path.name)}*data*"))
+
+
 def _fingerprint(path: Path) -> str:
     """The hash of the file, and of the names, sizes and contents of files with its weights beside it."""
     digest = hashlib.sha256()
-    for part in (path, *sorted(path.parent.glob(f"{path.name}*data*"))):
+    for part in (path, *parts_of(path)):
         with open(part, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()

@@ -55,7 +55,7 @@ def summary(runs: Sequence[Run]) -> str:
       runs: of compare.json.
 
     Returns:
-      One to three sentences.
+      One to three sentences; the first says so if their APs are not comparable.
 
     Example:
       >>> run = {"name": "a", "finished": True, "data": "1", "metrics": {"AP": 0.41}}
@@ -74,7 +74,7 @@ def summary(runs: Sequence[Run]) -> str:
         after = best[len(equal) :]
         text += f"; {after[0]} is next with {percent(ap[after[0]])}." if after else "."
     if len({run["data"] for run in runs}) > 1:
-        text += " The runs do not have the same images, boxes and classes: their APs are not comparable."
+        text = f"The runs do not have the same images, boxes and classes: their APs are not comparable. {text}"
     running = [run["name"] for run in runs if not run["finished"]]
     if running:
         text += f" Not finished: {', '.join(running)}."

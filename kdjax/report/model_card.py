@@ -10,6 +10,7 @@ import yaml
 from kdjax import methods as zoo
 from kdjax.data import Dataset
 from kdjax.evals import coco
+from kdjax.report.format import is_defined, percent
 from kdjax.report.run import verdict
 from kdjax.resources import Config
 
@@ -150,9 +151,11 @@ def _slug(name: str) -> str:
 def _introduction(role: str, results: Mapping[str, Any]) -> str:
     if role == "student":
         return verdict(results)
+    ap = results["twin"].get("AP")
+    reached = f" It reaches AP {percent(ap)}." if is_defined(ap) else ""
     return (
         "This is the twin of `student/`: the same detector with the same initial weights, trained on the same batches "
-        f"without the teacher. {verdict({'student': results['twin']})}"
+        f"without the teacher.{reached}"
     )
 
 

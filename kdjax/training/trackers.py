@@ -393,6 +393,8 @@ class _Mlflow:
         from mlflow.exceptions import MlflowException  # pyright: ignore[reportMissingImports] - an extra
 
         try:
+            if self.client.get_run(self.id).info.lifecycle_stage != "active":  # deleted in its interface
+                return False
             self.client.update_run(self.id, status="RUNNING")
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":

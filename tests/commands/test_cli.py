@@ -108,7 +108,7 @@ def test_mistakes_get_one_sentence_before_any_compute(made, tmp_path, capsys, mo
         (("predict", str(tmp_path / "mine"), one, f"--out={tmp_path / 'mine'}"), "outside of --out"),
         (("evaluate", one, "--data=scenes", "--split=train"), "scenes takes no --split"),
         (
-            ("export", one, "--format=stablehlo", f"--out={tmp_path / 'x'}", "--data=scenes", "--images=a"),
+            ("export", one, "--format=stablehlo", f"--out={tmp_path / 'x.stablehlo'}", "--data=scenes", "--images=a"),
             "takes no --split",
         ),
         (("latency", one, f"--out={tmp_path}"), "is a folder"),
@@ -130,7 +130,7 @@ def test_mistakes_get_one_sentence_before_any_compute(made, tmp_path, capsys, mo
         (("export", one, "--format=onnx", f"--out={tmp_path}"), "is a folder"),
         (("export", one, "--format=onnx", f"--out={tmp_path / 'x'}", "--max-ap-loss=1"), "needs --data"),
         (
-            ("export", one, "--format=stablehlo", given, f"--out={tmp_path / 'x'}", "--dtype=int8"),
+            ("export", one, "--format=stablehlo", given, f"--out={tmp_path / 'x.stablehlo'}", "--dtype=int8"),
             "is for --format=onnx",
         ),
         (("latency", "--model=nowhere"), "there is no such file or folder"),

@@ -100,7 +100,8 @@ def test_damaged_lines_are_counted_and_equal_runs_are_named(tmp_path, capsys):
 
 def test_runs_on_other_data_are_not_comparable(tmp_path):
     page, content, _ = compared(tmp_path, make(tmp_path / "a"), make(tmp_path / "b", data="cd34", classes=("dog",)))
-    assert "their APs are not comparable" in page.text and content["settings"]["data"] == ["ab12", "cd34"]
+    assert "their APs are not comparable. a and b have the highest AP, 40.0." in page.text
+    assert content["settings"]["data"] == ["ab12", "cd34"]
     assert {row[0]: row[1:] for row in page.rows}["dog"] == ["–", "40.0", "–"]
 
 

@@ -58,6 +58,16 @@ def test_no_file_of_a_model_or_run_is_overwritten(made, tmp_path, capsys):
     assert "is also what is read" in refused(capsys, "latency", f"--model={file}", f"--out={file}")
     assert file.read_text() == "mine"
     assert "must end with .onnx" not in refused(capsys, "export", f"--model={file}", "--format=onnx", f"--out={file}")
+    for format, name, there, why in (
+        ("onnx", "mine.onnx", "mine.onnx", "is there, and `kdjax export` did not write it: choose another name"),
+        ("stablehlo", "a.stablehlo", "a.stablehlo", "is there, and `kdjax export` did not write it"),
+        ("openvino", "a.xml", "a.bin", "its weights would replace a.bin: take another name"),
+        ("stablehlo", "notes.txt", "notes.txt", "must end with .stablehlo"),
+    ):
+        if not packages.missing(export.PACKAGES[format]) or format == "openvino":
+            (tmp_path / there).write_text("mine")
+            assert why in refused(capsys, "export", model, f"--format={format}", f"--out={tmp_path / name}")
+            assert (tmp_path / there).read_text() == "mine"
 
 
 @pytest.mark.user_input(
@@ -73,6 +83,7 @@ def test_no_file_of_a_model_or_run_is_overwritten(made, tmp_path, capsys):
         (["--format=litert", "--dtype=float16"], "--dtype=float16 is for --format=onnx and openvino and ncnn, not li"),
         (["--format=ncnn", "--dtype=int8"], "--dtype=int8 is for --format=onnx and openvino and litert, not ncnn"),
         (["--target=raspberry_pi", "--out=x.param"], "a file in float16 needs --data=DIR, on which AP is"),
+        (["--format=onnx", "--batch=00"], "--batch must be a number of images >= 1, or dynamic, not '00'"),
         (["--format=onnx", "--batch=0"], "--batch must be a number of images >= 1, or dynamic, not '0'"),
         (["--format=onnx", "--batch=-1"], "--batch must be a number of images >= 1, or dynamic, not '-1'"),
         (["--format=stablehlo", "--batch=dynamic"], "--batch=dynamic is for ONNX and OpenVINO: stablehlo files take"),

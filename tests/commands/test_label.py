@@ -65,6 +65,16 @@ def test_labels_are_written_and_read_back(made, photos, tmp_path, capsys):
     assert not data.reasons(counts, ("dropped", "repaired")), data.reasons(counts, ("dropped", "repaired"))
 
 
+def test_the_preview_is_not_labelled(photos, tmp_path, monkeypatch):
+    """Also if the folder is named in another way."""
+    shutil.copytree(photos / "more", tmp_path / "photos")
+    monkeypatch.chdir(tmp_path)
+    for named in ("photos", str(tmp_path / "photos")):
+        command = ["label", "--model=quickstart_teacher", f"--data={named}", "--out=photos/labels.json"]
+        assert cli.main([*command, "--threshold=0.1"]) == 0 and (tmp_path / "photos" / "labels.png").exists()
+    assert len(read(tmp_path / "photos" / "labels.json")["images"]) == 1
+
+
 def test_a_threshold_for_all_leaves_out_what_is_below(photos, tmp_path):
     low, high = tmp_path / "low.json", tmp_path / "high.json"
     for out, score in ((low, 0.3), (high, 0.7)):
@@ -102,6 +112,9 @@ def test_what_cannot_be_labelled_is_refused(made, photos, tmp_path, capsys):
     assert "give one of them" in refused(capsys, *flags, "--threshold=0.5", f"--labelled={made / 'data'}")
     assert "--threshold must be in 0 .. 1, not 2" in refused(capsys, *flags, "--threshold=2")
     assert "--precision is measured on labelled data" in refused(capsys, *flags, "--threshold=0.5", "--precision=0.9")
+    told = refused(capsys, *flags, f"--labelled={tmp_path / 'nowhere'}")
+    assert "--labelled: there is no folder" in told
+    assert "--labelled=scenes takes no --split" in refused(capsys, *flags, "--labelled=scenes", "--split=x")
     told = refused(capsys, *flags, "--threshold=0.5", "--split=train")
     assert "--split is for the data of --labelled, which is not given" in told
     truth = tmp_path / "instances.json"

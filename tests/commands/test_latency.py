@@ -8,7 +8,8 @@ import pytest
 
 from kdjax import cli
 from kdjax.commands import latency
-from kdjax.export import onnx
+from kdjax.errors import UserError
+from kdjax.export import metadata, onnx
 from tests.support.checkpoints import Code
 from tests.support.models import read, refused
 
@@ -41,16 +42,22 @@ def test_onnx_files_of_other_programs(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(latency, "clock", lambda call, runs, name: dict(median=1.0 if call() else 0, p25=1.0, p75=2.0))
     command = ("latency", f"--model={tmp_path / 'x.onnx'}")
 
-    def write(*shapes):
-        values = [format.helper.make_tensor_value_info(f"x{i}", 1, shape) for i, shape in enumerate(shapes)]
-        outputs = [format.helper.make_tensor_value_info(f"y{i}", 1, None) for i in range(len(shapes))]
-        nodes = [format.helper.make_node("Relu", [f"x{i}"], [f"y{i}"]) for i in range(len(shapes))]
+    def write(*shapes, kind=1):
+        values = [format.helper.make_tensor_value_info(f"x{i}", kind, shape) for i, shape in enumerate(shapes)]
+        outputs = [format.helper.make_tensor_value_info(f"y{i}", kind, None) for i in range(len(shapes))]
+        nodes = [
+            format.helper.make_node("Not" if kind == 9 else "Relu", [f"x{i}"], [f"y{i}"]) for i in range(len(shapes))
+        ]
         graph = format.helper.make_graph(nodes, "g", values, outputs)
         opset = format.helper.make_opsetid("", 19)
         format.save(format.helper.make_model(graph, opset_imports=[opset], ir_version=9), str(tmp_path / "x.onnx"))
 
     write((1, 2), ("N", 3, 32, 64))
     assert cli.main(command) == 0 and "32x64" in capsys.readouterr().out
+    write((1, 1, 8, 16), kind=10)  # float16, one colour
+    assert cli.main(command) == 0 and "8x16" in capsys.readouterr().out
+    write((1, 3, 8, 16), kind=9)
+    assert "its input 'x0' is of tensor(bool): those that can be timed are tensor(float)" in refused(capsys, *command)
     write((7,))
     assert "takes no image" in refused(capsys, *command)
     write((1, 3, "h", "w"))
@@ -68,6 +75,28 @@ class _Deaf:
 
     def run(self, *_):
         raise RuntimeError("no\nat all")
+
+
+@pytest.mark.user_input(
+    "Folders and names", "`kdjax latency --out` of a file that it times, or of its metadata", "refused: it is read"
+)
+def test_what_is_timed_is_not_overwritten(made, tmp_path, capsys):
+    for name in ("a.onnx", "b.tflite", "b.tflite.json", "c.xml", "c.bin", "d.onnx.data", "d.onnx"):
+        (tmp_path / name).write_text(name)
+    for name in ("a.onnx", "b.tflite", "b.tflite.json", "c.xml", "c.bin", "d.onnx.data"):
+        told = refused(capsys, "latency", f"--model={tmp_path}", f"--out={tmp_path / name}")
+        assert "is also what is read" in told and (tmp_path / name).read_text() == name
+    assert [path.name for path in latency.parts_of(tmp_path / "d.onnx")] == ["d.onnx.data"]
+    assert latency.parts_of(tmp_path / "b.tflite") == []
+
+
+def test_metadata_of_others_is_refused_or_left_out(tmp_path):
+    file = tmp_path / "x.tflite"
+    assert metadata.beside(file) == {}
+    for content, told in (("{", "it is no json"), ("[1]", "not the metadata"), ('{"parameters": 7}', "not the meta")):
+        metadata.place(file).write_text(content)
+        with pytest.raises(UserError, match=f"x.tflite.json: .*{told}"):
+            metadata.beside(file)
 
 
 @pytest.mark.user_input("Config and flags", "more threads than the machine has", "refused: --threads must be in 1 .. N")

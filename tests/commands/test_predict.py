@@ -348,6 +348,18 @@ def test_what_a_folder_holds_is_read_or_named(tmp_path):
         assert str(refused.value) == f"{inside / path}: cannot be read{why}"
 
 
+@pytest.mark.user_input(
+    "Folders and names", "an image of `kdjax predict` that lies where its drawing would be written", "refused"
+)
+def test_no_image_that_is_read_is_drawn_over(tmp_path):
+    file = tmp_path / "drawn" / "me.jpg"
+    file.parent.mkdir()
+    Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(file)
+    with pytest.raises(UserError, match=r"me.jpg: it lies where the drawn images are written: choose another --out"):
+        predict.find([str(file)], tmp_path)
+    assert predict.find([str(file)], tmp_path / "out") == [(file, "me.jpg")]
+
+
 @pytest.mark.parametrize("rate", [0, 3e-9, 1e6, float("nan")])
 def test_a_video_with_an_impossible_rate_is_drawn(tmp_path, monkeypatch, rate):
     clip(tmp_path / "a.mp4")

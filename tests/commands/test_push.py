@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -105,12 +106,15 @@ def test_a_card_keeps_what_it_has():
 @pytest.mark.user_input(
     "Config and flags", "`kdjax push` of a checkpoint or to a wrong name", "refused: what it must be"
 )
-def test_what_cannot_be_pushed_is_refused(hub, made, finished, capsys):
+def test_what_cannot_be_pushed_is_refused(hub, made, finished, tmp_path, capsys):
     for name in ("cells", "me/cells/deep", "me/", "../cells", "me/ce lls"):
         assert "must be OWNER/NAME" in refused(capsys, "push", str(made / "model"), name)
     half = finished[0].parent / "half"
     assert "is a checkpoint of a run: push the student/ of one that" in refused(capsys, "push", str(half), "me/cells")
     assert "there is no such file or folder" in refused(capsys, "push", str(made / "none"), "me/cells")
+    damaged = Path(shutil.copytree(made / "model", tmp_path / "damaged"))
+    (damaged / "README.md").write_bytes(b"caf\xe9")
+    assert "README.md: the card is not UTF-8: save it as UTF-8" in refused(capsys, "push", str(damaged), "me/cells")
     assert not hub.repositories
     assert cli.main(["push", str(made / "model"), "me/cells"]) == 0
     told = refused(capsys, "push", str(made / "other"), "me/cells", "--private")

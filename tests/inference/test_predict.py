@@ -74,7 +74,8 @@ def test_a_list_an_array_and_a_file_give_the_same(model, images, tmp_path):
         np.testing.assert_array_equal(one.boxes, other.boxes)
     strong = one[one.scores > one.scores[3]]
     assert len(strong) == 3 and (strong.boxes == one.boxes[:3]).all()
-    for wrong, message in ((images[0].astype(float), "not float64"), (images[0][..., 0], "u8"), (7, "not int")):
+    wrongs = (images[0].astype(float), "not float64"), (images[0][..., 0], "u8"), (images[0][:0], "u8"), (7, "not int")
+    for wrong, message in wrongs:
         with pytest.raises(UserError, match=message):
             model.detect([wrong])
 

@@ -51,17 +51,29 @@ class Mlflow:
         self._work()
         key = f"run{len(self.runs)}"
         self.runs[key] = types.SimpleNamespace(
-            id=key, params={}, tags={}, metrics=[], images={}, models=[], status="RUNNING", name=run_name
+            id=key,
+            params={},
+            tags={},
+            metrics=[],
+            images={},
+            models=[],
+            status="RUNNING",
+            name=run_name,
+            stage="active",
         )
         return types.SimpleNamespace(info=types.SimpleNamespace(run_id=key))
 
     def get_run(self, key):
-        return types.SimpleNamespace(data=types.SimpleNamespace(params=dict(self.runs[key].params)))
-
-    def update_run(self, key, status):
         self._work()
         if key not in self.runs:
             raise MlflowException("there is no such run")
+        run = self.runs[key]
+        info = types.SimpleNamespace(lifecycle_stage=run.stage)
+        return types.SimpleNamespace(info=info, data=types.SimpleNamespace(params=dict(run.params)))
+
+    def update_run(self, key, status):
+        self._work()
+        assert self.runs[key].stage == "active", "mlflow refuses it"
         self.runs[key].status = status
 
     def set_tag(self, key, name, value):

@@ -133,6 +133,7 @@ def test_a_model_card_names_data_teacher_and_hashes(finished, teacher_folder):
         assert f"classes: {', '.join(classes)}" in body and f"- jax: {jax.__version__}" in body
         assert "data, train: scenes, split `train`: 24 images" in body and "seed 0" in body
         assert "20 steps of 8 images" in body and "claims no rights" in body
+        assert (re.search(r"without the teacher\. It reaches AP \d+\.\d\.", body) is not None) == (role == "twin")
     student = texts["student"]
     rows = dict(re.findall(r"^\| (\w+) \| (.*) \|$", student, re.MULTILINE))
     assert rows["AP"].split(" | ") == [

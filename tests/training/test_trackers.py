@@ -200,6 +200,15 @@ def test_a_new_run_is_refused_and_one_that_goes_on_is_not(request, name, tmp_pat
     assert {"wandb": of_wandb, "mlflow": of_mlflow}[name](run) == logged(tmp_path)
 
 
+def test_a_run_that_was_deleted_in_mlflow_is_sent_again(mlflow, tmp_path):
+    made = chosen("mlflow")
+    write(tmp_path, made, LINES[:2])
+    [first] = mlflow.runs.values()
+    first.stage = "deleted"
+    write(tmp_path, made, LINES[2:])
+    assert len(mlflow.runs) == 2 and of_mlflow(mlflow.runs["run1"]) == logged(tmp_path)
+
+
 def test_where_one_cannot_begin_the_others_are_ended(wandb, mlflow, tmp_path):
     mlflow.broken = ConnectionError("the server is away")
     with pytest.raises(UserError, match="mlflow cannot begin a run"):
