@@ -11,12 +11,10 @@ from kdjax.report import pages
 from kdjax.report.charts import Series, chart_grid, line_chart, stroke
 from kdjax.report.format import abbreviated, difference, is_defined, percent, signed
 from kdjax.report.live import duration
-from kdjax.report.series import Rows, by_model, read, under
+from kdjax.report.series import TITLES, Rows, by_model, read, under
 
 Run = Mapping[str, Any]  # an entry of compare.json, see `kdjax.commands.compare`
 LONGEST = 60  # characters of a setting in the table
-_NAMES = {"lr": "learning rate", "images_per_s": "images per second", "grad_norm": "gradient norm"}
-_NAMES |= {"wait_share": "fraction of time spent waiting for data", "total": "total loss"}
 _BORDERS = {"-": "solid", "--": "dashed", ":": "dotted", "-.": "double"}
 
 
@@ -160,7 +158,7 @@ def _loss_charts(names: Sequence[str], trained: Mapping[str, Mapping[str, Series
     for loss in found:
         lines = {name: split[name].get(loss, {}).get("student") for name in names}
         if sum(line is not None for line in lines.values()) > 1:
-            charts.append(_chart(lines, names, title=_NAMES.get(loss, loss)))
+            charts.append(_chart(lines, names, title=TITLES.get(loss, loss)))
     shares = {name: under(series, "share") for name, series in trained.items()}
     for method in dict.fromkeys(method for of_run in shares.values() for method in of_run):
         lines = {name: shares[name].get(method) for name in names}
@@ -174,7 +172,7 @@ def _other_charts(names: Sequence[str], trained: Mapping[str, Mapping[str, Serie
     charts = []
     for value in ("images_per_s", "wait_share", "lr"):
         lines = {name: trained[name].get(value) for name in names}
-        charts.append(_chart(lines, names, title=_NAMES[value], log=False))
+        charts.append(_chart(lines, names, title=TITLES[value], log=False))
     return chart_grid(charts)
 
 

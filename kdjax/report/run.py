@@ -12,7 +12,7 @@ from kdjax.files import write_text
 from kdjax.report import drawing, live, pages
 from kdjax.report.charts import chart_grid, line_chart
 from kdjax.report.format import MODELS, abbreviated, compact, difference, is_defined, percent, sign, signed
-from kdjax.report.series import Rows, by_model, last, read, under
+from kdjax.report.series import TITLES, Rows, by_model, last, read, under
 
 _Rows = dict[str, dict[str, float]]  # name -> {model: AP}
 
@@ -206,11 +206,9 @@ def _loss_curves(rows: Rows) -> str:
             charts.append(line_chart({"run": (steps, 100 * values)}, title=name, unit="%", log=False, note=note))
         text.append("<h3>Shares of the gradient at the student’s neck</h3>" + chart_grid(charts))
     notes = {"total": "For the student this includes the distillation terms."} if terms else {}
-    titles = {"lr": "learning rate", "images_per_s": "images per second", "grad_norm": "gradient norm"}
-    titles |= {"wait_share": "fraction of time spent waiting for data", "total": "total loss"}
-    charts = [line_chart(split[name], title=titles.get(name, name), note=notes.get(name, "")) for name in other]
+    charts = [line_chart(split[name], title=TITLES.get(name, name), note=notes.get(name, "")) for name in other]
     charts += [
-        line_chart({"run": line}, title=titles.get(name, name), log=False)
+        line_chart({"run": line}, title=TITLES.get(name, name), log=False)
         for name, line in series.items()
         if "/" not in name
     ]

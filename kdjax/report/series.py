@@ -10,6 +10,14 @@ from kdjax.report.charts import Series
 from kdjax.report.format import MODELS
 
 Rows = Sequence[Mapping[str, Any]]  # of metrics.jsonl
+# Of charts, by the name of a value.
+TITLES = {
+    "lr": "learning rate",
+    "images_per_s": "images per second",
+    "grad_norm": "gradient norm",
+    "wait_share": "fraction of time spent waiting for data",
+    "total": "total loss",
+}
 
 
 def read(rows: Rows, kind: str) -> dict[str, Series]:
