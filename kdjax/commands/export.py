@@ -304,12 +304,14 @@ def _output(model: str, out: str, form: _Form) -> Path:
 
 
 def _refuse_foreign(file: Path, format: str) -> None:
-    """Refuses to replace a file that no export has written.
+    """Refuses to replace a file that no export has written, or what is not the metadata of one.
 
     Raises:
       UserError: there is one at this place.
     """
-    if not file.exists() or packages.missing(PACKAGES[format]):  # without them nothing is written
+    places = [file] if format in ("onnx", "openvino") else [file, metadata.place(file)]
+    there = next((place for place in places if place.exists()), None)
+    if there is None or packages.missing(PACKAGES[format]):  # without them nothing is written
         return
     try:
         if format == "onnx":
@@ -321,7 +323,7 @@ def _refuse_foreign(file: Path, format: str) -> None:
     except UserError:
         facts = {}
     if "kdjax" not in facts:
-        raise UserError(f"--out: {file} is there, and `kdjax export` did not write it: choose another name")
+        raise UserError(f"--out: {there} is there, and `kdjax export` did not write it: choose another name")
 
 
 def _finish(made: Path, file: Path, form: _Form, facts: dict[str, str]) -> int:

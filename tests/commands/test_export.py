@@ -61,6 +61,7 @@ def test_no_file_of_a_model_or_run_is_overwritten(made, tmp_path, capsys):
     for format, name, there, why in (
         ("onnx", "mine.onnx", "mine.onnx", "is there, and `kdjax export` did not write it: choose another name"),
         ("stablehlo", "a.stablehlo", "a.stablehlo", "is there, and `kdjax export` did not write it"),
+        ("stablehlo", "b.stablehlo", "b.stablehlo.json", "b.stablehlo.json is there, and `kdjax export` did not"),
         ("openvino", "a.xml", "a.bin", "its weights would replace a.bin: take another name"),
         ("stablehlo", "notes.txt", "notes.txt", "must end with .stablehlo"),
     ):
