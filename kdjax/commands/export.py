@@ -404,10 +404,11 @@ def _compare(
     """The largest difference from the JAX model, as lines and metadata."""
     facts = metadata.describe(model, form.format, raw=form.raw, batch=form.batch)
     sizes = (form.batch,) if form.batch else BATCHES
-    found = []
+    found, tolerance = [], verify.STAGED if model.detector.head is None else verify.TOLERANCE
+    if form.format == "ncnn":
+        tolerance = ncnn.TOLERANCE
     for size in sizes:
         one = call if form.batch == 1 else verify.in_batches(call, size, raw=form.raw)
-        tolerance = ncnn.TOLERANCE if form.format == "ncnn" else verify.TOLERANCE
         found.append(verify.check(model, one, samples, raw=form.raw, tolerance=tolerance))
     worst = f"{max(one.difference for one in found):.2g}"
     batches = "" if form.batch == 1 else f", batches of {', '.join(map(str, sizes))}"

@@ -15,6 +15,7 @@ from kdjax.inference.model import Model
 from kdjax.structs import AnyArray, PaddedDetections, PyTree
 
 TOLERANCE = 1e-4  # of an output, relative where it is larger than 1
+STAGED = 5e-4  # the same, of detectors whose boxes are computed from boxes, stage by stage: rounding grows with each
 MASK_IOU = 0.99  # of the masks of a detection, at least
 LEFT_OUT = 0.02  # share of the detections of an image
 # Of int8: detections with a score of at least SURE are compared; two are the same if their boxes and scores are so

@@ -117,4 +117,6 @@ def test_openvino_of_other_families(name, more, made, tmp_path, capsys):
     save_noisy(name, tmp_path / "m")
     command = ["export", f"--model={tmp_path / 'm'}", "--format=openvino", f"--out={tmp_path / 'm.xml'}"]
     assert cli.main([*command, f"--data={made / 'data'}", *more]) == 0
-    assert re.search(r"difference from the JAX model \S+e-0[5-9]", capsys.readouterr().out)
+    [told] = re.findall(r"difference from the JAX model (\S+) ", capsys.readouterr().out)
+    staged = name in (*TWO_STAGES, *TRANSFORMERS)
+    assert 0 < float(told) < (verify.STAGED if staged else verify.TOLERANCE)
