@@ -3,6 +3,7 @@
 OpenVINO itself converts them from ONNX files.
 """
 
+import functools
 import importlib
 import re
 import sys
@@ -45,6 +46,15 @@ def _package() -> Any:  # noqa: ANN401 - a module
     return importlib.import_module("openvino")
 
 
+@functools.cache
+def _core() -> Any:  # noqa: ANN401 - openvino.Core
+    """One for all files: each brings a stack of its own for signals, and puts back the one it found when it goes.
+
+    Of two, the second may put back that of the first, which is gone by then, and the next signal ends the process.
+    """
+    return _package().Core()
+
+
 def _read(path: str | Path) -> Any:  # noqa: ANN401 - openvino.Model
     path = Path(path)
     # Of a file in no format that it knows OpenVINO asks the readers of all formats, which print what they think of it.
@@ -53,7 +63,7 @@ def _read(path: str | Path) -> Any:  # noqa: ANN401 - openvino.Model
     if not path.with_suffix(".bin").is_file():
         raise UserError(f"{path}: the weights, {path.with_suffix('.bin').name}, do not lie beside it")
     try:
-        return _package().Core().read_model(str(path))
+        return _core().read_model(str(path))
     except Exception as error:  # its bindings raise many kinds of errors
         raise UserError(f"{path}: OpenVINO cannot read it: {_reason(error)}") from error
 
@@ -79,7 +89,7 @@ def compiled(path: str | Path, *, threads: int = 0) -> Any:  # noqa: ANN401 - op
     settings |= {"INFERENCE_NUM_THREADS": threads} if threads else {}
     read = _read(path)
     try:
-        return _package().Core().compile_model(read, "CPU", settings)
+        return _core().compile_model(read, "CPU", settings)
     except Exception as error:  # its bindings raise many kinds of errors
         raise UserError(f"{path}: OpenVINO cannot compile it: {_reason(error)}") from error
 

@@ -101,6 +101,20 @@ def test_openvino_is_imported_without_its_telemetry():
     assert done.stdout.strip() == "{'openvino.tools.ovc.telemetry_stub'}", done.stderr
 
 
+@pytest.mark.user_input("The machine", "a signal after several files of OpenVINO were run", "survived")
+def test_a_signal_after_files_of_openvino_is_handled(exported, tmp_path):
+    """In a process of its own, which OpenVINO's way with the stack of signals would end (see `_core`)."""
+    openvino.write(exported[0], tmp_path / "m.xml")
+    code = (
+        "import gc, signal\nfrom kdjax.export import openvino\n"
+        f"first, second = [openvino.compiled({str(tmp_path / 'm.xml')!r}) for _ in range(2)]\n"
+        "del first\ngc.collect()\ndel second\ngc.collect()\n"
+        "signal.signal(signal.SIGTERM, lambda *_: print('handled'))\nsignal.raise_signal(signal.SIGTERM)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout.strip()) == (0, "handled"), done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "more"),
