@@ -86,11 +86,14 @@ ALIKE = ("rtmdet_ins", "mask_rcnn", "cascade_rcnn", "rtdetrv2", "dfine")
 
 
 @pytest.mark.parametrize("rest", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["default", "rest"])
-@pytest.mark.parametrize("name", methods.names())
-def test_a_method_computes_on_every_pair_that_does_not_refuse_it(name, rest):
-    """The whole matrix of docs/zoo.md, traced: every family as student under every family as teacher."""
-    for (student, teacher), refusal in generate.refusals(name).items():
-        if rest != (student != teacher and bool({student, teacher} & {*ALIKE})):
+@pytest.mark.parametrize(("number", "name"), list(enumerate(methods.names())), ids=methods.names())
+def test_a_method_computes_on_every_pair_that_does_not_refuse_it(number, name, rest):
+    """The whole matrix of docs/zoo.md, traced: every family as student under every family as teacher.
+
+    By default every other pair of two families; which, differs from method to method.
+    """
+    for place, ((student, teacher), refusal) in enumerate(generate.refusals(name).items(), number):
+        if rest != (student != teacher and (bool({student, teacher} & {*ALIKE}) or place % 2 == 1)):
             continue
         if methods.build(name).reads.teacher == ("detections",) and teacher != student:
             continue  # detections look alike, whoever found them
