@@ -7,7 +7,8 @@
 COCO folder of BCCD, the folder with NEU-DET's `IMAGES` and `ANNOTATIONS` (1,770 images of steel, 6 classes), the folder
 with DeepPCB's `trainval.txt` and `test.txt` (1,500 of circuit boards, 6 classes). `person` and `coco` need the half of
 COCO val2017 that holds a person (80 classes, a COCO folder) and a folder with `rtmdet_nano_person.onnx` or
-`yolox_nano.onnx`. Each finished run is added to `benchmarks/studies/NAME_SEED.json`, the
+`yolox_nano.onnx`; their students start from one that was trained on the same images without a teacher, which stands
+for the weights from ImageNet that are usual. Each finished run is added to `benchmarks/studies/NAME_SEED.json`, the
 study.json of the seed, at once: the same command goes on with the methods that the file lacks, on any machine. `kdjax`
 does all the work.
 """
@@ -28,9 +29,9 @@ FOUR = ["mkd", "rtmdet_cwd", "cwd", "pkd"]
 OWN = ("--config=quickstart", "--config.optimizer.lr=0.003", "--config.optimizer.warmup=40",
        "--config.data.augment.scale=(0.7,1.4)", "--config.ema.ramp=80", "--config.eval.every=0")  # fmt: skip
 # Photographs at 320 px, three views of each image, so that the teacher's cache serves all methods and seeds.
-COCO = ("--config=distill/coco_folder", "--config.steps=800", "--config.batch_size=8", "--config.optimizer.lr=0.003",
-        "--config.optimizer.warmup=80", "--config.ema.ramp=200", "--config.eval.every=0",
-        "--config.checkpoint.every=400", "--config.data.views=3")  # fmt: skip
+COCO = ("--config=distill/coco_folder", "--config.steps=500", "--config.batch_size=8", "--config.optimizer.lr=0.003",
+        "--config.optimizer.warmup=50", "--config.ema.ramp=100", "--config.eval.every=0",
+        "--config.checkpoint.every=500", "--config.data.views=3")  # fmt: skip
 FLAGS = {
     "scenes": ("--config=quickstart", "--config.eval.every=0"),
     "bccd": (*OWN, "--config.data.source=coco_folder", "--config.data.image_size=(128,160)", "--config.steps=300",
@@ -39,11 +40,15 @@ FLAGS = {
             "--config.checkpoint.every=600"),
     "pcb": (*OWN, "--config.data.source=coco_folder", "--config.data.image_size=(320,320)", "--config.steps=600",
             "--config.checkpoint.every=600"),
-    "person": (*COCO, "--config.teacher.detector=rtmdet_nano", "--config.student.detector=rtmdet_nano",
-               "--config.student.options.widen=0.125"),
-    "coco": (*COCO, "--config.teacher.detector=yolox_nano", "--config.student.detector=rtmdet_pico"),
+    "person": (*COCO, "--config.teacher.detector=rtmdet_nano"),
+    "coco": (*COCO, "--config.teacher.detector=yolox_nano"),
 }  # fmt: skip
+STUDENTS = {
+    "person": ("--config.student.detector=rtmdet_nano", "--config.student.options.widen=0.125"),
+    "coco": ("--config.student.detector=rtmdet_pico",),
+}
 TEACHER_STEPS = {"bccd": 400, "neu": 1200, "pcb": 1200}
+START_STEPS = 2400
 METHODS = dict.fromkeys(("scenes", "bccd"), ALL)  # of the others FOUR
 WEIGHTS = {"bccd": "published,auto"}  # of the others "auto"
 
@@ -95,12 +100,18 @@ def of_inputs(args: argparse.Namespace) -> list[str]:
     if own:
         root = {"bccd": coco, "neu": steel, "pcb": boards}[args.study](args)
         return [f"--config.data.root={root}", f"--config.teacher.weights={teacher(args, root)}"]
-    cache = f"--config.teacher.cache={(args.workdir / 'caches' / args.study).resolve()}"
-    if args.study == "coco":
-        weights = (args.weights / "yolox_nano.onnx").resolve()
-        return [f"--config.data.root={args.data.resolve()}", f"--config.teacher.weights={weights}", cache]
-    weights = (args.weights / "rtmdet_nano_person.onnx").resolve()
-    return [f"--config.data.root={persons(args)}", f"--config.teacher.weights={weights}", cache]
+    name, images = {"coco": ("yolox_nano", coco), "person": ("rtmdet_nano_person", persons)}[args.study]
+    root = images(args)
+    flags = [
+        f"--config.data.root={root}",
+        f"--config.teacher.weights={(args.weights / f'{name}.onnx').resolve()}",
+        f"--config.teacher.cache={(args.workdir / 'caches' / args.study).resolve()}",
+        *STUDENTS[args.study],
+        f"--config.student.weights={start(args, root)}",
+    ]
+    every, *others = FLAGS[args.study]  # one cache for all methods
+    kdjax("cache", f"{every}:{'+'.join(FOUR)}", "--config.twin=False", *others, *flags)
+    return flags
 
 
 def teacher(args: argparse.Namespace, root: Path) -> Path:
@@ -111,6 +122,17 @@ def teacher(args: argparse.Namespace, root: Path) -> Path:
         alike = [flag for flag in FLAGS[args.study] if not re.match("--config(=|.steps|.checkpoint)", flag)]
         kdjax("train", "--config=supervised/coco_folder:rtmdet_micro", *alike, f"--config.data.root={root}",
               f"--config.steps={steps}", "--config.batch_size=8", "--config.student.weights=quickstart_teacher",
+              f"--workdir={workdir}")  # fmt: skip
+    return workdir / "student"
+
+
+def start(args: argparse.Namespace, root: Path) -> Path:
+    """The folder of the student that all runs start from, trained on the same images without a teacher."""
+    workdir = args.workdir.resolve() / f"{args.study}_start"
+    if not (workdir / "results.json").exists():
+        alike = [flag for flag in COCO if not re.match("--config(=|.steps|.checkpoint|.data.views)", flag)]
+        kdjax("train", "--config=supervised/coco_folder:rtmdet_nano", *STUDENTS[args.study], *alike,
+              f"--config.data.root={root}", f"--config.steps={START_STEPS}", "--config.checkpoint.every=800",
               f"--workdir={workdir}")  # fmt: skip
     return workdir / "student"
 
