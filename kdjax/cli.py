@@ -18,6 +18,7 @@ from typing import NoReturn
 
 from kdjax.errors import UserError, fault, interruptible, printable
 from kdjax.export import targets
+from kdjax.machine import keep_freed_memory
 
 DESCRIPTION = "Distil object detectors: `kdjax COMMAND --help` has the options of a command."
 MODEL = "a run's workdir, student/ or checkpoints/STEP, a folder of import-weights, an address, or quickstart_teacher"
@@ -49,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
       Exit code: 0; 1 if the doctor found an error; 2 if an argument, setting, file or value cannot be used, which
       one sentence on stderr says; 75 if a host is lost; 130 after Ctrl-C; 143 if a run was stopped by SIGTERM.
     """
+    keep_freed_memory()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal may lack a character, or a file's name be no text
             stream.reconfigure(errors="backslashreplace")

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from kdjax import data, files, remote, sharding
 from kdjax.data.shards import Shards
 from kdjax.errors import UserError, interruptible, prefix
+from kdjax.machine import keep_freed_memory
 from kdjax.report import preview
 from kdjax.report.run import verdict
 from kdjax.training import (
@@ -148,6 +149,7 @@ def run(config: Config, workdir: str | Path | None) -> dict[str, Any] | None:
         `config.on_bad_step`, if that has not helped.
       Stopped: the process received SIGTERM or SIGINT; the state is saved.
     """
+    keep_freed_memory()
     clock = Clock()
     auto = config.batch_size == AUTO and not config.data.check
     config = memory.with_size(config, memory.sizes(config)[0]) if auto else config

@@ -1,9 +1,7 @@
 """From a config to models, initial states and compiled updates."""
 
 import collections
-import ctypes
 import gc
-import platform
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -13,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from kdjax import compile_cache, data, detectors, sharding
+from kdjax import compile_cache, data, detectors, machine, sharding
 from kdjax.detectors.api import Detector, Tree
 from kdjax.distill import Distiller, Distillers, Method
 from kdjax.distill.teachers import RECORDED
@@ -49,10 +47,6 @@ from kdjax.training.teachers import (
     with_detections,
 )
 from kdjax.weights.checkpoint import flat
-
-# Options of glibc's mallopt: one arena (M_ARENA_MAX), no mmap for large blocks (M_MMAP_MAX), no trimming
-# (M_TRIM_THRESHOLD).
-MALLOC = {-8: 1, -4: 0, -1: -1}
 
 
 class Setup(NamedTuple):
@@ -115,20 +109,16 @@ def onnx_of(setup: Setup, role: str) -> OnnxTeacher | None:
 
 
 def prepare_process(folder: str) -> None:
-    """Sets up the compilation cache, and tunes malloc and the garbage collector; call it before any computation.
+    """Sets up the compilation cache, malloc and the garbage collector; call it before any computation.
 
-    On the CPU, XLA allocates and frees the memory of a whole step in each step. By default glibc returns that memory to
-    the system, and the page faults of fresh memory take a quarter of the step. Python's garbage collector would visit
-    the objects of each program that is being traced many times, so it runs less often.
+    Python's garbage collector would visit the objects of each program that is being traced many times, so it runs less
+    often.
 
     Args:
       folder: of the compilation cache, as for `compile_cache.enable`; "off" = no cache.
     """
     gc.set_threshold(100_000, 50, 100)
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        for option, value in MALLOC.items():
-            libc.mallopt(option, value)
+    machine.keep_freed_memory()
     if folder == "off":
         return
     compile_cache.enable(folder)
