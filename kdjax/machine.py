@@ -23,8 +23,8 @@ def keep_freed_memory() -> None:
     """Makes glibc keep what is freed, as long as the process lives; call it before JAX looks for devices.
 
     On the CPU, XLA allocates and frees the memory of a whole step in each step. By default glibc returns that memory to
-    the system, and the page faults of fresh memory take a third of the time of a run. Only the main thread's blocks can
-    be kept, whatever their size, so on a CPU JAX is asked to run programs in the thread that calls them.
+    the system, and the page faults of fresh memory take up to half of the time of a run. Large blocks are kept only if
+    the main thread allocates them, so on a CPU JAX is asked to run programs in the thread that calls them.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
