@@ -19,7 +19,10 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+
+from kdjax import files
 
 STUDIES = Path(__file__).parent / "studies"
 # all that run on RTMDet
@@ -75,7 +78,15 @@ def main(arguments: list[str] | None = None) -> None:
         kdjax("study", "methods", f"--methods={method}", f"--weights={weights}", "--seeds=1",
               f"--first={args.seed}", f"--workdir={workdir}", *flags)  # fmt: skip
         STUDIES.mkdir(exist_ok=True)
-        shutil.copy(workdir / "study.json", kept)
+        keep(workdir / "study.json", kept, {"WORKDIR": args.workdir, "DATA": args.data, "WEIGHTS": args.weights})
+
+
+def keep(study: Path, kept: Path, folders: Mapping[str, Path | None]) -> None:
+    """Copies a study.json with names in the place of this machine's folders."""
+    text = json.dumps({key: value for key, value in json.loads(study.read_text()).items() if key != "sha256"})
+    for name, folder in folders.items():
+        text = text.replace(json.dumps(str(folder.resolve()))[1:-1], name) if folder else text
+    files.write_json(kept, files.sealed(json.loads(text)), indent=1)
 
 
 def methods_in(kept: Path) -> set[str]:

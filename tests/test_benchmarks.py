@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kdjax import cli, data
+from kdjax import cli, data, files
 from kdjax.commands.settings import read
 from kdjax.training import config as settings
 from tests.shared import ROOT, script
@@ -264,7 +264,8 @@ def test_the_studies_of_the_field_are_commands_of_kdjax(study, monkeypatch, tmp_
             file = known_folder / "study.json"
             studies = json.loads(file.read_text())["studies"] if file.exists() else {}
             rows = [{"methods": {f"{known.methods}.weight": 1.0}, "failed": {"1": "no memory"} if fails else {}}]
-            file.write_text(json.dumps({"studies": studies | {known.methods: {"rows": rows}}}))
+            study_of = {"command": " ".join(words), "rows": rows}
+            file.write_text(json.dumps(files.sealed({"studies": studies | {known.methods: study_of}})))
 
     monkeypatch.setattr(field, "kdjax", kdjax)
     monkeypatch.setattr(field, "STUDIES", tmp_path / "studies")
@@ -276,6 +277,7 @@ def test_the_studies_of_the_field_are_commands_of_kdjax(study, monkeypatch, tmp_
         assert asked[1].config == "distill/coco_folder:mkd+rtmdet_cwd+cwd+pkd"
     kept = tmp_path / "studies" / f"{study}_1.json"
     assert field.methods_in(kept) == {"mkd", "cwd"}
+    assert not files.altered(json.loads(kept.read_text())) and str(tmp_path) not in kept.read_text()
     shutil.rmtree(tmp_path / "field" / study)  # as on another machine
     fails = True
     for _ in range(2):  # what failed is tried again
