@@ -50,7 +50,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
       Exit code: 0; 1 if the doctor found an error; 2 if an argument, setting, file or value cannot be used, which
       one sentence on stderr says; 75 if a host is lost; 130 after Ctrl-C; 143 if a run was stopped by SIGTERM.
     """
-    keep_freed_memory()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal may lack a character, or a file's name be no text
             stream.reconfigure(errors="backslashreplace")
@@ -81,8 +80,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             chosen["config"] = read(chosen["config"], chosen.pop("overrides"))
         module, function = RUNS.get(command, (f"kdjax.commands.{command.replace('-', '_')}", "run"))
+        run = getattr(importlib.import_module(module), function)
+        keep_freed_memory()
         with interruptible():
-            code = getattr(importlib.import_module(module), function)(**chosen)
+            code = run(**chosen)
         _flush()
         return code
     except KeyboardInterrupt:

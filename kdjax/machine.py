@@ -20,7 +20,9 @@ _MALLOC = {-4: 0, -1: -1}
 
 
 def keep_freed_memory() -> None:
-    """Makes glibc keep what is freed, as long as the process lives; call it before JAX looks for devices.
+    """Makes glibc keep what is freed, as long as the process lives.
+
+    Call it when JAX is imported and has not looked for devices yet.
 
     On the CPU, XLA allocates and frees the memory of a whole step in each step. By default glibc returns that memory to
     the system, and the page faults of fresh memory take up to half of the time of a run. Large blocks are kept only if
@@ -30,8 +32,7 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         for option, value in _MALLOC.items():
             libc.mallopt(option, value)
-    os.environ["JAX_CPU_ENABLE_ASYNC_DISPATCH"] = "false"
-    if "jax" in sys.modules:  # it has read its environment
+    if "jax" in sys.modules:  # else nothing is computed
         sys.modules["jax"].config.update("jax_cpu_enable_async_dispatch", False)
 
 
