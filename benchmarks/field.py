@@ -6,11 +6,12 @@
 `scenes` needs neither --data nor --weights. `bccd`, `neu` and `pcb` need --data, and train their teachers first: a
 COCO folder of BCCD, the folder with NEU-DET's `IMAGES` and `ANNOTATIONS` (1,770 images of steel, 6 classes), the folder
 with DeepPCB's `trainval.txt` and `test.txt` (1,500 of circuit boards, 6 classes). `person` and `coco` need the half of
-COCO val2017 that holds a person (80 classes, a COCO folder) and a folder with `rtmdet_nano_person.onnx` or
-`yolox_nano.onnx`; their students start from one that was trained on the same images without a teacher, which stands
-for the weights from ImageNet that are usual. Each finished run is added to `benchmarks/studies/NAME_SEED.json`, the
-study.json of the seed, at once: the same command goes on with the methods that the file lacks, on any machine. `kdjax`
-does all the work.
+COCO val2017 that holds a person (80 classes, a COCO folder) and a folder with `rtmdet_nano_person.onnx` and, for
+`coco`, `yolox_nano.onnx`; their students start from one that was trained on the same images without a teacher, which
+stands for the weights from ImageNet that are usual. That of `coco`, RTMDet-nano, begins with the published weights for
+persons: 80 classes are too many for random weights and so few steps. Each finished run is added to
+`benchmarks/studies/NAME_SEED.json`, the study.json of the seed, at once: the same command goes on with the methods that
+the file lacks, on any machine. `kdjax` does all the work.
 """
 
 import argparse
@@ -48,10 +49,10 @@ FLAGS = {
 }  # fmt: skip
 STUDENTS = {
     "person": ("--config.student.detector=rtmdet_nano", "--config.student.options.widen=0.125"),
-    "coco": ("--config.student.detector=rtmdet_pico",),
+    "coco": ("--config.student.detector=rtmdet_nano",),
 }
 TEACHER_STEPS = {"bccd": 400, "neu": 1200, "pcb": 1200}
-START_STEPS = 2400
+START_STEPS = {"person": 2400, "coco": 1200}
 METHODS = dict.fromkeys(("scenes", "bccd"), ALL)  # of the others FOUR
 WEIGHTS = {"bccd": "published,auto"}  # of the others "auto"
 
@@ -142,8 +143,10 @@ def start(args: argparse.Namespace, root: Path) -> Path:
     workdir = args.workdir.resolve() / f"{args.study}_start"
     if not (workdir / "results.json").exists():
         alike = [flag for flag in COCO if not re.match("--config(=|.steps|.checkpoint|.data.views)", flag)]
-        kdjax("train", "--config=supervised/coco_folder:rtmdet_nano", *STUDENTS[args.study], *alike,
-              f"--config.data.root={root}", f"--config.steps={START_STEPS}", "--config.checkpoint.every=800",
+        steps, persons = START_STEPS[args.study], (args.weights / "rtmdet_nano_person.onnx").resolve()
+        first = [f"--config.student.weights={persons}"] if args.study == "coco" else []
+        kdjax("train", "--config=supervised/coco_folder:rtmdet_nano", *STUDENTS[args.study], *first, *alike,
+              f"--config.data.root={root}", f"--config.steps={steps}", "--config.checkpoint.every=400",
               f"--workdir={workdir}")  # fmt: skip
     return workdir / "student"
 

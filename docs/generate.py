@@ -19,14 +19,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from kdjax.structs import DetectorOutput
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 
 
 from kdjax import detectors, methods
+from kdjax.detectors.api import Detector
 from kdjax.distill import taps as taps_of
 from kdjax.evals import complexity
+from kdjax.structs import DetectorOutput
 
 FOLDER = Path(__file__).parent
 SECTIONS = ("Paper", "Taps", "Open", "Proof", "Status")
@@ -293,21 +293,21 @@ def pair_of(family: str) -> tuple[str, str]:
 
 
 @functools.cache
+def built(name: str) -> Detector:
+    return detectors.build(name, CLASSES)
+
+
+@functools.cache
 def specs(name: str) -> DetectorOutput:
     """Shapes of everything that a detector returns for an image."""
-    return detectors.build(name, CLASSES).spec((SIZE, SIZE))
+    return built(name).spec((SIZE, SIZE))
 
 
 @functools.cache
 def refusals(name: str) -> dict[tuple[str, str], str]:
     """(family of the student, of the teacher) -> the sentence with which the method refuses the pair, "" if it runs."""
     return {
-        (student, teacher): methods.refusal(
-            name,
-            detectors.build(pair_of(student)[0], CLASSES),
-            detectors.build(pair_of(teacher)[1], CLASSES),
-            (SIZE, SIZE),
-        )
+        (student, teacher): methods.refusal(name, built(pair_of(student)[0]), built(pair_of(teacher)[1]), (SIZE, SIZE))
         for student in families()
         for teacher in families()
     }

@@ -132,6 +132,7 @@ def test_profile_reads_the_streams_of_a_gpu():
     assert profile.times(jax.profiler.ProfileData.from_text_proto(on_cpu)) == {"fusion.1": pytest.approx(9)}
 
 
+@pytest.mark.slow
 def test_gpu_says_what_is_not_in_its_table(capsys, monkeypatch, tmp_path):
     """The parts that compile nothing: a method that cannot compare the two, the loader, a peer that is not there."""
     monkeypatch.setattr("kdjax.training.setup.prepare_process", lambda folder: None)

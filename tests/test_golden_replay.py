@@ -46,6 +46,7 @@ LONG = (
     "model/mask_a*",
     "model/dfine_*",
     "model/rtdetr_*",
+    "tables/rtmdet_family*",
     "ops/contrastive_dn_*",
     "ops/deform_attn_*",
     "ops/hungarian_*",

@@ -231,7 +231,7 @@ def test_faults_of_the_machine_get_a_sentence_and_bugs_their_traceback(capsys, m
 
 
 @pytest.mark.user_input("The machine", "a terminal without UTF-8", "survived: what it lacks is printed as `\\u732b`")
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+@pytest.mark.parametrize("encoding", ["ascii", pytest.param("latin-1", marks=pytest.mark.slow), "utf-8"])
 def test_a_terminal_that_lacks_a_character_loses_nothing(encoding):
     code = (
         "import sys; from kdjax import cli; from kdjax.commands import latency\n"

@@ -133,6 +133,7 @@ def test_errors_of_masks_are_told_beside_those_of_boxes():
     assert "error of masks" not in evaluate.table(both)
 
 
+@pytest.mark.slow
 def test_two_models_share_the_decoded_images(made, monkeypatch):
     """With one canvas each image is read once; with two, once for each. The detections are those of each alone."""
     opened = arguments.open_data(str(made / "data"), "val", "", "", 0, "stored")

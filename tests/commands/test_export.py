@@ -177,6 +177,7 @@ def test_a_wrong_export_is_refused(made, exported, tmp_path, capsys, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_wrong_export_of_equal_scores_is_refused(made):
     """All places are taken by detections with one score, so that any others of that score would be right too."""
     loaded = load(made / "model")

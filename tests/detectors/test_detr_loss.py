@@ -218,6 +218,7 @@ def test_what_is_perfect_has_no_box_loss_and_the_assignment_says_so():
     assert not assignment.ignore.any()
 
 
+@pytest.mark.slow
 def test_eight_devices_are_one():
     given = case("d_fine")
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:DEVICES]), ("data",))

@@ -214,6 +214,7 @@ def test_a_step_with_and_without_objects():
     assert not positive.any() and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
 
+@pytest.mark.slow
 def test_eight_devices_are_one():
     truth = targets(8, empty=True)
     arrays, tree = jax.tree.flatten((images(), truth))

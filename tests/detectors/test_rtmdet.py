@@ -352,6 +352,7 @@ def test_flat_views_follow_the_priors():
     np.testing.assert_allclose(boxes[0, 70], [32 - left, 16 - top, 32 + right, 16 + bottom], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_maps_with_everything_else_in_float32():
     """What `config.dtype` does: the maps alone change their precision, and the losses stay near."""
     params, stats = variables()

@@ -112,6 +112,7 @@ def step():
     return jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK)
 
 
+@pytest.mark.slow
 def test_taps_and_gradients_of_separable_convolutions():
     params, stats = noisy(narrow())
     (value, (output, entered)), gradients = step()(params, stats)

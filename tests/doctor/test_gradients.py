@@ -62,6 +62,7 @@ def test_a_term_a_thousand_times_too_strong_or_too_weak_is_named(tiny, measured,
     assert set(found) <= {"mkd", *(f"mkd/{name}" for name in which)}
 
 
+@pytest.mark.slow
 def test_a_method_whose_adapter_starts_near_zero_is_judged_after_training_it(tiny):
     setup, batch = tiny
     fgfi = methods.build("fgfi", weight=0.3)  # the teacher is random, and its maps are small

@@ -41,7 +41,7 @@ def test_onnx_is_the_jax_model(made, exported):
     np.testing.assert_array_equal(labels[:20], found.labels[:20])
 
 
-@pytest.mark.parametrize("name", ["fcos_r18", "yolox_pico"])
+@pytest.mark.parametrize("name", [pytest.param("fcos_r18", marks=pytest.mark.slow), "yolox_pico"])
 def test_onnx_of_other_families(name, tmp_path, capsys):
     pytest.importorskip("jax2onnx", reason="ONNX needs kdjax[export]")
     pytest.importorskip("onnxruntime", reason="ONNX needs kdjax[export]")
@@ -59,7 +59,10 @@ def test_an_image_without_detections_gives_empty_arrays(exported):
     assert [value.shape for value in session.run(None, feed)] == [(0, 4), (0,), (0,)]
 
 
-@pytest.mark.parametrize("name", ["rtmdet_ins_pico", "gfl_r18", "faster_rcnn_r18", "mask_rcnn_r18", "cascade_rcnn_r18"])
+SLOW = [pytest.param(f"{name}_rcnn_r18", marks=pytest.mark.slow) for name in ("faster", "cascade")]
+
+
+@pytest.mark.parametrize("name", ["rtmdet_ins_pico", "gfl_r18", "mask_rcnn_r18", *SLOW])
 def test_exported_decoding_is_that_of_jax(name, tmp_path, monkeypatch):
     """Of random maps, so that no network has to be converted; StableHLO too."""
     pytest.importorskip("jax2onnx", reason="ONNX needs kdjax[export]")

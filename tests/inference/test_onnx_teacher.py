@@ -320,6 +320,7 @@ def published():
     return load_teacher(YOLOX, "yolox", {"classes": "coco"}), load(YOLOX, "yolox_nano", class_names=classes.COCO)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not YOLOX, reason="needs the team's shared folder")
 def test_yolox_has_the_same_rows_as_file_and_as_imported_detector():
     teacher, live = published()

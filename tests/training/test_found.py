@@ -68,6 +68,7 @@ def test_a_run_resumes_to_the_bit_and_has_no_results_of_its_teacher(folder, root
         (root / "detections.json").write_text(content)
 
 
+@pytest.mark.slow
 def test_several_teachers_may_have_a_file_among_them(folder, root, teacher_folder):
     config = config_of(folder, root, method="")
     config.teacher.weights = ""

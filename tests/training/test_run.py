@@ -205,6 +205,7 @@ def test_outputs_that_cannot_be_written_do_not_lose_the_others(finished, folder,
 @pytest.mark.user_input(
     "Workdirs, checkpoints and logs", "a run that SIGTERM stopped", "survived: the same command resumes it, to the bit"
 )
+@pytest.mark.slow
 def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(finished, folder, teacher_folder, capsys):
     """A signal stops the run at an odd step; the same call resumes it."""
     workdir = folder / "resumed"
