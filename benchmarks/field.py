@@ -143,8 +143,8 @@ def start(args: argparse.Namespace, root: Path) -> Path:
     workdir = args.workdir.resolve() / f"{args.study}_start"
     if not (workdir / "results.json").exists():
         alike = [flag for flag in COCO if not re.match("--config(=|.steps|.checkpoint|.data.views)", flag)]
-        steps, persons = START_STEPS[args.study], (args.weights / "rtmdet_nano_person.onnx").resolve()
-        first = [f"--config.student.weights={persons}"] if args.study == "coco" else []
+        steps, published = START_STEPS[args.study], (args.weights / "rtmdet_nano_person.onnx").resolve()
+        first = [f"--config.student.weights={published}"] if args.study == "coco" else []
         kdjax("train", "--config=supervised/coco_folder:rtmdet_nano", *STUDENTS[args.study], *first, *alike,
               f"--config.data.root={root}", f"--config.steps={steps}", "--config.checkpoint.every=400",
               f"--workdir={workdir}")  # fmt: skip
