@@ -16,7 +16,7 @@ from tqdm import tqdm
 from kdjax import sharding
 from kdjax.inference import predict
 from kdjax.training.setup import Setup, given, model, onnx_of, with_host
-from kdjax.training.step import SOUND, UNLABELLED
+from kdjax.training.step import SOUND, UNLABELLED, Step
 from kdjax.training.teachers import attached, read_by_teacher, recorded
 
 _HIT = "/jax/compilation_cache/cache_hits"  # JAX's event, in the thread that compiles
@@ -75,14 +75,22 @@ def of_training(
 
         programs.append(Program("the shares of the gradient", "student", shares))
 
-    def update(role: str) -> jax.stages.Lowered:
-        variables, batch = given(setup, role, spec)
-        return setup.steps[role].lower(
-            setup.states[role], variables, batch | {SOUND: sharding.spec_of_flag(setup.mesh)}
-        )
+    flag = sharding.spec_of_flag(setup.mesh)
 
-    updates = [Program(f"the {role}'s update", "student", functools.partial(update, role)) for role in setup.states]
-    return programs + updates[::-1]  # the twin's contains a part of the student's
+    def gradients(role: str) -> jax.stages.Lowered:
+        variables, batch = given(setup, role, spec)
+        run: Any = setup.steps[role].gradients
+        return run.lower(Step.read(setup.states[role]), variables, batch | {SOUND: flag})
+
+    def update(role: str) -> jax.stages.Lowered:
+        run, state = setup.steps[role].update, setup.states[role]
+        return run.lower(Step.changed(state), state.params, state.stats, flag)
+
+    roles = [*setup.states][::-1]  # the twin's contains a part of the student's
+    programs += [Program(f"the {role}'s gradients", "student", functools.partial(gradients, role)) for role in roles]
+    for role in {id(setup.steps[role].update): role for role in roles}.values():  # one of both without adapters
+        programs.append(Program(f"the {role}'s update", "student", functools.partial(update, role)))
+    return programs
 
 
 def _unlabelled(setup: Setup, spec: dict[str, Any]) -> jax.stages.Lowered:

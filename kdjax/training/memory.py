@@ -17,6 +17,7 @@ from kdjax.errors import UserError
 from kdjax.training import checks, compiling, optim
 from kdjax.training.config import AUTO, Config
 from kdjax.training.setup import Setup, prepare
+from kdjax.training.step import Step
 from kdjax.training.teachers import unlabelled_rows
 
 SHARE = 0.8  # of the available memory that a step may need; the rest is for the loader and for what forecasts miss
@@ -34,10 +35,14 @@ def forecast(setup: Setup, batch: Mapping[str, np.ndarray]) -> float | None:
       The bytes; inf if the compiler finds no room; None if XLA does not say them on this platform.
     """
     student, needs = setup.states["student"], []
+    read = {  # of the states and variables, beside those of the teachers
+        "the student's gradients": (Step.read(student), setup.variables),
+        "the student's update": Step.changed(student),
+    }
     everything = sharding.bytes_of_device((setup.states, setup.variables))
     for program in compiling.of_training(setup, batch, check=False):
-        if program.name == "the twin's update":
-            continue  # the student's is larger
+        if program.name.startswith("the twin's"):
+            continue  # the student's are larger
         try:
             analysis = program.lower().compile().memory_analysis()
         except jax.errors.JaxRuntimeError as error:
@@ -46,7 +51,7 @@ def forecast(setup: Setup, batch: Mapping[str, np.ndarray]) -> float | None:
             return math.inf
         if analysis is None:
             return None
-        held = (student, setup.variables) if program.name == "the student's update" else setup.variables
+        held = read.get(program.name, setup.variables)
         new = analysis.output_size_in_bytes - analysis.alias_size_in_bytes  # the state is updated in place
         given = max(analysis.argument_size_in_bytes - sharding.bytes_of_device(held), 0)
         needs.append(everything + given + analysis.temp_size_in_bytes + new)

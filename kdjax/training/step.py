@@ -1,5 +1,6 @@
 """One optimiser update: every gradient, stop-gradient and optimiser call of kdjax is in this file."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -40,8 +41,36 @@ class TeacherVariables(NamedTuple):
 
 
 Batch = Mapping[str, Any]  # arrays, and what the teachers say about them
-# (state, variables of the teacher, or of several by name, or None; batch) -> (state, metrics)
-Update = Callable[[TrainState, PyTree, Batch], tuple[TrainState, dict[str, Array]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A training step in two parts, which a run compiles as two programs.
+
+    The second knows neither methods nor images: it is compiled once for a student and its optimizer, and read from the
+    cache by runs with other methods. Jitted as a whole, a step is one program.
+    """
+
+    # (state without `opt_state` and `ema`, variables, batch) -> (gradients, new statistics, metrics)
+    gradients: Callable[[TrainState, PyTree, Batch], tuple[PyTree, PyTree, dict[str, Array]]]
+    # (state without `stats` and `weights`, gradients, new statistics, 1 or 0 f32[]: are they finite) -> the new one
+    update: Callable[[TrainState, PyTree, PyTree, Array], TrainState]
+
+    def __call__(self, state: TrainState, variables: PyTree, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        """(state, variables of the teacher, or of several by name, or None; batch) -> (state, metrics)."""
+        grads, stats, metrics = self.gradients(self.read(state), variables, batch)
+        new = self.update(self.changed(state), grads, stats, metrics["finite"])
+        return new._replace(stats=stats, weights=state.weights), metrics
+
+    @staticmethod
+    def read(state: TrainState) -> TrainState:
+        """What the gradients read of a state."""
+        return state._replace(opt_state=None, ema=None)
+
+    @staticmethod
+    def changed(state: TrainState) -> TrainState:
+        """What the update changes of a state, in place."""
+        return state._replace(stats=None, weights=None)
 
 
 def init_state(
@@ -113,8 +142,8 @@ def make_step(
     layout: Layout | None = None,
     most: Mapping[str, float] = MappingProxyType({}),
     int8_from: int | None = None,
-) -> Update:
-    """The update of a student, with a distiller or without: a supervised run and the twin, one program.
+) -> Step:
+    """The step of a student, with a distiller or without: a supervised run and the twin have the same.
 
     Args:
       student: what is trained.
@@ -172,7 +201,7 @@ def make_step(
             losses |= terms
         return total, (losses, stats)
 
-    def update(state: TrainState, variables: PyTree, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+    def gradients(state: TrainState, variables: PyTree, batch: Batch) -> tuple[PyTree, PyTree, dict[str, Array]]:
         key = jax.random.fold_in(state.key, state.step)
         # Outside of the gradient: the parameters are gathered once, and their gradients are summed into parts.
         whole = state.params, state.stats, state.weights, variables
@@ -185,15 +214,18 @@ def make_step(
             finite &= {"total": total, "grad_norm": norm}[name] <= bound
         if SOUND in batch:
             finite &= batch[SOUND] > 0
+        stats = jax.tree.map(lambda new, old: jnp.where(finite, new, old), stats, state.stats)
+        return grads, stats, losses | {"total": total, "grad_norm": norm, "finite": finite.astype(jnp.float32)}
+
+    def update(state: TrainState, grads: PyTree, stats: PyTree, finite: Array) -> TrainState:
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params: PyTree = optax.apply_updates(state.params, updates)
         rate = ema_rate(state.step)
         ema = jax.tree.map(
             lambda old, new: old + rate * (new - old), state.ema, {"params": params["student"], "stats": stats}
         )
-        new = state._replace(params=params, stats=stats, opt_state=opt_state, ema=ema)
-        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
-        metrics = losses | {"total": total, "grad_norm": norm, "finite": finite.astype(jnp.float32)}
-        return new._replace(step=state.step + 1, key=state.key), metrics
+        new = state._replace(params=params, opt_state=opt_state, ema=ema)
+        new = jax.tree.map(lambda a, b: jnp.where(finite > 0, a, b), new, state)
+        return new._replace(step=state.step + 1, key=state.key)
 
-    return update
+    return Step(gradients, update)

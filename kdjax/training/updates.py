@@ -94,7 +94,7 @@ class Updates:
             twice = self.twice[role] if self.every and step % self.every == 0 else None
             copy = twice.copy(states[role]) if twice else None
             states[role], of_role = setup.steps[role](states[role], variables, rows)
-            if twice:
+            if twice and copy:
                 differ[role] = twice.differ((states[role], of_role), setup.steps[role](copy, variables, rows))
             self.sound[role] = of_role["finite"]
             metrics |= {f"{role}/{name}": value for name, value in of_role.items()}

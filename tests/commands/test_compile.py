@@ -48,12 +48,12 @@ def test_a_run_after_it_compiles_nothing(tmp_path):
         return {path.name for path in (tmp_path / "jax").iterdir() if path.name.endswith("-cache")}
 
     first = kdjax("compile", *SMALL)
-    names = ["the teacher", "the check of the terms", "the twin's update", "the student's update"]
-    names += ["the student's prediction", "the teacher's prediction"]
+    names = ["the teacher", "the check of the terms", "the twin's gradients", "the student's gradients"]
+    names += ["the twin's update", "the student's update", "the student's prediction", "the teacher's prediction"]
     rows = re.findall(r"^(the .*?)  +\d+\.\d s  +(compiled|was in the cache)$", first, re.MULTILINE)
     assert rows == [(name, "compiled") for name in names]
-    assert f"{tmp_path / 'jax'}: 6 of 6 programs compiled, for 1 x cpu" in first
+    assert f"{tmp_path / 'jax'}: 8 of 8 programs compiled, for 1 x cpu" in first
     there = files()
-    assert "all 6 programs were in the cache" in kdjax("compile", *SMALL) and files() == there
+    assert "all 8 programs were in the cache" in kdjax("compile", *SMALL) and files() == there
     kdjax("train", *SMALL, f"--workdir={tmp_path / 'run'}")
     assert files() == there and not (tmp_path / "student").exists()

@@ -6,6 +6,7 @@ import pytest
 
 from kdjax import sharding
 from kdjax.doctor import memory
+from kdjax.training.step import Step
 from tests.support.findings import errors
 
 
@@ -16,7 +17,8 @@ from tests.support.findings import errors
 )
 def test_too_little_memory_is_named(tiny, monkeypatch):
     setup, batch = tiny
-    step = jax.jit(lambda state, variables, batch: (state, jnp.sum(jnp.outer(batch["boxes"], batch["boxes"]))))
+    gradients = jax.jit(lambda state, variables, batch: jnp.sum(jnp.outer(batch["boxes"], batch["boxes"])))
+    step = Step(gradients, jax.jit(lambda state, grads, stats, finite: state, donate_argnums=0))
     setup = setup._replace(steps=setup.steps | {"student": step})
     assert not errors(memory.check_memory(setup, batch))
     monkeypatch.setattr(memory, "available", lambda: 2**20)

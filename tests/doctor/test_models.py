@@ -55,7 +55,11 @@ def test_a_sound_teacher_is_ok(shipped):
     ("wrong", "named"),
     [
         (lambda own, images: own[..., ::-1], "its own with red and blue swapped"),
-        (lambda own, images: images[..., ::-1].astype(jnp.float32), "BGR normalised with ImageNet's mean and std"),
+        pytest.param(
+            lambda own, images: images[..., ::-1].astype(jnp.float32),
+            "BGR normalised with ImageNet's mean and std",
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["swapped", "not normalised"],
 )
@@ -68,7 +72,11 @@ def test_a_wrong_input_is_named(shipped, wrong, named):
 @pytest.mark.user_input(
     "Weights", "a teacher whose classes are permuted", "reported by `kdjax doctor`, with two of them"
 )
-@pytest.mark.parametrize("order", [(1, 0, 2, 3, 4, 5), (1, 2, 3, 4, 5, 0)], ids=["two", "all"])
+@pytest.mark.parametrize(
+    "order",
+    [(1, 0, 2, 3, 4, 5), pytest.param((1, 2, 3, 4, 5, 0), marks=pytest.mark.slow)],
+    ids=["two", "all"],
+)
 def test_a_wrong_class_map_is_named(shipped, order):
     names, (params, stats) = shipped.dataset.classes, shipped.teachers[0].variables
     head = jax.tree.map(lambda leaf: leaf[..., jnp.array(order)], params["bbox_head"]["rtm_cls"])

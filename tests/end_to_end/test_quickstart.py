@@ -49,9 +49,6 @@ def test_a_shortened_quickstart(tmp_path):
     assert results["teacher"]["params"] > 2 * results["student"]["params"] > 0
     page = (tmp_path / "run" / "report.html").read_text()
     assert page.count("<img") >= 4 and not re.search(r"""(src|href)=["']?https?:""", page)
-    again = train(*flags, quick=True)
-    assert again.returncode == 0, again.stderr[-2000:]
-    assert json.loads((tmp_path / "run" / "results.json").read_text()) == results
 
 
 def test_the_dry_run_prints_and_trains_nothing(tmp_path):

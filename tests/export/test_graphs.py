@@ -26,7 +26,9 @@ def greedy(boxes, scores, *, iou_threshold: float, max_detections: int):
     return sorted(found, reverse=True)[:max_detections]
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("retinanet_r18", "fcos_r18"))) for name in OTHERS]
+)
 def test_candidates_are_those_of_decode(name):
     """Of random maps, so that nothing has to be compiled but the decoding."""
     detector = build(name, 3, **OTHERS[name])

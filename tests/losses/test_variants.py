@@ -120,11 +120,18 @@ SHAPE = (8, 4, 5, 4)
 
 
 class Variants(chex.TestCase):
-    @chex.variants(with_jit=True, without_jit=True, with_pmap=True)
+    @chex.variants(with_jit=True, with_pmap=True)
     def test_value(self):
         student, teacher = maps(0, SHAPE)
         value = self.variant(every)(student, teacher)
         chex.assert_trees_all_close(value, jitted(student, teacher), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_eager_is_jitted():
+    """Each operation is a program; the losses' own tests compute many of them so."""
+    student, teacher = maps(0, SHAPE)
+    chex.assert_trees_all_close(every(student, teacher), jitted(student, teacher), rtol=1e-4, atol=1e-5)
 
 
 def test_vmap_over_images_is_the_batch():

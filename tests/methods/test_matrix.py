@@ -124,7 +124,14 @@ def check(name: str, student_family: str, teacher_family: str) -> None:
     assert np.isfinite(at_student) and at_student > 0 and not any(at_teacher)
 
 
-@pytest.mark.parametrize(("number", "name"), list(enumerate(NAMES)), ids=NAMES)
+# One each that compares maps, boxes, predictions, through a head, instances and distributions; the others are slow.
+KINDS = ("mkd", "fgfi", "dkd", "crosskd", "gid", "ld")
+
+
+@pytest.mark.parametrize(
+    ("number", "name"),
+    [pytest.param(i, name, id=name, marks=[pytest.mark.slow] * (name not in KINDS)) for i, name in enumerate(NAMES)],
+)
 def test_a_method_teaches_across_families(number, name):
     """On one pair, of two families if it runs on any; which pair differs from method to method."""
     first = 23 * number % len(PAIRS)

@@ -280,16 +280,19 @@ def test_other_families_resume_and_have_an_exact_twin(name, tmp_path, monkeypatc
         assert_equal_bits(arrays(tmp_path / "resumed", role), arrays(tmp_path / "whole", role))
     assert_equal_bits(arrays(tmp_path / "alone", "student"), arrays(tmp_path / "whole", "twin"))
     ahead = {} if method == "dkd" else {"teacher": 1}  # which asks the second stage, inside the step
-    assert traced == [{"student": 1, "twin": 1} | ahead] * 2 + [{"student": 1}]
+    both = {f"{role}'s {part}": 1 for role in ("student", "twin") for part in ("gradients", "update")}
+    alone = {"student's gradients": 1, "student's update": 1}
+    assert traced == [both | ahead] * 2 + [alone]
 
 
 def test_one_trace_a_program_in_twenty_steps(finished):
-    assert finished[2] == {"teacher": 1, "student": 1, "twin": 1}
+    programs = {f"{role}'s {part}" for role in ("student", "twin") for part in ("gradients", "update")}
+    assert finished[2] == dict.fromkeys(programs | {"teacher"}, 1)
 
 
 def test_what_was_compiled_ahead_is_not_compiled_again(finished):
     """Student and teacher are the same detector here, so that one prediction serves all roles."""
-    for name in ("probe", "teacher", "supervised_update", "distilled_update", "predict_batch"):
+    for name in ("probe", "teacher", "supervised_gradients", "distilled_gradients", "predict_batch"):
         assert COMPILED[f"jit({name})"] == 1, name
 
 
@@ -367,6 +370,7 @@ def test_a_step_that_is_not_finite_changes_nothing(finished, folder, teacher_fol
     poisoned = jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(jnp.nan) if x.ndim == 4 else x, state.params)
     before = checkpoint.flat(state._replace(params=poisoned))
     batch = sharding.shard_batch(setup.mesh, checks.first_batch_with_objects(setup))
+    batch |= {steps.SOUND: sharding.replicate(np.float32(1), setup.mesh)}  # as in a run, whose program this is
     after, metrics = setup.steps["twin"](state._replace(params=poisoned), None, batch)
     after = checkpoint.flat(after)
     assert after.pop("step") == 1 and before.pop("step") == 0

@@ -92,22 +92,25 @@ def test_a_device_holds_an_eighth_of_a_small_detector_s_state():
 
 def trained(setup, batches):
     """Totals of the student, states after all batches, and the compiled programs by name."""
-    states, totals, compiled = dict(setup.states), [], {}
+    states, totals, compiled, flag = dict(setup.states), [], {}, sharding.spec_of_flag(setup.mesh)
     for batch in batches:
-        arrays, before = placed(setup, batch), dict(states)
+        arrays, before = placed(setup, batch), {role: steps.Step.changed(state) for role, state in states.items()}
         for role in states:
             arguments = given(setup, role, arrays)
             if role not in compiled:
-                compiled[role] = setup.steps[role].lower(states[role], *arguments).compile()
+                step, state = setup.steps[role], states[role]
+                compiled[role] = [
+                    step.gradients.lower(step.read(state), *arguments).compile(),
+                    step.update.lower(step.changed(state), state.params, state.stats, flag).compile(),
+                ]
             states[role], metrics = setup.steps[role](states[role], *arguments)
             totals.append({name: float(value) for name, value in metrics.items()})
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))  # updated in place
     assert set(setup.programs.values()) == {1}
     [one] = setup.teachers
-    compiled["teacher"] = one.observer.program.lower(
-        one.variables, {n: arrays[n] for n in ("image", "image_size")}
-    ).compile()
-    return totals, states, {name: program.as_text() for name, program in compiled.items()}
+    seen = {name: arrays[name] for name in ("image", "image_size")}
+    compiled["teacher"] = [one.observer.program.lower(one.variables, seen).compile()]
+    return totals, states, {name: "\n".join(one.as_text() for one in made) for name, made in compiled.items()}
 
 
 def messages(program: str) -> collections.Counter:
