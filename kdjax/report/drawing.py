@@ -379,14 +379,10 @@ def _tag(
         x, y = max(0, min(corner[0], size[0] - width)), max(0, min(corner[1], size[1] - height))
         return (x, y, x + width, y + height)
 
-    def hidden(spot: tuple[float, ...]) -> float:
-        return sum(
-            max(0, min(spot[2], other[2]) - max(spot[0], other[0]))
-            * max(0, min(spot[3], other[3]) - max(spot[1], other[1]))
-            for other in placed
-        )
-
-    spot = min(map(place, corners), key=hidden)  # the first of equals
+    spots, others = np.array([*map(place, corners)])[:, None], np.reshape(placed, (-1, 4))
+    shared = np.minimum(spots[..., 2:], others[:, 2:]) - np.maximum(spots[..., :2], others[:, :2])
+    hidden = np.maximum(shared, 0).prod(-1).sum(-1)
+    spot = tuple(spots[hidden.argmin(), 0].tolist())  # the first of equals
     placed.append(spot)
     red, green, blue = color
     dark = 0.299 * red + 0.587 * green + 0.114 * blue < 140

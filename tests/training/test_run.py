@@ -306,7 +306,7 @@ def test_eight_devices_equal_one(folder, teacher_folder):
     key = jax.random.PRNGKey(0)
     # Small, so that rounding does not change assignments and does not grow: at 1e-4 it triples with every step.
     optimizer = optax.sgd(2e-5)
-    update = steps.make_step(student, optimizer, lambda at: 0.1, distiller=distiller)
+    step = steps.make_step(student, optimizer, lambda at: 0.1, distiller=distiller)
     batches = data.train_batches(dataset, config.data, batch_size=8, seed=0)
     batches = [next(batches) for _ in range(4)]
 
@@ -315,14 +315,19 @@ def test_eight_devices_equal_one(folder, teacher_folder):
         everywhere = sharding.replicated(mesh)
         state = steps.init_state(student, key, None, distiller.init(key, (64, 64)), optimizer)
         state, frozen = jax.device_put((state, steps.TeacherVariables(*variables)), everywhere)
-        program = jax.jit(update, donate_argnums=0, out_shardings=everywhere)
-        program = program.lower(state, frozen, sharding.shard_batch(mesh, batches[0])).compile()
+        gradients = jax.jit(step.gradients, out_shardings=everywhere)
+        update = jax.jit(step.update, donate_argnums=0, out_shardings=everywhere)
+        rows, flag = sharding.shard_batch(mesh, batches[0]), sharding.spec_of_flag(mesh)
+        program = steps.Step(
+            gradients.lower(step.read(state), frozen, rows).compile(),
+            update.lower(step.changed(state), state.params, state.stats, flag).compile(),
+        )
         totals, first = [], None
         for batch in batches:
             state, metrics = program(state, frozen, sharding.shard_batch(mesh, batch))
             totals.append(float(metrics["total"]))
             first = checkpoint.flat(state) if first is None else first
-        return totals, first, checkpoint.flat(state), program.as_text()
+        return totals, first, checkpoint.flat(state), program.gradients.as_text() + program.update.as_text()
 
     totals, first, one, alone = outcome(jax.devices()[:1])
     others, first_of_eight, eight, split = outcome(jax.devices())
