@@ -47,8 +47,8 @@ Batch = Mapping[str, Any]  # arrays, and what the teachers say about them
 class Step:
     """A training step in two parts, which a run compiles as two programs.
 
-    The second knows neither methods nor images: it is compiled once for a student and its optimizer, and read from the
-    cache by runs with other methods. Jitted as a whole, a step is one program.
+    The second knows neither images nor what a method computes, only its adapters: it is compiled once for a student,
+    its adapters and its optimizer, and read from the cache by later runs. Jitted as a whole, a step is one program.
     """
 
     # (state without `opt_state` and `ema`, variables, batch) -> (gradients, new statistics, metrics)
