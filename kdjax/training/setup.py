@@ -181,7 +181,7 @@ def _prepare(config: Config, dataset: data.Dataset) -> Setup:
         """The programs of a role; the update is that of `like`, whose states are alike."""
         options = {"layout": layout, "most": bounds(config), "int8_from": int8_from(config, student)}
         step, where = make_step(student_of_step, optimizer, ema_rate, distiller=distiller, **options), shardings[role]
-        # One in the cache for twin and supervised run, and one update for all methods.
+        # One in the cache for twin and supervised run.
         label = "distilled_gradients" if distiller else "supervised_gradients"
         after = where.params, where.stats, everywhere
         gradients = program(f"{role}'s gradients", step.gradients, label=label, out_shardings=after)
