@@ -18,7 +18,7 @@ def check_memory(setup: Setup, batch: Mapping[str, np.ndarray]) -> list[Finding]
     """
     need = forecast(setup, batch)
     # Gradients, updates, predictions, and the teachers ahead of the student's step.
-    programs = len(setup.steps) + len({id(step.update) for step in setup.steps.values()}) + 1 + bool(setup.unlabelled)
+    programs = 2 * len(setup.steps) + 1 + bool(setup.unlabelled)
     programs += sum(one.detects + bool(one.observer) for one in setup.teachers if not one.on_host)
     compiled = Finding(OK, "programs", f"the run compiles {programs} programs")
     if need is None:

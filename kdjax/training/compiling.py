@@ -88,9 +88,7 @@ def of_training(
 
     roles = [*setup.states][::-1]  # the twin's contains a part of the student's
     programs += [Program(f"the {role}'s gradients", "student", functools.partial(gradients, role)) for role in roles]
-    for role in {id(setup.steps[role].update): role for role in roles}.values():  # one of both without adapters
-        programs.append(Program(f"the {role}'s update", "student", functools.partial(update, role)))
-    return programs
+    return programs + [Program(f"the {role}'s update", "student", functools.partial(update, role)) for role in roles]
 
 
 def _unlabelled(setup: Setup, spec: dict[str, Any]) -> jax.stages.Lowered:

@@ -59,7 +59,7 @@ class Setup(NamedTuple):
     distiller: Distiller | Distillers | None  # of all teachers, in float32 (a mean: in the precision of the run)
     variables: Any  # of all teachers, as the distiller takes them
     states: dict[str, TrainState]  # "student" and, with a twin, "twin"; on the devices
-    steps: dict[str, Step]  # by role, of jitted programs; without adapters both roles have one update
+    steps: dict[str, Step]  # by role, of jitted programs
     programs: collections.Counter[str]  # how often each program was traced
     layout: sharding.Layout  # the devices, and where states and variables lie
     # variables, batch of images without labels -> what that batch is to be in a step; None without such images
@@ -177,16 +177,13 @@ def _prepare(config: Config, dataset: data.Dataset) -> Setup:
     def ema_rate(at: Array) -> Array:
         return optim.ema_rate(config, at)
 
-    def step_of(role: str, distiller: Distiller | Distillers | None, like: Step | None = None) -> Step:
-        """The programs of a role; the update is that of `like`, whose states are alike."""
+    def step_of(role: str, distiller: Distiller | Distillers | None) -> Step:
         options = {"layout": layout, "most": bounds(config), "int8_from": int8_from(config, student)}
         step, where = make_step(student_of_step, optimizer, ema_rate, distiller=distiller, **options), shardings[role]
         # One in the cache for twin and supervised run.
         label = "distilled_gradients" if distiller else "supervised_gradients"
         after = where.params, where.stats, everywhere
         gradients = program(f"{role}'s gradients", step.gradients, label=label, out_shardings=after)
-        if like:
-            return Step(gradients, like.update)
         options = {"label": "update", "donate_argnums": 0, "out_shardings": Step.changed(where)}
         return Step(gradients, program(f"{role}'s update", step.update, **options))
 
@@ -202,9 +199,7 @@ def _prepare(config: Config, dataset: data.Dataset) -> Setup:
         states["twin"] = init_state(student, key, start, {}, optimizer)
     trained, _ = together([teacher._replace(distiller=distiller_in_precision(teacher, config)) for teacher in found])
     shardings = {role: layout.shardings(state) for role, state in states.items()}
-    steps = {"student": step_of("student", trained)}
-    if config.twin:
-        steps["twin"] = step_of("twin", None, None if adapters else steps["student"])
+    steps = {role: step_of(role, trained if role == "student" else None) for role in states}
     measure = probe = None
     if trained is not None:
         probe = jax.jit(layout.gathering(make_probe(student_of_step, trained)))
