@@ -6,6 +6,7 @@ import pytest
 from kdjax import data, detectors, weights
 from kdjax.training import checks
 from kdjax.training.setup import prepare
+from tests.faults.config import DETECTOR, OPTIONS
 from tests.support.runs import one_device, random_teacher, tiny_config
 
 
@@ -19,7 +20,7 @@ def _one_device():
 def tiny(tmp_path_factory):
     """(setup, batch) of a tiny run with a random teacher, before its first step."""
     folder = tmp_path_factory.mktemp("doctor")
-    config = tiny_config(folder, teacher=random_teacher(folder))
+    config = tiny_config(folder, teacher=random_teacher(folder), methods__mkd__weight=0.02)
     with one_device():
         setup = prepare(config, data.open_dataset(config.data))
         return setup, checks.first_batch_with_objects(setup)
@@ -29,7 +30,7 @@ def tiny(tmp_path_factory):
 def other_weights(tmp_path_factory):
     """Weights with the student's shapes, except for their two other classes."""
     folder = tmp_path_factory.mktemp("others")
-    detector = detectors.build("rtmdet_pico", 2)
+    detector = detectors.build(DETECTOR, 2, **OPTIONS)
     params, stats = detector.init(jax.random.PRNGKey(5))
     weights.save(folder, detector, params, stats, classes=["cat", "dog"], image_size=(64, 64))
     return folder

@@ -88,7 +88,7 @@ def test_a_missing_focal_prior_is_named(tiny):
     setup, batch = tiny
     state = setup.states["student"]
     params = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: jnp.zeros_like(leaf) if "rtm_cls" in str(path) and leaf.ndim == 1 else leaf, state.params
+        lambda path, leaf: jnp.zeros_like(leaf) if "retina_cls" in str(path) and leaf.ndim == 1 else leaf, state.params
     )
     measured = measure_gradients(setup._replace(states={"student": state._replace(params=params)}), batch)
     assert "set the classifier's bias to -4.6" in errors(check_initial_scores(measured))["student's head"]

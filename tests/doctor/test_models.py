@@ -120,7 +120,7 @@ def test_the_class_map_of_weights(tiny, tmp_path):
     config = setup.config.copy_and_resolve_references()
     config.student.weights = str(tmp_path / "w.npz")
     for count, named in ((6, None), (6, "abcdef"), (2, None)):
-        detector = detectors.build("rtmdet_pico", count)
+        detector = detectors.build(config.student.detector, count, **config.student.options)
         state = weights.to_torch(detector, *detector.init(jax.random.PRNGKey(5)))
         np.savez(tmp_path / "w.npz", **state)
         with pytest.MonkeyPatch.context() as patched:
@@ -143,7 +143,8 @@ def test_taps_and_their_shapes(tiny):
     [finding] = models.check_taps(setup, setup.teachers[0])
     assert finding.subject == "mkd's taps"
     assert finding.message == (
-        "student neck (8: 8x8x32, 16: 4x4x32, 32: 2x2x32), teacher neck (8: 8x8x32, 16: 4x4x32, 32: 2x2x32)"
+        "student neck (8: 8x8x4, 16: 4x4x4, 32: 2x2x4, 64: 1x1x4, 128: 1x1x4), "
+        "teacher neck (8: 8x8x4, 16: 4x4x4, 32: 2x2x4, 64: 1x1x4, 128: 1x1x4)"
     )
-    [finding] = models.check_taps(setup._replace(student=detectors.build("fcos_r18", 6)), setup.teachers[0])
+    [finding] = models.check_taps(setup._replace(student=detectors.build("rtmdet_pico", 6)), setup.teachers[0])
     assert finding.message.endswith("; strides 64, 128 exist on one side only")

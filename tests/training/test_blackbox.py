@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 from kdjax import cli, data, files, sharding
 from kdjax.errors import UserError
@@ -19,20 +18,15 @@ from kdjax.training import run as training
 from kdjax.training.run import run
 from kdjax.training.setup import given, prepare, train_batches
 from kdjax.training.step import SOUND
-from tests.faults.config import DETECTOR, OPTIONS
-from tests.support.runs import random_teacher, tiny_config
+from tests.support.runs import tiny_config
 
 STEP = 3
 PEARSON, PLACED = distance.pearson, diagnosis.placed
 
 
 @pytest.fixture(scope="module")
-def config(folder, tmp_path_factory):
-    """A detector that is compiled fast."""
-    teacher = random_teacher(tmp_path_factory.mktemp("small"), DETECTOR, **OPTIONS)
-    chosen = tiny_config(folder, teacher=teacher, method="pkd", twin=False, batch_size=4)
-    chosen.student.detector, chosen.student.options = DETECTOR, ConfigDict(OPTIONS)
-    return chosen
+def config(folder, teacher_folder):
+    return tiny_config(folder, teacher=teacher_folder, method="pkd", twin=False, batch_size=4)
 
 
 def careless(s, t, **options):

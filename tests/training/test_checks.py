@@ -63,7 +63,7 @@ from tests.support.runs import tiny_config
             dict(teacher__weights="/no/such/folder"),
             "config.teacher.weights: there is no file or folder /no/such/folder",
         ),
-        (dict(teacher__detector="rtmdet_s"), "rtmdet_pico"),
+        (dict(teacher__detector="rtmdet_s"), "are for retinanet_r18 with .*, not for rtmdet_s"),
         (dict(teacher__weights=""), "config.methods: mkd without a teacher"),
         # Before the data is prepared.
         (
@@ -99,7 +99,7 @@ def test_mistakes_are_refused_in_one_sentence(folder, teacher_folder, tmp_path, 
 
 def test_the_dry_run_refuses_options_that_training_refuses(folder):
     for options, words in (
-        ({"head_channels": 0}, "config.student: head_channels of RTMDet must be >= 1, not 0"),
+        ({"head_channels": 0}, "config.student: head_channels of RetinaNet must be >= 1, not 0"),
         ({"hedd": 1}, "config.student: .* has no option hedd"),
     ):
         config = tiny_config(folder, teacher="", data__check=True)

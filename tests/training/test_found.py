@@ -32,7 +32,7 @@ def root(tmp_path_factory):
 
 def config_of(folder, root, method="teach_boxes", **changes):
     data_of = dict(data__source="coco_folder", data__root=str(root), steps=8, checkpoint__every=2, log_every=2)
-    data_of |= dict(twin=False, student__options__widen=0.125)
+    data_of |= dict(twin=False)
     return tiny_config(folder, teacher=root / "detections.json", method=method, **data_of | changes)
 
 

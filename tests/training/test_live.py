@@ -40,9 +40,8 @@ def written(monkeypatch):
 @pytest.fixture
 def config(guide):  # noqa: F811
     """A run of the guide's detector, which is compiled quickly."""
-    made = tiny_config(guide, teacher=None, batch_size=4, steps=STEPS, log_every=1, eval__every=5, eval__limit=6)
-    made.student.detector = "dots_s"
-    made.student.options.channels = 8
+    made = tiny_config(guide, teacher=None, batch_size=4, steps=STEPS, log_every=1, eval__every=5, eval__limit=6,
+                       student__detector="dots_s", student__options__channels=8)  # fmt: skip
     made.data.update(dict(scenes_train=8, scenes_val=8))
     made.data.augment.update(dict(mosaic=False, mixup=0.0))
     made.data.stage2.start = 0

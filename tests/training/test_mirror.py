@@ -7,14 +7,12 @@ import socket
 
 import fsspec
 import pytest
-from ml_collections import ConfigDict
 
 from kdjax import remote
 from kdjax.errors import UserError
 from kdjax.training import mirror
 from kdjax.training.mirror import Mirror
 from kdjax.training.run import run
-from tests.faults.config import DETECTOR, OPTIONS
 from tests.faults.runs import differences, outcome
 from tests.support.runs import random_teacher, stopped_in_step, tiny_config
 
@@ -202,9 +200,8 @@ def test_a_run_in_a_store_goes_on_elsewhere_to_the_same_bits(protocol, monkeypat
     """It is stopped, and goes on without the files of the first process."""
     monkeypatch.setenv("KDJAX_CACHE", str(tmp_path / "cache"))
     url = f"{protocol}://bucket/runs/a"
-    teacher = random_teacher(tmp_path / "small", DETECTOR, **OPTIONS)
+    teacher = random_teacher(tmp_path / "small")
     config = tiny_config(folder, teacher=teacher, method="cwd", batch_size=4)
-    config.student.detector, config.student.options = DETECTOR, ConfigDict(OPTIONS)
     with server_of(protocol, monkeypatch) as system:
         run(config, tmp_path / "undisturbed")
         system.put(f"{teacher}/", "bucket/teacher", recursive=True)

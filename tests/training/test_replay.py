@@ -24,9 +24,8 @@ METHODS = "mkd+cwd+crosskd+rm"
 
 
 def config_of(folder, *, method=METHODS, **changes):
-    return tiny_config(
-        folder, teacher="quickstart_teacher", method=method, **{"twin": False, "data__scenes_train": 12} | changes
-    )
+    changes = {"twin": False, "data__scenes_train": 12, "student__detector": "rtmdet_pico"} | changes
+    return tiny_config(folder, teacher="quickstart_teacher", method=method, **changes)
 
 
 @pytest.fixture(scope="module")

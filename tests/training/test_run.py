@@ -28,6 +28,7 @@ from kdjax.training import step as steps
 from kdjax.training.run import run
 from kdjax.training.setup import prepare
 from kdjax.weights.checkpoint import fingerprint
+from tests.faults.config import DETECTOR, OPTIONS
 from tests.support.data import small_folder
 from tests.support.models import TRANSFORMERS
 from tests.support.runs import random_teacher, stopped_in_step, tiny_config
@@ -90,7 +91,7 @@ def test_outputs_of_a_run(finished):
         assert set(results[role]) == metrics | {"params", "flops"}
         assert all(-1 <= results[role][name] <= 1 for name in metrics)
     assert set(results["gain"]) == metrics
-    assert results["student"]["params"] == results["twin"]["params"] > 100_000
+    assert results["student"]["params"] == results["twin"]["params"] > 50_000
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     trained = [row for row in rows if row["kind"] == "train"]
     assert [row["step"] for row in trained] == [5, 10, 15, 20]
@@ -103,7 +104,7 @@ def test_outputs_of_a_run(finished):
     assert len(config["runs"][0]["data"]) == 64
     assert "<html" in (workdir / "report.html").read_text()[:200].lower()
     detector, *_, classes = weights.load(workdir / "student")
-    assert detector.name == "rtmdet_pico" and len(classes) == detector.num_classes
+    assert detector.name == DETECTOR and len(classes) == detector.num_classes
     assert list((workdir / "tensorboard").iterdir())
 
 
@@ -301,7 +302,7 @@ def test_eight_devices_equal_one(folder, teacher_folder):
     config = tiny_config(folder, teacher=teacher_folder)
     dataset = data.open_dataset(config.data)
     detector, *variables, _ = weights.load(teacher_folder)
-    student = detectors.build("rtmdet_pico", len(dataset.classes))
+    student = detectors.build(DETECTOR, len(dataset.classes), **OPTIONS)
     distiller = Distiller(student, detector, {"mkd": methods.build("mkd", normalize="pkd")})
     key = jax.random.PRNGKey(0)
     # Small, so that rounding does not change assignments and does not grow: at 1e-4 it triples with every step.
@@ -332,11 +333,12 @@ def test_eight_devices_equal_one(folder, teacher_folder):
     totals, first, one, alone = outcome(jax.devices()[:1])
     others, first_of_eight, eight, split = outcome(jax.devices())
     assert not messages(alone)
-    # Each norm of the student reduces two sums forward and two backward; losses and one group of gradients remain.
+    # Each norm of the student reduces two sums forward and two backward; PKD's normalisation of each level does too, and
+    # two of the teacher's; losses and one group of gradients remain.
     norms = sum(name.startswith("stats") and name.endswith("mean") for name in one)
     sent = messages(split)
-    assert norms > 50 and sent.pop("all-reduce") <= 4 * norms + 10
-    sent.pop("all-gather of reduce")  # of the CPU's depthwise form alone (kdjax/nn/conv_cpu.py)
+    assert norms > 10 and sent.pop("all-reduce") <= 4 * norms + 6 * len(student.strides) + 10
+    sent.pop("all-gather of reduce", None)  # of the CPU's depthwise form alone (kdjax/nn/conv_cpu.py)
     if tuple(map(int, jax.__version__.split(".")[:2])) < (0, 12):  # since then XLA transforms a spread batch in place
         sent.pop("all-gather of fft")
     assert not sent
@@ -404,7 +406,7 @@ def test_a_run_is_not_resumed_with_other_data_or_another_teacher(finished, folde
     if changed == "data":
         config.data.scenes_train += 1  # config.json is not copied, so only the checkpoint knows
     elif changed == "options":  # that change no shape
-        config.student.options.exp_on_reg = False
+        config.student.options.norm_eval = True
     else:
         detector, params, stats, classes = weights.load(teacher_folder)
         params = jax.tree.map(lambda leaf: leaf + 1e-3, params)
@@ -437,12 +439,12 @@ def test_a_run_whose_config_was_deleted_keeps_its_settings(finished, folder, tea
 @pytest.mark.user_input(
     "Workdirs, checkpoints and logs",
     "checkpoints of another detector",
-    "refused: student was 'rtmdet_pico', is 'rtmdet_micro'",
+    "refused: student was 'retinanet_r18', is 'rtmdet_micro'",
 )
 def test_checkpoint_of_another_detector_is_refused(finished, folder, teacher_folder, tmp_path):
     shutil.copytree(finished[0] / "checkpoints", tmp_path / "checkpoints")
     config = tiny_config(folder, teacher=teacher_folder, student__detector="rtmdet_micro")
-    with pytest.raises(UserError, match="different run: student was 'rtmdet_pico', is 'rtmdet_micro'"):
+    with pytest.raises(UserError, match="different run: student was 'retinanet_r18', is 'rtmdet_micro'"):
         run(config, tmp_path)
 
 

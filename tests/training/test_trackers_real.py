@@ -13,14 +13,12 @@ import urllib.request
 
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 from PIL import Image
 
 from kdjax.training import config as settings
 from kdjax.training import trackers
 from kdjax.training.log import Log, numbered
 from kdjax.training.run import run
-from tests.faults.config import DETECTOR, OPTIONS
 from tests.support.runs import killed_after, random_teacher, stopped_in_step, tiny_config
 from tests.support.trackers import ENVIRONMENT, logged
 
@@ -165,9 +163,8 @@ def same_files(one, other):
 
 @pytest.fixture(scope="module")
 def made(folder, tmp_path_factory):
-    teacher = random_teacher(tmp_path_factory.mktemp("small"), DETECTOR, **OPTIONS)
+    teacher = random_teacher(tmp_path_factory.mktemp("small"))
     config = tiny_config(folder, teacher=teacher, method="cwd", batch_size=4, eval__every=10)
-    config.student.detector, config.student.options = DETECTOR, ConfigDict(OPTIONS)
     config.log.to, config.log.project = ("wandb", "mlflow"), "tiny"
     return config
 

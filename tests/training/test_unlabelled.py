@@ -35,7 +35,7 @@ def images(tmp_path_factory):
 
 def few_steps(folder, images, **changes):
     common = dict(steps=4, log_every=2, checkpoint__every=2, optimizer__warmup=1, data__stage2__start=2)
-    common |= dict(data__unlabelled=str(images), data__unlabelled_ratio=0.5)
+    common |= dict(data__unlabelled=str(images), data__unlabelled_ratio=0.5, student__detector="rtmdet_pico")
     return tiny_config(folder, teacher="quickstart_teacher", **common | changes)
 
 
@@ -53,7 +53,7 @@ def test_the_twin_knows_nothing_of_them(folder, images, tmp_path, capsys):
     assert "Images without labels: 12, 4 in a batch beside 8 with labels" in told
     assert "Methods that read boxes take the detections of the teacher, from score 0.5 on." in told
     steps = dict(steps=4, log_every=2, optimizer__warmup=1, data__stage2__start=2)
-    run(tiny_config(folder, teacher=None, **steps), tmp_path / "without")
+    run(tiny_config(folder, teacher=None, student__detector="rtmdet_pico", **steps), tmp_path / "without")
     twin, alone = logged(tmp_path / "with")[4], logged(tmp_path / "without")[4]
     names = [name for name in twin if name.startswith("twin/")]
     assert len(names) > 3 and all(twin[name] == alone[name.replace("twin/", "student/")] for name in names)
