@@ -297,7 +297,8 @@ def test_an_export_of_kdjax_teaches_as_the_live_teacher(made, tmp_path_factory):
     size = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(of_live))
     for one, other in zip(jax.tree.leaves(of_live), jax.tree.leaves(of_file), strict=True):
         np.testing.assert_allclose(other, one, atol=1e-4 * size)
-    finds = [Distiller(student, model, [build("teach_detr")]).observe(batch).detections for model in (live, teacher)]
+    asked = [Distiller(student, model, [build("teach_detr")]).observe for model in (live, teacher)]
+    finds = [quick_jit(asked[0])(batch).detections, asked[1](batch).detections]
     assert finds[0].valid.sum() > 20
     np.testing.assert_allclose(finds[1].scores, finds[0].scores, atol=1e-5)
     np.testing.assert_allclose(finds[1].boxes[:, :10], finds[0].boxes[:, :10], atol=1e-3)

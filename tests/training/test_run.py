@@ -333,8 +333,8 @@ def test_eight_devices_equal_one(folder, teacher_folder):
     totals, first, one, alone = outcome(jax.devices()[:1])
     others, first_of_eight, eight, split = outcome(jax.devices())
     assert not messages(alone)
-    # Each norm of the student reduces two sums forward and two backward; PKD's normalisation of each level does too, and
-    # two of the teacher's; losses and one group of gradients remain.
+    # Each norm of the student reduces two sums forward and two backward; PKD's normalisation of a level reduces these
+    # and two of the teacher's; losses and one group of gradients remain.
     norms = sum(name.startswith("stats") and name.endswith("mean") for name in one)
     sent = messages(split)
     assert norms > 10 and sent.pop("all-reduce") <= 4 * norms + 6 * len(student.strides) + 10
