@@ -182,7 +182,7 @@ def describe(name: str) -> Method:
     module = importlib.import_module(f"kdjax.methods.{name}")
     where = f"kdjax/methods/{name}.py"
     title, what, formula, sections = read_module(where, module.__doc__ or "")
-    within = {family: refusals(name)[family, family] for family in families()}
+    within = {family: refusal(name, family, family) for family in families()}
     return Method(name, title, what, formula, sections, read_options(where, module.make), within)
 
 
@@ -304,13 +304,9 @@ def specs(name: str) -> DetectorOutput:
 
 
 @functools.cache
-def refusals(name: str) -> dict[tuple[str, str], str]:
-    """(family of the student, of the teacher) -> the sentence with which the method refuses the pair, "" if it runs."""
-    return {
-        (student, teacher): methods.refusal(name, built(pair_of(student)[0]), built(pair_of(teacher)[1]), (SIZE, SIZE))
-        for student in families()
-        for teacher in families()
-    }
+def refusal(name: str, student: str, teacher: str) -> str:
+    """The sentence with which a method refuses a student and a teacher of two families, "" if it runs."""
+    return methods.refusal(name, built(pair_of(student)[0]), built(pair_of(teacher)[1]), (SIZE, SIZE))
 
 
 # ------------------------------------------------------------------------------------------------------------ writing
@@ -344,14 +340,16 @@ def matrix() -> str:
     """Which methods run, by family of the student (rows) and of the teacher (columns)."""
     rows = []
     for student in families():
-        cells = []
-        for teacher in families():
-            runs = [name for name in methods.names() if not refusals(name)[student, teacher]]
-            lacks = [name for name in methods.names() if name not in runs]
-            short = f"all but {', '.join(lacks)}" if lacks else "all"
-            cells.append(short if len(lacks) < len(runs) else ", ".join(runs) or "none")
-        rows.append((student, *cells))
+        rows.append((student, *(cell(student, teacher) for teacher in families())))
     return table(("student / teacher", *families()), rows)
+
+
+def cell(student: str, teacher: str) -> str:
+    """The methods that run on a student and a teacher of two families."""
+    runs = [name for name in methods.names() if not refusal(name, student, teacher)]
+    lacks = [name for name in methods.names() if name not in runs]
+    short = f"all but {', '.join(lacks)}" if lacks else "all"
+    return short if len(lacks) < len(runs) else ", ".join(runs) or "none"
 
 
 def inputs(marked: list[Input]) -> str:
