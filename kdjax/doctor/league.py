@@ -101,7 +101,8 @@ def sentence(study: list[Row]) -> str:
     else:
         parts = [f"{where}, no method was shown to help", *([", ".join(map(numbers, others))] if others else [])]
     parts += [f"hurt: {', '.join(map(numbers, hurts))}"] if hurts else []
-    return f"{'; '.join(parts)} (AP points over the twin with their 95 % intervals: benchmarks/README.md#{first.log})"
+    logs = " and ".join(f"benchmarks/README.md#{log}" for log in dict.fromkeys(row.log for row in ordered))
+    return f"{'; '.join(parts)} (AP points over the twin with their 95 % intervals: {logs})"
 
 
 def name(row: Row) -> str:

@@ -57,12 +57,13 @@ def row(
 
 
 def test_the_best_is_tried_first_and_numbers_are_beside_it():
-    rows = [row("mkd", 3.02, seeds=5), row("pfi", 1.0), row("cwd", 4.1, weight="auto"), row("ssim", -5.0)]
+    rows = [row("mkd", 3.02, seeds=5), row("pfi", 1.0), row("cwd", 4.1, weight="auto", log="auto"), row("ssim", -5.0)]
     [finding] = league.check_methods("rtmdet_tiny", "rtmdet_s", 300, rows)
     assert finding.level == OK and finding.message == (
         "on 200 images of scenes, rtmdet_micro teaching rtmdet_pico, cwd with weight=auto +4.1 [+2.1, +6.1] (3 seeds), "
         "mkd +3.0 [+1.0, +5.0] (5 seeds): try cwd with weight=auto first; not shown to help: pfi; hurt: ssim -5.0 "
-        "[-7.0, -3.0] (3 seeds) (AP points over the twin with their 95 % intervals: benchmarks/README.md#methods)"
+        "[-7.0, -3.0] (3 seeds) (AP points over the twin with their 95 % intervals: benchmarks/README.md#auto and "
+        "benchmarks/README.md#methods)"
     )
 
 
