@@ -5,7 +5,6 @@ meant for it.
 """
 
 import gc
-import importlib.metadata
 import os
 from pathlib import Path
 
@@ -14,6 +13,8 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 
 import jax
 import pytest
+
+from tests.shared import QUICK
 
 PLATFORM = os.environ["JAX_PLATFORMS"].split(",")[0]
 CACHE = Path(__file__).resolve().parents[1] / ".cache" / "jax"
@@ -30,16 +31,14 @@ gc.set_threshold(50_000, 20, 50)
 
 # The slowest files run first, so that no process is left alone with one of them at the end.
 FIRST = (
+    "test_golden_replay.py",
     "end_to_end/test_quickstart.py",
     "training/test_run.py",
-    "test_golden_replay.py",
-    "training/test_unlabelled.py",
-    "training/test_several_teachers.py",
-    "training/test_found.py",
-    "doctor/test_gradients.py",
-    "training/test_onnx_teachers.py",
+    "test_docs.py",
+    "faults/test_faults.py",
+    "training/test_blackbox.py",
+    "training/test_sharding.py",
 )
-QUICK = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 MEMORY = 4 * 2**30  # bytes of a process, beyond which the programs of earlier files are dropped
 
 
@@ -47,11 +46,8 @@ def pytest_configure(config):
     """The default suite asks XLA for code that is compiled faster; `make test-all` runs what users get."""
     default = config.option.markexpr == "not slow" and PLATFORM == "cpu"
     jax.config.update("jax_disable_most_optimizations", default)
-    if default and importlib.metadata.version("jaxlib").startswith("0.10."):
-        # XLA's older way of emitting code compiles small programs in two thirds of the time, and code that is not split
-        # for several cores in nine tenths; jaxlib 0.12 lacks the first flag. XLA reads them when the first program is
-        # compiled, and processes of tests inherit them.
-        os.environ["XLA_FLAGS"] += f" {QUICK}"
+    if default:
+        os.environ["XLA_FLAGS"] += f" {QUICK}"  # which processes of tests inherit
 
 
 def pytest_collection_modifyitems(items):

@@ -1,6 +1,5 @@
 """The run that is disturbed: its command, what it is doing at a moment, what it leaves, and how that is compared."""
 
-import importlib.metadata
 import json
 import os
 import subprocess
@@ -18,7 +17,7 @@ from kdjax.files import altered
 from kdjax.training import log
 from kdjax.weights.checkpoint import arrays
 from tests.faults.config import DETECTOR, IMAGE_SIZE, OPTIONS
-from tests.shared import ROOT
+from tests.shared import QUICK, ROOT
 
 CONFIG = Path(__file__).with_name("config.py")
 CLASSES = ["disc", "wedge", "star", "cross", "striped", "checked"]
@@ -46,10 +45,7 @@ class Home(NamedTuple):
 
     def environment(self) -> dict[str, str]:
         """One device, and less optimisation by XLA, so that a start is short."""
-        # As in tests/conftest.py.
-        older = importlib.metadata.version("jaxlib").startswith("0.10.")
-        flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1" * older
-        less = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": flags}
+        less = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": QUICK}
         return os.environ | less | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
 
 
