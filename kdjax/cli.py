@@ -479,16 +479,17 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, list[str]]]:
 
     one = add(
         "import-weights",
-        "Convert a checkpoint of mmdetection, mmyolo, mmrazor, YOLOX, RT-DETR or D-FINE to a folder for every command.",
+        "Convert a checkpoint of mmdetection, mmyolo, mmrazor, YOLOX, RT-DETR or D-FINE to a folder for every command, "
+        "or rename the classes of a kdjax model.",
         "kdjax import-weights rtmdet_tiny.pth --detector=rtmdet_tiny --out=rtmdet_tiny",
     )
     one.add_argument(
         "file",
         metavar="FILE",
         help=".pth, .pt, .ckpt or .bin (needs kdjax[torch]), .safetensors (or the index of several), .npz, or "
-        ".onnx of YOLOX or RTMDet (needs onnx)",
+        ".onnx of YOLOX or RTMDet (needs onnx); or a kdjax model, as --model of other commands, with --classes",
     )
-    one.add_argument("--detector", required=True, metavar="NAME", help="rtmdet_tiny, rtmdet_s, ...")
+    one.add_argument("--detector", metavar="NAME", help="rtmdet_tiny, rtmdet_s, ...; not for a kdjax model")
     one.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
     one.add_argument(
         "--classes",

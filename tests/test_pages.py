@@ -155,6 +155,8 @@ def test_a_documented_command_is_understood(line, monkeypatch):
     if command in cli.RUNS:
         assert settings.unknown_keys(taken["config"]) == []
         settings.check_values(taken["config"])
+        config = taken["config"]
+        assert not config.methods or config.teacher.weights or config.teachers or config.data.check, "no teacher"
 
 
 @pytest.mark.filterwarnings("ignore:the load_module")

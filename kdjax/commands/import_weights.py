@@ -1,23 +1,28 @@
-"""`kdjax import-weights`: a PyTorch checkpoint, or an ONNX file of YOLOX or RTMDet, to a kdjax folder."""
+"""`kdjax import-weights`: a PyTorch checkpoint, or an ONNX file of YOLOX or RTMDet, to a kdjax folder.
 
+A kdjax model gets other class names.
+"""
+
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
-from kdjax import inference, weights
+from kdjax import inference, resources, weights
 from kdjax.commands import arguments
 from kdjax.data.classes import read as read_classes
 from kdjax.errors import UserError, listed, prefix
 from kdjax.evals import complexity
 
 
-def run(*, file: str, detector: str, out: str, classes: str | None, image_size: str | None, network: str) -> int:
-    """Converts a checkpoint.
+def run(*, file: str, detector: str | None, out: str, classes: str | None, image_size: str | None, network: str) -> int:
+    """Converts a checkpoint, or renames the classes of a kdjax model.
 
     Args:
       file: see `kdjax.inference.load`.
-      detector: a name that `kdjax.detectors.build` knows.
+      detector: a name that `kdjax.detectors.build` knows; None for a kdjax model.
       out: the folder to write.
       classes: the class names, see `kdjax.data.classes.read`; None: those of the checkpoint.
-      image_size: "H,W" of the network input in pixels; None: the detector's default.
+      image_size: "H,W" of the network input in pixels; None: the detector's default, or that of the kdjax model.
       network: "student" or "teacher" of a distiller.
 
     Returns:
@@ -29,7 +34,16 @@ def run(*, file: str, detector: str, out: str, classes: str | None, image_size: 
     size = None if image_size is None else _size(image_size)
     with prefix("--classes"):
         names = read_classes(classes) if classes else None
-    model = inference.load(file, detector, class_names=names, image_size=size, network=network)
+    path = resources.model_path(file).expanduser()
+    written = path.is_dir() and not any(path.glob(f"*{weights.INDEX}"))
+    if written or (path.name == weights.WEIGHTS and (path.parent / weights.CONFIG).exists()):
+        if detector is not None:
+            raise UserError(f"{file} is a kdjax model, which names its detector: leave --detector out")
+        model = _renamed(file, names, size)
+    elif detector is None and path.exists():
+        raise UserError(f"{file}: weights of other programs do not name their detector: give --detector=NAME")
+    else:
+        model = inference.load(file, detector, class_names=names, image_size=size, network=network)
     if not model.class_names:
         count = model.detector.num_classes
         raise UserError(
@@ -45,13 +59,32 @@ def run(*, file: str, detector: str, out: str, classes: str | None, image_size: 
         stats,
         classes=list(model.class_names),
         image_size=model.image_size,
-        extra={"source": Path(file).name},
+        extra={
+            "source": Path(file).name,
+            "category_ids": list(model.category_ids),
+            "exif_orientation": model.exif_orientation,
+        },
     )
     parameters, count = complexity.parameters(params), len(model.class_names)
     height, width = model.image_size
     told = f"{parameters:,} parameters, input {height}x{width}, {count} classes: {listed(model.class_names)}"
-    print(f"{out}: {detector} with {told}")
+    print(f"{out}: {model.detector.name} with {told}")
     return 0
+
+
+def _renamed(path: str, names: Sequence[str] | None, size: tuple[int, int] | None) -> inference.Model:
+    """A kdjax model with other class names, in the order of the old ones."""
+    model = inference.load(path)
+    own = model.class_names
+    if names is None:
+        raise UserError(f"{path} is a kdjax model: give --classes=FILE to rename its classes: {listed(own)}")
+    if size is not None:
+        raise UserError(f"--image-size has no effect on {path}, a kdjax model: its input stays as it is")
+    if len(names) != model.detector.num_classes:
+        raise UserError(f"--classes: it has {len(names)} names, {path} has {len(own)} classes: {listed(own)}")
+    if sorted(names) == sorted(own) and tuple(names) != own:
+        raise UserError(f"--classes: the classes of {path} in another order: they are {listed(own)}")
+    return dataclasses.replace(model, class_names=tuple(names))
 
 
 def _size(text: str) -> tuple[int, int]:

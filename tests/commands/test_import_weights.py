@@ -82,7 +82,7 @@ def test_import_weights_refuses(tmp_path, capsys, state):
     assert "there is no such file or folder" in refused(
         capsys, "import-weights", str(tmp_path / "no.npz"), "--detector=rtmdet_pico", f"--out={tmp_path / 'm'}"
     )
-    assert "required: --detector" in refused(capsys, *base)
+    assert "give --detector=NAME" in refused(capsys, *base)
     np.savez(tmp_path / "other.npz", a=np.zeros(3))
     other = ("import-weights", str(tmp_path / "other.npz"), "--detector=rtmdet_pico", f"--out={tmp_path / 'm'}")
     told = "it holds no classifier of rtmdet_pico: its names (a) are not those of rtmdet_pico: choose"
@@ -183,3 +183,34 @@ def test_pth_tells_its_classes(tmp_path, state):
         inference.load(tmp_path / "old.pth", "rtmdet_pico", class_names=CLASSES[::-1])
     renamed = [f"{name}s" for name in CLASSES]
     assert inference.load(tmp_path / "old.pth", "rtmdet_pico", class_names=renamed).class_names == tuple(renamed)
+
+
+@pytest.mark.user_input(
+    "Models and exports", "a model of a run whose classes get other names", "read: canvas, ids and EXIF setting stay"
+)
+def test_the_classes_of_a_model_are_renamed(tmp_path, capsys):
+    detector = build("rtmdet_pico", 2)
+    variables = detector.init(jax.random.key(3))
+    extra = {"category_ids": [7, 9], "exif_orientation": "upright"}
+    weights.save(tmp_path / "m", detector, *variables, classes=["cat", "dog"], image_size=(64, 96), extra=extra)
+    names = tmp_path / "names.txt"
+    names.write_text("tom cat\ndog\n")
+    command = ["import-weights", str(tmp_path / "m"), f"--out={tmp_path / 'n'}"]
+    assert cli.main([*command, f"--classes={names}"]) == 0
+    assert "rtmdet_pico with" in capsys.readouterr().out
+    old, new = inference.load(tmp_path / "m"), inference.load(tmp_path / "n")
+    assert new.class_names == ("tom cat", "dog")
+    assert (new.category_ids, new.exif_orientation, new.image_size) == ((7, 9), "upright", (64, 96))
+    assert (new.detector.name, new.detector.options) == (old.detector.name, old.detector.options)
+    for one, other in zip(jax.tree.leaves(new.variables), jax.tree.leaves(old.variables), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert "give --classes=FILE to rename its classes: cat, dog" in refused(capsys, *command)
+    file = str(tmp_path / "m" / "model.safetensors")
+    for wrong, words in (("a\n", "1 names, "), ("dog\ncat\n", "in another order: they are cat, dog")):
+        names.write_text(wrong)
+        assert words in refused(capsys, "import-weights", file, f"--out={tmp_path / 'o'}", f"--classes={names}")
+    assert "leave --detector out" in refused(capsys, *command, "--detector=rtmdet_pico")
+    assert "--image-size has no effect" in refused(capsys, *command, f"--classes={names}", "--image-size=64,64")
+    np.savez(tmp_path / "w.npz", a=np.zeros(1))
+    told = refused(capsys, "import-weights", str(tmp_path / "w.npz"), f"--out={tmp_path / 'o'}")
+    assert "give --detector=NAME" in told and not (tmp_path / "o").exists()

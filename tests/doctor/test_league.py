@@ -27,7 +27,7 @@ def test_a_row_is_what_the_log_says(row):
     kinds = {"published": "", "auto": ", auto"}  # as `kdjax study methods` names its rows
     cell = row.method + kinds.get(row.weight, f", weight {row.weight}")
     [line] = [one.replace("−", "-") for one in section.splitlines() if one.lower().startswith(f"| {cell} |")]
-    told = float(re.search(r"([+-]\d+\.\d+) ±", line)[1])
+    told = float(re.search(r"\| ([+-]\d+\.\d+) [±|]", line)[1])
     gains = [float(one) for one in re.search(r"[+-]\d+\.\d+(?:, [+-]\d+\.\d+)+", line)[0].split(", ")]
     assert row.seeds == len(gains) and row.gain == told == pytest.approx(statistics.mean(gains), abs=0.011)
     half = QUANTILES[len(gains)] * statistics.stdev(gains) / math.sqrt(len(gains))
