@@ -22,7 +22,7 @@ def run(*, file: str, detector: str | None, out: str, classes: str | None, image
       detector: a name that `kdjax.detectors.build` knows; None for a kdjax model.
       out: the folder to write.
       classes: the class names, see `kdjax.data.classes.read`; None: those of the checkpoint.
-      image_size: "H,W" of the network input in pixels; None: the detector's default, or that of the kdjax model.
+      image_size: "H,W" of the network input in pixels; None: the detector's default; a kdjax model keeps its own.
       network: "student" or "teacher" of a distiller.
 
     Returns:
@@ -35,15 +35,16 @@ def run(*, file: str, detector: str | None, out: str, classes: str | None, image
     with prefix("--classes"):
         names = read_classes(classes) if classes else None
     path = resources.model_path(file).expanduser()
-    written = path.is_dir() and not any(path.glob(f"*{weights.INDEX}"))
-    if written or (path.name == weights.WEIGHTS and (path.parent / weights.CONFIG).exists()):
-        if detector is not None:
-            raise UserError(f"{file} is a kdjax model, which names its detector: leave --detector out")
-        model = _renamed(file, names, size)
-    elif detector is None and path.exists():
-        raise UserError(f"{file}: weights of other programs do not name their detector: give --detector=NAME")
-    else:
+    # Other programs, too, write a config.json beside a model.safetensors: such a file comes with --detector.
+    folder = path.is_dir() and not any(path.glob(f"*{weights.INDEX}"))
+    if detector is not None or not path.exists():
         model = inference.load(file, detector, class_names=names, image_size=size, network=network)
+    elif folder or (path.name == weights.WEIGHTS and (path.parent / weights.CONFIG).exists()):
+        if size is not None or network != "student":
+            raise UserError(f"{file} is a kdjax model, on which --image-size and --network have no effect")
+        model = _renamed(file, names)
+    else:
+        raise UserError(f"{file}: weights of other programs do not name their detector: give --detector=NAME")
     if not model.class_names:
         count = model.detector.num_classes
         raise UserError(
@@ -72,14 +73,12 @@ def run(*, file: str, detector: str | None, out: str, classes: str | None, image
     return 0
 
 
-def _renamed(path: str, names: Sequence[str] | None, size: tuple[int, int] | None) -> inference.Model:
+def _renamed(path: str, names: Sequence[str] | None) -> inference.Model:
     """A kdjax model with other class names, in the order of the old ones."""
     model = inference.load(path)
     own = model.class_names
     if names is None:
         raise UserError(f"{path} is a kdjax model: give --classes=FILE to rename its classes: {listed(own)}")
-    if size is not None:
-        raise UserError(f"--image-size has no effect on {path}, a kdjax model: its input stays as it is")
     if len(names) != model.detector.num_classes:
         raise UserError(f"--classes: it has {len(names)} names, {path} has {len(own)} classes: {listed(own)}")
     if sorted(names) == sorted(own) and tuple(names) != own:

@@ -209,8 +209,18 @@ def test_the_classes_of_a_model_are_renamed(tmp_path, capsys):
     for wrong, words in (("a\n", "1 names, "), ("dog\ncat\n", "in another order: they are cat, dog")):
         names.write_text(wrong)
         assert words in refused(capsys, "import-weights", file, f"--out={tmp_path / 'o'}", f"--classes={names}")
-    assert "leave --detector out" in refused(capsys, *command, "--detector=rtmdet_pico")
-    assert "--image-size has no effect" in refused(capsys, *command, f"--classes={names}", "--image-size=64,64")
+    assert "names its detector itself" in refused(capsys, *command, "--detector=rtmdet_pico")
+    flags = (f"--classes={names}", "--image-size=64,64")
+    assert "--image-size and --network have no effect" in refused(capsys, *command, *flags)
+    state = weights.to_torch(detector, *variables)  # another program's config.json lies beside the weights
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text("{}")
+    save_file({name: np.array(value) for name, value in state.items()}, tmp_path / "other" / "model.safetensors")
+    names.write_text("tom cat\ndog\n")
+    command = ["import-weights", str(tmp_path / "other" / "model.safetensors"), "--detector=rtmdet_pico"]
+    assert cli.main([*command, f"--out={tmp_path / 'p'}", f"--classes={names}"]) == 0
+    assert inference.load(tmp_path / "p").class_names == ("tom cat", "dog")
+    capsys.readouterr()
     np.savez(tmp_path / "w.npz", a=np.zeros(1))
     told = refused(capsys, "import-weights", str(tmp_path / "w.npz"), f"--out={tmp_path / 'o'}")
     assert "give --detector=NAME" in told and not (tmp_path / "o").exists()
