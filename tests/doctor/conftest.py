@@ -20,6 +20,7 @@ def _one_device():
 def tiny(tmp_path_factory):
     """(setup, batch) of a tiny run with a random teacher, before its first step."""
     folder = tmp_path_factory.mktemp("doctor")
+    # The maps of these random detectors are small, so that MKD with its own weight would dominate the losses.
     config = tiny_config(folder, teacher=random_teacher(folder), methods__mkd__weight=0.02)
     with one_device():
         setup = prepare(config, data.open_dataset(config.data))
