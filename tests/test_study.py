@@ -86,7 +86,11 @@ def test_a_finished_run_is_kept_and_its_flags_must_be_the_same(tmp_path):
     run = FACTS | {"command": ["train", "--config=a", f"--workdir={tmp_path}", "--config.seed=1"], "numpy": "2"}
     (tmp_path / "config.json").write_text(json.dumps({"config": {}, "runs": [run, {}]}))
     assert study_runs.train(["--config=a", "--config.seed=1"], tmp_path) == files.sealed({"student": {"AP": 0.5}})
-    assert study_runs.facts_of(tmp_path) == FACTS
+    assert study_runs.facts_of([tmp_path, tmp_path]) == FACTS
+    (tmp_path / "later").mkdir()
+    (tmp_path / "later" / "config.json").write_text(json.dumps({"config": {}, "runs": [run | {"commit": "fed"}]}))
+    both = {"commit": f"{FACTS['commit']} and fed"}
+    assert study_runs.facts_of([tmp_path, tmp_path / "later"]) == FACTS | both
     with pytest.raises(UserError, match=r"other flags .--config=a --config.seed=1"):
         study_runs.train(["--config=b", "--config.seed=1"], tmp_path)
 

@@ -4,8 +4,10 @@ A kdjax model gets other class names.
 """
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from kdjax import inference, resources, weights
 from kdjax.commands import arguments
@@ -34,23 +36,42 @@ def run(*, file: str, detector: str | None, out: str, classes: str | None, image
     size = None if image_size is None else _size(image_size)
     with prefix("--classes"):
         names = read_classes(classes) if classes else None
+    kept: dict[str, Any] = {"extra": {}}  # what a kdjax model was saved with
     path = resources.model_path(file).expanduser()
     # Other programs, too, write a config.json beside a model.safetensors: such a file comes with --detector.
     folder = path.is_dir() and not any(path.glob(f"*{weights.INDEX}"))
+    if detector is not None and folder:
+        raise UserError(
+            f"{file} is a folder: of a kdjax model, which names its detector (leave --detector out), or of another "
+            "program (give the file of weights in it)"
+        )
     if detector is not None or not path.exists():
         model = inference.load(file, detector, class_names=names, image_size=size, network=network)
     elif folder or (path.name == weights.WEIGHTS and (path.parent / weights.CONFIG).exists()):
         if size is not None or network != "student":
             raise UserError(f"{file} is a kdjax model, on which --image-size and --network have no effect")
+        if (Path(out).expanduser() / weights.WEIGHTS).exists():
+            raise UserError(f"--out: {out} is the folder of a model: choose another folder")
         model = _renamed(file, names)
+        if (config := model.path / weights.CONFIG).exists():  # not in a checkpoint
+            stored = json.loads(config.read_text())
+            kept = {"extra": stored["extra"], "dtype": stored.get("dtype", "float32")}
     else:
-        raise UserError(f"{file}: weights of other programs do not name their detector: give --detector=NAME")
+        raise UserError(
+            f"{file}: weights of other programs do not name their detector: give --detector=NAME (of a file that kdjax "
+            "exported, give the folder of the model)"
+        )
     if not model.class_names:
         count = model.detector.num_classes
         raise UserError(
             f"{file}: it does not name its {count} classes: give --classes=FILE, with one name per line or COCO's "
             "json, or --classes=coco or voc"
         )
+    extra = kept["extra"] | {
+        "source": Path(file).name,
+        "category_ids": list(model.category_ids),
+        "exif_orientation": model.exif_orientation,
+    }
     params, stats = model.variables
     arguments.make_folder(out, outputs=(weights.WEIGHTS, weights.CONFIG))
     weights.save(
@@ -60,11 +81,7 @@ def run(*, file: str, detector: str | None, out: str, classes: str | None, image
         stats,
         classes=list(model.class_names),
         image_size=model.image_size,
-        extra={
-            "source": Path(file).name,
-            "category_ids": list(model.category_ids),
-            "exif_orientation": model.exif_orientation,
-        },
+        **kept | {"extra": extra},
     )
     parameters, count = complexity.parameters(params), len(model.class_names)
     height, width = model.image_size
@@ -81,8 +98,11 @@ def _renamed(path: str, names: Sequence[str] | None) -> inference.Model:
         raise UserError(f"{path} is a kdjax model: give --classes=FILE to rename its classes: {listed(own)}")
     if len(names) != model.detector.num_classes:
         raise UserError(f"--classes: it has {len(names)} names, {path} has {len(own)} classes: {listed(own)}")
-    if sorted(names) == sorted(own) and tuple(names) != own:
-        raise UserError(f"--classes: the classes of {path} in another order: they are {listed(own)}")
+    for old, name in zip(own, names, strict=True):
+        if name.casefold() in map(str.casefold, own) and name.casefold() != old.casefold():
+            raise UserError(
+                f"--classes: another order than that of {path}: {name!r} stands in the place of {old!r}: {listed(own)}"
+            )
     return dataclasses.replace(model, class_names=tuple(names))
 
 

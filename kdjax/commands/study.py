@@ -194,7 +194,11 @@ def study(options: Options, variants: list[Variant]) -> int:
         rows.append(row)
     if options.name in ("methods", "teacher"):
         rows.sort(key=lambda row: -row.get("gain AP", [-math.inf])[0])
-    facts = facts_of(twin_folder(options, variants[0], options.first))
+    folders = [twin_folder(options, variants[0], options.first)]
+    for variant in variants:
+        for seed in results[variant.name]:
+            folders += [twin_folder(options, variant, seed), folder_of(options, variant, seed)]
+    facts = facts_of(folders)
     recorded = [
         study_record.row(options, one, results[one.name], failures[one.name], tuned.get(one.name)) for one in variants
     ]

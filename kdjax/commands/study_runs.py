@@ -7,7 +7,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +134,11 @@ def flags_of(workdir: Path) -> list[str]:
     return [flag for flag in command if flag.startswith("--") and not flag.startswith("--workdir=")]
 
 
-def facts_of(workdir: Path) -> dict[str, str]:
-    """Versions, commit and devices of a run."""
-    with unreadable(workdir / "config.json"):
-        return report.facts(start_of(workdir))
+def facts_of(workdirs: Iterable[Path]) -> dict[str, str]:
+    """Versions, commit and devices of runs; where these differ, all of them."""
+    found: dict[str, dict[str, None]] = {}
+    for workdir in workdirs:
+        with unreadable(workdir / "config.json"):
+            for name, value in report.facts(start_of(workdir)).items():
+                found.setdefault(name, {})[value] = None
+    return {name: " and ".join(filter(None, values)) for name, values in found.items()}

@@ -201,6 +201,11 @@ def _load_folder(folder: Path, detector: Detector | None) -> tuple[Detector, Tre
             raise UserError(f"{folder}: there is no {name}: choose a folder of weights")
     try:
         config = json.loads((folder / CONFIG).read_text())
+        if isinstance(config, dict) and "detector" not in config:
+            raise UserError(
+                f"{folder}: its {CONFIG} is not of kdjax: convert weights of another program with `kdjax "
+                f"import-weights {folder / WEIGHTS} --detector=NAME`"
+            )
         wanted = {"detector": str, "num_classes": int, "options": dict, "classes": list, "sha256": str, "extra": dict}
         for field, kind in wanted.items():
             if not isinstance(config[field], kind):

@@ -191,8 +191,9 @@ def test_pth_tells_its_classes(tmp_path, state):
 def test_the_classes_of_a_model_are_renamed(tmp_path, capsys):
     detector = build("rtmdet_pico", 2)
     variables = detector.init(jax.random.key(3))
-    extra = {"category_ids": [7, 9], "exif_orientation": "upright"}
-    weights.save(tmp_path / "m", detector, *variables, classes=["cat", "dog"], image_size=(64, 96), extra=extra)
+    extra = {"category_ids": [7, 9], "exif_orientation": "upright", "steps": 5}
+    saved = {"classes": ["cat", "dog"], "image_size": (64, 96), "dtype": "float16", "extra": extra}
+    weights.save(tmp_path / "m", detector, *variables, **saved)
     names = tmp_path / "names.txt"
     names.write_text("tom cat\ndog\n")
     command = ["import-weights", str(tmp_path / "m"), f"--out={tmp_path / 'n'}"]
@@ -204,12 +205,16 @@ def test_the_classes_of_a_model_are_renamed(tmp_path, capsys):
     assert (new.detector.name, new.detector.options) == (old.detector.name, old.detector.options)
     for one, other in zip(jax.tree.leaves(new.variables), jax.tree.leaves(old.variables), strict=True):
         np.testing.assert_array_equal(one, other)
+    stored = json.loads((tmp_path / "n" / "config.json").read_text())
+    assert (stored["extra"], stored["dtype"]) == (extra | {"source": "m"}, "float16")
+    assert "n is the folder of a model: choose" in refused(capsys, *command, f"--classes={names}")
+    command[-1] = f"--out={tmp_path / 'o'}"
     assert "give --classes=FILE to rename its classes: cat, dog" in refused(capsys, *command)
     file = str(tmp_path / "m" / "model.safetensors")
-    for wrong, words in (("a\n", "1 names, "), ("dog\ncat\n", "in another order: they are cat, dog")):
+    for wrong, words in (("a\n", "1 names, "), ("DOG\nkitten\n", "another order than that of")):
         names.write_text(wrong)
         assert words in refused(capsys, "import-weights", file, f"--out={tmp_path / 'o'}", f"--classes={names}")
-    assert "names its detector itself" in refused(capsys, *command, "--detector=rtmdet_pico")
+    assert "leave --detector out" in refused(capsys, *command, "--detector=rtmdet_pico")
     flags = (f"--classes={names}", "--image-size=64,64")
     assert "--image-size and --network have no effect" in refused(capsys, *command, *flags)
     state = weights.to_torch(detector, *variables)  # another program's config.json lies beside the weights
@@ -217,6 +222,8 @@ def test_the_classes_of_a_model_are_renamed(tmp_path, capsys):
     (tmp_path / "other" / "config.json").write_text("{}")
     save_file({name: np.array(value) for name, value in state.items()}, tmp_path / "other" / "model.safetensors")
     names.write_text("tom cat\ndog\n")
+    foreign = ("import-weights", str(tmp_path / "other"), f"--out={tmp_path / 'o'}", f"--classes={names}")
+    assert "its config.json is not of kdjax" in refused(capsys, *foreign)
     command = ["import-weights", str(tmp_path / "other" / "model.safetensors"), "--detector=rtmdet_pico"]
     assert cli.main([*command, f"--out={tmp_path / 'p'}", f"--classes={names}"]) == 0
     assert inference.load(tmp_path / "p").class_names == ("tom cat", "dog")

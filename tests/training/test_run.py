@@ -28,7 +28,7 @@ from kdjax.training import step as steps
 from kdjax.training.run import run
 from kdjax.training.setup import prepare
 from kdjax.weights.checkpoint import fingerprint
-from tests.faults.config import DETECTOR, OPTIONS
+from tests.faults.config import DETECTOR
 from tests.support.data import small_folder
 from tests.support.models import TRANSFORMERS
 from tests.support.runs import random_teacher, stopped_in_step, tiny_config
@@ -335,8 +335,8 @@ def test_eight_devices_equal_one(name, folder, tmp_path):
     totals, first, one, alone = outcome(jax.devices()[:1])
     others, first_of_eight, eight, split = outcome(jax.devices())
     assert not messages(alone)
-    # Each norm of the student reduces two sums forward and two backward; losses and one group of gradients remain. PKD's
-    # normalisation of a level has the sums of a norm, and two of the teacher's: they count where norms are few.
+    # Each norm of the student reduces two sums forward and two backward; losses and one group of gradients remain.
+    # PKD's normalisation of a level has the sums of a norm, and two of the teacher's: they count where norms are few.
     norms = sum(path.startswith("stats") and path.endswith("mean") for path in one)
     sent, few = messages(split), name == DETECTOR
     assert norms == 20 if few else norms > 50
