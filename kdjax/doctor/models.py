@@ -5,11 +5,12 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from kdjax import data, detectors, methods, weights
+from kdjax import data, detectors, methods, sharding, weights
 from kdjax.detectors.api import Detector, flatten
 from kdjax.distill import tap
 from kdjax.doctor.findings import ERROR, OK, WARNING, Finding
@@ -84,6 +85,7 @@ def check_weights(role: str, setup: Setup, image_count: int) -> list[Finding]:
 def _detections(role: str, setup: Setup, image_count: int, changes: Sequence[Change]) -> list[dict[int, Detections]]:
     """The detections by image id for each change of a detector's input; all share one compiled program."""
     detector, variables = model(setup, role)
+    variables = sharding.replicate(variables, sharding.mesh_of(jax.local_devices()))  # once for all changes
     results = []
     for change in tqdm(changes, desc=f"{role}'s input", unit="input", leave=False):
         batches = data.eval_batches(
