@@ -15,18 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-from tensorboardX.proto import event_pb2
-from tensorboardX.record_writer import RecordWriter
-from tensorboardX.summary import scalar
 from tqdm import tqdm
 
 from kdjax import files, sharding
 from kdjax.errors import fault
 
 if TYPE_CHECKING:
-    from kdjax.training.trackers import Trackers
+    from tensorboardX.record_writer import RecordWriter
 
-_PROTO: Any = event_pb2  # its classes are made when it is imported
+    from kdjax.training.trackers import Trackers
 
 
 class Log:
@@ -59,13 +56,16 @@ class Log:
         self.lines = lines  # written so far, by all processes of the run
         self.damaged = 0  # lines that `rows` skipped
         self.missing = 0  # and that were not there
-        self.board: RecordWriter | None = None
+        self.board: "RecordWriter | None" = None
         self.trackers = trackers
         if self.is_first_host:
             self._cut()
             numbers = [number for _, number in _numbered(self.path) if number]
             self.lines = max(lines, len(_lines(self.path)), *numbers)
         if self.is_first_host and board:
+            # Here, because tensorboardX imports torch where it is installed, which takes longer than all of kdjax.
+            from tensorboardX.record_writer import RecordWriter
+
             with self._board_may_fail():
                 (workdir / "tensorboard").mkdir(exist_ok=True)
                 # Not `SummaryWriter`: its thread dies of a full disk, and then the run waits for it without end.
@@ -73,12 +73,14 @@ class Log:
                 self.board = RecordWriter(str(workdir / "tensorboard" / name))
                 self._event(file_version="brain.Event:2")
                 if step:  # later steps of a killed process are hidden
-                    start = _PROTO.SessionLog(status=_PROTO.SessionLog.START)
-                    self._event(step=step, session_log=start)
+                    self._event(step=step, session_log={"status": "START"})
 
     def _event(self, **fields: Any) -> None:
+        from tensorboardX.proto import event_pb2
+
         assert self.board is not None
-        self.board.write(_PROTO.Event(wall_time=time.time(), **fields).SerializeToString())
+        event: Any = event_pb2  # its classes are made when it is imported
+        self.board.write(event.Event(wall_time=time.time(), **fields).SerializeToString())
 
     def _cut(self) -> None:
         """Removes an incomplete last line, which a killed process may leave."""
@@ -130,6 +132,8 @@ class Log:
             raise
         self.lines += 1
         if self.board:
+            from tensorboardX.summary import scalar
+
             with self._board_may_fail():
                 for name, value in values.items():
                     summary = scalar(name if kind == "train" else f"eval/{name}", value)
