@@ -40,6 +40,7 @@ FIRST = (
     "training/test_sharding.py",
 )
 MEMORY = 4 * 2**30  # bytes of a process, beyond which the programs of earlier files are dropped
+MORE = 2 * 2**30  # and by how much it must have grown since they were dropped the last time
 
 
 def pytest_configure(config):
@@ -62,10 +63,20 @@ def pytest_collection_modifyitems(items):
 def _programs():
     """The programs that JAX keeps of all files would fill the memory: those that come back are read from the disk."""
     yield
-    status = Path("/proc/self/statm")
-    if status.exists() and int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") > MEMORY:
+    global _limit
+    if _memory() > _limit:
         jax.clear_caches()
         gc.collect()
+        _limit = max(MEMORY, _memory() + MORE)  # not all comes back to the system, and the next file is no reason
+
+
+_limit = MEMORY
+
+
+def _memory() -> int:
+    """Bytes of this process; 0 where the system does not say."""
+    status = Path("/proc/self/statm")
+    return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if status.exists() else 0
 
 
 from tests.support.models import cache, exported, finished, made, state  # noqa: E402, F401

@@ -13,13 +13,14 @@ import pytest
 
 from kdjax import methods
 from tests import golden_replay
-from tests.golden_checks import whole_steps
+from tests.golden_checks import detr_grad, whole_steps
 from tests.golden_checks.api import Check, load, relative_error
 from tests.shared import ROOT, SHARED, script
 
 OWN = Path(__file__).parent / "golden"
-# Steps of two whole networks take long to compile and have a test of their own.
-CHECKS = [entry for entry in golden_replay.known_checks() if entry not in whole_steps.CHECKS]
+# Steps of two whole networks, and gradients of transformers, take long to compile and have a test of their own.
+WHOLE = whole_steps.CHECKS + detr_grad.CHECKS
+CHECKS = [entry for entry in golden_replay.known_checks() if entry not in WHOLE]
 # Files that hold cases of several methods: how those of each method begin. Otherwise a file is its method's as a whole.
 CASES = {
     "kd/logit_*": {
@@ -89,9 +90,11 @@ def test_reference_numbers_hold(root, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("root", "name"), [p for p in files() if p.values[1].startswith(("kd/crosskd_", "kd/ld_"))])
+@pytest.mark.parametrize(
+    ("root", "name"), [p for p in files() if any(fnmatch.fnmatchcase(p.values[1], pattern) for pattern, _ in WHOLE)]
+)
 def test_whole_steps_hold(root, name):
-    checks = list(golden_replay.replay_file(root, name, whole_steps.CHECKS))
+    checks = list(golden_replay.replay_file(root, name, WHOLE))
     failed = [golden_replay.line(name, check) for check in checks if check.verdict == "failed"]
     assert not failed, "\n".join(failed)
 
