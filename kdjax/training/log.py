@@ -21,7 +21,7 @@ from kdjax import files, sharding
 from kdjax.errors import fault
 
 if TYPE_CHECKING:
-    from tensorboardX.record_writer import RecordWriter
+    from tensorboardX import record_writer
 
     from kdjax.training.trackers import Trackers
 
@@ -56,7 +56,7 @@ class Log:
         self.lines = lines  # written so far, by all processes of the run
         self.damaged = 0  # lines that `rows` skipped
         self.missing = 0  # and that were not there
-        self.board: "RecordWriter | None" = None
+        self.board: record_writer.RecordWriter | None = None
         self.trackers = trackers
         if self.is_first_host:
             self._cut()
