@@ -191,7 +191,15 @@ def test_thirty_steps_reduce_every_term(made):
 
 
 @pytest.mark.parametrize(
-    "case", [dict(dtype=jnp.bfloat16), dict(objects=False), dict(size=8), dict(constant=True)], ids=str
+    "case",
+    [
+        dict(dtype=jnp.bfloat16, size=8),
+        dict(objects=False),
+        dict(constant=True),
+        pytest.param(dict(dtype=jnp.bfloat16), marks=pytest.mark.slow),
+        pytest.param(dict(size=8), marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_value_and_gradient_stay_finite(made, case):
     case = SPECIAL.get(made.name, {}) | case

@@ -1,5 +1,6 @@
 """What the tests of methods share: random outputs of two made-up detectors, ground truth, a `Distiller` over them."""
 
+import functools
 import types
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from tests.support.arrays import quick_jit
 STRIDES, CLASSES, BOXES = (8, 16, 32), 3, 4
 
 
+@functools.partial(jax.jit, static_argnames=("channels", "size", "batch", "dtype", "constant", "bins"))
 def output(
     key, channels: int, size: int, *, batch: int = 2, dtype=jnp.float32, constant: bool = False, bins: int = 1
 ) -> DetectorOutput:
