@@ -41,7 +41,8 @@ def test_onnx_is_the_jax_model(made, exported):
     np.testing.assert_array_equal(labels[:20], found.labels[:20])
 
 
-@pytest.mark.parametrize("name", [pytest.param("fcos_r18", marks=pytest.mark.slow), "yolox_pico"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fcos_r18", "yolox_pico"])
 def test_onnx_of_other_families(name, tmp_path, capsys):
     pytest.importorskip("jax2onnx", reason="ONNX needs kdjax[export]")
     pytest.importorskip("onnxruntime", reason="ONNX needs kdjax[export]")

@@ -23,10 +23,8 @@ def known(home):
 
 
 def test_a_killed_run_ends_as_if_undisturbed(home, known):
-    signals = ["SIGKILL", "SIGTERM"]
-    done, faults = kills.disturbed(home, known, "killed", random.Random(3), len(signals), signals=signals)
-    assert not faults
-    assert done and [kill.signal for kill in done] == signals[: len(done)]  # a run may end before the second
+    done, faults = kills.disturbed(home, known, "killed", random.Random(3), 1, signals=["SIGKILL"])
+    assert not faults and [kill.signal for kill in done] == ["SIGKILL"]
 
 
 # What a damaged checkpoint breaks in TensorStore's threads is reported where it is read.
