@@ -242,6 +242,8 @@ def test_the_guide_works(guide):
         if name.startswith("test_") and "made" in inspect.signature(check).parameters:
             cases = check.pytestmark[0].args[1] if hasattr(check, "pytestmark") else [None]
             for case in cases:
+                if hasattr(case, "marks"):  # a long one
+                    continue
                 check(made, case) if case else check(made)
                 run += 1
     assert run > 8

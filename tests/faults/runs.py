@@ -34,13 +34,14 @@ class Home(NamedTuple):
     folder: Path
     cache: Path  # of prepared data
     programs: Path  # of compiled programs
+    flags: tuple[str, ...] = ()  # of every run
 
     def command(self, workdir: Path) -> list[str]:
         """The command of a run, as a user types it."""
         return [
             sys.executable, "-m", "kdjax", "train", f"--config={CONFIG}", f"--workdir={workdir}",
             f"--config.teacher.weights={self.folder / 'teacher'}", f"--config.data.cache={self.cache}",
-            f"--config.compile_cache={self.programs}",
+            f"--config.compile_cache={self.programs}", *self.flags,
         ]  # fmt: skip
 
     def environment(self) -> dict[str, str]:
@@ -137,7 +138,7 @@ def outcome(workdir: Path) -> dict[str, Any]:
         role, kind = name.split("/")[:2]
         parts.setdefault(f"{role}'s {kind}", {})[name] = digest
     assert note["sha256"].keys() == state.keys()
-    for role in ("student", "twin"):
+    for role in {"student", "twin"} & {name.partition("/")[0] for name in state}:
         _, params, stats, _ = weights.load(workdir / role)
         flat = jax.tree_util.tree_leaves_with_path({"params": params, "stats": stats})
         parts[f"{role}/"] = {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in flat}
