@@ -157,23 +157,32 @@ def test_all_targets_are_written_but_those_that_cannot_be(made, tmp_path, capsys
 @pytest.mark.user_input(
     "Models and exports", "an exported file that gives other detections", "refused: no file is left"
 )
-def test_a_wrong_export_is_refused(made, exported, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda value: value + 2e-3 * (value.dtype == np.float32), "differ from the JAX model's by 0.002"),
+        pytest.param(
+            lambda value: value * np.nan if value.ndim == 2 else value,
+            "hold numbers that are not finite",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(lambda value: value[::2], "are not the detections of the JAX model", marks=pytest.mark.slow),
+    ],
+)
+def test_a_wrong_export_is_refused(change, told, made, exported, tmp_path, capsys, monkeypatch):
+    running = onnx.runner(exported[0])
+    monkeypatch.setattr(onnx, "write", lambda loaded, path, *, raw, batch=1: shutil.copy(exported[0], path))
+    monkeypatch.setattr(onnx, "runner", lambda path: lambda *inputs: [change(value) for value in running(*inputs)])
+    command = ["export", f"--model={made / 'model'}", "--format=onnx", f"--out={tmp_path / 'x.onnx'}"]
+    assert told in refused_at_the_end(capsys, *command)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_the_export_of_another_model_is_refused(made, exported, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(onnx, "write", lambda loaded, path, *, raw, batch=1: shutil.copy(exported[0], path))
     command = ["export", f"--model={made / 'other'}", "--format=onnx", f"--out={tmp_path / 'x.onnx'}"]
     assert "differ from the JAX model's by" in refused_at_the_end(capsys, *command)
-    command[1] = f"--model={made / 'model'}"
-    running = onnx.runner(exported[0])
-
-    def runner(change):
-        return lambda path: lambda *inputs: [change(value) for value in running(*inputs)]
-
-    for change, told in (
-        (lambda value: value + 2e-3 * (value.dtype == np.float32), "differ from the JAX model's by 0.002"),
-        (lambda value: value * np.nan if value.ndim == 2 else value, "hold numbers that are not finite"),
-        (lambda value: value[::2], "are not the detections of the JAX model"),
-    ):
-        monkeypatch.setattr(onnx, "runner", runner(change))
-        assert told in refused_at_the_end(capsys, *command)
     assert list(tmp_path.iterdir()) == []
 
 
