@@ -10,11 +10,12 @@ COCO val2017 that holds a person (80 classes, a COCO folder) and a folder with `
 `coco`, `yolox_nano.onnx`; their students start from one that was trained on the same images without a teacher, which
 stands for the weights from ImageNet that are usual. That of `coco`, RTMDet-nano, begins with the published weights for
 persons: 80 classes are too many for random weights and so few steps. Each finished run is added to
-`benchmarks/studies/NAME_SEED.json`, the study.json of the seed, at once: the same command goes on with the methods that
+`benchmarks/studies/NAME_SEED.json`, the study.json of the seed, at once: the same command goes on with the runs that
 the file lacks, on any machine. `kdjax` does all the work.
 """
 
 import argparse
+import itertools
 import json
 import re
 import shutil
@@ -54,7 +55,7 @@ STUDENTS = {
 TEACHER_STEPS = {"bccd": 400, "neu": 1200, "pcb": 1200}
 START_STEPS = {"person": 2400, "coco": 1200}
 METHODS = dict.fromkeys(("scenes", "bccd"), ALL)  # of the others FOUR
-WEIGHTS = {"bccd": "published,auto"}  # of the others "auto"
+WEIGHTS = {"bccd": ("auto", "published")}  # of the others "auto"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -68,15 +69,15 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     flags = [*FLAGS[args.study], *of_inputs(args)]
     workdir, kept = args.workdir / args.study / str(args.seed), STUDIES / f"{args.study}_{args.seed}.json"
-    weights = WEIGHTS.get(args.study, "auto")
     if kept.exists() and not (workdir / "study.json").exists():
         workdir.mkdir(parents=True, exist_ok=True)
         shutil.copy(kept, workdir / "study.json")
-    finished = methods_in(kept) if kept.exists() else set()
-    for method in args.methods.split(",") if args.methods else METHODS.get(args.study, FOUR):
-        if method in finished:
+    finished = rows_in(kept) if kept.exists() else set()
+    methods = args.methods.split(",") if args.methods else METHODS.get(args.study, FOUR)
+    for weight, method in itertools.product(WEIGHTS.get(args.study, ("auto",)), methods):
+        if (method if weight == "published" else f"{method}, {weight}") in finished:
             continue
-        kdjax("study", "methods", f"--methods={method}", f"--weights={weights}", "--seeds=1",
+        kdjax("study", "methods", f"--methods={method}", f"--weights={weight}", "--seeds=1",
               f"--first={args.seed}", f"--workdir={workdir}", *flags)  # fmt: skip
         STUDIES.mkdir(exist_ok=True)
         keep(workdir / "study.json", kept, {"WORKDIR": args.workdir, "DATA": args.data, "WEIGHTS": args.weights})
@@ -90,16 +91,10 @@ def keep(study: Path, kept: Path, folders: Mapping[str, Path | None]) -> None:
     files.write_json(kept, files.sealed(json.loads(text)), indent=1)
 
 
-def methods_in(kept: Path) -> set[str]:
-    """The methods of which a study.json holds all runs."""
-    studies = json.loads(kept.read_text())["studies"].values()
-    return {
-        key.split(".")[0]
-        for one in studies
-        if not any(row["failed"] for row in one["rows"])
-        for row in one["rows"]
-        for key in row["methods"]
-    }
+def rows_in(kept: Path) -> set[str]:
+    """The rows of a study.json that hold all their runs: "mkd", and "mkd, auto" with a weight that sets itself."""
+    rows = [row for one in json.loads(kept.read_text())["studies"].values() for row in one["rows"]]
+    return {row["what"] for row in rows} - {row["what"] for row in rows if row["failed"]}
 
 
 def of_inputs(args: argparse.Namespace) -> list[str]:

@@ -264,28 +264,30 @@ def test_the_studies_of_the_field_are_commands_of_kdjax(study, monkeypatch, tmp_
             known_folder.mkdir(parents=True, exist_ok=True)
             file = known_folder / "study.json"
             studies = json.loads(file.read_text())["studies"] if file.exists() else {}
-            rows = [{"methods": {f"{known.methods}.weight": 1.0}, "failed": {"1": "no memory"} if fails else {}}]
+            what = known.methods + {"auto": ", auto", "published": ""}[known.weights]
+            rows = [{"what": what, "failed": {"1": "no memory"} if fails else {}}]
             study_of = {"command": " ".join(words), "rows": rows}
-            file.write_text(json.dumps(files.sealed({"studies": studies | {known.methods: study_of}})))
+            file.write_text(json.dumps(files.sealed({"studies": studies | {what: study_of}})))
 
     monkeypatch.setattr(field, "kdjax", kdjax)
     monkeypatch.setattr(field, "STUDIES", tmp_path / "studies")
     places = [f"--data={data}", f"--weights={tmp_path}", f"--workdir={tmp_path / 'field'}"]
     field.main([study, "--seed=1", "--methods=mkd,cwd", *places])
     before = {"scenes": [], "person": ["train", "cache"], "coco": ["train", "cache"]}.get(study, ["train"])
-    assert [known.command for known in asked] == before + ["study"] * 2
+    whats = {"mkd, auto", "cwd, auto"} | ({"mkd", "cwd"} if study == "bccd" else set())
+    assert [known.command for known in asked] == before + ["study"] * len(whats)
     if "cache" in before:
         assert asked[1].config == "distill/coco_folder:mkd+rtmdet_cwd+cwd+pkd"
     kept = tmp_path / "studies" / f"{study}_1.json"
-    assert field.methods_in(kept) == {"mkd", "cwd"}
+    assert field.rows_in(kept) == whats
     assert not files.altered(json.loads(kept.read_text())) and str(tmp_path) not in kept.read_text()
     shutil.rmtree(tmp_path / "field" / study)  # as on another machine
     fails = True
     for _ in range(2):  # what failed is tried again
         asked.clear()
         field.main([study, "--seed=1", "--methods=mkd,pkd", *places])
-        assert [known.methods for known in asked if known.command == "study"] == ["pkd"]
-        assert field.methods_in(kept) == {"mkd", "cwd"}
+        assert [known.methods for known in asked if known.command == "study"] == ["pkd"] * (len(whats) // 2)
+        assert field.rows_in(kept) == whats
     if study == "person":
         kept = json.loads((tmp_path / "field" / "coco_person" / "annotations" / "instances_val.json").read_text())
         assert kept["annotations"] == boxes[:1] and kept["categories"] == categories[:1]
