@@ -35,13 +35,12 @@ def make_folder(path: str | Path, *, outputs: Sequence[str] = (), folders: Seque
       folders: the folders that will be created in it.
 
     Raises:
-      UserError: it cannot be created, is that of a run or of another model, or something else is in the place of a file
-        or folder.
+      UserError: it cannot be created, is that of a run or of a model, or something else is in the place of a file or
+        folder.
     """
     folder = Path(path).expanduser()
-    run = next((one for one in (folder, folder.parent) if (one / "metrics.jsonl").exists()), None)
     model = (folder / WEIGHTS).exists()
-    if run == folder or (model and (run or WEIGHTS not in outputs)):
+    if model or (folder / "metrics.jsonl").exists():
         raise UserError(f"--out: {path} is the folder of a {'model' if model else 'run'}: choose another folder")
     return _made(path, outputs, folders)
 

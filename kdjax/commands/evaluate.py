@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from kdjax import files
 from kdjax.commands import arguments
-from kdjax.errors import NAME, printable
+from kdjax.errors import NAME, UserError, printable
 from kdjax.evals import coco, complexity, tide
 from kdjax.evals.matching import Truth, truth_by_image
 from kdjax.inference.model import BATCH, Model
@@ -59,6 +59,8 @@ def run(
     if against:
         models["other"] = arguments.load_model(against, "--against")
     named = ("evaluation.json", "report.html", *DETECTIONS.values())
+    if out and all((Path(out).expanduser() / name).exists() for name in ("images.json", DETECTIONS["model"])):
+        raise UserError(f"--out: {out} is the folder of a `kdjax predict`: choose another folder")
     folder = arguments.make_folder(out, outputs=named) if out else None
     exif = exif or arguments.exif_of(models.values())
     masks = any(one.detector.masks for one in models.values())
@@ -67,6 +69,8 @@ def run(
     found = detect_all(models, opened)
     results: dict[str, Any] = {}
     failed: list[str] = []
+    if folder and not against:
+        (folder / DETECTIONS["other"]).unlink(missing_ok=True)  # of an earlier evaluation
     for name, one in models.items():
         if folder:
             with files.attempt(failed):

@@ -36,6 +36,8 @@ def run(*, file: str, detector: str | None, out: str, classes: str | None, image
     size = None if image_size is None else _size(image_size)
     with prefix("--classes"):
         names = read_classes(classes) if classes else None
+    if any((Path(out).expanduser() / name).exists() for name in (weights.WEIGHTS, weights.CONFIG)):
+        raise UserError(f"--out: {out} is the folder of a model: choose another folder")
     kept: dict[str, Any] = {"extra": {}}  # what a kdjax model was saved with
     path = resources.model_path(file).expanduser()
     # Other programs, too, write a config.json beside a model.safetensors: such a file comes with --detector.
@@ -50,11 +52,9 @@ def run(*, file: str, detector: str | None, out: str, classes: str | None, image
     elif folder or (path.name == weights.WEIGHTS and (path.parent / weights.CONFIG).exists()):
         if size is not None or network != "student":
             raise UserError(f"{file} is a kdjax model, on which --image-size and --network have no effect")
-        if (Path(out).expanduser() / weights.WEIGHTS).exists():
-            raise UserError(f"--out: {out} is the folder of a model: choose another folder")
         model = _renamed(file, names)
-        if (config := model.path / weights.CONFIG).exists():  # not in a checkpoint
-            stored = json.loads(config.read_text())
+        if (model.path / weights.WEIGHTS).exists():  # not a checkpoint
+            stored = json.loads((model.path / weights.CONFIG).read_text())
             kept = {"extra": stored["extra"], "dtype": stored.get("dtype", "float32")}
     else:
         raise UserError(

@@ -1,7 +1,6 @@
 """`kdjax label`: a model's detections as labels of images that have none, in COCO's layout."""
 
 import itertools
-import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ from tqdm import tqdm
 
 from kdjax import files
 from kdjax.commands import arguments, evaluate
-from kdjax.commands.predict import find, is_video
+from kdjax.commands.predict import LABELS, find, is_labels, is_video
 from kdjax.data.images import SUFFIXES, is_image
 from kdjax.errors import NAME, UserError, prefix, printable
 from kdjax.evals import coco, tide
@@ -25,7 +24,6 @@ from kdjax.inference.predict import read_image
 from kdjax.report import drawing
 from kdjax.structs import Detections
 
-_MARK = "detections of"  # the beginning of what a file of `kdjax label` says of itself
 SHOWN, COLUMNS = 12, 4  # images of the preview, and how many are beside each other
 
 
@@ -88,9 +86,11 @@ def run(
             "--labelled", split=split, annotations=annotations, images=images, limit=limit, classes=classes
         )
     folder, file = Path(data).expanduser(), arguments.output_file(out)
-    if file.exists() and not _is_own(file):
+    if file.exists() and not is_labels(file):
         raise UserError(f"--out: {out} is there, and `kdjax label` did not write it: choose another file")
     preview = file.with_name(f"{file.stem}.png")
+    if preview == file:
+        raise UserError(f"--out: {out} is the name of the preview beside the labels: name it {file.stem}.json")
     if preview.exists() and not file.exists():
         raise UserError(f"--out: {preview.name}, the preview beside {out}, would replace an image: choose another name")
     files.check_outputs("--out", file.parent, files=[preview.name])
@@ -147,7 +147,7 @@ def run(
     if not rows:
         raise UserError(f"--data: {data}: no object in {len(found_files)} images has a score that is high enough")
     categories = [{"id": k, "name": name} for k, name in zip(loaded.category_ids, loaded.class_names, strict=True)]
-    info = {"description": f"{_MARK} {loaded.path}", "exif_orientation": exif}
+    info = {"description": f"{LABELS} {loaded.path}", "exif_orientation": exif}
     files.write_json(file, {"info": info, "images": entries, "annotations": rows, "categories": categories})
     print(table(loaded, thresholds, seen, rows))
     left_out = len(found_files) - unreadable - len(entries)
@@ -199,14 +199,6 @@ def annotations_of(found: Detections, image: Mapping[str, Any], first: int) -> l
 
 def _same(one: Path, other: Path) -> bool:
     return os.path.realpath(one) == os.path.realpath(other)
-
-
-def _is_own(file: Path) -> bool:
-    """Whether a file was written by this command."""
-    try:
-        return str(json.loads(file.read_bytes())["info"]["description"]).startswith(_MARK)
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return False
 
 
 def table(

@@ -52,6 +52,8 @@ def run(*, models: list[str], threads: int | None, runs: int, out: str | None) -
     paths = [path for model in models for path in expanded(model)]
     read = [str(part) for path in paths for part in (path, *parts_of(Path(path)), metadata.place(Path(path)))]
     target = arguments.output_file(out, inputs=read) if out else None
+    if target and target.exists() and not _is_own(target):
+        raise UserError(f"--out: {out} is there, and `kdjax latency` did not write it: choose another name")
     with only(threads):  # before the first array: XLA starts its threads then
         files = {path: None if path.endswith(tuple(READERS)) else arguments.load_model(path) for path in paths}
         for path, loaded in files.items():
@@ -62,7 +64,8 @@ def run(*, models: list[str], threads: int | None, runs: int, out: str | None) -
         write_json(target, {"threads": threads, "runs": runs, "warm_up": WARM_UP, "rows": rows})
     print(table(rows))
     print(
-        f"\nOne image, {threads} {'thread' if threads == 1 else 'threads'}, {runs} runs after {WARM_UP} to warm up. "
+        f"\nTimes of one image, a batch's divided by its images; {threads} {'thread' if threads == 1 else 'threads'}, "
+        f"{runs} runs after {WARM_UP} to warm up. "
         "Models in folders are timed without decoding (with it if they have two stages or queries), exported files "
         "as they are."
     )
@@ -86,8 +89,18 @@ def expanded(path: str) -> list[str]:
     return [path] * loads + found
 
 
+def _is_own(file: Path) -> bool:
+    """Whether a file was written by this command."""
+    try:
+        return {"threads", "runs", "warm_up", "rows"} <= set(json.loads(file.read_bytes()))
+    except (ValueError, TypeError, RecursionError):
+        return False
+
+
 def measure(path: str, model: Model | None, *, threads: int, runs: int) -> Iterator[dict[str, Any]]:
-    """The rows of a model: model, runtime, image_size, params, flops, bytes, and median, p25, p75 in milliseconds.
+    """The rows of a model: model, runtime, batch, image_size, params, flops, bytes, and median, p25, p75.
+
+    These are milliseconds of one image: those of a batch divided by its images.
 
     Args:
       path: its name in the table; an exported file if `model` is None.
@@ -100,14 +113,16 @@ def measure(path: str, model: Model | None, *, threads: int, runs: int) -> Itera
         yield {
             "model": path,
             "runtime": runtime,
+            "batch": shape[0],
             "image_size": shape[2:] if shape[1] in (1, 3) else shape[1:3],  # kdjax's exports have channels last
             "params": int(facts["parameters"]) if "kdjax" in facts else None,
             "flops": int(facts["flops"]) if "kdjax" in facts else None,
             "bytes": sum(file.stat().st_size for file in (Path(path), *parts_of(Path(path)))),
-        } | clock(call, runs, path)
+        } | {key: value / shape[0] for key, value in clock(call, runs, path).items()}
         return
     image = np.full((1, *model.image_size, 3), 100, np.uint8)
-    row = {"model": path, "image_size": list(model.image_size), "params": complexity.parameters(model.variables[0])}
+    row: dict[str, Any] = {"model": path, "batch": 1, "image_size": list(model.image_size)}
+    row["params"] = complexity.parameters(model.variables[0])
     row["flops"] = complexity.flops(model.detector, model.image_size)
     raw = model.detector.head is not None
     network = jax.jit(functools.partial(graphs.maps if raw else graphs.detections, model))
@@ -140,14 +155,15 @@ def clock(call: Callable[[], object], runs: int, name: str) -> dict[str, float]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows of `measure` as text for a terminal."""
-    text = [["model", "runtime", "canvas", "params M", "FLOPs G", "file MB", "median ms", "quartiles ms"]]
+    text = [["model", "runtime", "batch", "canvas", "params M", "FLOPs G", "file MB", "median ms", "quartiles ms"]]
     for row in rows:
         height, width = row["image_size"]
         counts = [
             "–" if row[key] is None else f"{row[key] / unit:.3f}" for key, unit in (("params", 1e6), ("flops", 1e9))
         ]
         times = [f"{row['median']:.2f}", f"{row['p25']:.2f} .. {row['p75']:.2f}"]
-        text.append([row["model"], row["runtime"], f"{height}x{width}", *counts, f"{row['bytes'] / 1e6:.2f}", *times])
+        shape = [str(row["batch"]), f"{height}x{width}"]
+        text.append([row["model"], row["runtime"], *shape, *counts, f"{row['bytes'] / 1e6:.2f}", *times])
     return arguments.aligned(text)
 
 

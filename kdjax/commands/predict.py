@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import json
 import mimetypes
 import os
 import sys
@@ -28,6 +29,7 @@ JPEG_SIDE = 65_500  # px; the format ends there
 NAME_BYTES = 255  # of a file's name, in common file systems
 RATES = (0.01, 65_535)  # of an mp4, frames per second
 _KNOWN = SUFFIXES + VIDEOS
+LABELS = "detections of"  # the beginning of what a json of `kdjax label` says of itself
 
 
 def run(*, paths: list[str], model: str, out: str, threshold: float, exif: str | None) -> int:
@@ -58,6 +60,8 @@ def run(*, paths: list[str], model: str, out: str, threshold: float, exif: str |
     if not 0 <= threshold <= 1:
         raise UserError(f"--threshold must be a score in 0 .. 1, not {threshold}")
     folder = Path(out).expanduser()
+    if (folder / "evaluation.json").exists():
+        raise UserError(f"--out: {out} is the folder of a `kdjax evaluate`: choose another folder")
     found_files = find(paths, folder)
     loaded = arguments.load_model(model)
     arguments.make_folder(out, outputs=("detections.json", "images.json"), folders=("drawn",))
@@ -207,7 +211,8 @@ def find(paths: list[str], out: Path) -> list[tuple[Path, str]]:
     """The files to read and the name of each under `drawn/`; files in `out` are left out.
 
     Args:
-      paths: of files, and of folders, which are searched for images and videos, also behind links.
+      paths: of files, and of folders, which are searched for images and videos, also behind links; what `kdjax predict`
+        and `kdjax label` drew in them is left out, and counted on stderr.
       out: the folder that is written.
 
     Returns:
@@ -222,9 +227,13 @@ def find(paths: list[str], out: Path) -> list[tuple[Path, str]]:
         if path.is_dir():
             known = [p for p in sorted(_below(path)) if _looks_readable(p)]
             inside = [p for p in known if not Path(os.path.realpath(p)).is_relative_to(os.path.realpath(out))]
+            ours = {p for p in inside if _is_drawn(p)}
+            inside = [p for p in inside if p not in ours]
             if not inside:
-                where = " outside of --out" if known else ""
+                where = " outside of --out that kdjax did not draw" if known else ""
                 raise UserError(f"{path}: it holds no images or videos ({', '.join(_KNOWN)}){where}")
+            if ours:
+                _warn(f"{path}: {len(ours)} files that kdjax drew are left out, as {min(ours)}")
             found += [(p, p.relative_to(path)) for p in inside]
         elif not path.exists():
             raise UserError(f"{path}: there is no such file or folder")
@@ -246,6 +255,22 @@ def find(paths: list[str], out: Path) -> list[tuple[Path, str]]:
         taken.add(name)
         named.append((file, str(name)))
     return named
+
+
+def is_labels(file: Path) -> bool:
+    """Whether a file was written by `kdjax label`."""
+    try:
+        return str(json.loads(file.read_bytes())["info"]["description"]).startswith(LABELS)
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return False
+
+
+def _is_drawn(file: Path) -> bool:
+    """Whether an image or a video is what `kdjax predict` drew, or the preview of `kdjax label`."""
+    folders = [above.parent for above in file.parents if above.name == "drawn"]
+    if any((folder / "detections.json").exists() and (folder / "images.json").exists() for folder in folders):
+        return True
+    return file.suffix == ".png" and is_labels(file.with_suffix(".json"))
 
 
 def _cut(text: str, size: int) -> str:

@@ -46,12 +46,15 @@ def read(value: str) -> list[str]:
         names = data_yaml.read(path).names
         return checked(names, path)
     try:
-        if path.suffix == ".json":
+        if path.suffix.lower() == ".json":
             categories = coco.without_root(coco.read(path))[0]["categories"]
             return checked([(entry["name"], 0) for entry in sorted(categories, key=lambda entry: entry["id"])], path)
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        text = path.read_text(encoding="utf-8-sig")
     except (KeyError, TypeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as class names: {error!r}") from None
+    lines = text.splitlines()
+    if text.lstrip().startswith(("{", "[")) and text.rstrip().endswith(("}", "]")):
+        raise UserError(f"{path} holds json: its name must end with .json, and a list of names has one per line")
     while lines and not lines[-1].strip():
         lines.pop()
     return checked([(line.strip(), number) for number, line in enumerate(lines, start=1)], path)

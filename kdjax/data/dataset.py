@@ -19,6 +19,7 @@ from kdjax.data.sources import CONTENTS, LOG, META, SOURCES, TRUTH, prepare_unla
 from kdjax.data.stages import Settings
 from kdjax.errors import UserError, prefix
 
+NAMED_BY_HAND = ("yolo_folder", "voc_folder")  # the sources that `classes` is for
 FOLDER = "folder"  # the source that is recognised by what lies in the folder
 
 
@@ -166,6 +167,8 @@ def open_dataset(cfg: Settings, splits: Sequence[str] = ("train", "val")) -> Dat
     needed = ["train"] if held else splits
     if source == FOLDER:
         source = folders.recognised(cfg, needed)
+    if cfg["classes"] and source not in NAMED_BY_HAND:
+        raise UserError(f"classes={cfg['classes']} is for data in YOLO's and VOC's layout: {source} names its classes")
     prepared = SOURCES[source](cfg, needed)
     metas = {role: hashes.checked(folder / META) for role, folder in prepared.items()}
     categories = _categories(metas)

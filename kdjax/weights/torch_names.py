@@ -123,6 +123,8 @@ def foreign(detector: Detector, state: State) -> str:
     prefix, inner = "", state
     while inner and not own & set(plain(detector, inner)):
         firsts = collections.Counter(name.partition(".")[0] for name in inner if "." in name)
+        if all(name.startswith(("params/", "stats/")) for name in inner):
+            return "it is the file of a kdjax model, which names its detector: give its folder, without a detector"
         if not firsts:
             names = listed(sorted(state), 3)
             return f"its names ({names}) are not those of {detector.name}: choose the detector that they are of"

@@ -150,9 +150,15 @@ def _renamed(state: Mapping[str, T]) -> dict[str, T]:
 
 
 def _of_network(groups: Mapping[str, dict[str, T]], network: str) -> dict[str, T]:
-    """The student or the teacher of a distiller; if it has one of them only, that one."""
+    """The student or the teacher of a distiller; for the student, also a teacher that is alone.
+
+    Raises:
+      UserError: there is no teacher.
+    """
     found = {role: {k: v for part in parts for k, v in groups.get(part, {}).items()} for role, parts in _ROLES.items()}
     present = [role for role, group in found.items() if group]
+    if network == "teacher" and present == ["student"]:
+        raise UserError("it holds a student, and no teacher beside it: leave --network out")
     chosen = found[network if network in present else present[0]] if present else {}
     # The rest of a distiller (the other network, adapters) is not the detector's; anything else is kept.
     others = {

@@ -106,6 +106,24 @@ def test_evaluate_gives_the_metrics_of_the_run(finished, tmp_path, what):
     assert read(workdir / "student" / "config.json")["extra"]["category_ids"] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.user_input(
+    "Folders and names", "one `--out` for `kdjax predict` and `kdjax evaluate`", "refused: choose another folder"
+)
+def test_detections_of_two_commands_do_not_mix(made, tmp_path, capsys):
+    for name in ("detections.json", "images.json"):
+        (tmp_path / name).write_text("[]")
+    model = f"--model={made / 'model'}"
+    told = refused(capsys, "evaluate", model, f"--data={made / 'data'}", f"--out={tmp_path}")
+    assert "is the folder of a `kdjax predict`: choose another folder" in told
+    (tmp_path / "evaluation.json").write_text("{}")
+    told = refused(capsys, "predict", str(made / "data" / "images" / "val"), model, f"--out={tmp_path}")
+    assert "is the folder of a `kdjax evaluate`: choose another folder" in told
+    (tmp_path / "images.json").unlink()
+    (tmp_path / "detections_against.json").write_text("[]")  # of an earlier evaluation of two models
+    assert cli.main(["evaluate", model, f"--data={made / 'data'}", "--limit=2", f"--out={tmp_path}"]) == 0
+    assert not (tmp_path / "detections_against.json").exists()
+
+
 def test_errors_of_masks_are_told_beside_those_of_boxes():
     """One detection has the right box and half of the mask."""
     square = [[0, 0, 40, 0, 40, 40, 0, 40]]

@@ -231,3 +231,24 @@ def test_the_classes_of_a_model_are_renamed(tmp_path, capsys):
     np.savez(tmp_path / "w.npz", a=np.zeros(1))
     told = refused(capsys, "import-weights", str(tmp_path / "w.npz"), f"--out={tmp_path / 'o'}")
     assert "give --detector=NAME" in told and not (tmp_path / "o").exists()
+    before = (tmp_path / "other" / "model.safetensors").read_bytes()
+    for there in ("m", "other"):
+        told = refused(capsys, *command, f"--out={tmp_path / there}", f"--classes={names}")
+        assert f"--out: {tmp_path / there} is the folder of a model: choose another folder" in told
+    assert (tmp_path / "other" / "model.safetensors").read_bytes() == before
+    told = refused(capsys, "import-weights", file, "--detector=rtmdet_pico", f"--out={tmp_path / 'o'}")
+    assert "it is the file of a kdjax model, which names its detector: give its folder, without a detector" in told
+
+
+def test_the_classes_of_a_checkpoint_are_renamed(finished, tmp_path):
+    half = finished[0].parent / "half" / "checkpoints"
+    old = inference.load(half)
+    names = [f"{name}s" for name in old.class_names]
+    (tmp_path / "names.txt").write_text("\n".join(names))
+    assert (
+        cli.main(["import-weights", str(half), f"--classes={tmp_path / 'names.txt'}", f"--out={tmp_path / 'n'}"]) == 0
+    )
+    new = inference.load(tmp_path / "n")
+    assert (new.class_names, new.category_ids) == (tuple(names), old.category_ids)
+    for one, other in zip(jax.tree.leaves(new.variables), jax.tree.leaves(old.variables), strict=True):
+        np.testing.assert_array_equal(one, other)

@@ -121,6 +121,8 @@ def test_what_cannot_be_labelled_is_refused(made, photos, tmp_path, capsys):
     truth.write_text('{"info": {"description": "mine"}}')
     told = refused(capsys, *flags[:-1], f"--out={truth}", "--threshold=0.5")
     assert "is there, and `kdjax label` did not write it" in told and "mine" in truth.read_text()
+    told = refused(capsys, *flags[:-1], f"--out={tmp_path / 'labels.png'}", "--threshold=0.5")
+    assert "labels.png is the name of the preview beside the labels: name it labels.json" in told
     (tmp_path / "photo.png").write_text("mine")
     told = refused(capsys, *flags[:-1], f"--out={tmp_path / 'photo.json'}", "--threshold=0.5")
     assert "photo.png, the preview beside" in told and (tmp_path / "photo.png").read_text() == "mine"

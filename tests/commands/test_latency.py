@@ -54,6 +54,12 @@ def test_onnx_files_of_other_programs(tmp_path, capsys, monkeypatch):
 
     write((1, 2), ("N", 3, 32, 64))
     assert cli.main(command) == 0 and "32x64" in capsys.readouterr().out
+    write((8, 3, 32, 64))  # a fixed batch
+    assert cli.main([*command, f"--out={tmp_path / 't.json'}"]) == 0
+    [row] = read(tmp_path / "t.json")["rows"]
+    assert (row["batch"], row["median"], row["p75"]) == (8, 1 / 8, 2 / 8)
+    assert cli.main([*command, f"--out={tmp_path / 't.json'}"]) == 0, "its own file is replaced"
+    capsys.readouterr()
     write((1, 1, 8, 16), kind=10)  # float16, one colour
     assert cli.main(command) == 0 and "8x16" in capsys.readouterr().out
     write((1, 3, 8, 16), kind=9)
@@ -86,6 +92,9 @@ def test_what_is_timed_is_not_overwritten(made, tmp_path, capsys):
     for name in ("a.onnx", "b.tflite", "b.tflite.json", "c.xml", "c.bin", "d.onnx.data"):
         told = refused(capsys, "latency", f"--model={tmp_path}", f"--out={tmp_path / name}")
         assert "is also what is read" in told and (tmp_path / name).read_text() == name
+    (tmp_path / "mine.json").write_text("[]")
+    told = refused(capsys, "latency", f"--model={made / 'model'}", f"--out={tmp_path / 'mine.json'}")
+    assert "is there, and `kdjax latency` did not write it" in told and read(tmp_path / "mine.json") == []
     assert [path.name for path in latency.parts_of(tmp_path / "d.onnx")] == ["d.onnx.data"]
     assert latency.parts_of(tmp_path / "b.tflite") == []
 

@@ -349,6 +349,28 @@ def test_what_a_folder_holds_is_read_or_named(tmp_path):
 
 
 @pytest.mark.user_input(
+    "Images and videos", "what `kdjax predict` and `kdjax label` drew, in a folder of images", "counted: left out"
+)
+def test_what_kdjax_drew_is_not_read_again(tmp_path, capsys):
+    """Its own folders, also within each other, and previews beside labels; not a user's folder called drawn."""
+    image = Image.fromarray(np.zeros((4, 4, 3), np.uint8))
+    drawn = ("one/drawn/a.jpg", "two/drawn/one/drawn/a.jpg", "two/drawn/a.jpg", "labels.png")
+    for name in ("a.jpg", "drawn/b.jpg", "other.png", *drawn):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        image.save(tmp_path / name)
+    for name in ("one/detections.json", "one/images.json", "two/detections.json", "two/images.json"):
+        (tmp_path / name).write_text("[]")
+    (tmp_path / "labels.json").write_text('{"info": {"description": "detections of a model"}}')
+    (tmp_path / "other.json").write_text('{"info": {"description": "mine"}}')
+    found = [name for _, name in predict.find([str(tmp_path)], tmp_path / "out")]
+    assert found == ["a.jpg", "drawn/b.jpg", "other.jpg"]
+    assert "4 files that kdjax drew are left out, as " in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"it holds no images or videos .* outside of --out that kdjax did not draw"):
+        predict.find([str(tmp_path / "one")], tmp_path / "out")
+    assert predict.find([str(tmp_path / "one" / "drawn" / "a.jpg")], tmp_path / "out")  # by name it is read
+
+
+@pytest.mark.user_input(
     "Folders and names", "an image of `kdjax predict` that lies where its drawing would be written", "refused"
 )
 def test_no_image_that_is_read_is_drawn_over(tmp_path):

@@ -110,12 +110,30 @@ def test_names_of_classes(tmp_path):
     listed = [root, dict(id=7, name="dog", supercategory="all"), dict(id=3, name="cat", supercategory="all")]
     (tmp_path / "c.json").write_text(json.dumps(dict(images=[], annotations=[], categories=listed)))
     assert classes.read(str(tmp_path / "c.json")) == ["cat", "dog"]
+    (tmp_path / "C.JSON").write_bytes((tmp_path / "c.json").read_bytes())
+    assert classes.read(str(tmp_path / "C.JSON")) == ["cat", "dog"]
+    (tmp_path / "c.txt").write_bytes((tmp_path / "c.json").read_bytes())
+    with pytest.raises(UserError, match=r"c.txt holds json: its name must end with .json"):
+        classes.read(str(tmp_path / "c.txt"))
     (tmp_path / "n.txt").write_text("cat\n\ndog\n")
     with pytest.raises(UserError, match=r"n.txt:2 has the name '' for a class: every class needs a name of its own"):
         classes.read(str(tmp_path / "n.txt"))
     (tmp_path / "n.txt").write_text("caf\u00e9\ncafe\u0301\n")
     with pytest.raises(UserError, match=r"n.txt:2 has the name .* twice"):
         classes.read(str(tmp_path / "n.txt"))
+
+
+@pytest.mark.user_input("YOLO and VOC folders", "`--classes` for data in COCO's layout or scenes", "refused")
+def test_names_of_classes_are_for_data_without_them(tmp_path):
+    small_folder(tmp_path / "set")
+    for source in ("coco_folder", "folder", "scenes"):
+        config = settings.base().data
+        config.update(source=source, root=str(tmp_path / "set"), classes="voc", cache=str(tmp_path / "cache"))
+        with pytest.raises(
+            UserError, match=r"classes=voc is for data in YOLO's and VOC's layout: .* names its classes"
+        ):
+            data.open_dataset(config, splits=("val",))
+    assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.user_input(

@@ -37,6 +37,10 @@ def test_distiller_holds_two_networks(detector, variables, state):
     chex.assert_trees_all_equal(weights.from_torch(detector, both, network="teacher"), other)
     with pytest.raises(ValueError, match="student or teacher, not 'assistant'"):
         weights.from_torch(detector, both, network="assistant")
+    for alone in ("architecture", "student"):
+        student = {f"{alone}.{name}": value for name, value in state.items()}
+        with pytest.raises(ValueError, match="it holds a student, and no teacher beside it: leave --network out"):
+            weights.from_torch(detector, student, network="teacher")
 
 
 @pytest.mark.user_input(
