@@ -127,11 +127,8 @@ def test_names_of_classes(tmp_path):
 def test_names_of_classes_are_for_data_without_them(tmp_path):
     small_folder(tmp_path / "set")
     for source in ("coco_folder", "folder", "scenes"):
-        config = settings.base().data
-        config.update(source=source, root=str(tmp_path / "set"), classes="voc", cache=str(tmp_path / "cache"))
-        with pytest.raises(
-            UserError, match=r"classes=voc is for data in YOLO's and VOC's layout: .* names its classes"
-        ):
+        config = settings(tmp_path / "cache", source=source, root=str(tmp_path / "set"), classes="voc")
+        with pytest.raises(UserError, match=r"classes=voc is for data in YOLO's and VOC's layout: .* names its"):
             data.open_dataset(config, splits=("val",))
     assert not (tmp_path / "cache").exists()
 
