@@ -38,11 +38,20 @@ def make_folder(path: str | Path, *, outputs: Sequence[str] = (), folders: Seque
       UserError: it cannot be created, is that of a run or of a model, or something else is in the place of a file or
         folder.
     """
+    refuse_taken(path)
+    return _made(path, outputs, folders)
+
+
+def refuse_taken(path: str | Path) -> None:
+    """Refuses the folder of a run or of a model as `--out`.
+
+    Raises:
+      UserError: it is one.
+    """
     folder = Path(path).expanduser()
     model = (folder / WEIGHTS).exists()
     if model or (folder / "metrics.jsonl").exists():
         raise UserError(f"--out: {path} is the folder of a {'model' if model else 'run'}: choose another folder")
-    return _made(path, outputs, folders)
 
 
 def _made(path: str | Path, outputs: Sequence[str], folders: Sequence[str] = ()) -> Path:

@@ -36,8 +36,9 @@ def run(*, file: str, detector: str | None, out: str, classes: str | None, image
     size = None if image_size is None else _size(image_size)
     with prefix("--classes"):
         names = read_classes(classes) if classes else None
-    if any((Path(out).expanduser() / name).exists() for name in (weights.WEIGHTS, weights.CONFIG)):
-        raise UserError(f"--out: {out} is the folder of a model: choose another folder")
+    arguments.refuse_taken(out)
+    if (Path(out).expanduser() / weights.CONFIG).exists():
+        raise UserError(f"--out: {out} has a {weights.CONFIG}, which would be replaced: choose another folder")
     kept: dict[str, Any] = {"extra": {}}  # what a kdjax model was saved with
     path = resources.model_path(file).expanduser()
     # Other programs, too, write a config.json beside a model.safetensors: such a file comes with --detector.

@@ -1,5 +1,6 @@
 """Names of classes by index, for labels that have numbers: COCO's, VOC's, or those of a file."""
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -52,12 +53,19 @@ def read(value: str) -> list[str]:
         text = path.read_text(encoding="utf-8-sig")
     except (KeyError, TypeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as class names: {error!r}") from None
-    lines = text.splitlines()
-    if text.lstrip().startswith(("{", "[")) and text.rstrip().endswith(("}", "]")):
+    if _is_json(text):
         raise UserError(f"{path} holds json: its name must end with .json, and a list of names has one per line")
+    lines = text.splitlines()
     while lines and not lines[-1].strip():
         lines.pop()
     return checked([(line.strip(), number) for number, line in enumerate(lines, start=1)], path)
+
+
+def _is_json(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict | list)
+    except (ValueError, RecursionError):
+        return False
 
 
 def checked(named: Iterable[tuple[object, int]], path: Path) -> list[str]:

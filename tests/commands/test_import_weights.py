@@ -236,6 +236,10 @@ def test_the_classes_of_a_model_are_renamed(tmp_path, capsys):
         told = refused(capsys, *command, f"--out={tmp_path / there}", f"--classes={names}")
         assert f"--out: {tmp_path / there} is the folder of a model: choose another folder" in told
     assert (tmp_path / "other" / "model.safetensors").read_bytes() == before
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "config.json").write_text("{}")  # beside weights of another format
+    told = refused(capsys, *command, f"--out={tmp_path / 'bin'}", f"--classes={names}")
+    assert "bin has a config.json, which would be replaced: choose another folder" in told
     told = refused(capsys, "import-weights", file, "--detector=rtmdet_pico", f"--out={tmp_path / 'o'}")
     assert "it is the file of a kdjax model, which names its detector: give its folder, without a detector" in told
 

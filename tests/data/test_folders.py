@@ -115,6 +115,8 @@ def test_names_of_classes(tmp_path):
     (tmp_path / "c.txt").write_bytes((tmp_path / "c.json").read_bytes())
     with pytest.raises(UserError, match=r"c.txt holds json: its name must end with .json"):
         classes.read(str(tmp_path / "c.txt"))
+    (tmp_path / "c.txt").write_text("[cat]\n[dog]\n")
+    assert classes.read(str(tmp_path / "c.txt")) == ["[cat]", "[dog]"]
     (tmp_path / "n.txt").write_text("cat\n\ndog\n")
     with pytest.raises(UserError, match=r"n.txt:2 has the name '' for a class: every class needs a name of its own"):
         classes.read(str(tmp_path / "n.txt"))
